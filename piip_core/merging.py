@@ -1,0 +1,172 @@
+"""Branch merging and feature pyramids (paper section III-C).
+
+`BranchMerging` turns the maps of all branches into one (equations 3 and 4), `FeaturePyramid` makes the levels that
+detectors and segmentors expect, `ClassificationMerging` one vector of class scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from .config import ConfigError
+
+__all__ = ["BranchMerging", "ClassificationMerging", "FeaturePyramid"]
+
+GROUP_NORM_EPS = 1e-5
+LAYER_NORM_EPS = 1e-6
+
+
+class BranchMerging(nn.Module):
+    """Weighted sum of the branches on the grid of the last branch, in the width of the first (equations 3 and 4).
+
+    Args:
+        dims: Width of every branch, Branch 1 first.
+        branches: Numbers (from 1) of the branches that take part.
+        convs: 3x3 convolutions per branch: 2 in the simple form; 1 in the regular form, where Branch 1 has none.
+        num_groups: Groups of the group norms.
+    """
+
+    def __init__(self, dims: Sequence[int], branches: Sequence[int], *, convs: int, num_groups: int) -> None:
+        super().__init__()
+        self.branches = tuple(branches)
+        self.out_dim = dims[0]
+        _check_groups(self.out_dim, num_groups)
+        self.projections = nn.ModuleDict()
+        self.weights = nn.ParameterDict()
+        for number in self.branches:
+            count = 0 if convs == 1 and number == 1 else convs
+            self.projections[str(number)] = _projection(dims[number - 1], self.out_dim, count, num_groups)
+            self.weights[str(number)] = nn.Parameter(torch.ones(()))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps of all branches, (B, C_i, H_i, W_i), to (B, C_1, H, W) on the grid of the last branch."""
+        size = maps[-1].shape[-2:]
+        merged = None
+        for number in self.branches:
+            x = self.projections[str(number)](maps[number - 1])
+            if x.shape[-2:] != size:
+                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            x = x * self.weights[str(number)]
+            merged = x if merged is None else merged + x
+        return merged
+
+
+def _projection(in_dim: int, out_dim: int, convs: int, num_groups: int) -> nn.Sequential:
+    """`convs` times convolution, group norm, ReLU; without convolutions just group norm and ReLU."""
+    layers: list[nn.Module] = []
+    for i in range(max(convs, 1)):
+        if convs:
+            conv = nn.Conv2d(in_dim if i == 0 else out_dim, out_dim, 3, padding=1, bias=False)
+            nn.init.normal_(conv.weight, std=math.sqrt(2.0 / (9 * out_dim)))
+            layers.append(conv)
+        layers += [nn.GroupNorm(num_groups, out_dim, eps=GROUP_NORM_EPS), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class FeaturePyramid(nn.Module):
+    """Brings one map per level to the level's stride, with deconvolutions upwards and max pooling downwards.
+
+    Args:
+        in_dims: Channels of the input map of each level; they are kept.
+        in_strides: Stride of the input map of each level, in input pixels.
+        out_strides: Stride wanted for each level.
+        norm: "group" or "layer" (channel-wise) norm between the two deconvolutions of a four-fold upsampling.
+        num_groups: Groups of the group norm.
+
+    Raises:
+        ConfigError: If a level would need an upsampling other than two- or four-fold, or a fractional pooling.
+    """
+
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        in_strides: Sequence[int],
+        out_strides: Sequence[int],
+        *,
+        norm: str = "group",
+        num_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.out_dims = tuple(in_dims)
+        self.out_strides = tuple(out_strides)
+        self.levels = nn.ModuleDict(
+            {
+                str(want): _level(dim, have, want, norm, num_groups)
+                for dim, have, want in zip(in_dims, in_strides, out_strides, strict=True)
+            }
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """One map (B, C_l, H_l, W_l) per level, before and after; odd sides lose their last row when pooled."""
+        return [level(x) for level, x in zip(self.levels.values(), maps, strict=True)]
+
+
+def _level(dim: int, have: int, want: int, norm: str, num_groups: int) -> nn.Module:
+    if have == want:
+        return nn.Identity()
+    if want > have and want % have == 0:
+        return nn.MaxPool2d(want // have)
+    if have == 2 * want:
+        return nn.Sequential(_deconv(dim))
+    if have == 4 * want:
+        if norm == "group":
+            _check_groups(dim, num_groups)
+            norm_layer = nn.GroupNorm(num_groups, dim, eps=GROUP_NORM_EPS)
+        else:
+            norm_layer = LayerNorm2d(dim, eps=LAYER_NORM_EPS)
+        return nn.Sequential(_deconv(dim), norm_layer, nn.GELU(), _deconv(dim))
+    raise ConfigError(
+        f"MergingConfig.out_strides: a map of stride {have} cannot be brought to stride {want}; "
+        f"possible are {have // 4}, {have // 2}, {have} and multiples of it"
+    )
+
+
+def _deconv(dim: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(dim, dim, 2, stride=2)
+
+
+def _check_groups(dim: int, num_groups: int) -> None:
+    if dim % num_groups:
+        raise ConfigError(f"MergingConfig.num_groups={num_groups}: expected a divisor of the merged width {dim}")
+
+
+class ClassificationMerging(nn.Module):
+    """Merged classification head (from-scratch PIIP-B): merge all branches, average over positions, one linear.
+
+    Branches but the first go through group norm, linear and group norm (paper section III-C and Table VII).
+
+    Args:
+        dims: Width of every branch, Branch 1 first.
+        num_classes: Number of classes.
+        num_groups: Groups of the group norms.
+    """
+
+    def __init__(self, dims: Sequence[int], num_classes: int, *, num_groups: int = 32) -> None:
+        super().__init__()
+        for dim in dims:
+            _check_groups(dim, num_groups)
+        self.projections = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(num_groups, dim),
+                *([] if i == 0 else [nn.Conv2d(dim, dims[0], 1), nn.GroupNorm(num_groups, dims[0])]),
+            )
+            for i, dim in enumerate(dims)
+        )
+        self.weights = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in dims)
+        self.norm = LayerNorm2d(dims[0], eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(dims[0], num_classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps of all branches, (B, C_i, H_i, W_i), to logits (B, num_classes)."""
+        size = maps[-1].shape[-2:]
+        merged = sum(
+            weight * F.interpolate(projection(x), size=size, mode="bilinear", align_corners=False)
+            for weight, projection, x in zip(self.weights, self.projections, maps, strict=True)
+        )
+        return self.head(self.norm(merged).mean(dim=(-2, -1)))

@@ -1,0 +1,179 @@
+"""The parameter-inverted image pyramid: branches in lock-step segments, interactions between them, merging."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .branches import BranchState, build_branch
+from .config import ConfigError, PIIPConfig
+from .interaction import Interaction
+from .merging import BranchMerging, FeaturePyramid
+
+__all__ = ["DensePIIP", "PIIP", "resize_for_branch"]
+
+
+def resize_for_branch(image: Tensor, factor: float) -> Tensor:
+    """Shrinks an image for a branch as published: bilinear, no antialiasing, sides floor(side * factor).
+
+    The sampling step is 1 / factor and not the ratio of the sides, which differs where a side does not divide.
+
+    Args:
+        image: (B, 3, H, W).
+        factor: Size of the branch over the size of the last branch. From 1 on the image is returned unchanged.
+    """
+    if factor >= 1:
+        return image
+    return F.interpolate(image, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+class PIIP(nn.Module):
+    """Branches and interactions, without merging (paper Figure 2).
+
+    All branches run their blocks of a segment, then the interaction exchanges features, and so on; blocks that no
+    interaction follows run at the end.
+
+    Args:
+        config: Branches from the largest model (Branch 1) to the largest image (last), and the interactions.
+
+    Attributes:
+        dims: Channels of the final map of each branch.
+        strides: Stride of the final map of each branch, in pixels of the branch's own image.
+    """
+
+    def __init__(self, config: PIIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.branches = nn.ModuleList(build_branch(branch) for branch in config.branches)
+        self.segments = [config.segments(number) for number in range(1, len(self.branches) + 1)]
+        self.factors = [branch.image_size / config.branches[-1].image_size for branch in config.branches]
+        self.interactions = nn.ModuleList(
+            Interaction(self.dims_after(k), config.interaction.graph(k, len(self.branches)), config.interaction)
+            for k in range(config.num_interactions)
+        )
+        self.dims = [branch.dims[-1] for branch in self.branches]
+        self.strides = [branch.strides[-1] for branch in self.branches]
+
+    def dims_after(self, interaction: int) -> list[int]:
+        """Channels of each branch at an interaction."""
+        return [b.dims[max(s[interaction][1], 0)] for b, s in zip(self.branches, self.segments, strict=True)]
+
+    def strides_after(self, interaction: int) -> list[int]:
+        """Strides of each branch at an interaction, in pixels of the branch's own image."""
+        return [b.strides[max(s[interaction][1], 0)] for b, s in zip(self.branches, self.segments, strict=True)]
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the last branch's resolution."""
+        return self.forward_intermediates(image)[0]
+
+    def forward_intermediates(
+        self, image: Tensor, after: Collection[int] = ()
+    ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+        """Final maps and the maps after the interactions asked for.
+
+        Args:
+            image: (B, 3, H, W) at the resolution of the last branch; every branch shrinks it for itself.
+            after: Interactions, from 0.
+
+        Returns:
+            The final map of every branch, and for each interaction in `after` the map of every branch behind it, all
+            (B, C_i, H_i, W_i).
+        """
+        states = [
+            branch.embed(resize_for_branch(image, factor))
+            for branch, factor in zip(self.branches, self.factors, strict=True)
+        ]
+        intermediates = {}
+        for k, interaction in enumerate(self.interactions):
+            states = [self._run(i, state, k) for i, state in enumerate(states)]
+            tokens = interaction([state.tokens for state in states])
+            states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
+            if k in after:
+                intermediates[k] = _to_maps(states)
+        if not self.interactions:
+            states = [b.run(state, 0, b.num_blocks) for b, state in zip(self.branches, states, strict=True)]
+        return _to_maps(states), intermediates
+
+    def _run(self, index: int, state: BranchState, interaction: int) -> BranchState:
+        first, last = self.segments[index][interaction]
+        return self.branches[index].run(state, first, last + 1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes block activations in the backward pass instead of keeping them."""
+        for branch in self.branches:
+            branch.set_grad_checkpointing(enable)
+
+
+def _to_maps(states: Sequence[BranchState]) -> list[Tensor]:
+    return [state.tokens.permute(0, 3, 1, 2) for state in states]
+
+
+class DensePIIP(nn.Module):
+    """PIIP with merging and a feature pyramid: the backbone of detectors and segmentors.
+
+    Args:
+        config: With `merging` set.
+
+    Attributes:
+        out_dims: Channels of each output map.
+        out_strides: Stride of each output map in input pixels.
+
+    Raises:
+        ConfigError: If `config.merging` is None or a pyramid level cannot be made.
+    """
+
+    def __init__(self, config: PIIPConfig) -> None:
+        super().__init__()
+        merging = config.merging
+        if merging is None:
+            raise ConfigError("PIIPConfig.merging=None: expected a MergingConfig for dense prediction")
+        self.pyramid = PIIP(config)
+        self.intermediate_after = merging.intermediate_after
+        self.merging = _MergingSet(self.pyramid) if merging.kind != "single" else None
+        levels = len(merging.out_strides)
+        if merging.kind == "regular":
+            points = [*merging.intermediate_after, config.num_interactions - 1]
+            dims = [self.pyramid.dims_after(k)[0] for k in points]
+            strides = [self.pyramid.strides_after(k)[-1] for k in points]
+        else:
+            dims, strides = self.pyramid.dims[:1] * levels, self.pyramid.strides[-1:] * levels
+        self.feature_pyramid = FeaturePyramid(
+            dims, strides, merging.out_strides, norm=merging.pyramid_norm, num_groups=merging.num_groups
+        )
+        self.out_dims = self.feature_pyramid.out_dims
+        self.out_strides = self.feature_pyramid.out_strides
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """One map (B, C_l, H_l, W_l) per output stride for an image (B, 3, H, W)."""
+        final, intermediates = self.pyramid.forward_intermediates(image, self.intermediate_after)
+        if self.merging is None:
+            return self.feature_pyramid(final * len(self.out_strides))
+        merged = self.merging(final, intermediates)
+        return self.feature_pyramid(merged if len(merged) > 1 else merged * len(self.out_strides))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes block activations in the backward pass instead of keeping them."""
+        self.pyramid.set_grad_checkpointing(enable)
+
+
+class _MergingSet(nn.Module):
+    """The final merging and, for the regular form, those behind intermediate interactions."""
+
+    def __init__(self, pyramid: PIIP) -> None:
+        super().__init__()
+        config = pyramid.config
+        options = {
+            "branches": config.merging_branches,
+            "convs": 2 if config.merging.kind == "simple" else 1,
+            "num_groups": config.merging.num_groups,
+        }
+        self.after = config.merging.intermediate_after
+        self.intermediate = nn.ModuleList(BranchMerging(pyramid.dims_after(k), **options) for k in self.after)
+        self.final = BranchMerging(pyramid.dims, **options)
+
+    def forward(self, final: list[Tensor], intermediates: dict[int, list[Tensor]]) -> list[Tensor]:
+        """Merged maps, those of the intermediate interactions first."""
+        merged = [merge(intermediates[k]) for k, merge in zip(self.after, self.intermediate, strict=True)]
+        return [*merged, self.final(final)]

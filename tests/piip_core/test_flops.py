@@ -1,0 +1,268 @@
+"""Both counts against published numbers, the public counting script's results, real modules and hand computation."""
+
+import dataclasses
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from piip_core import (
+    PIIP,
+    BranchConfig,
+    ConfigError,
+    DensePIIP,
+    InteractionConfig,
+    MergingConfig,
+    PIIPConfig,
+    ViTConfig,
+    zoo,
+)
+from piip_core.branches import build_branch
+from piip_core.flops import (
+    Count,
+    analyze_backbone,
+    analyze_model,
+    analyze_zoo,
+    executed_count,
+    padded_size,
+    published_count,
+)
+from piip_core.merging import ClassificationMerging
+from piip_core.ops import MSDeformAttn, make_reference_points
+
+SETTINGS = json.loads((Path(__file__).parents[1] / "data/zoo_settings.json").read_text())
+ABLATION = zoo.get("piip_tsb_1120_896_448").config  # the model of the paper's Tables XVI and XVII
+
+
+def giga(config: PIIPConfig) -> float:
+    return published_count(config).total.macs / 1e9
+
+
+def with_interaction(config: PIIPConfig, **options) -> PIIPConfig:
+    return dataclasses.replace(config, interaction=dataclasses.replace(config.interaction, **options))
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_published_count_is_the_counting_scripts(name):
+    total, want = published_count(zoo.get(name).config).total, SETTINGS[name]["counts"]
+    assert round(total.macs / 1e9, 2) == want["flops_G"]
+    assert round(total.params / 1e6, 2) == want["params_M"]
+
+
+@pytest.mark.parametrize("name", [name for name, s in SETTINGS.items() if "flops_G" in s["published"]["readme"]])
+def test_published_count_reproduces_the_tables(name):
+    total, want = published_count(zoo.get(name).config).total, SETTINGS[name]["published"]["readme"]
+    # the tables print whole numbers: half a unit is rounding
+    assert abs(total.macs / 1e9 - want["flops_G"]) < max(0.5, 0.003 * want["flops_G"])
+    assert abs(total.params / 1e6 - want["params_M"]) < max(0.5, 0.003 * want["params_M"])
+
+
+@pytest.mark.parametrize(
+    ("attention", "printed"),
+    [("deformable", [176, 182, 187, 198, 210, 243]), ("regular", [176, 211, 245, 315, 384, 592])],
+)
+def test_table_xvi_number_of_interactions(attention, printed):
+    counts = [1, 2, 4, 6, 12]
+    configs = [with_interaction(ABLATION, attention=attention, num_interactions=n) for n in [0, *counts]]
+    assert [round(giga(config)) for config in configs] == printed
+
+
+@pytest.mark.parametrize(
+    ("units", "printed"),
+    [
+        ("alternating", 210),
+        ("cycle_down", 230),  # 229.03: the one number of the paper that is not met to its last digit
+        ("cycle_up", 230),
+        ("adjacent", 243),
+        ("bidirectional_cycle", 283),
+    ],
+)
+def test_table_xvii_directions(units, printed):
+    assert giga(with_interaction(ABLATION, units=units)) == pytest.approx(printed, rel=0.0045)
+
+
+def test_published_classification_row():
+    """PIIP-TSB 368/192/128 of the classification table: class tokens, a head per branch."""
+    config = PIIPConfig(
+        branches=tuple(
+            BranchConfig(network=dataclasses.replace(zoo.VIT[size], class_token=True), image_size=side)
+            for size, side in (("B", 128), ("S", 192), ("T", 368))
+        ),
+        merging=None,
+    )
+    total = published_count(config, head="separate").total
+    assert (round(total.macs / 1e9, 2), round(total.params / 1e6, 2)) == (17.43, 144.03)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"units": "cycle_up"},
+        {"attention": "regular", "num_heads": 8},
+        {"projection": False, "norm": "none"},
+        {"ffn": False, "num_points": 3, "value_ratio": 1.0},
+    ],
+)
+def test_published_parameters_are_those_of_the_modules(tiny_config, options):
+    config = tiny_config(interaction=InteractionConfig(num_interactions=3, **{"num_heads": 4} | options))
+    model, count = PIIP(config), published_count(config)
+    assert count.interactions.params == parameters(model.interactions)
+    assert count.head.params == parameters(ClassificationMerging(model.dims, 1000, num_groups=8))
+    for branch, want in zip(config.branches, count.branches, strict=True):
+        grid = dataclasses.replace(branch.network, pos_grid=branch.image_size // 16)  # table of the real grid
+        assert want.params == parameters(build_branch(dataclasses.replace(branch, network=grid)))
+
+
+def test_unknown_network_family_has_no_counting_rule(tiny_branch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(ViTConfig.__bases__[0]):
+        family = "other"
+        depth: int = 1
+        embed_dim: int = 8
+        patch_size: int = 16
+
+    with pytest.raises(NotImplementedError, match="Other"):
+        published_count(PIIPConfig(branches=(BranchConfig(network=Other(), image_size=32),)))
+
+
+@pytest.mark.parametrize("name", ["vit_b_1024", "piip_tsb_1568_1120_672", "piip_sbl_1120_672_448"])
+def test_backbone_parameters_by_part(name):
+    with torch.device("meta"):
+        model = DensePIIP(zoo.get(name).config)
+    want = SETTINGS[name]["backbone_params_M"]
+    parts = {f"branch{i}": branch for i, branch in enumerate(model.pyramid.branches, 1)}
+    parts |= {"interactions": model.pyramid.interactions, "fpn": model.feature_pyramid, "total": model}
+    parts |= {"merge": model.merging or nn.Identity()}
+    for part, millions in want.items():
+        assert round(parameters(parts[part]) / 1e6, 3) == millions, part
+
+
+def test_tsbl_parameters_as_released():
+    name = "piip_tsbl_1344_896_672_448"
+    with torch.device("meta"):
+        model = DensePIIP(zoo.tsbl_as_released(zoo.get(name).config))
+    assert round(parameters(model) / 1e6, 3) == SETTINGS[name]["backbone_params_M"]["total"]
+
+
+def test_executed_count_of_piip_tsb():
+    """Counted on the public code: 572 G without and 708 G with the pyramid, norms and biases included."""
+    report = analyze_backbone(zoo.get("piip_tsb_1568_1120_672").config)
+    parts = {row.name: row for row in report.modules}
+    assert report.input_size == (1568, 1568)
+    assert report.flops == pytest.approx(708e9, rel=0.004)
+    assert report.flops - parts["feature_pyramid"].flops == pytest.approx(572e9, rel=0.004)
+    assert report.params == round(175.043715e6)
+    for field in ("params", "flops", "params_published_count", "flops_published_count"):
+        assert sum(getattr(row, field) or 0 for row in report.modules) == getattr(report, field)
+
+
+def test_executed_count_of_a_branch_by_hand(tiny_branch):
+    """Windows of 3 on a 5 x 4 map: projections of the attention run on 6 x 6 tokens, the rest on 20."""
+    branch = build_branch(tiny_branch(32, 80, depth=2, window_size=(3, None)))
+    calls = nn.Module()
+    calls.branch = branch
+    calls.forward = lambda image: branch.run(branch.embed(image), 0, 2)
+    counts = executed_count(calls, torch.zeros(2, 3, 80, 64))
+    mlp, qkv_and_proj = 2 * 4 * 32 * 32, 4 * 32 * 32
+    windowed = 36 * qkv_and_proj + 2 * 36 * 9 * 32 + 20 * mlp
+    everywhere = 20 * qkv_and_proj + 2 * 20 * 20 * 32 + 20 * mlp
+    assert counts.below("branch.model.patch_embed").macs == 2 * 20 * 16 * 16 * 3 * 32
+    assert counts.below("branch.model.blocks.0").macs == 2 * windowed
+    assert counts.below("branch.model.blocks.1").macs == 2 * everywhere
+    assert counts.below("branch.model.blocks.1.mlp").macs == 2 * 20 * mlp
+    assert counts.total == Count(parameters(branch), counts.below("branch").macs)
+
+
+def test_executed_count_of_deformable_attention_by_hand():
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = MSDeformAttn(32, num_heads=4, num_levels=2, num_points=3, value_ratio=0.5, value_dim=24)
+
+        def forward(self, query, value):
+            return self.attention(query, make_reference_points(5, 7), value, [(6, 4), (3, 2)])
+
+    counts = executed_count(Attend(), torch.zeros(2, 35, 32), torch.zeros(2, 30, 24))
+    samples = 4 * 2 * 3
+    linears = 30 * 24 * 16 + 35 * 32 * 3 * samples + 35 * 16 * 32
+    assert counts.total.macs == 2 * (linears + 5 * 35 * samples * 4)
+
+
+def test_executed_count_is_the_same_on_the_meta_device(tiny_config):
+    config = tiny_config(window_size=3)
+    model, image = DensePIIP(config), torch.zeros(1, 3, 96, 144)
+    with torch.device("meta"):
+        on_meta = executed_count(DensePIIP(config), torch.empty(1, 3, 96, 144))
+    assert executed_count(model, image) == on_meta
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_model_inside_a_detector(tiny_config):
+    """Rows add up, and only what takes the image is run."""
+    config = tiny_config(merging=MergingConfig())
+
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bottom_up = DensePIIP(config)
+            self.lateral = nn.Conv2d(32, 8, 1)
+
+        def forward(self, image):
+            return [self.lateral(level) for level in self.bottom_up(image)]
+
+    detector = nn.Module()
+    detector.backbone, detector.head = Backbone(), nn.Linear(8, 5)
+    report, alone = analyze_model(detector, backbone="backbone"), analyze_backbone(config)
+    rows = {row.name: row for row in report.modules}
+    levels = 32 * 32 + 16 * 16 + 8 * 8 + 4 * 4
+    assert rows["backbone.lateral"].flops == levels * 32 * 8
+    assert (rows["head"].params, rows["head"].flops) == (8 * 5 + 5, None)
+    assert report.flops == alone.flops + levels * 32 * 8
+    assert report.params == parameters(detector)
+    assert report.flops_published_count == alone.flops_published_count
+    assert sum(row.params or 0 for row in report.modules) == report.params
+    assert sum(row.flops or 0 for row in report.modules) == report.flops
+
+
+def test_model_without_pyramid_is_refused():
+    with pytest.raises(ConfigError, match="Linear holds 0 PIIP"):
+        analyze_model(nn.Linear(2, 2))
+
+
+def test_six_billion_parameters_need_no_memory():
+    network = ViTConfig(embed_dim=3200, depth=48, num_heads=25)
+    branches = (
+        BranchConfig(network=network, image_size=512),
+        BranchConfig(network=zoo.VIT["B"], image_size=1024),
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = analyze_backbone(PIIPConfig(branches=branches), (768, 1024))
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert report.params > 6e9 and report.input_size == (768, 1024)
+    assert grown_kib < 500 * 1024
+
+
+def test_zoo_report_states_deviations(tiny_config):
+    entry = dataclasses.replace(zoo.get("piip_tsb_1120_896_448"), config=tiny_config())
+    without_numbers = dataclasses.replace(entry, published=zoo.PublishedNumbers(box_ap=50.0))
+    row, bare = analyze_zoo([entry, without_numbers])
+    counted, executed = published_count(entry.config).total, analyze_backbone(entry.config)
+    assert (row.params_published_count, row.flops_published_count) == (counted.params, counted.macs)
+    assert (row.params, row.flops) == (executed.params, executed.flops)
+    assert (row.params_printed, row.flops_printed) == (146_000_000, 243_000_000_000)
+    assert row.flops_deviation == pytest.approx(counted.macs / 243e9 - 1)
+    assert row.params_deviation == pytest.approx(counted.params / 146e6 - 1)
+    assert (bare.params_printed, bare.flops_printed, bare.params_deviation, bare.flops_deviation) == (None,) * 4
+    assert bare.flops == row.flops and bare.box_ap == 50.0
+
+
+def test_padded_size():
+    assert padded_size(941, 1568, 224) == (1120, 1568)

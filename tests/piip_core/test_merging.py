@@ -1,0 +1,68 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from piip_core import ConfigError
+from piip_core.merging import BranchMerging, ClassificationMerging, FeaturePyramid
+
+DIMS = (32, 24, 16)
+
+
+def branch_maps():
+    return [torch.randn(2, d, s, s + 1) for d, s in zip(DIMS, (3, 5, 8), strict=True)]
+
+
+def test_is_the_weighted_sum_of_equation_4(randomize):
+    merging = randomize(BranchMerging(DIMS, (1, 2, 3), convs=2, num_groups=8))
+    maps = branch_maps()
+    expected = sum(
+        merging.weights[str(n)]
+        * F.interpolate(merging.projections[str(n)](maps[n - 1]), size=(8, 9), mode="bilinear", align_corners=False)
+        for n in (1, 2, 3)
+    )
+    torch.testing.assert_close(merging(maps), expected)
+
+
+def test_only_chosen_branches_take_part():
+    merging = BranchMerging(DIMS, (1, 3), convs=2, num_groups=8)
+    maps = branch_maps()
+    merged = merging(maps)
+    maps[1] = maps[1] + 1
+    assert torch.equal(merging(maps), merged) and merged.shape == (2, 32, 8, 9)
+    assert set(merging.weights) == {"1", "3"}
+
+
+def test_regular_form_has_no_convolution_for_branch_1():
+    merging = BranchMerging(DIMS, (1, 2, 3), convs=1, num_groups=8)
+    convs = [sum(isinstance(m, torch.nn.Conv2d) for m in p) for p in merging.projections.values()]
+    assert convs == [0, 1, 1]
+
+
+def test_groups_must_divide_the_width():
+    with pytest.raises(ConfigError, match="num_groups=7"):
+        BranchMerging(DIMS, (1,), convs=2, num_groups=7)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_levels_have_their_strides(stride):
+    pyramid = FeaturePyramid([32] * 4, [stride] * 4, (4, 8, 16, 32))
+    x = torch.randn(1, 32, 64 // stride, 128 // stride)
+    assert [tuple(m.shape[-2:]) for m in pyramid([x] * 4)] == [(64 // s, 128 // s) for s in (4, 8, 16, 32)]
+
+
+def test_maps_that_have_their_strides_pass_unchanged():
+    pyramid = FeaturePyramid([8, 16], [4, 8], (4, 8))
+    maps = [torch.randn(1, 8, 4, 4), torch.randn(1, 16, 2, 2)]
+    assert all(a is b for a, b in zip(pyramid(maps), maps, strict=True))
+
+
+def test_impossible_stride_is_named():
+    with pytest.raises(ConfigError, match="stride 32 cannot be brought to stride 4"):
+        FeaturePyramid([32], [32], (4,))
+
+
+def test_classification_merging_is_invariant_to_where_things_are(randomize):
+    head = randomize(ClassificationMerging((32, 16), 5, num_groups=8))
+    maps = [torch.randn(2, 32, 4, 4), torch.randn(2, 16, 4, 4)]
+    assert head(maps).shape == (2, 5)
+    torch.testing.assert_close(head([m.flip(-1) for m in maps]), head(maps), rtol=1e-4, atol=1e-4)
