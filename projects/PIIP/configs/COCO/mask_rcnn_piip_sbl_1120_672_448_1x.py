@@ -1,0 +1,16 @@
+"""PIIP-SBL 1120/672/448, Mask R-CNN 1x on COCO: published box AP 46.5, mask AP 40.8.
+
+Branch 1 ViT-L at 448, Branch 2 ViT-B at 672, Branch 3 ViT-S at 1120.
+"""
+
+from piip.rows import apply_row
+
+from piip_core import zoo
+
+from ..common.coco import data, dataloader
+from ..common.mask_rcnn import model
+from ..common.schedule_1x import lr_multiplier, optimizer, train
+
+# Images fit into 1120 x 672, sides padded to multiples of 224
+apply_row(zoo.get("piip_sbl_1120_672_448"), model=model, data=data, optimizer=optimizer)
+train.output_dir = "output/mask_rcnn_piip_sbl_1120_672_448_1x"

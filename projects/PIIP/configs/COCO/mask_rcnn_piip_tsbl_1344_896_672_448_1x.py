@@ -1,0 +1,16 @@
+"""PIIP-TSBL 1344/896/672/448, Mask R-CNN 1x on COCO: published box AP 47.1, mask AP 41.9.
+
+Branch 1 ViT-L at 448, Branch 2 ViT-B at 672, Branch 3 ViT-S at 896, Branch 4 ViT-T at 1344.
+"""
+
+from piip.rows import apply_row
+
+from piip_core import zoo
+
+from ..common.coco import data, dataloader
+from ..common.mask_rcnn import model
+from ..common.schedule_1x import lr_multiplier, optimizer, train
+
+# Images fit into 1344 x 806, sides padded to multiples of 224
+apply_row(zoo.get("piip_tsbl_1344_896_672_448"), model=model, data=data, optimizer=optimizer)
+train.output_dir = "output/mask_rcnn_piip_tsbl_1344_896_672_448_1x"

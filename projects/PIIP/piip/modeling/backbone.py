@@ -1,0 +1,75 @@
+"""PIIP as a Detectron2 backbone, and an FPN that keeps its padding rule."""
+
+from __future__ import annotations
+
+import math
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.modeling.backbone.fpn import FPN
+from torch import Tensor
+
+from piip_core import DensePIIP, PIIPConfig
+from piip_core.checkpoints import load_pretrained
+
+__all__ = ["PIIPBackbone", "PIIPFPN"]
+
+
+class PIIPBackbone(Backbone):
+    """A PIIP backbone (branches, interactions, merging, feature pyramid) in Detectron2's contract.
+
+    Args:
+        config (PIIPConfig): with `merging` set.
+        pad_divisor (int): images are padded at the bottom and right to multiples of it. Published models were
+            trained with 224 (64 for single branches): padded cells take part in window attention.
+        pretrained (bool): load the weights that the branches name in `BranchConfig.pretrained`. Turn it off when a
+            checkpoint of the whole model follows. Nothing is loaded on the meta device.
+        use_act_checkpoint (bool): recompute block activations in the backward pass to save memory.
+    """
+
+    def __init__(
+        self, config: PIIPConfig, *, pad_divisor: int, pretrained: bool = True, use_act_checkpoint: bool = False
+    ) -> None:
+        super().__init__()
+        self.features = DensePIIP(config)
+        self._pad_divisor = pad_divisor
+        self._shapes = {
+            f"res{int(math.log2(stride))}": ShapeSpec(channels=dim, stride=stride)
+            for dim, stride in zip(self.features.out_dims, self.features.out_strides, strict=True)
+        }
+        largest = max(self.features.out_strides)
+        if pad_divisor % largest:
+            raise ValueError(f"pad_divisor={pad_divisor}: expected a multiple of the largest output stride {largest}")
+        self.features.set_grad_checkpointing(use_act_checkpoint)
+        if pretrained and not next(self.parameters()).is_meta:
+            load_pretrained(self.features.pyramid)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Feature maps "res2" (stride 4) to "res5" (stride 32) of normalised images (B, 3, H, W)."""
+        return dict(zip(self._shapes, self.features(x), strict=True))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return dict(self._shapes)
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._pad_divisor
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        return {"size_divisibility": self._pad_divisor}
+
+
+class PIIPFPN(FPN):
+    """Detectron2's FPN with the padding rule of its bottom-up network.
+
+    Detectron2's own reports its largest stride instead, so images would be padded to multiples of 32.
+    """
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.bottom_up.size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        return {**super().padding_constraints, **self.bottom_up.padding_constraints}

@@ -1,0 +1,70 @@
+"""Parameter groups with layer-wise learning-rate decay over the branches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from piip_core import PIIP
+
+__all__ = ["layer_decay_params"]
+
+
+def layer_decay_params(
+    model: nn.Module, *, base_lr: float, weight_decay: float, decay_rate: float = 1.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups as in the published training: deeper layers learn faster, heads and interactions fastest.
+
+    With d blocks in Branch 1 there are d + 2 layers: embeddings are layer 0, block l of Branch 1 is layer l + 1, block l
+    of a branch with d' blocks is layer (l + 1) * d / d' (rounded down), and everything else is the last layer. A layer's
+    learning rate is `base_lr * decay_rate ** (d + 1 - layer)`. Vectors and biases do not decay; position
+    embeddings and the scalar merging weights do, as published.
+
+    Two details of the published groups are kept: a fractional layer joins the group of its integer part, and the
+    group takes the rate of its first member.
+
+    Args:
+        model: Model with at most one `PIIP` inside. Without one, all parameters get `base_lr`.
+        base_lr: Learning rate of the last layer.
+        weight_decay: Weight decay of matrices and everything else that decays.
+        decay_rate: Factor per layer; 1 for no layer decay.
+
+    Returns:
+        Groups with the keys "params", "lr", "weight_decay" and "layer", embeddings first.
+
+    Raises:
+        ValueError: If the model holds more than one PIIP.
+    """
+    pyramids = [m for m in model.modules() if isinstance(m, PIIP)]
+    if len(pyramids) > 1:
+        raise ValueError(f"the model holds {len(pyramids)} PIIP modules: expected at most one to derive layers from")
+    layers = dict(_branch_layers(pyramids[0])) if pyramids else {}
+    last = pyramids[0].branches[0].num_blocks + 1 if pyramids else 0
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layers.get(parameter, last)
+        decays = parameter.ndim != 1 and not name.endswith(".bias")
+        group = groups.setdefault(
+            (int(layer), decays),
+            {
+                "params": [],
+                "lr": base_lr * decay_rate ** (last - layer),
+                "weight_decay": weight_decay if decays else 0.0,
+                "layer": int(layer),
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _branch_layers(pyramid: PIIP) -> Iterator[tuple[nn.Parameter, float]]:
+    depth = pyramid.branches[0].num_blocks
+    for branch in pyramid.branches:
+        for name, parameter in branch.named_parameters():
+            layer = branch.layer_of(name)
+            if layer is not None:
+                yield parameter, layer * depth / branch.num_blocks
