@@ -1,0 +1,56 @@
+# make demo, make test: everything from a fresh machine with Python 3.11. See README.md, "Two commands".
+#
+# VENV    virtual environment that is created and used (.venv). VENV= (empty) uses PYTHON as it is.
+# PYTHON  the interpreter to start from (python3).
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+STAMP := build/setup.stamp
+else
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/piip-setup.stamp
+endif
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# run outside the checkout: the folder must not shadow an installed package
+HAS_DETECTRON2 := cd / && $(abspath $(PY)) -c "import detectron2._C" 2>/dev/null
+ifeq ($(strip $(VENV)),)
+HAS_DETECTRON2 := cd / && $(PY) -c "import detectron2._C" 2>/dev/null
+endif
+
+.PHONY: demo test lint setup doctor
+
+demo: $(STAMP)
+	$(PY) -m piip_core.demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	@($(HAS_DETECTRON2)) || echo "Detectron2 is not installed: the detection tests are left out (README.md, Detectron2)."
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+doctor: $(STAMP)
+	$(PY) -m piip_core.doctor
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+ifneq ($(strip $(VENV)),)
+	@test -x $(PY) || { echo "Creating the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
+endif
+	@echo "Installing PyTorch and the build tools (several minutes and gigabytes the first time)"
+	$(PIP) "torch>=2.10" torchvision "setuptools>=77,<81" wheel ninja
+	@echo "Installing PIIP and compiling its operator"
+	$(PIP) --no-build-isolation -e ".[demo,test,dev]"
+	@($(HAS_DETECTRON2)) || { echo "Installing Detectron2 from its repository"; \
+	  GIT_TERMINAL_PROMPT=0 $(PIP) --no-build-isolation -e ".[detection]" > build/detectron2.log 2>&1; } || \
+	  echo "Detectron2 could not be installed (see build/detectron2.log): everything that does not need it goes on."
+	@mkdir -p $(dir $(STAMP)) && touch $(STAMP)
