@@ -8,6 +8,7 @@ named by number, the number counts from 1.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def even_segments(depth: int, count: int) -> tuple[tuple[int, int], ...]:
         that runs no block has its last index one below its first.
     """
     bounds = [round(k * depth / count) for k in range(count + 1)] if count else []
-    return tuple((a, b - 1) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple((a, b - 1) for a, b in itertools.pairwise(bounds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ class BranchConfig:
     network: NetworkConfig
     image_size: int
     segments: tuple[tuple[int, int], ...] | None = None
-    window_size: int | None | tuple[int | None, ...] = None
+    window_size: int | tuple[int | None, ...] | None = None
     window_padding: Literal["before_qkv", "after_qkv"] = "before_qkv"
     drop_path_rate: float = 0.0
     drop_path_schedule: Literal["constant", "linear"] = "constant"
@@ -382,7 +383,10 @@ class PIIPConfig:
             f"different numbers from 1 to {n}",
         )
         _check(
-            merging.kind != "single" or n == 1, "MergingConfig.kind", merging.kind, f"'simple' or 'regular' for {n} branches"
+            merging.kind != "single" or n == 1,
+            "MergingConfig.kind",
+            merging.kind,
+            f"'simple' or 'regular' for {n} branches",
         )
         for k in merging.intermediate_after:
             _check(

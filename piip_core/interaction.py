@@ -60,7 +60,9 @@ class CrossAttention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int, value_dim: int) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise ConfigError(f"InteractionConfig.num_heads={num_heads}: expected a divisor of branch width {embed_dim}")
+            raise ConfigError(
+                f"InteractionConfig.num_heads={num_heads}: expected a divisor of branch width {embed_dim}"
+            )
         self.num_heads = num_heads
         self.wq = nn.Linear(embed_dim, embed_dim, bias=False)
         self.wk = nn.Linear(value_dim, embed_dim, bias=False)
@@ -95,7 +97,7 @@ class ConvFFN(nn.Module):
 
 def _build_attention(config: InteractionConfig, query_dim: int, value_dim: int) -> nn.Module:
     if config.attention == "regular":
-        return CrossAttention(query_dim, config.num_heads, value_dim)
+        return CrossAttention(query_dim, config.num_heads, value_dim).apply(_init_weights)
     return DeformableCrossAttention(
         query_dim,
         num_heads=config.num_heads,
@@ -109,8 +111,8 @@ def _build_attention(config: InteractionConfig, query_dim: int, value_dim: int) 
 class Injection(nn.Module):
     """One direction of an interaction unit: features of another branch flow into the query branch (equations 1, 2).
 
-    Both residual paths start at zero (`attn_gamma`, `ffn_gamma`), so a fresh model computes what its pretrained branches
-    compute.
+    Both residual paths start at zero (`attn_gamma`, `ffn_gamma`), so a fresh model computes what its pretrained
+    branches compute.
     """
 
     def __init__(self, query_dim: int, value_dim: int, config: InteractionConfig) -> None:
@@ -195,7 +197,8 @@ def _norm(config: InteractionConfig, dim: int) -> nn.Module:
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))

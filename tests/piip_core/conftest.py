@@ -5,15 +5,15 @@ import torch
 
 from piip_core import BranchConfig, DensePIIP, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
 
+SIMPLE = MergingConfig()
+
 
 def tiny_branch(embed_dim: int, image_size: int, depth: int = 2, **options) -> BranchConfig:
     network = ViTConfig(embed_dim=embed_dim, depth=depth, num_heads=embed_dim // 8, pos_grid=4)
     return BranchConfig(network=network, image_size=image_size, **options)
 
 
-def tiny_config(
-    dims=(32, 24, 16), sizes=(64, 96, 128), interaction=None, merging=MergingConfig(), **options
-) -> PIIPConfig:
+def tiny_config(dims=(32, 24, 16), sizes=(64, 96, 128), interaction=None, merging=SIMPLE, **options) -> PIIPConfig:
     interaction = interaction or InteractionConfig(num_interactions=2, num_heads=4)
     branches = tuple(tiny_branch(dim, size, **options) for dim, size in zip(dims, sizes, strict=True))
     return PIIPConfig(branches=branches, interaction=interaction, merging=merging)

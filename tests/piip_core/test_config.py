@@ -86,8 +86,14 @@ BROKEN = [
     (lambda config, branch: PIIPConfig(branches=()), "at least one branch"),
     (lambda config, branch: PIIPConfig(branches=(branch(32, 64, segments=[[0, 1]]), branch(16, 96))), "12 segments"),
     (lambda config, branch: PIIPConfig.from_dict({"branches": [], "depth": 3}), "depth"),
-    (lambda config, branch: PIIPConfig.from_dict({"branches": [{"network": {"family": "vit"}, "image_size": 3}]}), "embed_dim"),
-    (lambda config, branch: PIIPConfig.from_dict({"branches": [{"network": {"family": "x"}, "image_size": 3}]}), "family='x'"),
+    (
+        lambda config, branch: PIIPConfig.from_dict({"branches": [{"network": {"family": "vit"}}]}),
+        "embed_dim",
+    ),
+    (
+        lambda config, branch: PIIPConfig.from_dict({"branches": [{"network": {"family": "x"}}]}),
+        "family='x'",
+    ),
 ]
 
 

@@ -94,7 +94,7 @@ def test_regular_form_makes_a_level_from_each_tap(tiny_config):
     model = DensePIIP(tiny_config(interaction=interaction, merging=merging, depth=4)).eval()
     outputs = model(torch.randn(1, 3, 128, 128))
     assert [o.shape[-1] for o in outputs] == [32, 16, 8, 4]
-    final, taps = model.pyramid.forward_intermediates(torch.zeros(1, 3, 128, 128), (0, 1, 2))
+    _, taps = model.pyramid.forward_intermediates(torch.zeros(1, 3, 128, 128), (0, 1, 2))
     assert len(model.merging.intermediate) == 3 and len(taps) == 3
 
 

@@ -17,9 +17,9 @@ def layer_decay_params(
 ) -> list[dict[str, Any]]:
     """Optimizer groups as in the published training: deeper layers learn faster, heads and interactions fastest.
 
-    With d blocks in Branch 1 there are d + 2 layers: embeddings are layer 0, block l of Branch 1 is layer l + 1, block l
-    of a branch with d' blocks is layer (l + 1) * d / d' (rounded down), and everything else is the last layer. A layer's
-    learning rate is `base_lr * decay_rate ** (d + 1 - layer)`. Vectors and biases do not decay; position
+    With d blocks in Branch 1 there are d + 2 layers: embeddings are layer 0, block l of Branch 1 is layer l + 1, block
+    l of a branch with d' blocks is layer (l + 1) * d / d' (rounded down), and everything else is the last layer. The
+    learning rate of a layer is `base_lr * decay_rate ** (d + 1 - layer)`. Vectors and biases do not decay; position
     embeddings and the scalar merging weights do, as published.
 
     Two details of the published groups are kept: a fractional layer joins the group of its integer part, and the

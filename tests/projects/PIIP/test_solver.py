@@ -10,9 +10,10 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.config import instantiate
+
+from piip.lazy import lazy_dataclass
 from piip.lazy_config import load_config
 from piip.solver import layer_decay_params
-
 from piip_core import zoo
 from piip_core.checkpoints import published_names
 
@@ -32,8 +33,6 @@ def published_table(row):
 def test_groups_equal_the_published_ones(row):
     cfg = load_config(str(ROOT / f"projects/PIIP/configs/COCO/mask_rcnn_{row}_1x.py"))
     if len(zoo.get(row).config.branches) == 4:  # the published table is of the network as the public code builds it
-        from piip.lazy import lazy_dataclass
-
         cfg.model.backbone.bottom_up.config = lazy_dataclass(zoo.tsbl_as_released(zoo.get(row).config))
     cfg.train.load_pretrained = False
     with torch.device("meta"):
@@ -44,7 +43,9 @@ def test_groups_equal_the_published_ones(row):
     ours = {parameter: names.to_published(name)[0] for name, parameter in model.named_parameters()}
     base = cfg.optimizer.lr
     actual = {
-        ours[p]: (group["lr"] / base, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        ours[p]: (group["lr"] / base, group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
     }
     covered = {name: actual[name] for name in expected if name in actual}
     assert covered.keys() == expected.keys()

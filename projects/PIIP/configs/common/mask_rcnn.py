@@ -2,9 +2,9 @@
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
+
 from piip.lazy import lazy_dataclass
 from piip.modeling import PIIPFPN, PIIPBackbone
-
 from piip_core import zoo
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model

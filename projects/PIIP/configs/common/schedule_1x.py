@@ -5,6 +5,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
+
 from piip.solver import layer_decay_params
 
 # 117266 of 118287 images have annotations: 117266 / 16 = 7330 iterations per epoch
@@ -13,7 +14,7 @@ _EPOCH = 7330
 train = model_zoo.get_config("common/train.py").train
 train.max_iter = 12 * _EPOCH
 train.eval_period = _EPOCH
-train.checkpointer = dict(period=_EPOCH, max_to_keep=3)
+train.checkpointer = {"period": _EPOCH, "max_to_keep": 3}
 train.load_pretrained = True  # start from the weights the branches name; off when a checkpoint of all of it follows
 train.amp.enabled = True
 train.amp.precision = "bfloat16"  # the published backbones were trained in bf16

@@ -1,0 +1,30 @@
+"""Parameters and multiply-accumulates of PIIP models, by two rules.
+
+The *published count* is the rule behind the published #Param and #FLOPs; it leaves out the merging convolutions and the
+feature pyramid. The *executed count* is what our modules hold and compute for one image. All counts are absolute
+numbers of parameters and of multiply-accumulates (one multiply-accumulate is what the published tables call a FLOP).
+"""
+
+from .executed import ModuleCounts, executed_count
+from .published import Count, PublishedCount, published_count
+from .report import ModelReport, ModuleRow, ZooRow, analyze_backbone, analyze_model, analyze_zoo, padded_size
+from .tables import model_table, published_table, replace_block, zoo_table
+
+__all__ = [
+    "Count",
+    "ModelReport",
+    "ModuleCounts",
+    "ModuleRow",
+    "PublishedCount",
+    "ZooRow",
+    "analyze_backbone",
+    "analyze_model",
+    "analyze_zoo",
+    "executed_count",
+    "model_table",
+    "padded_size",
+    "published_count",
+    "published_table",
+    "replace_block",
+    "zoo_table",
+]

@@ -1,0 +1,106 @@
+"""What a model holds and computes: parameters and multiply-accumulates of every module for given inputs.
+
+Models and inputs may live on the meta device, so size is no limit. Counted are linear layers, convolutions, attention
+products and deformable sampling, as PyTorch runs them, window padding included; norms, activations, biases and
+resizing are not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import ops  # noqa: F401  (registers the operator)
+from .published import Count
+
+__all__ = ["ModuleCounts", "executed_count"]
+
+MACS_PER_SAMPLE = 5  # four corners of the bilinear interpolation and the attention weight
+
+
+@dataclass(frozen=True)
+class ModuleCounts:
+    """Counts of a model by module.
+
+    Attributes:
+        params: Parameters by their names.
+        macs: Multiply-accumulates by the name of the innermost module that ran them.
+    """
+
+    params: Mapping[str, int]
+    macs: Mapping[str, int]
+
+    @property
+    def total(self) -> Count:
+        """The whole model."""
+        return Count(sum(self.params.values()), sum(self.macs.values()))
+
+    def below(self, name: str) -> Count:
+        """The module of that name with everything inside it."""
+        return Count(
+            sum(n for key, n in self.params.items() if key.startswith(f"{name}.")),
+            sum(n for key, n in self.macs.items() if key == name or key.startswith(f"{name}.")),
+        )
+
+
+def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCounts:
+    """Runs a model once without gradients and counts.
+
+    Args:
+        model: All its parameters are counted.
+        inputs: Positional arguments of the forward.
+        run: Name of the submodule to run on them; "" for the model itself.
+    """
+    macs: Counter[str] = Counter()
+    formulas = {torch.ops.piip.ms_deform_attn: _deformable_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with _attribution(model, counter, macs):
+            model.get_submodule(run)(*inputs)
+    params = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return ModuleCounts(params, {name: flops // 2 for name, flops in macs.items()})
+
+
+@contextmanager
+def _attribution(model: nn.Module, counter: FlopCounterMode, own: Counter[str]) -> Iterator[None]:
+    """Adds to `own` what each module of `model` computes outside the modules it calls.
+
+    Modules are followed by call and not by name, because branches are run block by block and never called themselves.
+    """
+    calls: list[list[int]] = []  # of each running module: total at its start, spent in the modules it called
+
+    def enter(*_: Any) -> None:
+        calls.append([counter.get_total_flops(), 0])
+
+    def leave(name: str) -> None:
+        start, inner = calls.pop()
+        spent = counter.get_total_flops() - start
+        own[name] += spent - inner
+        if calls:
+            calls[-1][1] += spent
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(_removed(module.register_forward_pre_hook(enter)))
+            stack.enter_context(_removed(module.register_forward_hook(lambda *_, name=name: leave(name))))
+        yield
+
+
+@contextmanager
+def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _deformable_flops(value: torch.Size, spatial_shapes: Any, locations: torch.Size, *_: Any, **__: Any) -> int:
+    """(B, S, heads, D) values sampled at (B, Q, heads, levels, points, 2) locations."""
+    batch, queries, heads, levels, points, _ = locations
+    return 2 * MACS_PER_SAMPLE * batch * queries * heads * levels * points * value[-1]

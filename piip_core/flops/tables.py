@@ -1,0 +1,142 @@
+"""Reports as Markdown tables, which read well in a terminal too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from tabulate import tabulate
+
+from .report import ModelReport, ZooRow
+
+__all__ = ["model_table", "published_table", "replace_block", "zoo_table"]
+
+MISSING = "-"
+
+
+def model_table(report: ModelReport) -> str:
+    """One row per part of a model and their sum, in millions of parameters and thousand millions of MACs."""
+    rows = [
+        [
+            row.name,
+            _scaled(row.params, 1e6),
+            _scaled(row.flops, 1e9),
+            _scaled(row.params_published_count, 1e6),
+            _scaled(row.flops_published_count, 1e9),
+        ]
+        for row in [*report.modules, report]
+    ]
+    rows[-1][0] = "total"
+    height, width = report.input_size
+    header = [
+        "module",
+        "params (M)",
+        f"executed GMACs, {height} x {width}",
+        "published count: params (M)",
+        "published count: GMACs",
+    ]
+    return _table(header, rows)
+
+
+def zoo_table(rows: Iterable[ZooRow]) -> str:
+    """Our counts of published models beside the printed numbers, with the deviation of the published count."""
+    header = [
+        "model",
+        "params (M)",
+        "executed GMACs",
+        "#Param count",
+        "printed",
+        "dev.",
+        "#FLOPs count",
+        "printed",
+        "dev.",
+    ]
+    return _table(
+        header,
+        [
+            [
+                row.name,
+                _scaled(row.params, 1e6),
+                _scaled(row.flops, 1e9),
+                _scaled(row.params_published_count, 1e6, "M"),
+                _scaled(row.params_printed, 1e6, "M", digits=0),
+                _percent(row.params_deviation),
+                _scaled(row.flops_published_count, 1e9, "G"),
+                _scaled(row.flops_printed, 1e9, "G", digits=0),
+                _percent(row.flops_deviation),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def published_table(rows: Iterable[ZooRow], link: Callable[[ZooRow], str]) -> str:
+    """The table of published models for a README.
+
+    Args:
+        rows: The models.
+        link: Gives the last cell, a link to the model's config.
+    """
+    header = [
+        "model",
+        "resolution",
+        "box AP",
+        "mask AP",
+        "#Param",
+        "#FLOPs",
+        "our #Param count",
+        "our #FLOPs count",
+        "our params",
+        "our executed FLOPs",
+        "config",
+    ]
+    return _table(
+        header,
+        [
+            [
+                row.title.removesuffix(row.resolution).strip(),
+                row.resolution,
+                _ap(row.box_ap, row.box_ap_paper),
+                _ap(row.mask_ap, row.mask_ap_paper),
+                _scaled(row.params_printed, 1e6, "M", digits=0),
+                _scaled(row.flops_printed, 1e9, "G", digits=0),
+                _scaled(row.params_published_count, 1e6, "M"),
+                _scaled(row.flops_published_count, 1e9, "G"),
+                _scaled(row.params, 1e6, "M"),
+                _scaled(row.flops, 1e9, "G"),
+                link(row),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """Replaces what stands between the lines `<!-- BEGIN name -->` and `<!-- END name -->`.
+
+    Raises:
+        ValueError: If the two lines are not there exactly once, in this order.
+    """
+    begin, end = f"<!-- BEGIN {name} -->\n", f"<!-- END {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one line {begin.strip()!r} and after it one line {end!r}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}{content.strip()}\n{end}{rest.partition(end)[2]}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    align = ["left"] + ["right"] * (len(header) - 1)
+    return tabulate(rows, header, tablefmt="github", colalign=align, disable_numparse=True)
+
+
+def _scaled(number: int | None, unit: float, suffix: str = "", *, digits: int = 1) -> str:
+    return MISSING if number is None else f"{number / unit:.{digits}f}{suffix}"
+
+
+def _percent(deviation: float | None) -> str:
+    return MISSING if deviation is None else f"{deviation:+.2%}"
+
+
+def _ap(repository: float | None, paper: float | None) -> str:
+    if repository is None:
+        return MISSING
+    return f"{repository:.1f}" if paper is None else f"{repository:.1f} ({paper:.1f})"

@@ -1,0 +1,28 @@
+"""Golden cases that need Detectron2: heads, detections, test-time pipelines."""
+
+from __future__ import annotations
+
+from piip_core.checkpoints import NotSupportedYet
+from piip_core.verification import Check, GoldenCase, Verifier
+
+from .pipeline import verify_test_pipeline
+from .roi_heads import verify_mask_rcnn
+from .rpn import verify_fpn_rpn
+
+__all__ = ["VERIFIERS", "verify_detection_head", "verify_test_pipeline"]
+
+
+def verify_detection_head(case: GoldenCase) -> Check:
+    """FPN with RPN, or a whole Mask R-CNN behind given feature maps, whichever the case records."""
+    if "output.fpn.0" in case.results:
+        return verify_fpn_rpn(case)
+    if case.config["type"] != "MaskRCNN":
+        raise NotSupportedYet(f"heads of {case.config['type']}")
+    return verify_mask_rcnn(case)
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "detection_head": verify_detection_head,
+    "test_pipeline": verify_test_pipeline,
+}
+"""Verifiers by family of cases, to go with `piip_core.verification.VERIFIERS`."""

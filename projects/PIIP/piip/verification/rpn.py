@@ -1,0 +1,183 @@
+"""Cases of the feature pyramid network and the region proposal network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from piip.modeling.box_regression import CASCADE_STDS, TwoSidedBox2BoxTransform, weights_from_stds
+from piip.modeling.rpn import PublishedRPN
+from piip_core.verification import Check, GoldenCase
+
+from .model import build_detector, image_list
+
+__all__ = ["verify_fpn_rpn"]
+
+# What the cases say about their recorded decoding: boxes clipped to this height and width
+_DECODE_SIZE = (200, 333)
+# Anchors of large levels are recorded in part: this many rows from the start and from the end
+_RECORDED_ROWS = 300
+# An IoU that no two boxes exceed: the NMS removes nothing
+_KEEP_ALL = 2.0
+# How much smaller the padding of the last image is in the "smallpad" losses
+_SMALLER = 32
+
+
+@torch.no_grad()
+def verify_fpn_rpn(case: GoldenCase) -> Check:
+    """Pyramid, head, anchors, proposals, assignment, losses per level, and decoding of extreme deltas."""
+    check = Check(case)
+    model = build_detector(case, "rpn")
+    rpn: PublishedRPN = model.proposal_generator
+    images = image_list(case)
+    features = model.backbone(images.tensor)
+    for index, name in enumerate(rpn.in_features):
+        check.close(f"output.fpn.{index}", features[name])
+    maps = [features[name] for name in rpn.in_features]
+    objectness, deltas = rpn.rpn_head(maps)
+    anchors = rpn.anchor_generator(maps)
+    base_anchors = list(rpn.anchor_generator.cell_anchors)
+    for index, (score, delta, boxes) in enumerate(zip(objectness, deltas, anchors, strict=True)):
+        check.close(f"output.objectness.{index}", score)
+        check.close(f"output.deltas.{index}", delta)
+        check.close(f"output.anchors.{index}", _recorded_rows(boxes.tensor))
+        check.close(f"output.base_anchors.{index}", base_anchors[index])
+    logits = [score.permute(0, 2, 3, 1).flatten(1) for score in objectness]
+    deltas = [delta.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for delta in deltas]
+    _check_selection(check, rpn, anchors, logits, deltas, images.image_sizes)
+    proposals, _ = rpn(images, features)
+    for image, found in enumerate(proposals):
+        check.close(f"output.proposals.{image}", _with_scores(found))
+    _check_training(check, rpn, anchors, logits, deltas)
+    _check_decoding(check)
+    return check
+
+
+def _recorded_rows(boxes: Tensor) -> Tensor:
+    if len(boxes) <= 2 * _RECORDED_ROWS:
+        return boxes
+    return torch.cat((boxes[:_RECORDED_ROWS], boxes[-_RECORDED_ROWS:]))
+
+
+def _with_scores(proposals: Instances) -> Tensor:
+    """(n, 5): box and probability."""
+    return torch.cat((proposals.proposal_boxes.tensor, proposals.objectness_logits.sigmoid()[:, None]), dim=1)
+
+
+def _check_selection(
+    check: Check,
+    rpn: PublishedRPN,
+    anchors: list[Boxes],
+    logits: list[Tensor],
+    deltas: list[Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+) -> None:
+    """What goes into the NMS, level by level."""
+    decoded = rpn._decode_proposals(anchors, deltas)
+    for image, size in enumerate(image_sizes):
+        rows = [
+            _selected(rpn, boxes[image], scores[image], size) for boxes, scores in zip(decoded, logits, strict=True)
+        ]
+        levels = [torch.full((len(found),), level) for level, found in enumerate(rows)]
+        check.close(f"output.pre_nms_boxes.{image}", torch.cat(rows)[:, :4])
+        check.close(f"output.pre_nms_scores.{image}", torch.cat(rows)[:, 4])
+        check.equal(f"output.pre_nms_level.{image}", torch.cat(levels))
+
+
+def _selected(rpn: PublishedRPN, boxes: Tensor, logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, 5) boxes and probabilities that one level of an image gives to the NMS.
+
+    The cases record levels of at most as many anchors as the top-k in the order of the anchors, not of the scores.
+    """
+    topk = rpn.pre_nms_topk[False]
+    unsorted = len(logits) <= topk
+    rank = -torch.arange(len(logits), dtype=logits.dtype) if unsorted else logits
+    (kept,) = find_top_rpn_proposals([boxes[None]], [rank[None]], [size], _KEEP_ALL, topk, topk, rpn.min_box_size, False)
+    if unsorted:
+        kept.objectness_logits = logits[-kept.objectness_logits.long()]
+    return _with_scores(kept)
+
+
+def _check_training(
+    check: Check, rpn: PublishedRPN, anchors: list[Boxes], logits: list[Tensor], deltas: list[Tensor]
+) -> None:
+    metas = check.case.info["img_metas"]
+    targets = []
+    for image, meta in enumerate(metas):
+        instances = Instances(tuple(meta["img_shape"][:2]))
+        instances.gt_boxes = Boxes(check.case.tensors[f"input.gt_boxes.{image}"])
+        targets.append(instances)
+    padded = [tuple(meta["pad_shape"][:2]) for meta in metas]
+    smaller = [*padded[:-1], tuple(side - _SMALLER for side in padded[-1])]
+    with EventStorage():
+        for prefix, sizes in (("", padded), ("smallpad.", smaller)):
+            labels, matched = rpn.label_and_sample_anchors(anchors, targets, sizes)
+            losses = _losses_per_level(rpn, anchors, logits, deltas, labels, matched)
+            check.close(f"output.{prefix}loss_rpn_cls", losses["loss_rpn_cls"])
+            check.close(f"output.{prefix}loss_rpn_bbox", losses["loss_rpn_loc"])
+            if not prefix:
+                _check_assignment(check, rpn, Boxes.cat(anchors), targets, sizes, labels, matched)
+
+
+def _check_assignment(
+    check: Check,
+    rpn: PublishedRPN,
+    anchors: Boxes,
+    targets: list[Instances],
+    sizes: list[tuple[int, int]],
+    labels: list[Tensor],
+    matched: list[Tensor],
+) -> None:
+    for image, (instances, size) in enumerate(zip(targets, sizes, strict=True)):
+        same = (matched[image][:, None] == instances.gt_boxes.tensor).all(dim=2)
+        index = same.int().argmax(dim=1)
+        assigned = torch.where(labels[image] > 0, index + 1, labels[image].long())
+        assigned[~rpn.considered_anchors(anchors, instances.image_size, size)] = -2
+        check.equal(f"output.assigned.{image}", assigned)
+
+
+def _losses_per_level(
+    rpn: PublishedRPN,
+    anchors: list[Boxes],
+    logits: list[Tensor],
+    deltas: list[Tensor],
+    labels: list[Tensor],
+    matched: list[Tensor],
+) -> dict[str, Tensor]:
+    """The losses of each level alone, over the samples of all levels as in the sum."""
+    total = sum((label >= 0).sum() for label in labels)
+    ends = torch.tensor([len(boxes) for boxes in anchors]).cumsum(0).tolist()
+    found: dict[str, list[Tensor]] = {}
+    for level, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        part = [label[start:end] for label in labels]
+        boxes = [box[start:end] for box in matched]
+        losses = rpn.losses([anchors[level]], [logits[level]], part, [deltas[level]], boxes)
+        share = sum((label >= 0).sum() for label in part) / total
+        for name, loss in losses.items():
+            found.setdefault(name, []).append(loss * share)
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _check_decoding(check: Check) -> None:
+    """Deltas beyond the clamp, with the codings of the RPN, the box head and the third cascade stage."""
+    config, tensors = check.case.config, check.case.tensors
+    heads = config["roi_head"]["bbox_head"]
+    stages = heads if isinstance(heads, list) else [heads]
+    third = stages[2]["bbox_coder"]["target_stds"] if len(stages) > 2 else CASCADE_STDS[2]
+    codings = {
+        "rpn": config["rpn_head"]["bbox_coder"]["target_stds"],
+        "rcnn": stages[0]["bbox_coder"]["target_stds"],
+        "stage3": third,
+    }
+    boxes, deltas = tensors["input.decode.rois"], tensors["input.decode.deltas"]
+    for name, stds in codings.items():
+        decoded = TwoSidedBox2BoxTransform(weights_from_stds(stds)).apply_deltas(deltas, boxes)
+        check.close(f"output.decode.{name}_free", decoded)
+        clipped = Boxes(decoded.reshape(-1, 4).clone())
+        clipped.clip(_DECODE_SIZE)
+        check.close(f"output.decode.{name}_clipped", clipped.tensor.reshape(decoded.shape))

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from piip_core import zoo
+
+
+@pytest.fixture(scope="module")
+def tool(load_tool):
+    return load_tool("analyze_model")
+
+
+def test_zoo_json_has_one_object_per_row(tool, monkeypatch, capsys):
+    rows = (zoo.get("vit_b_1024"), zoo.get("piip_tsb_1120_896_448"))
+    monkeypatch.setattr(zoo, "entries", lambda: rows)
+    tool.main(["--zoo", "--json"])
+    first, second = json.loads(capsys.readouterr().out)
+    assert [first["name"], second["name"]] == ["vit_b_1024", "piip_tsb_1120_896_448"]
+    # the public counting script's numbers, to its printed digits, in absolute units
+    assert round(second["params_published_count"] / 1e6, 2) == 146.44
+    assert round(second["flops_published_count"] / 1e9, 2) == 243.13
+    assert round(second["params"] / 1e6, 3) == 175.044
+    assert second["flops"] > second["flops_published_count"]
+    assert (first["params_printed"], first["flops_printed"]) == (90_000_000, 463_000_000_000)
+    assert first["box_ap"] == 43.7
+
+
+def test_model_json_and_table(tool, capsys):
+    tool.main(["vit_b_1024", "--json", "--input", "600", "1000"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["name"] == "vit_b_1024"
+    assert report["input_size"] == [640, 1024]  # padded to the model's 64
+    assert sum(row["flops"] or 0 for row in report["modules"]) == report["flops"]
+    tool.main(["vit_b_1024", "--input", "600", "1000"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "640 x 1024" in lines[0] and lines[-1].split("|")[1].strip() == "total"
+    assert f"{report['flops'] / 1e9:.1f}" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either a CONFIG or --zoo"),
+        (["vit_b_1024", "--zoo"], "either a CONFIG or --zoo"),
+        (["--zoo", "--input", "64", "64"], "--input does not go with --zoo"),
+        (["vit_b_1024", "model.backbone=1"], "model.backbone=1"),
+        (["vit_b_1024", "--input", "0", "64"], "--input 0 64"),
+    ],
+)
+def test_arguments_that_do_not_go_together(tool, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_model(tool):
+    with pytest.raises(SystemExit, match=r"close matches are.*vit_b_1024"):
+        tool.main(["vit_b"])
+
+
+def test_help_shows_units(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--help"])
+    assert "multiply-accumulates" in capsys.readouterr().out

@@ -1,0 +1,73 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from piip_core import zoo
+from piip_core.flops import analyze_zoo, replace_block
+
+
+@pytest.fixture(scope="module")
+def tool(load_tool):
+    return load_tool("generate_tables")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(analyze_zoo([zoo.get("vit_b_1024"), zoo.get("piip_tsb_1120_896_448")]))
+
+
+@pytest.fixture
+def readme(tmp_path, monkeypatch, tool, rows) -> Path:
+    """A file with markers, and a zoo of two rows that is counted once."""
+    monkeypatch.setattr(tool, "analyze_zoo", lambda entries: iter(rows))
+    path = tmp_path / "README.md"
+    path.write_text("# Title\n\n<!-- BEGIN zoo table -->\nold\n<!-- END zoo table -->\n\nText.\n")
+    return path
+
+
+def test_writes_then_finds_nothing_to_do(tool, readme, capsys):
+    before = readme.read_text()
+    assert tool.main([str(readme), "--check"]) == 1
+    assert readme.read_text() == before
+    assert "out of date" in capsys.readouterr().out
+    assert tool.main([str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n\n<!-- BEGIN zoo table -->\n|") and text.endswith("\n\nText.\n")
+    assert "old" not in text
+    assert [path.name for path in readme.parent.iterdir()] == ["README.md"]
+    assert tool.main([str(readme), "--check"]) == 0
+
+
+def test_table_holds_published_and_counted_numbers(tool, readme):
+    tool.main([str(readme)])
+    header, _, vit, tsb = (line for line in readme.read_text().splitlines() if line.startswith("|"))
+    cells = dict(zip((c.strip() for c in header.split("|")), (c.strip() for c in tsb.split("|")), strict=True))
+    assert (cells["model"], cells["resolution"]) == ("PIIP-TSB", "1120/896/448")
+    assert (cells["box AP"], cells["mask AP"]) == ("43.6 (43.9)", "38.7 (38.6)")
+    assert (cells["#Param"], cells["#FLOPs"]) == ("146M", "243G")
+    assert (cells["our #Param count"], cells["our #FLOPs count"]) == ("146.4M", "243.1G")
+    assert cells["our params"] == "175.0M"
+    assert "| ViT-B" in vit
+
+
+def test_config_links_exist_and_are_relative_to_the_file(tool, rows):
+    for readme in tool.READMES:
+        target = re.search(r"\[config\]\((.+?)\)", tool.table_for(readme, rows))[1]
+        assert (readme.parent / target).resolve() == tool.CONFIGS / zoo.get("vit_b_1024").config_file
+    assert all((tool.CONFIGS / entry.config_file).is_file() for entry in zoo.entries())
+
+
+@pytest.mark.parametrize("text", ["none", "<!-- END zoo table -->\n<!-- BEGIN zoo table -->\n"])
+def test_missing_markers_are_named(text):
+    with pytest.raises(ValueError, match="BEGIN zoo table"):
+        replace_block(text, "zoo table", "x")
+
+
+def test_unusable_file_is_named_and_nothing_written(tool, readme):
+    before, unmarked = readme.read_text(), readme.with_name("unmarked.md")
+    unmarked.write_text("text")
+    for other in (unmarked, readme.with_name("absent.md")):
+        with pytest.raises(SystemExit, match=other.name):
+            tool.main([str(readme), str(other)])
+    assert readme.read_text() == before
