@@ -6,9 +6,9 @@ Branch 1 ViT-L at 672, Branch 2 ViT-B at 896, Branch 3 ViT-S at 1568.
 from piip.rows import apply_row
 from piip_core import zoo
 
-from ..common.coco import data
+from ..common.coco import data, dataloader
 from ..common.mask_rcnn import model
-from ..common.schedule_1x import optimizer, train
+from ..common.schedule_1x import lr_multiplier, optimizer, train
 
 # Images fit into 1568 x 941, sides padded to multiples of 224
 apply_row(zoo.get("piip_sbl_1568_896_672"), model=model, data=data, optimizer=optimizer)

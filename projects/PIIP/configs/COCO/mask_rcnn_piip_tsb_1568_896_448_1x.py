@@ -6,9 +6,9 @@ Branch 1 ViT-B at 448, Branch 2 ViT-S at 896, Branch 3 ViT-T at 1568.
 from piip.rows import apply_row
 from piip_core import zoo
 
-from ..common.coco import data
+from ..common.coco import data, dataloader
 from ..common.mask_rcnn import model
-from ..common.schedule_1x import optimizer, train
+from ..common.schedule_1x import lr_multiplier, optimizer, train
 
 # Images fit into 1568 x 941, sides padded to multiples of 224
 apply_row(zoo.get("piip_tsb_1568_896_448"), model=model, data=data, optimizer=optimizer)

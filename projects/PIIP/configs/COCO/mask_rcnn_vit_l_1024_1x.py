@@ -6,9 +6,9 @@ Branch 1 ViT-L at 1024.
 from piip.rows import apply_row
 from piip_core import zoo
 
-from ..common.coco import data
+from ..common.coco import data, dataloader
 from ..common.mask_rcnn import model
-from ..common.schedule_1x import optimizer, train
+from ..common.schedule_1x import lr_multiplier, optimizer, train
 
 # Images fit into 1024 x 614, sides padded to multiples of 64
 apply_row(zoo.get("vit_l_1024"), model=model, data=data, optimizer=optimizer)

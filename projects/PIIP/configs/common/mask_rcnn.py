@@ -1,13 +1,12 @@
-"""Mask R-CNN on a PIIP backbone, as published: Detectron2's own heads on an FPN, everything in RGB."""
+"""Mask R-CNN on a PIIP backbone, as published: Detectron2's heads on an FPN, everything in RGB."""
 
-from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
 from piip.lazy import lazy_dataclass
-from piip.modeling import PIIPFPN, PIIPBackbone
+from piip.modeling import PIIPFPN, PIIPBackbone, published_mask_rcnn
 from piip_core import zoo
 
-model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+model = published_mask_rcnn()
 
 # Every row of ../COCO replaces `config` by its own
 model.backbone = L(PIIPFPN)(
@@ -22,6 +21,7 @@ model.backbone = L(PIIPFPN)(
     top_block=model.backbone.top_block,
 )
 
+model.proposal_generator.pad_divisor = "${..backbone.bottom_up.pad_divisor}"
 model.roi_heads.num_classes = "${data.num_classes}"
 
 # DeiT branches were trained with mean = std = 127.5 in RGB order, not with ImageNet's statistics

@@ -1,0 +1,29 @@
+"""Detectron2's Mask R-CNN with the published rules where Detectron2's differ."""
+
+from __future__ import annotations
+
+from detectron2 import model_zoo
+from detectron2.config import LazyCall
+from omegaconf import DictConfig
+
+from .box_regression import TwoSidedBox2BoxTransform
+from .matcher import BestBoxMatcher
+from .rpn import PublishedRPN
+
+__all__ = ["published_mask_rcnn"]
+
+
+def published_mask_rcnn() -> DictConfig:
+    """LazyConfig node of Mask R-CNN with an FPN; the backbone is still Detectron2's ResNet.
+
+    Detections are those of `common/models/mask_rcnn_fpn.py` except for boxes that shrink more than 62-fold; the
+    assignment of ground truth in training is the published one.
+    """
+    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    rpn, roi_heads = model.proposal_generator, model.roi_heads
+    rpn._target_ = PublishedRPN
+    rpn.anchor_matcher = LazyCall(BestBoxMatcher)(thresholds=[0.3, 0.7], labels=[0, -1, 1], min_quality=0.3)
+    roi_heads.proposal_matcher = LazyCall(BestBoxMatcher)(thresholds=[0.5], labels=[0, 1], min_quality=0.5)
+    for part in (rpn, roi_heads.box_predictor):
+        part.box2box_transform._target_ = TwoSidedBox2BoxTransform
+    return model
