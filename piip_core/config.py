@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
+
+from .interaction_graph import UnitSpec, graph_presets
+from .validation import ConfigError, check, check_choice, freeze_sequences, is_sequence
 
 __all__ = [
     "BranchConfig",
@@ -21,37 +23,9 @@ __all__ = [
     "MergingConfig",
     "NetworkConfig",
     "PIIPConfig",
-    "UnitSpec",
     "ViTConfig",
     "even_segments",
 ]
-
-
-class ConfigError(ValueError):
-    """A configuration field has a value that cannot work; the message names field, value and fix."""
-
-
-def _check(condition: bool, field: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{field}={value!r}: expected {expected}")
-
-
-def _one_of(field: str, value: object, choices: Sequence[str]) -> None:
-    _check(value in choices, field, value, "one of " + ", ".join(repr(c) for c in choices))
-
-
-def _is_sequence(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def _tuples(value: Any) -> Any:
-    """Turns any nesting of sequences (lists, OmegaConf's ListConfig) into tuples."""
-    return tuple(_tuples(v) for v in value) if _is_sequence(value) else value
-
-
-def _freeze(config: Any, **fields: Any) -> None:
-    for name, value in fields.items():
-        object.__setattr__(config, name, value)
 
 
 class NetworkConfig:
@@ -99,8 +73,8 @@ class ViTConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         for field in ("embed_dim", "depth", "num_heads", "patch_size", "pos_grid"):
-            _check(getattr(self, field) > 0, f"ViTConfig.{field}", getattr(self, field), "a positive integer")
-        _check(
+            check(getattr(self, field) > 0, f"ViTConfig.{field}", getattr(self, field), "a positive integer")
+        check(
             self.embed_dim % self.num_heads == 0,
             "ViTConfig.num_heads",
             self.num_heads,
@@ -151,28 +125,28 @@ class BranchConfig:
     pretrained: str | None = None
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             isinstance(self.network, NetworkConfig),
             "BranchConfig.network",
             self.network,
             f"one of {', '.join(c.__name__ for c in NetworkConfig.families.values())}",
         )
-        _freeze(self, segments=_tuples(self.segments), window_size=_tuples(self.window_size))
-        _check(self.image_size > 0, "BranchConfig.image_size", self.image_size, "a positive number of pixels")
-        _check(0 <= self.drop_path_rate < 1, "BranchConfig.drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
-        _one_of("BranchConfig.window_padding", self.window_padding, ("before_qkv", "after_qkv"))
-        _one_of("BranchConfig.drop_path_schedule", self.drop_path_schedule, ("constant", "linear"))
+        freeze_sequences(self, "segments", "window_size")
+        check(self.image_size > 0, "BranchConfig.image_size", self.image_size, "a positive number of pixels")
+        check(0 <= self.drop_path_rate < 1, "BranchConfig.drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
+        check_choice("BranchConfig.window_padding", self.window_padding, ("before_qkv", "after_qkv"))
+        check_choice("BranchConfig.drop_path_schedule", self.drop_path_schedule, ("constant", "linear"))
         self._check_windows()
         if self.segments is not None:
             self._check_segments(self.segments)
 
     def _check_windows(self) -> None:
         windows, depth = self.window_sizes, self.network.depth
-        _check(len(windows) == depth, "BranchConfig.window_size", windows, f"{depth} entries, one per block")
+        check(len(windows) == depth, "BranchConfig.window_size", windows, f"{depth} entries, one per block")
         for w in windows:
-            _check(w is None or w > 0, "BranchConfig.window_size", w, "a positive window side, or None for global")
+            check(w is None or w > 0, "BranchConfig.window_size", w, "a positive window side, or None for global")
         if getattr(self.network, "class_token", False):
-            _check(
+            check(
                 all(w is None for w in windows),
                 "BranchConfig.window_size",
                 self.window_size,
@@ -183,56 +157,15 @@ class BranchConfig:
         expected = f"consecutive [first, last] pairs that cover blocks 0 to {self.network.depth - 1}"
         start = 0
         for pair in segments:
-            _check(len(pair) == 2 and pair[0] == start and pair[1] >= start - 1, "segments", segments, expected)
+            check(len(pair) == 2 and pair[0] == start and pair[1] >= start - 1, "segments", segments, expected)
             start = pair[1] + 1
-        _check(not segments or start == self.network.depth, "BranchConfig.segments", segments, expected)
+        check(not segments or start == self.network.depth, "BranchConfig.segments", segments, expected)
 
     @property
     def window_sizes(self) -> tuple[int | None, ...]:
         """Window side of every block."""
         w = self.window_size
         return w if isinstance(w, tuple) else (w,) * self.network.depth
-
-
-@dataclass(frozen=True)
-class UnitSpec:
-    """One interaction unit between branches `low` < `high` (numbers from 1): which of the two receive features."""
-
-    low: int
-    high: int
-    into_low: bool = True
-    into_high: bool = True
-
-    _PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"(\d+)\s*(<->|->|<-)\s*(\d+)")
-
-    @classmethod
-    def parse(cls, text: str) -> UnitSpec:
-        """Reads `"2<->3"` (both directions), `"3->2"` (features of Branch 3 into Branch 2) or `"2<-3"` (the same)."""
-        match = cls._PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
-        _check(match is not None, "InteractionConfig.units", text, "a unit such as '2<->3' or '3->2'")
-        a, arrow, b = int(match[1]), match[2], int(match[3])
-        _check(a != b, "InteractionConfig.units", text, "two different branches")
-        into_b, into_a = arrow != "<-", arrow != "->"
-        return cls(a, b, into_a, into_b) if a < b else cls(b, a, into_b, into_a)
-
-
-def _adjacent(n: int) -> list[tuple[int, int]]:
-    return [(i, i + 1) for i in range(n - 1, 0, -1)]  # from the high-resolution end, as published
-
-
-def _presets(n: int) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Interaction graphs of the paper's Table XVII, each a cycle over consecutive interactions."""
-    down = tuple(f"{b}->{a}" for a, b in _adjacent(n))
-    up = tuple(f"{a}->{b}" for a, b in reversed(_adjacent(n)))
-    both = tuple(f"{a}<->{b}" for a, b in _adjacent(n))
-    closing = n > 2
-    return {
-        "adjacent": (both,),
-        "alternating": (down, up),
-        "cycle_down": (down + ((f"1->{n}",) if closing else ()),),
-        "cycle_up": (up + ((f"{n}->1",) if closing else ()),),
-        "bidirectional_cycle": (both + ((f"1<->{n}",) if closing else ()),),
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,12 +202,12 @@ class InteractionConfig:
     drop_path_rate: float = 0.4
 
     def __post_init__(self) -> None:
-        _freeze(self, units=_tuples(self.units))
-        _check(self.num_interactions >= 0, "InteractionConfig.num_interactions", self.num_interactions, "0 or more")
-        _one_of("InteractionConfig.attention", self.attention, ("deformable", "regular"))
-        _one_of("InteractionConfig.norm", self.norm, ("layernorm", "none"))
+        freeze_sequences(self, "units")
+        check(self.num_interactions >= 0, "InteractionConfig.num_interactions", self.num_interactions, "0 or more")
+        check_choice("InteractionConfig.attention", self.attention, ("deformable", "regular"))
+        check_choice("InteractionConfig.norm", self.norm, ("layernorm", "none"))
         for field in ("num_heads", "num_points"):
-            _check(getattr(self, field) > 0, f"InteractionConfig.{field}", getattr(self, field), "a positive integer")
+            check(getattr(self, field) > 0, f"InteractionConfig.{field}", getattr(self, field), "a positive integer")
 
     def graph(self, interaction: int, num_branches: int) -> tuple[UnitSpec, ...]:
         """Units of one interaction, in the order they run.
@@ -284,20 +217,20 @@ class InteractionConfig:
         """
         units = self.units
         if isinstance(units, str):
-            presets = _presets(num_branches)
-            _one_of("InteractionConfig.units", units, tuple(presets))
+            presets = graph_presets(num_branches)
+            check_choice("InteractionConfig.units", units, tuple(presets))
             units = presets[units]
         pattern = units if units and not isinstance(units[0], str) else (units,)
         specs = tuple(UnitSpec.parse(text) for text in pattern[interaction % len(pattern)])
         for spec in specs:
-            _check(
+            check(
                 1 <= spec.low and spec.high <= num_branches,
                 "InteractionConfig.units",
                 f"{spec.low}..{spec.high}",
                 f"branch numbers from 1 to {num_branches}",
             )
         pairs = [(spec.low, spec.high) for spec in specs]
-        _check(len(set(pairs)) == len(pairs), "InteractionConfig.units", units, "each pair of branches at most once")
+        check(len(set(pairs)) == len(pairs), "InteractionConfig.units", units, "each pair of branches at most once")
         return specs
 
 
@@ -326,16 +259,11 @@ class MergingConfig:
     num_groups: int = 32
 
     def __post_init__(self) -> None:
-        _freeze(
-            self,
-            branches=_tuples(self.branches),
-            intermediate_after=_tuples(self.intermediate_after),
-            out_strides=_tuples(self.out_strides),
-        )
-        _one_of("MergingConfig.kind", self.kind, ("simple", "regular", "single"))
-        _one_of("MergingConfig.pyramid_norm", self.pyramid_norm, ("group", "layer"))
+        freeze_sequences(self, "branches", "intermediate_after", "out_strides")
+        check_choice("MergingConfig.kind", self.kind, ("simple", "regular", "single"))
+        check_choice("MergingConfig.pyramid_norm", self.pyramid_norm, ("group", "layer"))
         expected = len(self.out_strides) - 1 if self.kind == "regular" else 0
-        _check(
+        check(
             len(self.intermediate_after) == expected,
             "MergingConfig.intermediate_after",
             self.intermediate_after,
@@ -358,11 +286,11 @@ class PIIPConfig:
     merging: MergingConfig | None = MergingConfig()
 
     def __post_init__(self) -> None:
-        _freeze(self, branches=_tuples(self.branches))
-        _check(len(self.branches) > 0, "PIIPConfig.branches", self.branches, "at least one branch")
+        freeze_sequences(self, "branches")
+        check(len(self.branches) > 0, "PIIPConfig.branches", self.branches, "at least one branch")
         count = self.num_interactions
         for i, branch in enumerate(self.branches, 1):
-            _check(
+            check(
                 branch.segments is None or len(branch.segments) == count,
                 f"PIIPConfig.branches[{i}].segments",
                 branch.segments,
@@ -376,20 +304,20 @@ class PIIPConfig:
     def _check_merging(self, merging: MergingConfig) -> None:
         n = len(self.branches)
         chosen = self.merging_branches
-        _check(
+        check(
             bool(chosen) and set(chosen) <= set(range(1, n + 1)) and len(set(chosen)) == len(chosen),
             "MergingConfig.branches",
             merging.branches,
             f"different numbers from 1 to {n}",
         )
-        _check(
+        check(
             merging.kind != "single" or n == 1,
             "MergingConfig.kind",
             merging.kind,
             f"'simple' or 'regular' for {n} branches",
         )
         for k in merging.intermediate_after:
-            _check(
+            check(
                 0 <= k < self.num_interactions,
                 "MergingConfig.intermediate_after",
                 k,
@@ -437,20 +365,20 @@ def _to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"family": value.family, **fields} if isinstance(value, NetworkConfig) else fields
-    return [_to_plain(v) for v in value] if _is_sequence(value) else value
+    return [_to_plain(v) for v in value] if is_sequence(value) else value
 
 
 def _network_from_dict(data: Mapping[str, Any]) -> NetworkConfig:
     data = dict(data)
     family = data.pop("family", None)
-    _one_of("network.family", family, tuple(NetworkConfig.families))
+    check_choice("network.family", family, tuple(NetworkConfig.families))
     return _build(NetworkConfig.families[family], data)
 
 
 def _build(cls: type, data: Mapping[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - known)
-    _check(not unknown, cls.__name__, unknown, f"only the fields {', '.join(sorted(known))}")
+    check(not unknown, cls.__name__, unknown, f"only the fields {', '.join(sorted(known))}")
     try:
         return cls(**data)
     except TypeError as error:  # a required field is missing

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from .config import ConfigError, InteractionConfig, UnitSpec
+from .config import ConfigError, InteractionConfig
+from .interaction_graph import UnitSpec
 from .ops import MSDeformAttn, make_reference_points
 
 __all__ = ["ConvFFN", "CrossAttention", "DeformableCrossAttention", "Injection", "Interaction", "InteractionUnit"]

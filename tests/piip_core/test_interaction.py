@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from piip_core import ConfigError, InteractionConfig
-from piip_core.config import UnitSpec
 from piip_core.interaction import ConvFFN, CrossAttention, Injection, Interaction, InteractionUnit
+from piip_core.interaction_graph import UnitSpec
 
 CONFIG = InteractionConfig(num_heads=4)
 

@@ -19,7 +19,7 @@ from piip.data import (
     get_coco_dicts,
 )
 
-_coco = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "coco")
+_coco = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "coco")
 
 data = OmegaConf.create(
     {

@@ -1,23 +1,21 @@
 """The published 1x schedule: 12 epochs of COCO train2017 at 16 images per iteration, AdamW with layer decay."""
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from piip.solver import layer_decay_params
 
+from .train import train
+
 # 117266 of 118287 images have annotations: 117266 / 16 = 7330 iterations per epoch
 _EPOCH = 7330
 
-train = model_zoo.get_config("common/train.py").train
 train.max_iter = 12 * _EPOCH
 train.eval_period = _EPOCH
 train.checkpointer = {"period": _EPOCH, "max_to_keep": 3}
-train.load_pretrained = True  # start from the weights the branches name; off when a checkpoint of all of it follows
-train.amp.enabled = True
-train.amp.precision = "bfloat16"  # the published backbones were trained in bf16
+train.amp.enabled = True  # in bfloat16, as the published backbones
 
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(MultiStepParamScheduler)(
