@@ -1,0 +1,172 @@
+"""Detectron2's checkpointer with atomic writes, safe loading and, on request, strict loading."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from safetensors.torch import load_file
+from torch import nn
+
+from piip.data import Category, DatasetError
+from piip.errors import UserError
+
+__all__ = ["AtomicCheckpointer", "CategoryTable", "CheckpointError", "read_categories", "write_atomically"]
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, unreadable or made for another model; the message names it."""
+
+
+@contextmanager
+def write_atomically(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Opens a file beside `path` that takes its place when the block ends without an error.
+
+    Whatever interrupts the writing, `path` holds the old content or all of the new one.
+
+    Args:
+        path: File to write.
+        mode: As for `open`.
+    """
+    folder, name = os.path.split(path)
+    # Fixed name: what a killed process left behind is overwritten by the next attempt.
+    aside = os.path.join(folder, f".{name}.incomplete")
+    try:
+        with open(aside, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        if os.path.exists(aside):
+            os.remove(aside)
+        raise
+
+
+class CategoryTable:
+    """The classes of a run, kept in its checkpoints: resuming checks them, `Predictor` takes names and ids from them.
+
+    Args:
+        categories: Class k of the model is entry k.
+    """
+
+    def __init__(self, categories: Sequence[Category]) -> None:
+        self.categories = tuple(categories)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [{"id": category.id, "name": category.name} for category in self.categories]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Compares with a checkpoint.
+
+        Raises:
+            DatasetError: If the checkpoint was trained on other classes.
+        """
+        if state != self.state_dict():
+            raise DatasetError(
+                f"the checkpoint was trained on {len(state)} classes ({_names(state)}), the data set has "
+                f"{len(self.categories)} ({_names(self.state_dict())}): to train on other classes, start anew with "
+                "train.init_checkpoint=PATH instead of --resume"
+            )
+
+
+def _names(state: list[dict[str, Any]]) -> str:
+    return ", ".join(entry["name"] for entry in state[:5]) + (" ..." if len(state) > 5 else "")
+
+
+def read_categories(path: str) -> tuple[Category, ...]:
+    """Classes stored in a checkpoint, without reading its tensors; nothing if it has none.
+
+    Raises:
+        CheckpointError: If the file cannot be loaded.
+    """
+    if path.endswith(".safetensors"):
+        return ()
+    state = _torch_load(PathManager.get_local_path(path), mmap=True)
+    return tuple(Category(entry["id"], entry["name"]) for entry in state.get("categories", ()))
+
+
+def _torch_load(path: str, **kwargs: Any) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **kwargs)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint (looked from {os.getcwd()})") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors and plain values, and could run code when loaded. If you trust it, "
+            "re-save its state dict with safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: not a complete PyTorch checkpoint ({error})") from error
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """`DetectionCheckpointer` that a crash while saving cannot hurt, and that loads tensors only, never code.
+
+    Args:
+        model (nn.Module): the model.
+        save_dir (str): folder of the checkpoints.
+        strict (bool): whether weights that are missing or of another shape are an error instead of a warning.
+        checkpointables: as in `DetectionCheckpointer`.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", *, strict: bool = False, **checkpointables: Any) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.strict = strict
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes `<save_dir>/<name>.pth` and then points `last_checkpoint` to it; each appears whole or not at all."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update((key, item.state_dict()) for key, item in self.checkpointables.items())
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        with write_atomically(path) as file:
+            torch.save(data, file)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with write_atomically(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
+            file.write(last_filename_basename)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a `.pth` or `.safetensors` checkpoint; see `fvcore.common.checkpoint.Checkpointer.load`.
+
+        Raises:
+            CheckpointError: If the file is missing or unreadable or, when strict, does not fit the model.
+        """
+        try:
+            if path and "://" not in path and not os.path.isfile(path):
+                raise CheckpointError(f"{path}: no such checkpoint (looked from {os.getcwd()})")
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # Detectron2 leaves it set when loading fails
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".safetensors"):
+            return {"model": load_file(filename)}
+        if not filename.endswith(".pth"):
+            raise CheckpointError(f"{filename}: expected a .pth or .safetensors file (pickled formats can run code)")
+        return super()._load_file(filename)
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return _torch_load(f)
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        problems = [f"{k} is {a} in the file, {b} in the model" for k, a, b in incompatible.incorrect_shapes]
+        problems += [f"{key} is not in the file" for key in incompatible.missing_keys]
+        if self.strict and problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CheckpointError(
+                f"the checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Expected the configuration "
+                "and the number of classes that it was trained with"
+            )
+        super()._log_incompatible_keys(incompatible)

@@ -1,0 +1,29 @@
+"""Data of the PIIP detectors: the published image pipeline, COCO-format data sets, reproducible loading."""
+
+from .coco import build_coco_evaluator, coco_categories, coco_metadata, get_coco_dicts
+from .coco_check import Category, DatasetError
+from .images import UnreadableImageError, read_image
+from .loader import TrainLoader, build_train_loader
+from .mapper import CheckedDatasetMapper
+from .pipeline import network_input
+from .transforms import KeepRatioResize, OpenCVResizeTransform, keep_ratio_size, resize_bilinear, resize_nearest
+
+__all__ = [
+    "Category",
+    "CheckedDatasetMapper",
+    "DatasetError",
+    "KeepRatioResize",
+    "OpenCVResizeTransform",
+    "TrainLoader",
+    "UnreadableImageError",
+    "build_coco_evaluator",
+    "build_train_loader",
+    "coco_categories",
+    "coco_metadata",
+    "get_coco_dicts",
+    "keep_ratio_size",
+    "network_input",
+    "read_image",
+    "resize_bilinear",
+    "resize_nearest",
+]

@@ -1,0 +1,134 @@
+"""Loading LazyConfigs for the command-line tools, with the mistakes caught that would otherwise pass in silence."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from piip.data import Category, DatasetError, coco_categories
+from piip.errors import UserError
+
+__all__ = ["ConfigError", "check_device", "follow_annotations", "load_config", "skip_pretrained"]
+
+logger = logging.getLogger(__name__)
+
+
+class ConfigError(UserError):
+    """A configuration or an override that cannot be meant; the message names it."""
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Loads a LazyConfig and applies `key=value` overrides, which must name things that exist.
+
+    Args:
+        config_file: Python or YAML LazyConfig.
+        overrides: Such as "train.max_iter=100"; write "+a.b=1" to add a key.
+
+    Raises:
+        ConfigError: If the file does not exist, or an override cannot be parsed or names no existing key.
+    """
+    if not os.path.isfile(config_file):
+        raise ConfigError(f"--config-file {config_file!r}: no such file (looked from {os.getcwd()})")
+    cfg = LazyConfig.load(config_file)
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(
+                f"override {text!r}: expected key=value; quote values with special characters twice, "
+                f"as in 'key=\"a (b)\"' ({str(error).splitlines()[0]})"
+            ) from error
+        if not override.is_add():
+            _check_exists(cfg, override.key_or_group, text)
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def _check_exists(cfg: DictConfig, key: str, text: str) -> None:
+    parent_key, _, name = key.rpartition(".")
+    parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
+    if isinstance(parent, ListConfig):
+        if name.isdecimal() and int(name) < len(parent):
+            return
+        raise ConfigError(f"override {text!r}: {parent_key} is a list of {len(parent)}: expected an index below that")
+    if not isinstance(parent, DictConfig):
+        top = key.split(".")[0]
+        near = difflib.get_close_matches(top, [str(k) for k in cfg], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near and near[0] != top else ""
+        raise ConfigError(f"override {text!r}: the configuration has no {parent_key!r}{hint}")
+    if name in parent or name in _arguments(parent):
+        return
+    near = difflib.get_close_matches(name, [str(k) for k in parent], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"override {text!r}: {parent_key or 'the configuration'} has no {name!r}{hint} (+{text} adds it)")
+
+
+def _arguments(node: DictConfig) -> set[str]:
+    """Names of the arguments that a LazyCall's target takes, given in the configuration or not."""
+    target = node.get("_target_")
+    target = locate(target) if isinstance(target, str) else target
+    if target is None:
+        return set()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name for name, p in inspect.signature(target).parameters.items() if p.kind in named}
+
+
+def check_device(device: str) -> torch.device:
+    """The device of `train.device`.
+
+    Raises:
+        ConfigError: If it is a CUDA device and none is visible.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"train.device={device}: no CUDA device is visible; use train.device=cpu")
+    return torch.device(device)
+
+
+def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ...]:
+    """Sets `data.num_classes`, which the model's fields refer to, from the annotation files.
+
+    Args:
+        cfg: Configuration; one without `data.num_classes` is left alone.
+        training: Whether the training set is used, or the test set only.
+
+    Returns:
+        The classes, or nothing for a configuration without `data.num_classes`.
+
+    Raises:
+        DatasetError: If a file cannot be used, or training and test set have different classes.
+    """
+    if "num_classes" not in cfg.get("data", {}):
+        return ()
+    files = [cfg.data.train.annotations] if training else []
+    if cfg.data.test.annotations is not None:
+        files.append(cfg.data.test.annotations)
+    if not files:
+        raise DatasetError("data.test.annotations is null: expected a COCO-format annotation file to evaluate on")
+    categories = coco_categories(files[0])
+    for other in files[1:]:
+        if coco_categories(other) != categories:
+            ours, theirs = ({(c.id, c.name) for c in coco_categories(f)} for f in (files[0], other))
+            raise DatasetError(
+                f"{other} and {files[0]} have different categories: only the first has {sorted(theirs - ours)[:5]}, "
+                f"only the second has {sorted(ours - theirs)[:5]}: expected the same ids and names in both"
+            )
+    cfg.data.num_classes = len(categories)
+    names = ", ".join(category.name for category in categories[:10]) + (" ..." if len(categories) > 10 else "")
+    logger.info("%d classes from %s: %s", len(categories), files[0], names)
+    return categories
+
+
+def skip_pretrained(cfg: DictConfig) -> None:
+    """Sets `train.load_pretrained`, which the model's fields refer to, to False: a checkpoint of all of it follows."""
+    if "load_pretrained" in cfg.get("train", {}):
+        cfg.train.load_pretrained = False

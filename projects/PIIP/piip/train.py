@@ -1,0 +1,195 @@
+"""Training and evaluation of a LazyConfig: the loop behind `tools/lazyconfig_train_net.py`.
+
+What it does beyond Detectron2's script of that name: CPU and bfloat16, the number of classes from the annotation file,
+resuming that continues exactly, checkpoints that survive a crash, and early errors that say what is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import SimpleTrainer, create_ddp_model, default_setup, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from torch import nn
+
+from piip.checkpointer import AtomicCheckpointer, CategoryTable
+from piip.data import Category, TrainLoader
+from piip.lazy_config import ConfigError, check_device, follow_annotations, load_config, skip_pretrained
+from piip.trainer import MixedPrecisionTrainer, StepSeed, TerminalProgress
+
+__all__ = ["build_evaluation", "do_train", "evaluate_only", "main"]
+
+logger = logging.getLogger(__name__)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Trains or evaluates on this process; `detectron2.engine.launch` starts one per device.
+
+    Args:
+        args: With config_file, opts, resume and eval_only, as parsed by `tools/lazyconfig_train_net.py`.
+
+    Raises:
+        ConfigError: If the configuration cannot be meant.
+        DatasetError: If a data set cannot be used.
+        CheckpointError: If a checkpoint is missing, broken or of another model.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    check_device(cfg.train.device)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="piip")
+    categories = follow_annotations(cfg, training=not args.eval_only)
+    default_setup(cfg, args)  # after the line above: it saves the configuration
+    logger.info("Running on %s, %d process(es)", cfg.train.device, comm.get_world_size())
+    if args.eval_only:
+        evaluate_only(cfg, resume=args.resume)
+    else:
+        do_train(cfg, categories, resume=args.resume)
+
+
+def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] | None:
+    """Builds test loader and evaluator once, so that a wrong path shows before training and not after an epoch.
+
+    Args:
+        cfg: With dataloader.test and dataloader.evaluator.
+
+    Returns:
+        A function from a model to its metrics, or None if there is no evaluator or `data.test.annotations` is null.
+    """
+    if "evaluator" not in cfg.dataloader or cfg.get("data", {}).get("test", {}).get("annotations", "") is None:
+        logger.info("No evaluation: the configuration has no evaluator or data.test.annotations is null")
+        return None
+    loader = instantiate(cfg.dataloader.test)
+    evaluator = instantiate(cfg.dataloader.evaluator)
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        results = inference_on_dataset(model, loader, evaluator)
+        print_csv_format(results)
+        return results
+
+    return evaluate
+
+
+def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluates `train.init_checkpoint`, or with `resume` the last checkpoint of `train.output_dir`.
+
+    Raises:
+        ConfigError: If there is no checkpoint or nothing to evaluate on.
+        CheckpointError: If the checkpoint lacks weights or has others than the model.
+    """
+    saved = AtomicCheckpointer(nn.Identity(), cfg.train.output_dir)
+    path = _last_checkpoint(saved) if resume else cfg.train.init_checkpoint
+    if not path:
+        raise ConfigError(
+            "--eval-only: no checkpoint: give train.init_checkpoint=PATH, or --resume for the last one of "
+            f"train.output_dir={cfg.train.output_dir}"
+        )
+    skip_pretrained(cfg)
+    evaluate = build_evaluation(cfg)
+    if evaluate is None:
+        raise ConfigError("--eval-only: no evaluator, or data.test.annotations is null: expected a test set")
+    model = instantiate(cfg.model).to(cfg.train.device)
+    AtomicCheckpointer(model, strict=True).load(path, checkpointables=[])
+    return evaluate(model)
+
+
+def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bool = False) -> None:
+    """Trains to `train.max_iter`, with checkpoints, evaluation and writers.
+
+    Args:
+        cfg: With model, optimizer, lr_multiplier, dataloader.{train,test,evaluator}, and train: output_dir,
+            init_checkpoint, max_iter, device, ddp, checkpointer, eval_period, log_period, amp.enabled;
+            optionally train.amp.precision, train.seed, train.load_pretrained and data (see configs/common).
+        categories: Classes to keep in the checkpoints, from `follow_annotations`.
+        resume: Go on from the last checkpoint of `train.output_dir`, if there is one.
+    """
+    seed = StepSeed(cfg.train.get("seed", -1))
+    evaluate = build_evaluation(cfg)
+    last = _last_checkpoint(AtomicCheckpointer(nn.Identity(), cfg.train.output_dir))
+    if last and not resume and comm.is_main_process():
+        logger.warning(
+            "%s holds an earlier run: its checkpoints will be overwritten and metrics.json continued. --resume goes on "
+            "with it, another train.output_dir keeps it",
+            cfg.train.output_dir,
+        )
+    if cfg.train.init_checkpoint or (resume and last):
+        skip_pretrained(cfg)
+
+    device = torch.device(cfg.train.device)
+    model = instantiate(cfg.model).to(device)
+    logger.info("Model:\n%s", model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    # DistributedDataParallel takes no device ids on CPU
+    model = create_ddp_model(model, **cfg.train.ddp, **({} if device.type == "cuda" else {"device_ids": None}))
+    trainer = _build_trainer(cfg, model, loader, optimizer, device)
+    tables = {"categories": CategoryTable(categories)} if categories else {}
+    checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer, **tables)
+    trainer.register_hooks(_build_hooks(cfg, seed, checkpointer, (lambda: evaluate(model)) if evaluate else None))
+
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    # A checkpoint stores the iteration that it was written after
+    start = trainer.iter + 1 if resume and last else 0
+    if resume and not last:
+        logger.info("--resume: no checkpoint in %s yet, starting from the beginning", cfg.train.output_dir)
+    _seek(loader, start, seed, drawn=cfg.train.get("seed", -1) < 0)
+    if start >= cfg.train.max_iter:
+        logger.info("Nothing to train: %s was written at iteration %d of %d", last, start, cfg.train.max_iter)
+        if evaluate:
+            evaluate(model)
+        return
+    trainer.train(start, cfg.train.max_iter)
+
+
+def _last_checkpoint(checkpointer: AtomicCheckpointer) -> str:
+    return checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
+
+
+def _build_trainer(
+    cfg: DictConfig, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, device: torch.device
+) -> SimpleTrainer:
+    if not cfg.train.amp.enabled:
+        return SimpleTrainer(model, loader, optimizer)
+    precision = cfg.train.amp.get("precision", "bfloat16")
+    return MixedPrecisionTrainer(model, loader, optimizer, device=device, precision=precision)
+
+
+def _build_hooks(
+    cfg: DictConfig, seed: StepSeed, checkpointer: AtomicCheckpointer, evaluate: Callable[[], dict[str, Any]] | None
+) -> list[Any]:
+    main_process = comm.is_main_process()
+    output_dir, max_iter, period = cfg.train.output_dir, cfg.train.max_iter, cfg.train.log_period
+    files = (
+        [JSONWriter(os.path.join(output_dir, "metrics.json")), TensorboardXWriter(output_dir)] if main_process else []
+    )
+    return [
+        seed,
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main_process else None,
+        hooks.EvalHook(cfg.train.eval_period, evaluate) if evaluate else None,
+        TerminalProgress(max_iter, period) if main_process else None,
+        hooks.PeriodicWriter(files, period=period) if main_process else None,
+    ]
+
+
+def _seek(loader: Any, start: int, seed: StepSeed, *, drawn: bool) -> None:
+    """Moves the data to iteration `start`."""
+    if isinstance(loader, TrainLoader):
+        loader.batch_sampler.start = start
+        if drawn:
+            loader.batch_sampler.seed = seed.seed
+    elif start:
+        logger.warning(
+            "dataloader.train is not built by piip.data.build_train_loader: data order starts over at iteration %d",
+            start,
+        )

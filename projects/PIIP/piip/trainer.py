@@ -1,0 +1,107 @@
+"""Mixed-precision training on any device, and the hooks of the training tool that Detectron2 does not have."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import AMPTrainer, HookBase
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
+
+from piip.data.loader import derive_seed
+
+__all__ = ["MixedPrecisionTrainer", "StepSeed", "TerminalProgress"]
+
+_PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class MixedPrecisionTrainer(AMPTrainer):
+    """`AMPTrainer` for CPU too, and without loss scaling in bfloat16, which has the range of float32.
+
+    Args:
+        model (nn.Module): returns a dict of losses.
+        data_loader (Iterable): batches for the model.
+        optimizer (torch.optim.Optimizer): over the model's parameters.
+        device (torch.device): where the model is.
+        precision (str): "bfloat16" or "float16"; the latter on CUDA only.
+    """
+
+    def __init__(self, model: Any, data_loader: Any, optimizer: Any, *, device: torch.device, precision: str) -> None:
+        if precision not in _PRECISIONS:
+            raise ValueError(f"train.amp.precision={precision!r}: expected one of {sorted(_PRECISIONS)}")
+        if precision == "float16" and device.type != "cuda":
+            raise ValueError(f"train.amp.precision='float16' on {device}: expected CUDA; use 'bfloat16'")
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+        super().__init__(model, data_loader, optimizer, grad_scaler=scaler, precision=_PRECISIONS[precision])
+        self._device_type = device.type
+
+    def run_step(self) -> None:
+        """One iteration: forward under autocast, scaled backward, optimizer step."""
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast(self._device_type, dtype=self.precision):
+            losses = self.model(data)
+            total = sum(losses.values())
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(total).backward()
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A run may go on in mixed precision that began without it.
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
+
+
+class StepSeed(HookBase):
+    """Seeds all generators before every iteration, so that an iteration is the same in a resumed run.
+
+    Args:
+        seed (int): same on all processes; negative draws one, which checkpoints keep.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._drawn = seed < 0
+        self.seed = comm.shared_random_seed() if self._drawn else seed
+
+    def before_step(self) -> None:
+        seed = derive_seed(self.seed, comm.get_rank(), self.trainer.iter)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if self._drawn:
+            self.seed = state["seed"]
+
+
+class TerminalProgress(PeriodicWriter):
+    """Prints losses, rate and time left every `period` iterations, and after `seconds` without a line.
+
+    Args:
+        max_iter (int): last iteration, for the time left.
+        period (int): iterations between lines.
+        seconds (float): longest silence while iterations pass.
+    """
+
+    def __init__(self, max_iter: int, period: int = 20, seconds: float = 10.0) -> None:
+        super().__init__([CommonMetricPrinter(max_iter)], period)
+        self._seconds = seconds
+        self._last = time.monotonic()
+
+    def after_step(self) -> None:
+        due = (self.trainer.iter + 1) % self._period == 0 or self.trainer.iter == self.trainer.max_iter - 1
+        if due or time.monotonic() - self._last > self._seconds:
+            self._last = time.monotonic()
+            for writer in self._writers:
+                writer.write()

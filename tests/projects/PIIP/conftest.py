@@ -1,0 +1,114 @@
+"""Data sets and a tiny configuration that the tests of the Detectron2 project share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+_ROOT = Path(__file__).resolve().parents[3]
+# Not contiguous, not sorted, not starting at 1: as in COCO
+_CATEGORIES = [{"id": 40, "name": "disc"}, {"id": 3, "name": "square"}, {"id": 17, "name": "bar"}]
+_SHAPES = {40: (1.0, 1.0), 3: (1.0, 1.0), 17: (2.0, 0.5)}
+_COLOURS = {40: (220, 40, 40), 3: (40, 220, 40), 17: (40, 40, 220)}
+
+
+@dataclass(frozen=True)
+class CocoFiles:
+    """Paths of a COCO-format data set."""
+
+    annotations: Path
+    images: Path
+
+    def overrides(self, *parts: str) -> list[str]:
+        """Command-line overrides that use it as training and/or test set."""
+        pairs = [(part, key) for part in parts for key in ("annotations", "images")]
+        return [f"data.{part}.{key}={getattr(self, key)}" for part, key in pairs]
+
+    def read(self) -> dict:
+        return json.loads(self.annotations.read_text())
+
+    def write(self, data: dict) -> None:
+        self.annotations.write_text(json.dumps(data))
+
+
+def write_synthetic_coco(folder: Path, num_images: int = 6, seed: int = 0) -> CocoFiles:
+    """Coloured discs, squares and bars on noise, with exact boxes and masks."""
+    rng = np.random.default_rng(seed)
+    files = CocoFiles(folder / "annotations.json", folder / "images")
+    files.images.mkdir(parents=True)
+    images, annotations = [], []
+    for image_id in range(1, num_images + 1):
+        width, height = (160, 120) if image_id % 2 else (96, 128)
+        picture = Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
+        for _ in range(3):
+            category = _CATEGORIES[rng.integers(3)]["id"]
+            w, h = (float(side * rng.integers(20, 32)) for side in _SHAPES[category])
+            x, y = (float(rng.integers(0, int(limit - side))) for limit, side in ((width, w), (height, h)))
+            draw = ImageDraw.Draw(picture).ellipse if category == 40 else ImageDraw.Draw(picture).rectangle
+            draw([x, y, x + w - 1, y + h - 1], fill=_COLOURS[category])
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
+            )
+        name = f"{image_id:03d}.png"
+        picture.save(files.images / name)
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+    files.write({"images": images, "categories": _CATEGORIES, "annotations": annotations})
+    return files
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> CocoFiles:
+    """A synthetic data set that the test may damage."""
+    return write_synthetic_coco(tmp_path / "coco")
+
+
+@pytest.fixture(scope="session")
+def shared_coco(tmp_path_factory: pytest.TempPathFactory) -> CocoFiles:
+    """A synthetic data set to be left as it is."""
+    return write_synthetic_coco(tmp_path_factory.mktemp("shared") / "coco")
+
+
+@pytest.fixture(scope="session")
+def real_coco(shared_coco: CocoFiles) -> CocoFiles:
+    """The 80 real COCO images beside the checkout where they are, else the synthetic data set."""
+    folder = _ROOT.parent / "shared" / "data" / "coco_tiny"
+    files = CocoFiles(folder / "annotations" / "instances_train2017.json", folder / "train2017")
+    return files if files.annotations.is_file() else shared_coco
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> str:
+    """Path of the LazyConfig of a small Mask R-CNN."""
+    return str(Path(__file__).with_name("tiny_mask_rcnn.py"))
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return _ROOT
+
+
+@pytest.fixture(scope="session")
+def formula_image() -> Callable[..., np.ndarray]:
+    """The integer formula of the `pipe_*` goldens: images without a file."""
+
+    def make(height: int, width: int, k: int, channels: int = 3) -> np.ndarray:
+        y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(channels), indexing="ij")
+        value = 3 * x + 2 * y + 40 * c + 60 * ((x // (5 + k) + y // 7) % 2)
+        value += (7919 * x + 104729 * y + 1299709 * c + (31 + k) * x * y) // 64 % 64
+        return (value % 256).astype(np.uint8)
+
+    return make

@@ -1,0 +1,336 @@
+"""The training tool: resuming, crashes, evaluation, and mistakes on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import SimpleTrainer
+from safetensors.torch import save_file
+from torch import nn
+
+from piip.checkpointer import AtomicCheckpointer, CheckpointError, read_categories
+from piip.data import DatasetError
+from piip.lazy_config import ConfigError, follow_annotations, load_config
+from piip.train import do_train, main
+from piip.trainer import MixedPrecisionTrainer, StepSeed
+
+
+def _train(config, output, *opts, resume=False, eval_only=False):
+    args = argparse.Namespace(config_file=config, resume=resume, eval_only=eval_only)
+    args.opts = [f"train.output_dir={output}", *opts]
+    main(args)
+    return output
+
+
+def _weights(output, name="model_final.pth"):
+    return torch.load(Path(output) / name, weights_only=True)["model"]
+
+
+def _assert_same_weights(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def _metrics(output):
+    lines = [json.loads(line) for line in (Path(output) / "metrics.json").read_text().splitlines()]
+    merged: dict[int, dict] = {}
+    for line in lines:
+        merged.setdefault(line["iteration"], {}).update(line)
+    return merged
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_config, shared_coco, tmp_path_factory) -> Path:
+    """Four iterations with a checkpoint after two, evaluated."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    return _train(tiny_config, output, *shared_coco.overrides("train", "test"))
+
+
+def _interrupt(run: Path, output: Path) -> None:
+    """What a run that was killed after two iterations leaves behind."""
+    output.mkdir()
+    shutil.copy(run / "model_0000001.pth", output)
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_an_uninterrupted_one(finished_run, tiny_config, shared_coco, tmp_path, workers):
+    output = tmp_path / "output"
+    _interrupt(finished_run, output)
+    opts = [*shared_coco.overrides("train", "test"), f"dataloader.train.num_workers={workers}"]
+    _train(tiny_config, output, *opts, resume=True)
+    _assert_same_weights(_weights(output), _weights(finished_run))
+    ours, whole = _metrics(output), _metrics(finished_run)
+    assert min(ours) == 2
+    assert [ours[iteration]["lr"] for iteration in (2, 3)] == [whole[iteration]["lr"] for iteration in (2, 3)]
+    written = (output / "model_final.pth").stat().st_mtime_ns
+    _train(tiny_config, output, *opts, resume=True)  # nothing is left to do
+    assert (output / "model_final.pth").stat().st_mtime_ns == written
+
+
+def test_a_drawn_seed_is_kept_by_the_checkpoint(tiny_config, shared_coco, tmp_path):
+    opts = [*shared_coco.overrides("train"), "data.test.annotations=null", "train.seed=-1"]
+    whole = _train(tiny_config, tmp_path / "whole", *opts)
+    part = tmp_path / "part"
+    _interrupt(whole, part)
+    _train(tiny_config, part, *opts, resume=True)
+    _assert_same_weights(_weights(part), _weights(whole))
+    other = _train(tiny_config, tmp_path / "other", *opts)
+    assert any(not torch.equal(a, b) for a, b in zip(_weights(other).values(), _weights(whole).values(), strict=True))
+
+
+def test_a_run_writes_what_is_promised(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert {"config.yaml", "log.txt", "metrics.json", "last_checkpoint", "model_final.pth"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert "bbox/AP" in _metrics(finished_run)[4]
+    assert (finished_run / "inference" / "coco_instances_results.json").is_file()
+    assert [c.name for c in read_categories(str(finished_run / "model_final.pth"))] == ["square", "bar", "disc"]
+    saved = LazyConfig.load(str(finished_run / "config.yaml"))
+    assert instantiate(saved.model).roi_heads.num_classes == 3
+
+
+def test_eval_only_repeats_the_evaluation_of_the_run(finished_run, tiny_config, shared_coco, tmp_path):
+    checkpoint = f"train.init_checkpoint={finished_run / 'model_final.pth'}"
+    output = _train(tiny_config, tmp_path / "o", checkpoint, *shared_coco.overrides("test"), eval_only=True)
+    results = [
+        json.loads((run / "inference" / "coco_instances_results.json").read_text()) for run in (output, finished_run)
+    ]
+    assert results[0]
+    assert results[0] == results[1]
+
+
+def test_eval_only_needs_a_checkpoint_that_fits(finished_run, tiny_config, shared_coco, tmp_path, coco):
+    opts = shared_coco.overrides("test")
+    with pytest.raises(ConfigError, match=r"no checkpoint: give train.init_checkpoint=PATH"):
+        _train(tiny_config, tmp_path, *opts, eval_only=True)
+    with pytest.raises(CheckpointError, match=r"gone.pth: no such checkpoint"):
+        _train(tiny_config, tmp_path, "train.init_checkpoint=gone.pth", *opts, eval_only=True)
+    data = coco.read()
+    data["categories"].append({"id": 99, "name": "ring"})
+    coco.write(data)
+    checkpoint = f"train.init_checkpoint={finished_run / 'model_final.pth'}"
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .* is \(4, 32\) in the file, \(5, 32\)"):
+        _train(tiny_config, tmp_path, checkpoint, *coco.overrides("test"), eval_only=True)
+
+
+def test_resuming_on_other_classes_is_an_error(finished_run, tiny_config, coco, tmp_path):
+    _interrupt(finished_run, tmp_path / "o")
+    data = coco.read()
+    data["categories"][0]["name"] = "ring"
+    coco.write(data)
+    with pytest.raises(DatasetError, match=r"trained on 3 classes \(square, bar, disc\), .* 3 \(square, bar, ring\)"):
+        _train(tiny_config, tmp_path / "o", *coco.overrides("train", "test"), resume=True)
+
+
+def test_a_wrong_test_set_stops_before_training(tiny_config, shared_coco, tmp_path):
+    opts = [*shared_coco.overrides("train", "test"), "data.test.images=/nowhere"]
+    with pytest.raises(DatasetError, match="/nowhere: no such folder"):
+        _train(tiny_config, tmp_path / "o", *opts)
+    assert not (tmp_path / "o" / "metrics.json").exists()
+
+
+def test_an_earlier_run_in_the_folder_is_warned_about(finished_run, tiny_config, shared_coco, tmp_path, caplog):
+    _interrupt(finished_run, tmp_path / "o")
+    cfg = load_config(tiny_config, [*shared_coco.overrides("train"), "data.test.annotations=null", "train.max_iter=1"])
+    cfg.train.output_dir = str(tmp_path / "o")
+    logging.getLogger("piip").propagate = True  # Detectron2's setup_logger turns it off, and caplog needs it
+    with caplog.at_level(logging.WARNING, logger="piip"):
+        follow_annotations(cfg, training=True)
+        do_train(cfg)
+    assert any("holds an earlier run" in record.getMessage() for record in caplog.records)
+
+
+def _model(seed):
+    torch.manual_seed(seed)
+    return nn.Linear(64, 64)
+
+
+@pytest.mark.parametrize("kill_at", range(1, 7))
+def test_a_kill_while_saving_leaves_a_complete_checkpoint(tmp_path, kill_at):
+    """A save writes, syncs and renames the checkpoint, then syncs and renames its tag; the n-th step is not reached."""
+    AtomicCheckpointer(_model(0), str(tmp_path)).save("model_0", iteration=0)
+    child = os.fork()
+    if child == 0:
+        steps = itertools.count(1)
+
+        def dying(function):
+            def call(*args):
+                if next(steps) == kill_at:
+                    os._exit(9)
+                return function(*args)
+
+            return call
+
+        def write_half(data, file):
+            file.write(b"half of it")
+            file.flush()
+            os._exit(9)
+
+        real_save = torch.save
+        torch.save = write_half if kill_at == 1 else dying(real_save)
+        os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+        AtomicCheckpointer(_model(1), str(tmp_path)).save("model_1", iteration=1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (9 if kill_at < 6 else 0)
+
+    model = _model(2)
+    checkpointer = AtomicCheckpointer(model, str(tmp_path), strict=True)
+    last = checkpointer.resume_or_load("", resume=True)["iteration"]
+    assert last == (0 if kill_at < 6 else 1)
+    assert torch.equal(model.weight, _model(last).weight)
+    checkpointer.save("model_1", iteration=1)  # leftovers do not get in the way
+    assert checkpointer.get_checkpoint_file().endswith("model_1.pth")
+    assert not list(tmp_path.glob(".*incomplete"))
+
+
+def test_a_failed_save_leaves_no_debris(tmp_path, monkeypatch):
+    checkpointer = AtomicCheckpointer(_model(0), str(tmp_path))
+    checkpointer.save("model_0")
+
+    def full_disk(data, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.save("model_0")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0.pth"]
+    checkpointer.load(checkpointer.get_checkpoint_file())
+
+
+class _Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def test_checkpoints_that_could_run_code_or_are_cut_off_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpointer = AtomicCheckpointer(_model(0), strict=True)
+    torch.save({"model": {"weight": _Evil()}}, "evil.pth")
+    with pytest.raises(CheckpointError, match=r"evil.pth: holds more than tensors"):
+        checkpointer.load("evil.pth")
+    Path("evil.pkl").write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(CheckpointError, match=r"evil.pkl: expected a .pth or .safetensors file"):
+        checkpointer.load("evil.pkl")
+    assert not Path("executed").exists()
+    torch.save({"model": _model(0).state_dict()}, "whole.pth")
+    Path("half.pth").write_bytes(Path("whole.pth").read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"half.pth: not a complete PyTorch checkpoint"):
+        checkpointer.load("half.pth")
+    with pytest.raises(CheckpointError, match=r"bias is not in the file"):
+        torch.save({"model": {"weight": _model(0).weight}}, "part.pth")
+        checkpointer.load("part.pth")
+    checkpointer.load("whole.pth")
+
+
+def test_safetensors_are_loaded(tmp_path):
+    save_file(_model(3).state_dict(), tmp_path / "weights.safetensors")
+    model = _model(0)
+    AtomicCheckpointer(model, strict=True).load(str(tmp_path / "weights.safetensors"))
+    assert torch.equal(model.weight, _model(3).weight)
+    assert read_categories(str(tmp_path / "weights.safetensors")) == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.max_itr=3", "train has no 'max_itr'; did you mean 'max_iter'"),
+        ("trian.max_iter=3", "has no 'trian'; did you mean 'train'"),
+        ("data.train.image=x", "did you mean 'images'"),
+        ("data.train.scales.3=x", "is a list of 1"),
+        ("data.train.images=/a (b", "expected key=value; quote values"),
+        ("--resume", "expected key=value"),
+    ],
+)
+def test_an_override_of_nothing_is_an_error(tiny_config, override, words):
+    with pytest.raises(ConfigError, match="override .*" + words.replace("(", r"\(")):
+        load_config(tiny_config, [override])
+
+
+def test_overrides_that_add_something_known(tiny_config):
+    cfg = load_config(tiny_config, ["dataloader.test.batch_size=2", "+train.note=mine", "data.train.scales=[[60,40]]"])
+    assert instantiate(cfg.dataloader.train.mapper.augmentations)[0].scales == [(60, 40)]
+    assert (cfg.dataloader.test.batch_size, cfg.train.note) == (2, "mine")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config("nowhere.py")
+
+
+def test_cuda_without_a_device_is_an_error(tiny_config, shared_coco, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"train.device=cuda: no CUDA device is visible; use train.device=cpu"):
+        _train(tiny_config, tmp_path, "train.device=cuda", *shared_coco.overrides("train"))
+
+
+class _Losses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+        self.seen = []
+
+    def forward(self, batch):
+        output = self.linear(batch)
+        self.seen.append(output.dtype)
+        return {"loss": output.float().square().mean()}
+
+
+def test_mixed_precision_on_the_cpu_is_bfloat16_and_learns():
+    model = _Losses()
+    loader = [torch.ones(2, 4)] * 20
+    trainer = MixedPrecisionTrainer(
+        model, loader, torch.optim.SGD(model.parameters(), lr=0.1), device=torch.device("cpu"), precision="bfloat16"
+    )
+    before = model.linear(torch.ones(1, 4)).abs().item()
+    trainer.train(0, 20)
+    assert set(model.seen) == {torch.bfloat16}
+    assert model.linear.weight.dtype == torch.float32
+    assert model.linear(torch.ones(1, 4)).abs().item() < 0.1 * before
+    trainer.load_state_dict(SimpleTrainer(model, loader, trainer.optimizer).state_dict())  # begun without it
+    with pytest.raises(ValueError, match="'float16' on cpu: expected CUDA"):
+        MixedPrecisionTrainer(model, loader, trainer.optimizer, device=torch.device("cpu"), precision="float16")
+
+
+def test_a_fixed_seed_wins_over_the_checkpoint_s_and_a_drawn_one_does_not():
+    fixed, drawn = StepSeed(5), StepSeed(-1)
+    for hook in (fixed, drawn):
+        hook.load_state_dict({"seed": 9})
+    assert (fixed.seed, drawn.seed) == (5, 9)
+
+
+def test_two_processes_train_and_evaluate_together(tiny_config, real_coco, tmp_path, repo_root):
+    """The command itself, through Detectron2's launcher, on real images where they are."""
+    command = [sys.executable, str(repo_root / "tools" / "lazyconfig_train_net.py"), "--config-file", tiny_config]
+    command += real_coco.overrides("train", "test")
+    # Options may follow the overrides
+    command += ["train.max_iter=2", f"train.output_dir={tmp_path / 'o'}", "--num-gpus", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    num_classes = len(real_coco.read()["categories"])
+    assert _weights(tmp_path / "o")["roi_heads.box_predictor.cls_score.weight"].shape[0] == num_classes + 1
+    assert "bbox/AP" in _metrics(tmp_path / "o")[2]
+
+
+def test_the_command_s_errors_are_one_line(tiny_config, tmp_path, repo_root):
+    command = [sys.executable, str(repo_root / "tools" / "lazyconfig_train_net.py"), "--config-file", tiny_config]
+    command += [f"train.output_dir={tmp_path}", "data.train.annotations=/nowhere.json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: /nowhere.json: no such file")
+    assert "Traceback" not in result.stderr

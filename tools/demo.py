@@ -1,0 +1,57 @@
+#!/usr/bin/env python
+"""Draws the detections of a trained model on images, folders of images and videos.
+
+    python tools/demo.py --config-file CONFIG.py --checkpoint output/run/model_final.pth \\
+        --input photo.jpg folder/ clip.mp4 --output output/pictures
+
+Pictures (videos as .mp4) and predictions.json in COCO's result format appear in the output folder. Runs on the GPU if
+there is one, else on the CPU; train.device decides.
+"""
+
+import argparse
+import logging
+import sys
+
+from piip.errors import UserError
+from piip.lazy_config import load_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="LazyConfig (.py or .yaml)")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help=".pth or .safetensors")
+    parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="image files, folders, video files")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--confidence-threshold", type=float, default=0.5, help="lowest score shown (default 0.5)")
+    parser.add_argument("--class-names", metavar="A,B,C", help="if neither checkpoint nor annotation file has them")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
+    args = parser.parse_args()
+    if not 0 <= args.confidence_threshold <= 1:
+        parser.error(f"--confidence-threshold {args.confidence_threshold}: expected 0 to 1")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        from piip.demo import run_demo
+        from piip.predict import Predictor
+    except ModuleNotFoundError as error:
+        if error.name != "cv2":
+            raise
+        sys.exit("error: Detectron2's visualizer needs OpenCV: pip install opencv-python-headless")
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        names = args.class_names.split(",") if args.class_names else None
+        predictor = Predictor(cfg, args.checkpoint, class_names=names)
+        errors = run_demo(predictor, args.input, args.output, min_score=args.confidence_threshold)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"Results are in {args.output}")
+    if errors:
+        sys.exit("\n".join(f"error: {message}" for message in errors))
+
+
+if __name__ == "__main__":
+    main()
