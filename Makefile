@@ -46,6 +46,7 @@ $(STAMP): $(SOURCES)
 ifneq ($(strip $(VENV)),)
 	@test -x $(PY) || { echo "Creating the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
 endif
+	@mkdir -p build
 	@echo "Installing PyTorch and the build tools (several minutes and gigabytes the first time)"
 	$(PIP) "torch>=2.10" torchvision "setuptools>=77,<81" wheel ninja
 	@echo "Installing PIIP and compiling its operator"
@@ -53,4 +54,4 @@ endif
 	@($(HAS_DETECTRON2)) || { echo "Installing Detectron2 from its repository"; \
 	  GIT_TERMINAL_PROMPT=0 $(PIP) --no-build-isolation -e ".[detection]" > build/detectron2.log 2>&1; } || \
 	  echo "Detectron2 could not be installed (see build/detectron2.log): everything that does not need it goes on."
-	@mkdir -p $(dir $(STAMP)) && touch $(STAMP)
+	@touch $(STAMP)

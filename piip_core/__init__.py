@@ -1,6 +1,7 @@
 """Parameter-Inverted Image Pyramid Networks: branches, interactions, merging and the operator that joins them."""
 
-from .config import BranchConfig, ConfigError, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from .config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from .errors import ConfigError, UserError
 from .pyramid import PIIP, DensePIIP
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "InteractionConfig",
     "MergingConfig",
     "PIIPConfig",
+    "UserError",
     "ViTConfig",
 ]
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from .errors import ConfigError
 from .interaction_graph import UnitSpec, graph_presets
-from .validation import ConfigError, check, check_choice, freeze_sequences, is_sequence
+from .validation import check, check_choice, freeze_sequences, is_sequence
 
 __all__ = [
     "BranchConfig",
-    "ConfigError",
     "InteractionConfig",
     "MergingConfig",
     "NetworkConfig",

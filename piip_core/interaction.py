@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from .config import ConfigError, InteractionConfig
+from .config import InteractionConfig
+from .errors import ConfigError
 from .interaction_graph import UnitSpec
 from .ops import MSDeformAttn, make_reference_points
 

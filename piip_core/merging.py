@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .config import ConfigError
+from .errors import ConfigError
 
 __all__ = ["BranchMerging", "ClassificationMerging", "FeaturePyramid"]
 

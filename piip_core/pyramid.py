@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .branches import BranchState, build_branch
-from .config import ConfigError, PIIPConfig
+from .config import PIIPConfig
+from .errors import ConfigError
 from .interaction import Interaction
 from .merging import BranchMerging, FeaturePyramid
 

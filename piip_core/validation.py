@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["ConfigError", "check", "check_choice", "freeze_sequences", "is_sequence", "to_tuples"]
+from .errors import ConfigError
 
-
-class ConfigError(ValueError):
-    """A configuration field has a value that cannot work; the message names field, value and fix."""
+__all__ = ["check", "check_choice", "freeze_sequences", "is_sequence", "to_tuples"]
 
 
 def check(condition: bool, field: str, value: object, expected: str) -> None:

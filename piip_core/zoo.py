@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 
-from .config import BranchConfig, ConfigError, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from .config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from .errors import ConfigError
 
 __all__ = [
     "VIT",

@@ -12,8 +12,8 @@ import argparse
 import logging
 import sys
 
-from piip.errors import UserError
 from piip.lazy_config import load_config
+from piip_core.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:

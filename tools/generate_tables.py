@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from piip_core import zoo
+from piip_core.files import atomic_path
 from piip_core.flops import ZooRow, analyze_zoo, published_table, replace_block
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,9 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             print(f"{path}: the table is out of date; run tools/generate_tables.py")
         else:
-            aside = path.with_name(f".{path.name}.incomplete")
-            aside.write_text(fresh, encoding="utf-8")
-            os.replace(aside, path)
+            with atomic_path(path) as aside:
+                aside.write_text(fresh, encoding="utf-8")
             print(f"{path}: table written")
     return 1 if args.check and stale else 0
 

@@ -18,8 +18,8 @@ import sys
 import torch
 from detectron2.engine import launch
 
-from piip.errors import UserError
 from piip.train import main
+from piip_core.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .. import zoo
-from ..config import ConfigError, PIIPConfig
+from ..config import PIIPConfig
+from ..errors import ConfigError
 from ..pyramid import PIIP, DensePIIP
 from .executed import ModuleCounts, executed_count
 from .published import Count, published_count

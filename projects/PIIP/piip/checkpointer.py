@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -15,38 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from piip.data import Category, DatasetError
-from piip.errors import UserError
+from piip_core.errors import CheckpointError
+from piip_core.files import write_atomically
 
-__all__ = ["AtomicCheckpointer", "CategoryTable", "CheckpointError", "read_categories", "write_atomically"]
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, unreadable or made for another model; the message names it."""
-
-
-@contextmanager
-def write_atomically(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a file beside `path` that takes its place when the block ends without an error.
-
-    Whatever interrupts the writing, `path` holds the old content or all of the new one.
-
-    Args:
-        path: File to write.
-        mode: As for `open`.
-    """
-    folder, name = os.path.split(path)
-    # Fixed name: what a killed process left behind is overwritten by the next attempt.
-    aside = os.path.join(folder, f".{name}.incomplete")
-    try:
-        with open(aside, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        if os.path.exists(aside):
-            os.remove(aside)
-        raise
+__all__ = ["AtomicCheckpointer", "CategoryTable", "read_categories"]
 
 
 class CategoryTable:

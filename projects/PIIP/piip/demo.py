@@ -18,10 +18,10 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
-from piip.checkpointer import write_atomically
 from piip.data import UnreadableImageError, read_image
-from piip.errors import UserError
 from piip.predict import Predictor
+from piip_core.errors import UserError
+from piip_core.files import write_atomically
 
 __all__ = ["InputError", "collect_inputs", "draw_detections", "run_demo"]
 

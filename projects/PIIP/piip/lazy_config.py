@@ -16,15 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from piip.data import Category, DatasetError, coco_categories
-from piip.errors import UserError
+from piip_core.errors import ConfigError
 
-__all__ = ["ConfigError", "check_device", "follow_annotations", "load_config", "skip_pretrained"]
+__all__ = ["check_device", "follow_annotations", "load_config", "skip_pretrained"]
 
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(UserError):
-    """A configuration or an override that cannot be meant; the message names it."""
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:

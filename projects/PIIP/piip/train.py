@@ -24,8 +24,9 @@ from torch import nn
 
 from piip.checkpointer import AtomicCheckpointer, CategoryTable
 from piip.data import Category, TrainLoader
-from piip.lazy_config import ConfigError, check_device, follow_annotations, load_config, skip_pretrained
+from piip.lazy_config import check_device, follow_annotations, load_config, skip_pretrained
 from piip.trainer import MixedPrecisionTrainer, StepSeed, TerminalProgress
+from piip_core.errors import ConfigError
 
 __all__ = ["build_evaluation", "do_train", "evaluate_only", "main"]
 

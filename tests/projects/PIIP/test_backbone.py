@@ -5,8 +5,8 @@ pytest.importorskip("detectron2")
 
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList
-from piip.modeling import PIIPFPN, PIIPBackbone
 
+from piip.modeling import PIIPFPN, PIIPBackbone
 from piip_core import BranchConfig, InteractionConfig, PIIPConfig, ViTConfig
 
 

@@ -20,12 +20,12 @@ from detectron2.config import instantiate
 from PIL import Image
 from pycocotools.coco import COCO
 
-from piip.checkpointer import CheckpointError
 from piip.data import read_image
 from piip.demo import InputError, collect_inputs, draw_detections, run_demo
 from piip.lazy_config import load_config
 from piip.predict import Predictor
 from piip.train import main
+from piip_core.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

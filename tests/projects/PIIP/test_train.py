@@ -23,11 +23,12 @@ from detectron2.engine import SimpleTrainer
 from safetensors.torch import save_file
 from torch import nn
 
-from piip.checkpointer import AtomicCheckpointer, CheckpointError, read_categories
+from piip.checkpointer import AtomicCheckpointer, read_categories
 from piip.data import DatasetError
-from piip.lazy_config import ConfigError, follow_annotations, load_config
+from piip.lazy_config import follow_annotations, load_config
 from piip.train import do_train, main
 from piip.trainer import MixedPrecisionTrainer, StepSeed
+from piip_core.errors import CheckpointError, ConfigError
 
 
 def _train(config, output, *opts, resume=False, eval_only=False):

@@ -13,7 +13,7 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from piip.errors import UserError
+from piip_core.errors import UserError
 
 __all__ = [
     "Category",

@@ -9,7 +9,7 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from piip.errors import UserError
+from piip_core.errors import UserError
 
 __all__ = ["UnreadableImageError", "check_image_mode", "read_image"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from piip_core.checkpoints import NotSupportedYet
+from piip_core.errors import NotSupportedYet
 from piip_core.verification import Check, GoldenCase, Verifier
 
 from .pipeline import verify_test_pipeline

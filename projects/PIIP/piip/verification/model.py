@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from piip.modeling import PIIPFPN
 from piip.modeling.box_regression import weights_from_stds
 from piip.modeling.mask_rcnn import published_mask_rcnn
-from piip_core.checkpoints import NotSupportedYet, from_published
+from piip_core.checkpoints import from_published
+from piip_core.errors import NotSupportedYet
 from piip_core.verification import GoldenCase
 
 __all__ = ["MapsBackbone", "build_detector", "image_list", "recorded_maps", "require"]

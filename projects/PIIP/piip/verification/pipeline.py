@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from piip.data import KeepRatioResize, network_input
-from piip_core.checkpoints import NotSupportedYet
+from piip_core.errors import NotSupportedYet
 from piip_core.verification import Check, GoldenCase
+
+from .model import require
 
 __all__ = ["synthetic_image", "verify_test_pipeline"]
 
@@ -27,9 +29,12 @@ def verify_test_pipeline(case: GoldenCase) -> Check:
     check = Check(case)
     (pipeline,) = case.config["pipeline"]
     steps = {step["type"]: step for step in pipeline["transforms"]}
-    unknown = set(steps) - {"Resize", "RandomFlip", "Normalize", "Pad", "ImageToTensor", "Collect"}
-    if unknown or not steps["Resize"].get("keep_ratio") or not steps["Normalize"]["to_rgb"] or pipeline["flip"]:
-        raise NotSupportedYet(f"test pipeline with {', '.join(sorted(unknown)) or 'these settings'}")
+    other = set(steps) ^ {"Resize", "RandomFlip", "Normalize", "Pad", "ImageToTensor", "Collect"}
+    if other:
+        raise NotSupportedYet(f"test pipeline with or without {', '.join(sorted(other))}")
+    require("flip", pipeline["flip"], False)
+    require("keep_ratio", steps["Resize"].get("keep_ratio"), True)
+    require("to_rgb", steps["Normalize"]["to_rgb"], True)
     resize = KeepRatioResize([pipeline["img_scale"]])
     for index, image in enumerate(case.info["images"]):
         pixels = synthetic_image(case, image)
@@ -67,9 +72,7 @@ def synthetic_image(case: GoldenCase, image: Mapping[str, Any]) -> np.ndarray:
     return pixels
 
 
-def _check_resized(
-    check: Check, index: int, image: Mapping[str, Any], pixels: np.ndarray, resized: np.ndarray
-) -> None:
+def _check_resized(check: Check, index: int, image: Mapping[str, Any], pixels: np.ndarray, resized: np.ndarray) -> None:
     places = check.case.tensors[f"output.pixels_yx.{index}"].long()
     check.equal(f"output.pixels_yx.{index}", places)  # an input by nature: where to look
     values = torch.from_numpy(resized)[places[:, 0], places[:, 1]]

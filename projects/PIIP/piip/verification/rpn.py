@@ -97,7 +97,9 @@ def _selected(rpn: PublishedRPN, boxes: Tensor, logits: Tensor, size: tuple[int,
     topk = rpn.pre_nms_topk[False]
     unsorted = len(logits) <= topk
     rank = -torch.arange(len(logits), dtype=logits.dtype) if unsorted else logits
-    (kept,) = find_top_rpn_proposals([boxes[None]], [rank[None]], [size], _KEEP_ALL, topk, topk, rpn.min_box_size, False)
+    (kept,) = find_top_rpn_proposals(
+        [boxes[None]], [rank[None]], [size], _KEEP_ALL, topk, topk, rpn.min_box_size, False
+    )
     if unsorted:
         kept.objectness_logits = logits[-kept.objectness_logits.long()]
     return _with_scores(kept)

@@ -1,0 +1,32 @@
+"""Checkpoints: released PIIP models to our state dict and back, pretrained weights into branches."""
+
+from .convert import from_published, model_shapes, our_names, published_names, to_published
+from .convert_file import Conversion, convert_file, read_config
+from .files import CheckpointFile, read_checkpoint, write_checkpoint
+from .names import PublishedNames
+from .pretrained import convert_pretrained, load_branch, load_pretrained
+from .public_config import PublishedModel, config_from_public
+from .recognise import recognise
+from .report import ConversionReport
+
+__all__ = [
+    "CheckpointFile",
+    "Conversion",
+    "ConversionReport",
+    "PublishedModel",
+    "PublishedNames",
+    "config_from_public",
+    "convert_file",
+    "convert_pretrained",
+    "from_published",
+    "load_branch",
+    "load_pretrained",
+    "model_shapes",
+    "our_names",
+    "published_names",
+    "read_checkpoint",
+    "read_config",
+    "recognise",
+    "to_published",
+    "write_checkpoint",
+]

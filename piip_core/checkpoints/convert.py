@@ -1,0 +1,191 @@
+"""Published PIIP checkpoints to our state dict and back, with an account of every key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ..config import PIIPConfig
+from ..pyramid import DensePIIP
+from .names import DETECTORS, PublishedNames, branch_class_of
+from .public_config import branch_keys
+from .report import ConversionReport
+from .rules import Change, Rule, RuleTable
+
+__all__ = ["from_published", "model_shapes", "our_names", "published_names", "to_published"]
+
+# Where models hold the backbone: mmdetection's detectors, and `PIIPBackbone.features` below Detectron2's FPN
+PUBLISHED_BACKBONE = "backbone."
+OUR_BACKBONE = "backbone.bottom_up.features."
+
+UNUSED = "the network never uses this parameter"
+OUTSIDE = "not part of the backbone, which alone was asked for"
+
+
+@lru_cache(maxsize=16)
+def model_shapes(config: PIIPConfig) -> Mapping[str, torch.Size]:
+    """Name and shape of every tensor of `DensePIIP(config)`, without allocating it."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DensePIIP(config).state_dict().items()}
+    return MappingProxyType(shapes)
+
+
+def published_names(config: PIIPConfig | None, keys: Collection[str], *, backbone_only: bool = False) -> PublishedNames:
+    """The name map for a configuration and the key names of a published file.
+
+    Branch classes, the detector and the prefix of the backbone are recognised by the keys.
+
+    Args:
+        config: Configuration of the backbone; None if the file holds heads alone.
+        keys: Names in the file.
+        backbone_only: Give our names relative to `DensePIIP`, not to a Detectron2 model.
+
+    Raises:
+        NotSupportedYet: If a branch is of a family without a name table.
+    """
+    if config is None:
+        return PublishedNames(None, detector=_detector_of(keys))
+    prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in keys) else ""
+    inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    count = len(config.branches)
+    numbers = [None] if count == 1 else range(1, count + 1)
+    return PublishedNames(
+        config,
+        branch_classes=tuple(branch_class_of(branch_keys(inside, number)) for number in numbers),
+        detector=None if backbone_only or not prefix else _detector_of(keys),
+        ours_prefix=OUR_BACKBONE if prefix and not backbone_only else "",
+        published_prefix=prefix,
+    )
+
+
+def our_names(config: PIIPConfig, keys: Collection[str], branch_classes: Sequence[str] | None = None) -> PublishedNames:
+    """The name map for a configuration and the key names of a file of ours.
+
+    Args:
+        config: Configuration of the backbone.
+        keys: Names in the file: of `DensePIIP`, or of a Detectron2 model.
+        branch_classes: Published class of each branch; "deit" for all if None. Our names do not tell.
+    """
+    detector = any(key.startswith(OUR_BACKBONE) for key in keys)
+    return PublishedNames(
+        config,
+        branch_classes=tuple(branch_classes or ("deit",) * len(config.branches)),
+        detector=_detector_of(keys, ours=True) if detector else None,
+        ours_prefix=OUR_BACKBONE if detector else "",
+        published_prefix=PUBLISHED_BACKBONE if detector else "",
+    )
+
+
+def _detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:
+    """The detector whose head names explain most of the keys; the smallest one of several, None if none does any."""
+    translate = RuleTable.to_published if ours else RuleTable.to_ours
+    heads = [key for key in keys if not key.startswith(OUR_BACKBONE if ours else PUBLISHED_BACKBONE)]
+    known = {}
+    for name, rules in DETECTORS.items():
+        table = RuleTable(rules)
+        known[name] = sum(translate(table, key) is not None for key in heads)
+    best = max(known, key=known.__getitem__)
+    return best if known[best] else None
+
+
+def from_published(
+    state: Mapping[str, Tensor],
+    config: PIIPConfig | None,
+    *,
+    backbone_only: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+    source: str = "checkpoint",
+) -> tuple[dict[str, Tensor], ConversionReport]:
+    """Converts a published state dict.
+
+    Args:
+        state: With the prefix `backbone.` and perhaps a detector's neck and heads, or a bare backbone, or heads alone.
+        config: The backbone it belongs to; None for heads alone.
+        backbone_only: Leave neck and heads out, and give names relative to `DensePIIP`.
+        dtype: Type for floating-point tensors (bf16 runs leave mixed types behind); None keeps what the file has.
+        source: Name of the file, for messages.
+
+    Returns:
+        Our state dict (for a detector, under Detectron2's names) and the account; call its `check`.
+    """
+    report = ConversionReport(source=source)
+    names = published_names(config, state, backbone_only=backbone_only)
+    table, unused, shapes = names.table(), names.unused_modules(), _our_shapes(names)
+    converted: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        found = table.to_ours(key)
+        if key in unused:
+            report.ignored[key] = UNUSED
+        elif backbone_only and not key.startswith(names.published_prefix):
+            report.ignored[key] = OUTSIDE
+        elif found is None or found[0] not in shapes:
+            report.unexplained.append(key)
+        else:
+            name, rule = found
+            converted[name] = rule.change.to_ours(tensor)
+            report.used[key] = name
+            _account(report, name, rule, converted[name].shape, shapes[name])
+    report.missing = [name for name in shapes if name not in converted]
+    if config is not None and names.published_prefix and not names.detector and not backbone_only:
+        report.notes.append("the file has no neck and heads that are known here: a detector would start them at random")
+    return _cast(converted, dtype, report), report
+
+
+def to_published(
+    state: Mapping[str, Tensor], names: PublishedNames, *, source: str = "model"
+) -> tuple[dict[str, Tensor], ConversionReport]:
+    """Converts our state dict to the published names.
+
+    Args:
+        state: State dict of `DensePIIP`, or of a Detectron2 model around it, as `names` says.
+        names: The name map.
+        source: Name of the model, for messages.
+
+    Returns:
+        The published state dict and the account; call its `check`.
+    """
+    report = ConversionReport(source=source)
+    table, shapes = names.table(), _our_shapes(names)
+    published: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        found = table.to_published(name)
+        if found is None or name not in shapes:
+            report.unexplained.append(name)
+            continue
+        key, rule = found
+        published[key] = rule.change.to_published(tensor)
+        report.used[name] = key
+        _account(report, name, rule, tensor.shape, shapes[name])
+    for key, shape in names.unused_modules().items():
+        published[key] = torch.zeros(shape)
+        report.filled[key] = f"{UNUSED}, but the published class has it: zeros"
+    report.missing = [name for name in shapes if name not in state]
+    return published, report
+
+
+def _our_shapes(names: PublishedNames) -> dict[str, torch.Size | None]:
+    """Every tensor our model has, with its shape; None where Detectron2 decides it (numbers of classes)."""
+    backbone = model_shapes(names.config) if names.config is not None else {}
+    prefixed = {names.ours_prefix + name: shape for name, shape in backbone.items()}
+    return prefixed | dict.fromkeys(names.head_tensors())
+
+
+def _account(report: ConversionReport, name: str, rule: Rule, have: torch.Size, want: torch.Size | None) -> None:
+    if want is not None and have != want:
+        report.mismatched[name] = f"shape {tuple(have)} in the file, {tuple(want)} in the model"
+    if rule.change is not Change.NONE and rule.change.value not in report.notes:
+        report.notes.append(rule.change.value)
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype | None, report: ConversionReport) -> dict[str, Tensor]:
+    if dtype is None:
+        return state
+    found = Counter(t.dtype for t in state.values() if t.is_floating_point() and t.dtype != dtype)
+    for other, count in found.items():
+        report.notes.append(f"{count} tensors cast from {other} to {dtype}")
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}

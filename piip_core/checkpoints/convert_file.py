@@ -1,0 +1,115 @@
+"""Conversion of checkpoint files, from whatever says which model they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import zoo
+from ..config import PIIPConfig
+from ..errors import CheckpointError
+from .convert import from_published, our_names, published_names, to_published
+from .files import CheckpointFile, read_checkpoint, write_checkpoint
+from .names import PublishedNames
+from .recognise import fit_variant, recognise
+from .report import ConversionReport
+
+__all__ = ["Conversion", "convert_file", "read_config"]
+
+NOT_WEIGHTS = "not part of the weights"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Result of `convert_file`.
+
+    Attributes:
+        report: What happened to every key.
+        model: What the file was taken for, in words.
+    """
+
+    report: ConversionReport
+    model: str
+
+
+def convert_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    config: PIIPConfig | None = None,
+    to_public: bool = False,
+    branch_classes: Sequence[str] | None = None,
+    backbone_only: bool = False,
+    allow_incomplete: bool = False,
+    unsafe_pickle: bool = False,
+) -> Conversion:
+    """Converts a published checkpoint to ours, or back; the target appears once it is complete.
+
+    Args:
+        source: A .pth or .safetensors file.
+        target: File to write, of either kind. Ours has the weights under "model", as Detectron2 reads them, and a
+            description with which it converts back.
+        config: The backbone. None takes the file's description, or recognises a model of the zoo by its shapes.
+        to_public: Convert to the published names.
+        branch_classes: With `to_public`: published class of each branch, where the file has no description.
+        backbone_only: Leave neck and heads out, and give names relative to `DensePIIP`.
+        allow_incomplete: Write although keys have no explanation; the report lists them.
+        unsafe_pickle: Allow Python objects in the source; see `read_checkpoint`.
+
+    Raises:
+        CheckpointError: If the source cannot be read, is not recognised or does not fit.
+        NotSupportedYet: If the model has parts that this version does not know.
+    """
+    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle)
+    if to_public:
+        names, model = _names_of_ours(file, config, branch_classes)
+        state, report = to_published(file.state, names, source=str(source))
+        wrapper, description = "state_dict", None
+    else:
+        config, model = _config_of_published(file, config)
+        state, report = from_published(file.state, config, backbone_only=backbone_only, source=str(source))
+        wrapper = "model"
+        description = published_names(config, file.state, backbone_only=backbone_only).to_dict()
+    report.ignored |= dict.fromkeys(file.extras, NOT_WEIGHTS)
+    report.check(allow_incomplete=allow_incomplete)
+    write_checkpoint(target, state, wrapper=wrapper, description=description)
+    return Conversion(report, model)
+
+
+def read_config(text: str) -> PIIPConfig:
+    """A configuration by its name in the zoo, or from a .json file with `PIIPConfig.to_dict()`.
+
+    Raises:
+        ConfigError: For an unknown name or wrong fields.
+    """
+    if not text.endswith(".json"):
+        return zoo.get(text).config
+    return PIIPConfig.from_dict(json.loads(Path(text).read_text()))
+
+
+def _config_of_published(file: CheckpointFile, config: PIIPConfig | None) -> tuple[PIIPConfig, str]:
+    shapes = {key: tuple(tensor.shape) for key, tensor in file.state.items()}
+    if config is not None:
+        return fit_variant(shapes, config), "the given configuration"
+    try:
+        found = recognise(shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from None
+    branch4 = ", Branch 4 built from the settings of Branch 3" if found.branch4_as_released else ""
+    return found.config, f"recognised as {' or '.join(found.names)}{branch4}"
+
+
+def _names_of_ours(
+    file: CheckpointFile, config: PIIPConfig | None, branch_classes: Sequence[str] | None
+) -> tuple[PublishedNames, str]:
+    if config is not None:
+        return our_names(config, file.state, branch_classes), "the given configuration"
+    if file.description is None:
+        raise CheckpointError(
+            f"{file.path}: the file does not say which model it holds (only files that this tool converted do); "
+            "name its configuration (--config)"
+        )
+    return PublishedNames.from_dict(file.description), "the description in the file"

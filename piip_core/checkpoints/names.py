@@ -1,0 +1,230 @@
+"""The name map: our state dict against that of the published models (mmdetection files).
+
+Every correspondence is written once, as a pair (ours, published), and both directions follow from it. `PublishedNames`
+puts the pairs together for one configuration: number and kind of the branches, interaction graph, form of merging.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import MergingConfig, PIIPConfig
+from ..errors import NotSupportedYet
+from .rules import Change, Rule, RuleTable, rename_parts
+
+__all__ = ["BRANCH_CLASSES", "DETECTORS", "PublishedNames", "branch_class_of", "injection_rules", "unit_rules"]
+
+_BLOCK = (
+    "blocks.*.norm1.*",
+    "blocks.*.attn.qkv.*",
+    "blocks.*.attn.proj.*",
+    "blocks.*.norm2.*",
+    "blocks.*.mlp.fc1.*",
+    "blocks.*.mlp.fc2.*",
+)
+
+# Two published classes hold plain vision transformers; ours are timm's names
+BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
+    # DeiT and DeiT III
+    "deit": rename_parts(
+        "pos_embed",
+        "patch_embed.proj.*",
+        *_BLOCK,
+        ("blocks.*.ls1.gamma", "blocks.*.gamma_1"),
+        ("blocks.*.ls2.gamma", "blocks.*.gamma_2"),
+    ),
+    # AugReg, MAE, DINOv2: the class written for InternViT-6B, with layer norms
+    "internvit": (
+        Rule("pos_embed", "pos_embed", Change.POSITION_SLOT),
+        *rename_parts("patch_embed.proj.*", *_BLOCK, "blocks.*.ls1.gamma", "blocks.*.ls2.gamma"),
+    ),
+}
+
+# Names that only one published class has; the classes without a table above are not supported yet
+_MARKERS = {
+    "convnext_model": "ConvNeXt",
+    "relative_position_bias_table": "BEiT",
+    "visual_embed": "Uni-Perceiver",
+    "in_proj": "Uni-Perceiver",
+    "q_norm": "qk-norm (InternViT-6B)",
+    "gamma_1": "deit",
+    "blocks": "internvit",
+}
+
+# One direction of an interaction unit; published names are below `branch2to1_injector` or `branch1to2_injector`
+_INJECTION = rename_parts(
+    "query_norm.*",
+    ("value_norm.*", "feat_norm.*"),
+    # deformable: sampling_offsets, attention_weights, value_proj, output_proj; regular: wq, wk, wv, proj
+    "attn.*.*",
+    ("attn_gamma", "ca_gamma"),
+    "ffn_norm.*",
+    "ffn.fc1.*",
+    ("ffn.dwconv.*", "ffn.dwconv.dwconv.*"),
+    "ffn.fc2.*",
+    ("ffn_gamma", "cffn_gamma"),
+)
+
+# In a published unit "1" is the branch with the lower number, whichever two branches it joins
+_DIRECTIONS = {"into_low": "branch2to1", "into_high": "branch1to2"}
+
+# Stride of the map that a published module makes: fpn1, fpn2 (up1, up2 in single-branch baselines)
+_PYRAMID_MODULES = {4: "1", 8: "2"}
+
+_FPN_RPN = rename_parts(
+    *((f"backbone.fpn_lateral{i + 2}.*", f"neck.lateral_convs.{i}.conv.*") for i in range(4)),
+    *((f"backbone.fpn_output{i + 2}.*", f"neck.fpn_convs.{i}.conv.*") for i in range(4)),
+    ("proposal_generator.rpn_head.conv.*", "rpn_head.rpn_conv.*"),
+    ("proposal_generator.rpn_head.objectness_logits.*", "rpn_head.rpn_cls.*"),
+    ("proposal_generator.rpn_head.anchor_deltas.*", "rpn_head.rpn_reg.*"),
+)
+
+
+def _box_rules(stage: str) -> tuple[Rule, ...]:
+    return rename_parts(
+        *((f"roi_heads.box_head{stage}.fc{i + 1}.*", f"roi_head.bbox_head{stage}.shared_fcs.{i}.*") for i in range(2)),
+        (f"roi_heads.box_predictor{stage}.cls_score.*", f"roi_head.bbox_head{stage}.fc_cls.*"),
+        (f"roi_heads.box_predictor{stage}.bbox_pred.*", f"roi_head.bbox_head{stage}.fc_reg.*"),
+    )
+
+
+def _mask_rules(stage: str) -> tuple[Rule, ...]:
+    return rename_parts(
+        *(
+            (f"roi_heads.mask_head{stage}.mask_fcn{i + 1}.*", f"roi_head.mask_head{stage}.convs.{i}.conv.*")
+            for i in range(4)
+        ),
+        (f"roi_heads.mask_head{stage}.deconv.*", f"roi_head.mask_head{stage}.upsample.*"),
+        (f"roi_heads.mask_head{stage}.predictor.*", f"roi_head.mask_head{stage}.conv_logits.*"),
+    )
+
+
+# Neck and heads: Detectron2's names against mmdetection's. Each `*` here stands for exactly "weight" and "bias".
+DETECTORS: Mapping[str, tuple[Rule, ...]] = {
+    "rpn": _FPN_RPN,
+    "mask_rcnn": (*_FPN_RPN, *_box_rules(""), *_mask_rules("")),
+    "cascade_mask_rcnn": (
+        *_FPN_RPN,
+        *(rule for stage in range(3) for rule in (*_box_rules(f".{stage}"), *_mask_rules(f".{stage}"))),
+    ),
+}
+
+
+def branch_class_of(keys: Sequence[str]) -> str:
+    """Published class of a branch, from the keys below it.
+
+    Raises:
+        NotSupportedYet: For families that have no table here.
+    """
+    components = {part for key in keys for part in key.split(".")}
+    name = next((value for marker, value in _MARKERS.items() if marker in components), None)
+    if name not in BRANCH_CLASSES:
+        raise NotSupportedYet(f"{name} branches" if name else f"branches with keys such as {', '.join(list(keys)[:3])}")
+    if not any(key.endswith(".norm1.bias") for key in keys):
+        raise NotSupportedYet("RMSNorm in the blocks of a branch")
+    return name
+
+
+def injection_rules() -> tuple[Rule, ...]:
+    """Rules for one direction, below `into_low` (ours) and the injector (published)."""
+    return _INJECTION
+
+
+def unit_rules() -> Iterator[Rule]:
+    """Rules for one interaction unit, relative to the unit on both sides."""
+    for ours, published in _DIRECTIONS.items():
+        yield Rule(f"{ours}.proj.*", f"{published}_proj.*")
+        for rule in _INJECTION:
+            yield rule.prefixed(f"{ours}.", f"{published}_injector.")
+
+
+@dataclass(frozen=True)
+class PublishedNames:
+    """The complete name map for one configuration.
+
+    Args:
+        config: The backbone, with `merging` set; None for files with nothing but heads.
+        branch_classes: Published class of each branch (a key of `BRANCH_CLASSES`).
+        detector: What follows the backbone (a key of `DETECTORS`); None for nothing.
+        ours_prefix: Where our model holds the backbone.
+        published_prefix: Where the published model holds the backbone.
+    """
+
+    config: PIIPConfig | None
+    branch_classes: tuple[str, ...] = ()
+    detector: str | None = None
+    ours_prefix: str = ""
+    published_prefix: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON, to store in a converted file."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        config = None if self.config is None else self.config.to_dict()
+        return fields | {"config": config, "branch_classes": list(self.branch_classes)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PublishedNames:
+        """Inverse of `to_dict`."""
+        config = None if data["config"] is None else PIIPConfig.from_dict(data["config"])
+        return cls(**{**data, "config": config, "branch_classes": tuple(data["branch_classes"])})
+
+    def table(self) -> RuleTable:
+        """All rules, with the prefixes of both sides."""
+        backbone = (rule.prefixed(self.ours_prefix, self.published_prefix) for rule in self._backbone_rules())
+        return RuleTable([*backbone, *(DETECTORS[self.detector] if self.detector else ())])
+
+    def head_tensors(self) -> tuple[str, ...]:
+        """Our name of every tensor of the detector outside the backbone."""
+        rules = DETECTORS[self.detector] if self.detector else ()
+        return tuple(rule.ours.replace("*", part) for rule in rules for part in ("weight", "bias"))
+
+    def unused_modules(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that published files hold although the network never uses them: name -> shape.
+
+        The three-branch class keeps the four-fold upsampling even where no stride-4 map is asked for (`is_dino`).
+        """
+        if self.config is None or len(self.config.branches) != 3:
+            return {}
+        merging = self.config.merging
+        if merging.kind != "simple" or 4 in merging.out_strides:
+            return {}
+        dim = self.config.branches[0].network.embed_dim
+        vectors = {f"fpn1.{i}.{part}": (dim,) for i, part in ((0, "bias"), (1, "weight"), (1, "bias"), (3, "bias"))}
+        kernels = {f"fpn1.{i}.weight": (dim, dim, 2, 2) for i in (0, 3)}
+        return {self.published_prefix + name: shape for name, shape in {**vectors, **kernels}.items()}
+
+    def _backbone_rules(self) -> Iterator[Rule]:
+        if self.config is None:
+            return
+        single = len(self.config.branches) == 1
+        for number, branch_class in enumerate(self.branch_classes, 1):
+            for rule in BRANCH_CLASSES[branch_class]:
+                yield rule.prefixed(f"pyramid.branches.{number - 1}.model.", "" if single else f"branch{number}.")
+        for low, high in self._unit_pairs():
+            for rule in unit_rules():
+                yield rule.prefixed(
+                    f"pyramid.interactions.*.units.{low}_{high}.", f"interactions.*.interaction_units_{low}{high}."
+                )
+        yield from _merging_rules(self.config.merging, self.config.merging_branches, single)
+
+    def _unit_pairs(self) -> list[tuple[int, int]]:
+        n = len(self.config.branches)
+        graphs = (self.config.interaction.graph(k, n) for k in range(self.config.num_interactions))
+        return sorted({(spec.low, spec.high) for graph in graphs for spec in graph})
+
+
+def _merging_rules(merging: MergingConfig, branches: Sequence[int], single: bool) -> Iterator[Rule]:
+    if not single:
+        for number in branches:
+            yield Rule(f"merging.final.projections.{number}.*.*", f"merge_branch{number}.*.*")
+            yield Rule(f"merging.final.weights.{number}", f"w{number}")
+            for j, k in enumerate(merging.intermediate_after):
+                ours, published = f"merging.intermediate.{j}", f"intermediate_merging_{k}"
+                yield Rule(f"{ours}.projections.{number}.*.*", f"{published}_branch{number}.*.*")
+                yield Rule(f"{ours}.weights.{number}", f"{published}_w{number}")
+    module = "up" if single else "fpn"
+    for stride, name in _PYRAMID_MODULES.items():
+        yield Rule(f"feature_pyramid.levels.{stride}.*.*", f"{module}{name}.*.*")

@@ -1,0 +1,93 @@
+"""Which published model a checkpoint is, from the shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import zoo
+from ..config import PIIPConfig
+from ..errors import CheckpointError, NotSupportedYet
+from .convert import PUBLISHED_BACKBONE, from_published
+
+__all__ = ["Recognised", "fit_variant", "recognise"]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Published models whose tensors have the shapes of a file.
+
+    Attributes:
+        names: Their names in the zoo. Models that differ in image sizes alone cannot be told apart.
+        config: The configuration of the first; right for converting a file of any of them.
+        branch4_as_released: Whether Branch 4 is the copy of Branch 3 that the public code builds.
+    """
+
+    names: tuple[str, ...]
+    config: PIIPConfig
+    branch4_as_released: bool = False
+
+
+def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognised:
+    """Finds the published models that a published state dict can belong to.
+
+    Args:
+        shapes: Published name -> shape.
+
+    Raises:
+        CheckpointError: If no model of the zoo fits.
+    """
+    found: dict[bool, list[tuple[str, PIIPConfig]]] = {False: [], True: []}
+    known: dict[tuple[object, ...], bool] = {}
+    for entry in zoo.entries():
+        for as_released, config in _variants(entry.config):
+            structure = _structure(config)
+            if structure not in known:
+                known[structure] = _fits(shapes, config)
+            if known[structure]:
+                found[as_released].append((entry.name, config))
+                break
+    for as_released, matches in found.items():
+        if matches:
+            return Recognised(tuple(name for name, _ in matches), matches[0][1], as_released)
+    raise CheckpointError(
+        "the tensors fit no published model of this version; name the configuration (--config), known are "
+        + ", ".join(zoo.names())
+    )
+
+
+def fit_variant(shapes: Mapping[str, Sequence[int]], config: PIIPConfig) -> PIIPConfig:
+    """The configuration itself, or with Branch 4 as released if only that fits the shapes."""
+    return next((variant for _, variant in _variants(config) if _fits(shapes, variant)), config)
+
+
+def _variants(config: PIIPConfig) -> Iterator[tuple[bool, PIIPConfig]]:
+    yield False, config
+    if len(config.branches) == 4:
+        yield True, zoo.tsbl_as_released(config)
+
+
+def _structure(config: PIIPConfig) -> tuple[object, ...]:
+    """What decides names and shapes of the parameters."""
+    return tuple(branch.network for branch in config.branches), config.interaction, config.merging
+
+
+def _fits(shapes: Mapping[str, Sequence[int]], config: PIIPConfig) -> bool:
+    prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in shapes) else ""
+    backbone = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
+    if not _same_widths(backbone, config):  # much cheaper than building the model
+        return False
+    state = {key: torch.empty(shape, device="meta") for key, shape in backbone.items()}
+    try:
+        return from_published(state, config)[1].complete
+    except (CheckpointError, NotSupportedYet):
+        return False
+
+
+def _same_widths(shapes: Mapping[str, tuple[int, ...]], config: PIIPConfig) -> bool:
+    count = len(config.branches)
+    tables = ["pos_embed"] if count == 1 else [f"branch{number}.pos_embed" for number in range(1, count + 1)]
+    widths = [shapes[name][-1] for name in tables if name in shapes]
+    return widths == [branch.network.embed_dim for branch in config.branches]

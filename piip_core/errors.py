@@ -1,0 +1,25 @@
+"""The errors that a user can cause and cure."""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError", "NotSupportedYet", "UserError"]
+
+
+class UserError(ValueError):
+    """A mistake in what was given. The message says which and what was expected; tools print it without a traceback."""
+
+
+class ConfigError(UserError):
+    """A configuration has a value that cannot work; the message names field, value and fix."""
+
+
+class CheckpointError(UserError):
+    """A file cannot be read or does not fit the model; the message names the file, the keys and the fix."""
+
+
+class NotSupportedYet(NotImplementedError):
+    """The published model uses something this version cannot express; `feature` names it."""
+
+    def __init__(self, feature: str) -> None:
+        super().__init__(feature)
+        self.feature = feature

@@ -1,0 +1,30 @@
+"""Numerical proof: golden cases of the public implementation against this one."""
+
+from .backbones import verify_detection_backbone
+from .check import Check, Comparison
+from .golden import GoldenCase, GoldenError, find_cases
+from .loading import verify_loading
+from .operators import verify_interaction, verify_op
+from .runner import CaseResult, Status, Verifier, run_cases, summary_line
+
+VERIFIERS: dict[str, Verifier] = {
+    "op": verify_op,
+    "interaction": verify_interaction,
+    "detection": verify_detection_backbone,
+    "load_mapping": verify_loading,
+}
+"""Families of cases that need nothing but piip_core; `piip.verification` has those of detectors."""
+
+__all__ = [
+    "VERIFIERS",
+    "CaseResult",
+    "Check",
+    "Comparison",
+    "GoldenCase",
+    "GoldenError",
+    "Status",
+    "Verifier",
+    "find_cases",
+    "run_cases",
+    "summary_line",
+]

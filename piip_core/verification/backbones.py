@@ -1,0 +1,59 @@
+"""Cases of whole backbones: outputs, features after every interaction, gradients."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..checkpoints import config_from_public, from_published, published_names, to_published
+from ..pyramid import DensePIIP
+from .check import Check
+from .golden import GoldenCase
+from .losses import recorded_loss
+
+__all__ = ["verify_detection_backbone"]
+
+
+def verify_detection_backbone(case: GoldenCase) -> Check:
+    """Builds the model through the public configuration names and the checkpoint conversion, and runs it."""
+    check = Check(case)
+    state = case.below("state.")
+    published = config_from_public(
+        case.config,
+        {name: tensor.shape for name, tensor in state.items()},
+        branch4_built_from=case.info.get("branch4_built_from"),
+    )
+    model = DensePIIP(published.config).eval()
+    converted, report = from_published(state, published.config, source=case.name)
+    model.load_state_dict(report.check() and converted)
+
+    image = case.below("input.")["image"].requires_grad_()
+    outputs = model(image)
+    for index, output in enumerate(outputs):
+        check.close(f"output.{index}", output)
+    _check_intermediates(check, model, image)
+    if any(name.startswith("grad.") for name in case.results):
+        loss = recorded_loss(case, outputs)
+        loss.backward()
+        check.close("output.loss", loss.reshape(1))
+        _check_gradients(check, model, image, published_names(published.config, state))
+    return check
+
+
+def _check_intermediates(check: Check, model: DensePIIP, image: Tensor) -> None:
+    recorded = [name.split(".")[1:] for name in check.case.results if name.startswith("inter.")]
+    if not recorded:
+        return
+    maps = model.pyramid.forward_intermediates(image, {int(k) for k, _ in recorded})[1]
+    for k, branch in recorded:
+        feature_map = maps[int(k)][int(branch.removeprefix("x")) - 1]
+        check.close(f"inter.{k}.{branch}", feature_map.flatten(2).transpose(1, 2))
+
+
+def _check_gradients(check: Check, model: DensePIIP, image: Tensor, names) -> None:
+    """Gradients have the shapes of their parameters, so the conversion to published names applies to them too."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    converted = {"input": image.grad} | to_published(gradients, names)[0]
+    for name in check.case.results:
+        key = name.removeprefix("grad.")
+        if name.startswith("grad.") and key in converted:
+            check.close(name, converted[key])

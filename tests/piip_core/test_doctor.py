@@ -1,0 +1,52 @@
+"""python -m piip_core.doctor: what a bug report needs, as text and as JSON."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import torch
+
+from piip_core import doctor
+from piip_core.ops import operator_status
+
+
+def test_report_tells_the_state_of_this_environment():
+    report = doctor.collect()
+    assert report["packages"]["torch"] == importlib.metadata.version("torch")
+    assert report["operator"]["compiled"] == operator_status.compiled
+    assert report["operator"]["reason"] == operator_status.reason
+    assert report["operator"]["self_test"]["cpu"].startswith("ok")
+    assert report["torch"]["cuda_available"] == torch.cuda.is_available()
+    text = doctor.format_report(report)
+    for needed in (torch.__version__.split("+")[0], "nvcc", "CUDA_HOME", "self_test", "detectron2"):
+        assert needed in text
+
+
+def test_missing_detectron2_comes_with_the_way_to_get_it(monkeypatch):
+    known = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "detectron2" else known(name))
+    report = doctor.collect()
+    assert report["detectron2"]["found"] is False
+    assert "--no-build-isolation -e '.[detection]'" in doctor.format_report(report)
+
+
+def test_too_new_setuptools_is_pointed_out(monkeypatch):
+    versions = {"detectron2": "0.6", "setuptools": "82.0.1"}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name))
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: importlib.metadata.PathDistribution.at("."))
+    assert "setuptools below 81, found 82.0.1" in doctor._detectron2_facts()["hint"]
+
+
+def test_wrong_operator_is_recognised(monkeypatch):
+    monkeypatch.setattr(doctor, "ms_deform_attn", lambda value, *rest: torch.zeros(2, 7, 18))
+    assert doctor._self_test("cpu").startswith("WRONG")
+
+
+def test_command_prints_json():
+    result = subprocess.run(
+        [sys.executable, "-m", "piip_core.doctor", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert set(report) == {"system", "packages", "torch", "build_tools", "environment", "operator", "detectron2"}

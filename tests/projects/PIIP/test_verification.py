@@ -1,0 +1,117 @@
+"""Golden cases of heads and pipelines through the project's Detectron2 model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from safetensors.torch import load_file, save_file
+
+from piip.modeling.matcher import BestBoxMatcher
+from piip.modeling.rpn import PublishedRPN
+from piip.verification import VERIFIERS, rpn
+from piip_core.verification import Status, find_cases, run_cases
+
+GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
+NAMES = sorted(case.name for case in find_cases([GOLDENS]) if case.family in VERIFIERS)
+
+
+def run(path):
+    (result,) = run_cases(find_cases([path]), VERIFIERS)
+    return result
+
+
+def failed(result):
+    return {comparison.name for comparison in result.comparisons if not comparison.passed}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_cases_pass(name):
+    result = run(GOLDENS / f"{name}.json")
+    assert result.status is Status.PASSED, str(result)
+
+
+def test_heads_and_pipelines_are_among_them():
+    families = {case.family for case in find_cases([GOLDENS]) if case.name in NAMES}
+    assert families == {"detection_head", "test_pipeline"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("head_fpn_rpn_b", "output.assigned.0"),
+        ("head_fpn_rpn_b", "output.smallpad.loss_rpn_bbox"),
+        ("head_fpn_rpn_b", "output.pre_nms_scores.0"),
+        ("head_mask_rcnn_b", "output.e2e.labels.0"),
+        ("head_mask_rcnn_b", "output.given.masks_packed.0"),
+        ("head_mask_rcnn_b", "output.mask_targets_packed"),
+        ("head_mask_rcnn_b", "output.acc"),
+        ("pipe_det_1333", "output.channel_sum.1"),
+    ],
+)
+def test_wrong_results_fail_and_are_named(name, tensor, tmp_path):
+    tensors = load_file(GOLDENS / f"{name}.safetensors")
+    spoiled = tensors[tensor].clone()
+    spoiled.view(-1)[: max(1, spoiled.numel() // 100)] += 1
+    save_file({**tensors, tensor: spoiled}, tmp_path / f"{name}.safetensors")
+    (tmp_path / f"{name}.json").write_text((GOLDENS / f"{name}.json").read_text())
+    result = run(tmp_path)
+    assert result.status is Status.FAILED
+    assert failed(result) == {tensor}
+
+
+def test_detectron2s_own_clamp_differs(monkeypatch):
+    monkeypatch.setattr(rpn, "TwoSidedBox2BoxTransform", Box2BoxTransform)
+    assert "output.decode.rpn_free" in failed(run(GOLDENS / "head_fpn_rpn_b.json"))
+
+
+def test_detectron2s_own_matcher_differs(monkeypatch):
+    def stock(self, quality):
+        self.allow_low_quality_matches = self.min_quality is not None
+        return Matcher.__call__(self, quality)
+
+    monkeypatch.setattr(BestBoxMatcher, "__call__", stock)
+    assert "output.assigned.0" in failed(run(GOLDENS / "head_fpn_rpn_b.json"))
+
+
+def test_padding_cells_matter(monkeypatch):
+    everything = PublishedRPN.considered_anchors
+
+    def with_padding(self, anchors, image_size, padded_size):
+        return everything(self, anchors, image_size, (float("inf"), float("inf")))
+
+    monkeypatch.setattr(PublishedRPN, "considered_anchors", with_padding)
+    assert "output.smallpad.loss_rpn_cls" in failed(run(GOLDENS / "head_fpn_rpn_b.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("head_mask_rcnn_b", ("neck", "type"), "BiFPN"),
+        ("head_mask_rcnn_b", ("test_cfg", "rcnn", "mask_thr_binary"), 0.4),
+        ("head_mask_rcnn_b", ("roi_head", "bbox_head", "type"), "Shared4Conv1FCBBoxHead"),
+        ("pipe_det_1333", ("pipeline",), [{"type": "MultiScaleFlipAug", "flip": True, "transforms": []}]),
+    ],
+)
+def test_settings_that_the_model_lacks_are_not_supported_yet(name, path, value, tmp_path):
+    info = json.loads((GOLDENS / f"{name}.json").read_text())
+    node = info["config"]
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    save_file(load_file(GOLDENS / f"{name}.safetensors"), tmp_path / f"{name}.safetensors")
+    (tmp_path / f"{name}.json").write_text(json.dumps(info))
+    assert run(tmp_path).status is Status.NOT_SUPPORTED
+
+
+def test_cascade_heads_are_not_supported_yet(tmp_path):
+    info = json.loads((GOLDENS / "head_fpn_rpn_b.json").read_text())
+    (tmp_path / "case.json").write_text(json.dumps(info))
+    save_file({"output.e2e.boxes.0": torch.zeros(1, 4)}, tmp_path / "case.safetensors")
+    result = run(tmp_path)
+    assert result.status is Status.NOT_SUPPORTED and "CascadeRCNN" in result.reason

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from piip_core import BranchConfig, DensePIIP, InteractionConfig, PIIPConfig, ViTConfig, zoo
+from piip_core.checkpoints import PublishedNames, read_checkpoint, to_published
+
+
+@pytest.fixture(scope="session")
+def tool(load_tool):
+    return load_tool("convert_checkpoint")
+
+
+@pytest.fixture
+def model():
+    """Three tiny branches, every parameter random."""
+    branches = tuple(
+        BranchConfig(network=ViTConfig(embed_dim=dim, depth=2, num_heads=2, pos_grid=4), image_size=size)
+        for dim, size in ((32, 64), (24, 96), (16, 128))
+    )
+    config = PIIPConfig(branches=branches, interaction=InteractionConfig(num_interactions=2, num_heads=4))
+    model = DensePIIP(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.fixture
+def files(model, tmp_path):
+    """A released file of the tiny model, and its configuration."""
+    config = model.pyramid.config
+    state, _ = to_published(model.state_dict(), PublishedNames(config, ("deit",) * 3))
+    state = {f"backbone.{key}": value for key, value in state.items()}
+    torch.save({"state_dict": state, "meta": {"epoch": 12}}, tmp_path / "released.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    return tmp_path
+
+
+def test_there_and_back(tool, files, model, capsys):
+    released, ours, back = (str(files / name) for name in ("released.pth", "ours.pth", "back.safetensors"))
+    assert tool.main([released, ours, "--config", str(files / "config.json")]) == 0
+    out = capsys.readouterr().out
+    assert "0 unexplained" in out and "not part of the weights (meta)" in out
+    converted = torch.load(ours, weights_only=True)["model"]
+    prefix = "backbone.bottom_up.features."
+    assert converted.keys() == {prefix + name for name in model.state_dict()}
+    assert all(torch.equal(converted[prefix + name], tensor) for name, tensor in model.state_dict().items())
+
+    assert tool.main([ours, back, "--to-public"]) == 0
+    original = read_checkpoint(released).state
+    returned = load_file(back)
+    assert returned.keys() == original.keys()
+    assert all(torch.equal(returned[key], tensor) for key, tensor in original.items())
+
+
+def test_the_backbone_alone_loads_into_the_module(tool, files, model):
+    target = str(files / "backbone.safetensors")
+    arguments = ["--config", str(files / "config.json"), "--backbone-only"]
+    assert tool.main([str(files / "released.pth"), target, *arguments]) == 0
+    fresh = DensePIIP(model.pyramid.config)
+    fresh.load_state_dict(load_file(target))
+    assert torch.equal(fresh.merging.final.weights["2"], model.merging.final.weights["2"])
+
+
+def test_what_a_file_lacks_is_an_error_and_nothing_is_written(tool, files, capsys):
+    state = read_checkpoint(files / "released.pth").state
+    del state["backbone.w3"]
+    torch.save(state, files / "released.pth")
+    arguments = [str(files / "released.pth"), str(files / "ours.pth"), "--config", str(files / "config.json")]
+    assert tool.main(arguments) == 1
+    assert "merging.final.weights.3" in capsys.readouterr().err
+    assert not (files / "ours.pth").exists()
+    assert tool.main([*arguments, "--allow-incomplete"]) == 0
+    assert "merging.final.weights.3" in capsys.readouterr().out
+
+
+def test_unrecognised_files_ask_for_the_configuration(tool, files, capsys):
+    assert tool.main([str(files / "released.pth"), str(files / "ours.pth")]) == 1
+    assert "--config" in capsys.readouterr().err
+    torch.save({"model": {"a": torch.zeros(1)}}, files / "trained.pth")
+    assert tool.main([str(files / "trained.pth"), str(files / "public.pth"), "--to-public"]) == 1
+    assert "--config" in capsys.readouterr().err
+
+
+def test_unknown_names_and_files_are_errors_in_one_line(tool, files, capsys):
+    assert tool.main([str(files / "released.pth"), str(files / "x.pth"), "--config", "piip_tsb"]) == 1
+    assert zoo.names()[1] in capsys.readouterr().err
+    assert tool.main([str(files / "nothing.pth"), str(files / "x.pth")]) == 1
+    error = capsys.readouterr().err
+    assert "nothing.pth" in error and "Traceback" not in error
