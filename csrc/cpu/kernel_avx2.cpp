@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#define PIIP_CAPABILITY avx2
+#define PIIP_TARGET __attribute__((target("avx2,fma")))
+#include "cpu/kernel_impl.h"
+#endif

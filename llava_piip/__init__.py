@@ -1,0 +1,1 @@
+"""Multimodal language models with a PIIP vision tower (see the README for what is there yet)."""

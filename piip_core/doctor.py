@@ -1,0 +1,190 @@
+"""Prints what a bug report needs: versions, compilers, GPU, and whether the operator is compiled and why (not).
+
+Run `python -m piip_core.doctor`, with `--json` for machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from piip_core.ops import ms_deform_attn, ms_deform_attn_reference, operator_status
+
+__all__ = ["DETECTRON2_HINT", "collect", "format_report"]
+
+# Name on the package index and what it is needed for.
+PACKAGES = {
+    "piip": "this project",
+    "torch": "required",
+    "torchvision": "required",
+    "timm": "required",
+    "fvcore": "required",
+    "numpy": "required",
+    "safetensors": "required",
+    "pillow": "required",
+    "setuptools": "below 81 for detectron2.model_zoo",
+    "ninja": "to compile the operator",
+    "detectron2": "extra: detection",
+    "pycocotools": "extra: detection",
+    "open_clip_torch": "extra: llava",
+    "transformers": "extra: llava",
+    "accelerate": "extra: llava",
+    "deepspeed": "extra: llava",
+    "scikit-image": "extra: demo",
+    "scikit-learn": "extra: demo",
+}
+
+ENVIRONMENT = ("CUDA_HOME", "FORCE_CUDA", "PIIP_DISABLE_EXTENSION", "PIIP_CPU_CAPABILITY", "OMP_NUM_THREADS")
+
+DETECTRON2_HINT = (
+    "Detectron2 is on no package index. With PyTorch and a C++ compiler installed: "
+    "pip install --no-build-isolation -e '.[detection]' (needs access to github.com)"
+)
+
+
+def collect() -> dict[str, Any]:
+    """Gathers the report as nested dictionaries of JSON types; starts compilers with --version, nothing else."""
+    return {
+        "system": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "executable": sys.executable,
+            "cpu_count": os.cpu_count(),
+        },
+        "packages": {name: _version(name) for name in PACKAGES},
+        "torch": _torch_facts(),
+        "build_tools": {
+            "c++": _tool(os.environ.get("CXX", "c++"), r".+"),
+            "ninja": _tool("ninja", r".+"),
+            "nvcc": _tool("nvcc", r"release [\d.]+, V[\d.]+"),
+        },
+        "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},
+        "operator": _operator_facts(),
+        "detectron2": _detectron2_facts(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tool(program: str, pattern: str) -> str | None:
+    """Path and version of a program, None if it is not on the PATH or does not run."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{path} does not run: {error}"
+    found = re.search(pattern, text)
+    return f"{path}: {found.group() if found else 'unknown version'}"
+
+
+def _torch_facts() -> dict[str, Any]:
+    available = torch.cuda.is_available()
+    return {
+        "cuda_build": torch.version.cuda,
+        "cuda_available": available,
+        "gpus": [
+            f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+            for i in range(torch.cuda.device_count())
+        ]
+        if available
+        else [],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _operator_facts() -> dict[str, Any]:
+    status = operator_status
+    return {
+        "compiled": status.compiled,
+        "reason": status.reason,
+        "cpu_kernels": status.cpu_capability or "none: PyTorch reference",
+        "cuda_kernels": f"CUDA {status.cuda_version // 1000}.{status.cuda_version % 1000 // 10}"
+        if status.cuda_version
+        else "none: PyTorch reference",
+        "build": status.build,
+        "self_test": {device: _self_test(device) for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()},
+    }
+
+
+def _self_test(device: str) -> str:
+    """Compares one small call with the float64 reference."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.rand(2, 20, 3, 6, generator=generator)
+    locations = 1.2 * torch.rand(2, 7, 3, 1, 4, 2, generator=generator) - 0.1
+    weights = torch.rand(2, 7, 3, 1, 4, generator=generator)
+    expected = ms_deform_attn_reference(value.double(), [4, 5], locations.double(), weights.double())
+    try:
+        result = ms_deform_attn(value.to(device), [(4, 5)], locations.to(device), weights.to(device)).cpu()
+    except RuntimeError as error:
+        return f"failed: {error}"
+    difference = (result - expected).abs().max().item()
+    return f"{'ok' if difference < 1e-5 else 'WRONG'}, largest difference from float64 {difference:.1e}"
+
+
+def _detectron2_facts() -> dict[str, Any]:
+    version = _version("detectron2")
+    if version is None:
+        return {"found": False, "hint": DETECTRON2_HINT}
+    origin = importlib.metadata.distribution("detectron2").read_text("direct_url.json")
+    commit = json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
+    facts = {"found": True, "version": version, "commit": commit or "unknown"}
+    setuptools = _version("setuptools")
+    if setuptools and int(setuptools.split(".")[0]) >= 81:
+        facts["hint"] = (
+            f"detectron2.model_zoo needs setuptools below 81, found {setuptools}: pip install 'setuptools<81'"
+        )
+    return facts
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as indented text."""
+    lines: list[str] = []
+
+    def add(entries: dict[str, Any], indent: int) -> None:
+        for key, entry in entries.items():
+            if isinstance(entry, dict):
+                lines.append(f"{' ' * indent}{key}:")
+                add(entry, indent + 2)
+            else:
+                text = ", ".join(map(str, entry)) or "none" if isinstance(entry, list) else entry
+                lines.append(f"{' ' * indent}{key}: {'not found' if text is None else text}")
+
+    for section, entries in report.items():
+        if section == "packages":
+            lines.append("packages:")
+            lines += [f"  {name}: {found or 'not installed'}  ({PACKAGES[name]})" for name, found in entries.items()]
+        else:
+            add({section: entries}, 0)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of `python -m piip_core.doctor`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m piip_core.doctor", description="Print what a bug report about PIIP needs."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args()
+    report = collect()
+    print(json.dumps(report, indent=1) if args.json else format_report(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The functional form of multi-scale deformable attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401  (registers the operator)
+from .reference import compute_dtype
+
+__all__ = ["flatten_spatial_shapes", "ms_deform_attn"]
+
+_VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+SpatialShapes = Sequence[tuple[int, int]] | Tensor
+
+
+def ms_deform_attn(
+    value: Tensor, spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Samples the levels of `value` bilinearly at the given locations and adds up the samples with the given weights.
+
+    The sampling of multi-scale deformable attention (Deformable DETR, eq. 3; the interaction of PIIP uses one level).
+    A location reads like `grid_sample(align_corners=False, padding_mode="zeros")`: (0, 0) is the top left corner of a
+    map, (1, 1) its bottom right corner, pixel centres lie at half-integers, and outside is zero. A location that is
+    NaN or infinite lies outside: it contributes zero and receives zero gradient.
+
+    Precision: locations and weights are used in float32 (float64 when `value` is), the sum is accumulated in the same,
+    and the result has the dtype of `value`. Autocast changes nothing here: float16 or bfloat16 values stay what they
+    are. Gradients have the dtypes of the inputs; there is no second derivative. On CUDA the gradient of `value` is
+    added up with atomics, so it is not deterministic.
+
+    Args:
+        value: (B, S, M, D) float64, float32, float16 or bfloat16; S = sum of H * W, levels one after the other, each
+            row by row. B, S and Q may be 0.
+        spatial_shapes: (H, W) of every level, as a sequence of pairs or an integer tensor (L, 2). A tensor on a GPU
+            costs a synchronisation, pairs do not.
+        sampling_locations: (B, Q, M, L, P, 2) floating, (x, y).
+        attention_weights: (B, Q, M, L, P) floating.
+
+    Returns:
+        (B, Q, M * D).
+
+    Raises:
+        TypeError: for an argument of the wrong kind or dtype.
+        ValueError: for shapes that do not fit each other, or tensors on different devices.
+    """
+    shapes = flatten_spatial_shapes(spatial_shapes)
+    _check(value, shapes, sampling_locations, attention_weights)
+    dtype = compute_dtype(value.dtype)
+    return torch.ops.piip.ms_deform_attn(value, shapes, sampling_locations.to(dtype), attention_weights.to(dtype))
+
+
+def flatten_spatial_shapes(spatial_shapes: SpatialShapes) -> list[int]:
+    """Turns the (H, W) pairs of all levels into H0, W0, H1, W1, ...
+
+    Raises:
+        TypeError, ValueError: if they are not pairs of non-negative integers.
+    """
+    expected = "expected (H, W) of each level: a sequence of pairs of integers or an integer tensor (L, 2)"
+    if isinstance(spatial_shapes, Tensor):
+        if spatial_shapes.is_floating_point() or spatial_shapes.is_complex() or spatial_shapes.dtype == torch.bool:
+            raise TypeError(f"spatial_shapes has dtype {spatial_shapes.dtype}; {expected}")
+        if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
+            raise ValueError(f"spatial_shapes has shape {tuple(spatial_shapes.shape)}; {expected}")
+        spatial_shapes = spatial_shapes.tolist()
+    flat = []
+    try:
+        for height, width in spatial_shapes:
+            flat += [height, width]
+    except (TypeError, ValueError):
+        raise TypeError(f"spatial_shapes is {spatial_shapes!r}; {expected}") from None
+    for size in flat:
+        if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
+            raise TypeError(f"spatial_shapes holds {size!r} of type {type(size).__name__}; {expected}")
+        if size < 0:
+            raise ValueError(f"spatial_shapes holds {size}; heights and widths must not be negative")
+    if not flat:
+        raise ValueError(f"spatial_shapes is empty; {expected}")
+    return flat
+
+
+def _check(value: Tensor, shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> None:
+    tensors = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}; expected one device for all")
+        if tensor.dtype not in _VALUE_DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected float64, float32, float16 or bfloat16")
+    if value.dim() != 4:
+        raise ValueError(f"value has shape {tuple(value.shape)}; expected (B, S, M, D)")
+    batch, size, heads, _ = value.shape
+    if sampling_locations.dim() != 6 or sampling_locations.shape[-1] != 2:
+        raise ValueError(f"sampling_locations has shape {tuple(sampling_locations.shape)}; expected (B, Q, M, L, P, 2)")
+    levels = len(shapes) // 2
+    for axis, expected, what in ((0, batch, "batch"), (2, heads, "heads"), (3, levels, "levels")):
+        if sampling_locations.shape[axis] != expected:
+            raise ValueError(
+                f"sampling_locations has shape {tuple(sampling_locations.shape)}, so {sampling_locations.shape[axis]} "
+                f"{what} on axis {axis}; expected {expected} as in "
+                + ("spatial_shapes" if what == "levels" else f"value of shape {tuple(value.shape)}")
+            )
+    if attention_weights.shape != sampling_locations.shape[:-1]:
+        raise ValueError(
+            f"attention_weights has shape {tuple(attention_weights.shape)}; expected (B, Q, M, L, P) = "
+            f"{tuple(sampling_locations.shape[:-1])} as sampling_locations has it"
+        )
+    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+    covered = sum(height * width for height, width in pairs)
+    if covered != size:
+        raise ValueError(
+            f"value has S = {size} rows, but the (H, W) in spatial_shapes {pairs} add up to {covered}; expected the "
+            "same number"
+        )

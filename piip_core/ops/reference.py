@@ -1,0 +1,104 @@
+"""Multi-scale deformable attention in plain PyTorch, on any device and in any floating dtype.
+
+The definition that the compiled kernels are tested against, and what runs where they are not available. Forward and
+backward are separate because a kernel registered with the dispatcher runs below autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(value_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of locations, weights and accumulation for values of dtype `value_dtype`: float64 or float32."""
+    return torch.float64 if value_dtype == torch.float64 else torch.float32
+
+
+def ms_deform_attn_reference(
+    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Samples `value` at `sampling_locations` and sums with `attention_weights`; differentiable.
+
+    Args:
+        value: (B, S, M, D), S = sum of H * W over the levels.
+        spatial_shapes: H0, W0, H1, W1, ...
+        sampling_locations: (B, Q, M, L, P, 2), x and y in units of the level's width and height.
+        attention_weights: (B, Q, M, L, P), of the locations' dtype.
+
+    Returns:
+        (B, Q, M * D) in the dtype of `value`.
+    """
+    batch, _, heads, width = value.shape
+    queries = sampling_locations.shape[1]
+    output = sampling_locations.new_zeros(batch * heads, width, queries)
+    for level, _, image, grid in _levels(value, spatial_shapes, sampling_locations):
+        samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        output = output + (samples * _weights_of(attention_weights, level)).sum(-1)
+    return output.view(batch, heads * width, queries).transpose(1, 2).to(value.dtype).contiguous()
+
+
+def ms_deform_attn_backward_reference(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `ms_deform_attn_reference` with respect to value, locations and weights.
+
+    Args:
+        grad_output: (B, Q, M * D); the other arguments are those of the forward.
+    """
+    batch, _, heads, width = value.shape
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    grad_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
+    grad_locations = torch.zeros_like(sampling_locations, memory_format=torch.contiguous_format)
+    grad_weights = torch.zeros_like(attention_weights, memory_format=torch.contiguous_format)
+    grad = grad_output.to(sampling_locations.dtype).reshape(batch, queries, heads, width)
+    grad = grad.permute(0, 2, 3, 1).reshape(batch * heads, width, queries, 1)
+    for level, start, image, grid in _levels(value, spatial_shapes, sampling_locations):
+        samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        by_weight = (samples * grad).sum(1).view(batch, heads, queries, points)
+        grad_weights[:, :, :, level] = by_weight.transpose(1, 2)
+        by_image, by_grid = torch.ops.aten.grid_sampler_2d_backward(
+            grad * _weights_of(attention_weights, level), image, grid, 0, 0, False, [True, True]
+        )  # 0, 0, False: bilinear, zeros outside, align_corners=False
+        # The grid spans [-1, 1], the locations [0, 1].
+        grad_locations[:, :, :, level] = 2 * by_grid.view(batch, heads, queries, points, 2).transpose(1, 2)
+        by_value = by_image.view(batch, heads, width, -1).permute(0, 3, 1, 2)
+        grad_value[:, start : start + by_value.shape[1]] = by_value
+    return grad_value, grad_locations, grad_weights
+
+
+def _levels(
+    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yields per non-empty level its index, its first row in `value`, and grid_sample's two inputs.
+
+    The image is (B * M, D, H, W), the grid (B * M, Q, P, 2).
+    """
+    if sampling_locations.numel() == 0 or value.numel() == 0:
+        return
+    batch, _, heads, width = value.shape
+    # A sample reaches the map only from within half a pixel, so [-2, 3] holds every location that counts; what lies
+    # farther out, and NaN, is put on the border of that range, where it reads zero and has zero gradient.
+    locations = sampling_locations.nan_to_num(nan=-2.0).clamp(-2.0, 3.0)
+    start = 0
+    for level, (height_, width_) in enumerate(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True)):
+        size = height_ * width_
+        if size == 0:
+            continue
+        image = value[:, start : start + size].to(sampling_locations.dtype)
+        image = image.permute(0, 2, 3, 1).reshape(batch * heads, width, height_, width_)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
+        yield level, start, image, grid
+        start += size
+
+
+def _weights_of(attention_weights: Tensor, level: int) -> Tensor:
+    """The weights of one level as (B * M, 1, Q, P)."""
+    return attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1).unsqueeze(1)

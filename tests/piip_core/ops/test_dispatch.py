@@ -1,0 +1,236 @@
+"""How the operator lives with the rest of PyTorch: registration, compile, export, autocast, and the fallback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from piip_core.ops import MSDeformAttn, _library, make_reference_points, ms_deform_attn, operator_status
+
+OPERATORS = ("ms_deform_attn", "ms_deform_attn_backward")
+
+
+class Reader(torch.nn.Module):
+    """Every query of a fixed 5 x 6 map reads an image-like value map."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = MSDeformAttn(32, 4, value_ratio=0.5, value_dim=8)
+        torch.nn.init.normal_(self.attention.sampling_offsets.weight, std=0.1)
+        torch.nn.init.normal_(self.attention.attention_weights.weight, std=0.1)
+
+    def forward(self, query, image):
+        points = make_reference_points(5, 6, device=query.device)
+        return self.attention(query, points, image.flatten(2).transpose(1, 2), [tuple(image.shape[2:])])
+
+
+@pytest.fixture
+def reader():
+    return Reader()
+
+
+def reader_inputs(height=7, width=9, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 30, 32, generator=generator), torch.randn(batch, 8, height, width, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(make_inputs, dtype):
+    inputs = make_inputs(spatial_shapes=((5, 7), (3, 2)), dtype=dtype)
+    arguments = (inputs.flat_shapes, inputs.locations, inputs.weights)
+    opcheck(torch.ops.piip.ms_deform_attn_backward, (inputs.grad_output, inputs.value, *arguments))
+    inputs.require_grad()
+    opcheck(torch.ops.piip.ms_deform_attn, (inputs.value, *arguments))
+
+
+def test_compile_forward_and_backward(make_inputs):
+    inputs = make_inputs(dtype=torch.float32).require_grad()
+
+    def call(value, locations, weights):
+        return ms_deform_attn(value, inputs.spatial_shapes, locations, weights)
+
+    compiled = torch.compile(call, fullgraph=True)
+    expected, actual = call(*inputs.leaves), compiled(*inputs.leaves)
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(actual, inputs.leaves, inputs.grad_output),
+        torch.autograd.grad(expected, inputs.leaves, inputs.grad_output),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compile_with_dynamic_shapes(reader):
+    compiled = torch.compile(reader, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sizes in ((7, 9, 2), (4, 11, 3)):
+        query, image = reader_inputs(*sizes)
+        torch.testing.assert_close(compiled(query, image), reader(query, image))
+
+
+def test_export(reader):
+    query, image = reader_inputs()
+    exported = torch.export.export(reader, (query, image))
+    operators = {str(node.target) for node in exported.graph.nodes}
+    assert "piip.ms_deform_attn.default" in operators
+    torch.testing.assert_close(exported.module()(query, image), reader(query, image))
+
+
+def test_export_with_dynamic_shapes(reader):
+    batch, height, width = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "height", "width"))
+    shapes = {"query": {0: batch}, "image": {0: batch, 2: height, 3: width}}
+    exported = torch.export.export(reader, reader_inputs(), dynamic_shapes=shapes)
+    query, image = reader_inputs(12, 5, 3)
+    torch.testing.assert_close(exported.module()(query, image), reader(query, image))
+
+
+def test_meta_device(reader):
+    with torch.device("meta"):
+        output = Reader()(torch.empty(2, 30, 32), torch.empty(2, 8, 7, 9))
+    assert output.device.type == "meta" and output.shape == (2, 30, 32)
+
+
+class RecordArguments(TorchDispatchMode):
+    """Notes the dtypes of the tensors each operator of ours is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.piip.ms_deform_attn.default:
+            self.dtypes.append([x.dtype for x in args if isinstance(x, torch.Tensor)])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_keeps_locations_in_float32(reader, dtype):
+    query, image = reader_inputs()
+    with torch.autocast("cpu", dtype), RecordArguments() as record:
+        output = reader(query, image)
+    assert record.dtypes == [[dtype, torch.float32, torch.float32]]
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), reader(query, image), rtol=0.02, atol=0.02)
+    output.float().square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in reader.parameters())
+
+
+def test_half_precision_module_keeps_locations_in_float32(reader):
+    query, image = reader_inputs()
+    expected = reader(query, image)
+    with RecordArguments() as record:
+        output = reader.bfloat16()(query.bfloat16(), image.bfloat16())
+    assert record.dtypes == [[torch.bfloat16, torch.float32, torch.float32]]
+    torch.testing.assert_close(output.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_non_deterministic_backward_says_so():
+    """What the CUDA backward calls before it adds with atomics."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(False)
+        _library._alert_not_deterministic("this")
+        torch.use_deterministic_algorithms(True)
+        with pytest.raises(RuntimeError, match=r"this .* does not have a deterministic implementation"):
+            _library._alert_not_deterministic("this")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with pytest.warns(UserWarning, match="does not have a deterministic implementation"):
+            _library._alert_not_deterministic("this")
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+SCRIPT = """
+import json, sys, warnings
+import torch
+from torch.library import opcheck
+warnings.simplefilter("ignore", FutureWarning)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", RuntimeWarning)
+    from piip_core.ops import ms_deform_attn, operator_status
+    inputs = torch.load(sys.argv[1], weights_only=True)
+    results = []
+    for value, shapes, locations, weights, grad in inputs:
+        leaves = [t.requires_grad_() for t in (value, locations, weights)]
+        output = ms_deform_attn(value, shapes, locations, weights)
+        results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
+    checks = opcheck(torch.ops.piip.ms_deform_attn, (value, [s for p in shapes for s in p], locations, weights))
+torch.save(results, sys.argv[2])
+print(json.dumps({
+    "compiled": operator_status.compiled,
+    "reason": operator_status.reason,
+    "capability": operator_status.cpu_capability,
+    "schemas": [str(getattr(torch.ops.piip, name).default._schema) for name in sys.argv[3:]],
+    "checks": checks,
+    "warnings": [str(w.message) for w in caught if w.category is RuntimeWarning],
+}))
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PIIP_DISABLE_EXTENSION": "1"}, {"PIIP_CPU_CAPABILITY": "portable"}, {"PIIP_CPU_CAPABILITY": "avx2"}],
+    ids=["reference", "portable", "avx2"],
+)
+def test_other_implementations_give_the_same(make_inputs, tmp_path, environment):
+    """The PyTorch fallback and the kernels for lesser processors: same schema, same numbers, opcheck passes."""
+    cases = [
+        make_inputs(width=width, spatial_shapes=((5, 7), (3, 2)), dtype=dtype)
+        for width in (6, 24, 33)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    ]
+    torch.save(
+        [(c.value, list(c.spatial_shapes), c.locations, c.weights, c.grad_output) for c in cases], tmp_path / "in"
+    )
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "in"), str(tmp_path / "out"), *OPERATORS]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+
+    if "PIIP_DISABLE_EXTENSION" in environment:
+        assert not report["compiled"] and "PIIP_DISABLE_EXTENSION" in report["reason"]
+        assert report["warnings"] == []  # asked for, so nothing to warn of
+    elif operator_status.compiled and operator_status.cpu_capability != "portable":
+        assert report["capability"] == environment["PIIP_CPU_CAPABILITY"]
+    assert report["schemas"] == [str(getattr(torch.ops.piip, name).default._schema) for name in OPERATORS]
+    assert set(report["checks"].values()) == {"SUCCESS"}
+
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+    for case, theirs in zip(cases, torch.load(tmp_path / "out", weights_only=True), strict=True):
+        case.require_grad()
+        output = ms_deform_attn(*case.arguments)
+        ours = output, *torch.autograd.grad(output, case.leaves, case.grad_output)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.dtype == other.dtype
+            error = (mine.double() - other.double()).abs().max() / mine.double().abs().max()
+            assert error < tolerance[mine.dtype]
+
+
+def test_missing_library_is_told_once(tmp_path):
+    """Without the library, and not on purpose, the first call warns with reason and remedy, the second is silent."""
+    script = (
+        "import warnings, torch\n"
+        "from pathlib import Path\n"
+        "glob = Path.glob\n"
+        "Path.glob = lambda self, pattern: iter(()) if pattern == '_C*.so' else glob(self, pattern)\n"
+        "from piip_core.ops import ms_deform_attn, operator_status\n"
+        "call = lambda: ms_deform_attn(torch.ones(1, 1, 1, 1), [(1, 1)], torch.ones(1, 1, 1, 1, 1, 2),"
+        " torch.ones(1, 1, 1, 1, 1))\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    call(); call()\n"
+        "print(operator_status.compiled, [str(w.message) for w in caught])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PIIP_DISABLE_EXTENSION"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("False ['The compiled deformable-attention operator is not available")
+    assert result.stdout.count("is not available") == 1
+    assert "pip install --no-build-isolation" in result.stdout

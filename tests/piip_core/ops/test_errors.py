@@ -1,0 +1,114 @@
+"""Wrong arguments are refused with an error that names the argument, what it is and what was expected."""
+
+import pytest
+import torch
+
+from piip_core.ops import MSDeformAttn, ms_deform_attn, operator_status
+
+CASES = {
+    "value is not a tensor": (dict(value=[1.0]), TypeError, "value is list; expected a torch.Tensor"),
+    "value of integers": (
+        dict(value=torch.ones(2, 35, 3, 6, dtype=torch.int32)),
+        TypeError,
+        "value has dtype torch.int32",
+    ),
+    "value without heads": (
+        dict(value=torch.ones(2, 35, 18)),
+        ValueError,
+        r"value has shape \(2, 35, 18\); expected \(B, S",
+    ),
+    "weights of booleans": (
+        dict(attention_weights=torch.ones(2, 13, 3, 1, 4, dtype=torch.bool)),
+        TypeError,
+        "attention_weights has dtype torch.bool; expected float64",
+    ),
+    "locations without points": (
+        dict(sampling_locations=torch.ones(2, 13, 3, 1, 2)),
+        ValueError,
+        r"sampling_locations has shape \(2, 13, 3, 1, 2\); expected \(B, Q, M, L, P, 2\)",
+    ),
+    "locations in three dimensions": (
+        dict(sampling_locations=torch.ones(2, 13, 3, 1, 4, 3)),
+        ValueError,
+        r"expected \(B, Q, M, L, P, 2\)",
+    ),
+    "other batch": (
+        dict(sampling_locations=torch.ones(1, 13, 3, 1, 4, 2)),
+        ValueError,
+        "1 batch on axis 0; expected 2",
+    ),
+    "other heads": (
+        dict(sampling_locations=torch.ones(2, 13, 6, 1, 4, 2)),
+        ValueError,
+        "6 heads on axis 2; expected 3",
+    ),
+    "other levels": (
+        dict(spatial_shapes=[(5, 6), (5, 1)]),
+        ValueError,
+        "1 levels on axis 3; expected 2 as in spatial_sha",
+    ),
+    "other points": (
+        dict(attention_weights=torch.ones(2, 13, 3, 1, 5)),
+        ValueError,
+        r"attention_weights has shape \(2, 13, 3, 1, 5\); expected \(B, Q, M, L, P\) = \(2, 13, 3, 1, 4\)",
+    ),
+    "sizes that do not add up": (dict(spatial_shapes=[(5, 6)]), ValueError, r"S = 35 rows.*\(5, 6\).*add up to 30"),
+    "sizes that are negative": (dict(spatial_shapes=[(-5, -7)]), ValueError, "holds -5"),
+    "sizes that are floats": (dict(spatial_shapes=[(5.0, 7)]), TypeError, "holds 5.0 of type float"),
+    "sizes that are not pairs": (
+        dict(spatial_shapes=[5, 7]),
+        TypeError,
+        r"spatial_shapes is \[5, 7\]; expected \(H, W\)",
+    ),
+    "no sizes": (dict(spatial_shapes=[]), ValueError, "spatial_shapes is empty"),
+    "sizes as a tensor of floats": (dict(spatial_shapes=torch.ones(1, 2)), TypeError, "spatial_shapes has dtype"),
+    "sizes as a flat tensor": (dict(spatial_shapes=torch.tensor([5, 7])), ValueError, r"shape \(2,\); expected"),
+    "other device": (
+        dict(attention_weights=torch.ones(2, 13, 3, 1, 4, device="meta")),
+        ValueError,
+        "attention_weights is on meta, value on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_argument(make_inputs, case):
+    wrong, error, message = CASES[case]
+    inputs = make_inputs(dtype=torch.float32)
+    arguments = dict(
+        zip(("value", "spatial_shapes", "sampling_locations", "attention_weights"), inputs.arguments, strict=True)
+    )
+    with pytest.raises(error, match=message):
+        ms_deform_attn(**(arguments | wrong))
+
+
+def test_direct_call_of_the_operator_is_checked_too(make_inputs):
+    """The registered operator, which skips the Python checks, must not read outside its tensors."""
+    if not operator_status.compiled:
+        pytest.skip("the compiled operator's own checks")
+    inputs = make_inputs(dtype=torch.float32)
+    value, locations, weights = inputs.leaves
+    call = torch.ops.piip.ms_deform_attn
+    for arguments, message in (
+        ((value, [5, 8], locations, weights), "cover 40 rows, value has 35"),
+        ((value, [5], locations, weights), "must hold H and W of 1 levels"),
+        ((value[0], [5, 7], locations, weights), "value must have 4 dimensions"),
+        ((value[:1], [5, 7], locations, weights), "differ in batch or heads"),
+        ((value, [5, 7], locations, weights[..., :3]), "differ on axis 4"),
+        ((value, [5, 7], locations.double(), weights), "must be float32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(*arguments)
+    with pytest.raises(RuntimeError, match="grad_output must have the shape"):
+        torch.ops.piip.ms_deform_attn_backward(inputs.grad_output[:, :2], value, [5, 7], locations, weights)
+
+
+def test_module_refuses_widths_that_heads_do_not_divide():
+    with pytest.raises(ValueError, match=r"embed_dim=20 with value_ratio=0\.5 gives values of width 10"):
+        MSDeformAttn(20, 4, value_ratio=0.5)
+
+
+def test_module_refuses_odd_reference_points():
+    module = MSDeformAttn(8, 2)
+    with pytest.raises(ValueError, match="axis of 3; expected 2 for points"):
+        module(torch.rand(1, 6, 8), torch.rand(1, 6, 1, 3), torch.rand(1, 6, 8), [(2, 3)])
