@@ -124,6 +124,13 @@ def test_coordinates_follow_the_pixels():
     np.testing.assert_allclose(transform.inverse().apply_polygons(there)[0], polygon)
 
 
+def test_whole_number_boxes_are_scaled_too():
+    """Annotation files may hold integers, which numpy does not multiply in place."""
+    transform = OpenCVResizeTransform(100, 200, 150, 500)
+    box = transform.apply_box(np.array([[2, 4, 20, 40]]))
+    np.testing.assert_allclose(box, [[5, 6, 50, 60]])
+
+
 def test_one_of_several_scales_is_drawn():
     image = np.zeros((100, 200, 3), dtype=np.uint8)
     augmentation = KeepRatioResize([(300, 200), (100, 150)])

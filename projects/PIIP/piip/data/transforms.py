@@ -137,10 +137,8 @@ class OpenCVResizeTransform(Transform):
         return resize_bilinear(img, self.new_h, self.new_w)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Scales (N, 2) points, each (x, y), in place."""
-        coords[:, 0] *= self.new_w / self.w
-        coords[:, 1] *= self.new_h / self.h
-        return coords
+        """Scales (N, 2) points, each (x, y), of any dtype: annotation files hold integers too."""
+        return coords * np.array([self.new_w / self.w, self.new_h / self.h])
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         """Resizes a (H, W) mask or label map of any dtype."""
