@@ -1,0 +1,138 @@
+"""The demo without Detectron2: a small PIIP classifier of single digits, trained from scratch."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..merging import ClassificationMerging
+from ..pyramid import PIIP
+from .digit_scenes import NUM_CLASSES, digit_crops
+from .drawing import Curve, draw_classified, draw_confusion, draw_curves
+from .model import NUM_GROUPS, demo_config
+
+__all__ = ["DigitClassifier", "run_classifier"]
+
+_SIZE = 64  # pixels of the last branch; the others see 32 and 48
+_NUM_TRAIN, _NUM_VAL = 8000, 1000
+_EPOCHS = 10
+_BATCH = 64
+_LEARNING_RATE = 2e-3
+_SEED = 0
+
+
+class DigitClassifier(nn.Module):
+    """The demo's PIIP with the merged classification head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pyramid = PIIP(replace(demo_config(), merging=None))
+        self.head = ClassificationMerging(self.pyramid.dims, NUM_CLASSES, num_groups=NUM_GROUPS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 to logits (B, 10)."""
+        return self.head(self.pyramid(images.float() / 127.5 - 1.0))
+
+
+class _Training:
+    """Model, optimizer and history of a run, kept in one checkpoint after every epoch."""
+
+    def __init__(self, checkpoint: Path, epochs: int, steps: int) -> None:
+        torch.manual_seed(_SEED)
+        self.checkpoint = checkpoint
+        self.model = DigitClassifier()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), _LEARNING_RATE, betas=(0.9, 0.98))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, _LEARNING_RATE, total_steps=epochs * steps, pct_start=0.1
+        )
+        self.history: list[dict[str, float]] = []
+        if checkpoint.is_file():
+            state = torch.load(checkpoint, weights_only=True)
+            for name in ("model", "optimizer", "schedule"):
+                getattr(self, name).load_state_dict(state[name])
+            self.history = state["history"]
+
+    def save(self) -> None:
+        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        aside = self.checkpoint.with_name(f".{self.checkpoint.name}.part")
+        torch.save({**state, "history": self.history}, aside)
+        os.replace(aside, self.checkpoint)
+
+    def run_epoch(self, images: Tensor, labels: Tensor, title: str) -> float:
+        """One pass over the training set; returns the mean loss."""
+        self.model.train()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(len(self.history)))
+        total, steps = 0.0, len(order) // _BATCH
+        progress = tqdm(order.split(_BATCH)[:steps], desc=title, unit="batch")
+        for step, batch in enumerate(progress, start=1):
+            loss = F.cross_entropy(self.model(images[batch]), labels[batch])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            total += loss.item()
+            progress.set_postfix(loss=f"{total / step:.3f}")
+        return total / steps
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Tensor:
+        """Predicted classes (N,) of images (N, 3, H, W)."""
+        self.model.eval()
+        return torch.cat([self.model(batch).argmax(dim=1) for batch in images.split(_BATCH)])
+
+
+def run_classifier(
+    output: Path, *, num_train: int = _NUM_TRAIN, num_val: int = _NUM_VAL, epochs: int = _EPOCHS
+) -> list[Path]:
+    """Trains the classifier, or goes on with training, and draws how well it does.
+
+    Args:
+        output: folder for checkpoint and pictures.
+        num_train: number of training pictures.
+        num_val: number of validation pictures; no digit and no photograph of theirs is in training.
+        epochs: passes over the training pictures.
+
+    Returns:
+        The pictures written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    images, labels = _as_tensors(digit_crops("train", num_train, _SIZE))
+    val_images, val_labels = _as_tensors(digit_crops("val", num_val, _SIZE))
+    training = _Training(output / "classifier.pth", epochs, num_train // _BATCH)
+    for epoch in range(len(training.history) + 1, epochs + 1):
+        loss = training.run_epoch(images, labels, f"Epoch {epoch} of {epochs}")
+        accuracy = (training.predict(val_images) == val_labels).float().mean().item() * 100
+        training.history.append({"loss": loss, "accuracy": accuracy})
+        training.save()
+        print(f"Epoch {epoch}: loss {loss:.3f}, validation accuracy {accuracy:.1f} %", flush=True)
+    predicted = training.predict(val_images)
+    accuracy = training.history[-1]["accuracy"]
+    print(f"Validation accuracy {accuracy:.1f} % on {num_val} digits (chance: 10 %)")
+    return _draw(output, training.history, val_images, val_labels.numpy(), predicted.numpy())
+
+
+def _as_tensors(crops: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+    images, labels = crops
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+def _draw(
+    output: Path, history: list[dict[str, float]], images: Tensor, labels: np.ndarray, predicted: np.ndarray
+) -> list[Path]:
+    """Writes the three pictures."""
+    title = f"PIIP classifier, digits and photographs never seen in training: {history[-1]['accuracy']:.1f} % right"
+    paths = [output / name for name in ("classified.png", "confusion.png", "curves.png")]
+    shown = images[:40].permute(0, 2, 3, 1).numpy()
+    draw_classified(paths[0], title, shown, labels[:40], predicted[:40])
+    confusion = np.zeros((NUM_CLASSES, NUM_CLASSES), dtype=np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    draw_confusion(paths[1], title.replace(", digits", ",\ndigits"), confusion, [str(c) for c in range(NUM_CLASSES)])
+    epochs = range(1, len(history) + 1)
+    loss, accuracy = (Curve(name, epochs, [entry[name] for entry in history]) for name in ("loss", "accuracy"))
+    draw_curves(paths[2], "PIIP classifier", [loss], [accuracy], "validation accuracy in %", step_label="epoch")
+    return paths

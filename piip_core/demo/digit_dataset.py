@@ -1,0 +1,113 @@
+"""The digit scenes as a data set on disk, in the layout and format of COCO."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from .digit_scenes import NUM_CLASSES, SPLITS, Scene, SceneConfig, scenes
+
+__all__ = ["prepare_digits"]
+
+_FORMAT = 1  # raise it when the same parameters would give other files: data sets already there are then rebuilt
+_MANIFEST = "manifest.json"
+
+
+def prepare_digits(
+    root: Path | str, *, num_train: int = 2000, num_val: int = 200, config: SceneConfig | None = None
+) -> bool:
+    """Writes the digit scenes below a folder, unless they are there already.
+
+    The folder then holds ``annotations/instances_{train,val}.json``, the pictures in ``train`` and ``val``, and a
+    manifest with the parameters. It is built under another name and renamed when complete; a data set made with
+    other parameters is replaced. Masks are run-length encoded (digits have holes, which COCO polygons cannot say).
+
+    Args:
+        root: folder of the data set, commonly ``datasets/digits``.
+        num_train: number of training scenes.
+        num_val: number of validation scenes.
+        config: look of the scenes.
+
+    Returns:
+        True if it was written, False if it was there.
+
+    Raises:
+        ValueError: a number of scenes is not positive.
+        FileExistsError: the folder holds something that this function did not write.
+    """
+    root, config = Path(root), config or SceneConfig()
+    counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
+    for split, count in counts.items():
+        if count < 1:
+            raise ValueError(f"num_{split}={count}: expected at least 1")
+    manifest = {"format": _FORMAT, "scenes": counts, "config": asdict(config)}
+    if root.exists():
+        if not (root / _MANIFEST).is_file():
+            raise FileExistsError(f"{root} exists and is not a digit data set: move it away or choose another folder")
+        if json.loads((root / _MANIFEST).read_text()) == manifest:
+            return False
+    root.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        building.chmod(0o755)  # mkdtemp's folders are closed to other users
+        (building / "annotations").mkdir()
+        for split, count in counts.items():
+            _write_split(building, split, count, config)
+        (building / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        if root.exists():
+            shutil.rmtree(root)
+        os.replace(building, root)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return True
+
+
+def _write_split(root: Path, split: str, count: int, config: SceneConfig) -> None:
+    """Writes the pictures and the annotation file of a split."""
+    (root / split).mkdir()
+    images, annotations = [], []
+    drawn = tqdm(scenes(config, split, count), total=count, desc=f"Drawing {split} scenes", unit="scene")
+    for image_id, scene in enumerate(drawn, start=1):
+        name = f"{image_id:06d}.jpg"
+        Image.fromarray(scene.image).save(root / split / name, quality=92)
+        height, width = scene.image.shape[:2]
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width, "photo": scene.photo})
+        annotations += _annotations(scene, image_id, first_id=len(annotations) + 1)
+    # Category ids start at 1, as in COCO; the digit is the name.
+    categories = [{"id": label + 1, "name": str(label), "supercategory": "digit"} for label in range(NUM_CLASSES)]
+    content = {
+        "info": {"description": f"Handwritten digits on photographs, {split}", "version": str(_FORMAT)},
+        "licenses": [],
+        "images": images,
+        "categories": categories,
+        "annotations": annotations,
+    }
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
+    """COCO's annotations of a scene."""
+    annotations = []
+    for annotation_id, digit in enumerate(scene.digits, start=first_id):
+        rle = coco_mask.encode(np.asfortranarray(digit.mask, dtype=np.uint8))
+        annotations.append(
+            {
+                "id": annotation_id,
+                "image_id": image_id,
+                "category_id": digit.label + 1,
+                "bbox": list(digit.box),
+                "area": int(digit.mask.sum()),
+                "iscrowd": 0,
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                "sample": digit.sample,
+            }
+        )
+    return annotations

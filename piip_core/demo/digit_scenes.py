@@ -1,0 +1,323 @@
+"""Real handwritten digits on real photographs, made from what scikit-learn and scikit-image carry in their wheels.
+
+Nothing is downloaded. The training and the validation split share no digit and no photograph:
+
+* digits: the 1797 samples of :func:`sklearn.datasets.load_digits` (all different) are divided per class by a fixed
+  permutation, every fourth sample going to validation;
+* photographs: each belongs to one split as a whole (:data:`PHOTOS`), so no crop can occur in both.
+
+The division does not depend on the seed of the scenes. Every scene has its own random generator, made from the seed,
+the split and the scene's number: scene 17 is the same picture whether 100 or 2000 are asked for.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+from skimage import color, data, morphology, transform
+from sklearn.datasets import load_digits, load_sample_image
+from sklearn.utils import Bunch
+from tqdm import tqdm
+
+__all__ = [
+    "NUM_CLASSES",
+    "PHOTOS",
+    "SPLITS",
+    "Digit",
+    "Scene",
+    "SceneConfig",
+    "digit_crops",
+    "render_scene",
+    "scenes",
+    "split_samples",
+]
+
+SPLITS = ("train", "val")
+# Photographs with writing or digits of their own (page, text, clock) would hold objects without a label: left out.
+PHOTOS = {
+    "train": ("astronaut", "brick", "camera", "china.jpg", "grass", "hubble_deep_field", "immunohistochemistry",
+              "moon", "retina", "rocket", "stereo_motorcycle"),
+    "val": ("chelsea", "coffee", "coins", "flower.jpg", "gravel"),
+}  # fmt: skip
+NUM_CLASSES = 10
+_SPLIT_SEED = 20240601  # who is in which split; not a setting, so that no two runs can disagree about it
+_INK_LEVEL = 0.45  # ink (0 to 1) from which a point belongs to the digit
+_MIN_BRIGHTNESS = 0.5  # grey level of the digits; their outlines are dark, so they stand out from any photograph
+_OUTLINE = 0.04  # width of the outline over the height of the digit
+_MIN_DISTANCE = 0.5  # smallest distance in RGB between the colours of two digits in a scene
+_MAX_DRAWS = 30  # tries to find a free place or a visible colour
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneConfig:
+    """What the scenes look like; sizes in pixels, angles in degrees.
+
+    Attributes:
+        image_size: side of the square scenes.
+        min_digits: smallest number of digits in a scene.
+        max_digits: largest number of digits in a scene.
+        min_digit_size: smallest height of an upright digit.
+        max_digit_size: largest height of an upright digit.
+        max_rotation: digits turn by at most this much either way (6 and 9 stay different).
+        min_visible: digits may overlap, but each keeps at least this part of its area in sight.
+        seed: seed of everything random but the split.
+
+    Raises:
+        ValueError: a value makes no scene possible; the message names it.
+    """
+
+    image_size: int = 192
+    min_digits: int = 3
+    max_digits: int = 6
+    min_digit_size: int = 36
+    max_digit_size: int = 84
+    max_rotation: float = 20.0
+    min_visible: float = 0.85
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_digits <= self.max_digits:
+            raise ValueError(f"min_digits={self.min_digits}, max_digits={self.max_digits}: expected 1 <= min <= max")
+        if not 8 <= self.min_digit_size <= self.max_digit_size:
+            raise ValueError(
+                f"min_digit_size={self.min_digit_size}, max_digit_size={self.max_digit_size}: expected 8 <= min <= max"
+            )
+        # A turned digit is at most sqrt(2) times its size.
+        if self.max_digit_size * 1.5 > self.image_size:
+            raise ValueError(
+                f"max_digit_size={self.max_digit_size} does not fit into image_size={self.image_size}: "
+                f"expected at most {int(self.image_size / 1.5)}"
+            )
+        if not 0.0 < self.min_visible <= 1.0:
+            raise ValueError(f"min_visible={self.min_visible}: expected a value in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Digit:
+    """A digit in a scene.
+
+    Attributes:
+        label: the digit, 0 to 9.
+        sample: its index in :func:`sklearn.datasets.load_digits`.
+        mask: (H, W) bool, the part in sight; the dark outline belongs to the digit.
+    """
+
+    label: int
+    sample: int
+    mask: np.ndarray
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The tight box of the mask as COCO has it: x, y, width, height."""
+        rows, columns = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
+        x, y = int(columns[0]), int(rows[0])
+        return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A photograph with digits on it.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        digits: the digits, from the lowest to the topmost.
+        photo: name of the photograph.
+    """
+
+    image: np.ndarray
+    digits: list[Digit]
+    photo: str
+
+
+@cache
+def split_samples(split: str) -> np.ndarray:
+    """Indices into :func:`sklearn.datasets.load_digits` that belong to a split, sorted."""
+    _check_split(split)
+    target = _digits().target
+    rng = np.random.default_rng(_SPLIT_SEED)
+    chosen = []
+    for label in range(NUM_CLASSES):
+        order = rng.permutation(np.flatnonzero(target == label))
+        in_validation = np.arange(len(order)) % 4 == 0
+        chosen.append(order[in_validation if split == "val" else ~in_validation])
+    return np.sort(np.concatenate(chosen))
+
+
+def render_scene(config: SceneConfig, split: str, index: int) -> Scene:
+    """Draws one scene.
+
+    Args:
+        config: look of the scenes.
+        split: "train" or "val".
+        index: number of the scene in the split.
+
+    Returns:
+        The scene; the masks of its digits do not overlap.
+    """
+    _check_split(split)
+    rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
+    name = PHOTOS[split][rng.integers(len(PHOTOS[split]))]
+    image = _photo_crop(_load_photo(name), config.image_size, rng)
+    masks: list[np.ndarray] = []
+    paints: list[np.ndarray] = []
+    areas: list[int] = []
+    digits: list[tuple[int, int]] = []
+    for _ in range(rng.integers(config.min_digits, config.max_digits + 1)):
+        # Even in the logarithm: as many digits between 30 and 45 pixels as between 60 and 90.
+        size = np.exp(rng.uniform(np.log(config.min_digit_size), np.log(config.max_digit_size)))
+        sample = int(rng.choice(split_samples(split)))
+        fill, outline = _render_digit(sample, size, rng.uniform(-config.max_rotation, config.max_rotation))
+        place = _find_place(outline > 0.5, masks, areas, config, rng)
+        if place is None:  # the scene is full
+            continue
+        paints.append(_pick_colour(paints, rng))
+        window = _paint(image, place, fill, outline, paints[-1])
+        mask = np.zeros(image.shape[:2], dtype=bool)
+        mask[window] = outline > 0.5
+        masks = [below & ~mask for below in masks] + [mask]
+        areas.append(int(mask.sum()))
+        digits.append((int(_digits().target[sample]), sample))
+    scene = [Digit(label, sample, mask) for (label, sample), mask in zip(digits, masks, strict=True)]
+    return Scene(_to_bytes(image), scene, name)
+
+
+def scenes(config: SceneConfig, split: str, count: int) -> Iterator[Scene]:
+    """The first scenes of a split, one by one."""
+    return (render_scene(config, split, index) for index in range(count))
+
+
+def digit_crops(split: str, count: int, size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of one digit each, about in the middle, for classification.
+
+    Args:
+        split: "train" or "val"; digits and photographs are divided exactly as for the scenes.
+        count: number of pictures.
+        size: side of the pictures in pixels, at least 16.
+        seed: seed of everything random but the split.
+
+    Returns:
+        Images (count, size, size, 3) uint8 RGB and labels (count,) int64.
+
+    Raises:
+        ValueError: `split` or `size` is not as described.
+    """
+    _check_split(split)
+    if size < 16:
+        raise ValueError(f"size={size}: expected at least 16 pixels")
+    images = np.empty((count, size, size, 3), dtype=np.uint8)
+    labels = np.empty(count, dtype=np.int64)
+    for index in tqdm(range(count), desc=f"Drawing {split} digits", unit="digit"):
+        rng = np.random.default_rng((seed, SPLITS.index(split), index, 1))
+        image = _photo_crop(_load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))]), size, rng)
+        sample = int(rng.choice(split_samples(split)))
+        fill, outline = _render_digit(sample, rng.uniform(0.55, 0.7) * size, rng.uniform(-20.0, 20.0))
+        # Turned digits may come out larger than the picture: what sticks out is cut off.
+        height, width = (min(length, size) for length in fill.shape)
+        shift = rng.uniform(-0.06, 0.06, size=2) * size
+        place = np.clip(np.round((size - np.array((height, width))) / 2 + shift), 0, (size - height, size - width))
+        _paint(image, place.astype(int), fill[:height, :width], outline[:height, :width], _pick_colour([], rng))
+        images[index] = _to_bytes(image)
+        labels[index] = _digits().target[sample]
+    return images, labels
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+
+
+@cache
+def _digits() -> Bunch:
+    """scikit-learn's digits, read once per process."""
+    return load_digits()
+
+
+@cache
+def _load_photo(name: str) -> np.ndarray:
+    """A photograph as (H, W, 3) uint8."""
+    if name.endswith(".jpg"):
+        return load_sample_image(name)
+    photo = getattr(data, name)()
+    if isinstance(photo, tuple):  # the stereo pair: both pictures show the same scene, the left one will do
+        photo = photo[0]
+    if photo.ndim == 2:
+        photo = color.gray2rgb(photo)
+    if name == "retina":  # the corners are black
+        photo = photo[250:-250, 250:-250]
+    return photo
+
+
+def _photo_crop(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square of a photograph, resized to (size, size, 3) float64 in [0, 1]."""
+    longest = min(photo.shape[:2])
+    side = int(rng.uniform(min(size, longest), longest)) if longest > size else longest
+    y, x = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
+    crop = Image.fromarray(photo[y : y + side, x : x + side]).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(crop) / 255.0
+
+
+def _render_digit(sample: int, size: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """A sample enlarged to `size` pixels of height and turned.
+
+    Returns:
+        Opacity, from 0 to 1, of the digit and of the digit with its outline, both (h, w) and cut to what is seen.
+    """
+    scale = size / 8
+    # A margin of empty pixels lets the cubic spline fade out instead of ending at the border.
+    source = np.pad(_digits().images[sample] / 16.0, 2)
+    centre = (source.shape[0] - 1) / 2
+    side = int(np.ceil(size * 1.6)) + 4
+    turn = (
+        transform.AffineTransform(translation=(-centre, -centre))
+        + transform.AffineTransform(scale=scale, rotation=np.deg2rad(angle))
+        + transform.AffineTransform(translation=((side - 1) / 2, (side - 1) / 2))
+    )
+    grey = transform.warp(source, turn.inverse, output_shape=(side, side), order=3)
+    # The enlarged strokes have edges as wide as a source pixel; sharpen them to about one and a half pixels.
+    fill = np.clip((grey - _INK_LEVEL) * scale / 1.5 + 0.5, 0.0, 1.0)
+    outline = morphology.dilation(fill, morphology.disk(max(1, round(size * _OUTLINE))))
+    rows, columns = np.flatnonzero((outline > 0).any(axis=1)), np.flatnonzero((outline > 0).any(axis=0))
+    seen = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return fill[seen], outline[seen]
+
+
+def _find_place(
+    mask: np.ndarray, masks: list[np.ndarray], areas: list[int], config: SceneConfig, rng: np.random.Generator
+) -> tuple[int, int] | None:
+    """A random place (y, x) where no digit below is hidden more than allowed, or None."""
+    height, width = mask.shape
+    for _ in range(_MAX_DRAWS):
+        y, x = int(rng.integers(config.image_size - height + 1)), int(rng.integers(config.image_size - width + 1))
+        window = np.s_[y : y + height, x : x + width]
+        if all(
+            below.sum() - (below[window] & mask).sum() >= config.min_visible * area
+            for below, area in zip(masks, areas, strict=True)
+        ):
+            return y, x
+    return None
+
+
+def _paint(
+    image: np.ndarray, place: Sequence[int], fill: np.ndarray, outline: np.ndarray, paint: np.ndarray
+) -> tuple[slice, slice]:
+    """Paints a digit on the image at place (y, x) and returns the window that it fills."""
+    y, x = place
+    window = np.s_[y : y + fill.shape[0], x : x + fill.shape[1]]
+    image[window] *= 1.0 - outline[..., None]
+    image[window] += fill[..., None] * (paint - image[window])
+    return window
+
+
+def _to_bytes(image: np.ndarray) -> np.ndarray:
+    return (image * 255 + 0.5).astype(np.uint8)
+
+
+def _pick_colour(used: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """A random bright colour (3,), unlike the colours used before."""
+    paints = color.hsv2rgb(rng.uniform((0.0, 0.2, 0.7), (1.0, 1.0, 1.0), size=(_MAX_DRAWS, 3)))
+    brightness = color.rgb2gray(paints)
+    distance = np.min([np.linalg.norm(paints - other, axis=-1) for other in used] or [np.ones(_MAX_DRAWS)], axis=0)
+    # The first colour that will do on both counts, or else the one that comes nearest to it.
+    return paints[np.argmax(np.minimum(brightness / _MIN_BRIGHTNESS, 1.0) + np.minimum(distance / _MIN_DISTANCE, 1.0))]

@@ -1,0 +1,162 @@
+"""From nothing to pictures of a trained PIIP detector, on real images and without a download.
+
+    python -m piip_core.demo               # goes on where an earlier call stopped; a finished run is only drawn again
+    python -m piip_core.demo --restart     # trains from the beginning
+
+Draws the data set of digits on photographs, trains a small three-branch PIIP Mask R-CNN on the CPU with
+tools/lazyconfig_train_net.py, evaluates it and draws what it finds. Without Detectron2 the same digits train a PIIP
+classifier instead.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .classifier import run_classifier
+from .digit_dataset import prepare_digits
+from .drawing import Curve, draw_curves, draw_predictions, read_metrics
+
+__all__ = ["main"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TRAIN = _ROOT / "tools" / "lazyconfig_train_net.py"
+_STARTS = ("Starting training from iteration", "Nothing to train")  # what the training prints when it gets going
+_LOSSES = {"total_loss": "all", "loss_cls": "class", "loss_box_reg": "box", "loss_mask": "mask"}  # those drawn
+_CONFIG = _ROOT / "projects" / "PIIP" / "configs" / "demo" / "piip_digits_mask_rcnn.py"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the demo.
+
+    Args:
+        arguments: command line; that of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m piip_core.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=_ROOT / "output" / "demo", help="folder of everything written")
+    parser.add_argument("--data", type=Path, default=_ROOT / "datasets" / "digits", help="folder of the data set")
+    parser.add_argument("--restart", action="store_true", help="forget an earlier run instead of going on with it")
+    parser.add_argument("--classifier", action="store_true", help="train the classifier even with Detectron2")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the detector's configuration")
+    args = parser.parse_args(arguments)
+    missing = None if args.classifier else _why_no_detector()
+    try:
+        if args.classifier or missing:
+            _classifier(args)
+        else:
+            _detector(args)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
+    except (ValueError, FileExistsError) as error:
+        sys.exit(f"error: {error}")
+    if missing:
+        print(f"Left out: the Mask R-CNN detector, because {missing}.")
+
+
+def _why_no_detector() -> str | None:
+    """What the detector would need and is not here, or None."""
+    if importlib.util.find_spec("detectron2") is None:
+        return "Detectron2 is not installed (README.md says how)"
+    if not _TRAIN.is_file():
+        return f"this is not a checkout of the repository ({_TRAIN} does not exist)"
+    return None
+
+
+def _detector(args: argparse.Namespace) -> None:
+    """Data set, training with evaluation, pictures."""
+    start = time.monotonic()
+    output = args.output / "detector"
+    _say(f"Data set: {args.data}", "written" if prepare_digits(args.data) else "already there")
+    if args.restart:
+        shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    _say("Training a three-branch PIIP Mask R-CNN", f"everything it writes is in {output}")
+    # On small images two processes with one thread each are much faster than one process with two threads.
+    cores = len(os.sched_getaffinity(0))
+    processes = min(cores, 2)
+    environment = {
+        "OMP_NUM_THREADS": str(max(cores // processes, 1)),
+        "PYTHONWARNINGS": "ignore",  # deprecations inside Detectron2 and PyTorch, which no user of the demo can mend
+        "PYTHONUNBUFFERED": "1",
+        **os.environ,
+    }
+    command = [sys.executable, str(_TRAIN), "--config-file", str(_CONFIG), "--num-gpus", str(processes), "--resume"]
+    values = {"train.output_dir": output}
+    for split, name in (("train", "train"), ("test", "val")):
+        values[f"data.{split}.annotations"] = args.data / "annotations" / f"instances_{name}.json"
+        values[f"data.{split}.images"] = args.data / name
+    # Quoted for the parser of overrides: paths may hold spaces and brackets.
+    overrides = [f'{key}="{Path(path).resolve()}"' for key, path in values.items()]
+    status = _run_and_show([*command, *overrides, *args.overrides], environment)
+    if status:
+        raise ValueError(f"training stopped with exit status {status}, see above and {output / 'log.txt'}")
+    _draw_detector(args, output, time.monotonic() - start)
+
+
+def _run_and_show(command: list[str], environment: dict[str, str]) -> int:
+    """Runs the training and prints its output, but the listing of configuration and model only if it failed there.
+
+    Returns:
+        The exit status.
+    """
+    held_back: list[str] | None = []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout:
+            if held_back is not None and any(start in line for start in _STARTS):
+                held_back = None
+            if held_back is None:
+                print(line, end="", flush=True)
+            else:
+                held_back.append(line)
+    if process.returncode and held_back:
+        print(*held_back, sep="", end="", flush=True)
+    return process.returncode
+
+
+def _draw_detector(args: argparse.Namespace, output: Path, seconds: float) -> None:
+    """Draws curves and predictions of a finished run and prints its numbers."""
+    curves = read_metrics(output / "metrics.json")
+    if "segm/AP" not in curves:
+        raise ValueError(f"{output / 'metrics.json'} holds no evaluation: expected one with bbox/AP and segm/AP")
+    scores = [
+        Curve(name, curves[key].steps, curves[key].values)
+        for key, name in (("bbox/AP", "box AP"), ("segm/AP", "mask AP"))
+    ]
+    box, mask = (curve.values[-1] for curve in scores)
+    box50, mask50 = (curves[key].values[-1] for key in ("bbox/AP50", "segm/AP50"))
+    losses = [Curve(name, curves[key].steps, curves[key].values) for key, name in _LOSSES.items()]
+    pictures = [args.output / "predictions.png", args.output / "curves.png"]
+    title = f"PIIP Mask R-CNN on digits and photographs never seen in training: box AP {box:.1f}, mask AP {mask:.1f}"
+    draw_predictions(
+        pictures[0],
+        title,
+        args.data / "annotations" / "instances_val.json",
+        args.data / "val",
+        output / "inference" / "coco_instances_results.json",
+    )
+    draw_curves(pictures[1], "PIIP Mask R-CNN on digit scenes", losses, scores, "COCO AP on validation scenes")
+    _say(f"Done in {seconds / 60:.1f} minutes", "pictures to open:")
+    print(*(f"  {path}" for path in pictures), sep="\n")
+    print(f"box AP {box:.1f} (AP50 {box50:.1f}), mask AP {mask:.1f} (AP50 {mask50:.1f}) on the validation scenes")
+
+
+def _classifier(args: argparse.Namespace) -> None:
+    """The classifier and its pictures."""
+    output = args.output / "classifier"
+    if args.restart:
+        shutil.rmtree(output, ignore_errors=True)
+    pictures = run_classifier(output)
+    _say("Done", "pictures to open:")
+    print(*(f"  {path}" for path in pictures), sep="\n")
+
+
+def _say(title: str, text: str) -> None:
+    print(f"== {title}: {text}", flush=True)

@@ -1,0 +1,54 @@
+"""The demo without Detectron2."""
+
+import pytest
+import torch
+
+from piip_core.demo import classifier
+from piip_core.demo.classifier import DigitClassifier, run_classifier
+
+
+def test_every_branch_learns():
+    torch.manual_seed(0)
+    model = DigitClassifier()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    logits = model(images)
+    assert logits.shape == (2, 10)
+    logits.square().sum().backward()
+    for branch in model.pyramid.branches:
+        assert branch.model.patch_embed.proj.weight.grad.abs().max() > 0
+
+
+def test_an_interrupted_run_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
+    sizes = {"num_train": 128, "num_val": 16}
+    run_classifier(tmp_path / "whole", epochs=2, **sizes)
+    whole = torch.load(tmp_path / "whole" / "classifier.pth", weights_only=True)
+
+    def stop(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    save = classifier._Training.save
+    monkeypatch.setattr(classifier._Training, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_classifier(tmp_path / "parts", epochs=2, **sizes)
+    monkeypatch.undo()
+    pictures = run_classifier(tmp_path / "parts", epochs=2, **sizes)
+    parts = torch.load(tmp_path / "parts" / "classifier.pth", weights_only=True)
+
+    assert [entry["loss"] for entry in parts["history"]] == [entry["loss"] for entry in whole["history"]]
+    torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
+    assert all(path.is_file() for path in pictures) and len(pictures) == 3
+
+
+def test_learns_a_few_digits_by_heart():
+    torch.manual_seed(0)
+    images, labels = classifier._as_tensors(classifier.digit_crops("train", 16, 64))
+    model = DigitClassifier()
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+    assert (model(images).argmax(dim=1) == labels).float().mean() > 0.9
