@@ -9,10 +9,10 @@ Examples:
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from piip_core.files import write_atomically
 from piip_core.ops import benchmark as op_benchmark
 from piip_core.ops import operator_status
 
@@ -63,9 +63,8 @@ def main() -> None:
     text, results = args.run(args)
     print(text)
     if args.json:
-        aside = args.json.with_name(args.json.name + ".tmp")
-        aside.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(aside, args.json)
+        with write_atomically(args.json, "w") as file:
+            json.dump(results, file, indent=1)
 
 
 if __name__ == "__main__":
