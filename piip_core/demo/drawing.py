@@ -5,7 +5,6 @@ writer), so nothing here needs a model or Detectron2.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from pycocotools import mask as coco_mask
+
+from ..files import atomic_path
 
 __all__ = ["Curve", "draw_classified", "draw_confusion", "draw_curves", "draw_predictions", "read_metrics"]
 
@@ -216,9 +217,8 @@ def _count_matches(expected: Sequence[Mapping], predicted: Sequence[Mapping]) ->
 
 
 def _write(figure: Figure, path: Path | str) -> None:
-    """Writes a figure as PNG, aside first, so that a picture is never half there."""
+    """Writes a figure as PNG."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    FigureCanvasAgg(figure).print_png(str(aside))
-    os.replace(aside, path)
+    with atomic_path(path) as aside:
+        FigureCanvasAgg(figure).print_png(str(aside))

@@ -14,7 +14,7 @@ def test_every_branch_learns():
     logits = model(images)
     assert logits.shape == (2, 10)
     logits.square().sum().backward()
-    for branch in model.pyramid.branches:
+    for branch in model.backbone.pyramid.branches:
         assert branch.model.patch_embed.proj.weight.grad.abs().max() > 0
 
 

@@ -76,7 +76,6 @@ del rpn, roi_heads  # parts of the model, no nodes of their own
 
 train.output_dir = "output/demo/detector"
 train.device = "cpu"
-train.amp.enabled = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # slower than fp32 without the instructions
 train.max_iter = 700
 train.eval_period = 175
 train.checkpointer = {"period": 175, "max_to_keep": 1}
