@@ -76,9 +76,9 @@ del rpn, roi_heads  # parts of the model, no nodes of their own
 
 train.output_dir = "output/demo/detector"
 train.device = "cpu"
-train.max_iter = 700
-train.eval_period = 175
-train.checkpointer = {"period": 175, "max_to_keep": 1}
+train.max_iter = 600
+train.eval_period = 150
+train.checkpointer = {"period": 150, "max_to_keep": 1}
 train.log_period = 20
 
 optimizer = L(torch.optim.AdamW)(
