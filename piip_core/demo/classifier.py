@@ -20,7 +20,7 @@ __all__ = ["DigitClassifier", "run_classifier"]
 
 _SIZE = 64  # pixels of the last branch; the others see 32 and 48
 _NUM_TRAIN, _NUM_VAL = 8000, 1000
-_EPOCHS = 10
+_EPOCHS = 6
 _GRID = 4
 _BATCH = 64
 _LEARNING_RATE = 2e-3
@@ -79,11 +79,12 @@ class _Training:
     def run_epoch(self, images: Tensor, labels: Tensor, title: str) -> float:
         """One pass over the training set; returns the mean loss."""
         self.model.train()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(len(self.history)))
-        total, steps = 0.0, len(order) // _BATCH
-        progress = tqdm(order.split(_BATCH)[:steps], desc=title, unit="batch")
+        torch.manual_seed(_SEED + len(self.history))  # so that a resumed run equals an uninterrupted one
+        total, steps = 0.0, len(images) // _BATCH
+        progress = tqdm(torch.randperm(len(images)).split(_BATCH)[:steps], desc=title, unit="batch")
         for step, batch in enumerate(progress, start=1):
-            loss = F.cross_entropy(self.model(images[batch]), labels[batch])
+            # Swapped colour channels: no colour says anything about the digit.
+            loss = F.cross_entropy(self.model(images[batch][:, torch.randperm(3)]), labels[batch])
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -106,18 +107,19 @@ def run_classifier(
 
     Args:
         output: folder for checkpoint and pictures.
-        num_train: number of training pictures.
+        num_train: number of training pictures per epoch, drawn anew each time.
         num_val: number of validation pictures; no digit and no photograph of theirs is in training.
-        epochs: passes over the training pictures.
+        epochs: rounds of training.
 
     Returns:
         The pictures written.
     """
     output.mkdir(parents=True, exist_ok=True)
-    images, labels = _as_tensors(digit_crops("train", num_train, _SIZE))
     val_images, val_labels = _as_tensors(digit_crops("val", num_val, _SIZE))
     training = _Training(output / "classifier.pth", epochs, num_train // _BATCH)
     for epoch in range(len(training.history) + 1, epochs + 1):
+        # Other sizes, turns, colours and photographs of the training digits in every epoch
+        images, labels = _as_tensors(digit_crops("train", num_train, _SIZE, seed=epoch))
         loss = training.run_epoch(images, labels, f"Epoch {epoch} of {epochs}")
         accuracy = (training.predict(val_images) == val_labels).float().mean().item() * 100
         training.history.append({"loss": loss, "accuracy": accuracy})
