@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from .classifier import run_classifier
 from .digit_dataset import prepare_digits
 from .drawing import Curve, draw_curves, draw_predictions, read_metrics
@@ -153,6 +155,7 @@ def _classifier(args: argparse.Namespace) -> None:
     output = args.output / "classifier"
     if args.restart:
         shutil.rmtree(output, ignore_errors=True)
+    torch.set_num_threads(1)  # the tensors are small: a second thread brings little and waits a lot on a busy machine
     pictures = run_classifier(output)
     _say("Done", "pictures to open:")
     print(*(f"  {path}" for path in pictures), sep="\n")
