@@ -1,7 +1,8 @@
 """Parameter-Inverted Image Pyramid Networks: branches, interactions, merging and the operator that joins them."""
 
-from .config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from .config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
 from .errors import ConfigError, UserError
+from .networks import ViTConfig
 from .pyramid import PIIP, DensePIIP
 
 __all__ = [

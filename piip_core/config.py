@@ -11,75 +11,20 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from .errors import ConfigError
 from .interaction_graph import UnitSpec, graph_presets
+from .networks import NetworkConfig
 from .validation import check, check_choice, freeze_sequences, is_sequence
 
 __all__ = [
     "BranchConfig",
     "InteractionConfig",
     "MergingConfig",
-    "NetworkConfig",
     "PIIPConfig",
-    "ViTConfig",
     "even_segments",
 ]
-
-
-class NetworkConfig:
-    """Base of the per-family architecture descriptions; `family` is the tag used in dictionaries."""
-
-    family: ClassVar[str]
-    depth: int
-    families: ClassVar[dict[str, type[NetworkConfig]]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        NetworkConfig.families[cls.family] = cls
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTConfig(NetworkConfig):
-    """Plain vision transformer (DeiT, DeiT III, AugReg, MAE): pre-norm blocks, learned absolute position embedding.
-
-    Args:
-        embed_dim: Width of the tokens.
-        depth: Number of blocks.
-        num_heads: Self-attention heads.
-        mlp_ratio: Hidden width of the MLP over `embed_dim`.
-        patch_size: Side of a patch in pixels.
-        qkv_bias: Bias of the joint query-key-value linear.
-        pos_grid: Side of the square grid of the learned position table, in patches.
-        layer_scale: Initial value of the per-channel residual scales; None for a network without them.
-        norm_eps: Epsilon of the layer norms.
-        class_token: Prepend a class token. It takes part in self-attention only: interactions and merging see
-            patch tokens. It needs global attention, so no window sizes.
-    """
-
-    family: ClassVar[str] = "vit"
-
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    patch_size: int = 16
-    qkv_bias: bool = True
-    pos_grid: int = 14
-    layer_scale: float | None = 1.0
-    norm_eps: float = 1e-6
-    class_token: bool = False
-
-    def __post_init__(self) -> None:
-        for field in ("embed_dim", "depth", "num_heads", "patch_size", "pos_grid"):
-            check(getattr(self, field) > 0, f"ViTConfig.{field}", getattr(self, field), "a positive integer")
-        check(
-            self.embed_dim % self.num_heads == 0,
-            "ViTConfig.num_heads",
-            self.num_heads,
-            f"a divisor of embed_dim={self.embed_dim}",
-        )
 
 
 def even_segments(depth: int, count: int) -> tuple[tuple[int, int], ...]:
@@ -145,6 +90,12 @@ class BranchConfig:
         check(len(windows) == depth, "BranchConfig.window_size", windows, f"{depth} entries, one per block")
         for w in windows:
             check(w is None or w > 0, "BranchConfig.window_size", w, "a positive window side, or None for global")
+        check(
+            self.network.supports_windows or all(w is None for w in windows),
+            "BranchConfig.window_size",
+            self.window_size,
+            f"None: the {self.network.family!r} family has no window attention",
+        )
         if getattr(self.network, "class_token", False):
             check(
                 all(w is None for w in windows),
@@ -166,6 +117,12 @@ class BranchConfig:
         """Window side of every block."""
         w = self.window_size
         return w if isinstance(w, tuple) else (w,) * self.network.depth
+
+    def drop_path_rates(self, count: int) -> tuple[float, ...]:
+        """Stochastic depth rate of each of `count` residual blocks."""
+        if self.drop_path_schedule == "constant":
+            return (self.drop_path_rate,) * count
+        return tuple(self.drop_path_rate * i / max(count - 1, 1) for i in range(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +202,7 @@ class MergingConfig:
         branches: Numbers of the branches that take part; None for all.
         intermediate_after: For "regular": the interactions (from 0) after which intermediate maps are merged, one
             fewer than `out_strides`.
+        out_blocks: For "single": the block behind which each level is taken; None makes all of them from the last.
         out_strides: Strides of the output maps in input pixels.
         pyramid_norm: Norm inside the four-fold upsampling: "group" (PIIP), "layer" (channel-wise, single-branch
             baselines).
@@ -254,12 +212,13 @@ class MergingConfig:
     kind: Literal["simple", "regular", "single"] = "simple"
     branches: tuple[int, ...] | None = None
     intermediate_after: tuple[int, ...] = ()
+    out_blocks: tuple[int, ...] | None = None
     out_strides: tuple[int, ...] = (4, 8, 16, 32)
     pyramid_norm: Literal["group", "layer"] = "group"
     num_groups: int = 32
 
     def __post_init__(self) -> None:
-        freeze_sequences(self, "branches", "intermediate_after", "out_strides")
+        freeze_sequences(self, "branches", "intermediate_after", "out_blocks", "out_strides")
         check_choice("MergingConfig.kind", self.kind, ("simple", "regular", "single"))
         check_choice("MergingConfig.pyramid_norm", self.pyramid_norm, ("group", "layer"))
         expected = len(self.out_strides) - 1 if self.kind == "regular" else 0
@@ -268,6 +227,12 @@ class MergingConfig:
             "MergingConfig.intermediate_after",
             self.intermediate_after,
             f"{expected} interactions for kind={self.kind!r} and {len(self.out_strides)} out_strides",
+        )
+        check(
+            self.out_blocks is None or (self.kind == "single" and len(self.out_blocks) == len(self.out_strides)),
+            "MergingConfig.out_blocks",
+            self.out_blocks,
+            f"None, or for kind='single' {len(self.out_strides)} blocks, one per out_stride",
         )
 
 
@@ -316,6 +281,9 @@ class PIIPConfig:
             merging.kind,
             f"'simple' or 'regular' for {n} branches",
         )
+        depth = self.branches[0].network.depth
+        for block in merging.out_blocks or ():
+            check(0 <= block < depth, "MergingConfig.out_blocks", block, f"blocks from 0 to {depth - 1}")
         for k in merging.intermediate_after:
             check(
                 0 <= k < self.num_interactions,
@@ -341,6 +309,18 @@ class PIIPConfig:
         if config.segments is not None:
             return config.segments
         return even_segments(config.network.depth, self.num_interactions)
+
+    def dims_after(self, interaction: int) -> tuple[int, ...]:
+        """Channels of each branch at an interaction."""
+        return tuple(b.network.dims[i] for b, i in zip(self.branches, self._blocks_before(interaction), strict=True))
+
+    def strides_after(self, interaction: int) -> tuple[int, ...]:
+        """Strides of each branch at an interaction, in pixels of the branch's own image."""
+        return tuple(b.network.strides[i] for b, i in zip(self.branches, self._blocks_before(interaction), strict=True))
+
+    def _blocks_before(self, interaction: int) -> list[int]:
+        """Index of the last block that each branch runs before an interaction; 0 if it runs none."""
+        return [max(self.segments(number)[interaction][1], 0) for number in range(1, len(self.branches) + 1)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and scalars, ready for JSON."""

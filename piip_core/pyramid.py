@@ -51,19 +51,11 @@ class PIIP(nn.Module):
         self.segments = [config.segments(number) for number in range(1, len(self.branches) + 1)]
         self.factors = [branch.image_size / config.branches[-1].image_size for branch in config.branches]
         self.interactions = nn.ModuleList(
-            Interaction(self.dims_after(k), config.interaction.graph(k, len(self.branches)), config.interaction)
+            Interaction(config.dims_after(k), config.interaction.graph(k, len(self.branches)), config.interaction)
             for k in range(config.num_interactions)
         )
         self.dims = [branch.dims[-1] for branch in self.branches]
         self.strides = [branch.strides[-1] for branch in self.branches]
-
-    def dims_after(self, interaction: int) -> list[int]:
-        """Channels of each branch at an interaction."""
-        return [b.dims[max(s[interaction][1], 0)] for b, s in zip(self.branches, self.segments, strict=True)]
-
-    def strides_after(self, interaction: int) -> list[int]:
-        """Strides of each branch at an interaction, in pixels of the branch's own image."""
-        return [b.strides[max(s[interaction][1], 0)] for b, s in zip(self.branches, self.segments, strict=True)]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the last branch's resolution."""
@@ -96,6 +88,15 @@ class PIIP(nn.Module):
         if not self.interactions:
             states = [b.run(state, 0, b.num_blocks) for b, state in zip(self.branches, states, strict=True)]
         return _to_maps(states), intermediates
+
+    def forward_blocks(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Maps of Branch 1 behind the named blocks, (B, C, H, W) each, in that order, without any interaction."""
+        branch, done, maps = self.branches[0], 0, {}
+        state = branch.embed(resize_for_branch(image, self.factors[0]))
+        for block in sorted(set(blocks)):
+            state, done = branch.run(state, done, block + 1), block + 1
+            maps[block] = state.tokens.permute(0, 3, 1, 2)
+        return [maps[block] for block in blocks]
 
     def _run(self, index: int, state: BranchState, interaction: int) -> BranchState:
         first, last = self.segments[index][interaction]
@@ -132,12 +133,17 @@ class DensePIIP(nn.Module):
             raise ConfigError("PIIPConfig.merging=None: expected a MergingConfig for dense prediction")
         self.pyramid = PIIP(config)
         self.intermediate_after = merging.intermediate_after
+        self.out_blocks = merging.out_blocks
         self.merging = _MergingSet(self.pyramid) if merging.kind != "single" else None
         levels = len(merging.out_strides)
         if merging.kind == "regular":
             points = [*merging.intermediate_after, config.num_interactions - 1]
-            dims = [self.pyramid.dims_after(k)[0] for k in points]
-            strides = [self.pyramid.strides_after(k)[-1] for k in points]
+            dims = [config.dims_after(k)[0] for k in points]
+            strides = [config.strides_after(k)[-1] for k in points]
+        elif merging.out_blocks is not None:
+            branch = self.pyramid.branches[0]
+            dims = [branch.dims[block] for block in merging.out_blocks]
+            strides = [branch.strides[block] for block in merging.out_blocks]
         else:
             dims, strides = self.pyramid.dims[:1] * levels, self.pyramid.strides[-1:] * levels
         self.feature_pyramid = FeaturePyramid(
@@ -148,6 +154,8 @@ class DensePIIP(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """One map (B, C_l, H_l, W_l) per output stride for an image (B, 3, H, W)."""
+        if self.out_blocks is not None:
+            return self.feature_pyramid(self.pyramid.forward_blocks(image, self.out_blocks))
         final, intermediates = self.pyramid.forward_intermediates(image, self.intermediate_after)
         if self.merging is None:
             return self.feature_pyramid(final * len(self.out_strides))
@@ -171,7 +179,7 @@ class _MergingSet(nn.Module):
             "num_groups": config.merging.num_groups,
         }
         self.after = config.merging.intermediate_after
-        self.intermediate = nn.ModuleList(BranchMerging(pyramid.dims_after(k), **options) for k in self.after)
+        self.intermediate = nn.ModuleList(BranchMerging(config.dims_after(k), **options) for k in self.after)
         self.final = BranchMerging(pyramid.dims, **options)
 
     def forward(self, final: list[Tensor], intermediates: dict[int, list[Tensor]]) -> list[Tensor]:

@@ -1,6 +1,17 @@
 """Branch networks: one thin adapter per family around a library's model, all behind the `Branch` contract."""
 
 from .base import Branch, BranchState, build_branch, register_branch
-from .vit import ViTBranch
+from .beit import BEiTBranch
+from .convnext import ConvNeXtBranch
+from .vit import UniPerceiverBranch, ViTBranch
 
-__all__ = ["Branch", "BranchState", "ViTBranch", "build_branch", "register_branch"]
+__all__ = [
+    "BEiTBranch",
+    "Branch",
+    "BranchState",
+    "ConvNeXtBranch",
+    "UniPerceiverBranch",
+    "ViTBranch",
+    "build_branch",
+    "register_branch",
+]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import BranchConfig, NetworkConfig
+from ..config import BranchConfig
+from ..networks import NetworkConfig
 
 __all__ = ["Branch", "BranchState", "build_branch", "register_branch"]
 

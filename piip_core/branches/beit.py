@@ -1,0 +1,112 @@
+"""BEiT and BEiTv2 from timm as branches."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed_rel import gen_relative_position_index
+from timm.models.beit import Attention, Beit
+from torch import Tensor, nn
+
+from ..config import BranchConfig
+from ..errors import ConfigError
+from ..networks import BEiTConfig
+from .base import BranchState, register_branch
+from .transformer import TransformerBranch
+from .window import attend_in_windows
+
+__all__ = ["BEiTBranch", "RelativeBiasAttention"]
+
+
+class RelativeBiasAttention(Attention):
+    """timm's BEiT attention on channels-last maps, without the three table entries for a class token.
+
+    Args:
+        embed_dim: Width of the tokens.
+        num_heads: Attention heads.
+        qkv_bias: Biases of queries and values.
+        bias_window: Side of the square of tokens that the table covers.
+
+    Attributes:
+        window_size: Side of the windows in tokens; None for global attention, on maps of exactly the table's size.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool, bias_window: int) -> None:
+        super().__init__(embed_dim, num_heads=num_heads, qkv_bias=qkv_bias)
+        self.bias_window = bias_window
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * bias_window - 1) ** 2, num_heads))
+        index = gen_relative_position_index((bias_window, bias_window))
+        self.register_buffer("bias_index", index, persistent=False)
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """Attends within a map (B, H, W, C)."""
+        if self.window_size is not None:
+            return attend_in_windows(x, self.window_size, self.attend)
+        grid = tuple(x.shape[1:3])
+        if grid != (self.bias_window, self.bias_window):
+            raise ConfigError(
+                f"a global BEiT block got {grid[0]} x {grid[1]} tokens: expected bias_window={self.bias_window} on "
+                "both sides, for which it has relative positions; set BranchConfig.window_size for other images"
+            )
+        return self.attend(x.flatten(1, 2)).unflatten(1, grid)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention within sequences (B, N, C) that are squares of `bias_window` tokens, row by row."""
+        q, k, v = self.split_heads(x)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias().to(q.dtype))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, N, head width) of a sequence (B, N, C)."""
+        bias = None if self.q_bias is None else torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def bias(self) -> Tensor:
+        """What is added to the attention logits, (heads, N, N)."""
+        return self.relative_position_bias_table[self.bias_index].permute(2, 0, 1).contiguous()
+
+
+@register_branch(BEiTConfig)
+class BEiTBranch(TransformerBranch):
+    """A timm `Beit` without class token, whose blocks attend in windows with their own relative position bias."""
+
+    def __init__(self, config: BranchConfig) -> None:
+        super().__init__(config)
+        net: BEiTConfig = config.network
+        for window in config.window_sizes:
+            if window not in (None, net.bias_window):
+                raise ConfigError(
+                    f"BranchConfig.window_size={window}: expected BEiTConfig.bias_window={net.bias_window}, for which "
+                    "the blocks have relative positions"
+                )
+        self.model = Beit(
+            img_size=net.patch_size,  # no tables of timm's are used
+            patch_size=net.patch_size,
+            num_classes=0,
+            global_pool="",
+            embed_dim=net.embed_dim,
+            depth=net.depth,
+            num_heads=net.num_heads,
+            mlp_ratio=net.mlp_ratio,
+            init_values=net.layer_scale,
+            norm_layer=partial(nn.LayerNorm, eps=net.norm_eps),
+            use_abs_pos_emb=False,
+        )
+        self.model.cls_token = None
+        self.model.norm = nn.Identity()
+        self.model.patch_embed.strict_img_size = False
+        self.model.patch_embed.flatten = False
+        for block, window in zip(self.model.blocks, config.window_sizes, strict=True):
+            block.attn = RelativeBiasAttention(
+                net.embed_dim, net.num_heads, qkv_bias=net.qkv_bias, bias_window=net.bias_window
+            )
+            block.attn.window_size = window
+        self.dims, self.strides = net.dims, net.strides
+        self._set_drop_path()
+
+    def embed(self, image: Tensor) -> BranchState:
+        return BranchState(self.patch_map(image).permute(0, 2, 3, 1))

@@ -1,0 +1,68 @@
+"""What all branches made of timm's transformer blocks share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from .base import Branch, BranchState
+
+__all__ = ["TransformerBranch", "resize_position_grid"]
+
+
+def resize_position_grid(grid: Tensor, height: int, width: int) -> Tensor:
+    """Resizes position embeddings to another token grid: bicubic, in fp32, without antialiasing.
+
+    Args:
+        grid: (1, N, C) with N a square number, row-major.
+        height: Rows of the new grid.
+        width: Columns of the new grid.
+
+    Returns:
+        (1, height, width, C) in the dtype of `grid`.
+    """
+    side = int(grid.shape[1] ** 0.5)
+    table = grid.unflatten(1, (side, side))
+    if (height, width) == (side, side):
+        return table
+    table = F.interpolate(table.permute(0, 3, 1, 2).float(), size=(height, width), mode="bicubic", align_corners=False)
+    return table.permute(0, 2, 3, 1).to(grid.dtype)
+
+
+class TransformerBranch(Branch):
+    """A transformer of timm, without its final norm and head, run on channels-last token maps.
+
+    The state dict below `model.` has timm's names.
+
+    Attributes:
+        model: The network, with `patch_embed` (channels-last output) and `blocks`.
+    """
+
+    model: nn.Module
+
+    def patch_map(self, image: Tensor) -> Tensor:
+        """Patch embeddings (B, H, W, C) of an image; a remainder of the patch size is cut at the bottom and right."""
+        patch = self.config.network.patch_size
+        height, width = (side // patch for side in image.shape[-2:])
+        return self.model.patch_embed(image[..., : height * patch, : width * patch])
+
+    def run_block(self, state: BranchState, index: int) -> BranchState:
+        block = self.model.blocks[index]
+        if state.prefix is None:
+            return BranchState(block(state.tokens))
+        grid, count = state.tokens.shape[1:3], state.prefix.shape[1]
+        sequence = block(torch.cat((state.prefix, state.tokens.flatten(1, 2)), dim=1))
+        return BranchState(sequence[:, count:].unflatten(1, grid), sequence[:, :count])
+
+    def layer_of(self, name: str) -> int | None:
+        parts = name.split(".")[1:]  # without "model"
+        return int(parts[1]) + 1 if parts[0] == "blocks" else 0
+
+    def _set_drop_path(self) -> None:
+        """Sets the rates of stochastic depth; timm only knows the linear schedule."""
+        rates = self.config.drop_path_rates(len(self.model.blocks))
+        for block, rate in zip(self.model.blocks, rates, strict=True):
+            block.drop_path1 = DropPath(rate)
+            block.drop_path2 = DropPath(rate)
