@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..config import PIIPConfig
 from ..pyramid import DensePIIP
-from .names import DETECTORS, PublishedNames, branch_class_of
-from .public_config import branch_keys
+from .branch_names import branch_class_of, default_branch_class
+from .names import DETECTORS, PublishedNames
+from .public_config import branch_shapes
 from .report import ConversionReport
 from .rules import Change, Rule, RuleTable
 
-__all__ = ["from_published", "model_shapes", "our_names", "published_names", "to_published"]
+__all__ = ["detector_of", "from_published", "model_shapes", "our_names", "published_names", "to_published"]
 
 # Where models hold the backbone: mmdetection's detectors, and `PIIPBackbone.features` below Detectron2's FPN
 PUBLISHED_BACKBONE = "backbone."
 OUR_BACKBONE = "backbone.bottom_up.features."
 
-UNUSED = "the network never uses this parameter"
 OUTSIDE = "not part of the backbone, which alone was asked for"
 
 
@@ -49,15 +49,15 @@ def published_names(config: PIIPConfig | None, keys: Collection[str], *, backbon
         NotSupportedYet: If a branch is of a family without a name table.
     """
     if config is None:
-        return PublishedNames(None, detector=_detector_of(keys))
+        return PublishedNames(None, detector=detector_of(keys))
     prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in keys) else ""
-    inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    inside = {key.removeprefix(prefix): () for key in keys if key.startswith(prefix)}
     count = len(config.branches)
     numbers = [None] if count == 1 else range(1, count + 1)
     return PublishedNames(
         config,
-        branch_classes=tuple(branch_class_of(branch_keys(inside, number)) for number in numbers),
-        detector=None if backbone_only or not prefix else _detector_of(keys),
+        branch_classes=tuple(branch_class_of(list(branch_shapes(inside, number))) for number in numbers),
+        detector=None if backbone_only or not prefix else detector_of(keys),
         ours_prefix=OUR_BACKBONE if prefix and not backbone_only else "",
         published_prefix=prefix,
     )
@@ -69,19 +69,19 @@ def our_names(config: PIIPConfig, keys: Collection[str], branch_classes: Sequenc
     Args:
         config: Configuration of the backbone.
         keys: Names in the file: of `DensePIIP`, or of a Detectron2 model.
-        branch_classes: Published class of each branch; "deit" for all if None. Our names do not tell.
+        branch_classes: Published class of each branch; None for `default_branch_class`. Our names do not tell.
     """
     detector = any(key.startswith(OUR_BACKBONE) for key in keys)
     return PublishedNames(
         config,
-        branch_classes=tuple(branch_classes or ("deit",) * len(config.branches)),
-        detector=_detector_of(keys, ours=True) if detector else None,
+        branch_classes=tuple(branch_classes or map(default_branch_class, config.branches)),
+        detector=detector_of(keys, ours=True) if detector else None,
         ours_prefix=OUR_BACKBONE if detector else "",
         published_prefix=PUBLISHED_BACKBONE if detector else "",
     )
 
 
-def _detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:
+def detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:
     """The detector whose head names explain most of the keys; the smallest one of several, None if none does any."""
     translate = RuleTable.to_published if ours else RuleTable.to_ours
     heads = [key for key in keys if not key.startswith(OUR_BACKBONE if ours else PUBLISHED_BACKBONE)]
@@ -115,12 +115,12 @@ def from_published(
     """
     report = ConversionReport(source=source)
     names = published_names(config, state, backbone_only=backbone_only)
-    table, unused, shapes = names.table(), names.unused_modules(), _our_shapes(names)
+    table, unused, shapes = names.table(), names.unused_tensors(), _our_shapes(names)
     converted: dict[str, Tensor] = {}
     for key, tensor in state.items():
         found = table.to_ours(key)
         if key in unused:
-            report.ignored[key] = UNUSED
+            report.ignored[key] = unused[key].reason
         elif backbone_only and not key.startswith(names.published_prefix):
             report.ignored[key] = OUTSIDE
         elif found is None or found[0] not in shapes:
@@ -161,9 +161,9 @@ def to_published(
         published[key] = rule.change.to_published(tensor)
         report.used[name] = key
         _account(report, name, rule, tensor.shape, shapes[name])
-    for key, shape in names.unused_modules().items():
-        published[key] = torch.zeros(shape)
-        report.filled[key] = f"{UNUSED}, but the published class has it: zeros"
+    for key, unused in names.unused_tensors().items():
+        published[key] = unused.make()
+        report.filled[key] = f"{unused.reason}; the published class has it"
     report.missing = [name for name in shapes if name not in state]
     return published, report
 
@@ -178,8 +178,8 @@ def _our_shapes(names: PublishedNames) -> dict[str, torch.Size | None]:
 def _account(report: ConversionReport, name: str, rule: Rule, have: torch.Size, want: torch.Size | None) -> None:
     if want is not None and have != want:
         report.mismatched[name] = f"shape {tuple(have)} in the file, {tuple(want)} in the model"
-    if rule.change is not Change.NONE and rule.change.value not in report.notes:
-        report.notes.append(rule.change.value)
+    if rule.change is not Change.NONE:
+        report.note(rule.change.value)
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype | None, report: ConversionReport) -> dict[str, Tensor]:

@@ -12,47 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import MergingConfig, PIIPConfig
-from ..errors import NotSupportedYet
-from .rules import Change, Rule, RuleTable, rename_parts
+from .branch_names import BRANCH_CLASSES, Unused, unused_branch_tensors
+from .rules import Rule, RuleTable, rename_parts
 
-__all__ = ["BRANCH_CLASSES", "DETECTORS", "PublishedNames", "branch_class_of", "injection_rules", "unit_rules"]
-
-_BLOCK = (
-    "blocks.*.norm1.*",
-    "blocks.*.attn.qkv.*",
-    "blocks.*.attn.proj.*",
-    "blocks.*.norm2.*",
-    "blocks.*.mlp.fc1.*",
-    "blocks.*.mlp.fc2.*",
-)
-
-# Two published classes hold plain vision transformers; ours are timm's names
-BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
-    # DeiT and DeiT III
-    "deit": rename_parts(
-        "pos_embed",
-        "patch_embed.proj.*",
-        *_BLOCK,
-        ("blocks.*.ls1.gamma", "blocks.*.gamma_1"),
-        ("blocks.*.ls2.gamma", "blocks.*.gamma_2"),
-    ),
-    # AugReg, MAE, DINOv2: the class written for InternViT-6B, with layer norms
-    "internvit": (
-        Rule("pos_embed", "pos_embed", Change.POSITION_SLOT),
-        *rename_parts("patch_embed.proj.*", *_BLOCK, "blocks.*.ls1.gamma", "blocks.*.ls2.gamma"),
-    ),
-}
-
-# Names that only one published class has; the classes without a table above are not supported yet
-_MARKERS = {
-    "convnext_model": "ConvNeXt",
-    "relative_position_bias_table": "BEiT",
-    "visual_embed": "Uni-Perceiver",
-    "in_proj": "Uni-Perceiver",
-    "q_norm": "qk-norm (InternViT-6B)",
-    "gamma_1": "deit",
-    "blocks": "internvit",
-}
+__all__ = ["DETECTORS", "PublishedNames", "injection_rules", "unit_rules"]
 
 # One direction of an interaction unit; published names are below `branch2to1_injector` or `branch1to2_injector`
 _INJECTION = rename_parts(
@@ -113,21 +76,6 @@ DETECTORS: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-def branch_class_of(keys: Sequence[str]) -> str:
-    """Published class of a branch, from the keys below it.
-
-    Raises:
-        NotSupportedYet: For families that have no table here.
-    """
-    components = {part for key in keys for part in key.split(".")}
-    name = next((value for marker, value in _MARKERS.items() if marker in components), None)
-    if name not in BRANCH_CLASSES:
-        raise NotSupportedYet(f"{name} branches" if name else f"branches with keys such as {', '.join(list(keys)[:3])}")
-    if not any(key.endswith(".norm1.bias") for key in keys):
-        raise NotSupportedYet("RMSNorm in the blocks of a branch")
-    return name
-
-
 def injection_rules() -> tuple[Rule, ...]:
     """Rules for one direction, below `into_low` (ours) and the injector (published)."""
     return _INJECTION
@@ -181,20 +129,30 @@ class PublishedNames:
         rules = DETECTORS[self.detector] if self.detector else ()
         return tuple(rule.ours.replace("*", part) for rule in rules for part in ("weight", "bias"))
 
-    def unused_modules(self) -> dict[str, tuple[int, ...]]:
-        """Parameters that published files hold although the network never uses them: name -> shape.
+    def unused_tensors(self) -> dict[str, Unused]:
+        """Tensors that published files hold although the network needs none of them, by name."""
+        if self.config is None:
+            return {}
+        found: dict[str, Unused] = {}
+        for number, branch_class in enumerate(self.branch_classes, 1):
+            prefix = self._branch_prefix(number)
+            network = self.config.branches[number - 1].network
+            found |= {prefix + name: unused for name, unused in unused_branch_tensors(branch_class, network).items()}
+        found |= self._unused_upsampling()
+        return {self.published_prefix + name: unused for name, unused in found.items()}
 
-        The three-branch class keeps the four-fold upsampling even where no stride-4 map is asked for (`is_dino`).
-        """
-        if self.config is None or len(self.config.branches) != 3:
-            return {}
+    def _unused_upsampling(self) -> dict[str, Unused]:
+        """The three-branch class keeps the four-fold upsampling even where no stride-4 map is asked for (`is_dino`)."""
         merging = self.config.merging
-        if merging.kind != "simple" or 4 in merging.out_strides:
+        if len(self.config.branches) != 3 or merging.kind != "simple" or 4 in merging.out_strides:
             return {}
-        dim = self.config.branches[0].network.embed_dim
+        dim = self.config.branches[0].network.dims[-1]
         vectors = {f"fpn1.{i}.{part}": (dim,) for i, part in ((0, "bias"), (1, "weight"), (1, "bias"), (3, "bias"))}
         kernels = {f"fpn1.{i}.weight": (dim, dim, 2, 2) for i in (0, 3)}
-        return {self.published_prefix + name: shape for name, shape in {**vectors, **kernels}.items()}
+        return {name: Unused(shape) for name, shape in {**vectors, **kernels}.items()}
+
+    def _branch_prefix(self, number: int) -> str:
+        return "" if len(self.config.branches) == 1 else f"branch{number}."
 
     def _backbone_rules(self) -> Iterator[Rule]:
         if self.config is None:
@@ -202,7 +160,7 @@ class PublishedNames:
         single = len(self.config.branches) == 1
         for number, branch_class in enumerate(self.branch_classes, 1):
             for rule in BRANCH_CLASSES[branch_class]:
-                yield rule.prefixed(f"pyramid.branches.{number - 1}.model.", "" if single else f"branch{number}.")
+                yield rule.prefixed(f"pyramid.branches.{number - 1}.model.", self._branch_prefix(number))
         for low, high in self._unit_pairs():
             for rule in unit_rules():
                 yield rule.prefixed(

@@ -1,13 +1,14 @@
-"""Pretrained weights of a single network into a branch: DeiT, DeiT III, AugReg, MAE, and what timm names like them."""
+"""Pretrained weights of a single network into a branch, in every published format and in timm's."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import timm
+import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -16,8 +17,9 @@ from torch import Tensor
 from ..branches import Branch
 from ..errors import CheckpointError
 from ..pyramid import PIIP
+from .branch_names import BRANCH_CLASSES
 from .files import read_checkpoint
-from .names import BRANCH_CLASSES
+from .relative_positions import resize_relative_positions
 from .report import ConversionReport
 from .rules import RuleTable
 
@@ -34,10 +36,18 @@ _UNUSED_PARTS = {
     "mask_token": "only used in masked pretraining",
     "norm": "branches have no final norm",
     "fc_norm": "branches have no final norm",
+    "layernorm": "branches have no final norm",
     "head": "branches have no classifier",
     "head_dist": "branches have no classifier",
+    "classifier": "branches have no classifier",
 }
+_INDEX = "relative_position_index"
 _LAYER_SCALES = ("ls1.gamma", "ls2.gamma")
+_POSITION_TABLE = "relative_position_bias_table"
+# BEiT files from pretraining have one table for all blocks
+_SHARED_TABLE = f"rel_pos_bias.{_POSITION_TABLE}"
+# Names of transformers' ConvNeXt with and without head, and where the published models hold it
+_CONVNEXT, _PUBLISHED_CONVNEXT = "convnext.", "convnext_model."
 
 
 def load_pretrained(pyramid: PIIP) -> dict[int, ConversionReport]:
@@ -62,13 +72,15 @@ def load_pretrained(pyramid: PIIP) -> dict[int, ConversionReport]:
     return reports
 
 
+@torch.no_grad()
 def load_branch(branch: Branch, source: str, *, allow_incomplete: bool = False) -> ConversionReport:
-    """Loads pretrained weights into one branch.
+    """Loads pretrained weights into one branch, a tensor at a time: nothing large is in memory twice.
 
     Args:
-        branch: A plain vision transformer.
-        source: `timm:NAME`, or the path of a file: .pth or .safetensors in the published formats (DeiT, DeiT III,
-            AugReg, MAE), or .npz as AugReg publishes them.
+        branch: Any branch that is not on the meta device.
+        source: `timm:NAME`, or a path: .pth, .safetensors or a sharded checkpoint in the published formats (DeiT,
+            DeiT III, AugReg, MAE, DINOv2, BEiT, BEiTv2, Uni-Perceiver, InternViT-6B, ConvNeXt of transformers) or in
+            timm's, or .npz as AugReg publishes it.
         allow_incomplete: Go on although some keys have no explanation.
 
     Returns:
@@ -77,9 +89,15 @@ def load_branch(branch: Branch, source: str, *, allow_incomplete: bool = False) 
     Raises:
         CheckpointError: If the source cannot be had or does not fit.
     """
-    state, report = convert_pretrained(_read_source(source), branch.model.state_dict(), source=source)
+    state = _read_source(source)
+    target = branch.model.state_dict()  # shares memory with the parameters
+    report = ConversionReport(source=source)
+    plan = _plan(state, target, report)
+    report.check(allow_incomplete=allow_incomplete)  # before anything is changed
+    for name, tensor in _fitted(state, plan, target, report):
+        if name not in report.mismatched:
+            target[name].copy_(tensor)
     report.check(allow_incomplete=allow_incomplete)
-    branch.model.load_state_dict(state, strict=False)
     return report
 
 
@@ -90,9 +108,10 @@ def convert_pretrained(
 
     As published, position embeddings lose the entries of class tokens and are resized bicubically, without
     antialiasing, to the grid of the branch; so is a patch kernel of another size, without rescaling its values.
+    Relative positions are resized to the window; see `resize_relative_positions`.
 
     Args:
-        state: State dict of the pretrained network, in DeiT's or timm's names.
+        state: State dict of the pretrained network, in a published format's or timm's names.
         target: State dict of the branch's network (timm's names), for names and shapes.
         source: Name of the weights, for messages.
 
@@ -100,30 +119,63 @@ def convert_pretrained(
         What `state` provides of `target`, and the account; call its `check`.
     """
     report = ConversionReport(source=source)
-    # The names of the two published classes differ only in the layer scales, so one of them knows every file
-    table = RuleTable([*BRANCH_CLASSES["deit"], *BRANCH_CLASSES["internvit"]])
-    converted: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        found = table.to_ours(key)
-        name = found[0] if found is not None else key
-        if name in target:
-            converted[name] = _fit(name, tensor.float(), target[name], report)
-            report.used[key] = name
-        elif key.split(".")[0] in _UNUSED_PARTS:
-            report.ignored[key] = _UNUSED_PARTS[key.split(".")[0]]
+    plan = _plan(state, target, report)
+    return dict(_fitted(state, plan, target, report)), report
+
+
+def _plan(keys: Collection[str], target: Mapping[str, Tensor], report: ConversionReport) -> dict[str, list[str]]:
+    """Which of our names each key provides; fills in the account as far as names tell."""
+    tables = [RuleTable(rules) for rules in BRANCH_CLASSES.values()]
+    plan: dict[str, list[str]] = {}
+    for key in keys:
+        name = next((name for name in _candidates(key, tables) if name in target), None)
+        if name is not None:
+            plan[key] = [name]
+        elif key == _SHARED_TABLE:
+            plan[key] = [name for name in target if name.endswith(_POSITION_TABLE)]
+        elif key.split(".")[-1] == _INDEX:
+            report.ignored[key] = "follows from the window"
+        elif key.removeprefix(_CONVNEXT).split(".")[0] in _UNUSED_PARTS:
+            report.ignored[key] = _UNUSED_PARTS[key.removeprefix(_CONVNEXT).split(".")[0]]
         else:
             report.unexplained.append(key)
-    _fill_layer_scales(converted, target, report)
-    report.missing = [name for name in target if name not in converted and name not in report.filled]
-    return converted, report
+    report.used |= {key: ", ".join(names) for key, names in plan.items()}
+    provided = {name for names in plan.values() for name in names}
+    _fill_layer_scales(provided, target, report)
+    report.missing = [name for name in target if name not in provided and name not in report.filled]
+    return plan
+
+
+def _candidates(key: str, tables: list[RuleTable]) -> Iterator[str]:
+    """Our possible names for a key: its own, and those of each published class."""
+    yield key
+    for text in (key, _PUBLISHED_CONVNEXT + key.removeprefix(_CONVNEXT)):
+        for table in tables:
+            found = table.to_ours(text)
+            if found is not None:
+                yield found[0]
+
+
+def _fitted(
+    state: Mapping[str, Tensor],
+    plan: Mapping[str, list[str]],
+    target: Mapping[str, Tensor],
+    report: ConversionReport,
+) -> Iterator[tuple[str, Tensor]]:
+    for key, names in plan.items():
+        tensor = state[key].float()
+        for name in names:
+            yield name, _fit(name, tensor, target[name], report)
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, report: ConversionReport) -> Tensor:
     if name == "pos_embed":
-        tensor = _fit_positions(tensor, target.shape[1], report)
+        tensor = _fit_positions(tensor[None] if tensor.ndim == 2 else tensor, target.shape[1], report)
+    elif name.endswith(_POSITION_TABLE):
+        tensor = _fit_relative_positions(tensor, target.shape[0], report)
     elif name == "patch_embed.proj.weight" and tensor.shape[-2:] != target.shape[-2:]:
         size = tuple(target.shape[-2:])
-        report.notes.append(f"patch kernel resized from {tuple(tensor.shape[-2:])} to {size}")
+        report.note(f"patch kernel resized from {tuple(tensor.shape[-2:])} to {size}")
         tensor = F.interpolate(tensor, size=size, mode="bicubic", align_corners=False)
     if tensor.shape != target.shape:
         report.mismatched[name] = f"shape {tuple(tensor.shape)} in the file, {tuple(target.shape)} in the branch"
@@ -131,15 +183,37 @@ def _fit(name: str, tensor: Tensor, target: Tensor, report: ConversionReport) ->
 
 
 def _fit_positions(table: Tensor, entries: int, report: ConversionReport) -> Tensor:
-    prefix = next((n for n in range(3) if _side(table.shape[1] - n) is not None), None)
-    if prefix is None:
+    if table.shape[1] == entries:
+        return table
+    have, keep = _leading_entries(table.shape[1]), _leading_entries(entries)
+    if have is None or keep is None or keep > have:
         return table  # reported as a difference in shape
-    if prefix:
-        report.notes.append(f"{prefix} leading position entries, of class tokens, dropped")
-    old, new = _side(table.shape[1] - prefix), _side(entries)
+    if have > keep:
+        report.note(f"{have - keep} leading position entries, of class tokens, dropped")
+    old, new = _side(table.shape[1] - have), _side(entries - keep)
     if old != new:
-        report.notes.append(f"position grid resized from {old} x {old} to {new} x {new}")
-    return resample_abs_pos_embed(table[:, prefix:], (new, new), (old, old), num_prefix_tokens=0, antialias=False)
+        report.note(f"position grid resized from {old} x {old} to {new} x {new}")
+    grid = resample_abs_pos_embed(table[:, have:], (new, new), (old, old), num_prefix_tokens=0, antialias=False)
+    return torch.cat((table[:, :keep], grid), dim=1)
+
+
+def _leading_entries(entries: int) -> int | None:
+    """Entries before those of the patches, of which there is a square number."""
+    return next((n for n in range(3) if _side(entries - n) is not None), None)
+
+
+def _fit_relative_positions(table: Tensor, entries: int, report: ConversionReport) -> Tensor:
+    rows = table.shape[0]
+    if rows == entries:
+        return table
+    if _side(rows) is None and _side(rows - 3) is not None:
+        report.note("3 relative positions, of class tokens, dropped")
+        table = table[:-3]
+    old, new = _side(table.shape[0]), _side(entries)
+    if old is None or new is None or old == new:
+        return table
+    report.note(f"relative positions resized from {old} x {old} to {new} x {new}")
+    return resize_relative_positions(table, new)
 
 
 def _side(entries: int) -> int | None:
@@ -147,14 +221,14 @@ def _side(entries: int) -> int | None:
     return side if side * side == entries else None
 
 
-def _fill_layer_scales(converted: dict[str, Tensor], target: Mapping[str, Tensor], report: ConversionReport) -> None:
+def _fill_layer_scales(provided: Collection[str], target: Mapping[str, Tensor], report: ConversionReport) -> None:
     """A file without any layer scale leaves those of the branch as they are; one with some of them is broken."""
     scales = [name for name in target if name.endswith(_LAYER_SCALES)]
-    if not any(name in converted for name in scales):
+    if not any(name in provided for name in scales):
         report.filled |= dict.fromkeys(scales, "the file has no layer scale: it keeps its initial value")
 
 
-def _read_source(source: str) -> dict[str, Tensor]:
+def _read_source(source: str) -> Mapping[str, Tensor]:
     if source.startswith(TIMM):
         return _from_timm(source.removeprefix(TIMM))
     if Path(source).suffix == ".npz":

@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from ..config import InteractionConfig, MergingConfig, PIIPConfig
 from ..errors import CheckpointError, NotSupportedYet
-from .names import branch_class_of
+from .branch_names import branch_class_of
+from .public_branches import Shapes, branch_from_public, check_fields, num_blocks
 
-__all__ = ["PublishedModel", "branch_keys", "config_from_public"]
-
-Shapes = Mapping[str, Sequence[int]]
+__all__ = ["PublishedModel", "branch_shapes", "config_from_public"]
 
 # Fields without influence on what the network computes in evaluation, or on its parameters
-_RUNTIME_FIELDS = {"type", "pretrained", "with_cp", "cal_flops", "output_dtype", "layerscale_force_fp32"}
-_RUNTIME_FIELDS |= {"with_fpn", "pretrain_patch_size", "img_size", "use_simple_fpn"}
-# Fields that only have one supported value, and what another value would need
-_FIXED_FIELDS = {
-    "norm_layer_type": ("LayerNorm", "RMSNorm"),
-    "qk_normalization": (False, "qk-norm"),
-    "mlp_type": ("regular", "the fused MLP (GELU as tanh approximation)"),
-    "with_final_norm": (False, "a final norm in a branch"),
-    "use_cls_token": (False, "class tokens in dense models"),
-    "drop_rate": (0.0, "dropout in a branch"),
-    "attn_drop_rate": (0.0, "attention dropout in a branch"),
-    "in_chans": (3, "images with other than 3 channels"),
-    "qk_scale": (None, "a fixed attention scale"),
-}
-_VIT_FIELDS = {"depth", "embed_dim", "num_heads", "mlp_ratio", "patch_size", "qkv_bias", "pretrain_img_size"}
-_BRANCH_FIELDS = {"real_size", "interaction_indexes", "drop_path_rate", "window_attn", "window_size", "use_flash_attn"}
-_BRANCH_FIELDS |= {"init_scale", "init_values", "out_indices"}
+_RUNTIME_FIELDS = {"type", "cal_flops", "output_dtype"}
 _TOP_FIELDS = {"n_points", "deform_num_heads", "with_cffn", "cffn_ratio", "deform_ratio", "is_dino", "norm_layer"}
 _TOP_FIELDS |= {"interaction_proj", "interact_attn_type", "interaction_drop_path_rate", "with_simple_fpn"}
 _TOP_FIELDS |= {"out_interaction_indexes"}
-
-# Defaults of the public classes, where a config may leave the field out
-_VIT_DEFAULTS = {
-    "deit": {
-        "depth": 12,
-        "embed_dim": 768,
-        "num_heads": 12,
-        "patch_size": 16,
-        "init_scale": 1e-4,
-        "use_flash_attn": False,
-    },
-    "internvit": {
-        "depth": 48,
-        "embed_dim": 3200,
-        "num_heads": 25,
-        "patch_size": 14,
-        "init_values": 0.1,
-        "window_size": 14,
-        "qk_normalization": True,
-        "norm_layer_type": "RMSNorm",
-    },
-}
-_COMMON_DEFAULTS = {"mlp_ratio": 4.0, "qkv_bias": False, "pretrain_img_size": 224, "drop_path_rate": 0.0}
-
 
 @dataclass(frozen=True)
 class PublishedModel:
@@ -91,24 +50,25 @@ def config_from_public(
         return _single_branch(public, state_shapes)
     if numbers != list(range(1, len(numbers) + 1)):
         raise CheckpointError(f"branches {numbers}: expected branch1 to branch{len(numbers)}")
-    _check_fields({key for key in public if not _is_branch(key)}, _TOP_FIELDS | _RUNTIME_FIELDS)
-    classes = tuple(branch_class_of(branch_keys(state_shapes, number)) for number in numbers)
+    check_fields({key for key in public if not _is_branch(key)}, _TOP_FIELDS | _RUNTIME_FIELDS)
+    shapes = {number: branch_shapes(state_shapes, number) for number in numbers}
+    classes = {number: branch_class_of(list(shapes[number])) for number in numbers}
     settings = {number: dict(public[f"branch{number}"]) for number in numbers}
     if len(numbers) == 4:
-        settings[4] = _fourth_branch(settings[3], settings[4], state_shapes, branch4_built_from)
-    branches = tuple(_branch(settings[n], c, multi=True) for n, c in zip(numbers, classes, strict=True))
+        settings[4] = _fourth_branch(settings[3], settings[4], shapes[4], branch4_built_from)
+    branches = tuple(branch_from_public(settings[n], classes[n], shapes[n], multi=True) for n in numbers)
     config = PIIPConfig(
         branches=branches,
         interaction=_interaction(public, len(public["branch1"]["interaction_indexes"])),
         merging=_merging(public),
     )
-    return PublishedModel(config, classes)
+    return PublishedModel(config, tuple(classes.values()))
 
 
-def branch_keys(keys: Collection[str], number: int | None) -> list[str]:
-    """Names below a branch of a published backbone; all of them for a single-branch one (`number` None)."""
+def branch_shapes(shapes: Shapes, number: int | None) -> dict[str, tuple[int, ...]]:
+    """What is below a branch of a published backbone; all of it for a single-branch one (`number` None)."""
     prefix = "" if number is None else f"branch{number}."
-    found = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    found = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
     if not found:
         raise CheckpointError(
             f"no parameter starts with {prefix!r}: the file has fewer branches than the configuration"
@@ -120,25 +80,20 @@ def _is_branch(key: str) -> bool:
     return key.startswith("branch") and key.removeprefix("branch").isdigit()
 
 
-def _check_fields(fields: Collection[str], known: Collection[str]) -> None:
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise NotSupportedYet(f"public configuration field {', '.join(unknown)}")
-
-
 def _single_branch(public: Mapping[str, Any], shapes: Shapes) -> PublishedModel:
-    branch_class = branch_class_of(branch_keys(shapes, None))
-    depth = public.get("depth", _VIT_DEFAULTS[branch_class]["depth"])
-    outputs = public.get("out_indices", [depth - 1])
-    simple = public.get("use_simple_fpn", True)
-    if not (simple and public.get("with_fpn", True)) or outputs[-1] != depth - 1:
-        raise NotSupportedYet("a single-branch feature pyramid not made from the last block")
+    branch_class = branch_class_of(list(shapes))
     settings = {"real_size": public.get("img_size", public.get("pretrain_img_size", 224)), **public}
-    config = PIIPConfig(
-        branches=(_branch(settings, branch_class, multi=False),),
-        interaction=InteractionConfig(num_interactions=0),
-        merging=MergingConfig(kind="single", pyramid_norm="layer"),
-    )
+    branch = branch_from_public(settings, branch_class, shapes, multi=False)
+    last = branch.network.depth - 1
+    if branch_class == "convnext":
+        merging = MergingConfig(kind="single", out_blocks=branch.network.last_blocks())
+    elif public.get("use_simple_fpn", True) and public.get("with_fpn", True):
+        if public.get("out_indices", [last])[-1] != last:
+            raise NotSupportedYet("a single-branch feature pyramid not made from the last block")
+        merging = MergingConfig(kind="single", pyramid_norm="layer")
+    else:
+        raise NotSupportedYet("a single-branch feature pyramid not made from the last block")
+    config = PIIPConfig(branches=(branch,), interaction=InteractionConfig(num_interactions=0), merging=merging)
     return PublishedModel(config, (branch_class,))
 
 
@@ -158,51 +113,8 @@ def _fourth_branch(
 
 
 def _fits(settings: Mapping[str, Any], shapes: Shapes) -> bool:
-    keys = branch_keys(shapes, 4)
-    depth = len({key.split(".")[1] for key in keys if key.startswith("blocks.")})
-    width = shapes["branch4.patch_embed.proj.weight"][0]
-    return (width, depth) == (settings["embed_dim"], settings["depth"])
-
-
-def _branch(settings: Mapping[str, Any], branch_class: str, *, multi: bool) -> BranchConfig:
-    _check_fields(settings, _VIT_FIELDS | _BRANCH_FIELDS | _RUNTIME_FIELDS | set(_FIXED_FIELDS))
-    values = {**_COMMON_DEFAULTS, **_VIT_DEFAULTS[branch_class], **settings}
-    for field, (supported, feature) in _FIXED_FIELDS.items():
-        if values.get(field, supported) != supported:
-            raise NotSupportedYet(feature)
-    internvit = branch_class == "internvit"
-    network = ViTConfig(
-        embed_dim=values["embed_dim"],
-        depth=values["depth"],
-        num_heads=values["num_heads"],
-        mlp_ratio=float(values["mlp_ratio"]),
-        patch_size=values["patch_size"],
-        qkv_bias=values["qkv_bias"],
-        pos_grid=values["pretrain_img_size"] // values["patch_size"],
-        layer_scale=values["init_values" if internvit else "init_scale"],
-    )
-    # The flash-attention path of the DeiT class pads before the projection, the other one behind it; the InternViT
-    # class has only the former
-    before = internvit or values["use_flash_attn"]
-    return BranchConfig(
-        network=network,
-        image_size=values["real_size"],
-        segments=tuple(map(tuple, values["interaction_indexes"])) if multi else None,
-        window_size=_windows(values),
-        window_padding="before_qkv" if before else "after_qkv",
-        drop_path_rate=values["drop_path_rate"],
-        drop_path_schedule="linear" if internvit else "constant",
-    )
-
-
-def _windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
-    def per_block(field: str, default: Any) -> list[Any]:
-        value = values.get(field)
-        value = default if value is None else value
-        return list(value) if isinstance(value, (list, tuple)) else [value] * values["depth"]
-
-    flags, sizes = per_block("window_attn", False), per_block("window_size", -1)
-    return tuple(size if flag and size > 0 else None for flag, size in zip(flags, sizes, strict=True))
+    width = shapes["patch_embed.proj.weight"][0]
+    return (width, num_blocks(shapes)) == (settings["embed_dim"], settings["depth"])
 
 
 def _interaction(public: Mapping[str, Any], count: int) -> InteractionConfig:

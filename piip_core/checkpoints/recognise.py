@@ -10,7 +10,9 @@ import torch
 from .. import zoo
 from ..config import PIIPConfig
 from ..errors import CheckpointError, NotSupportedYet
-from .convert import PUBLISHED_BACKBONE, from_published
+from ..networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from .branch_names import default_branch_class
+from .convert import PUBLISHED_BACKBONE, detector_of, from_published, published_names
 
 __all__ = ["Recognised", "fit_variant", "recognise"]
 
@@ -30,6 +32,15 @@ class Recognised:
     branch4_as_released: bool = False
 
 
+# The first convolution of a branch in published names, by family
+_FIRST_KERNELS = {
+    ViTConfig: "patch_embed.proj.weight",
+    BEiTConfig: "patch_embed.proj.weight",
+    UniPerceiverConfig: "visual_embed.patch_embed.proj.weight",
+    ConvNeXtConfig: "convnext_model.embeddings.patch_embeddings.weight",
+}
+
+
 def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognised:
     """Finds the published models that a published state dict can belong to.
 
@@ -41,7 +52,10 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognised:
     """
     found: dict[bool, list[tuple[str, PIIPConfig]]] = {False: [], True: []}
     known: dict[tuple[object, ...], bool] = {}
+    detector = detector_of(shapes)
     for entry in zoo.entries():
+        if detector not in (None, "rpn", entry.detector):
+            continue
         for as_released, config in _variants(entry.config):
             structure = _structure(config)
             if structure not in known:
@@ -71,13 +85,17 @@ def _variants(config: PIIPConfig) -> Iterator[tuple[bool, PIIPConfig]]:
 
 def _structure(config: PIIPConfig) -> tuple[object, ...]:
     """What decides names and shapes of the parameters."""
-    return tuple(branch.network for branch in config.branches), config.interaction, config.merging
+    branches = tuple((branch.network, default_branch_class(branch)) for branch in config.branches)
+    return branches, config.num_interactions, config.interaction, config.merging
 
 
 def _fits(shapes: Mapping[str, Sequence[int]], config: PIIPConfig) -> bool:
     prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in shapes) else ""
     backbone = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
-    if not _same_widths(backbone, config):  # much cheaper than building the model
+    if not _same_kernels(backbone, config):  # much cheaper than building the model
+        return False
+    classes = published_names(config, list(shapes)).branch_classes
+    if any(have != default_branch_class(branch) for have, branch in zip(classes, config.branches, strict=True)):
         return False
     state = {key: torch.empty(shape, device="meta") for key, shape in backbone.items()}
     try:
@@ -86,8 +104,11 @@ def _fits(shapes: Mapping[str, Sequence[int]], config: PIIPConfig) -> bool:
         return False
 
 
-def _same_widths(shapes: Mapping[str, tuple[int, ...]], config: PIIPConfig) -> bool:
-    count = len(config.branches)
-    tables = ["pos_embed"] if count == 1 else [f"branch{number}.pos_embed" for number in range(1, count + 1)]
-    widths = [shapes[name][-1] for name in tables if name in shapes]
-    return widths == [branch.network.embed_dim for branch in config.branches]
+def _same_kernels(shapes: Mapping[str, tuple[int, ...]], config: PIIPConfig) -> bool:
+    """Whether every branch has the patch or stem convolution of its configured class."""
+    for number, branch in enumerate(config.branches, 1):
+        prefix = "" if len(config.branches) == 1 else f"branch{number}."
+        kernel = shapes.get(prefix + _FIRST_KERNELS[type(branch.network)])
+        if kernel is None or kernel[0] != branch.network.dims[0]:
+            return False
+    return True

@@ -41,6 +41,11 @@ class ConversionReport:
         """Whether every source key and every target tensor is accounted for."""
         return not (self.unexplained or self.missing or self.mismatched)
 
+    def note(self, text: str) -> None:
+        """Adds a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def check(self, *, allow_incomplete: bool = False) -> ConversionReport:
         """Returns the report itself if it is complete, or if incompleteness was asked for.
 

@@ -22,13 +22,22 @@ class Change(Enum):
         "entry 0 of the published position table is for a class token that the network does not have: "
         "dropped here, zeros on the way back"
     )
+    POSITION_TABLE = "the published position table has no batch axis"
 
     def to_ours(self, tensor: Tensor) -> Tensor:
-        return tensor[:, 1:].clone() if self is Change.POSITION_SLOT else tensor
+        match self:
+            case Change.POSITION_SLOT:
+                return tensor[:, 1:].clone()
+            case Change.POSITION_TABLE:
+                return tensor[None]
+        return tensor
 
     def to_published(self, tensor: Tensor) -> Tensor:
-        if self is Change.POSITION_SLOT:
-            return torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
+        match self:
+            case Change.POSITION_SLOT:
+                return torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
+            case Change.POSITION_TABLE:
+                return tensor[0]
         return tensor
 
 

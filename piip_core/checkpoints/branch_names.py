@@ -1,0 +1,172 @@
+"""Names of the parameters of single branches: ours, which are timm's, against those of the published classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.layers.pos_embed_rel import gen_relative_position_index
+from torch import Tensor
+
+from ..config import BranchConfig
+from ..errors import NotSupportedYet
+from ..networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
+from .rules import Change, Rule, rename_parts
+
+__all__ = ["BRANCH_CLASSES", "Unused", "branch_class_of", "default_branch_class", "unused_branch_tensors"]
+
+_BLOCK = (
+    "blocks.*.norm1.*",
+    "blocks.*.attn.qkv.*",
+    "blocks.*.attn.proj.*",
+    "blocks.*.norm2.*",
+    "blocks.*.mlp.fc1.*",
+    "blocks.*.mlp.fc2.*",
+)
+
+BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
+    # DeiT and DeiT III
+    "deit": rename_parts(
+        "pos_embed",
+        "patch_embed.proj.*",
+        *_BLOCK,
+        ("blocks.*.ls1.gamma", "blocks.*.gamma_1"),
+        ("blocks.*.ls2.gamma", "blocks.*.gamma_2"),
+    ),
+    # InternViT-6B, and by the same class AugReg, MAE, DINOv2
+    "internvit": (
+        Rule("pos_embed", "pos_embed", Change.POSITION_SLOT),
+        *rename_parts(
+            "patch_embed.proj.*",
+            *_BLOCK,
+            "blocks.*.attn.q_norm.*",
+            "blocks.*.attn.k_norm.*",
+            "blocks.*.ls1.gamma",
+            "blocks.*.ls2.gamma",
+        ),
+    ),
+    "beit": rename_parts(
+        "patch_embed.proj.*",
+        *_BLOCK,
+        "blocks.*.attn.q_bias",
+        "blocks.*.attn.v_bias",
+        "blocks.*.attn.relative_position_bias_table",
+        "blocks.*.gamma_1",
+        "blocks.*.gamma_2",
+    ),
+    "uniperceiver": (
+        Rule("pos_embed", "visual_embed.patch_embed.spatial_pos_embed.weight", Change.POSITION_TABLE),
+        *rename_parts(
+            ("frame_embed", "visual_embed.patch_embed.temporal_pos_embed.weight"),
+            ("patch_embed.proj.*", "visual_embed.patch_embed.proj.*"),
+            ("norm_pre.*", "visual_embed.embeddings_norm.*"),
+            ("blocks.*.norm1.*", "layers.*.norm1.*"),
+            ("blocks.*.attn.qkv.*", "layers.*.self_attn.in_proj.*"),
+            ("blocks.*.attn.proj.*", "layers.*.self_attn.out_proj.*"),
+            ("blocks.*.ls1.gamma", "layers.*.gamma_1"),
+            ("blocks.*.norm2.*", "layers.*.norm2.*"),
+            ("blocks.*.mlp.fc1.*", "layers.*.linear1.*"),
+            ("blocks.*.mlp.fc2.*", "layers.*.linear2.*"),
+            ("blocks.*.ls2.gamma", "layers.*.gamma_2"),
+        ),
+    ),
+    # transformers' ConvNeXt
+    "convnext": rename_parts(
+        ("stem.0.*", "convnext_model.embeddings.patch_embeddings.*"),
+        ("stem.1.*", "convnext_model.embeddings.layernorm.*"),
+        ("stages.*.downsample.*.*", "convnext_model.encoder.stages.*.downsampling_layer.*.*"),
+        ("stages.*.blocks.*.conv_dw.*", "convnext_model.encoder.stages.*.layers.*.dwconv.*"),
+        ("stages.*.blocks.*.norm.*", "convnext_model.encoder.stages.*.layers.*.layernorm.*"),
+        ("stages.*.blocks.*.mlp.fc1.*", "convnext_model.encoder.stages.*.layers.*.pwconv1.*"),
+        ("stages.*.blocks.*.mlp.fc2.*", "convnext_model.encoder.stages.*.layers.*.pwconv2.*"),
+        ("stages.*.blocks.*.gamma", "convnext_model.encoder.stages.*.layers.*.layer_scale_parameter"),
+    ),
+}
+
+# A component of names that only one published class has
+_MARKERS = {
+    "convnext_model": "convnext",
+    "relative_position_bias_table": "beit",
+    "visual_embed": "uniperceiver",
+    "gamma_1": "deit",
+    "blocks": "internvit",
+}
+
+_DEFAULT_CLASSES: Mapping[type[NetworkConfig], str] = {
+    ViTConfig: "deit",
+    BEiTConfig: "beit",
+    UniPerceiverConfig: "uniperceiver",
+    ConvNeXtConfig: "convnext",
+}
+
+NEVER_USED = "the network never uses this parameter"
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A tensor of published files that the network does not need.
+
+    Attributes:
+        shape: Its shape.
+        fill: Makes it for a file in the published names; zeros by default.
+        reason: Why the network does not need it.
+    """
+
+    shape: tuple[int, ...]
+    fill: Callable[[], Tensor] | None = None
+    reason: str = NEVER_USED
+
+    def make(self) -> Tensor:
+        """The tensor as a published file would hold it; zeros where any value does."""
+        return torch.zeros(self.shape) if self.fill is None else self.fill()
+
+
+def branch_class_of(keys: Sequence[str]) -> str:
+    """Published class of a branch, from the keys below it.
+
+    Raises:
+        NotSupportedYet: For families that have no table here.
+    """
+    components = {part for key in keys for part in key.split(".")}
+    name = next((value for marker, value in _MARKERS.items() if marker in components), None)
+    if name is None:
+        raise NotSupportedYet(f"branches with keys such as {', '.join(list(keys)[:3])}")
+    return name
+
+
+def default_branch_class(branch: BranchConfig) -> str:
+    """Published class for a branch of ours.
+
+    Two classes hold plain vision transformers: one has the same stochastic depth in all blocks (DeiT), the other lets
+    it grow (InternViT, AugReg, MAE, DINOv2).
+
+    Raises:
+        NotSupportedYet: For networks that no published class holds.
+    """
+    network = branch.network
+    if isinstance(network, ViTConfig) and (network.qk_norm or branch.drop_path_schedule == "linear"):
+        return "internvit"
+    try:
+        return _DEFAULT_CLASSES[type(network)]
+    except KeyError:
+        raise NotSupportedYet(f"published names of {type(network).__name__}") from None
+
+
+def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Unused]:
+    """Tensors of a published branch that ours does not have, by published name."""
+    if branch_class == "convnext":
+        dim = network.dims[-1]
+        return {
+            "convnext_model.layernorm.weight": Unused((dim,), lambda: torch.ones(dim)),
+            "convnext_model.layernorm.bias": Unused((dim,)),
+        }
+    if branch_class == "beit":
+        side = network.bias_window
+        index = Unused(
+            (side**2, side**2),
+            lambda: gen_relative_position_index((side, side)),
+            "follows from the window, computed here",
+        )
+        return {f"blocks.{i}.attn.relative_position_index": index for i in range(network.depth)}
+    return {}

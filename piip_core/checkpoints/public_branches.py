@@ -1,0 +1,200 @@
+"""Settings of one branch in the public field names, and the shapes of its parameters, to our `BranchConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from ..config import BranchConfig
+from ..errors import NotSupportedYet
+from ..networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
+
+__all__ = ["Shapes", "branch_from_public", "check_fields", "num_blocks"]
+
+Shapes = Mapping[str, Sequence[int]]
+Settings = Mapping[str, Any]
+
+# Fields without influence on what the network computes in evaluation, or on its parameters
+_RUNTIME_FIELDS = {"type", "pretrained", "with_cp", "cal_flops", "output_dtype", "layerscale_force_fp32"}
+_RUNTIME_FIELDS |= {"with_fpn", "pretrain_patch_size", "img_size", "use_simple_fpn", "out_indices"}
+_COMMON_FIELDS = {"real_size", "interaction_indexes", "drop_path_rate"}
+_TRANSFORMER_FIELDS = {"depth", "embed_dim", "num_heads", "mlp_ratio", "patch_size", "qkv_bias", "pretrain_img_size"}
+_TRANSFORMER_FIELDS |= {"window_attn", "window_size", "use_flash_attn", "init_scale", "init_values"}
+# Fields that only have one supported value, and what another value would need
+_FIXED_FIELDS = {
+    "with_final_norm": (False, "a final norm in a branch"),
+    "use_cls_token": (False, "class tokens in dense models"),
+    "drop_rate": (0.0, "dropout in a branch"),
+    "attn_drop_rate": (0.0, "attention dropout in a branch"),
+    "in_chans": (3, "images with other than 3 channels"),
+    "qk_scale": (None, "a fixed attention scale"),
+    "use_abs_pos_emb": (False, "absolute position embeddings in BEiT"),
+    "use_shared_rel_pos_bias": (False, "a relative position bias shared by the blocks of BEiT"),
+}
+_NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
+# The fused MLP approximates GELU
+_ACTIVATIONS = {"regular": "gelu", "fused_mlp": "gelu_tanh"}
+
+# Defaults of the public classes, where a config may leave the field out
+_TRANSFORMER_DEFAULTS = {"mlp_ratio": 4.0, "qkv_bias": False, "pretrain_img_size": 224, "patch_size": 16}
+_DEIT_DEFAULTS = {"depth": 12, "embed_dim": 768, "num_heads": 12, "init_scale": 1e-4, "use_flash_attn": False}
+_INTERNVIT_DEFAULTS = {
+    "depth": 48,
+    "embed_dim": 3200,
+    "num_heads": 25,
+    "patch_size": 14,
+    "init_values": 0.1,
+    "window_size": 14,
+    "qk_normalization": True,
+    "norm_layer_type": "RMSNorm",
+}
+
+
+def branch_from_public(settings: Settings, branch_class: str, shapes: Shapes, *, multi: bool) -> BranchConfig:
+    """Reads the settings of one branch.
+
+    Args:
+        settings: Fields of the public branch class.
+        branch_class: Published class of the branch.
+        shapes: Shapes of the published parameters below the branch.
+        multi: Whether the branch is one of several, with segments.
+
+    Raises:
+        NotSupportedYet: For fields or values that our configuration cannot express.
+    """
+    for field, (supported, feature) in _FIXED_FIELDS.items():
+        if settings.get(field, supported) != supported:
+            raise NotSupportedYet(feature)
+    settings = {key: value for key, value in settings.items() if key not in _FIXED_FIELDS}
+    network, options = _READERS[branch_class](settings, shapes)
+    return BranchConfig(
+        network=network,
+        image_size=settings["real_size"],
+        segments=tuple(map(tuple, settings["interaction_indexes"])) if multi else None,
+        drop_path_rate=settings.get("drop_path_rate", 0.0),
+        **options,
+    )
+
+
+def check_fields(fields: Collection[str], known: Collection[str]) -> None:
+    """Raises NotSupportedYet for fields that are not known."""
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise NotSupportedYet(f"public configuration field {', '.join(unknown)}")
+
+
+def num_blocks(shapes: Collection[str], list_name: str = "blocks") -> int:
+    """Number of blocks among parameter names such as `blocks.0.norm1.weight`."""
+    return len({key.split(".")[1] for key in shapes if key.startswith(f"{list_name}.")})
+
+
+def _deit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"Mlp_block"})
+    values = {**_TRANSFORMER_DEFAULTS, **_DEIT_DEFAULTS, **settings}
+    network = _vit(values, layer_scale=values["init_scale"], activation=values.get("Mlp_block", "regular"))
+    # The flash-attention path pads before the projection, the other one behind it
+    padding = "before_qkv" if values["use_flash_attn"] else "after_qkv"
+    return network, {"window_size": _windows(values), "window_padding": padding}
+
+
+def _internvit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
+    own = {"norm_layer_type", "qk_normalization", "mlp_type"}
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | own)
+    values = {**_TRANSFORMER_DEFAULTS, **_INTERNVIT_DEFAULTS, **settings}
+    network = _vit(
+        values,
+        layer_scale=values["init_values"],
+        activation=values.get("mlp_type", "regular"),
+        norm=_choose(_NORMS, values["norm_layer_type"], "norm_layer_type"),
+        qk_norm=values["qk_normalization"],
+    )
+    return network, {"window_size": _windows(values), "drop_path_schedule": "linear"}
+
+
+def _vit(values: Settings, *, layer_scale: float | None, activation: str, **options: Any) -> ViTConfig:
+    return ViTConfig(
+        embed_dim=values["embed_dim"],
+        depth=values["depth"],
+        num_heads=values["num_heads"],
+        mlp_ratio=float(values["mlp_ratio"]),
+        patch_size=values["patch_size"],
+        qkv_bias=values["qkv_bias"],
+        pos_grid=values["pretrain_img_size"] // values["patch_size"],
+        layer_scale=layer_scale,
+        activation=_choose(_ACTIVATIONS, activation, "MLP"),
+        **options,
+    )
+
+
+def _beit(settings: Settings, shapes: Shapes) -> tuple[BEiTConfig, dict[str, Any]]:
+    # The tables are there and added even with use_rel_pos_bias=False
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"use_rel_pos_bias"})
+    values = {**_TRANSFORMER_DEFAULTS, **settings}
+    entries = shapes["blocks.0.attn.relative_position_bias_table"][0]
+    network = BEiTConfig(
+        embed_dim=values["embed_dim"],
+        depth=values["depth"],
+        num_heads=values["num_heads"],
+        mlp_ratio=float(values["mlp_ratio"]),
+        patch_size=values["patch_size"],
+        qkv_bias=values["qkv_bias"],
+        layer_scale=values.get("init_values"),
+        bias_window=(round(entries**0.5) + 1) // 2,
+    )
+    return network, {"window_size": _windows(values), "drop_path_schedule": "linear"}
+
+
+def _uniperceiver(settings: Settings, shapes: Shapes) -> tuple[UniPerceiverConfig, dict[str, Any]]:
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS)
+    values = {**_TRANSFORMER_DEFAULTS, **settings}
+    network = UniPerceiverConfig(
+        embed_dim=values["embed_dim"],
+        depth=values["depth"],
+        num_heads=values["num_heads"],
+        mlp_ratio=float(values["mlp_ratio"]),
+        patch_size=values["patch_size"],
+        pos_grid=round(shapes["visual_embed.patch_embed.spatial_pos_embed.weight"][0] ** 0.5),
+        num_frames=shapes["visual_embed.patch_embed.temporal_pos_embed.weight"][0],
+    )
+    return network, {"window_size": _windows(values), "drop_path_schedule": "linear"}
+
+
+def _convnext(settings: Settings, shapes: Shapes) -> tuple[ConvNeXtConfig, dict[str, Any]]:
+    """Public settings say nothing about the sizes, which hide in the name of a downloaded model."""
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | {"downsample_ratios"})
+    scales: dict[int, list[int]] = {}
+    for key, shape in shapes.items():
+        parts = key.split(".")
+        if parts[-1] == "layer_scale_parameter":
+            scales.setdefault(int(parts[parts.index("stages") + 1]), []).append(shape[0])
+    stages = [scales[stage] for stage in sorted(scales)]
+    network = ConvNeXtConfig(depths=tuple(map(len, stages)), stage_dims=tuple(dims[0] for dims in stages))
+    ratios = settings.get("downsample_ratios")
+    if ratios is not None and tuple(ratios) != network.strides:
+        raise NotSupportedYet(f"downsample_ratios={list(ratios)}")
+    return network, {"drop_path_schedule": "linear"}
+
+
+_READERS: Mapping[str, Callable[[Settings, Shapes], tuple[NetworkConfig, dict[str, Any]]]] = {
+    "deit": _deit,
+    "internvit": _internvit,
+    "beit": _beit,
+    "uniperceiver": _uniperceiver,
+    "convnext": _convnext,
+}
+
+
+def _choose(choices: Mapping[str, str], value: str, field: str) -> str:
+    if value not in choices:
+        raise NotSupportedYet(f"{field}={value!r}")
+    return choices[value]
+
+
+def _windows(values: Settings) -> tuple[int | None, ...]:
+    def per_block(field: str, default: Any) -> list[Any]:
+        value = values.get(field)
+        value = default if value is None else value
+        return list(value) if isinstance(value, (list, tuple)) else [value] * values["depth"]
+
+    flags, sizes = per_block("window_attn", False), per_block("window_size", -1)
+    return tuple(size if flag and size > 0 else None for flag, size in zip(flags, sizes, strict=True))
