@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ..config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from ..config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
+from ..networks import ViTConfig
 
 __all__ = ["NUM_GROUPS", "demo_config"]
 

@@ -10,14 +10,15 @@ element; activations, softmax and resizing count nothing. Attention and deformab
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Literal
 
-from ..config import BranchConfig, InteractionConfig, NetworkConfig, PIIPConfig, ViTConfig
+from ..config import BranchConfig, InteractionConfig, PIIPConfig
+from ..networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 
-__all__ = ["Count", "PublishedCount", "published_count"]
+__all__ = ["Count", "PublishedCount", "published_count", "published_rule"]
 
 NUM_CLASSES = 1000
 SAMPLING_POINTS = 4  # the formula has this number whatever the model uses
@@ -54,49 +55,81 @@ class PublishedCount:
         return _sum([*self.branches, self.interactions, self.head])
 
 
-def published_count(config: PIIPConfig, *, head: Literal["merged", "separate"] = "merged") -> PublishedCount:
+Rule = Literal["classifier", "separate classifiers", "merging"]
+
+
+def published_rule(config: PIIPConfig) -> Rule:
+    """The rule that the published tables of dense models follow: "merging" where levels come from different blocks."""
+    merging = config.merging
+    levels_differ = merging is not None and (merging.kind == "regular" or merging.out_blocks is not None)
+    return "merging" if levels_differ else "classifier"
+
+
+def published_count(config: PIIPConfig, *, rule: Rule | None = None) -> PublishedCount:
     """Counts a model as the published tables do.
 
     Args:
-        config: The model. Its `merging` plays no part.
-        head: "merged" is one head on the merged branches, behind all published detection and segmentation rows;
-            "separate" gives each branch its own (published classification rows). A single branch has its own.
+        config: The model. With the classifier rules its `merging` plays no part.
+        rule: "classifier" puts one head on the merged branches (published ViT rows of detection and segmentation);
+            "separate classifiers" gives each branch its own (published classification rows), as a single branch has
+            with either; "merging" counts the merging of the dense model, without the work of its feature pyramid, and
+            the projection of padded window positions (published rows with ConvNeXt branches). None: `published_rule`.
     """
-    branches = config.branches
-    tokens = [_tokens(branch) for branch in branches]
-    dims = [branch.network.embed_dim for branch in branches]
-    units = [spec for k in range(config.num_interactions) for spec in config.interaction.graph(k, len(branches))]
-    directions = [(u.low - 1, u.high - 1) for u in units if u.into_low]
-    directions += [(u.high - 1, u.low - 1) for u in units if u.into_high]
+    rule = rule or published_rule(config)
+    merging = rule == "merging"
     return PublishedCount(
-        branches=tuple(_network(branch.network, branch) for branch in branches),
-        interactions=_sum(
-            _injection(config.interaction, tokens[to], dims[to], tokens[source], dims[source])
-            for to, source in directions
-        ),
-        head=_merged_head(tokens, dims) if head == "merged" and len(branches) > 1 else _separate_heads(tokens, dims),
+        branches=tuple(_network(branch.network, branch, dense=merging) for branch in config.branches),
+        interactions=_interactions(config),
+        head=_dense_head(config) if merging else _classifier(config, separate=rule != "classifier"),
     )
+
+
+def _interactions(config: PIIPConfig) -> Count:
+    total = Count()
+    for k in range(config.num_interactions):
+        dims, tokens = config.dims_after(k), _tokens_after(config, k)
+        for unit in config.interaction.graph(k, len(config.branches)):
+            low, high = unit.low - 1, unit.high - 1
+            for to, source, wanted in ((low, high, unit.into_low), (high, low, unit.into_high)):
+                if wanted:
+                    total += _injection(config.interaction, tokens[to], dims[to], tokens[source], dims[source])
+    return total
+
+
+def _tokens_after(config: PIIPConfig, interaction: int) -> list[int]:
+    strides = config.strides_after(interaction)
+    return [(branch.image_size // stride) ** 2 for branch, stride in zip(config.branches, strides, strict=True)]
 
 
 def _sum(counts: Iterable[Count]) -> Count:
     return sum(counts, Count())
 
 
-def _tokens(branch: BranchConfig) -> int:
-    return (branch.image_size // branch.network.patch_size) ** 2
+def _tokens(branch: BranchConfig, block: int = -1) -> int:
+    return (branch.image_size // branch.network.strides[block]) ** 2
 
 
 def _linear(tokens: int, inputs: int, outputs: int, *, bias: bool = True) -> Count:
     return Count(inputs * outputs + bias * outputs, tokens * inputs * outputs)
 
 
-def _convolution(positions: int, kernel: int, inputs: int, outputs: int, *, groups: int = 1) -> Count:
-    weights = kernel * kernel * (inputs // groups) * outputs
-    return Count(weights + outputs, positions * (weights + outputs))
+def _convolution(
+    positions: int, kernel: int, inputs: int, outputs: int, *, groups: int = 1, bias: bool = True
+) -> Count:
+    weights = kernel * kernel * (inputs // groups) * outputs + bias * outputs
+    return Count(weights, positions * weights)
 
 
 def _norm(tokens: int, width: int) -> Count:
     return Count(2 * width, 2 * tokens * width)
+
+
+def _rms_norm(tokens: int, width: int) -> Count:
+    return Count(width)
+
+
+def _times(number: int, count: Count) -> Count:
+    return Count(number * count.params, number * count.macs)
 
 
 def _parameter(size: int) -> Count:
@@ -104,28 +137,95 @@ def _parameter(size: int) -> Count:
 
 
 @singledispatch
-def _network(network: NetworkConfig, branch: BranchConfig) -> Count:
-    """Embedding and blocks of a branch; one implementation per family."""
+def _network(network: NetworkConfig, branch: BranchConfig, *, dense: bool) -> Count:
+    """Embedding and blocks of a branch; one implementation per family. `dense` is the rule "merging"."""
     raise NotImplementedError(f"no published counting rule for {type(network).__name__}")
 
 
 @_network.register
-def _vit(network: ViTConfig, branch: BranchConfig) -> Count:
-    width, patch = network.embed_dim, network.patch_size
-    hidden = int(width * network.mlp_ratio)
-    patches = _tokens(branch)
-    tokens = patches + network.class_token
+def _vit(network: ViTConfig, branch: BranchConfig, *, dense: bool) -> Count:
+    width = network.embed_dim
+    tokens = _tokens(branch) + network.class_token
+    norm = _norm if network.norm == "layernorm" else _rms_norm
+    attention = Count()
+    if network.qk_norm:
+        attention += norm(tokens, width) + norm(tokens, width)
     scales = 0 if network.layer_scale is None else 2 * width
-    count = _convolution(patches, patch, 3, width) + _parameter(tokens * width)  # patches, positions, class token
+    blocks = _blocks(network, branch, norm, qkv_bias=3 * width * network.qkv_bias, dense=dense)
+    # The classifier's position table covers the real grid
+    positions = network.pos_grid**2 if dense else tokens
+    return (
+        _patches(network, branch)
+        + _parameter(positions * width)
+        + blocks
+        + _times(network.depth, attention + _parameter(scales))
+    )
+
+
+@_network.register
+def _beit(network: BEiTConfig, branch: BranchConfig, *, dense: bool) -> Count:
+    width = network.embed_dim
+    own = (2 * network.bias_window - 1) ** 2 * network.num_heads + (0 if network.layer_scale is None else 2 * width)
+    blocks = _blocks(network, branch, _norm, qkv_bias=2 * width * network.qkv_bias, dense=dense)
+    return _patches(network, branch) + blocks + _times(network.depth, _parameter(own))
+
+
+@_network.register
+def _uniperceiver(network: UniPerceiverConfig, branch: BranchConfig, *, dense: bool) -> Count:
+    width, tokens = network.embed_dim, _tokens(branch)
+    embeddings = _parameter((tokens + network.num_frames) * width) + _norm(tokens, width)
+    blocks = _blocks(network, branch, _norm, qkv_bias=3 * width, dense=dense)
+    return _patches(network, branch) + embeddings + blocks + _times(network.depth, _parameter(2 * width))
+
+
+def _patches(network: ViTConfig | BEiTConfig | UniPerceiverConfig, branch: BranchConfig) -> Count:
+    return _convolution(_tokens(branch), network.patch_size, 3, network.embed_dim)
+
+
+def _blocks(
+    network: ViTConfig | BEiTConfig | UniPerceiverConfig,
+    branch: BranchConfig,
+    norm: Callable[[int, int], Count],
+    *,
+    qkv_bias: int,
+    dense: bool,
+) -> Count:
+    """What the blocks of all transformers have; `qkv_bias` is the number of those parameters."""
+    width, patches = network.embed_dim, _tokens(branch)
+    tokens = patches + getattr(network, "class_token", 0)
+    hidden = int(width * network.mlp_ratio)
+    count = Count()
     for window in branch.window_sizes:
         keys = patches if window is None else window * window
-        count += _norm(tokens, width)
-        count += _linear(tokens, width, 3 * width, bias=network.qkv_bias)
+        projected = tokens if window is None or not dense else _padded(branch, window)
+        count += norm(tokens, width) + norm(tokens, width)
+        count += _linear(projected, width, 3 * width, bias=False) + _parameter(qkv_bias)
         count += Count(macs=2 * patches * keys * width)
         count += _linear(tokens, width, width)
-        count += _norm(tokens, width)
         count += _linear(tokens, width, hidden) + _linear(tokens, hidden, width)
-        count += _parameter(scales)
+    return count
+
+
+def _padded(branch: BranchConfig, window: int) -> int:
+    side = branch.image_size // branch.network.strides[0]
+    return (-(-side // window) * window) ** 2
+
+
+@_network.register
+def _convnext(network: ConvNeXtConfig, branch: BranchConfig, *, dense: bool) -> Count:
+    """Norms over channels are no layer that the published counter knows: they have parameters and no work."""
+    dims = network.dims
+    count = _convolution(_tokens(branch, 0), 4, 3, dims[0]) + _parameter(2 * dims[0])
+    for block, (_, place) in enumerate(network.stage_of_blocks()):
+        width, positions = dims[block], _tokens(branch, block)
+        if place is None:
+            before = dims[block - 1]
+            count += _parameter(2 * before) + _convolution(positions, 2, before, width)
+            continue
+        hidden = 4 * width
+        count += _convolution(positions, network.kernel_size, width, width, groups=width)
+        count += _parameter(2 * width) + _linear(positions, width, hidden) + _linear(positions, hidden, width)
+        count += _parameter(0 if network.layer_scale is None else width)
     return count
 
 
@@ -167,8 +267,14 @@ def _regular_attention(config: InteractionConfig, queries: int, width: int, valu
     )
 
 
-def _merged_head(tokens: list[int], dims: list[int]) -> Count:
-    """Norms and one linear per branch, weighted sum on the last branch's grid, norm, average, linear."""
+def _classifier(config: PIIPConfig, *, separate: bool) -> Count:
+    tokens = [_tokens(branch) for branch in config.branches]
+    dims = [branch.network.dims[-1] for branch in config.branches]
+    if separate or len(dims) == 1:
+        norms = [_rms_norm if getattr(b.network, "norm", None) == "rmsnorm" else _norm for b in config.branches]
+        parts = zip(norms, tokens, dims, strict=True)
+        return _sum(norm(n, width) + _linear(1, width, NUM_CLASSES) for norm, n, width in parts)
+    # Norms and one linear per branch, weighted sum on the last branch's grid, norm, average, linear
     first, *others = zip(tokens, dims, strict=True)
     count = _norm(*first) + _parameter(len(dims))
     for n, width in others:
@@ -176,5 +282,37 @@ def _merged_head(tokens: list[int], dims: list[int]) -> Count:
     return count + _norm(tokens[-1], dims[0]) + _linear(1, dims[0], NUM_CLASSES)
 
 
-def _separate_heads(tokens: list[int], dims: list[int]) -> Count:
-    return _sum(_norm(n, width) + _linear(1, width, NUM_CLASSES) for n, width in zip(tokens, dims, strict=True))
+def _dense_head(config: PIIPConfig) -> Count:
+    """Merging convolutions with their norms and activations; of the feature pyramid the parameters alone."""
+    merging = config.merging
+    if merging is None or merging.kind == "single":
+        return Count()
+    count = Count()
+    last = config.num_interactions - 1
+    for k in (*merging.intermediate_after, last):
+        dims, tokens = config.dims_after(k), _tokens_after(config, k)
+        for number in config.merging_branches:
+            count += _merged_branch(merging.kind, number, dims[0], dims[number - 1], tokens[number - 1])
+            count += _parameter(1)
+    return count + _upsampling(config)
+
+
+def _upsampling(config: PIIPConfig) -> Count:
+    """Parameters of the deconvolutions of the feature pyramid."""
+    merging, last = config.merging, config.num_interactions - 1
+    points = (*merging.intermediate_after, last) if merging.kind == "regular" else [last] * len(merging.out_strides)
+    params = 0
+    for k, want in zip(points, merging.out_strides, strict=True):
+        width, have = config.dims_after(k)[0], config.strides_after(k)[-1]
+        doublings = max(have // want, 1).bit_length() - 1
+        params += doublings * (4 * width * width + width) + (2 * width if doublings > 1 else 0)
+    return _parameter(params)
+
+
+def _merged_branch(kind: str, number: int, width: int, inputs: int, tokens: int) -> Count:
+    norm_and_relu = _norm(tokens, width) + Count(macs=tokens * width)
+    convolutions = 2 if kind == "simple" else int(number > 1)
+    count = norm_and_relu if convolutions == 0 else Count()
+    for i in range(convolutions):
+        count += _convolution(tokens, 3, width if i else inputs, width, bias=False) + norm_and_relu
+    return count
