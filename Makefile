@@ -24,7 +24,7 @@ ifeq ($(strip $(VENV)),)
 HAS_DETECTRON2 := cd / && $(PY) -c "import detectron2._C" 2>/dev/null
 endif
 
-.PHONY: demo test lint setup doctor
+.PHONY: demo test lint tables setup doctor
 
 demo: $(STAMP)
 	$(PY) -m piip_core.demo $(DEMO_ARGS)
@@ -36,6 +36,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# fails if the tables of published models in the READMEs are out of date
+tables: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) tools/generate_tables.py --check
 
 doctor: $(STAMP)
 	$(PY) -m piip_core.doctor

@@ -1,10 +1,10 @@
-"""Writes the table of published models between the markers of the READMEs.
+"""Writes the tables of published models between the markers of projects/PIIP/README.md.
 
 Examples:
-    python tools/generate_tables.py            # rewrites README.md and projects/PIIP/README.md
+    python tools/generate_tables.py            # rewrites projects/PIIP/README.md
     python tools/generate_tables.py --check    # changes nothing; exit status 1 if a table is out of date
 
-The table goes between the lines `<!-- BEGIN zoo table -->` and `<!-- END zoo table -->`.
+The tables go between the lines `<!-- BEGIN zoo table -->` and `<!-- END zoo table -->`.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from tqdm import tqdm
 
 from piip_core import zoo
 from piip_core.files import atomic_path
-from piip_core.flops import ZooRow, analyze_zoo, published_table, replace_block
+from piip_core.flops import ZooRow, analyze_zoo, published_tables, replace_block
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "projects/PIIP/configs"
-READMES = (ROOT / "README.md", ROOT / "projects/PIIP/README.md")
+READMES = (ROOT / "projects/PIIP/README.md",)
 BLOCK = "zoo table"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=READMES, help="Markdown files (default: the READMEs)")
+    parser.add_argument("files", nargs="*", type=Path, default=READMES, help="Markdown files (default: projects/PIIP/README.md)")
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a file is out of date")
     return parser.parse_args(argv)
 
 
 def table_for(path: Path, rows: list[ZooRow]) -> str:
-    """The table, with config links relative to the file it stands in."""
+    """The tables, with config links relative to the file it stands in."""
 
     def link(row: ZooRow) -> str:
         config = CONFIGS / zoo.get(row.name).config_file
         return f"[config]({Path(os.path.relpath(config, path.resolve().parent)).as_posix()})"
 
-    return published_table(rows, link)
+    return published_tables(rows, link)
 
 
 def read(path: Path) -> str:

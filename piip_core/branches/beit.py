@@ -37,8 +37,13 @@ class RelativeBiasAttention(Attention):
         super().__init__(embed_dim, num_heads=num_heads, qkv_bias=qkv_bias)
         self.bias_window = bias_window
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * bias_window - 1) ** 2, num_heads))
-        index = gen_relative_position_index((bias_window, bias_window))
-        self.register_buffer("bias_index", index, persistent=False)
+        self.register_buffer("bias_index", torch.empty(bias_window**2, bias_window**2, dtype=torch.long), persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fills what no state dict holds, for a module that was built on the meta device."""
+        side = (self.bias_window, self.bias_window)
+        self.bias_index.copy_(gen_relative_position_index(side, device=self.bias_index.device))
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """Attends within a map (B, H, W, C)."""

@@ -10,7 +10,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
+from timm.layers import LayerScale, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -73,32 +73,49 @@ def load_pretrained(pyramid: PIIP) -> dict[int, ConversionReport]:
 
 
 @torch.no_grad()
-def load_branch(branch: Branch, source: str, *, allow_incomplete: bool = False) -> ConversionReport:
+def load_branch(
+    branch: Branch, source: str, *, device: torch.device | str = "cpu", allow_incomplete: bool = False
+) -> ConversionReport:
     """Loads pretrained weights into one branch, a tensor at a time: nothing large is in memory twice.
 
     Args:
-        branch: Any branch that is not on the meta device.
+        branch: Any branch. One that was built on the meta device gets its memory here, and never any random weights.
         source: `timm:NAME`, or a path: .pth, .safetensors or a sharded checkpoint in the published formats (DeiT,
             DeiT III, AugReg, MAE, DINOv2, BEiT, BEiTv2, Uni-Perceiver, InternViT-6B, ConvNeXt of transformers) or in
             timm's, or .npz as AugReg publishes it.
+        device: Where to put a branch that is on the meta device.
         allow_incomplete: Go on although some keys have no explanation.
 
     Returns:
         The account of every key.
 
     Raises:
-        CheckpointError: If the source cannot be had or does not fit.
+        CheckpointError: If the source cannot be had or does not fit; also if it lacks weights that a branch from the
+            meta device needs, whatever `allow_incomplete` says.
     """
     state = _read_source(source)
-    target = branch.model.state_dict()  # shares memory with the parameters
+    on_meta = any(parameter.is_meta for parameter in branch.parameters())
     report = ConversionReport(source=source)
-    plan = _plan(state, target, report)
-    report.check(allow_incomplete=allow_incomplete)  # before anything is changed
+    plan = _plan(state, branch.model.state_dict(), report)
+    report.check(allow_incomplete=allow_incomplete and not (on_meta and report.missing))  # before anything is changed
+    if on_meta:
+        _materialise(branch, device)
+    target = branch.model.state_dict()  # shares memory with the parameters
     for name, tensor in _fitted(state, plan, target, report):
         if name not in report.mismatched:
             target[name].copy_(tensor)
     report.check(allow_incomplete=allow_incomplete)
     return report
+
+
+def _materialise(branch: Branch, device: torch.device | str) -> None:
+    """Gives a branch memory, and those of its tensors that no file holds their values."""
+    branch.to_empty(device=device)
+    for module in branch.modules():
+        if isinstance(module, LayerScale):
+            module.reset_parameters()
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
 
 
 def convert_pretrained(

@@ -8,7 +8,7 @@ numbers of parameters and of multiply-accumulates (one multiply-accumulate is wh
 from .executed import ModuleCounts, executed_count
 from .published import Count, PublishedCount, published_count
 from .report import ModelReport, ModuleRow, ZooRow, analyze_backbone, analyze_model, analyze_zoo, padded_size
-from .tables import model_table, published_table, replace_block, zoo_table
+from .tables import model_table, published_tables, replace_block, zoo_table
 
 __all__ = [
     "Count",
@@ -24,7 +24,7 @@ __all__ = [
     "model_table",
     "padded_size",
     "published_count",
-    "published_table",
+    "published_tables",
     "replace_block",
     "zoo_table",
 ]

@@ -59,8 +59,10 @@ class ZooRow(ModuleRow):
 
     Attributes:
         title: Name in the published table.
-        params_printed: Published #Param.
-        flops_printed: Published #FLOPs.
+        table: The published table.
+        note: What to know about the printed numbers.
+        params_printed: Published #Param; the paper's where the repository prints none.
+        flops_printed: Published #FLOPs; the paper's where the repository prints none.
         params_deviation: `params_published_count` over `params_printed`, minus 1.
         flops_deviation: `flops_published_count` over `flops_printed`, minus 1.
         box_ap: Published box AP; the paper's in `box_ap_paper` where it prints another.
@@ -68,6 +70,8 @@ class ZooRow(ModuleRow):
     """
 
     title: str
+    table: str
+    note: str
     resolution: str
     params_printed: int | None
     flops_printed: int | None
@@ -167,13 +171,18 @@ def _is_inside(name: str, outer: str) -> bool:
 
 def analyze_zoo(entries: Iterable[zoo.ZooEntry] | None = None) -> Iterator[ZooRow]:
     """Counts published models one after the other; without `entries` all of them."""
+    known: dict[PIIPConfig, ModelReport] = {}
     for entry in zoo.entries() if entries is None else entries:
-        counted = analyze_backbone(entry.config)
-        printed_params = _absolute(entry.published.params_m, 1e6)
-        printed_flops = _absolute(entry.published.flops_g, 1e9)
+        if entry.config not in known:  # several detectors share a backbone
+            known[entry.config] = analyze_backbone(entry.config)
+        counted = known[entry.config]
+        printed_params = _absolute(entry.published.params_m or entry.paper.params_m, 1e6)
+        printed_flops = _absolute(entry.published.flops_g or entry.paper.flops_g, 1e9)
         yield ZooRow(
             name=entry.name,
             title=entry.title,
+            table=entry.table,
+            note=entry.note,
             resolution=entry.resolution,
             params=counted.params,
             flops=counted.flops,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 
 from tabulate import tabulate
 
 from .report import ModelReport, ZooRow
 
-__all__ = ["model_table", "published_table", "replace_block", "zoo_table"]
+__all__ = ["model_table", "published_tables", "replace_block", "zoo_table"]
 
 MISSING = "-"
 
@@ -69,13 +70,24 @@ def zoo_table(rows: Iterable[ZooRow]) -> str:
     )
 
 
-def published_table(rows: Iterable[ZooRow], link: Callable[[ZooRow], str]) -> str:
-    """The table of published models for a README.
+def published_tables(rows: Iterable[ZooRow], link: Callable[[ZooRow], str]) -> str:
+    """The published models for a README: a heading, a table and the notes of its rows for each published table.
 
     Args:
-        rows: The models.
+        rows: The models, those of a table one after the other.
         link: Gives the last cell, a link to the model's config.
     """
+    parts = []
+    for title, group in itertools.groupby(rows, key=lambda row: row.table):
+        group = list(group)
+        notes = {row.note: None for row in group if row.note}
+        marks = {note: f"[{number}]" for number, note in enumerate(notes, 1)}
+        parts += [f"### {title}", _published_table(group, link, marks)]
+        parts += ["\n".join(f"{mark} {note}.  " for note, mark in marks.items())] if marks else []
+    return "\n\n".join(parts)
+
+
+def _published_table(rows: list[ZooRow], link: Callable[[ZooRow], str], marks: Mapping[str, str]) -> str:
     header = [
         "model",
         "resolution",
@@ -93,7 +105,7 @@ def published_table(rows: Iterable[ZooRow], link: Callable[[ZooRow], str]) -> st
         header,
         [
             [
-                row.title.removesuffix(row.resolution).strip(),
+                f"{row.title.removesuffix(row.resolution).strip()} {marks.get(row.note, '')}".strip(),
                 row.resolution,
                 _ap(row.box_ap, row.box_ap_paper),
                 _ap(row.mask_ap, row.mask_ap_paper),
@@ -138,5 +150,5 @@ def _percent(deviation: float | None) -> str:
 
 def _ap(repository: float | None, paper: float | None) -> str:
     if repository is None:
-        return MISSING
+        return MISSING if paper is None else f"({paper:.1f})"
     return f"{repository:.1f}" if paper is None else f"{repository:.1f} ({paper:.1f})"

@@ -33,7 +33,7 @@ def test_writes_then_finds_nothing_to_do(tool, readme, capsys):
     assert "out of date" in capsys.readouterr().out
     assert tool.main([str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith("# Title\n\n<!-- BEGIN zoo table -->\n|") and text.endswith("\n\nText.\n")
+    assert text.startswith("# Title\n\n<!-- BEGIN zoo table -->\n### DeiT") and text.endswith("\n\nText.\n")
     assert "old" not in text
     assert [path.name for path in readme.parent.iterdir()] == ["README.md"]
     assert tool.main([str(readme), "--check"]) == 0
