@@ -45,7 +45,7 @@ class BranchConfig:
     Args:
         network: Architecture of the branch.
         image_size: Image side in pixels the branch is meant for. Only ratios between branches matter: branch i sees
-            the input resized by `image_size_i / image_size_last`, never enlarged.
+            the input resized by `image_size_i / largest image_size`.
         segments: First and last block (inclusive, from 0) that run before each interaction. None spreads the blocks
             evenly. They must cover all blocks in order.
         window_size: Side of the attention windows in tokens; None for global attention; a sequence gives one entry
@@ -298,6 +298,14 @@ class PIIPConfig:
         return self.interaction.num_interactions if len(self.branches) > 1 else 0
 
     @property
+    def largest_image(self) -> int:
+        """Number (from 1) of the branch with the largest image, of several the last: input and merging have its grid.
+
+        That is the last branch, except in a parameter-direct pyramid (paper Figure 1d).
+        """
+        return max(range(1, len(self.branches) + 1), key=lambda n: (self.branches[n - 1].image_size, n))
+
+    @property
     def merging_branches(self) -> tuple[int, ...]:
         """Numbers (from 1) of the branches that take part in merging."""
         chosen = self.merging.branches if self.merging is not None else None
@@ -310,16 +318,18 @@ class PIIPConfig:
             return config.segments
         return even_segments(config.network.depth, self.num_interactions)
 
-    def dims_after(self, interaction: int) -> tuple[int, ...]:
-        """Channels of each branch at an interaction."""
+    def dims_after(self, interaction: int | None) -> tuple[int, ...]:
+        """Channels of each branch at an interaction, or with None at its end."""
         return tuple(b.network.dims[i] for b, i in zip(self.branches, self._blocks_before(interaction), strict=True))
 
-    def strides_after(self, interaction: int) -> tuple[int, ...]:
-        """Strides of each branch at an interaction, in pixels of the branch's own image."""
+    def strides_after(self, interaction: int | None) -> tuple[int, ...]:
+        """Strides of each branch at an interaction, or with None at its end, in pixels of the branch's own image."""
         return tuple(b.network.strides[i] for b, i in zip(self.branches, self._blocks_before(interaction), strict=True))
 
-    def _blocks_before(self, interaction: int) -> list[int]:
+    def _blocks_before(self, interaction: int | None) -> list[int]:
         """Index of the last block that each branch runs before an interaction; 0 if it runs none."""
+        if interaction is None:
+            return [branch.network.depth - 1 for branch in self.branches]
         return [max(self.segments(number)[interaction][1], 0) for number in range(1, len(self.branches) + 1)]
 
     def to_dict(self) -> dict[str, Any]:

@@ -23,17 +23,27 @@ LAYER_NORM_EPS = 1e-6
 
 
 class BranchMerging(nn.Module):
-    """Weighted sum of the branches on the grid of the last branch, in the width of the first (equations 3 and 4).
+    """Weighted sum of the branches on the grid of one of them, in the width of the first (equations 3 and 4).
 
     Args:
         dims: Width of every branch, Branch 1 first.
         branches: Numbers (from 1) of the branches that take part.
         convs: 3x3 convolutions per branch: 2 in the simple form; 1 in the regular form, where Branch 1 has none.
         num_groups: Groups of the group norms.
+        grid: Number of the branch whose grid the sum has, one with the largest image; None for the last.
     """
 
-    def __init__(self, dims: Sequence[int], branches: Sequence[int], *, convs: int, num_groups: int) -> None:
+    def __init__(
+        self,
+        dims: Sequence[int],
+        branches: Sequence[int],
+        *,
+        convs: int,
+        num_groups: int,
+        grid: int | None = None,
+    ) -> None:
         super().__init__()
+        self.grid = len(dims) if grid is None else grid
         self.branches = tuple(branches)
         self.out_dim = dims[0]
         _check_groups(self.out_dim, num_groups)
@@ -45,8 +55,8 @@ class BranchMerging(nn.Module):
             self.weights[str(number)] = nn.Parameter(torch.ones(()))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps of all branches, (B, C_i, H_i, W_i), to (B, C_1, H, W) on the grid of the last branch."""
-        size = maps[-1].shape[-2:]
+        """Maps of all branches, (B, C_i, H_i, W_i), to (B, C_1, H, W) on the chosen grid."""
+        size = maps[self.grid - 1].shape[-2:]
         merged = None
         for number in self.branches:
             x = self.projections[str(number)](maps[number - 1])

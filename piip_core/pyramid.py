@@ -23,7 +23,7 @@ def resize_for_branch(image: Tensor, factor: float) -> Tensor:
 
     Args:
         image: (B, 3, H, W).
-        factor: Size of the branch over the size of the last branch. From 1 on the image is returned unchanged.
+        factor: Size of the branch over the largest size. From 1 on the image is returned unchanged.
     """
     if factor >= 1:
         return image
@@ -49,7 +49,8 @@ class PIIP(nn.Module):
         self.config = config
         self.branches = nn.ModuleList(build_branch(branch) for branch in config.branches)
         self.segments = [config.segments(number) for number in range(1, len(self.branches) + 1)]
-        self.factors = [branch.image_size / config.branches[-1].image_size for branch in config.branches]
+        largest = config.branches[config.largest_image - 1]
+        self.factors = [branch.image_size / largest.image_size for branch in config.branches]
         self.interactions = nn.ModuleList(
             Interaction(config.dims_after(k), config.interaction.graph(k, len(self.branches)), config.interaction)
             for k in range(config.num_interactions)
@@ -58,7 +59,7 @@ class PIIP(nn.Module):
         self.strides = [branch.strides[-1] for branch in self.branches]
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the last branch's resolution."""
+        """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the largest resolution."""
         return self.forward_intermediates(image)[0]
 
     def forward_intermediates(
@@ -67,7 +68,7 @@ class PIIP(nn.Module):
         """Final maps and the maps after the interactions asked for.
 
         Args:
-            image: (B, 3, H, W) at the resolution of the last branch; every branch shrinks it for itself.
+            image: (B, 3, H, W) at the resolution of the largest branch image; every branch shrinks it for itself.
             after: Interactions, from 0.
 
         Returns:
@@ -139,13 +140,14 @@ class DensePIIP(nn.Module):
         if merging.kind == "regular":
             points = [*merging.intermediate_after, config.num_interactions - 1]
             dims = [config.dims_after(k)[0] for k in points]
-            strides = [config.strides_after(k)[-1] for k in points]
+            strides = [config.strides_after(k)[config.largest_image - 1] for k in points]
         elif merging.out_blocks is not None:
             branch = self.pyramid.branches[0]
             dims = [branch.dims[block] for block in merging.out_blocks]
             strides = [branch.strides[block] for block in merging.out_blocks]
         else:
-            dims, strides = self.pyramid.dims[:1] * levels, self.pyramid.strides[-1:] * levels
+            stride = self.pyramid.strides[config.largest_image - 1]
+            dims, strides = self.pyramid.dims[:1] * levels, [stride] * levels
         self.feature_pyramid = FeaturePyramid(
             dims, strides, merging.out_strides, norm=merging.pyramid_norm, num_groups=merging.num_groups
         )
@@ -175,6 +177,7 @@ class _MergingSet(nn.Module):
         config = pyramid.config
         options = {
             "branches": config.merging_branches,
+            "grid": config.largest_image,
             "convs": 2 if config.merging.kind == "simple" else 1,
             "num_groups": config.merging.num_groups,
         }

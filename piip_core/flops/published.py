@@ -96,7 +96,7 @@ def _interactions(config: PIIPConfig) -> Count:
     return total
 
 
-def _tokens_after(config: PIIPConfig, interaction: int) -> list[int]:
+def _tokens_after(config: PIIPConfig, interaction: int | None) -> list[int]:
     strides = config.strides_after(interaction)
     return [(branch.image_size // stride) ** 2 for branch, stride in zip(config.branches, strides, strict=True)]
 
@@ -279,7 +279,7 @@ def _classifier(config: PIIPConfig, *, separate: bool) -> Count:
     count = _norm(*first) + _parameter(len(dims))
     for n, width in others:
         count += _norm(n, width) + _linear(n, width, dims[0]) + _norm(n, dims[0])
-    return count + _norm(tokens[-1], dims[0]) + _linear(1, dims[0], NUM_CLASSES)
+    return count + _norm(tokens[config.largest_image - 1], dims[0]) + _linear(1, dims[0], NUM_CLASSES)
 
 
 def _dense_head(config: PIIPConfig) -> Count:
@@ -288,8 +288,7 @@ def _dense_head(config: PIIPConfig) -> Count:
     if merging is None or merging.kind == "single":
         return Count()
     count = Count()
-    last = config.num_interactions - 1
-    for k in (*merging.intermediate_after, last):
+    for k in (*merging.intermediate_after, None):
         dims, tokens = config.dims_after(k), _tokens_after(config, k)
         for number in config.merging_branches:
             count += _merged_branch(merging.kind, number, dims[0], dims[number - 1], tokens[number - 1])
@@ -299,11 +298,11 @@ def _dense_head(config: PIIPConfig) -> Count:
 
 def _upsampling(config: PIIPConfig) -> Count:
     """Parameters of the deconvolutions of the feature pyramid."""
-    merging, last = config.merging, config.num_interactions - 1
-    points = (*merging.intermediate_after, last) if merging.kind == "regular" else [last] * len(merging.out_strides)
+    merging = config.merging
+    points = (*merging.intermediate_after, None) if merging.kind == "regular" else [None] * len(merging.out_strides)
     params = 0
     for k, want in zip(points, merging.out_strides, strict=True):
-        width, have = config.dims_after(k)[0], config.strides_after(k)[-1]
+        width, have = config.dims_after(k)[0], config.strides_after(k)[config.largest_image - 1]
         doublings = max(have // want, 1).bit_length() - 1
         params += doublings * (4 * width * width + width) + (2 * width if doublings > 1 else 0)
     return _parameter(params)

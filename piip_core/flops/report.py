@@ -115,7 +115,7 @@ def analyze_model(model: nn.Module, input_size: tuple[int, int] | None = None, *
     if len(pyramids) != 1:
         raise ConfigError(f"{type(model).__name__} holds {len(pyramids)} PIIP modules: expected one to analyze")
     name, pyramid = pyramids[0]
-    side = pyramid.config.branches[-1].image_size
+    side = pyramid.config.branches[pyramid.config.largest_image - 1].image_size
     height, width = input_size or (side, side)
     image = torch.empty(1, 3, height, width, device=next(model.parameters()).device)
     counts = executed_count(model, image, run=backbone)

@@ -51,7 +51,7 @@ class ZooEntry:
         pixel_mean: Per channel, RGB.
         pixel_std: Per channel, RGB.
         image_scale: Long and short side that test images just fit into; None derives it from `training_crop` or from
-            the size of the last branch.
+            the largest size of a branch.
         training_crop: Side of the crop of DETR's multi-scale training, whose resizing follows in proportion
             (at 1024: short sides of 480 to 800); None trains at the test scale.
         layer_decay: Factor of the learning rate per layer, from the last layer down. None: no decay, and weight decay
@@ -104,7 +104,7 @@ class ZooEntry:
             return self.image_scale
         if self.training_crop is not None:
             return tuple(side * self.training_crop // _USUAL_CROP for side in (_USUAL_LONG, _USUAL_SHORT))
-        side = self.config.branches[-1].image_size
+        side = self.config.branches[self.config.largest_image - 1].image_size
         return side, side * _USUAL_SHORT // _USUAL_LONG
 
     @property

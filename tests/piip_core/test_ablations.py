@@ -1,0 +1,133 @@
+"""Settings of the paper's ablations: they build, cost what is printed, and differ in what their names say."""
+
+import collections
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from piip_core import DensePIIP, PIIPConfig
+from piip_core.flops import published_count
+from piip_core.zoo.ablations import ABLATIONS, TABLES
+
+# number of settings with a printed row, per table of the paper
+ROWS = {"II": 1, "IX": 7, "XIV": 12, "XV": 3, "XVI": 11, "XVII": 5}
+# #FLOPs of Tables XVI and XVII from the public counting script
+SCRIPT_GFLOPS = {"direction_alternating": 209.6, "direction_cycle_down": 229.0, "direction_cycle_up": 229.6}
+
+
+def build(name):
+    with torch.device("meta"):
+        return DensePIIP(ABLATIONS[name].config)
+
+
+def printed_costs():
+    for name, setting in ABLATIONS.items():
+        for field, unit in (("params_m", 1e6), ("flops_g", 1e9)):
+            if getattr(setting.paper, field) is not None:
+                yield pytest.param(name, field, unit, id=f"{name}-{field}")
+
+
+def test_the_tables_are_complete():
+    printed = collections.Counter(s.table for s in ABLATIONS.values() if s.paper.box_ap is not None)
+    assert printed == ROWS and ROWS.keys() == TABLES.keys()
+    assert all(s.note == "not in the paper" for s in ABLATIONS.values() if s.paper.box_ap is None)
+
+
+@pytest.mark.parametrize(("name", "field", "unit"), printed_costs())
+def test_printed_costs(name, field, unit):
+    setting = ABLATIONS[name]
+    printed, total = (
+        getattr(setting.paper, field),
+        published_count(setting.config).total,
+    )
+    counted = (total.params if field == "params_m" else total.macs) / unit
+    met = abs(counted - printed) < max(0.5, 0.003 * printed)  # printed are whole numbers
+    explained = setting.note.startswith({"params_m": "#Param:", "flops_g": "#FLOPs:"}[field])
+    assert met != explained
+    assert counted == pytest.approx(printed, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "giga"), SCRIPT_GFLOPS.items())
+def test_directions_cost_what_the_public_script_counts(name, giga):
+    assert round(published_count(ABLATIONS[name].config).total.macs / 1e9, 1) == giga
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_builds_and_survives_plain_data(name):
+    config = ABLATIONS[name].config
+    assert PIIPConfig.from_dict(config.to_dict()) == config
+    model = build(name)
+    assert model.out_strides == (4, 8, 16, 32)
+    assert len(model.pyramid.interactions) == config.num_interactions
+    # the published count less its head, and less position tables stored for another grid, is what is built
+    positions = sum((b.image_size // 16) ** 2 * b.network.embed_dim for b in config.branches)
+    counted = published_count(config, rule="classifier")
+    wanted = sum(part.params for part in counted.branches) - positions + counted.interactions.params
+    tables = sum(b.network.pos_grid**2 * b.network.embed_dim for b in config.branches)
+    assert sum(p.numel() for p in model.pyramid.parameters()) == wanted + tables
+
+
+@pytest.mark.parametrize("name", [name for name in ABLATIONS if ABLATIONS[name].table == "IX"])
+def test_out_branches_have_only_their_merging(name):
+    numbers = {str("BST".index(size.upper()) + 1) for size in name.removeprefix("out_").split("_")}
+    merging = build(name).merging.final
+    assert set(merging.projections) == set(merging.weights) == numbers
+    assert {key.split(".")[1] for key in merging.state_dict()} == numbers
+
+
+@pytest.mark.parametrize("name", [name for name, s in ABLATIONS.items() if s.config.num_interactions == 0])
+def test_without_interactions_there_are_no_interaction_parameters(name):
+    assert not any("interaction" in key for key in build(name).state_dict())
+    assert published_count(ABLATIONS[name].config).interactions.params == 0
+
+
+def test_parameter_direct_pyramids_keep_the_largest_image(tiny_config, randomize):
+    """The input is the largest image, wherever it stands; merging happens on its grid."""
+    direct = tiny_config(sizes=(128, 96, 64))
+    model = randomize(DensePIIP(direct)).eval()
+    assert model.pyramid.factors == [1, 0.75, 0.5]
+    image = torch.randn(1, 3, 128, 128)
+    finals = model.pyramid(image)
+    assert [tuple(x.shape[-2:]) for x in finals] == [(8, 8), (6, 6), (4, 4)]
+    assert [tuple(x.shape[-2:]) for x in model(image)] == [(side, side) for side in (32, 16, 8, 4)]
+    assert model.out_strides == (4, 8, 16, 32)
+
+
+def test_the_parameter_direct_setting_is_trained_on_its_largest_image():
+    setting = ABLATIONS["design_tsb_448_672_896"]
+    assert setting.resolution == "448/672/896"
+    assert (setting.long_side, setting.short_side) == (896, 537)
+    widths = [branch.network.embed_dim for branch in setting.config.branches]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_branches_of_equal_size_all_see_the_whole_image(tiny_config):
+    model = DensePIIP(tiny_config(sizes=(96, 96, 96)))
+    assert model.pyramid.factors == [1, 1, 1]
+    assert [tuple(x.shape[-2:]) for x in model.pyramid(torch.randn(1, 3, 96, 96))] == [(6, 6)] * 3
+
+
+def test_one_direction_settings_share_the_work_of_both():
+    """The alternating directions are half of the default, the two cycles together the bidirectional cycle."""
+    interactions = {
+        name: published_count(setting.config).interactions
+        for name, setting in ABLATIONS.items()
+        if "XVII" in setting.table
+    }
+    adjacent = interactions["direction_adjacent"]
+    both = interactions["direction_cycle_down"] + interactions["direction_cycle_up"]
+    assert both == interactions["direction_bidirectional_cycle"]
+    assert math.isclose(interactions["direction_alternating"].macs, adjacent.macs / 2)
+
+
+@pytest.mark.parametrize("name", [name for name, setting in ABLATIONS.items() if setting.table in ("IX", "XVII")])
+def test_gradients_reach_all_parameters_if_all_branches_are_merged(name, tiny_config):
+    """With fewer, tools/sweep.py tells distributed training that some parameters get none."""
+    config = ABLATIONS[name].config
+    interaction = dataclasses.replace(config.interaction, num_heads=2, num_interactions=2)
+    model = DensePIIP(tiny_config(sizes=(32, 48, 64), interaction=interaction, merging=config.merging))
+    sum(level.sum() for level in model(torch.randn(1, 3, 64, 64))).backward()
+    reached = all(parameter.grad is not None for parameter in model.parameters())
+    assert reached == (config.merging_branches == (1, 2, 3))

@@ -1,0 +1,117 @@
+"""tools/sweep.py: tables of the ablations, and training of a setting."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from piip_core.zoo.ablations import ABLATIONS, TABLES
+
+TOOL = Path(__file__).parents[2] / "tools/sweep.py"
+
+
+@pytest.fixture(scope="module")
+def tool(load_tool):
+    return load_tool("sweep")
+
+
+def test_every_setting_has_a_line(tool, capsys):
+    tool.main([])
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("|") and "_" in line]
+    assert [line.split("|")[1].strip() for line in lines] == list(ABLATIONS)
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("Table ")] == [
+        f"Table {n}" for n in TABLES
+    ]
+    assert "- resolution_l_1792: #Param: the paper repeats" in out
+
+
+def test_one_table_as_json(tool, capsys):
+    tool.main(["--table", "XVI", "--json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == {name for name, setting in ABLATIONS.items() if setting.table == "XVI"}
+    row = rows["interactions_12_regular"]
+    assert (row["box_ap"], row["flops_printed"], row["params_printed"]) == (42.0, 592_000_000_000, None)
+    assert round(row["flops_published_count"] / 1e9) == 592
+    assert row["flops_with_merging"] > row["flops_published_count"]
+
+
+def test_merging_fewer_branches_costs_less(tool, capsys):
+    tool.main(["--table", "IX", "--json"])
+    flops = {row["name"]: row["flops_with_merging"] for row in json.loads(capsys.readouterr().out)}
+    assert flops["out_b"] < flops["out_b_s"] < flops["out_b_s_t"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.max_iter=3"], "train.max_iter=3: further arguments go with --train only"),
+        (["--train", "interactions_6"], "no setting is named 'interactions_6'; close matches are interactions_"),
+        (["--write", "out_b", "out_b.py"], "expected a file name that ends in .yaml"),
+        (["--train", "out_b", "--table", "IX"], "not allowed with"),
+        (["--train", "out_b", "--json"], "--json goes with the tables only"),
+    ],
+)
+def test_mistakes(tool, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_written_configs_are_the_settings(tool, name, tmp_path):
+    pytest.importorskip("detectron2")
+    from detectron2.config import LazyConfig, instantiate
+
+    setting, path = ABLATIONS[name], tmp_path / "sweep.yaml"
+    tool.main(["--write", name, str(path)])
+    cfg = LazyConfig.load(str(path))
+    assert instantiate(cfg.model.backbone.bottom_up.config) == setting.config
+    assert cfg.model.backbone.bottom_up.pad_divisor == setting.pad_divisor
+    assert cfg.optimizer.lr == setting.learning_rate and cfg.optimizer.params.decay_rate == setting.layer_decay
+    assert cfg.train.max_iter == 12 * 7330
+    # distributed training needs to know where parameters get no gradient
+    assert cfg.train.ddp.find_unused_parameters == (setting.table == "IX")
+    test_scales = [tuple(scale) for scale in cfg.dataloader.test.mapper.augmentations[0].scales]
+    assert test_scales == [(setting.long_side, setting.short_side)]
+    resize = cfg.dataloader.train.mapper.augmentations[0]
+    assert (len(resize.get("scales", ())) == 1) == (setting.training_crop is None)
+
+
+def test_training_a_setting_at_reduced_size(tmp_path):
+    """Two iterations on own data through the command line."""
+    pytest.importorskip("detectron2")
+    from piip_core.demo.digit_dataset import prepare_digits
+
+    data, output = tmp_path / "digits", tmp_path / "run"
+    prepare_digits(data, num_train=4, num_val=1)
+    branches = "model.backbone.bottom_up.config.branches.branch"
+    overrides = [f"{branches}{i}.image_size={side}" for i, side in ((1, 64), (2, 96), (3, 128))]
+    overrides += [f"{branches}{i}.network.embed_dim={width}" for i, width in ((1, 64), (2, 32), (3, 32))]
+    overrides += [f"{branches}{i}.network.num_heads=2" for i in (1, 2, 3)]
+    overrides += [
+        "model.backbone.bottom_up.pad_divisor=32",
+        "model.proposal_generator.post_nms_topk=[20,20]",
+        "data.train.scales=[[128,128]]",
+        f"data.train.annotations={data}/annotations/instances_train.json",
+        f"data.train.images={data}/train",
+        "data.test.annotations=null",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "train.load_pretrained=False",
+        "train.max_iter=2",
+        "train.device=cpu",
+        f"train.output_dir={output}",
+    ]
+    command = [sys.executable, str(TOOL), "--train", "out_s", *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((output / "metrics.json").read_text().splitlines()[-1])
+    assert metrics["iteration"] == 1 and 0 < metrics["total_loss"] < 100
+    assert (output / "model_final.pth").is_file()
+    assert (tmp_path / "output/ablations/out_s.yaml").is_file()
