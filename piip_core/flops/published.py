@@ -285,15 +285,15 @@ def _classifier(config: PIIPConfig, *, separate: bool) -> Count:
 def _dense_head(config: PIIPConfig) -> Count:
     """Merging convolutions with their norms and activations; of the feature pyramid the parameters alone."""
     merging = config.merging
-    if merging is None or merging.kind == "single":
+    if merging is None or merging.out_blocks is not None:
         return Count()
-    count = Count()
-    for k in (*merging.intermediate_after, None):
+    count = _upsampling(config)
+    for k in (*merging.intermediate_after, None) if merging.kind != "single" else ():
         dims, tokens = config.dims_after(k), _tokens_after(config, k)
         for number in config.merging_branches:
             count += _merged_branch(merging.kind, number, dims[0], dims[number - 1], tokens[number - 1])
             count += _parameter(1)
-    return count + _upsampling(config)
+    return count
 
 
 def _upsampling(config: PIIPConfig) -> Count:
