@@ -3,11 +3,15 @@
 Examples:
     python tools/convert_checkpoint.py mask_rcnn_deit_tsb_1568_1120_672_fpn_1x_coco_bs16.pth tsb.pth
     python tools/convert_checkpoint.py released.pth backbone.safetensors --backbone-only
+    python tools/convert_checkpoint.py deepspeed_run/ model.safetensors --dtype float32
     python tools/convert_checkpoint.py output/model_final.pth public.pth --to-public --config piip_tsb_1568_1120_672
 
 Which model the file holds is recognised by the shapes of its tensors, or named with --config. Every key of the file is
 used or listed with the reason why it is not needed; anything else is an error. The LazyConfigs take the converted file
 as train.init_checkpoint.
+
+The source is a PyTorch or .safetensors file, a Hugging Face index (*.index.json) or its folder, or a DeepSpeed folder
+(ZeRO stage 0 to 3). A .safetensors above 5 GB is written in shards with an index.
 """
 
 from __future__ import annotations
@@ -15,15 +19,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from piip_core import ConfigError, zoo
+import torch
+
+from piip_core import zoo
 from piip_core.checkpoints import convert_file, read_config
-from piip_core.checkpoints.names import BRANCH_CLASSES
-from piip_core.errors import CheckpointError, NotSupportedYet
+from piip_core.checkpoints.branch_names import BRANCH_CLASSES
+from piip_core.errors import NotSupportedYet, UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help=".pth or .safetensors file")
+    parser.add_argument("source", help="file, index or folder")
     parser.add_argument("target", help=".pth or .safetensors file to write")
     parser.add_argument(
         "--config", metavar="NAME", help=f"a .json with PIIPConfig.to_dict(), or one of {', '.join(zoo.names())}"
@@ -35,6 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=list(BRANCH_CLASSES),
         help="with --to-public and --config: published class of each branch (default: deit for all)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the floating-point tensors (default: as they are)")
+    parser.add_argument(
+        "--master-weights", action="store_true", help="of a DeepSpeed folder, take the optimizer's fp32 weights"
     )
     parser.add_argument("--allow-incomplete", action="store_true", help="write although keys have no explanation")
     parser.add_argument(
@@ -60,15 +72,17 @@ def main(argv: list[str] | None = None) -> int:
             backbone_only=args.backbone_only,
             allow_incomplete=args.allow_incomplete,
             unsafe_pickle=args.unsafe_pickle,
+            master_weights=args.master_weights,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
         )
-    except (CheckpointError, ConfigError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except NotSupportedYet as error:
         print(f"error: {args.source}: not supported yet: {error.feature}", file=sys.stderr)
         return 1
     print(conversion.report.summary())
-    print(f"{conversion.model}; written to {args.target}")
+    print(f"{conversion.model}; written to {conversion.path}")
     return 0
 
 

@@ -19,6 +19,7 @@ _TOP_FIELDS = {"n_points", "deform_num_heads", "with_cffn", "cffn_ratio", "defor
 _TOP_FIELDS |= {"interaction_proj", "interact_attn_type", "interaction_drop_path_rate", "with_simple_fpn"}
 _TOP_FIELDS |= {"out_interaction_indexes"}
 
+
 @dataclass(frozen=True)
 class PublishedModel:
     """A published backbone: our configuration of it and the naming classes of its branches."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
-from safetensors.torch import load_file
 from torch import nn
 
 from piip.data import Category, DatasetError
+from piip_core.checkpoints import read_checkpoint
+from piip_core.checkpoints.files import load_torch_file
 from piip_core.errors import CheckpointError
 from piip_core.files import write_atomically
 
 __all__ = ["AtomicCheckpointer", "CategoryTable", "read_categories"]
+
+# One file, and the index of several, as `write_checkpoint` makes them
+_SAFETENSORS = (".safetensors", ".safetensors.index.json")
 
 
 class CategoryTable:
@@ -57,24 +60,10 @@ def read_categories(path: str) -> tuple[Category, ...]:
     Raises:
         CheckpointError: If the file cannot be loaded.
     """
-    if path.endswith(".safetensors"):
+    if path.endswith(_SAFETENSORS):
         return ()
-    state = _torch_load(PathManager.get_local_path(path), mmap=True)
+    state = load_torch_file(PathManager.get_local_path(path))
     return tuple(Category(entry["id"], entry["name"]) for entry in state.get("categories", ()))
-
-
-def _torch_load(path: str, **kwargs: Any) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, **kwargs)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such checkpoint (looked from {os.getcwd()})") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than tensors and plain values, and could run code when loaded. If you trust it, "
-            "re-save its state dict with safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: not a complete PyTorch checkpoint ({error})") from error
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -109,7 +98,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             file.write(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a `.pth` or `.safetensors` checkpoint; see `fvcore.common.checkpoint.Checkpointer.load`.
+        """Loads a `.pth`, a `.safetensors` or its index (`.safetensors.index.json`); see fvcore's `Checkpointer.load`.
 
         Raises:
             CheckpointError: If the file is missing or unreadable or, when strict, does not fit the model.
@@ -122,14 +111,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None  # Detectron2 leaves it set when loading fails
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".safetensors"):
-            return {"model": load_file(filename)}
+        if filename.endswith(_SAFETENSORS):
+            return {"model": dict(read_checkpoint(filename).state)}
         if not filename.endswith(".pth"):
             raise CheckpointError(f"{filename}: expected a .pth or .safetensors file (pickled formats can run code)")
         return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return _torch_load(f)
+        # Not mapped: on the CPU, the optimizer goes on with the tensors it is given
+        return load_torch_file(f, mmap=False)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         problems = [f"{k} is {a} in the file, {b} in the model" for k, a, b in incompatible.incorrect_shapes]
