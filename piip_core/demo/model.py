@@ -1,11 +1,11 @@
-"""The small three-branch PIIP of the demo; detector and classifier are built on the same one."""
+"""The small three-branch pyramids that learn the digit scenes in minutes: plain, and with a ConvNeXt branch."""
 
 from collections.abc import Sequence
 
 from ..config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
-from ..networks import ViTConfig
+from ..networks import ConvNeXtConfig, ViTConfig
 
-__all__ = ["NUM_GROUPS", "demo_config"]
+__all__ = ["NUM_GROUPS", "demo_config", "hybrid_config"]
 
 NUM_GROUPS = 16  # of the group norms in the mergings; has to divide every branch's width
 
@@ -20,20 +20,42 @@ def demo_config(pretrained: Sequence[str | None] = (None, None, None)) -> PIIPCo
     Args:
         pretrained: file of the pretrained weights of each branch, Branch 1 first; None for random ones.
     """
+    branches = zip(_BRANCHES, pretrained, strict=True)
     return PIIPConfig(
-        branches=tuple(
-            BranchConfig(
-                # Patches of 8 pixels: the digits are small.
-                network=ViTConfig(
-                    embed_dim=dim, depth=4, num_heads=heads, patch_size=8, pos_grid=size // 8, layer_scale=None
-                ),
-                image_size=size,
-                window_size=window,
-                pretrained=weights,
-            )
-            for (dim, heads, size, window), weights in zip(_BRANCHES, pretrained, strict=True)
-        ),
-        # The publication's drop path is meant for weeks of training, not for minutes.
-        interaction=InteractionConfig(num_interactions=2, num_heads=4, drop_path_rate=0.0),
+        branches=tuple(_vit_branch(*settings, pretrained=weights) for settings, weights in branches),
+        interaction=_interaction(2),
         merging=MergingConfig(out_strides=(4, 8, 16), num_groups=NUM_GROUPS),
     )
+
+
+def hybrid_config() -> PIIPConfig:
+    """The same with a ConvNeXt at the largest image, and intermediate merging: one map per stage of the ConvNeXt."""
+    network = ConvNeXtConfig(depths=(1, 1, 2, 1), stage_dims=(32, 64, 96, 128), layer_scale=None)
+    return PIIPConfig(
+        branches=(
+            *(_vit_branch(*settings) for settings in _BRANCHES[:2]),
+            # the downsampling before a stage runs in the segment of the stage
+            BranchConfig(network=network, image_size=192, segments=((0, 0), (1, 2), (3, 5), (6, 7))),
+        ),
+        interaction=_interaction(4),
+        merging=MergingConfig(kind="regular", intermediate_after=(0, 1, 2), num_groups=NUM_GROUPS),
+    )
+
+
+def _vit_branch(
+    dim: int, heads: int, image_size: int, window_size: int | None, *, pretrained: str | None = None
+) -> BranchConfig:
+    return BranchConfig(
+        # Patches of 8 pixels: the digits are small
+        network=ViTConfig(
+            embed_dim=dim, depth=4, num_heads=heads, patch_size=8, pos_grid=image_size // 8, layer_scale=None
+        ),
+        image_size=image_size,
+        window_size=window_size,
+        pretrained=pretrained,
+    )
+
+
+def _interaction(count: int) -> InteractionConfig:
+    # The publication's drop path is meant for weeks of training, not for minutes
+    return InteractionConfig(num_interactions=count, num_heads=4, drop_path_rate=0.0)
