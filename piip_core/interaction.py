@@ -50,10 +50,22 @@ class DeformableCrossAttention(MSDeformAttn):
 
     def forward(self, query: Tensor, value: Tensor) -> Tensor:
         """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C)."""
-        height, width = query.shape[1:3]
-        reference = _reference_points(height, width, query.device)
+        grid = query.shape[1:3]
+        reference = _reference_points(*grid, query.device)
         out = super().forward(query.flatten(1, 2), reference, value.flatten(1, 2), [tuple(value.shape[1:3])])
-        return out.unflatten(1, (height, width))
+        return out.unflatten(1, grid)
+
+    def sampling_map(self, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Where every cell of the query map reads in the value map, and how much each point counts.
+
+        Returns:
+            Locations (B, Hq, Wq, num_heads, num_points, 2), (x, y) normalised to the value map, and weights (B, Hq, Wq,
+            num_heads, num_points).
+        """
+        grid = query.shape[1:3]
+        reference = _reference_points(*grid, query.device)
+        locations, weights = self.sampling(query.flatten(1, 2), reference, [tuple(value.shape[1:3])])
+        return locations.squeeze(3).unflatten(1, grid), weights.squeeze(3).unflatten(1, grid)
 
 
 class CrossAttention(nn.Module):

@@ -111,19 +111,31 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: for reference points that are neither points nor boxes; see also `ms_deform_attn`.
         """
-        batch, queries, _ = query.shape
         value = self.value_proj(value)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))
+        locations, weights = self.sampling(query, reference_points, spatial_shapes)
+        return self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
 
-        per_sample = (batch, queries, self.num_heads, self.num_levels, self.num_points)
-        dtype = compute_dtype(value.dtype)
-        offsets = self.sampling_offsets(query).to(dtype).view(*per_sample, 2)
-        weights = self.attention_weights(query).to(dtype).view(*per_sample[:3], -1).softmax(dim=-1).view(per_sample)
-        locations = self._locations(offsets, reference_points.to(dtype), spatial_shapes)
-        output = ms_deform_attn(value, spatial_shapes, locations, weights)
-        return self.output_proj(output)
+    def sampling(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Where every query reads, and how much each point counts; arguments as in `forward`.
+
+        Returns:
+            Locations (B, Q, num_heads, num_levels, num_points, 2), normalised (x, y), and weights (B, Q, num_heads,
+            num_levels, num_points) that sum to 1 over levels and points; float64 for float64 queries, else float32.
+
+        Raises:
+            ValueError: for reference points that are neither points nor boxes.
+        """
+        shape = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
+        offsets, logits = self.sampling_offsets(query), self.attention_weights(query)
+        dtype = compute_dtype(offsets.dtype)
+        weights = logits.to(dtype).view(*shape[:3], -1).softmax(dim=-1).view(shape)
+        offsets = offsets.to(dtype).view(*shape, 2)
+        return self._locations(offsets, reference_points.to(dtype), spatial_shapes), weights
 
     def _locations(self, offsets: Tensor, reference: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
         reference = reference[:, :, None, :, None, :]

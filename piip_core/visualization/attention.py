@@ -1,0 +1,156 @@
+"""Attention weights of one query, from the queries and keys that the network itself hands to the attention kernel.
+
+Fused kernels do not return weights. Every branch family calls PyTorch's scaled dot product attention, whatever it adds
+to it (normalised or rotated queries and keys, relative position biases, windows), so that call is what is watched: no
+family's attention is written a second time here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["AttentionCall", "AttentionRow", "attention_row", "watch_attention"]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Arguments of one call of scaled dot product attention.
+
+    Attributes:
+        query: (batch, heads, N, head width).
+        key: (batch, heads, S, head width).
+        bias: What is added to the logits, broadcastable to (batch, heads, N, S); a boolean mask is True where a key
+            takes part; None for nothing.
+        scale: Factor of the products.
+    """
+
+    query: Tensor
+    key: Tensor
+    bias: Tensor | None
+    scale: float
+
+    def weights(self, sequence: int, position: int) -> Tensor:
+        """Attention weights (heads, S) of one query, in float64, on the CPU."""
+        query, key = self.query[sequence, :, position].cpu().double(), self.key[sequence].cpu().double()
+        logits = torch.einsum("hd,hsd->hs", query, key) * self.scale
+        if self.bias is not None:
+            shape = (*self.query.shape[:3], self.key.shape[2])
+            bias = self.bias.expand(shape)[sequence, :, position].cpu()
+            logits = logits.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else logits + bias.double()
+        return logits.softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """Where one cell of a map looks, per head; all weights of a head sum to 1.
+
+    Attributes:
+        weights: Onto the cells of the map, (heads, H, W) float64.
+        prefix: Onto class or register tokens, (heads, P).
+        padding: Onto cells outside of the map that fill up the window, (heads,).
+        window: First row, first column, last row and last column (exclusive) of the cells that are seen.
+    """
+
+    weights: Tensor
+    prefix: Tensor
+    padding: Tensor
+    window: tuple[int, int, int, int]
+
+
+class _AttentionWatch(TorchFunctionMode):
+    """Hands the arguments of every scaled dot product attention to a function, and changes nothing."""
+
+    def __init__(self, observe: Callable[[AttentionCall], None]) -> None:
+        super().__init__()
+        self.observe = observe
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._record(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _record(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        if is_causal or enable_gqa:
+            raise NotImplementedError("causal and grouped attention cannot be drawn: no image network here has either")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.observe(AttentionCall(query.detach(), key.detach(), attn_mask, scale))
+
+
+@contextmanager
+def watch_attention(module: nn.Module) -> Iterator[list[AttentionCall]]:
+    """Collects the attention calls of the block that runs inside the context.
+
+    Args:
+        module: What is going to run. timm's layers inside it take their fused path meanwhile, which computes the same
+            as their other one, so that there is a call to see even with TIMM_FUSED_ATTN=0.
+    """
+    unfused = [m for m in module.modules() if getattr(m, "fused_attn", None) is False]
+    for layer in unfused:
+        layer.fused_attn = True
+    calls: list[AttentionCall] = []
+    try:
+        with _AttentionWatch(calls.append):
+            yield calls
+    finally:
+        for layer in unfused:
+            layer.fused_attn = False
+
+
+def attention_row(
+    call: AttentionCall, grid: tuple[int, int], cell: tuple[int, int], *, window: int | None = None, prefix: int = 0
+) -> AttentionRow:
+    """Attention of one cell, laid back onto the map.
+
+    Args:
+        call: Self-attention of a map, batch size 1.
+        grid: Height and width of the map.
+        cell: Row and column of the query.
+        window: Side of the windows, which are folded into the batch row by row; None for global attention.
+        prefix: Number of tokens before those of the map.
+
+    Raises:
+        ValueError: If the call does not have the shape that these arguments imply.
+    """
+    (height, width), (row, column) = grid, cell
+    if window is None:
+        sequence, position, seen = 0, prefix + row * width + column, grid
+        expected = (1, prefix + height * width)
+    else:
+        across = -(-width // window)
+        sequence = (row // window) * across + column // window
+        position, seen = (row % window) * window + column % window, (window, window)
+        expected = (-(-height // window) * across, window * window)
+    found = (call.query.shape[0], call.query.shape[2])
+    if found != expected or call.key.shape[2] != expected[1]:
+        raise ValueError(
+            f"self-attention of {found[0]} sequences of {found[1]} tokens: expected {expected[0]} of {expected[1]} for "
+            f"a map of {height} x {width}, window {window} and {prefix} further tokens"
+        )
+    weights = call.weights(sequence, position)
+    before, cells = weights[:, :prefix], weights[:, prefix:].unflatten(1, seen)
+    top, left = (0, 0) if window is None else (row - row % window, column - column % window)
+    bottom, right = min(top + seen[0], height), min(left + seen[1], width)
+    on_map = weights.new_zeros(len(weights), height, width)
+    on_map[:, top:bottom, left:right] = cells[:, : bottom - top, : right - left]
+    padding = cells.sum(dim=(1, 2)) - on_map.sum(dim=(1, 2))
+    return AttentionRow(on_map, before, padding.clamp(min=0), (top, left, bottom, right))

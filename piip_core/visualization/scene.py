@@ -1,0 +1,155 @@
+"""The image that is looked into: as people see it, as the network sees it, and the position that is asked about."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import UserError
+
+__all__ = ["Cells", "Scene", "network_input", "prepare_scene", "read_picture"]
+
+
+# Converting these to RGB would clip the values to 255 without a word
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The feature cells of a map, laid over the picture.
+
+    Attributes:
+        rows: Height of the map.
+        columns: Width of the map.
+        size: Height and width of one cell in pixels of the network's input.
+    """
+
+    rows: int
+    columns: int
+    size: tuple[float, float]
+
+    def at(self, x: float, y: float) -> tuple[int, int]:
+        """Row and column of the cell over a point; the nearest one where the network cuts the border off."""
+        row, column = int(y / self.size[0]), int(x / self.size[1])
+        return min(max(row, 0), self.rows - 1), min(max(column, 0), self.columns - 1)
+
+    def inside(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns that lie completely on the picture and not on its padding, at least 1 x 1."""
+        rows, columns = int(height / self.size[0]), int(width / self.size[1])
+        return min(max(rows, 1), self.rows), min(max(columns, 1), self.columns)
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Width and height of the map in pixels of the network's input."""
+        return self.columns * self.size[1], self.rows * self.size[0]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image ready for a network, and the position of the query.
+
+    Points on it are (x, y) in pixels of `picture`; the centre of its first pixel is (0.5, 0.5).
+
+    Attributes:
+        picture: The resized image before normalisation and padding, (H, W, 3) uint8, RGB.
+        image: What the pyramid gets, (1, 3, H', W'): normalised, padded at the bottom and right.
+        query: The position asked about.
+        query_pixel: The same as it was given, in pixels of the original image.
+        original_size: Height and width of the original image.
+    """
+
+    picture: np.ndarray
+    image: Tensor
+    query: tuple[float, float]
+    query_pixel: tuple[int, int]
+    original_size: tuple[int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the picture, without padding."""
+        return self.picture.shape[:2]
+
+
+def read_picture(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads an image file, EXIF rotation applied, as (H, W, 3) uint8, RGB.
+
+    Raises:
+        UserError: If the file is missing, not an image, or has more than 8 bits per channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode in _DEEP_MODES:
+                raise UserError(f"{path}: image mode {image.mode}: expected 8 bits per channel; convert it")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, zlib and struct errors
+        reason = "no such file" if not os.path.exists(path) else f"cannot be decoded ({error})"
+        raise UserError(f"{path}: {reason}: expected a complete JPEG, PNG or other image file") from error
+
+
+def network_input(
+    original: np.ndarray,
+    *,
+    long_side: int,
+    short_side: int,
+    pixel_mean: Sequence[float],
+    pixel_std: Sequence[float],
+    pad_divisor: int,
+) -> tuple[np.ndarray, Tensor]:
+    """The published test-time transform: resize to just fit into a frame, normalise, pad with zeros.
+
+    Pixels may differ from those of OpenCV's resizing, which the published models were tested with, by one in 255.
+
+    Args:
+        original: (H, W, 3) uint8, RGB.
+        long_side: Limit of the longer side.
+        short_side: Limit of the shorter side.
+        pixel_mean: Per channel.
+        pixel_std: Per channel.
+        pad_divisor: Both sides of the padded image are multiples of it.
+
+    Returns:
+        The resized image (h, w, 3) uint8, and the network's input (1, 3, h', w').
+    """
+    height, width = original.shape[:2]
+    scale = min(long_side / max(height, width), short_side / min(height, width))
+    size = [max(int(side * scale + 0.5), 1) for side in (height, width)]
+    pixels = torch.from_numpy(np.array(original)).permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False).round()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (pixel_mean, pixel_std))
+    right, bottom = (-side % pad_divisor for side in reversed(size))
+    image = F.pad((pixels - mean) / std, (0, right, 0, bottom))
+    return pixels[0].permute(1, 2, 0).to(torch.uint8).numpy(), image
+
+
+def prepare_scene(
+    original_size: tuple[int, int], picture: np.ndarray, image: Tensor, query: tuple[int, int] | None = None
+) -> Scene:
+    """Puts the query onto the resized picture.
+
+    Args:
+        original_size: Height and width of the original image.
+        picture: The resized image (H, W, 3) uint8, RGB.
+        image: The network's input (1, 3, H', W'), with `picture` at its top left.
+        query: (x, y) in pixels of the original image; None for the centre.
+
+    Raises:
+        UserError: If the query lies outside of the image.
+    """
+    height, width = original_size
+    x, y = query if query is not None else (width // 2, height // 2)
+    if not (0 <= x < width and 0 <= y < height):
+        raise UserError(
+            f"query {x},{y}: outside of the image of {width} x {height} pixels; expected x from 0 to {width - 1} and y "
+            f"from 0 to {height - 1}"
+        )
+    point = ((x + 0.5) * picture.shape[1] / width, (y + 0.5) * picture.shape[0] / height)
+    return Scene(picture, image, point, (x, y), (height, width))
