@@ -28,7 +28,7 @@ BLOCK = "zoo table"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=READMES, help="Markdown files (default: projects/PIIP/README.md)")
+    parser.add_argument("files", nargs="*", type=Path, default=READMES, help="default: projects/PIIP/README.md")
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a file is out of date")
     return parser.parse_args(argv)
 

@@ -137,7 +137,8 @@ def write_config(setting: zoo.ZooEntry, path: str | os.PathLike[str], output_dir
     except ImportError as error:
         sys.exit(f"sweep: training needs Detectron2 ({error}); see README.md")
     cfg = LazyConfig.load(str(CONFIGS / zoo.get(BASES[setting.schedule]).config_file))
-    apply_row(setting, model=cfg.model, data=cfg.data, optimizer=cfg.optimizer)
+    parts = ("model", "data", "dataloader", "optimizer", "lr_multiplier", "train")
+    apply_row(setting, **{part: cfg[part] for part in parts})
     cfg.train.output_dir = output_dir
     # What leads only to branches that are not merged gets no gradient
     cfg.train.ddp.find_unused_parameters = setting.config.merging.branches is not None

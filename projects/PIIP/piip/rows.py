@@ -2,28 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from detectron2.config import LazyCall
+from detectron2.solver import get_default_optimizer_params
 from omegaconf import DictConfig
 
 from piip.lazy import lazy_dataclass
+from piip_core import ConfigError
 from piip_core.zoo import ZooEntry
 
-__all__ = ["apply_row"]
+__all__ = ["apply_row", "set_schedule"]
+
+TRAIN_IMAGES = 117_266  # of 118287 in COCO train2017: those with annotations
 
 
-def apply_row(row: ZooEntry, *, model: DictConfig, data: DictConfig, optimizer: DictConfig) -> None:
-    """Sets backbone, padding, normalisation, image scale and layer decay of a published model, in place.
+def apply_row(
+    row: ZooEntry,
+    *,
+    model: DictConfig,
+    data: DictConfig,
+    dataloader: DictConfig,
+    optimizer: DictConfig,
+    lr_multiplier: DictConfig,
+    train: DictConfig,
+) -> None:
+    """Sets backbone, padding, normalisation, image scales, optimizer and schedule of a published model, in place.
 
     Args:
         row: From `piip_core.zoo.get(NAME)`.
         model: A detector of `configs/common`, with a PIIP backbone below its FPN.
-        data: The `data` node of `configs/common/coco.py`.
+        data: The `data` node of `configs/common/coco.py`, or `coco_ms.py` for a row with multi-scale training.
+        dataloader: From the same file.
         optimizer: The optimizer of `configs/common/schedule_1x.py`.
+        lr_multiplier: From the same file.
+        train: From the same file.
+
+    Raises:
+        ConfigError: If `data` is of the other kind.
     """
     model.backbone.bottom_up.config = lazy_dataclass(row.config)
     model.backbone.bottom_up.pad_divisor = row.pad_divisor
     model.pixel_mean = list(row.pixel_mean)
     model.pixel_std = list(row.pixel_std)
-    data.train.scales = [[row.long_side, row.short_side]]  # also the test scale
+    _set_scales(row, data)
+    dataloader.train.total_batch_size = row.batch_size
     optimizer.lr = row.learning_rate
     optimizer.weight_decay = row.weight_decay
-    optimizer.params.decay_rate = row.layer_decay
+    if row.layer_decay is None:  # plain AdamW: everything decays
+        optimizer.params = LazyCall(get_default_optimizer_params)(
+            base_lr="${..lr}", weight_decay="${..weight_decay}", weight_decay_norm="${..weight_decay}"
+        )
+    else:
+        optimizer.params.decay_rate = row.layer_decay
+    set_schedule(train, lr_multiplier, epochs=row.epochs, lr_drops=row.lr_drops, batch_size=row.batch_size)
+    train.output_dir = f"output/{row.config_name}"
+
+
+def set_schedule(
+    train: DictConfig, lr_multiplier: DictConfig, *, epochs: int, lr_drops: Sequence[int], batch_size: int
+) -> None:
+    """Sets the length of training on COCO, in place; saves and evaluates after every epoch.
+
+    Args:
+        train: The `train` node of `configs/common/schedule_1x.py`.
+        lr_multiplier: The multiplier of the same file, with its warmup of 500 iterations.
+        epochs: Passes over the training images.
+        lr_drops: Epochs after which the learning rate falls to a tenth.
+        batch_size: Images per iteration, over all GPUs.
+    """
+    epoch = -(-TRAIN_IMAGES // batch_size)
+    train.max_iter = epochs * epoch
+    train.eval_period = train.checkpointer.period = epoch
+    lr_multiplier.scheduler.values = [0.1**drop for drop in range(len(lr_drops) + 1)]
+    lr_multiplier.scheduler.milestones = [drop * epoch for drop in lr_drops]
+    lr_multiplier.scheduler.num_updates = train.max_iter
+    lr_multiplier.warmup_length = 500 / train.max_iter
+
+
+def _set_scales(row: ZooEntry, data: DictConfig) -> None:
+    scale = [row.long_side, row.short_side]
+    multi_scale = "crop" in data.train
+    if multi_scale != (row.training_crop is not None):
+        wanted = "coco_ms.py" if row.training_crop is not None else "coco.py"
+        raise ConfigError(f"{row.name}: expected data and dataloader from configs/common/{wanted}")
+    if multi_scale:
+        data.train.crop = row.training_crop
+        data.test.scales = [scale]
+    else:
+        data.train.scales = [scale]  # also the test scale

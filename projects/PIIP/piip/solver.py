@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from piip_core import PIIP
+from piip_core.branches import Branch
 
 __all__ = ["layer_decay_params"]
 
@@ -17,10 +18,11 @@ def layer_decay_params(
 ) -> list[dict[str, Any]]:
     """Optimizer groups as in the published training: deeper layers learn faster, heads and interactions fastest.
 
-    With d blocks in Branch 1 there are d + 2 layers: embeddings are layer 0, block l of Branch 1 is layer l + 1, block
-    l of a branch with d' blocks is layer (l + 1) * d / d' (rounded down), and everything else is the last layer. The
-    learning rate of a layer is `base_lr * decay_rate ** (d + 1 - layer)`. Vectors and biases do not decay; position
-    embeddings and the scalar merging weights do, as published.
+    Let d be the number of blocks of the first branch that takes part, which ConvNeXt branches do not. There are d + 2
+    layers: embeddings are layer 0, block l of that branch is layer l + 1, block l of a branch with d' blocks is layer
+    (l + 1) * d / d' (rounded down), and everything else is the last layer. The learning rate of a layer is
+    `base_lr * decay_rate ** (d + 1 - layer)`. Vectors and biases do not decay; position embeddings and the scalar
+    merging weights do, as published.
 
     Two details of the published groups are kept: a fractional layer joins the group of its integer part, and the
     group takes the rate of its first member.
@@ -40,8 +42,9 @@ def layer_decay_params(
     pyramids = [m for m in model.modules() if isinstance(m, PIIP)]
     if len(pyramids) > 1:
         raise ValueError(f"the model holds {len(pyramids)} PIIP modules: expected at most one to derive layers from")
-    layers = dict(_branch_layers(pyramids[0])) if pyramids else {}
-    last = pyramids[0].branches[0].num_blocks + 1 if pyramids else 0
+    branches = _decaying_branches(pyramids[0]) if pyramids else []
+    layers = dict(_branch_layers(branches))
+    last = branches[0].num_blocks + 1 if branches else 0
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -61,10 +64,13 @@ def layer_decay_params(
     return [groups[key] for key in sorted(groups)]
 
 
-def _branch_layers(pyramid: PIIP) -> Iterator[tuple[nn.Parameter, float]]:
-    depth = pyramid.branches[0].num_blocks
-    for branch in pyramid.branches:
+def _decaying_branches(pyramid: PIIP) -> list[Branch]:
+    return [b for b in pyramid.branches if any(b.layer_of(name) is not None for name, _ in b.named_parameters())]
+
+
+def _branch_layers(branches: list[Branch]) -> Iterator[tuple[nn.Parameter, float]]:
+    for branch in branches:
         for name, parameter in branch.named_parameters():
             layer = branch.layer_of(name)
             if layer is not None:
-                yield parameter, layer * depth / branch.num_blocks
+                yield parameter, layer * branches[0].num_blocks / branch.num_blocks

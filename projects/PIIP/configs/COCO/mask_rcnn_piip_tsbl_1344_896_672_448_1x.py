@@ -11,5 +11,12 @@ from ..common.mask_rcnn import model
 from ..common.schedule_1x import lr_multiplier, optimizer, train
 
 # Images fit into 1344 x 806, sides padded to multiples of 224
-apply_row(zoo.get("piip_tsbl_1344_896_672_448"), model=model, data=data, optimizer=optimizer)
-train.output_dir = "output/mask_rcnn_piip_tsbl_1344_896_672_448_1x"
+apply_row(
+    zoo.get("piip_tsbl_1344_896_672_448"),
+    model=model,
+    data=data,
+    dataloader=dataloader,
+    optimizer=optimizer,
+    lr_multiplier=lr_multiplier,
+    train=train,
+)

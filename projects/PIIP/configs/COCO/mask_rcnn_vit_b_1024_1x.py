@@ -1,6 +1,6 @@
 """ViT-B 1024, Mask R-CNN 1x on COCO: published box AP 43.7, mask AP 39.7.
 
-Branch 1 ViT-B at 1024.
+ViT-B at 1024 pixels.
 """
 
 from piip.rows import apply_row
@@ -11,5 +11,12 @@ from ..common.mask_rcnn import model
 from ..common.schedule_1x import lr_multiplier, optimizer, train
 
 # Images fit into 1024 x 614, sides padded to multiples of 64
-apply_row(zoo.get("vit_b_1024"), model=model, data=data, optimizer=optimizer)
-train.output_dir = "output/mask_rcnn_vit_b_1024_1x"
+apply_row(
+    zoo.get("vit_b_1024"),
+    model=model,
+    data=data,
+    dataloader=dataloader,
+    optimizer=optimizer,
+    lr_multiplier=lr_multiplier,
+    train=train,
+)

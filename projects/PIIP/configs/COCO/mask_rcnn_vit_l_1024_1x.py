@@ -1,6 +1,6 @@
 """ViT-L 1024, Mask R-CNN 1x on COCO: published box AP 46.7, mask AP 42.5.
 
-Branch 1 ViT-L at 1024.
+ViT-L at 1024 pixels.
 """
 
 from piip.rows import apply_row
@@ -11,5 +11,12 @@ from ..common.mask_rcnn import model
 from ..common.schedule_1x import lr_multiplier, optimizer, train
 
 # Images fit into 1024 x 614, sides padded to multiples of 64
-apply_row(zoo.get("vit_l_1024"), model=model, data=data, optimizer=optimizer)
-train.output_dir = "output/mask_rcnn_vit_l_1024_1x"
+apply_row(
+    zoo.get("vit_l_1024"),
+    model=model,
+    data=data,
+    dataloader=dataloader,
+    optimizer=optimizer,
+    lr_multiplier=lr_multiplier,
+    train=train,
+)

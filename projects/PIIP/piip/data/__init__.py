@@ -5,6 +5,7 @@ from .coco_check import Category, DatasetError
 from .images import UnreadableImageError, read_image
 from .loader import TrainLoader, build_train_loader
 from .mapper import CheckedDatasetMapper
+from .multi_scale import MultiScaleCrop
 from .pipeline import network_input
 from .transforms import KeepRatioResize, OpenCVResizeTransform, keep_ratio_size, resize_bilinear, resize_nearest
 
@@ -13,6 +14,7 @@ __all__ = [
     "CheckedDatasetMapper",
     "DatasetError",
     "KeepRatioResize",
+    "MultiScaleCrop",
     "OpenCVResizeTransform",
     "TrainLoader",
     "UnreadableImageError",
