@@ -1,5 +1,6 @@
 """Every config loads, builds on the meta device, survives saving, and says what the zoo says."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.config import LazyConfig, instantiate
+from omegaconf import OmegaConf
 
-from piip_core import DensePIIP, zoo
+from piip.data import KeepRatioResize, MultiScaleCrop
+from piip_core import zoo
+from piip_core.checkpoints import model_shapes
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "projects" / "PIIP" / "configs"
@@ -22,38 +26,111 @@ def load(path):
     return cfg
 
 
+# Millions of parameters of the backbones as the public code builds them
+RECORDED_PARAMS = {
+    "vit_b_1024": 92.896,
+    "piip_tsb_1568_1120_672": 175.044,
+    "vit_l_1024": 315.935,
+    "piip_sbl_1568_1120_672": 547.81,
+    "piip_tsbl_1568_1120_672_448": 593.216,  # Branch 4 a copy of Branch 3's model
+    "internvit_6b_1024": 6026.07,
+    "piip_h6b_1024_512": 7293.644,
+    "piip_h6b_speedup_1024_512": 7172.846,
+    "piip_lh6b_1536_1024_512": 7481.135,
+    "piip_sbl_augreg384_1568_1120_672": 548.639,
+    "piip_sbl_augreg384_speedup_1568_1120_672": 521.162,
+    "piip_sbl_uniperceiver_1568_1120_672": 547.828,
+    "piip_sbl_mae_1568_1120_672": 547.812,
+    "piip_sbl_dinov2_1568_1120_672": 549.614,
+    "piip_sbl_beitv2_1568_1120_672": 549.022,
+    "convnext_b_1024": 87.566,
+    "piip_ct_cs_cb_1024_672_448": 210.924,
+    "piip_ct_vs_vb_1024_672_448": 190.05,
+    "piip_ct_cs_vb_1024_672_448": 218.022,
+    "piip_ct_vs_cb_1024_672_448": 178.762,
+    "piip_vt_cs_vb_1024_672_448": 193.238,
+    "piip_vt_cs_cb_1024_672_448": 178.014,
+    "piip_vt_vs_cb_1024_672_448": 146.349,
+}
+# What the public classes have besides and never use: position entries of class tokens, ConvNeXt's last norms
+DEAD_PARAMS = 0.005
+ROWS = {entry.config_name: entry for entry in zoo.entries()}
+
+
+def backbone_params(config):
+    return sum(math.prod(shape) for shape in model_shapes(config).values()) / 1e6
+
+
 def test_there_is_one_config_per_row():
-    assert {path.stem for path in COCO} == {f"mask_rcnn_{name}_1x" for name in zoo.names()}
+    assert {path.stem for path in COCO} == set(ROWS)
 
 
 @pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
-def test_builds_what_the_zoo_says(path):
-    row = zoo.get(path.stem.removeprefix("mask_rcnn_").removesuffix("_1x"))
-    cfg = load(path)
-    assert instantiate(cfg.model.backbone.bottom_up.config) == row.config
+def test_config(path, tmp_path):
+    """Loads, builds on the meta device, says what the zoo says, has parameter groups, and survives saving."""
+    row, cfg = ROWS[path.stem], load(path)
     with torch.device("meta"):
         model = instantiate(cfg.model)
-        bare = DensePIIP(row.config)
-    assert model.backbone.bottom_up.features.state_dict().keys() == bare.state_dict().keys()
-    assert model.backbone.padding_constraints["size_divisibility"] == row.pad_divisor
+    features = model.backbone.bottom_up.features
+    assert features.pyramid.config == row.config
+    assert {name: tensor.shape for name, tensor in features.state_dict().items()} == dict(model_shapes(row.config))
     assert model.backbone.size_divisibility == row.pad_divisor
-    assert model.pixel_mean.numel() == 3 and model.input_format == cfg.dataloader.train.mapper.image_format == "RGB"
-    scales = [tuple(s) for s in cfg.dataloader.test.mapper.augmentations[0].scales]
-    assert scales == [(row.long_side, row.short_side)]
+    assert model.pixel_mean.flatten().shape == (3,) and list(cfg.model.pixel_mean) == list(row.pixel_mean)
+    assert model.input_format == cfg.dataloader.train.mapper.image_format == "RGB"
+    check_data(row, cfg)
+    check_schedule(row, cfg)
+    check_optimizer(row, cfg, model)
 
-
-@pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
-def test_save_and_load(path, tmp_path):
-    cfg = load(path)
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     again = LazyConfig.load(str(tmp_path / "config.yaml"))
-    config = again.model.backbone.bottom_up.config
-    assert instantiate(config) == instantiate(cfg.model.backbone.bottom_up.config)
+    assert instantiate(again.model.backbone.bottom_up.config) == row.config
+    assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(LazyConfig.load(str(tmp_path / "config.yaml")))
     assert instantiate(again.lr_multiplier)(0.99) == pytest.approx(0.01)
 
 
+def check_data(row, cfg):
+    (test,) = instantiate(cfg.dataloader.test.mapper.augmentations)
+    assert test.scales == [(row.long_side, row.short_side)]
+    augmentations = instantiate(cfg.dataloader.train.mapper.augmentations)
+    assert sorted(type(a).__name__ for a in augmentations if not isinstance(a, KeepRatioResize | MultiScaleCrop)) == [
+        "RandomFlip"
+    ]
+    if row.training_crop is None:
+        assert [a.scales for a in augmentations if isinstance(a, KeepRatioResize)] == [test.scales]
+    else:
+        assert [a.crop for a in augmentations if isinstance(a, MultiScaleCrop)] == [row.training_crop]
+    assert cfg.dataloader.train.total_batch_size == row.batch_size
+
+
+def check_schedule(row, cfg):
+    epoch = math.ceil(117266 / row.batch_size)
+    assert cfg.train.max_iter == row.epochs * epoch and cfg.train.eval_period == epoch
+    multiplier = instantiate(cfg.lr_multiplier)
+    steps = [0, 500, *(drop * epoch + offset for drop in row.lr_drops for offset in (-1, 0))]
+    assert [multiplier(step / cfg.train.max_iter) for step in steps] == pytest.approx([0.001, 1, 1, 0.1, 0.1, 0.01])
+
+
+def check_optimizer(row, cfg, model):
+    """Equality with the published groups, where they are recorded, is in test_solver.py."""
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    del cfg.optimizer.params.model
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    assert max(group["lr"] for group in optimizer.param_groups) == row.learning_rate
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == ({row.weight_decay} if row.layer_decay is None else {0.0, row.weight_decay})
+
+
+@pytest.mark.parametrize("name", RECORDED_PARAMS)
+def test_parameter_counts_are_the_recorded_ones(name):
+    config = zoo.get(name).config
+    config = zoo.tsbl_as_released(config) if len(config.branches) == 4 else config
+    assert RECORDED_PARAMS[name] - backbone_params(config) == pytest.approx(DEAD_PARAMS / 2, abs=0.003)
+
+
 def test_schedule_is_the_published_one():
-    cfg = load(COCO[0])
+    cfg = load(CONFIGS / "COCO" / "mask_rcnn_vit_b_1024_1x.py")
     iterations = 7330  # 117266 images at 16 per iteration
     assert cfg.train.max_iter == 12 * iterations
     multiplier = instantiate(cfg.lr_multiplier)
