@@ -10,7 +10,7 @@ from .box_regression import TwoSidedBox2BoxTransform
 from .matcher import BestBoxMatcher
 from .rpn import PublishedRPN
 
-__all__ = ["published_mask_rcnn"]
+__all__ = ["published_mask_rcnn", "published_rpn"]
 
 
 def published_mask_rcnn() -> DictConfig:
@@ -20,10 +20,16 @@ def published_mask_rcnn() -> DictConfig:
     assignment of ground truth in training is the published one.
     """
     model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
-    rpn, roi_heads = model.proposal_generator, model.roi_heads
+    published_rpn(model.proposal_generator)
+    roi_heads = model.roi_heads
+    roi_heads.proposal_matcher = LazyCall(BestBoxMatcher)(thresholds=[0.5], labels=[0, 1], min_quality=0.5)
+    roi_heads.box_predictor.box2box_transform._target_ = TwoSidedBox2BoxTransform
+    return model
+
+
+def published_rpn(rpn: DictConfig) -> DictConfig:
+    """Turns a node of Detectron2's RPN into the published one, in place, and returns it."""
     rpn._target_ = PublishedRPN
     rpn.anchor_matcher = LazyCall(BestBoxMatcher)(thresholds=[0.3, 0.7], labels=[0, -1, 1], min_quality=0.3)
-    roi_heads.proposal_matcher = LazyCall(BestBoxMatcher)(thresholds=[0.5], labels=[0, 1], min_quality=0.5)
-    for part in (rpn, roi_heads.box_predictor):
-        part.box2box_transform._target_ = TwoSidedBox2BoxTransform
-    return model
+    rpn.box2box_transform._target_ = TwoSidedBox2BoxTransform
+    return rpn

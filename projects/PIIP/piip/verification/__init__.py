@@ -5,6 +5,7 @@ from __future__ import annotations
 from piip_core.errors import NotSupportedYet
 from piip_core.verification import Check, GoldenCase, Verifier
 
+from .cascade import verify_cascade_mask_rcnn
 from .pipeline import verify_test_pipeline
 from .roi_heads import verify_mask_rcnn
 from .rpn import verify_fpn_rpn
@@ -13,13 +14,16 @@ __all__ = ["VERIFIERS", "verify_detection_head", "verify_test_pipeline"]
 
 
 def verify_detection_head(case: GoldenCase) -> Check:
-    """FPN with RPN, or a whole Mask R-CNN behind given feature maps, whichever the case records."""
+    """FPN with RPN, or a whole detector behind given feature maps, whichever the case records."""
     if "output.fpn.0" in case.results:
         return verify_fpn_rpn(case)
-    if case.config["type"] != "MaskRCNN":
-        raise NotSupportedYet(f"heads of {case.config['type']}")
-    return verify_mask_rcnn(case)
+    kind = case.config["type"]
+    if kind not in _DETECTORS:
+        raise NotSupportedYet(f"heads of {kind}")
+    return _DETECTORS[kind](case)
 
+
+_DETECTORS: dict[str, Verifier] = {"MaskRCNN": verify_mask_rcnn, "CascadeRCNN": verify_cascade_mask_rcnn}
 
 VERIFIERS: dict[str, Verifier] = {
     "detection_head": verify_detection_head,

@@ -13,7 +13,7 @@ from detectron2.structures import ImageList
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from piip.modeling import PIIPFPN
+from piip.modeling import PIIPFPN, published_cascade_mask_rcnn
 from piip.modeling.box_regression import weights_from_stds
 from piip.modeling.mask_rcnn import published_mask_rcnn
 from piip_core.checkpoints import from_published
@@ -58,18 +58,20 @@ def require(what: str, value: Any, supported: Any) -> None:
 
 
 def build_detector(case: GoldenCase, detector: str) -> nn.Module:
-    """The project's Mask R-CNN behind the maps of the case, with the weights of the case, in evaluation mode.
+    """The project's detector behind the maps of the case, with the weights of the case, in evaluation mode.
 
     Args:
         case: A case with a public detector configuration.
-        detector: Which head names the weights have: "rpn" or "mask_rcnn".
+        detector: Which head names the weights have: "rpn", "mask_rcnn" or "cascade_mask_rcnn".
     """
     config = case.config
-    model = published_mask_rcnn()
+    model = published_cascade_mask_rcnn() if detector == "cascade_mask_rcnn" else published_mask_rcnn()
     _set_neck(model, config["neck"])
     _set_rpn(model.proposal_generator, config)
     if detector == "mask_rcnn":
-        _set_roi_heads(model.roi_heads, config)
+        _set_mask_rcnn(model.roi_heads, config)
+    elif detector == "cascade_mask_rcnn":
+        _set_cascade(model.roi_heads, config)
     model.pixel_mean, model.pixel_std = [0.0] * 3, [1.0] * 3
     network = instantiate(model).eval()
     network.backbone.bottom_up.maps = recorded_maps(case)
@@ -77,7 +79,7 @@ def build_detector(case: GoldenCase, detector: str) -> nn.Module:
     report.check()
     # a case that records the RPN alone has no weights for the heads behind it
     result = network.load_state_dict(state, strict=False)
-    wrong = [name for name in result.missing_keys if detector == "mask_rcnn" or not name.startswith("roi_heads.")]
+    wrong = [name for name in result.missing_keys if detector != "rpn" or not name.startswith("roi_heads.")]
     if wrong or result.unexpected_keys:
         raise ValueError(f"{case.name}: missing {wrong}, unexpected {result.unexpected_keys}")
     return network
@@ -137,26 +139,55 @@ def _set_rpn(rpn: DictConfig, config: Mapping[str, Any]) -> None:
     }
 
 
-def _set_roi_heads(roi_heads: DictConfig, config: Mapping[str, Any]) -> None:
+def _set_mask_rcnn(roi_heads: DictConfig, config: Mapping[str, Any]) -> None:
     public, train, test = config["roi_head"], config["train_cfg"]["rcnn"], config["test_cfg"]["rcnn"]
-    box, mask = public["bbox_head"], public["mask_head"]
-    require("bbox_head.type", box["type"], "Shared2FCBBoxHead")
+    _set_roi_heads(roi_heads, public, public["bbox_head"], train, test)
+    _set_matcher(roi_heads.proposal_matcher, train["assigner"])
+    _set_box_head(roi_heads.box_head, roi_heads.box_predictor, public["bbox_head"], test)
+    _set_mask_head(roi_heads.mask_head, public)
+
+
+def _set_cascade(roi_heads: DictConfig, config: Mapping[str, Any]) -> None:
+    public, train, test = config["roi_head"], config["train_cfg"]["rcnn"], config["test_cfg"]["rcnn"]
+    require("roi_head.num_stages", public["num_stages"], 3)
+    roi_heads.stage_loss_weights = list(public["stage_loss_weights"])
+    for stage, (box, settings) in enumerate(zip(public["bbox_head"], train, strict=True)):
+        require("sampler of every stage", settings["sampler"], train[0]["sampler"])
+        _set_roi_heads(roi_heads, public, box, settings, test)
+        _set_cascade_matcher(roi_heads.proposal_matchers[stage], settings["assigner"])
+        _set_box_head(roi_heads.box_heads[stage], roi_heads.box_predictors[stage], box, test)
+        _set_mask_head(roi_heads.mask_heads[stage], public)
+
+
+def _set_roi_heads(
+    roi_heads: DictConfig,
+    public: Mapping[str, Any],
+    box: Mapping[str, Any],
+    train: Mapping[str, Any],
+    test: Mapping[str, Any],
+) -> None:
+    """What Mask R-CNN and the stages of a cascade have in common."""
+    mask = public["mask_head"]
     require("mask_head.type", mask["type"], "FCNMaskHead")
     require("mask_thr_binary", test["mask_thr_binary"], 0.5)
     require("sampler.neg_pos_ub", train["sampler"]["neg_pos_ub"], -1)
     for name, weight in (("cls", box["loss_cls"]), ("bbox", box["loss_bbox"]), ("mask", mask["loss_mask"])):
         require(f"weight of loss_{name}", weight["loss_weight"], 1.0)
+    crop = public["mask_roi_extractor"]["roi_layer"]["output_size"]
+    require("train_cfg.rcnn.mask_size", train["mask_size"], 2 * crop)
     roi_heads.num_classes = box["num_classes"]
     roi_heads.batch_size_per_image = train["sampler"]["num"]
     roi_heads.positive_fraction = train["sampler"]["pos_fraction"]
     roi_heads.proposal_append_gt = train["sampler"]["add_gt_as_proposals"]
-    _set_matcher(roi_heads.proposal_matcher, train["assigner"])
     _set_pooler(roi_heads.box_pooler, public["bbox_roi_extractor"])
     _set_pooler(roi_heads.mask_pooler, public["mask_roi_extractor"])
+
+
+def _set_box_head(head: DictConfig, predictor: DictConfig, box: Mapping[str, Any], test: Mapping[str, Any]) -> None:
+    require("bbox_head.type", box["type"], "Shared2FCBBoxHead")
     size, width = box["roi_feat_size"], box["fc_out_channels"]
-    roi_heads.box_head.input_shape = ShapeSpec(channels=box["in_channels"], height=size, width=size)
-    roi_heads.box_head.fc_dims = [width, width]
-    predictor = roi_heads.box_predictor
+    head.input_shape = ShapeSpec(channels=box["in_channels"], height=size, width=size)
+    head.fc_dims = [width, width]
     predictor.input_shape = ShapeSpec(channels=width)
     _set_coder(predictor.box2box_transform, box["bbox_coder"])
     predictor.cls_agnostic_bbox_reg = box["reg_class_agnostic"]
@@ -164,10 +195,19 @@ def _set_roi_heads(roi_heads: DictConfig, config: Mapping[str, Any]) -> None:
     predictor.test_score_thresh = test["score_thr"]
     predictor.test_nms_thresh = test["nms"]["iou_threshold"]
     predictor.test_topk_per_image = test["max_per_img"]
-    crop = public["mask_roi_extractor"]["roi_layer"]["output_size"]
-    require("train_cfg.rcnn.mask_size", train["mask_size"], 2 * crop)
-    roi_heads.mask_head.input_shape = ShapeSpec(channels=mask["in_channels"], height=crop, width=crop)
-    roi_heads.mask_head.conv_dims = [mask["conv_out_channels"]] * (mask["num_convs"] + 1)
+
+
+def _set_mask_head(head: DictConfig, public: Mapping[str, Any]) -> None:
+    mask, crop = public["mask_head"], public["mask_roi_extractor"]["roi_layer"]["output_size"]
+    head.input_shape = ShapeSpec(channels=mask["in_channels"], height=crop, width=crop)
+    head.conv_dims = [mask["conv_out_channels"]] * (mask["num_convs"] + 1)
+
+
+def _set_cascade_matcher(matcher: DictConfig, assigner: Mapping[str, Any]) -> None:
+    require("assigner.type", assigner["type"], "MaxIoUAssigner")
+    require("assigner.match_low_quality", assigner["match_low_quality"], False)
+    require("assigner.neg_iou_thr", assigner["neg_iou_thr"], assigner["pos_iou_thr"])
+    matcher.thresholds = [assigner["pos_iou_thr"]]
 
 
 def _set_matcher(matcher: DictConfig, assigner: Mapping[str, Any]) -> None:

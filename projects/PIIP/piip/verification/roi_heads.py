@@ -14,7 +14,7 @@ from piip_core.verification import Check, GoldenCase
 
 from .model import build_detector, image_list
 
-__all__ = ["verify_mask_rcnn"]
+__all__ = ["check_detections", "check_instances", "given_proposals", "ground_truth", "verify_mask_rcnn"]
 
 # Probabilities that are 0.5 but for rounding may fall to either side; the cases allow this share of all mask bits
 _MASK_BITS = 0.0005
@@ -27,13 +27,13 @@ def verify_mask_rcnn(case: GoldenCase) -> Check:
     model = build_detector(case, "mask_rcnn")
     images = image_list(case)
     features = model.backbone(images.tensor)
-    _check_detections(check, model, images, features)
+    check_detections(check, model, images, features)
     _check_given_proposals(check, model, images, features)
     _check_losses(check, model, images, features)
     return check
 
 
-def _check_detections(check: Check, model: nn.Module, images: ImageList, features: dict[str, Tensor]) -> None:
+def check_detections(check: Check, model: nn.Module, images: ImageList, features: dict[str, Tensor]) -> None:
     proposals, _ = model.proposal_generator(images, features)
     for image, found in enumerate(proposals):
         rows = torch.cat((found.proposal_boxes.tensor, found.objectness_logits.sigmoid()[:, None]), dim=1)
@@ -44,10 +44,10 @@ def _check_detections(check: Check, model: nn.Module, images: ImageList, feature
         for size, meta in zip(images.image_sizes, check.case.info["img_metas"], strict=True)
     ]
     for image, output in enumerate(model(inputs)):
-        _check_instances(check, "e2e", image, output["instances"])
+        check_instances(check, "e2e", image, output["instances"])
 
 
-def _check_instances(check: Check, kind: str, image: int, found: Instances) -> None:
+def check_instances(check: Check, kind: str, image: int, found: Instances) -> None:
     prefix = f"output.{kind}"
     check.close(f"{prefix}.boxes.{image}", found.pred_boxes.tensor)
     check.close(f"{prefix}.scores.{image}", found.scores)
@@ -66,7 +66,7 @@ def _check_bits(check: Check, name: str, ours: Tensor, allowed: float = _MASK_BI
     check.equal(name, torch.cat((ours.flatten(), ours.new_zeros(padding))), reference, allowed=allowed)
 
 
-def _proposals(check: Check, name: str, images: ImageList) -> list[Instances]:
+def given_proposals(check: Check, name: str, images: ImageList) -> list[Instances]:
     found = []
     for image, size in enumerate(images.image_sizes):
         instances = Instances(size)
@@ -78,7 +78,7 @@ def _proposals(check: Check, name: str, images: ImageList) -> list[Instances]:
 
 def _check_given_proposals(check: Check, model: nn.Module, images: ImageList, features: dict[str, Tensor]) -> None:
     heads, tensors = model.roi_heads, check.case.tensors
-    proposals = _proposals(check, "proposals", images)
+    proposals = given_proposals(check, "proposals", images)
     boxes = [x.proposal_boxes for x in proposals]
     pooler = heads.box_pooler
     levels = assign_boxes_to_levels(
@@ -102,13 +102,13 @@ def _check_given_proposals(check: Check, model: nn.Module, images: ImageList, fe
         check.close(f"output.given.probs.{image}", probabilities[image])
     detections, _ = heads(images, features, proposals)
     for image, (found, meta) in enumerate(zip(detections, check.case.info["img_metas"], strict=True)):
-        _check_instances(check, "given", image, detector_postprocess(found, *meta["ori_shape"][:2]))
+        check_instances(check, "given", image, detector_postprocess(found, *meta["ori_shape"][:2]))
 
 
 def _check_losses(check: Check, model: nn.Module, images: ImageList, features: dict[str, Tensor]) -> None:
     """Losses on all given proposals, and what they were computed against."""
     heads = model.roi_heads
-    proposals, targets = _proposals(check, "train_proposals", images), _targets(check, images)
+    proposals, targets = given_proposals(check, "train_proposals", images), ground_truth(check, images)
     for image, (given, target) in enumerate(zip(proposals, targets, strict=True)):
         matches, labels = heads.proposal_matcher(pairwise_iou(target.gt_boxes, given.proposal_boxes))
         check.equal(f"output.assigned.{image}", torch.where(labels > 0, matches + 1, labels.long()))
@@ -145,7 +145,7 @@ def _lexicographic(rows: Tensor) -> Tensor:
     return torch.from_numpy(np.lexsort(rows.numpy().T[::-1]))
 
 
-def _targets(check: Check, images: ImageList) -> list[Instances]:
+def ground_truth(check: Check, images: ImageList) -> list[Instances]:
     found = []
     for image, size in enumerate(images.image_sizes):
         instances = Instances(size)
