@@ -109,9 +109,10 @@ def test_settings_that_the_model_lacks_are_not_supported_yet(name, path, value, 
     assert run(tmp_path).status is Status.NOT_SUPPORTED
 
 
-def test_cascade_heads_are_not_supported_yet(tmp_path):
+def test_other_detectors_are_not_supported_yet(tmp_path):
     info = json.loads((GOLDENS / "head_fpn_rpn_b.json").read_text())
+    info["config"]["type"] = "SomeDETR"
     (tmp_path / "case.json").write_text(json.dumps(info))
     save_file({"output.e2e.boxes.0": torch.zeros(1, 4)}, tmp_path / "case.safetensors")
     result = run(tmp_path)
-    assert result.status is Status.NOT_SUPPORTED and "CascadeRCNN" in result.reason
+    assert result.status is Status.NOT_SUPPORTED and "SomeDETR" in result.reason

@@ -7,8 +7,8 @@ from .piip_digits_mask_rcnn import data, dataloader, lr_multiplier, model, optim
 _published = published_cascade_mask_rcnn()
 _small = model.roi_heads  # those of Mask R-CNN
 model.roi_heads = _published.roi_heads
+model.roi_heads.num_classes = "${data.num_classes}"
 for _name in (
-    "num_classes",
     "batch_size_per_image",
     "positive_fraction",
     "box_in_features",
