@@ -27,6 +27,7 @@ def _row(sizes: str, paper: PublishedNumbers | None = None, **facts: Any) -> Zoo
         table=TABLE,
         config=deit_pyramid(sizes, _IMAGE_SIZES, window_size=14 if sizes == "TSB" else 28),
         paper=paper or PublishedNumbers(),
+        note="The paper prints no image sizes for these models; those here are of the largest models of its Table I",
         detector="cascade_mask_rcnn",
         **facts,
     )
