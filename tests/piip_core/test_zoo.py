@@ -7,14 +7,63 @@ from pathlib import Path
 import pytest
 import timm
 
-from piip_core import ConfigError, InteractionConfig, ViTConfig, zoo
+from piip_core import ConfigError, InteractionConfig, zoo
+from piip_core.networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 
 SETTINGS = json.loads((Path(__file__).parents[1] / "data/zoo_settings.json").read_text())
 
 
+# The paper prints these, without settings: box and mask AP, #Param and #FLOPs
+PAPER_ONLY = {
+    "piip_lh6b_1280_1024_256": (53.5, 47.5, 7269, 5643),
+    "piip_lh6b_1280_1024_512": (54.4, 47.8, 7271, 10368),
+    "piip_lh6b_1280_1024_640": (55.7, 49.0, 7273, 13911),
+    "piip_tsb_1568_1120_672_cascade_1x": (None, None, None, None),
+    "piip_sbl_1568_1120_672_cascade_1x": (53.6, 46.3, None, None),
+    "piip_tsb_1568_1120_672_cascade_3x_ms": (53.1, 46.5, None, None),
+    "piip_sbl_1568_1120_672_cascade_3x_ms": (54.5, 47.7, None, None),
+}
+ACTIVATIONS = {None: "gelu", "fused_mlp": "gelu_tanh"}
+# timm has no weights of these names; the rest of the names differ between the projects
+LOCAL_FILES = {"intern_vit_6b_224px.pth"}
+RENAMED = {
+    "mae_pretrain_vit_large.pth": "vit_large_patch16_224.mae",
+    "mae_pretrain_vit_base.pth": "vit_base_patch16_224.mae",
+    "mae_pretrain_vit_huge.pth": "vit_huge_patch14_224.mae",
+    "convnext-base-224": "convnext_base.fb_in1k",
+    "convnext-small-224": "convnext_small.fb_in1k",
+    "convnext-tiny-224": "convnext_tiny.fb_in1k",
+}
+
+
 def test_rows_are_the_published_ones():
-    assert set(zoo.names()) == set(SETTINGS)
+    assert set(zoo.names()) == {*SETTINGS, *PAPER_ONLY}
     assert [entry.name for entry in zoo.entries()] == zoo.names()
+    assert len({entry.config_name for entry in zoo.entries()}) == len(zoo.names())
+
+
+def recorded_network(want):
+    """Our configuration of the public branch class, from its recorded settings."""
+    if want["class"] == "ConvNextHFWrapper":
+        return ConvNeXtConfig(depths=want["stage_depths"], stage_dims=want["stage_dims"])
+    sizes = {key: want[key] for key in ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")}
+    grid = want["pretrain_img_size"] // want["patch_size"]
+    if want["class"] == "BEiT":
+        return BEiTConfig(**sizes, layer_scale=want["init_values"], bias_window=want["windows"])
+    if want["class"] == "UnifiedBertEncoder":
+        return UniPerceiverConfig(**sizes, pos_grid=grid)
+    if want["class"] == "vit_models":
+        activation = ACTIVATIONS[want.get("Mlp_block")]
+        return ViTConfig(**sizes, pos_grid=grid, layer_scale=want["init_scale"], activation=activation)
+    return ViTConfig(
+        **sizes,
+        pos_grid=grid,
+        qkv_bias=want["qkv_bias"],
+        layer_scale=want["init_values"],
+        norm={"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}[want["norm_layer_type"]],
+        qk_norm=want["qk_normalization"],
+        activation=ACTIVATIONS[want.get("mlp_type")],
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -22,103 +71,124 @@ def test_branches(name):
     config, published = zoo.get(name).config, SETTINGS[name]["branches"]
     assert len(config.branches) == len(published)
     for number, (branch, want) in enumerate(zip(config.branches, published, strict=True), 1):
-        assert want["class"] == "vit_models"  # constant drop path, position table without class token
-        assert branch.drop_path_schedule == "constant"
-        assert branch.network == ViTConfig(
-            embed_dim=want["embed_dim"],
-            depth=want["depth"],
-            num_heads=want["num_heads"],
-            mlp_ratio=want["mlp_ratio"],
-            patch_size=want["patch_size"],
-            qkv_bias=want["qkv_bias"],
-            pos_grid=want["pretrain_img_size"] // want["patch_size"],
-            layer_scale=want["init_scale"],
-            norm_eps=1e-6,
-            class_token=False,
-        )
-        windows = want["windows"] if isinstance(want["windows"], list) else [want["windows"]] * want["depth"]
+        assert branch.network == recorded_network(want)
+        assert branch.drop_path_schedule == ("constant" if want["class"] == "vit_models" else "linear")
+        depth = branch.network.depth
+        windows = want["windows"] if isinstance(want["windows"], list) else [want["windows"]] * depth
         assert list(branch.window_sizes) == windows
-        assert branch.window_padding == ("before_qkv" if want["flash"] else "after_qkv")
+        flash = want["flash"] is not False  # classes without the setting pad like flash attention
+        assert branch.window_padding == ("before_qkv" if flash else "after_qkv")
         assert branch.image_size == want["image_size"]
-        assert branch.drop_path_rate == want["drop_path_rate"]
+        assert branch.drop_path_rate == (want["drop_path_rate"] or 0.0)
         assert [list(pair) for pair in config.segments(number)] == (want["segments"] or [])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_pretrained_weights_are_the_published_files(name):
     for branch, want in zip(zoo.get(name).config.branches, SETTINGS[name]["branches"], strict=True):
+        public = want["pretrained"]
         hub, _, model = branch.pretrained.partition(":")
-        assert hub == "timm"
+        if hub != "timm":
+            assert branch.pretrained == f"weights/{public}"
+            assert public in LOCAL_FILES or public.startswith("uni-perceiver")
+            continue
         assert timm.list_pretrained(model) == [model]
-        assert timm.models.get_pretrained_cfg(model).url.rpartition("/")[2] == want["pretrained"]
+        config = timm.models.get_pretrained_cfg(model)
+        if public in RENAMED:
+            assert model == RENAMED[public]
+        elif config.url:
+            # AugReg was converted from .npz
+            assert config.url.rpartition("/")[2].removesuffix(".npz") == public.removesuffix(".pth") or (
+                config.url.rpartition("/")[2] == public
+            )
+        else:  # published by timm alone: BEiTv2
+            assert config.hf_hub_id and public.startswith("beitv2") and model.startswith("beitv2")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_interaction_and_merging(name):
     config, want = zoo.get(name).config, SETTINGS[name]["interaction"]
-    if want is None:
-        assert len(config.branches) == 1 and config.num_interactions == 0
-        assert (config.merging.kind, config.merging.pyramid_norm) == ("single", "layer")
-    else:
-        assert want["attn_type"] == "deform" and want["norm"] == "LayerNorm eps 1e-6"
-        assert config.interaction == InteractionConfig(
-            num_interactions=want["n_interactions"],
-            units="adjacent",
-            attention="deformable",
-            num_heads=want["deform_num_heads"],
-            num_points=want["n_points"],
-            value_ratio=want["deform_ratio"],
-            projection=want["projection"],
-            norm="layernorm",
-            ffn=want["with_cffn"],
-            ffn_ratio=want["cffn_ratio"],
-            drop_path_rate=want["drop_path"],
-        )
-        assert SETTINGS[name]["fpn"]["kind"] == "simple"
-        assert (config.merging.kind, config.merging.pyramid_norm) == ("simple", "group")
+    fpn = SETTINGS[name]["fpn"]
     assert config.merging.out_strides == (4, 8, 16, 32)
+    if want is None:
+        assert len(config.branches) == 1 and config.num_interactions == 0 and config.merging.kind == "single"
+        if fpn.get("with_simple_fpn", True):
+            assert (config.merging.pyramid_norm, config.merging.out_blocks) == ("layer", None)
+        else:
+            assert config.merging.out_blocks == (2, 6, 34, 38)
+        return
+    assert want["attn_type"] == "deform"
+    assert config.interaction == InteractionConfig(
+        num_interactions=want["n_interactions"],
+        units="adjacent",
+        attention="deformable",
+        num_heads=want["deform_num_heads"],
+        num_points=want["n_points"],
+        value_ratio=want["deform_ratio"],
+        projection=want["projection"],
+        norm={"LayerNorm eps 1e-6": "layernorm", "none": "none"}[want["norm"]],
+        ffn=want["with_cffn"],
+        ffn_ratio=want["cffn_ratio"],
+        drop_path_rate=want["drop_path"],
+    )
+    assert config.merging.kind == ("simple" if fpn["kind"] == "simple" else "regular")
+    assert list(config.merging.intermediate_after) == (fpn["out_interaction_indexes"] or [])
+    assert config.merging.pyramid_norm == "group"
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_training_facts(name):
     entry, settings = zoo.get(name), SETTINGS[name]
     optimizer, schedule, image = settings["optimizer"], settings["schedule"], settings["image"]
-    assert entry.detector == settings["detector"]
+    assert entry.detector == "mask_rcnn" and settings["detector"] == "Mask R-CNN"
     assert [entry.long_side, entry.short_side] == image["scale"]
+    assert entry.training_crop == image.get("crop")
     assert list(entry.pixel_mean) == image["mean"] and list(entry.pixel_std) == image["std"]
     assert entry.pad_divisor == image["pad_divisor"]
     assert (entry.learning_rate, entry.weight_decay) == (optimizer["lr"], optimizer["weight_decay"])
     decay = optimizer["layer_decay"]
-    assert (entry.num_layers, entry.layer_decay) == (decay["num_layers"], decay["layer_decay_rate"])
-    assert list(entry.skip_strides) == decay.get("skip_stride", [])
+    assert entry.layer_decay == (decay and decay["layer_decay_rate"])
     assert entry.epochs == schedule["max_epochs"] and list(entry.lr_drops) == schedule["lr"]["step"]
     assert (entry.warmup_iters, entry.warmup_factor) == (500, schedule["lr"]["warmup_ratio"])
     assert schedule["lr"]["warmup_iters"] == entry.warmup_iters
-    assert settings["config_file"].removesuffix(".py").endswith(f"bs{entry.batch_size}")
+    assert entry.batch_size == (32 if "bs32" in settings["config_file"] else 16)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_published_numbers(name):
-    entry, readme = zoo.get(name), SETTINGS[name]["published"]["readme"]
-    paper = SETTINGS[name]["published"].get("paper", {})
+    entry, published = zoo.get(name), SETTINGS[name]["published"]
+    readme, paper = published.get("readme", {}), published.get("paper", {})
     assert entry.published == zoo.PublishedNumbers(
-        box_ap=readme["box_AP"],
-        mask_ap=readme["mask_AP"],
+        box_ap=readme.get("box_AP"),
+        mask_ap=readme.get("mask_AP"),
         params_m=readme.get("params_M"),
         flops_g=readme.get("flops_G"),
     )
     for ours, printed, papers in (
-        (entry.paper.box_ap, readme["box_AP"], paper.get("APb")),
-        (entry.paper.mask_ap, readme["mask_AP"], paper.get("APm")),
+        (entry.paper.box_ap, readme.get("box_AP"), paper.get("APb")),
+        (entry.paper.mask_ap, readme.get("mask_AP"), paper.get("APm")),
         (entry.paper.params_m, readme.get("params_M"), paper.get("params_M")),
         (entry.paper.flops_g, readme.get("flops_G"), paper.get("flops_G")),
     ):
         assert ours == (papers if papers != printed else None)
 
 
+@pytest.mark.parametrize("name", PAPER_ONLY)
+def test_numbers_that_the_paper_alone_prints(name):
+    paper = zoo.get(name).paper
+    assert (paper.box_ap, paper.mask_ap, paper.params_m, paper.flops_g) == PAPER_ONLY[name]
+    assert zoo.get(name).published == zoo.PublishedNumbers()
+
+
 def test_titles_end_with_the_resolution():
     for entry in zoo.entries():
         assert entry.title.endswith(f" {entry.resolution}")
+
+
+def test_schedules():
+    assert zoo.get("piip_tsb_1120_896_448").schedule == "1x"
+    long = zoo.get("piip_sbl_1568_1120_672_cascade_3x_ms")
+    assert (long.schedule, long.epochs, long.lr_drops, long.training_crop) == ("3x_ms", 36, (27, 33), 1568)
 
 
 def test_unknown_name_lists_close_matches():

@@ -4,6 +4,7 @@ import pytest
 
 from piip_core.checkpoints import config_from_public
 from piip_core.errors import CheckpointError, NotSupportedYet
+from piip_core.networks import BEiTConfig, ConvNeXtConfig
 
 VIT = {"depth": 2, "embed_dim": 32, "num_heads": 4, "qkv_bias": True, "pretrain_img_size": 64, "init_scale": 1.0}
 INTERNVIT = {**VIT, "patch_size": 16, "init_values": 0.5, "qk_normalization": False, "norm_layer_type": "LayerNorm"}
@@ -110,8 +111,9 @@ def test_single_branch_baselines_have_no_branch_fields():
         ({"some_new_field": 1}, "some_new_field"),
         ({"norm_layer": "bn"}, "norm_layer"),
         ({"interact_attn_type": "linear"}, "linear"),
-        ({"first": {"mlp_type": "fused_mlp"}}, "tanh"),
-        ({"first": {"use_abs_pos_emb": False}}, "use_abs_pos_emb"),
+        ({"first": {"Mlp_block": "sparse"}}, "sparse"),
+        ({"first": {"use_abs_pos_emb": True}}, "absolute position"),
+        ({"first": {"qk_normalization": True}}, "qk_normalization"),
         ({"first": {"use_cls_token": True}}, "class token"),
         ({"with_simple_fpn": False, "is_dino": True}, "is_dino"),
     ],
@@ -121,18 +123,59 @@ def test_what_cannot_be_expressed_is_named(change, feature):
         two_branches(**change)
 
 
-@pytest.mark.parametrize(
-    ("key", "feature"), [("attn.q_norm.weight", "qk-norm"), ("attn.relative_position_bias_table", "BEiT")]
-)
-def test_families_are_told_by_their_parameters(key, feature):
-    with pytest.raises(NotSupportedYet, match=feature):
-        two_branches(shapes=shapes_of((32, 32), key))
+def test_the_fused_mlp_approximates_gelu():
+    first = two_branches(first={"Mlp_block": "fused_mlp"}).config.branches[0]
+    assert first.network.activation == "gelu_tanh"
 
 
-def test_rms_norm_is_told_by_the_missing_bias():
-    shapes = {key.replace("norm1.bias", "norm1.weight"): shape for key, shape in shapes_of((32, 32)).items()}
-    with pytest.raises(NotSupportedYet, match="RMSNorm"):
-        two_branches(shapes=shapes)
+def test_internvit_norms_are_read():
+    settings = {**INTERNVIT, "qk_normalization": True, "norm_layer_type": "RMSNorm", "mlp_type": "fused_mlp"}
+    public = {f"branch{i}": branch(settings, 64 * i) for i in (1, 2)}
+    network = config_from_public(public, shapes_of((32, 32), "ls1.gamma")).config.branches[0].network
+    assert (network.norm, network.qk_norm, network.activation) == ("rmsnorm", True, "gelu_tanh")
+    with pytest.raises(NotSupportedYet, match="BatchNorm"):
+        config_from_public(
+            {f"branch{i}": branch({**settings, "norm_layer_type": "BatchNorm"}, 64 * i) for i in (1, 2)},
+            shapes_of((32, 32), "ls1.gamma"),
+        )
+
+
+def test_beit_windows_come_from_the_tables():
+    settings = {key: VIT[key] for key in ("depth", "embed_dim", "num_heads", "qkv_bias")} | {"init_values": 1e-6}
+    windows = {"window_attn": [True, True], "window_size": [5, 5], "use_rel_pos_bias": True, "use_abs_pos_emb": False}
+    shapes = {key: (81, 4) if key.endswith("table") else shape for key, shape in beit_shapes((32, 32)).items()}
+    public = {f"branch{i}": branch({**settings, **windows}, 64 * i) for i in (1, 2)}
+    model = config_from_public(public, shapes)
+    first = model.config.branches[0]
+    assert model.branch_classes == ("beit", "beit")
+    assert first.network == BEiTConfig(embed_dim=32, depth=2, num_heads=4, bias_window=5)
+    assert (first.window_sizes, first.drop_path_schedule) == ((5, 5), "linear")
+
+
+def beit_shapes(widths):
+    return shapes_of(widths, "attn.relative_position_bias_table")
+
+
+def test_convnext_sizes_come_from_the_parameters():
+    shapes = shapes_of((32,))
+    for stage, (count, dim) in enumerate(((1, 8), (2, 16), (1, 24), (1, 32))):
+        for layer in range(count):
+            name = f"branch2.convnext_model.encoder.stages.{stage}.layers.{layer}.layer_scale_parameter"
+            shapes[name] = (dim,)
+    settings = {"real_size": 128, "interaction_indexes": [[0, 4], [5, 7]], "drop_path_rate": 0.3}
+    public = {"branch1": branch(VIT, 64), "branch2": {**settings, "downsample_ratios": [4, 8, 8, 8, 16, 16, 32, 32]}}
+    second = config_from_public(public, shapes).config.branches[1]
+    assert second.network == ConvNeXtConfig(depths=(1, 2, 1, 1), stage_dims=(8, 16, 24, 32))
+    assert (second.segments, second.drop_path_schedule) == (((0, 4), (5, 7)), "linear")
+    with pytest.raises(NotSupportedYet, match="downsample_ratios"):
+        config_from_public({**public, "branch2": {**settings, "downsample_ratios": [4] * 8}}, shapes)
+
+
+def test_unknown_families_are_named():
+    with pytest.raises(NotSupportedYet, match=r"stem\.conv"):
+        config_from_public(
+            {f"branch{i}": branch(VIT, 64) for i in (1, 2)}, {f"branch{i}.stem.conv": (1,) for i in (1, 2)}
+        )
 
 
 def test_a_file_with_fewer_branches_is_an_error():
