@@ -1,0 +1,123 @@
+"""What every branch promises, whatever network is inside."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from piip_core import BranchConfig, ViTConfig
+from piip_core.branches import Branch, build_branch
+from piip_core.errors import ConfigError
+from piip_core.networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig
+
+SIZES = {"embed_dim": 32, "depth": 3, "num_heads": 4}
+NETWORKS = {
+    "vit": ViTConfig(**SIZES, pos_grid=4),
+    "internvit": ViTConfig(**SIZES, pos_grid=4, qkv_bias=False, norm="rmsnorm", qk_norm=True, activation="gelu_tanh"),
+    "beit": BEiTConfig(**SIZES, bias_window=4),
+    "uniperceiver": UniPerceiverConfig(**SIZES, pos_grid=4),
+    "convnext": ConvNeXtConfig(depths=(1, 1, 2, 1), stage_dims=(8, 16, 24, 32)),
+}
+WINDOWED = [name for name, network in NETWORKS.items() if network.supports_windows]
+
+
+def branch_of(name, **options):
+    return build_branch(BranchConfig(network=NETWORKS[name], image_size=64, **options))
+
+
+def run_all(branch, image):
+    return branch.run(branch.embed(image), 0, branch.num_blocks).tokens
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_gets_a_gradient(name, randomize):
+    branch = randomize(branch_of(name))
+    run_all(branch, torch.randn(2, 3, 64, 64)).square().sum().backward()
+    dead = [key for key, p in branch.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_last_map_has_the_promised_size(name):
+    branch = branch_of(name, **({"window_size": 4} if name == "beit" else {}))
+    assert isinstance(branch, Branch) and branch.num_blocks == branch.config.network.depth
+    stride = branch.strides[-1]
+    tokens = run_all(branch.eval(), torch.randn(2, 3, 96, 64))
+    assert tokens.shape == (2, 96 // stride, 64 // stride, branch.dims[-1])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_segments_one_after_another_are_the_whole_network(name, randomize):
+    branch = randomize(branch_of(name)).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        state = branch.embed(image)
+        for start, stop in ((0, 1), (1, 1), (1, 3), (3, branch.num_blocks)):
+            state = branch.run(state, start, stop)
+        torch.testing.assert_close(state.tokens, run_all(branch, image))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_checkpointing_changes_neither_result_nor_gradients(name, randomize):
+    branch = randomize(branch_of(name))
+    image = torch.randn(1, 3, 64, 64)
+
+    def results(enable):
+        branch.zero_grad()
+        branch.set_grad_checkpointing(enable)
+        tokens = run_all(branch, image)
+        tokens.square().sum().backward()
+        return [tokens, *(p.grad.clone() for p in branch.parameters())]
+
+    for expected, actual in zip(results(False), results(True), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_as_large_as_the_map_is_global_attention(name, randomize):
+    windowed = randomize(branch_of(name, window_size=4)).eval()
+    everywhere = branch_of(name).eval()
+    everywhere.load_state_dict(windowed.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(run_all(windowed, image), run_all(everywhere, image), rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_have_no_windows():
+    with pytest.raises(ConfigError, match="window_size"):
+        branch_of("convnext", window_size=7)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize(("schedule", "rates"), [("constant", [0.2] * 3), ("linear", [0.0, 0.1, 0.2])])
+def test_stochastic_depth(name, schedule, rates):
+    branch = branch_of(name, drop_path_rate=0.2, drop_path_schedule=schedule)
+    for part in ("drop_path1", "drop_path2"):
+        assert [getattr(block, part).drop_prob for block in branch.model.blocks] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_depths_for_learning_rate_decay(name):
+    branch = branch_of(name)
+    layers = {key: branch.layer_of(key) for key, _ in branch.named_parameters()}
+    for key, layer in layers.items():
+        parts = key.split(".")
+        assert layer == (int(parts[2]) + 1 if parts[1] == "blocks" else 0)
+    assert set(layers.values()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_two_parameters_share_memory(name):
+    pointers = [p.data_ptr() for p in branch_of(name).parameters()]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_networks_without_a_branch_are_named():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Strange(NetworkConfig):
+        depth: int = 1
+        dims: tuple = (8,)
+        strides: tuple = (4,)
+
+    with pytest.raises(TypeError, match=r"Strange.*ViTConfig"):
+        build_branch(BranchConfig(network=Strange(), image_size=64))
