@@ -96,37 +96,8 @@ def test_padding_after_qkv_differs_only_where_padding_is_needed(randomize):
         assert torch.allclose(before, attention(x), atol=1e-5) == equal
 
 
-def test_window_as_large_as_the_map_is_global_attention(tiny_branch, randomize):
-    windowed = randomize(build_branch(tiny_branch(32, 64, window_size=4))).eval()
-    everywhere = build_branch(tiny_branch(32, 64)).eval()
-    everywhere.load_state_dict(windowed.state_dict())
-    image = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(run_all(windowed, image).tokens, run_all(everywhere, image).tokens)
-
-
-@pytest.mark.parametrize("schedule, rates", [("constant", [0.3] * 4), ("linear", [0.0, 0.1, 0.2, 0.3])])
-def test_drop_path_schedule(tiny_branch, schedule, rates):
-    branch = build_branch(tiny_branch(16, 64, depth=4, drop_path_rate=0.3, drop_path_schedule=schedule))
-    for name in ("drop_path1", "drop_path2"):
-        assert [getattr(block, name).drop_prob for block in branch.model.blocks] == pytest.approx(rates)
-
-
 def test_layers_of_parameters(deit_tiny):
     layers = {name: deit_tiny.layer_of(name) for name, _ in deit_tiny.named_parameters()}
     assert layers["model.pos_embed"] == layers["model.patch_embed.proj.weight"] == 0
     assert layers["model.blocks.0.attn.qkv.weight"] == 1 and layers["model.blocks.11.mlp.fc2.bias"] == 12
     assert None not in layers.values()
-
-
-def test_checkpointing_keeps_the_gradients(tiny_branch, randomize):
-    branch = randomize(build_branch(tiny_branch(32, 64, window_size=3)))
-    image = torch.randn(1, 3, 64, 64)
-
-    def gradients(enable):
-        branch.zero_grad()
-        branch.set_grad_checkpointing(enable)
-        run_all(branch, image).tokens.square().sum().backward()
-        return [p.grad.clone() for p in branch.parameters()]
-
-    for expected, actual in zip(gradients(False), gradients(True), strict=True):
-        torch.testing.assert_close(actual, expected)

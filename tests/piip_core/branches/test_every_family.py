@@ -112,9 +112,12 @@ def test_no_two_parameters_share_memory(name):
     assert len(set(pointers)) == len(pointers)
 
 
-def test_networks_without_a_branch_are_named():
+def test_networks_without_a_branch_are_named(monkeypatch):
+    monkeypatch.setattr(NetworkConfig, "families", {})  # of which the class below becomes one
+
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Strange(NetworkConfig):
+        family = "strange"
         depth: int = 1
         dims: tuple = (8,)
         strides: tuple = (4,)
