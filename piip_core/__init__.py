@@ -2,17 +2,22 @@
 
 from .config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
 from .errors import ConfigError, UserError
-from .networks import ViTConfig
+from .networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 from .pyramid import PIIP, DensePIIP
+from .timm_network import TimmConfig
 
 __all__ = [
     "PIIP",
+    "BEiTConfig",
     "BranchConfig",
     "ConfigError",
+    "ConvNeXtConfig",
     "DensePIIP",
     "InteractionConfig",
     "MergingConfig",
     "PIIPConfig",
+    "TimmConfig",
+    "UniPerceiverConfig",
     "UserError",
     "ViTConfig",
 ]

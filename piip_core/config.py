@@ -91,10 +91,10 @@ class BranchConfig:
         for w in windows:
             check(w is None or w > 0, "BranchConfig.window_size", w, "a positive window side, or None for global")
         check(
-            self.network.supports_windows or all(w is None for w in windows),
+            not self.network.no_windows or all(w is None for w in windows),
             "BranchConfig.window_size",
             self.window_size,
-            f"None: the {self.network.family!r} family has no window attention",
+            f"None: {self.network.no_windows}",
         )
         if getattr(self.network, "class_token", False):
             check(

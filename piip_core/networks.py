@@ -18,11 +18,11 @@ class NetworkConfig:
         depth: Number of blocks, as segments count them.
         dims: Channels after each block.
         strides: Pixels of the branch's image per feature cell after each block.
-        supports_windows: Whether attention can work in windows.
+        no_windows: Why attention cannot work in windows; empty if it can.
     """
 
     family: ClassVar[str]
-    supports_windows: ClassVar[bool] = True
+    no_windows: str = ""
     families: ClassVar[dict[str, type[NetworkConfig]]] = {}
 
     depth: int
@@ -186,7 +186,7 @@ class ConvNeXtConfig(NetworkConfig):
     """
 
     family: ClassVar[str] = "convnext"
-    supports_windows: ClassVar[bool] = False
+    no_windows: ClassVar[str] = "a ConvNeXt has no attention"
 
     depths: tuple[int, ...] = (3, 3, 9, 3)
     stage_dims: tuple[int, ...] = (96, 192, 384, 768)

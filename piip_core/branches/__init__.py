@@ -3,6 +3,7 @@
 from .base import Branch, BranchState, build_branch, register_branch
 from .beit import BEiTBranch
 from .convnext import ConvNeXtBranch
+from .timm_model import TimmTransformerBranch
 from .vit import UniPerceiverBranch, ViTBranch
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Branch",
     "BranchState",
     "ConvNeXtBranch",
+    "TimmTransformerBranch",
     "UniPerceiverBranch",
     "ViTBranch",
     "build_branch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,12 @@ class BranchState(NamedTuple):
     Attributes:
         tokens: Feature map, channels last, (B, H, W, C).
         prefix: Class or register tokens (B, P, C) that only the branch itself sees; None without.
+        rotary: Rotary position embedding that all blocks of the branch use; None without.
     """
 
     tokens: Tensor
     prefix: Tensor | None = None
+    rotary: Tensor | None = None
 
 
 class Branch(nn.Module, ABC):
@@ -86,13 +89,13 @@ class Branch(nn.Module, ABC):
         self.grad_checkpointing = enable
 
 
-_BUILDERS: dict[type[NetworkConfig], type[Branch]] = {}
+_BUILDERS: dict[type[NetworkConfig], Callable[[BranchConfig], Branch]] = {}
 
 
 def register_branch(network: type[NetworkConfig]):
-    """Class decorator: the decorated `Branch` is built for this type of network configuration."""
+    """Decorator: the `Branch`, or the function that makes one, is used for this type of network configuration."""
 
-    def register(branch: type[Branch]) -> type[Branch]:
+    def register(branch: Callable[[BranchConfig], Branch]) -> Callable[[BranchConfig], Branch]:
         _BUILDERS[network] = branch
         return branch
 

@@ -37,7 +37,9 @@ class RelativeBiasAttention(Attention):
         super().__init__(embed_dim, num_heads=num_heads, qkv_bias=qkv_bias)
         self.bias_window = bias_window
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * bias_window - 1) ** 2, num_heads))
-        self.register_buffer("bias_index", torch.empty(bias_window**2, bias_window**2, dtype=torch.long), persistent=False)
+        self.register_buffer(
+            "bias_index", torch.empty(bias_window**2, bias_window**2, dtype=torch.long), persistent=False
+        )
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:

@@ -31,7 +31,7 @@ class StagedBranch(Branch):
             f"{number}.{part}"
             for number, stage in enumerate(model.stages)
             for part in (
-                *(["downsample"] if number else []),
+                *([] if isinstance(stage.downsample, nn.Identity) else ["downsample"]),
                 *(f"blocks.{i}" for i in range(len(stage.blocks))),
             )
         ]

@@ -52,9 +52,23 @@ class TransformerBranch(Branch):
         block = self.model.blocks[index]
         if state.prefix is None:
             return BranchState(block(state.tokens))
-        grid, count = state.tokens.shape[1:3], state.prefix.shape[1]
-        sequence = block(torch.cat((state.prefix, state.tokens.flatten(1, 2)), dim=1))
-        return BranchState(sequence[:, count:].unflatten(1, grid), sequence[:, :count])
+        tokens, prefix = self.split(block(self.sequence(state)), state)
+        return BranchState(tokens, prefix)
+
+    @staticmethod
+    def sequence(state: BranchState) -> Tensor:
+        """All tokens of a state as one sequence (B, P + H * W, C), the prefix first."""
+        tokens = state.tokens.flatten(1, 2)
+        return tokens if state.prefix is None else torch.cat((state.prefix, tokens), dim=1)
+
+    @staticmethod
+    def split(sequence: Tensor, state: BranchState) -> tuple[Tensor, Tensor | None]:
+        """Undoes `sequence`: the map (B, H, W, C) and the prefix."""
+        grid = state.tokens.shape[1:3]
+        if state.prefix is None:
+            return sequence.unflatten(1, grid), None
+        count = state.prefix.shape[1]
+        return sequence[:, count:].unflatten(1, grid), sequence[:, :count]
 
     def layer_of(self, name: str) -> int | None:
         parts = name.split(".")[1:]  # without "model"

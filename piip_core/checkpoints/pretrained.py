@@ -33,9 +33,11 @@ TIMM = "timm:"
 _UNUSED_PARTS = {
     "cls_token": "the branch has no class token",
     "dist_token": "the branch has no distillation token",
+    "reg_token": "the branch has no register tokens",
     "mask_token": "only used in masked pretraining",
     "norm": "branches have no final norm",
     "fc_norm": "branches have no final norm",
+    "attn_pool": "branches have no pooling",
     "layernorm": "branches have no final norm",
     "head": "branches have no classifier",
     "head_dist": "branches have no classifier",

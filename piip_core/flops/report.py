@@ -13,7 +13,7 @@ from ..config import PIIPConfig
 from ..errors import ConfigError
 from ..pyramid import PIIP, DensePIIP
 from .executed import ModuleCounts, executed_count
-from .published import Count, published_count
+from .published import Count, PublishedCount, published_count
 
 __all__ = ["ModelReport", "ModuleRow", "ZooRow", "analyze_backbone", "analyze_model", "analyze_zoo", "padded_size"]
 
@@ -119,13 +119,13 @@ def analyze_model(model: nn.Module, input_size: tuple[int, int] | None = None, *
     height, width = input_size or (side, side)
     image = torch.empty(1, 3, height, width, device=next(model.parameters()).device)
     counts = executed_count(model, image, run=backbone)
-    published = published_count(pyramid.config).total
+    published = _published(pyramid.config)
     return ModelReport(
         name=type(model).__name__,
         params=counts.total.params,
         flops=counts.total.macs,
-        params_published_count=published.params,
-        flops_published_count=published.macs,
+        params_published_count=None if published is None else published.total.params,
+        flops_published_count=None if published is None else published.total.macs,
         input_size=(height, width),
         modules=tuple(_rows(model, name, pyramid.config, counts, backbone)),
     )
@@ -135,11 +135,14 @@ def _rows(
     model: nn.Module, pyramid: str, config: PIIPConfig, counts: ModuleCounts, backbone: str
 ) -> Iterator[ModuleRow]:
     """Parts of the pyramid, then its siblings (merging, feature pyramid), rest of the backbone, rest of the model."""
-    published = published_count(config)
-    for i, branch in enumerate(published.branches):
+    published = _published(config)
+    for i in range(len(config.branches)):
+        branch = None if published is None else published.branches[i]
         yield _row(f"branch{i + 1}", counts.below(_join(pyramid, f"branches.{i}")), branch)
-    yield _row("interactions", counts.below(_join(pyramid, "interactions")), published.interactions)
-    yield _row("head (published count only)", None, published.head)
+    interactions = None if published is None else published.interactions
+    yield _row("interactions", counts.below(_join(pyramid, "interactions")), interactions)
+    if published is not None:
+        yield _row("head (published count only)", None, published.head)
     inner = pyramid
     while inner:  # outwards from the pyramid, every sibling on the way
         outer = inner.rpartition(".")[0]
@@ -149,6 +152,14 @@ def _rows(
                 was_run = _is_inside(name, backbone)
                 yield _row(name, counts.below(name), None, was_run=was_run)
         inner = outer
+
+
+def _published(config: PIIPConfig) -> PublishedCount | None:
+    """The published count; None for networks that no published model has."""
+    try:
+        return published_count(config)
+    except NotImplementedError:
+        return None
 
 
 def _row(name: str, executed: Count | None, published: Count | None, *, was_run: bool = True) -> ModuleRow:

@@ -84,6 +84,7 @@ _MAKERS = {
     "deit3": _deit3,
 }
 
+
 def _speedup_row() -> ZooEntry:
     """Released beside the AugReg model: lighter interactions, and MLPs that approximate GELU."""
     config = PIIPConfig(branches=tuple(map(fused_mlp, map(_augreg, "LBS"))), interaction=LIGHT_INTERACTION)

@@ -162,7 +162,7 @@ def test_convnext_counts_downsampling_as_blocks():
     network = FAMILIES["convnext"]
     assert network.depth == 8 and network.last_blocks() == (0, 3, 5, 7)
     assert network.strides == (4, 8, 8, 8, 16, 16, 32, 32)
-    with pytest.raises(ConfigError, match="no window attention"):
+    with pytest.raises(ConfigError, match="no attention"):
         BranchConfig(network=network, image_size=64, window_size=7)
     with pytest.raises(ConfigError, match="4 stages"):
         ConvNeXtConfig(depths=(1, 2))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from piip_core import planner, zoo
+from piip_core.flops import published_count
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,6 @@ def test_table(tool, capsys):
     for row in rows:
         cells = dict(zip(header, row, strict=True))
         config = zoo.deit_pyramid(cells["models"], tuple(map(int, cells["images"].split("/"))), window_size=14)
-        from piip_core.flops import published_count
-
         total = published_count(config).total
         assert cells["#FLOPs"] == f"{total.macs / 1e9:.0f}G" and cells["#Param"] == f"{total.params / 1e6:.0f}M"
         assert (cells["nearest published"], cells["its box AP"]) == ("1568/1120/672, 453G", "46.5")

@@ -18,7 +18,7 @@ NETWORKS = {
     "uniperceiver": UniPerceiverConfig(**SIZES, pos_grid=4),
     "convnext": ConvNeXtConfig(depths=(1, 1, 2, 1), stage_dims=(8, 16, 24, 32)),
 }
-WINDOWED = [name for name, network in NETWORKS.items() if network.supports_windows]
+WINDOWED = [name for name, network in NETWORKS.items() if not network.no_windows]
 
 
 def branch_of(name, **options):

