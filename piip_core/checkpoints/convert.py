@@ -27,7 +27,7 @@ OUR_BACKBONE = "backbone.bottom_up.features."
 OUTSIDE = "not part of the backbone, which alone was asked for"
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # more than the zoo has: recognising a file may need many
 def model_shapes(config: PIIPConfig) -> Mapping[str, torch.Size]:
     """Name and shape of every tensor of `DensePIIP(config)`, without allocating it."""
     with torch.device("meta"):

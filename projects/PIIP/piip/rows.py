@@ -55,21 +55,36 @@ def apply_row(
         )
     else:
         optimizer.params.decay_rate = row.layer_decay
-    set_schedule(train, lr_multiplier, epochs=row.epochs, lr_drops=row.lr_drops, batch_size=row.batch_size)
+    set_schedule(
+        train,
+        lr_multiplier,
+        epochs=row.epochs,
+        lr_drops=row.lr_drops,
+        batch_size=row.batch_size,
+        warmup_iters=row.warmup_iters,
+    )
+    lr_multiplier.warmup_factor = row.warmup_factor
     train.output_dir = f"output/{row.config_name}"
 
 
 def set_schedule(
-    train: DictConfig, lr_multiplier: DictConfig, *, epochs: int, lr_drops: Sequence[int], batch_size: int
+    train: DictConfig,
+    lr_multiplier: DictConfig,
+    *,
+    epochs: int,
+    lr_drops: Sequence[int],
+    batch_size: int,
+    warmup_iters: int = 500,
 ) -> None:
     """Sets the length of training on COCO, in place; saves and evaluates after every epoch.
 
     Args:
         train: The `train` node of `configs/common/schedule_1x.py`.
-        lr_multiplier: The multiplier of the same file, with its warmup of 500 iterations.
+        lr_multiplier: The multiplier of the same file.
         epochs: Passes over the training images.
         lr_drops: Epochs after which the learning rate falls to a tenth.
         batch_size: Images per iteration, over all GPUs.
+        warmup_iters: Iterations over which the learning rate rises to its full value.
     """
     epoch = -(-TRAIN_IMAGES // batch_size)
     train.max_iter = epochs * epoch
@@ -77,7 +92,7 @@ def set_schedule(
     lr_multiplier.scheduler.values = [0.1**drop for drop in range(len(lr_drops) + 1)]
     lr_multiplier.scheduler.milestones = [drop * epoch for drop in lr_drops]
     lr_multiplier.scheduler.num_updates = train.max_iter
-    lr_multiplier.warmup_length = 500 / train.max_iter
+    lr_multiplier.warmup_length = warmup_iters / train.max_iter
 
 
 def _set_scales(row: ZooEntry, data: DictConfig) -> None:

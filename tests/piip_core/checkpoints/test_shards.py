@@ -286,7 +286,7 @@ def test_reading_holds_no_tensor_in_memory(tmp_path):
     for line in lines:
         count, total, peak = map(float, line.split())
         assert (count, total) == (12, 15e6)
-        assert peak < 25  # a shard of 15 MB and some; the whole is 60
+        assert peak < 45  # a shard or two of 15 MB and what the process needs; the whole is 60
 
 
 def test_names_shapes_and_membership_read_no_tensor(tmp_path, monkeypatch):

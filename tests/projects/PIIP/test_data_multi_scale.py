@@ -1,15 +1,25 @@
 """Multi-scale training: sizes against the published ones, and boxes and masks that stay where the pixels are."""
 
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 pytest.importorskip("detectron2")
 
+import torch
+from detectron2.config import instantiate
 from detectron2.data.transforms import AugInput
+from detectron2.structures import BoxMode
+from PIL import Image
 from pycocotools import mask as mask_util
 
 from piip.data import MultiScaleCrop
 from piip.data.multi_scale import PolygonCrop
+from piip.lazy_config import load_config
+
+COCO_MS = Path(__file__).parents[3] / "projects" / "PIIP" / "configs" / "common" / "coco_ms.py"
 
 # crop -> short sides, long side, first short sides, first crop, as in the published settings
 PUBLISHED = {
@@ -89,3 +99,80 @@ def test_unusable_crops_are_named(crop):
 def test_later_steps_cannot_be_known_beforehand():
     with pytest.raises(NotImplementedError, match="call the augmentation"):
         MultiScaleCrop(64).get_transform(np.zeros((8, 8, 3), np.uint8))
+
+
+WIDTH, HEIGHT = 320, 150
+# Objects apart from each other, each with a colour of its own: x0, y0, x1, y1. The right of the image is empty
+OBJECTS = {(255, 0, 0): (20, 15, 80, 70), (0, 255, 0): (130, 20, 180, 120), (0, 0, 255): (35, 95, 100, 135)}
+
+
+def record(path, masks):
+    """A data set record of OBJECTS, with masks as polygons or run lengths."""
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    annotations = []
+    for category, (colour, (x0, y0, x1, y1)) in enumerate(OBJECTS.items()):
+        image[y0:y1, x0:x1] = colour
+        bitmap = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+        bitmap[y0:y1, x0:x1] = 1
+        polygons = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+        annotations.append(
+            {
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": category,
+                "iscrowd": 0,
+                "segmentation": polygons if masks == "polygons" else mask_util.encode(bitmap),
+            }
+        )
+    Image.fromarray(image).save(path)
+    return {"file_name": str(path), "width": WIDTH, "height": HEIGHT, "image_id": 1, "annotations": annotations}
+
+
+# Masks of run lengths take the nearest pixel in up to two resizes, as published for all masks
+@pytest.mark.parametrize(("masks", "outline"), [("polygons", 1), ("run lengths", 3)])
+def test_samples_hold_exactly_the_objects_that_are_left_in_the_image(masks, outline, tmp_path):
+    """Through flip, both policies and the mapper; what a sample must hold is read off its pixels."""
+    mapper = instantiate(load_config(str(COCO_MS), ["data.train.crop=128"]).dataloader.train.mapper)
+    sample_record = record(tmp_path / "image.png", masks)
+    np.random.seed(2)
+    left, both, flipped = [], 0, 0
+    for _ in range(200):
+        sample = mapper(sample_record)
+        image, instances = sample["image"].numpy(), sample["instances"]
+        assert instances.image_size == image.shape[1:]
+        assert max(instances.image_size) <= 128
+        boxes = dict(zip(instances.gt_classes.tolist(), instances.gt_boxes.tensor.numpy(), strict=True))
+        drawn = dict(zip(instances.gt_classes.tolist(), instances.gt_masks.tensor.numpy(), strict=True))
+        for category, channel in enumerate(image):
+            visible = channel > 127
+            if visible.any(0).sum() < 3 or visible.any(1).sum() < 3:  # a sliver at the border, or nothing
+                assert category not in boxes or min(boxes[category][2:] - boxes[category][:2]) < 4
+                continue
+            rows, columns = np.nonzero(visible)
+            tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert np.abs(boxes[category] - tight).max() <= 1.5
+            differing = (drawn[category] != visible).sum()
+            assert differing <= 2 * outline * (visible.any(0).sum() + visible.any(1).sum())
+        left.append(len(instances))
+        if {0, 1} <= boxes.keys():
+            both += 1
+            flipped += boxes[1][0] < boxes[0][0]
+    assert set(left) == {0, 1, 2, 3}  # crops without an object are kept
+    assert 0.3 < flipped / both < 0.7
+
+
+def test_resumed_training_sees_the_same_crops(shared_coco):
+    def batches(start, count, workers):
+        overrides = ["data.train.crop=96", "data.num_classes=3", "dataloader.train.total_batch_size=2"]
+        cfg = load_config(str(COCO_MS), [*overrides, *shared_coco.overrides("train")])
+        cfg.dataloader.train.num_workers = workers
+        loader = instantiate(cfg.dataloader.train)
+        loader.batch_sampler.start = start
+        return [sample for batch in itertools.islice(loader, count) for sample in batch]
+
+    whole = batches(0, 6, 0)
+    assert len({sample["image"].shape for sample in whole}) > 6  # not one size per image
+    for ours, expected in zip(batches(4, 2, 2), whole[8:], strict=True):
+        assert torch.equal(ours["image"], expected["image"])
+        assert torch.equal(ours["instances"].gt_boxes.tensor, expected["instances"].gt_boxes.tensor)
+        assert torch.equal(ours["instances"].gt_masks.tensor, expected["instances"].gt_masks.tensor)

@@ -11,7 +11,7 @@ from piip.data import MultiScaleCrop
 from .coco import data, dataloader
 
 data.train.crop = 1024
-data.test.scales = [(1333, 800)]
+data.test.scales = [(1333, 800)]  # of crop 1024; for another crop set both, as every row does
 del data.train.scales
 
 dataloader.train.mapper.augmentations = [
