@@ -74,7 +74,13 @@ def _structure(config: TimmConfig) -> _Structure:
     """Builds the network without memory, once per configuration, to look at it."""
     import torch
 
-    from .branches.timm_model import create_model, describe
+    from .branches.timm_factory import create_model, describe
 
     with torch.device("meta"):
-        return _Structure(*describe(create_model(config), config))
+        model = create_model(
+            config.name,
+            patch_size=config.patch_size,
+            keep_prefix_tokens=config.keep_prefix_tokens,
+            options=dict(config.options),
+        )
+        return _Structure(*describe(model, config.name))

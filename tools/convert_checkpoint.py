@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--branch-classes",
         nargs="+",
         choices=list(BRANCH_CLASSES),
-        help="with --to-public and --config: published class of each branch (default: deit for all)",
+        help="with --to-public and --config: published class of each branch (default: that of its family)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the floating-point tensors (default: as they are)")
     parser.add_argument(
