@@ -1,13 +1,15 @@
 """Branch merging and feature pyramids (paper section III-C).
 
 `BranchMerging` turns the maps of all branches into one (equations 3 and 4), `FeaturePyramid` makes the levels that
-detectors and segmentors expect, `ClassificationMerging` one vector of class scores.
+detectors and segmentors expect, `ClassificationMerging` one vector of class scores, `TokenMerging` the visual tokens of
+a multimodal language model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .validation import check_choice
 
-__all__ = ["BranchMerging", "ClassificationMerging", "FeaturePyramid"]
+__all__ = ["BranchMerging", "ClassificationMerging", "FeaturePyramid", "TokenMerging"]
 
 GROUP_NORM_EPS = 1e-5
 LAYER_NORM_EPS = 1e-6
@@ -143,7 +146,7 @@ def _deconv(dim: int) -> nn.ConvTranspose2d:
 
 def _check_groups(dim: int, num_groups: int) -> None:
     if dim % num_groups:
-        raise ConfigError(f"MergingConfig.num_groups={num_groups}: expected a divisor of the merged width {dim}")
+        raise ConfigError(f"num_groups={num_groups}: expected a divisor of the merged width {dim}")
 
 
 class ClassificationMerging(nn.Module):
@@ -180,3 +183,67 @@ class ClassificationMerging(nn.Module):
             for weight, projection, x in zip(self.weights, self.projections, maps, strict=True)
         )
         return self.head(self.norm(merged).mean(dim=(-2, -1)))
+
+
+class TokenMerging(nn.Module):
+    """Visual tokens for a language model: one projector per branch, on one grid, summed (paper section III-D).
+
+    A branch's map is first resized to the grid, bilinearly and in fp32, then projected: linear, norm, GELU, linear.
+    With one branch and no norm that is the projector of LLaVA-1.5.
+
+    Args:
+        dims: Width of every branch, Branch 1 first.
+        embed_dim: Width of the tokens, that of the language model.
+        norm: "group" over channel groups and positions; "layer" over channels, without parameters; "none".
+        num_groups: Groups of the group norm.
+        grid: Side of the square grid of the tokens; None for that of the last branch.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        embed_dim: int,
+        *,
+        norm: Literal["group", "layer", "none"] = "group",
+        num_groups: int = 32,
+        grid: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("norm", norm, ("group", "layer", "none"))
+        self.grid = grid
+        self.projections = nn.ModuleDict(
+            {str(number): _TokenProjection(dim, embed_dim, norm, num_groups) for number, dim in enumerate(dims, 1)}
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps of all branches, (B, C_i, H_i, W_i), to tokens (B, H * W, embed_dim), row by row."""
+        size = maps[-1].shape[-2:] if self.grid is None else (self.grid, self.grid)
+        tokens = None
+        for x, projection in zip(maps, self.projections.values(), strict=True):
+            if x.shape[-2:] != size:
+                x = F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False).to(x.dtype)
+            x = projection(x.permute(0, 2, 3, 1))
+            tokens = x if tokens is None else tokens + x
+        return tokens.flatten(1, 2)
+
+
+class _TokenProjection(nn.Module):
+    """Linear, norm, GELU, linear over channels-last maps."""
+
+    def __init__(self, in_dim: int, out_dim: int, norm: str, num_groups: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        if norm == "group":
+            _check_groups(out_dim, num_groups)
+            self.norm: nn.Module = nn.GroupNorm(num_groups, out_dim, eps=GROUP_NORM_EPS)
+        else:
+            self.norm = nn.LayerNorm(out_dim, elementwise_affine=False) if norm == "layer" else nn.Identity()
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear_1(x)
+        if isinstance(self.norm, nn.GroupNorm):  # over channel groups and positions: channels first
+            x = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else:
+            x = self.norm(x)
+        return self.linear_2(F.gelu(x))

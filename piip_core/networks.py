@@ -64,7 +64,7 @@ class _PlainTransformer(NetworkConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(_PlainTransformer):
-    """Plain vision transformer (DeiT, DeiT III, AugReg, MAE, DINOv2, InternViT): pre-norm blocks, learned positions.
+    """Plain vision transformer (DeiT, AugReg, MAE, DINOv2, InternViT, CLIP): pre-norm blocks, learned positions.
 
     Args:
         embed_dim: Width of the tokens.
@@ -78,9 +78,12 @@ class ViTConfig(_PlainTransformer):
         norm: "layernorm", or "rmsnorm" (InternViT-6B).
         norm_eps: Epsilon of the norms.
         qk_norm: Normalise queries and keys over the full width, all heads together (InternViT-6B).
-        activation: "gelu", or "gelu_tanh", its approximation in the fused MLP of some published models.
+        activation: "gelu"; "gelu_tanh", its approximation in the fused MLP of some published models; "quick_gelu", its
+            approximation in OpenAI's CLIP.
+        pre_norm: A norm before block 0, and no bias in the patch convolution (CLIP).
         class_token: Prepend a class token. It takes part in self-attention only: interactions and merging see
             patch tokens. It needs global attention, so no window sizes.
+        class_position: The class token has an entry in the position table, the first one (CLIP).
     """
 
     family: ClassVar[str] = "vit"
@@ -96,13 +99,21 @@ class ViTConfig(_PlainTransformer):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-6
     qk_norm: bool = False
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    pre_norm: bool = False
     class_token: bool = False
+    class_position: bool = False
 
     def __post_init__(self) -> None:
         self._check_sizes("pos_grid")
         check_choice("ViTConfig.norm", self.norm, ("layernorm", "rmsnorm"))
-        check_choice("ViTConfig.activation", self.activation, ("gelu", "gelu_tanh"))
+        check_choice("ViTConfig.activation", self.activation, ("gelu", "gelu_tanh", "quick_gelu"))
+        check(
+            self.class_token or not self.class_position,
+            "ViTConfig.class_position",
+            self.class_position,
+            "False for a network with class_token=False",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
-"""Plain vision transformers from timm as branches: DeiT, DeiT III, AugReg, MAE, DINOv2, InternViT, Uni-Perceiver."""
+"""Plain vision transformers from timm as branches: DeiT, DeiT III, AugReg, MAE, DINOv2, InternViT, CLIP, Uni-Perceiver."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
-from timm.layers import GELUTanh, RmsNorm
+from timm.layers import GELUTanh, QuickGELU, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from .window import FullWidthNormAttention, MapAttention
 __all__ = ["UniPerceiverBranch", "ViTBranch"]
 
 _NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RmsNorm}
-_ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh}
+_ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
 
 
 @register_branch(ViTConfig)
@@ -36,7 +36,9 @@ class ViTBranch(TransformerBranch):
             qkv_bias=net.qkv_bias,
             qk_norm=net.qk_norm,
             init_values=net.layer_scale,
+            pre_norm=net.pre_norm,
             class_token=net.class_token,
+            no_embed_class=not net.class_position,
             norm_layer=partial(_NORMS[net.norm], eps=net.norm_eps),
             act_layer=_ACTIVATIONS[net.activation],
             attn_layer=FullWidthNormAttention if net.qk_norm else MapAttention,
@@ -47,10 +49,14 @@ class ViTBranch(TransformerBranch):
 
     def embed(self, image: Tensor) -> BranchState:
         tokens = self.patch_map(image)
-        tokens = tokens + resize_position_grid(self.model.pos_embed, *tokens.shape[1:3])
+        class_position, grid = self.model.pos_embed.tensor_split([int(self.config.network.class_position)], dim=1)
+        tokens = self.model.norm_pre(tokens + resize_position_grid(grid, *tokens.shape[1:3]))
         if self.model.cls_token is None:
             return BranchState(tokens)
-        return BranchState(tokens, self.model.cls_token.expand(len(tokens), -1, -1))
+        prefix = self.model.cls_token
+        if self.config.network.class_position:
+            prefix = prefix + class_position
+        return BranchState(tokens, self.model.norm_pre(prefix).expand(len(tokens), -1, -1))
 
 
 @register_branch(UniPerceiverConfig)
@@ -68,6 +74,7 @@ class UniPerceiverBranch(TransformerBranch):
             net,
             init_values=1.0,  # timm takes 0 for "no layer scale"
             class_token=False,
+            no_embed_class=True,
             norm_layer=norm_layer,
             attn_layer=MapAttention,
         )
@@ -95,7 +102,6 @@ def _vision_transformer(net: ViTConfig | UniPerceiverConfig, **options: object) 
         depth=net.depth,
         num_heads=net.num_heads,
         mlp_ratio=net.mlp_ratio,
-        no_embed_class=True,
         dynamic_img_size=True,
         final_norm=False,
         global_pool="",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from timm.layers.pos_embed_rel import gen_relative_position_index
@@ -14,7 +14,7 @@ from ..errors import NotSupportedYet
 from ..networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 from .rules import Change, Rule, rename_parts
 
-__all__ = ["BRANCH_CLASSES", "Unused", "branch_class_of", "default_branch_class", "unused_branch_tensors"]
+__all__ = ["BRANCH_CLASSES", "Unused", "branch_class_of", "branch_rules", "default_branch_class", "unused_branch_tensors"]
 
 _BLOCK = (
     "blocks.*.norm1.*",
@@ -24,6 +24,37 @@ _BLOCK = (
     "blocks.*.mlp.fc1.*",
     "blocks.*.mlp.fc2.*",
 )
+
+_CONVNEXT_TIMM = rename_parts(
+    ("stem.*.*", "convnext_model.stem.*.*"),
+    ("stages.*.downsample.*.*", "convnext_model.stages.*.downsample.*.*"),
+    ("stages.*.blocks.*.conv_dw.*", "convnext_model.stages.*.blocks.*.conv_dw.*"),
+    ("stages.*.blocks.*.norm.*", "convnext_model.stages.*.blocks.*.norm.*"),
+    ("stages.*.blocks.*.mlp.*.*", "convnext_model.stages.*.blocks.*.mlp.*.*"),
+    ("stages.*.blocks.*.gamma", "convnext_model.stages.*.blocks.*.weight"),
+)
+
+
+def _clip(prefix: str) -> tuple[Rule, ...]:
+    layer = f"{prefix}encoder.layers.*"
+    joined = (
+        Rule("blocks.*.attn.qkv.*", f"{layer}.self_attn.{name}_proj.*", part=part) for part, name in enumerate("qkv")
+    )
+    return (
+        Rule("pos_embed", f"{prefix}embeddings.position_embedding.weight", Change.POSITION_TABLE),
+        Rule("cls_token", f"{prefix}embeddings.class_embedding", Change.CLASS_TOKEN),
+        *joined,
+        *rename_parts(
+            ("patch_embed.proj.*", f"{prefix}embeddings.patch_embedding.*"),
+            ("norm_pre.*", f"{prefix}pre_layrnorm.*"),
+            ("blocks.*.norm1.*", f"{layer}.layer_norm1.*"),
+            ("blocks.*.attn.proj.*", f"{layer}.self_attn.out_proj.*"),
+            ("blocks.*.norm2.*", f"{layer}.layer_norm2.*"),
+            ("blocks.*.mlp.fc1.*", f"{layer}.mlp.fc1.*"),
+            ("blocks.*.mlp.fc2.*", f"{layer}.mlp.fc2.*"),
+        ),
+    )
+
 
 BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
     # DeiT and DeiT III
@@ -82,10 +113,19 @@ BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
         ("stages.*.blocks.*.mlp.fc2.*", "convnext_model.encoder.stages.*.layers.*.pwconv2.*"),
         ("stages.*.blocks.*.gamma", "convnext_model.encoder.stages.*.layers.*.layer_scale_parameter"),
     ),
+    # timm's ConvNeXt; transformers before 4.49 renamed every "gamma" to "weight" when it loaded a model
+    "convnext_timm": _CONVNEXT_TIMM,
+    # the same with a hidden layer in its head
+    "convnext_timm_mlp": _CONVNEXT_TIMM,
+    # transformers' CLIP
+    "clip": _clip("clip_model."),
 }
 
-# A component of names that only one published class has
+# A component of names that only one published class has; the first one found decides
 _MARKERS = {
+    "clip_model": "clip",
+    "pre_logits": "convnext_timm_mlp",
+    "conv_dw": "convnext_timm",
     "convnext_model": "convnext",
     "relative_position_bias_table": "beit",
     "visual_embed": "uniperceiver",
@@ -122,6 +162,15 @@ class Unused:
         return torch.zeros(self.shape) if self.fill is None else self.fill()
 
 
+def branch_rules(branch_class: str, network: NetworkConfig) -> tuple[Rule, ...]:
+    """Rules for a branch of a published class, with a certain network."""
+    rules = BRANCH_CLASSES[branch_class]
+    if branch_class == "clip" and not network.class_token:
+        (position,) = (rule for rule in rules if rule.ours == "pos_embed")
+        return (replace(position, change=Change.POSITION_TABLE_SLOT), *rules)
+    return rules
+
+
 def branch_class_of(keys: Sequence[str]) -> str:
     """Published class of a branch, from the keys below it.
 
@@ -145,6 +194,8 @@ def default_branch_class(branch: BranchConfig) -> str:
         NotSupportedYet: For networks that no published class holds.
     """
     network = branch.network
+    if isinstance(network, ViTConfig) and network.pre_norm:
+        return "clip"
     if isinstance(network, ViTConfig) and (network.qk_norm or branch.drop_path_schedule == "linear"):
         return "internvit"
     try:
@@ -156,11 +207,14 @@ def default_branch_class(branch: BranchConfig) -> str:
 def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Unused]:
     """Tensors of a published branch that ours does not have, by published name."""
     if branch_class == "convnext":
-        dim = network.dims[-1]
-        return {
-            "convnext_model.layernorm.weight": Unused((dim,), lambda: torch.ones(dim)),
-            "convnext_model.layernorm.bias": Unused((dim,)),
-        }
+        return _unused_norm("convnext_model.layernorm", network.dims[-1])
+    if branch_class in ("convnext_timm", "convnext_timm_mlp"):
+        return _unused_head(network.dims[-1], hidden=branch_class == "convnext_timm_mlp")
+    if branch_class == "clip":
+        unused = _unused_norm("clip_model.post_layernorm", network.embed_dim)
+        if not network.class_token:
+            unused["clip_model.embeddings.class_embedding"] = Unused((network.embed_dim,))
+        return unused
     if branch_class == "beit":
         side = network.bias_window
         index = Unused(
@@ -170,3 +224,13 @@ def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str
         )
         return {f"blocks.{i}.attn.relative_position_index": index for i in range(network.depth)}
     return {}
+
+
+def _unused_norm(name: str, dim: int) -> dict[str, Unused]:
+    return {f"{name}.weight": Unused((dim,), lambda: torch.ones(dim)), f"{name}.bias": Unused((dim,))}
+
+
+def _unused_head(dim: int, *, hidden: bool) -> dict[str, Unused]:
+    layer = "convnext_model.head.pre_logits.fc"
+    unused = _unused_norm("convnext_model.head.norm", dim)
+    return unused | ({f"{layer}.weight": Unused((dim, dim)), f"{layer}.bias": Unused((dim,))} if hidden else {})

@@ -8,15 +8,15 @@ from functools import lru_cache
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import PIIPConfig
-from ..pyramid import DensePIIP
+from ..pyramid import PIIP, DensePIIP
 from .branch_names import branch_class_of, default_branch_class
 from .names import DETECTORS, PublishedNames
 from .public_config import branch_shapes
 from .report import ConversionReport
-from .rules import Change, Rule, RuleTable
+from .rules import PARTS, Change, Rule, RuleTable
 
 __all__ = ["detector_of", "from_published", "model_shapes", "our_names", "published_names", "to_published"]
 
@@ -29,9 +29,13 @@ OUTSIDE = "not part of the backbone, which alone was asked for"
 
 @lru_cache(maxsize=64)  # more than the zoo has: recognising a file may need many
 def model_shapes(config: PIIPConfig) -> Mapping[str, torch.Size]:
-    """Name and shape of every tensor of `DensePIIP(config)`, without allocating it."""
+    """Name and shape of every tensor of `DensePIIP(config)`, without allocating it.
+
+    Without merging, those of a module whose `pyramid` is `PIIP(config)`.
+    """
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in DensePIIP(config).state_dict().items()}
+        model = DensePIIP(config) if config.merging is not None else nn.ModuleDict({"pyramid": PIIP(config)})
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return MappingProxyType(shapes)
 
 
@@ -97,6 +101,7 @@ def from_published(
     state: Mapping[str, Tensor],
     config: PIIPConfig | None,
     *,
+    names: PublishedNames | None = None,
     backbone_only: bool = False,
     dtype: torch.dtype | None = torch.float32,
     source: str = "checkpoint",
@@ -106,6 +111,7 @@ def from_published(
     Args:
         state: With the prefix `backbone.` and perhaps a detector's neck and heads, or a bare backbone, or heads alone.
         config: The backbone it belongs to; None for heads alone.
+        names: The name map; None recognises a detection model's by the keys (`published_names`).
         backbone_only: Leave neck and heads out, and give names relative to `DensePIIP`.
         dtype: Type for floating-point tensors (bf16 runs leave mixed types behind); None keeps what the file has.
         source: Name of the file, for messages.
@@ -114,9 +120,10 @@ def from_published(
         Our state dict (for a detector, under Detectron2's names) and the account; call its `check`.
     """
     report = ConversionReport(source=source)
-    names = published_names(config, state, backbone_only=backbone_only)
+    names = names or published_names(config, state, backbone_only=backbone_only)
     table, unused, shapes = names.table(), names.unused_tensors(), _our_shapes(names)
     converted: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = {}
     for key, tensor in state.items():
         found = table.to_ours(key)
         if key in unused:
@@ -127,9 +134,14 @@ def from_published(
             report.unexplained.append(key)
         else:
             name, rule = found
-            converted[name] = rule.change.to_ours(tensor)
             report.used[key] = name
-            _account(report, name, rule, converted[name].shape, shapes[name])
+            if rule.part is None:
+                converted[name] = rule.change.to_ours(tensor)
+                _account(report, name, rule, converted[name].shape, shapes[name])
+            else:
+                parts.setdefault(name, {})[rule.part] = tensor
+    for name, found in parts.items():
+        _join(converted, report, name, found, shapes[name])
     report.missing = [name for name in shapes if name not in converted]
     if config is not None and names.published_prefix and not names.detector and not backbone_only:
         report.notes.append("the file has no neck and heads that are known here: a detector would start them at random")
@@ -153,14 +165,13 @@ def to_published(
     table, shapes = names.table(), _our_shapes(names)
     published: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        found = table.to_published(name)
-        if found is None or name not in shapes:
+        found = table.all_published(name)
+        if not found or name not in shapes:
             report.unexplained.append(name)
             continue
-        key, rule = found
-        published[key] = rule.change.to_published(tensor)
-        report.used[name] = key
-        _account(report, name, rule, tensor.shape, shapes[name])
+        published |= {key: rule.take(tensor) for key, rule in found}
+        report.used[name] = ", ".join(key for key, _ in found)
+        _account(report, name, found[0][1], tensor.shape, shapes[name])
     for key, unused in names.unused_tensors().items():
         published[key] = unused.make()
         report.filled[key] = f"{unused.reason}; the published class has it"
@@ -173,6 +184,25 @@ def _our_shapes(names: PublishedNames) -> dict[str, torch.Size | None]:
     backbone = model_shapes(names.config) if names.config is not None else {}
     prefixed = {names.ours_prefix + name: shape for name, shape in backbone.items()}
     return prefixed | dict.fromkeys(names.head_tensors())
+
+
+def _join(
+    converted: dict[str, Tensor],
+    report: ConversionReport,
+    name: str,
+    parts: Mapping[int, Tensor],
+    want: torch.Size,
+) -> None:
+    """Puts a tensor together that is published in parts; one of which some are missing stays missing."""
+    if len(parts) < PARTS:
+        return
+    shapes = {tuple(part.shape) for part in parts.values()}
+    if len(shapes) > 1:
+        report.mismatched[name] = f"shapes {', '.join(map(str, shapes))} of its parts in the file, expected equal ones"
+        return
+    converted[name] = torch.cat([parts[i] for i in range(PARTS)])
+    if converted[name].shape != want:
+        report.mismatched[name] = f"shape {tuple(converted[name].shape)} in the file, {tuple(want)} in the model"
 
 
 def _account(report: ConversionReport, name: str, rule: Rule, have: torch.Size, want: torch.Size | None) -> None:

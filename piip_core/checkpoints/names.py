@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import MergingConfig, PIIPConfig
-from .branch_names import BRANCH_CLASSES, Unused, unused_branch_tensors
+from .branch_names import Unused, branch_rules, unused_branch_tensors
 from .rules import Rule, RuleTable, rename_parts
 
-__all__ = ["DETECTORS", "PublishedNames", "injection_rules", "unit_rules"]
+__all__ = ["DETECTORS", "PublishedNames", "injection_rules", "projector_rules", "unit_rules"]
 
 # One direction of an interaction unit; published names are below `branch2to1_injector` or `branch1to2_injector`
 _INJECTION = rename_parts(
@@ -23,12 +23,10 @@ _INJECTION = rename_parts(
     ("value_norm.*", "feat_norm.*"),
     # deformable: sampling_offsets, attention_weights, value_proj, output_proj; regular: wq, wk, wv, proj
     "attn.*.*",
-    ("attn_gamma", "ca_gamma"),
     "ffn_norm.*",
     "ffn.fc1.*",
     ("ffn.dwconv.*", "ffn.dwconv.dwconv.*"),
     "ffn.fc2.*",
-    ("ffn_gamma", "cffn_gamma"),
 )
 
 # In a published unit "1" is the branch with the lower number, whichever two branches it joins
@@ -76,17 +74,31 @@ DETECTORS: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-def injection_rules() -> tuple[Rule, ...]:
+def injection_rules(scale: str = "gamma") -> tuple[Rule, ...]:
     """Rules for one direction, below `into_low` (ours) and the injector (published)."""
-    return _INJECTION
+    return (*_INJECTION, *rename_parts(("attn_gamma", f"ca_{scale}"), ("ffn_gamma", f"cffn_{scale}")))
 
 
-def unit_rules() -> Iterator[Rule]:
+def unit_rules(scale: str = "gamma") -> Iterator[Rule]:
     """Rules for one interaction unit, relative to the unit on both sides."""
     for ours, published in _DIRECTIONS.items():
         yield Rule(f"{ours}.proj.*", f"{published}_proj.*")
-        for rule in _INJECTION:
+        for rule in injection_rules(scale):
             yield rule.prefixed(f"{ours}.", f"{published}_injector.")
+
+
+def projector_rules(num_branches: int, norm: str) -> tuple[Rule, ...]:
+    """Rules for `TokenMerging` with the given norm, below a published projector."""
+    if norm == "none":  # LLaVA-1.5
+        return rename_parts(("projections.1.linear_1.*", "0.*"), ("projections.1.linear_2.*", "2.*"))
+    layers = {"group": {"linear_1": 1, "norm": 3, "linear_2": 6}, "layer": {"linear_1": 1, "linear_2": 5}}[norm]
+    return rename_parts(
+        *(
+            (f"projections.{number}.{ours}.*", f"branch{number}.{published}.*")
+            for number in range(1, num_branches + 1)
+            for ours, published in layers.items()
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -94,11 +106,12 @@ class PublishedNames:
     """The complete name map for one configuration.
 
     Args:
-        config: The backbone, with `merging` set; None for files with nothing but heads.
+        config: The backbone; None for files with nothing but heads.
         branch_classes: Published class of each branch (a key of `BRANCH_CLASSES`).
         detector: What follows the backbone (a key of `DETECTORS`); None for nothing.
         ours_prefix: Where our model holds the backbone.
         published_prefix: Where the published model holds the backbone.
+        scale: What the scales of an interaction's residuals are called.
     """
 
     config: PIIPConfig | None
@@ -106,6 +119,7 @@ class PublishedNames:
     detector: str | None = None
     ours_prefix: str = ""
     published_prefix: str = ""
+    scale: str = "gamma"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON, to store in a converted file."""
@@ -144,7 +158,7 @@ class PublishedNames:
     def _unused_upsampling(self) -> dict[str, Unused]:
         """The three-branch class keeps the four-fold upsampling even where no stride-4 map is asked for (`is_dino`)."""
         merging = self.config.merging
-        if len(self.config.branches) != 3 or merging.kind != "simple" or 4 in merging.out_strides:
+        if len(self.config.branches) != 3 or merging is None or merging.kind != "simple" or 4 in merging.out_strides:
             return {}
         dim = self.config.branches[0].network.dims[-1]
         vectors = {f"fpn1.{i}.{part}": (dim,) for i, part in ((0, "bias"), (1, "weight"), (1, "bias"), (3, "bias"))}
@@ -159,14 +173,15 @@ class PublishedNames:
             return
         single = len(self.config.branches) == 1
         for number, branch_class in enumerate(self.branch_classes, 1):
-            for rule in BRANCH_CLASSES[branch_class]:
+            for rule in branch_rules(branch_class, self.config.branches[number - 1].network):
                 yield rule.prefixed(f"pyramid.branches.{number - 1}.model.", self._branch_prefix(number))
         for low, high in self._unit_pairs():
-            for rule in unit_rules():
+            for rule in unit_rules(scale=self.scale):
                 yield rule.prefixed(
                     f"pyramid.interactions.*.units.{low}_{high}.", f"interactions.*.interaction_units_{low}{high}."
                 )
-        yield from _merging_rules(self.config.merging, self.config.merging_branches, single)
+        if self.config.merging is not None:
+            yield from _merging_rules(self.config.merging, self.config.merging_branches, single)
 
     def _unit_pairs(self) -> list[tuple[int, int]]:
         n = len(self.config.branches)

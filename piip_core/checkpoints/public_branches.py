@@ -23,7 +23,6 @@ _TRANSFORMER_FIELDS |= {"window_attn", "window_size", "use_flash_attn", "init_sc
 # Fields that only have one supported value, and what another value would need
 _FIXED_FIELDS = {
     "with_final_norm": (False, "a final norm in a branch"),
-    "use_cls_token": (False, "class tokens in dense models"),
     "drop_rate": (0.0, "dropout in a branch"),
     "attn_drop_rate": (0.0, "attention dropout in a branch"),
     "in_chans": (3, "images with other than 3 channels"),
@@ -31,6 +30,7 @@ _FIXED_FIELDS = {
     "use_abs_pos_emb": (False, "absolute position embeddings in BEiT"),
     "use_shared_rel_pos_bias": (False, "a relative position bias shared by the blocks of BEiT"),
 }
+_DENSE_FIELDS = {"use_cls_token": (False, "class tokens in dense models")}
 _NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
 # The fused MLP approximates GELU
 _ACTIVATIONS = {"regular": "gelu", "fused_mlp": "gelu_tanh"}
@@ -54,7 +54,8 @@ def branch_from_public(settings: Settings, branch_class: str, shapes: Shapes, *,
     """Reads the settings of one branch.
 
     Args:
-        settings: Fields of the public branch class.
+        settings: Fields of the public branch class; `clip_config` may hold what transformers' configuration of a CLIP
+            branch says, of which public settings only give the name.
         branch_class: Published class of the branch.
         shapes: Shapes of the published parameters below the branch.
         multi: Whether the branch is one of several, with segments.
@@ -62,14 +63,15 @@ def branch_from_public(settings: Settings, branch_class: str, shapes: Shapes, *,
     Raises:
         NotSupportedYet: For fields or values that our configuration cannot express.
     """
-    for field, (supported, feature) in _FIXED_FIELDS.items():
+    fixed = _FIXED_FIELDS if branch_class == "clip" else _FIXED_FIELDS | _DENSE_FIELDS
+    for field, (supported, feature) in fixed.items():
         if settings.get(field, supported) != supported:
             raise NotSupportedYet(feature)
-    settings = {key: value for key, value in settings.items() if key not in _FIXED_FIELDS}
+    settings = {key: value for key, value in settings.items() if key not in fixed}
     network, options = _READERS[branch_class](settings, shapes)
     return BranchConfig(
         network=network,
-        image_size=settings["real_size"],
+        image_size=settings["real_size" if "real_size" in settings else "img_size"],
         segments=tuple(map(tuple, settings["interaction_indexes"])) if multi else None,
         drop_path_rate=settings.get("drop_path_rate", 0.0),
         **options,
@@ -167,12 +169,52 @@ def _convnext(settings: Settings, shapes: Shapes) -> tuple[ConvNeXtConfig, dict[
         parts = key.split(".")
         if parts[-1] == "layer_scale_parameter":
             scales.setdefault(int(parts[parts.index("stages") + 1]), []).append(shape[0])
+    return _convnext_of_stages(settings, scales), {"drop_path_schedule": "linear"}
+
+
+def _convnext_timm(settings: Settings, shapes: Shapes) -> tuple[ConvNeXtConfig, dict[str, Any]]:
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | {"downsample_ratios", "model_type"})
+    scales: dict[int, list[int]] = {}
+    for key, shape in shapes.items():
+        match key.split("."):
+            case ["convnext_model", "stages", stage, "blocks", _, "weight"]:
+                scales.setdefault(int(stage), []).append(shape[0])
+    return _convnext_of_stages(settings, scales), {"drop_path_schedule": "linear"}
+
+
+def _convnext_of_stages(settings: Settings, scales: Mapping[int, Sequence[int]]) -> ConvNeXtConfig:
+    """From the widths of the layer scales in each stage."""
     stages = [scales[stage] for stage in sorted(scales)]
     network = ConvNeXtConfig(depths=tuple(map(len, stages)), stage_dims=tuple(dims[0] for dims in stages))
     ratios = settings.get("downsample_ratios")
     if ratios is not None and tuple(ratios) != network.strides:
         raise NotSupportedYet(f"downsample_ratios={list(ratios)}")
-    return network, {"drop_path_schedule": "linear"}
+    return network
+
+
+def _clip(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
+    """Sizes that shapes do not tell are those of every released CLIP, unless `clip_config` has others."""
+    own = {"model_type", "clip_config", "use_cls_token", "pretrain_patch_size", "patch_size"}
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | own)
+    details = settings.get("clip_config", {})
+    width, _, _, patch_size = shapes["clip_model.embeddings.patch_embedding.weight"]
+    hidden = shapes["clip_model.encoder.layers.0.mlp.fc1.weight"][0]
+    class_token = settings.get("use_cls_token", False)
+    network = ViTConfig(
+        embed_dim=width,
+        depth=len({key.split(".")[3] for key in shapes if key.startswith("clip_model.encoder.layers.")}),
+        num_heads=details.get("num_attention_heads", width // 64),
+        mlp_ratio=hidden / width,
+        patch_size=patch_size,
+        pos_grid=round((shapes["clip_model.embeddings.position_embedding.weight"][0] - 1) ** 0.5),
+        layer_scale=None,
+        norm_eps=details.get("layer_norm_eps", 1e-5),
+        activation=details.get("hidden_act", "quick_gelu"),
+        pre_norm=True,
+        class_token=class_token,
+        class_position=class_token,
+    )
+    return network, {}
 
 
 _READERS: Mapping[str, Callable[[Settings, Shapes], tuple[NetworkConfig, dict[str, Any]]]] = {
@@ -181,6 +223,9 @@ _READERS: Mapping[str, Callable[[Settings, Shapes], tuple[NetworkConfig, dict[st
     "beit": _beit,
     "uniperceiver": _uniperceiver,
     "convnext": _convnext,
+    "convnext_timm": _convnext_timm,
+    "convnext_timm_mlp": _convnext_timm,
+    "clip": _clip,
 }
 
 

@@ -14,7 +14,7 @@ from .public_branches import Shapes, branch_from_public, check_fields, num_block
 __all__ = ["PublishedModel", "branch_shapes", "config_from_public"]
 
 # Fields without influence on what the network computes in evaluation, or on its parameters
-_RUNTIME_FIELDS = {"type", "cal_flops", "output_dtype"}
+_RUNTIME_FIELDS = {"type", "cal_flops", "output_dtype", "model_cls", "unfreeze", "use_branch_merging"}
 _TOP_FIELDS = {"n_points", "deform_num_heads", "with_cffn", "cffn_ratio", "deform_ratio", "is_dino", "norm_layer"}
 _TOP_FIELDS |= {"interaction_proj", "interact_attn_type", "interaction_drop_path_rate", "with_simple_fpn"}
 _TOP_FIELDS |= {"out_interaction_indexes"}
@@ -29,7 +29,11 @@ class PublishedModel:
 
 
 def config_from_public(
-    public: Mapping[str, Any], state_shapes: Shapes, *, branch4_built_from: str | None = None
+    public: Mapping[str, Any],
+    state_shapes: Shapes,
+    *,
+    merging: bool = True,
+    branch4_built_from: str | None = None,
 ) -> PublishedModel:
     """Reads a published configuration.
 
@@ -39,6 +43,7 @@ def config_from_public(
         public: Fields of the public backbone class: `branch1`, `branch2`, ..., `n_points` and so on; for a
             single-branch baseline the fields of the branch itself.
         state_shapes: Shapes of the published state dict below the backbone.
+        merging: Whether merging and feature pyramid belong to it; not so in multimodal models.
         branch4_built_from: "branch3 config" if Branch 4 takes all but `real_size` and `interaction_indexes` from
             Branch 3 (what the public class does), "branch4 config" if not. None decides by the shapes.
 
@@ -61,7 +66,7 @@ def config_from_public(
     config = PIIPConfig(
         branches=branches,
         interaction=_interaction(public, len(public["branch1"]["interaction_indexes"])),
-        merging=_merging(public),
+        merging=_merging(public) if merging else None,
     )
     return PublishedModel(config, tuple(classes.values()))
 

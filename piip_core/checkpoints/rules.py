@@ -11,7 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Change", "Rule", "RuleTable", "rename_parts"]
+__all__ = ["PARTS", "Change", "Rule", "RuleTable", "rename_parts"]
+
+PARTS = 3  # queries, keys and values
 
 
 class Change(Enum):
@@ -23,6 +25,11 @@ class Change(Enum):
         "dropped here, zeros on the way back"
     )
     POSITION_TABLE = "the published position table has no batch axis"
+    POSITION_TABLE_SLOT = (
+        "the published position table has no batch axis, and entry 0 is for a class token that the network does not "
+        "have: dropped here, zeros on the way back"
+    )
+    CLASS_TOKEN = "the published class token has no batch and sequence axes"
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         match self:
@@ -30,6 +37,10 @@ class Change(Enum):
                 return tensor[:, 1:].clone()
             case Change.POSITION_TABLE:
                 return tensor[None]
+            case Change.POSITION_TABLE_SLOT:
+                return tensor[None, 1:].clone()
+            case Change.CLASS_TOKEN:
+                return tensor[None, None]
         return tensor
 
     def to_published(self, tensor: Tensor) -> Tensor:
@@ -38,16 +49,29 @@ class Change(Enum):
                 return torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
             case Change.POSITION_TABLE:
                 return tensor[0]
+            case Change.POSITION_TABLE_SLOT:
+                return torch.cat((torch.zeros_like(tensor[0, :1]), tensor[0]))
+            case Change.CLASS_TOKEN:
+                return tensor[0, 0]
         return tensor
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One correspondence of names. `*` stands for one component between dots, the same text on both sides."""
+    """One correspondence of names. `*` stands for one component between dots, the same text on both sides.
+
+    Attributes:
+        ours: Our name.
+        published: The published name.
+        change: What besides the name differs.
+        part: Which of the three equal parts of our tensor, along its first axis, the published one is (queries, keys
+            and values of one linear); None if it is all of it.
+    """
 
     ours: str
     published: str
     change: Change = Change.NONE
+    part: int | None = None
 
     def __post_init__(self) -> None:
         if self.ours.count("*") != self.published.count("*"):
@@ -56,6 +80,10 @@ class Rule:
     def prefixed(self, ours: str, published: str) -> Rule:
         """The same rule below a prefix on either side."""
         return replace(self, ours=ours + self.ours, published=published + self.published)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The published tensor, from ours."""
+        return self.change.to_published(tensor if self.part is None else tensor.chunk(PARTS)[self.part])
 
     @cached_property
     def _ours(self) -> re.Pattern[str]:
@@ -97,8 +125,13 @@ class RuleTable:
         return next(((name, rule) for rule in self.rules if (name := rule.to_ours(published)) is not None), None)
 
     def to_published(self, ours: str) -> tuple[str, Rule] | None:
-        """The published name for one of ours and the rule that gave it, or None."""
+        """The published name for one of ours and the rule that gave it, or None; of several parts the first."""
         return next(((name, rule) for rule in self.rules if (name := rule.to_published(ours)) is not None), None)
+
+    def all_published(self, ours: str) -> list[tuple[str, Rule]]:
+        """As `to_published`, with all parts of a tensor that is published in parts; empty for an unknown name."""
+        found = ((name, rule) for rule in self.rules if (name := rule.to_published(ours)) is not None)
+        return [(name, rule) for i, (name, rule) in enumerate(found) if i == 0 or rule.part is not None]
 
 
 def rename_parts(*names: str | tuple[str, str]) -> tuple[Rule, ...]:

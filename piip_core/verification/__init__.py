@@ -4,6 +4,7 @@ from .backbones import verify_detection_backbone
 from .check import Check, Comparison
 from .golden import GoldenCase, GoldenError, find_cases
 from .loading import verify_loading
+from .multimodal import verify_multimodal
 from .operators import verify_interaction, verify_op
 from .runner import CaseResult, Status, Verifier, run_cases, summary_line
 
@@ -12,6 +13,7 @@ VERIFIERS: dict[str, Verifier] = {
     "interaction": verify_interaction,
     "detection": verify_detection_backbone,
     "load_mapping": verify_loading,
+    "llava": verify_multimodal,
 }
 """Families of cases that need nothing but piip_core; `piip.verification` has those of detectors."""
 
