@@ -1,4 +1,4 @@
-"""Plain vision transformers from timm as branches: DeiT, DeiT III, AugReg, MAE, DINOv2, InternViT, CLIP, Uni-Perceiver."""
+"""Plain vision transformers from timm as branches: DeiT, AugReg, MAE, DINOv2, InternViT, CLIP, Uni-Perceiver."""
 
 from __future__ import annotations
 

@@ -14,7 +14,14 @@ from ..errors import NotSupportedYet
 from ..networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 from .rules import Change, Rule, rename_parts
 
-__all__ = ["BRANCH_CLASSES", "Unused", "branch_class_of", "branch_rules", "default_branch_class", "unused_branch_tensors"]
+__all__ = [
+    "BRANCH_CLASSES",
+    "Unused",
+    "branch_class_of",
+    "branch_rules",
+    "default_branch_class",
+    "unused_branch_tensors",
+]
 
 _BLOCK = (
     "blocks.*.norm1.*",

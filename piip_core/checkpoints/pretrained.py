@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale, resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..branches import Branch
 from ..errors import CheckpointError
 from ..pyramid import PIIP
 from .branch_names import BRANCH_CLASSES
-from .files import read_checkpoint
 from .relative_positions import resize_relative_positions
 from .report import ConversionReport
-from .rules import RuleTable
+from .rules import PARTS, Change, Rule, RuleTable, rename_parts
+from .sources import read_source
 
 __all__ = ["convert_pretrained", "load_branch", "load_pretrained"]
 
 logger = logging.getLogger(__name__)
-
-TIMM = "timm:"
 
 # Parts of pretrained networks that a branch without a classifier does not have
 _UNUSED_PARTS = {
@@ -39,6 +35,9 @@ _UNUSED_PARTS = {
     "fc_norm": "branches have no final norm",
     "attn_pool": "branches have no pooling",
     "layernorm": "branches have no final norm",
+    "post_layernorm": "branches have no final norm",
+    "ln_post": "branches have no final norm",
+    "proj": "branches have no projection to the space of texts",
     "head": "branches have no classifier",
     "head_dist": "branches have no classifier",
     "classifier": "branches have no classifier",
@@ -48,8 +47,25 @@ _LAYER_SCALES = ("ls1.gamma", "ls2.gamma")
 _POSITION_TABLE = "relative_position_bias_table"
 # BEiT files from pretraining have one table for all blocks
 _SHARED_TABLE = f"rel_pos_bias.{_POSITION_TABLE}"
-# Names of transformers' ConvNeXt with and without head, and where the published models hold it
-_CONVNEXT, _PUBLISHED_CONVNEXT = "convnext.", "convnext_model."
+# Where libraries hold the network, and where the published models do
+_HOLDERS = {"convnext.": "convnext_model.", "vision_model.": "clip_model.", "trunk.": ""}
+# The image side of a model of images and texts: transformers' and open_clip's
+_IMAGE_TOWERS = ("vision_model.", "visual.")
+_OPEN_CLIP = (
+    Rule("pos_embed", "positional_embedding", Change.POSITION_TABLE),
+    Rule("cls_token", "class_embedding", Change.CLASS_TOKEN),
+    *rename_parts(
+        ("patch_embed.proj.weight", "conv1.weight"),
+        ("norm_pre.*", "ln_pre.*"),
+        ("blocks.*.norm1.*", "transformer.resblocks.*.ln_1.*"),
+        ("blocks.*.attn.qkv.weight", "transformer.resblocks.*.attn.in_proj_weight"),
+        ("blocks.*.attn.qkv.bias", "transformer.resblocks.*.attn.in_proj_bias"),
+        ("blocks.*.attn.proj.*", "transformer.resblocks.*.attn.out_proj.*"),
+        ("blocks.*.norm2.*", "transformer.resblocks.*.ln_2.*"),
+        ("blocks.*.mlp.fc1.*", "transformer.resblocks.*.mlp.c_fc.*"),
+        ("blocks.*.mlp.fc2.*", "transformer.resblocks.*.mlp.c_proj.*"),
+    ),
+)
 
 
 def load_pretrained(pyramid: PIIP) -> dict[int, ConversionReport]:
@@ -82,9 +98,9 @@ def load_branch(
 
     Args:
         branch: Any branch. One that was built on the meta device gets its memory here, and never any random weights.
-        source: `timm:NAME`, or a path: .pth, .safetensors or a sharded checkpoint in the published formats (DeiT,
-            DeiT III, AugReg, MAE, DINOv2, BEiT, BEiTv2, Uni-Perceiver, InternViT-6B, ConvNeXt of transformers) or in
-            timm's, or .npz as AugReg publishes it.
+        source: `timm:NAME`, `open_clip:NAME/TAG`, or a path: .pth, .safetensors or a sharded checkpoint in the
+            published formats (DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT, BEiTv2, Uni-Perceiver, InternViT-6B, ConvNeXt
+            and CLIP of transformers, CLIP of open_clip) or in timm's, or .npz as AugReg publishes it.
         device: Where to put a branch that is on the meta device.
         allow_incomplete: Go on although some keys have no explanation.
 
@@ -95,7 +111,7 @@ def load_branch(
         CheckpointError: If the source cannot be had or does not fit; also if it lacks weights that a branch from the
             meta device needs, whatever `allow_incomplete` says.
     """
-    state = _read_source(source)
+    state = read_source(source)
     on_meta = any(parameter.is_meta for parameter in branch.parameters())
     report = ConversionReport(source=source)
     plan = _plan(state, branch.model.state_dict(), report)
@@ -142,54 +158,96 @@ def convert_pretrained(
     return dict(_fitted(state, plan, target, report)), report
 
 
-def _plan(keys: Collection[str], target: Mapping[str, Tensor], report: ConversionReport) -> dict[str, list[str]]:
-    """Which of our names each key provides; fills in the account as far as names tell."""
-    tables = [RuleTable(rules) for rules in BRANCH_CLASSES.values()]
-    plan: dict[str, list[str]] = {}
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the source goes: our names, and the part of them it is if they are joined from parts."""
+
+    names: tuple[str, ...]
+    part: int | None = None
+
+
+def _plan(keys: Collection[str], target: Mapping[str, Tensor], report: ConversionReport) -> dict[str, _Place]:
+    """Where each key goes; fills in the account as far as names tell."""
+    tables = [RuleTable(rules) for rules in (*BRANCH_CLASSES.values(), _OPEN_CLIP)]
+    tower = next((prefix for prefix in _IMAGE_TOWERS if any(key.startswith(prefix) for key in keys)), "")
+    plan: dict[str, _Place] = {}
     for key in keys:
-        name = next((name for name in _candidates(key, tables) if name in target), None)
+        if not key.startswith(tower):
+            report.ignored[key] = "belongs to the text side"
+            continue
+        candidates = list(_candidates(key, tables))
+        name, part = next((found for found in candidates if found[0] in target), (None, None))
+        unused = (_UNUSED_PARTS.get(found.split(".")[0]) for found, _ in candidates)
         if name is not None:
-            plan[key] = [name]
+            plan[key] = _Place((name,), part)
         elif key == _SHARED_TABLE:
-            plan[key] = [name for name in target if name.endswith(_POSITION_TABLE)]
+            plan[key] = _Place(tuple(name for name in target if name.endswith(_POSITION_TABLE)))
         elif key.split(".")[-1] == _INDEX:
             report.ignored[key] = "follows from the window"
-        elif key.removeprefix(_CONVNEXT).split(".")[0] in _UNUSED_PARTS:
-            report.ignored[key] = _UNUSED_PARTS[key.removeprefix(_CONVNEXT).split(".")[0]]
+        elif (reason := next(filter(None, unused), None)) is not None:
+            report.ignored[key] = reason
         else:
             report.unexplained.append(key)
-    report.used |= {key: ", ".join(names) for key, names in plan.items()}
-    provided = {name for names in plan.values() for name in names}
+    report.used |= {key: ", ".join(place.names) for key, place in plan.items()}
+    provided = _provided(plan)
     _fill_layer_scales(provided, target, report)
     report.missing = [name for name in target if name not in provided and name not in report.filled]
     return plan
 
 
-def _candidates(key: str, tables: list[RuleTable]) -> Iterator[str]:
-    """Our possible names for a key: its own, and those of each published class."""
-    yield key
-    for text in (key, _PUBLISHED_CONVNEXT + key.removeprefix(_CONVNEXT)):
+def _provided(plan: Mapping[str, _Place]) -> set[str]:
+    """Our names that a plan gives a value, all parts of it."""
+    parts = Counter(name for place in plan.values() if place.part is not None for name in place.names)
+    return {name for place in plan.values() for name in place.names if parts.get(name, PARTS) == PARTS}
+
+
+def _candidates(key: str, tables: list[RuleTable]) -> Iterator[tuple[str, int | None]]:
+    """Our possible names for a key: its own, and those of each published class; with the part of it that it is."""
+    bare, published = _without_holder(key.removeprefix("visual."))
+    yield key, None
+    yield bare, None
+    for text in dict.fromkeys((key, published, bare, *(holder + bare for holder in _HOLDERS.values()))):
         for table in tables:
             found = table.to_ours(text)
             if found is not None:
-                yield found[0]
+                yield found[0], found[1].part
+
+
+def _without_holder(key: str) -> tuple[str, str]:
+    """A key without the prefix under which a library holds the network, and as the published models call it."""
+    for holder, published in _HOLDERS.items():
+        if key.startswith(holder):
+            bare = key.removeprefix(holder)
+            return bare, published + bare
+    return key, key
 
 
 def _fitted(
     state: Mapping[str, Tensor],
-    plan: Mapping[str, list[str]],
+    plan: Mapping[str, _Place],
     target: Mapping[str, Tensor],
     report: ConversionReport,
 ) -> Iterator[tuple[str, Tensor]]:
-    for key, names in plan.items():
+    parts: dict[str, dict[int, Tensor]] = {}
+    for key, place in plan.items():
         tensor = state[key].float()
-        for name in names:
+        if place.part is not None:
+            (name,) = place.names
+            found = parts.setdefault(name, {})
+            found[place.part] = tensor
+            if len(found) < PARTS:
+                continue
+            tensor = torch.cat([found[i] for i in range(PARTS)])
+            del parts[name]
+        for name in place.names:
             yield name, _fit(name, tensor, target[name], report)
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, report: ConversionReport) -> Tensor:
     if name == "pos_embed":
         tensor = _fit_positions(tensor[None] if tensor.ndim == 2 else tensor, target.shape[1], report)
+    elif name == "cls_token" and tensor.ndim == 1:
+        tensor = tensor[None, None]
     elif name.endswith(_POSITION_TABLE):
         tensor = _fit_relative_positions(tensor, target.shape[0], report)
     elif name == "patch_embed.proj.weight" and tensor.shape[-2:] != target.shape[-2:]:
@@ -245,52 +303,3 @@ def _fill_layer_scales(provided: Collection[str], target: Mapping[str, Tensor], 
     scales = [name for name in target if name.endswith(_LAYER_SCALES)]
     if not any(name in provided for name in scales):
         report.filled |= dict.fromkeys(scales, "the file has no layer scale: it keeps its initial value")
-
-
-def _read_source(source: str) -> Mapping[str, Tensor]:
-    if source.startswith(TIMM):
-        return _from_timm(source.removeprefix(TIMM))
-    if Path(source).suffix == ".npz":
-        return _from_npz(Path(source))
-    return read_checkpoint(source).state
-
-
-def _from_timm(name: str) -> dict[str, Tensor]:
-    if not timm.is_model(name.split(".")[0]):
-        raise CheckpointError(f"timm has no model {name!r}; timm.list_models(pretrained=True) lists them")
-    try:
-        return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # the hub client raises its own, httpx's and OSErrors, depending on what fails
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"the weights {TIMM}{name} could not be downloaded ({reason[0]}). Without internet access, set "
-            "BranchConfig.pretrained to the path of a local file, or to null to start from random weights"
-        ) from error
-
-
-def _from_npz(path: Path) -> dict[str, Tensor]:
-    """AugReg's own format, read by timm into a network of the file's sizes."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        with np.load(path) as arrays:
-            kernel = arrays["embedding/kernel"].shape
-            entries = arrays["Transformer/posembed_input/pos_embedding"].shape[1]
-            classes = arrays["head/bias"].shape[0]
-            block = "Transformer/encoderblock_{}/"
-            depth = sum(f"{block.format(i)}LayerNorm_0/scale" in arrays for i in range(len(arrays)))
-            heads = arrays[block.format(0) + "MultiHeadDotProductAttention_1/query/kernel"].shape[1]
-            hidden = arrays[block.format(0) + "MlpBlock_3/Dense_0/kernel"].shape[1]
-    except (KeyError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a ViT in the .npz format of AugReg ({error})") from None
-    model = VisionTransformer(
-        img_size=_side(entries - 1) * kernel[0],
-        patch_size=kernel[0],
-        embed_dim=kernel[-1],
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=hidden / kernel[-1],
-        num_classes=classes,
-    )
-    model.load_pretrained(str(path))
-    return model.state_dict()
