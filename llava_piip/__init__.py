@@ -1,1 +1,37 @@
-"""Multimodal language models with a PIIP vision tower (see the README for what is there yet)."""
+"""PIIP-LLaVA: multimodal language models with a PIIP vision tower, in transformers' manner.
+
+Importing this package registers the models with transformers' Auto classes.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from .configuration import PIIPLlavaConfig, PIIPVisionConfig
+from .image_processing import PIIPImageProcessor
+from .modeling import PIIPLlavaForConditionalGeneration, PIIPLlavaModel, PIIPVisionModel
+from .processing import PIIPLlavaProcessor
+
+__all__ = [
+    "PIIPImageProcessor",
+    "PIIPLlavaConfig",
+    "PIIPLlavaForConditionalGeneration",
+    "PIIPLlavaModel",
+    "PIIPLlavaProcessor",
+    "PIIPVisionConfig",
+    "PIIPVisionModel",
+]
+
+AutoConfig.register("piip_vision", PIIPVisionConfig)
+AutoConfig.register("piip_llava", PIIPLlavaConfig)
+AutoModel.register(PIIPVisionConfig, PIIPVisionModel)
+AutoModel.register(PIIPLlavaConfig, PIIPLlavaModel)
+AutoModelForCausalLM.register(PIIPLlavaConfig, PIIPLlavaForConditionalGeneration)
+AutoModelForImageTextToText.register(PIIPLlavaConfig, PIIPLlavaForConditionalGeneration)
+AutoImageProcessor.register(PIIPLlavaConfig, slow_image_processor_class=PIIPImageProcessor)
+AutoProcessor.register(PIIPLlavaConfig, PIIPLlavaProcessor)

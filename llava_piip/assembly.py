@@ -1,0 +1,151 @@
+"""New models from their parts: a vision tower, a language model by name, fresh projectors."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from piip_core import zoo
+from piip_core.checkpoints import load_pretrained
+from piip_core.errors import ConfigError
+
+from .configuration import PIIPLlavaConfig, PIIPVisionConfig
+from .conversation import IMAGE_TAG
+from .image_processing import PIIPImageProcessor
+from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel
+from .processing import PIIPLlavaProcessor
+
+__all__ = ["add_image_token", "assemble", "assemble_config", "assemble_processor", "load_tokenizer"]
+
+
+def assemble(
+    row: zoo.MultimodalEntry | str,
+    *,
+    language_model: str | os.PathLike[str] | None = None,
+    pretrained_vision: bool = True,
+    chat_template: str = "vicuna_v1",
+    pad_to_square: bool = True,
+    **options: Any,
+) -> tuple[PIIPLlavaForConditionalGeneration, PIIPLlavaProcessor]:
+    """Builds a model as training starts from it, with its processor.
+
+    Args:
+        row: A published row or its name: vision tower, projectors, and which language model.
+        language_model: Another one, of any class that `AutoModelForCausalLM` knows: a name on the hub or a folder.
+        pretrained_vision: Load the weights that the branches name; False starts them at random.
+        chat_template: Of the processor.
+        pad_to_square: Of the image processor; the first stage of training does not.
+        **options: For `AutoModelForCausalLM.from_pretrained`: dtype, attn_implementation, quantization_config ...
+
+    Raises:
+        ConfigError: For an unknown row, or a language model that cannot be used.
+        CheckpointError: If weights cannot be had or do not fit.
+    """
+    entry = zoo.multimodal(row) if isinstance(row, str) else row
+    source = os.fspath(language_model or entry.language_model)
+    tokenizer = load_tokenizer(source)
+    decoder = _load(AutoModelForCausalLM, source, **options)
+    config = assemble_config(entry, decoder.config, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TAG))
+    tower = PIIPVisionModel(config.vision_config)
+    if pretrained_vision:
+        load_pretrained(tower.pyramid)
+    model = _join(config, tower.to(decoder.dtype), decoder)
+    processor = assemble_processor(config, tokenizer, chat_template=chat_template, pad_to_square=pad_to_square)
+    return model, processor
+
+
+def assemble_config(
+    entry: zoo.MultimodalEntry, text_config: PreTrainedConfig, *, image_token_id: int
+) -> PIIPLlavaConfig:
+    """The configuration of a row around a language model."""
+    return PIIPLlavaConfig(
+        vision_config=PIIPVisionConfig(pyramid=entry.vision.to_dict(), feature_block=entry.feature_block),
+        text_config=copy.deepcopy(text_config),
+        image_token_index=image_token_id,
+        projector_norm=entry.projector_norm,
+    )
+
+
+def assemble_processor(
+    config: PIIPLlavaConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str = "vicuna_v1",
+    pad_to_square: bool = True,
+) -> PIIPLlavaProcessor:
+    """The processor for a configuration."""
+    images = PIIPImageProcessor(size=config.vision_config.image_size, pad_to_square=pad_to_square)
+    return PIIPLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length, chat_template=chat_template)
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a language model, with the image token."""
+    return add_image_token(_load(AutoTokenizer, os.fspath(source)))
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Gives a tokenizer the special token `<image>`, and a padding token if it has none.
+
+    The image token takes the next free id. Embedding tables need no row for it.
+    """
+    if IMAGE_TAG not in tokenizer.get_added_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_TAG, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        # Padding never counts: attention masks and labels are made by length
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _load(kind: Any, source: str, **options: Any) -> Any:
+    """A part from transformers, by name or folder; what it raises names neither the field nor the fix."""
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"language_model={source!r} cannot be loaded ({reason}): expected the name of a model on the Hugging Face "
+            "hub, or a folder with config.json, weights and tokenizer"
+        ) from error
+
+
+def _join(
+    config: PIIPLlavaConfig, tower: PIIPVisionModel, decoder: PreTrainedModel
+) -> PIIPLlavaForConditionalGeneration:
+    """One model around parts that have their weights; only the projectors are made anew."""
+    head = decoder.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(
+            f"{type(decoder).__name__} has no linear language modelling head without bias: expected a decoder such "
+            "as Llama or Qwen"
+        )
+    with torch.device("meta"):
+        model = PIIPLlavaForConditionalGeneration(config)
+    projector = type(model.model.multi_modal_projector)(
+        tower.pyramid.dims,
+        config.text_config.hidden_size,
+        norm=config.projector_norm,
+        num_groups=config.projector_num_groups,
+        grid=config.projector_grid,
+    )
+    model.model.vision_tower = tower
+    model.model.multi_modal_projector = projector.to(device=decoder.device, dtype=decoder.dtype)
+    model.model.language_model = decoder.get_decoder()
+    model.lm_head = head
+    tower.to(decoder.device)
+    model.config._attn_implementation = decoder.config._attn_implementation
+    if decoder.generation_config is not None:
+        model.generation_config = GenerationConfig.from_dict(decoder.generation_config.to_dict())
+    return model.eval()

@@ -1,0 +1,224 @@
+"""PIIP-LLaVA: a language model that sees through a PIIP (paper section III-D), built on transformers' LLaVA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.models.llava.modeling_llava import (
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaPreTrainedModel,
+)
+
+from piip_core import PIIP
+from piip_core.errors import UserError
+from piip_core.merging import TokenMerging
+
+from .configuration import PIIPLlavaConfig, PIIPVisionConfig
+
+__all__ = ["PIIPLlavaForConditionalGeneration", "PIIPLlavaModel", "PIIPVisionModel"]
+
+
+@dataclass
+class PIIPVisionOutput(ModelOutput):
+    """Attributes: feature_maps: Final map of every branch, (B, C_i, H_i, W_i)."""
+
+    feature_maps: tuple[Tensor, ...] | None = None
+
+
+class PIIPVisionModel(PreTrainedModel):
+    """A PIIP as transformers' model; its weights are below `pyramid.`."""
+
+    config_class = PIIPVisionConfig
+    config: PIIPVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # timm's blocks always call PyTorch's scaled_dot_product_attention, which takes the fastest kernel there is
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PIIPVisionConfig) -> None:
+        super().__init__(config)
+        self.pyramid = PIIP(config.piip)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> PIIPVisionOutput:
+        """Feature maps of a batch of images (B, 3, S, S), S being `config.image_size`."""
+        if self.config.feature_block is not None:
+            return PIIPVisionOutput(tuple(self.pyramid.forward_blocks(pixel_values, [self.config.feature_block])))
+        return PIIPVisionOutput(tuple(self.pyramid(pixel_values)))
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers switches gradient checkpointing on and off by this attribute."""
+        return any(branch.grad_checkpointing for branch in self.pyramid.branches)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.pyramid.set_grad_checkpointing(enable)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The pyramid's modules have started their own weights; what files never hold is made again."""
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+
+class PIIPLlavaModel(LlavaModel):
+    """Vision tower, projectors and decoder, without the language modelling head."""
+
+    config_class = PIIPLlavaConfig
+    config: PIIPLlavaConfig
+
+    def __init__(self, config: PIIPLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = TokenMerging(
+            self.vision_tower.pyramid.dims,
+            config.text_config.hidden_size,
+            norm=config.projector_norm,
+            num_groups=config.projector_num_groups,
+            grid=config.projector_grid,
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Visual tokens of images.
+
+        Args:
+            pixel_values: (N, 3, S, S).
+
+        Returns:
+            With `pooler_output`, a tuple of N tensors (image_seq_length, hidden size).
+        """
+        size = self.config.vision_config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise UserError(
+                f"pixel_values of shape {tuple(pixel_values.shape)}: expected (number of images, 3, {size}, {size}), "
+                "as the model's processor makes them"
+            )
+        dtype = self.multi_modal_projector.projections["1"].linear_1.weight.dtype
+        maps = self.vision_tower(pixel_values.to(dtype)).feature_maps
+        tokens = self.multi_modal_projector(maps)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tuple(tokens))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> LlavaModelOutputWithPast:
+        """Runs the decoder over text with the visual tokens in their places.
+
+        Args:
+            input_ids: (B, N); each image is `image_seq_length` times `config.image_token_id`.
+            pixel_values: (number of images, 3, S, S), in the order of their places; None for text alone.
+            attention_mask: As for the language model.
+            position_ids: As for the language model.
+            past_key_values: As for the language model.
+            inputs_embeds: (B, N, hidden size) instead of `input_ids`, with visual tokens already in it.
+            mm_encoder_outputs: What `get_image_features` returned, under "image", instead of `pixel_values`.
+            **kwargs: Handed to the language model.
+
+        Raises:
+            UserError: If places and images do not match in number.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if encoded is None and pixel_values is not None:
+            encoded = self.get_image_features(pixel_values)
+        features = None if encoded is None else torch.stack(tuple(encoded.pooler_output))
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, features)
+        elif features is not None:
+            raise UserError(
+                "inputs_embeds together with images: give input_ids, or put the visual tokens into the embeds"
+            )
+        if features is None and self._must_run_vision():
+            inputs_embeds = inputs_embeds + self._nothing()
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **_without_llava_options(kwargs),
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+    def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Embeddings of the text, with the visual tokens put into their places."""
+        is_image = input_ids == self.config.image_token_id
+        # The image token has no row of its own: any other stands in
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if features is None and input_ids.shape[1] == 1:
+            return embeds  # a step of generation: spares the check, which waits for the device
+        if not torch.compiler.is_compiling():
+            self._check_places(int(is_image.sum()), 0 if features is None else len(features))
+        if features is None:
+            return embeds
+        return embeds.masked_scatter(is_image.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
+
+    def _check_places(self, places: int, images: int) -> None:
+        length = self.config.image_seq_length
+        if places != images * length:
+            raise UserError(
+                f"input_ids have {places} places for visual tokens, the {images} given images need {images * length} "
+                f"({length} each): make both with the model's processor, and cut neither"
+            )
+
+    def _must_run_vision(self) -> bool:
+        """Whether a batch without images runs the tower all the same, so that all processes take the same steps."""
+        return self.training or is_deepspeed_zero3_enabled()
+
+    def _nothing(self) -> Tensor:
+        """Zero, as a sum over no visual token of a black image: every parameter of the tower has a gradient, of zero."""
+        size = self.config.vision_config.image_size
+        parameter = self.multi_modal_projector.projections["1"].linear_1.weight
+        black = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+        return self.get_image_features(black).last_hidden_state[:, :0].sum()
+
+
+def _without_llava_options(options: dict[str, Any]) -> dict[str, Any]:
+    """transformers' LLaVA hands these down for its own vision tower."""
+    unknown = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+    return {name: value for name, value in options.items() if name not in unknown}
+
+
+class PIIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """PIIP-LLaVA with its language modelling head: training, generation, `from_pretrained`, `save_pretrained`."""
+
+    config_class = PIIPLlavaConfig
+    config: PIIPLlavaConfig
+
+    def __init__(self, config: PIIPLlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = PIIPLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `PIIPLlavaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)

@@ -1,0 +1,191 @@
+"""The processor: prompts and pictures to what the model takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from piip_core.errors import ConfigError, UserError
+
+from .chat_templates import resolve_chat_template
+from .conversation import (
+    IMAGE_TAG,
+    EncodedConversation,
+    encode_conversation,
+    encode_prompt,
+)
+from .tokenization import keep_legacy_setting
+
+__all__ = ["PIIPLlavaProcessor"]
+
+
+class PIIPLlavaProcessor(ProcessorMixin):
+    """Tokenizer and image processor of one model.
+
+    Args:
+        image_processor: Makes the pixel values.
+        tokenizer: A fast tokenizer that has the special token `<image>`; see `add_image_token`.
+        image_seq_length: Visual tokens per image, `PIIPLlavaConfig.image_seq_length`.
+        chat_template: A name in `CHAT_TEMPLATES` or a Jinja template; that of the model's training.
+
+    Raises:
+        ConfigError: If the tokenizer has no image token.
+    """
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if image_seq_length is None or image_seq_length < 1:
+            raise ConfigError(f"image_seq_length={image_seq_length}: expected the model's config.image_seq_length")
+        self.image_seq_length = image_seq_length
+        self.image_token = IMAGE_TAG
+        self.image_token_id = _image_token_id(tokenizer)
+        super().__init__(image_processor, tokenizer, chat_template=resolve_chat_template(chat_template or "vicuna_v1"))
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Inputs for the model, for generation by default: padded on the left.
+
+        Args:
+            images: One picture, a list, or a list of lists (one per text); as many as `<image>` in the texts, in order.
+            text: One prompt or several. Without images, `<image>` in it is ordinary text.
+            padding: Pad to the longest; False needs prompts of equal length.
+            padding_side: "left" or "right".
+            max_length: Longest prompt to accept, visual tokens included. Prompts are never cut.
+            return_tensors: "pt", or None for lists.
+            **kwargs: Settings of the image processor for this call.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, N), and with images `pixel_values` (number of images, 3, S, S).
+
+        Raises:
+            UserError: If images and places do not match, or a prompt is too long.
+        """
+        if text is None:
+            raise UserError("text=None: expected a prompt, with <image> where the images are")
+        prompts = [text] if isinstance(text, str) else list(text)
+        per_prompt = _images_per_prompt(images, prompts)
+        ids = [self._encode(prompt, found) for prompt, found in zip(prompts, per_prompt, strict=True)]
+        if max_length is not None:
+            for number, row in enumerate(ids, 1):
+                if len(row) > max_length:
+                    raise UserError(
+                        f"prompt {number} has {len(row)} tokens, visual ones included; max_length is {max_length}: "
+                        "shorten it, prompts are not cut"
+                    )
+        data = self.tokenizer.pad(
+            {"input_ids": ids}, padding=padding, padding_side=padding_side, return_attention_mask=True
+        )
+        pixels = [image for found in per_prompt for image in found]
+        if pixels:
+            options = {
+                name: value
+                for name, value in kwargs.items()
+                if name in self.image_processor.valid_kwargs.__annotations__
+            }
+            data["pixel_values"] = self.image_processor(images=pixels, return_tensors="pt", **options)["pixel_values"]
+        return BatchFeature(dict(data), tensor_type=return_tensors)
+
+    def encode_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        has_images: bool = True,
+    ) -> EncodedConversation:
+        """Ids and labels for training; see `llava_piip.conversation.encode_conversation`."""
+        return encode_conversation(
+            self.tokenizer,
+            messages,
+            chat_template=chat_template or self.chat_template,
+            image_token_id=self.image_token_id,
+            image_seq_length=self.image_seq_length,
+            max_length=max_length,
+            has_images=has_images,
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Writes everything that `from_pretrained` needs."""
+        keep_legacy_setting(self.tokenizer)
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _encode(self, prompt: str, images: Sequence[Any]) -> list[int]:
+        places = prompt.count(IMAGE_TAG) if images else 0
+        if places != len(images):
+            raise UserError(
+                f"a prompt has {places} {IMAGE_TAG} for {len(images)} images: write one where each image belongs"
+            )
+        return encode_prompt(
+            self.tokenizer,
+            prompt,
+            image_token_id=self.image_token_id,
+            image_seq_length=self.image_seq_length,
+            has_images=bool(images),
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what a call returns."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **kwargs: Any) -> Any:
+        """For serving engines: visual tokens of images of any size."""
+        from transformers.processing_utils import MultiModalData
+
+        count = 0 if image_sizes is None else len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+
+def _image_token_id(tokenizer: Any) -> int:
+    token = tokenizer.get_added_vocab().get(IMAGE_TAG)
+    if token is None:
+        raise ConfigError(
+            f"the tokenizer has no special token {IMAGE_TAG}: add it with llava_piip.assembly.add_image_token(tokenizer)"
+        )
+    return token
+
+
+def _images_per_prompt(images: Any, prompts: Sequence[str]) -> list[list[Any]]:
+    """Images of each prompt; a flat list is dealt out by the places."""
+    if images is None:
+        return [[] for _ in prompts]
+    flat = list(images) if isinstance(images, (list, tuple)) else [images]
+    if flat and isinstance(flat[0], (list, tuple)):
+        if len(flat) != len(prompts):
+            raise UserError(f"{len(flat)} lists of images for {len(prompts)} prompts: give one list per prompt")
+        return [[image for image in found if image is not None] for found in flat]
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        flat = list(images)
+    counts = [prompt.count(IMAGE_TAG) for prompt in prompts]
+    if sum(counts) != len(flat):
+        raise UserError(
+            f"the prompts have {sum(counts)} {IMAGE_TAG} for {len(flat)} images: write one where each image belongs"
+        )
+    dealt, start = [], 0
+    for count in counts:
+        dealt.append(flat[start : start + count])
+        start += count
+    return dealt

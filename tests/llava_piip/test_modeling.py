@@ -1,0 +1,168 @@
+"""The whole model: places of visual tokens, batches, generation, saving, training mode."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from piip_core.errors import UserError
+
+
+def picture(seed: int, size=(50, 40)) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+PROMPTS = (
+    "USER: <image>\nWhat is it? ASSISTANT:",
+    "USER: <image>\nAnd is this one here the same as <image>? ASSISTANT:",
+)
+IMAGES = ([picture(0)], [picture(1), picture(2)])
+
+
+@torch.no_grad()
+def test_forward_equals_inputs_embeds_made_by_hand(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[1], images=IMAGES[1])
+    output = model(**inputs)
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    rows, ids = [], inputs["input_ids"][0].tolist()
+    waiting = [row for image in features for row in image]
+    for token in ids:
+        rows.append(waiting.pop(0) if token == processor.image_token_id else model.get_input_embeddings().weight[token])
+    assert not waiting and ids.count(processor.image_token_id) == 2 * processor.image_seq_length
+    by_hand = model(inputs_embeds=torch.stack(rows)[None])
+    torch.testing.assert_close(output.logits, by_hand.logits, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_pictures_and_every_branch_matter(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    base = model(**inputs).logits
+    assert (
+        model(**inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}).logits - base
+    ).abs().max() > 0.1
+    for number in ("1", "2"):
+        projection = model.model.multi_modal_projector.projections[number].linear_2
+        weight = projection.weight.clone()
+        projection.weight.zero_()
+        assert (model(**inputs).logits - base).abs().max() > 1e-2
+        projection.weight.copy_(weight)
+
+
+@torch.no_grad()
+def test_left_padded_batch_equals_single_prompts(tiny_llava):
+    model, processor = tiny_llava
+    text = ["USER: Just words ASSISTANT:", *PROMPTS]
+    batch = processor(text=text, images=[[], *IMAGES])
+    assert batch["attention_mask"][0, 0] == 0
+    together = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    logits = model(**batch).logits[:, -1]
+    for i, (prompt, images) in enumerate(zip(text, [None, *IMAGES], strict=True)):
+        single = processor(text=prompt, images=images)
+        torch.testing.assert_close(model(**single).logits[0, -1], logits[i], rtol=1e-4, atol=1e-5)
+        alone = model.generate(**single, max_new_tokens=8, do_sample=False)
+        new = alone[0, single["input_ids"].shape[1] :].tolist()
+        assert together[i, batch["input_ids"].shape[1] :].tolist()[: len(new)] == new
+
+
+@torch.no_grad()
+def test_cached_generation_equals_uncached(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[1], images=IMAGES[1])
+    options = dict(max_new_tokens=10, do_sample=False)
+    cached = model.generate(**inputs, **options)
+    assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+@torch.no_grad()
+def test_beams_and_several_answers_repeat_the_picture(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=list(PROMPTS), images=list(IMAGES))
+    output = model.generate(**inputs, max_new_tokens=5, num_beams=3, num_return_sequences=2, do_sample=False)
+    assert output.shape[0] == 4
+
+
+@torch.no_grad()
+def test_attention_implementations_agree(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    sdpa = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**inputs).logits, sdpa, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_saved_model_and_processor_come_back_through_auto_classes(tiny_llava, tmp_path):
+    model, processor = tiny_llava
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    processor.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    first, second = processor(text=PROMPTS[1], images=IMAGES[1]), loaded(text=PROMPTS[1], images=IMAGES[1])
+    for name in first:
+        assert torch.equal(first[name], second[name])
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        again, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(again) is type(model)
+        assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+        assert torch.equal(again.eval()(**second).logits, model(**first).logits)
+        assert again.config.image_seq_length == model.config.image_seq_length
+
+
+def test_training_step_reaches_every_part_and_checkpointing_changes_nothing(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == processor.image_token_id, -100)
+    model.train()
+    for module in model.modules():  # stochastic depth off: both passes must see the same network
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    gradients = []
+    for enable in (False, True):
+        model.zero_grad()
+        if enable:
+            model.activation_checkpointing_enable()
+            assert all(branch.grad_checkpointing for branch in model.model.vision_tower.pyramid.branches)
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    unused = {name for name, _ in model.named_parameters() if name not in gradients[0]}
+    assert not unused
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_text_batch_in_training_gives_zero_gradients_to_the_tower(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text="USER: Hello ASSISTANT: hi")
+    model.train()
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.model.vision_tower.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in model.model.multi_modal_projector.parameters())
+    assert all(p.grad.any() for p in model.lm_head.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs, labels=inputs["input_ids"]).loss, loss)
+
+
+def test_mismatches_are_errors(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[1], images=IMAGES[1])
+    with pytest.raises(UserError, match="8 places for visual tokens, the 1 given images need 4"):
+        model(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
+    with pytest.raises(UserError, match="8 places"):
+        model(input_ids=inputs["input_ids"])
+    with pytest.raises(UserError, match=r"expected \(number of images, 3, 64, 64\)"):
+        model(**inputs | {"pixel_values": inputs["pixel_values"][..., :32]})
+    with pytest.raises(UserError, match="inputs_embeds together with images"):
+        model(inputs_embeds=torch.zeros(1, 4, 32), pixel_values=inputs["pixel_values"])
+
+
+@torch.no_grad()
+def test_bfloat16_stays_near(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    expected = model(**inputs).logits
+    found = model.to(torch.bfloat16)(**inputs).logits.float()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
