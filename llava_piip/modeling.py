@@ -194,7 +194,7 @@ class PIIPLlavaModel(LlavaModel):
         return self.training or is_deepspeed_zero3_enabled()
 
     def _nothing(self) -> Tensor:
-        """Zero, as a sum over no visual token of a black image: every parameter of the tower has a gradient, of zero."""
+        """Zero, as a sum over no visual token of a black image: every parameter of the tower gets a gradient, zero."""
         size = self.config.vision_config.image_size
         parameter = self.multi_modal_projector.projections["1"].linear_1.weight
         black = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)

@@ -36,10 +36,6 @@ class PIIPLlavaProcessor(ProcessorMixin):
         ConfigError: If the tokenizer has no image token.
     """
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         image_processor: Any = None,
@@ -163,7 +159,7 @@ def _image_token_id(tokenizer: Any) -> int:
     token = tokenizer.get_added_vocab().get(IMAGE_TAG)
     if token is None:
         raise ConfigError(
-            f"the tokenizer has no special token {IMAGE_TAG}: add it with llava_piip.assembly.add_image_token(tokenizer)"
+            f"the tokenizer has no special token {IMAGE_TAG}: llava_piip.assembly.add_image_token(tokenizer) adds it"
         )
     return token
 
