@@ -1,14 +1,17 @@
-"""Writing files so that a crash never leaves half of one."""
+"""Writing files and folders so that a crash never leaves half of one."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["atomic_path", "write_atomically"]
+from .errors import UserError
+
+__all__ = ["atomic_path", "publish_folder", "write_atomically"]
 
 
 @contextmanager
@@ -41,6 +44,52 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "wb") -> Iterator
     """
     with atomic_path(path) as aside, open(aside, mode) as file:
         yield file
+
+
+@contextmanager
+def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a new folder beside `path` to write into, and renames it to `path` when the block ends without an error.
+
+    Args:
+        path: Folder to make.
+        overwrite: Replace a folder that exists and is not empty; its content goes only once the new one is complete.
+
+    Raises:
+        UserError: If the folder exists, is not empty and may not be replaced, or if `path` is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; expected the name of a folder to write")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UserError(f"{path}: the folder is not empty; name another one, or allow it to be replaced (overwrite)")
+    aside, old = (path.with_name(f".{path.name}.{state}") for state in ("incomplete", "replaced"))
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.is_dir():
+            os.replace(path, old)
+        os.replace(aside, path)
+        _sync(path.parent)
+    except BaseException:
+        if old.is_dir() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

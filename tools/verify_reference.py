@@ -12,6 +12,7 @@ its file decides whether a case passes. The last line counts; the exit status is
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 import warnings
@@ -31,21 +32,41 @@ from piip_core.verification import (
     summary_line,
 )
 
-DETECTRON2_FAMILIES = ("detection_head", "test_pipeline")
-
-
-def without_detectron2(case: GoldenCase) -> Check:
-    raise NotSupportedYet("needs Detectron2, which is not installed")
+# Families by what they need: the package, and the package with their verifiers
+OPTIONAL = {
+    "detectron2": ("piip.verification", ("detection_head", "test_pipeline")),
+    "transformers": (
+        "llava_piip.verification",
+        (
+            *(f"llava_{topic}" for topic in ("collate", "full", "image", "mask", "prompt", "sampler", "schedule")),
+            "llava_splice",
+            "llava_tokenizer",
+            "preprocess",
+        ),
+    ),
+}
 
 
 def all_verifiers() -> dict[str, Verifier]:
-    """Verifiers by family; those that need Detectron2 say so where it is missing."""
-    if importlib.util.find_spec("detectron2") is None:
-        return VERIFIERS | dict.fromkeys(DETECTRON2_FAMILIES, without_detectron2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Detectron2 imports things that other packages deprecate
-        from piip.verification import VERIFIERS as DETECTRON2_VERIFIERS
-    return VERIFIERS | DETECTRON2_VERIFIERS
+    """Verifiers by family; those that need Detectron2 or transformers say so where it is missing."""
+    verifiers = dict(VERIFIERS)
+    for package, (module, families) in OPTIONAL.items():
+        if importlib.util.find_spec(package) is None:
+            verifiers |= dict.fromkeys(families, missing(package))
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # both import things that other packages deprecate
+            verifiers |= importlib.import_module(module).VERIFIERS
+    return verifiers
+
+
+def missing(package: str) -> Verifier:
+    """A verifier that says what it would need."""
+
+    def verify(case: GoldenCase) -> Check:
+        raise NotSupportedYet(f"needs {package}, which is not installed")
+
+    return verify
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -69,7 +69,9 @@ class GoldenCase:
 
     @cached_property
     def results(self) -> dict[str, Tensor]:
-        """Everything to compare with: outputs, intermediate features and gradients."""
+        """Everything to compare with: outputs, intermediate features, gradients; nothing for a case without tensors."""
+        if not self.path.with_suffix(".safetensors").is_file():
+            return {}
         return {key: value for key, value in self.tensors.items() if key.startswith(RESULTS)}
 
 

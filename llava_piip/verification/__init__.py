@@ -1,0 +1,25 @@
+"""Golden cases of the multimodal model: text, pictures, data, training, the whole model."""
+
+from piip_core.verification import Verifier
+
+from .data import verify_collate, verify_sampler
+from .images import verify_image_modes, verify_preprocess
+from .models import verify_complete_model, verify_splicing
+from .schedule import verify_schedule
+from .text import verify_masks, verify_prompts, verify_tokenizer
+
+__all__ = ["VERIFIERS"]
+
+VERIFIERS: dict[str, Verifier] = {
+    "llava_collate": verify_collate,
+    "llava_full": verify_complete_model,
+    "llava_image": verify_image_modes,
+    "llava_mask": verify_masks,
+    "llava_prompt": verify_prompts,
+    "llava_sampler": verify_sampler,
+    "llava_schedule": verify_schedule,
+    "llava_splice": verify_splicing,
+    "llava_tokenizer": verify_tokenizer,
+    "preprocess": verify_preprocess,
+}
+"""Verifiers by family of cases, to go with `piip_core.verification.VERIFIERS`."""
