@@ -218,8 +218,11 @@ def _text_config(fields: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _tokenizer(source: Path) -> Any:
+    settings = source / "tokenizer_config.json"
+    # The transformers that made these folders took a missing setting for True, today's takes it for False
+    legacy = {} if not settings.is_file() or "legacy" in _read_json(settings) else {"legacy": True}
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **legacy)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: has no tokenizer that can be loaded ({str(error).splitlines()[0]}); expected tokenizer.model "

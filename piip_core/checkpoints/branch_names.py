@@ -172,7 +172,7 @@ class Unused:
 def branch_rules(branch_class: str, network: NetworkConfig) -> tuple[Rule, ...]:
     """Rules for a branch of a published class, with a certain network."""
     rules = BRANCH_CLASSES[branch_class]
-    if branch_class == "clip" and not network.class_token:
+    if branch_class == "clip" and not getattr(network, "class_token", True):
         (position,) = (rule for rule in rules if rule.ours == "pos_embed")
         return (replace(position, change=Change.POSITION_TABLE_SLOT), *rules)
     return rules
@@ -218,8 +218,8 @@ def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str
     if branch_class in ("convnext_timm", "convnext_timm_mlp"):
         return _unused_head(network.dims[-1], hidden=branch_class == "convnext_timm_mlp")
     if branch_class == "clip":
-        unused = _unused_norm("clip_model.post_layernorm", network.embed_dim)
-        if not network.class_token:
+        unused = _unused_norm("clip_model.post_layernorm", network.dims[-1])
+        if not getattr(network, "class_token", True):
             unused["clip_model.embeddings.class_embedding"] = Unused((network.embed_dim,))
         return unused
     if branch_class == "beit":

@@ -1,0 +1,270 @@
+"""From conversations to token ids and labels, with exact masks."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from piip_core.errors import ConfigError, UserError
+
+from .chat_templates import marks_answers, resolve_chat_template
+from .tokenization import bos_ids, encode_text
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_TAG",
+    "ConversationError",
+    "EncodedConversation",
+    "encode_conversation",
+    "encode_prompt",
+    "messages_from_llava",
+    "render_conversation",
+]
+
+IGNORE_INDEX = -100
+IMAGE_TAG = "<image>"
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class ConversationError(UserError):
+    """A conversation that cannot be used; the message names the turn and the fix."""
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation as a model is trained with it.
+
+    Attributes:
+        input_ids: Ids from bos on; an image is `image_seq_length` times the id of the image token.
+        labels: The same ids where they are supervised, elsewhere `IGNORE_INDEX`.
+        num_images: Images in `input_ids`. After a cut these are the first ones of the conversation.
+        turns_cut: Rounds (question and answer) dropped from the end to fit the maximum length.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    num_images: int
+    turns_cut: int = 0
+
+
+def messages_from_llava(conversations: Sequence[Mapping[str, str]], *, has_image: bool) -> list[dict[str, str]]:
+    """Messages of a LLaVA record, with its placeholder rule.
+
+    If the record has an image, a message that contains `<image>` gets one tag and a newline in front, and loses all
+    others. Otherwise the tag is ordinary text. A `gpt` turn at the very start (a greeting) is left out, as in LLaVA.
+
+    Args:
+        conversations: The record's turns, {"from": "human" or "gpt", "value": text}.
+        has_image: Whether the record names an image.
+
+    Returns:
+        {"role": "user" or "assistant", "content": text}, starting with the user.
+
+    Raises:
+        ConversationError: For turns of another form or role, roles that do not alternate, or no question.
+    """
+    if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
+        raise ConversationError(f"conversations is {type(conversations).__name__}, expected a list of turns")
+    messages: list[dict[str, str]] = []
+    for number, turn in enumerate(conversations, 1):
+        role, text = _checked_turn(turn, number)
+        if messages and messages[-1]["role"] == role:
+            raise ConversationError(
+                f"turn {number} is from {turn['from']!r} like the turn before it: 'human' and 'gpt' must alternate "
+                "(join the two turns, or remove one)"
+            )
+        if has_image and IMAGE_TAG in text:
+            text = f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
+        messages.append({"role": role, "content": text})
+    if messages and messages[0]["role"] == "assistant":
+        del messages[0]
+    if not messages:
+        raise ConversationError("no turn from 'human': a conversation needs a question")
+    return messages
+
+
+def render_conversation(
+    messages: Messages,
+    *,
+    chat_template: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    add_generation_prompt: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The prompt of a conversation, and which of its characters are supervised.
+
+    Args:
+        messages: {"role": "system", "user" or "assistant", "content": text}; images are `<image>` in the text.
+        chat_template: A name in `CHAT_TEMPLATES` or a Jinja template with `{% generation %}` blocks.
+        tokenizer: Gives its special tokens to the template; without it a template uses those of Llama.
+        add_generation_prompt: Whether the prompt ends where the next answer starts.
+
+    Returns:
+        The text, and the first character and the one after the last of each supervised part.
+
+    Raises:
+        ConversationError: If the template does not take these messages.
+        ConfigError: For an unknown template, or a tokenizer without the end token that the template writes.
+    """
+    template = resolve_chat_template(chat_template)
+    if tokenizer is not None and tokenizer.eos_token is None and "eos_token" in template:
+        raise ConfigError(f"chat_template {chat_template!r} ends answers with eos_token, which the tokenizer lacks")
+    try:
+        (text,), (spans,) = render_jinja_template(
+            [list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **(tokenizer.special_tokens_map if tokenizer is not None else {}),
+        )
+    except (TemplateError, TypeError) as error:  # TypeError: a message that is no mapping
+        raise ConversationError(str(error)) from error
+    return text, spans
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    image_token_id: int,
+    image_seq_length: int,
+    has_images: bool = True,
+) -> list[int]:
+    """Ids of a rendered prompt, as `encode_conversation` gives them: bos in front and every `<image>` expanded.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        text: The prompt.
+        image_token_id: Id that stands for a piece of an image.
+        image_seq_length: Number of them per image.
+        has_images: Whether `<image>` stands for an image; otherwise it is ordinary text.
+
+    Raises:
+        ConversationError: If ordinary text contains the image token.
+    """
+    expand = _Expansion(tokenizer, image_token_id, image_seq_length, has_images)
+    return expand(text, []).input_ids
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    chat_template: str,
+    image_token_id: int,
+    image_seq_length: int,
+    max_length: int | None = None,
+    has_images: bool = True,
+) -> EncodedConversation:
+    """Ids and labels of a conversation; supervised is exactly what the template marks, found by position.
+
+    The text between two images is tokenized by itself, as in LLaVA. A conversation longer than `max_length` loses whole
+    rounds from its end, and `turns_cut` says how many.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        messages: {"role": "system", "user" or "assistant", "content": text}; images are `<image>` in the text.
+        chat_template: A name in `CHAT_TEMPLATES` or a Jinja template with `{% generation %}` blocks.
+        image_token_id: Id that stands for a piece of an image.
+        image_seq_length: Number of them per image.
+        max_length: Most ids, with bos and those of images.
+        has_images: Whether `<image>` stands for an image; otherwise it is ordinary text.
+
+    Raises:
+        ConversationError: If the template does not take these messages, not even the first round fits, no token is
+            supervised, or ordinary text contains the image token.
+        ConfigError: For an unknown template, one that does not mark answers, or a tokenizer without its end token.
+    """
+    if not messages:
+        raise ConversationError("the conversation has no messages: nothing to train on")
+    if not marks_answers(resolve_chat_template(chat_template)):
+        raise ConfigError("the chat template has no {% generation %} block: put one around what is supervised")
+    expand = _Expansion(tokenizer, image_token_id, image_seq_length, has_images)
+
+    def encode(count: int) -> EncodedConversation:
+        return expand(*render_conversation(messages[:count], chat_template=chat_template, tokenizer=tokenizer))
+
+    encoded = encode(len(messages))
+    if max_length is not None and len(encoded.input_ids) > max_length:
+        ends = _round_ends(messages)
+        kept = bisect_right(ends, max_length, key=lambda end: len(encode(end).input_ids))
+        if not kept:
+            first = encode(ends[0])
+            raise ConversationError(
+                f"the first round has {len(first.input_ids)} tokens ({first.num_images * image_seq_length} of images), "
+                f"max_length is {max_length}: raise it or shorten the round"
+            )
+        encoded = replace(encode(ends[kept - 1]), turns_cut=len(ends) - kept)
+    if all(label == IGNORE_INDEX for label in encoded.labels):
+        cut = f" in what is left after cutting {encoded.turns_cut} rounds" if encoded.turns_cut else ""
+        raise ConversationError(f"no token to train on{cut}: the conversation needs an answer that is not empty")
+    return encoded
+
+
+@dataclass(frozen=True)
+class _Expansion:
+    """Encodes rendered text, with images expanded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    image_seq_length: int
+    has_images: bool
+
+    def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedConversation:
+        supervised = bytearray(len(text))
+        for start, end in spans:
+            supervised[start:end] = b"\1" * (end - start)
+
+        input_ids = bos_ids(self.tokenizer)
+        if input_ids and text.startswith(self.tokenizer.bos_token):  # the template has written it
+            input_ids = []
+        labels = [IGNORE_INDEX] * len(input_ids)
+        chunks = text.split(IMAGE_TAG) if self.has_images else [text]
+        position = 0
+        for index, chunk in enumerate(chunks):
+            if index:
+                input_ids += [self.image_token_id] * self.image_seq_length
+                labels += [IGNORE_INDEX] * self.image_seq_length
+                position += len(IMAGE_TAG)
+            ids, offsets = encode_text(self.tokenizer, chunk, literals=() if self.has_images else (IMAGE_TAG,))
+            self._check_text(ids)
+            input_ids += ids
+            labels += [
+                token if any(supervised[position + start : position + end]) else IGNORE_INDEX
+                for token, (start, end) in zip(ids, offsets, strict=True)
+            ]
+            position += len(chunk)
+        return EncodedConversation(input_ids, labels, num_images=len(chunks) - 1)
+
+    def _check_text(self, ids: Sequence[int]) -> None:
+        if self.image_token_id in ids:
+            name = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            raise ConversationError(
+                f"the text contains {name!r}, which has the id of the image token ({self.image_token_id}): "
+                f"images are written {IMAGE_TAG}; remove {name!r} from the text"
+            )
+
+
+def _checked_turn(turn: Any, number: int) -> tuple[str, str]:
+    """Role and text of a LLaVA turn."""
+    if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
+        raise ConversationError(f"turn {number} is {turn!r}, expected {{'from': ..., 'value': ...}}")
+    if turn["from"] not in list(_ROLES):  # a list: what stands there may not be hashable
+        raise ConversationError(f"turn {number} is from {turn['from']!r}, expected 'human' or 'gpt'")
+    if not isinstance(turn["value"], str):
+        raise ConversationError(f"turn {number} has the value {turn['value']!r}, expected text")
+    return _ROLES[turn["from"]], turn["value"]
+
+
+def _round_ends(messages: Messages) -> list[int]:
+    """Number of messages up to the end of each round; a system message is a part of the first."""
+    starts = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+    return starts[1:] + [len(messages)]
