@@ -126,10 +126,10 @@ def _join(
 ) -> PIIPLlavaForConditionalGeneration:
     """One model around parts that have their weights; only the projectors are made anew."""
     head = decoder.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    like_llama = hasattr(decoder.get_decoder(), "embed_tokens") and isinstance(head, nn.Linear) and head.bias is None
+    if not like_llama:
         raise ConfigError(
-            f"{type(decoder).__name__} has no linear language modelling head without bias: expected a decoder such "
-            "as Llama or Qwen"
+            f"language_model: {type(decoder).__name__} is not built like Llama or Qwen, which is expected"
         )
     with torch.device("meta"):
         model = PIIPLlavaForConditionalGeneration(config)

@@ -1,0 +1,121 @@
+"""The processor: ids, padding, images and their places, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from llava_piip import PIIPImageProcessor, PIIPLlavaProcessor
+from llava_piip.assembly import add_image_token
+from llava_piip.conversation import ConversationError
+from piip_core.errors import ConfigError, UserError
+
+
+def picture(value: int) -> Image.Image:
+    return Image.fromarray(np.full((30, 40, 3), value, dtype=np.uint8))
+
+
+@pytest.fixture
+def processor(tiny_llava):
+    return tiny_llava[1]
+
+
+def test_number_of_places_comes_from_the_configuration(tiny_llava):
+    model, processor = tiny_llava
+    ids = processor(text="USER: <image>\nHi ASSISTANT:", images=picture(0))["input_ids"][0].tolist()
+    assert ids.count(model.config.image_token_id) == model.config.image_seq_length == 4
+    assert ids[0] == processor.tokenizer.bos_token_id
+
+
+def test_batches_pad_on_the_left_and_mask_by_length(processor):
+    batch = processor(text=["<unk> a", "a much longer prompt than that"])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    missing = int((mask[0] == 0).sum())
+    assert missing > 0 and not mask[0, :missing].any() and mask[0, missing:].all()
+    assert 0 in ids[0, missing:]  # a literal <unk>, which has the id of padding, is not masked
+    right = processor(text=["a", "a much longer prompt"], padding_side="right")
+    assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
+
+
+def test_flat_images_are_dealt_out_in_order(processor):
+    pictures = [picture(value) for value in (10, 120, 240)]
+    text = ["<image> and <image>", "<image>"]
+    flat = processor(text=text, images=pictures)
+    nested = processor(text=text, images=[pictures[:2], pictures[2:]])
+    assert flat["pixel_values"].shape == (3, 3, 64, 64)
+    assert torch.equal(flat["pixel_values"], nested["pixel_values"])
+    centre = flat["pixel_values"][:, 0, 32, 32]
+    assert centre[0] < centre[1] < centre[2]
+
+
+def test_prompt_without_image_takes_the_tag_for_text(processor):
+    ids = processor(text="what does <image> mean?")["input_ids"][0].tolist()
+    assert processor.image_token_id not in ids
+    assert processor.decode(ids, skip_special_tokens=True) == "what does <image> mean?"
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        ("<image> <image>", [picture(0)], "2 <image> for 1 images"),
+        ("none", [picture(0)], "0 <image> for 1 images"),
+        (["<image>", "<image>"], [[picture(0)]], "1 lists of images for 2 prompts"),
+        (["<image>", "none"], [[], [picture(0)]], "0 <image> for 1 images"),
+        (None, [picture(0)], "expected a prompt"),
+    ],
+)
+def test_places_that_do_not_match_the_images_are_errors(processor, text, images, message):
+    with pytest.raises(UserError, match=message):
+        processor(text=text, images=images)
+
+
+def test_long_prompts_are_never_cut(processor):
+    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens.*max_length is 10"):
+        processor(text="a prompt of many more words than ten tokens can hold <image>", images=picture(0), max_length=10)
+
+
+def test_chat_template_tokenizes_pictures_in_content(processor):
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture(9)}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert text.endswith("USER: <image>\nWhat? ASSISTANT:")
+    expected = processor(text=text, images=picture(9))
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
+def test_tokenizer_without_image_token_is_refused(tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    with pytest.raises(ConfigError, match="no special token <image>"):
+        PIIPLlavaProcessor(PIIPImageProcessor(size=64), tokenizer, image_seq_length=4)
+    with pytest.raises(ConfigError, match="image_seq_length=None"):
+        PIIPLlavaProcessor(PIIPImageProcessor(size=64), add_image_token(tokenizer))
+
+
+def test_unknown_chat_template_names_those_there_are(processor):
+    with pytest.raises(ConfigError, match="vicuna_v1"):
+        PIIPLlavaProcessor(processor.image_processor, processor.tokenizer, image_seq_length=4, chat_template="vicuna")
+
+
+def test_roles_out_of_order_are_named(processor):
+    with pytest.raises(ConversationError, match="message 2 has role 'user'"):
+        processor.encode_conversation([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_saving_keeps_the_ids(processor, tokenizer_folder, tmp_path, legacy):
+    tokenizer = add_image_token(AutoTokenizer.from_pretrained(tokenizer_folder, legacy=legacy))
+    made = PIIPLlavaProcessor(
+        PIIPImageProcessor(size=64, pad_to_square=False), tokenizer, image_seq_length=4, chat_template="plain"
+    )
+    made.save_pretrained(tmp_path)
+    again = PIIPLlavaProcessor.from_pretrained(tmp_path)
+    prompt = "USER: <image>\nis a</s>USER: x"
+    assert torch.equal(
+        again(prompt_images := [picture(3)], prompt)["input_ids"], made(prompt_images, prompt)["input_ids"]
+    )
+    assert again.chat_template == made.chat_template and again.image_seq_length == 4
+    assert again.image_processor.pad_to_square is False
