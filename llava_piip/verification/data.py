@@ -73,10 +73,8 @@ def verify_collate(case: GoldenCase) -> Check:
             check.equal(f"output.{name}", torch.tensor(getattr(dataset, name)), torch.tensor(case.info[name]))
         for number, batch in enumerate(case.info["batches"]):
             _verify_batch(check, f"output.{number}", dataset, batch)
-        limited = ConversationDataset(
-            dataset.records, processor, folder, max_length=case.info["model_max_length"], on_error="skip"
-        )
-        _verify_skipping(check, dataset, limited)
+        limit = case.info["model_max_length"]
+        _verify_limit(check, dataset, ConversationDataset(dataset.records, processor, folder, max_length=limit))
     return check
 
 
@@ -218,16 +216,17 @@ def _compare(
     _true(check, f"{name}.image_is_zero", bool(pixels.flatten(1).abs().amax(1).gt(0).all()))
 
 
-def _verify_skipping(check: Check, dataset: ConversationDataset, limited: ConversationDataset) -> None:
-    """With the length limit and skipping every sample comes, replaced by one with an image where it has one."""
-    for index in range(len(limited)):
-        original, sample = _sample_or_problem(dataset, index), limited[index]
-        _true(check, f"output.skip.{index}.fits", len(sample["input_ids"]) <= check.case.info["model_max_length"])
-        _true(check, f"output.skip.{index}.trains", bool((sample["labels"] != IGNORE_INDEX).any()))
-        if isinstance(original, dict) and len(original["input_ids"]) <= check.case.info["model_max_length"]:
-            check.equal(f"output.skip.{index}.input_ids", sample["input_ids"], original["input_ids"])
-        _true(check, f"output.skip.{index}.kind", ("pixel_values" in sample) == bool(limited.records[index].images))
-    _true(check, "output.skip.counted", Problem.MISSING.value in limited.skipped)
+def _verify_limit(check: Check, dataset: ConversationDataset, limited: ConversationDataset) -> None:
+    """With the length limit: what fits stays as it is, what does not is refused (here all have a single round)."""
+    for index in range(len(dataset)):
+        free, sample = _sample_or_problem(dataset, index), _sample_or_problem(limited, index)
+        if isinstance(free, dict) and len(free["input_ids"]) > check.case.info["model_max_length"]:
+            _true(check, f"output.limit.{index}.refused", sample is Problem.CONVERSATION)
+        elif isinstance(free, dict):
+            kept = isinstance(sample, dict) and all(torch.equal(sample[key], free[key]) for key in free)
+            _true(check, f"output.limit.{index}.kept", kept)
+        else:
+            _true(check, f"output.limit.{index}.problem", sample is free)
 
 
 def _sample_or_problem(dataset: ConversationDataset, index: int) -> dict[str, Tensor] | Problem:

@@ -1,0 +1,139 @@
+"""Opening the images that a conversation file names, which may come from anywhere."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from pathlib import Path, PurePath
+
+from PIL import Image, UnidentifiedImageError
+
+from piip_core.errors import ConfigError
+
+from ..image_processing import ImageError, rgb_image
+from .problems import DataError, Problem
+
+__all__ = ["ImageFolder"]
+
+# What image sets consist of. Others are refused: some of Pillow's readers start programs (EPS: Ghostscript).
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".JPG", ".JPEG", ".PNG", ".GIF")
+
+
+class ImageFolder:
+    """A folder of images, out of which no name leads.
+
+    Args:
+        root: The folder.
+        follow_links: Whether a link below the folder may lead out of it. Such links are refused by default, because
+            an unpacked archive can contain them; allow them for image sets that you linked into the folder yourself.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, follow_links: bool = False) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.follow_links = follow_links
+        if not self.root.is_dir():
+            raise ConfigError(f"image folder {str(root)!r} is no folder: give the one that image names are relative to")
+        self._real_root = Path(os.path.realpath(self.root))
+
+    def locate(self, name: str) -> Path:
+        """Path of a non-empty file inside of the folder.
+
+        Args:
+            name: Path relative to the folder, or an absolute one that lies in it; without "..".
+
+        Raises:
+            DataError: If the name leads out of the folder, or there is no such file, or it is empty or no plain file.
+        """
+        path = self._inside(name)
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"image {name!r} is missing in {self.root}{self._hint(path)}", Problem.MISSING) from None
+        except OSError as error:
+            raise DataError(f"image {name!r} cannot be read: {error.strerror}", Problem.UNREADABLE) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"image {name!r} is a folder or device, expected a file", Problem.UNREADABLE)
+        if found.st_size == 0:
+            raise DataError(f"image {name!r} is an empty file: load it again", Problem.EMPTY)
+        return path
+
+    def open(self, name: str) -> Image.Image:
+        """Reads an image, by content whatever its name ends in, and makes it RGB.
+
+        As in the published training: transparency dropped, the first frame of an animation, orientation tags ignored.
+
+        Args:
+            name: As for `locate`.
+
+        Raises:
+            DataError: As `locate`, and if the content is no complete image, is larger than Pillow's limit
+                `PIL.Image.MAX_IMAGE_PIXELS`, or has values of unknown range.
+        """
+        path = self.locate(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of transparency and metadata, neither of which is used
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            try:
+                with Image.open(path, formats=_FORMATS) as image:
+                    image.load()
+                    return rgb_image(image)
+            except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+                raise DataError(
+                    f"image {name!r}: {error}; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it",
+                    Problem.TOO_LARGE,
+                ) from None
+            except UnidentifiedImageError:
+                raise DataError(f"image {name!r} {_no_image(path)}", Problem.BROKEN) from None
+            except ImageError as error:
+                raise DataError(f"image {name!r}: {error}", Problem.UNUSABLE) from None
+            except MemoryError:
+                raise
+            except Exception as error:  # readers meet broken content with errors of many types
+                if isinstance(error, OSError) and error.errno is not None:
+                    reason = f"image {name!r} cannot be read: {error.strerror}"
+                    raise DataError(reason, Problem.UNREADABLE) from error
+                reason = f"image {name!r} is broken ({type(error).__name__}: {error}): load it again"
+                raise DataError(reason, Problem.BROKEN) from error
+
+    def _inside(self, name: str) -> Path:
+        fix = "expected a path below it without '..'; correct the entry"
+        if ".." in PurePath(name).parts:
+            raise DataError(f"image {name!r} may lead out of {self.root}: {fix}", Problem.OUTSIDE)
+        path = self.root / name  # an absolute name replaces the root
+        try:
+            real = Path(os.path.realpath(path))
+        except OSError as error:
+            raise DataError(f"image {name!r} cannot be read: {error.strerror}", Problem.UNREADABLE) from error
+        except ValueError as error:  # a zero byte, half of a character
+            raise DataError(f"image {name!r} is no file name ({error}): {fix}", Problem.OUTSIDE) from None
+        if real.is_relative_to(self._real_root):
+            return real
+        if not path.is_relative_to(self.root) and not path.is_relative_to(self._real_root):
+            raise DataError(f"image {name!r} lies outside of {self.root}: {fix}", Problem.OUTSIDE)
+        if not self.follow_links:
+            raise DataError(
+                f"image {name!r} is behind a link from {self.root} to {real}: allow links (follow_links=True) "
+                "if you made it, remove it otherwise",
+                Problem.OUTSIDE,
+            )
+        return path
+
+    @staticmethod
+    def _hint(path: Path) -> str:
+        if not path.parent.is_dir():
+            return f": there is no folder {path.parent}; is the image folder the right one?"
+        others = [path.with_suffix(suffix).name for suffix in _SUFFIXES if path.with_suffix(suffix).is_file()]
+        if others:
+            return f", but {others[0]!r} exists: rename it (images are read by content), or correct the entry"
+        return ": add it, or remove the entry"
+
+
+def _no_image(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(16)
+    return f"is no image (its content starts with {start!r}), expected one of {', '.join(_FORMATS)}: load it again"

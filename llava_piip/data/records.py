@@ -1,0 +1,263 @@
+"""Reading LLaVA's conversation files."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from tqdm import tqdm
+
+from .problems import DataError
+
+__all__ = ["Record", "Records", "parse_entry", "read_entries", "read_records"]
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_EXAMPLE = '{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nHi"}, ...]}'
+_WHITESPACE = " \t\r\n"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a conversation file, as it is written there.
+
+    Attributes:
+        id: The entry's id; its number where it has none.
+        images: Names of image files relative to the image folder, empty for text only.
+        conversations: Turns {"from": ..., "value": ...}; who may speak when is checked by `messages_from_llava`.
+        source: The file.
+        index: Number of the entry in the file, from 0.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    conversations: tuple[Mapping[str, str], ...]
+    source: str
+    index: int
+
+    @property
+    def where(self) -> str:
+        """File, entry and id, for messages."""
+        return f"{self.source}: entry {self.index} (id {self.id!r})"
+
+
+class Records(Sequence[Record]):
+    """The entries of one or several files, in order.
+
+    Kept as the files' own text in one block and parsed when asked for: a million entries need little more than the
+    size of their files, and forked workers share the block (lists of objects are copied, page by page, as soon as a
+    worker looks at them).
+    """
+
+    def __init__(self, texts: Iterable[tuple[str, Iterable[str]]]) -> None:
+        """Takes over, per file, its name and the text of its entries."""
+        self._block, self._ends = bytearray(), array("Q", [0])
+        self._sources: list[str] = []
+        self._starts: list[int] = []  # number of the first entry of each source
+        for source, entries in texts:
+            self._sources.append(source)
+            self._starts.append(len(self._ends) - 1)
+            for entry in entries:
+                self._block += entry.encode()
+                self._ends.append(len(self._block))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files."""
+        return tuple(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # negative ones, and IndexError
+        source = bisect_right(self._starts, number) - 1
+        entry = json.loads(self._block[self._ends[number] : self._ends[number + 1]])
+        return parse_entry(entry, self._sources[source], number - self._starts[source])
+
+
+def read_records(paths: Paths) -> Records:
+    """Reads conversation files: a list in .json, or one entry per line in .jsonl.
+
+    Args:
+        paths: One file or several; a mixture is the files one after the other.
+
+    Raises:
+        DataError: If a file is missing, is not what its name says, has no entries, or an entry is malformed; with
+            file, entry and fix.
+    """
+    files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not files:
+        raise DataError("no conversation file was given: name at least one .json or .jsonl file")
+    return Records((str(Path(file)), _checked(Path(file))) for file in files)
+
+
+def read_entries(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
+    """What a conversation file lists, whatever it is, each with its text; for `parse_entry`.
+
+    Raises:
+        DataError: If the file is missing, is not what its name says, or has no entries.
+    """
+    path = Path(path)
+    readers = {".json": _entries_of_list, ".jsonl": _entries_of_lines}
+    if path.suffix.lower() not in readers:
+        raise DataError(f"{path}: expected a file named .json (a list of entries) or .jsonl (an entry per line)")
+    empty = True
+    try:
+        with tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=3, leave=False) as bar:
+            for entry, text in readers[path.suffix.lower()](path):
+                empty = False
+                bar.update(len(text))
+                yield entry, text
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give the path of a conversation file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert or reload it"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if empty:
+        raise DataError(f"{path}: has no entries; expected some like {_EXAMPLE}")
+
+
+def parse_entry(entry: Any, source: str, index: int) -> Record:
+    """Makes a record of what a file lists.
+
+    Args:
+        entry: The JSON value.
+        source: Name of the file.
+        index: Number of the entry, from 0.
+
+    Raises:
+        DataError: If it is no record; names file, entry, what was expected and the fix.
+    """
+    where = f"{source}: entry {index}"
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is {_short(entry)}, expected an object like {_EXAMPLE}")
+    name = entry.get("id", index)
+    if not isinstance(name, (str, int)):
+        raise DataError(f"{where}: 'id' is {_short(name)}, expected a text or a number")
+    where = f"{where} (id {str(name)!r})"
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        found = _short(turns) if "conversations" in entry else f"missing (fields: {', '.join(map(str, entry))})"
+        raise DataError(f"{where}: 'conversations' is {found}, expected a list of turns as in {_EXAMPLE}")
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
+            raise DataError(
+                f"{where}: turn {number} is {_short(turn)}, expected an object with the texts 'from' and 'value'"
+            )
+        if (place := _half_character(turn["value"])) is not None:
+            raise DataError(
+                f"{where}: turn {number} has half of a character (a lone surrogate) at position {place} of its text; "
+                "remove it"
+            )
+    return Record(str(name), _images(entry, where), tuple(turns), source, index)
+
+
+def _checked(path: Path) -> Iterator[str]:
+    """The text of every entry, each of which makes a record."""
+    for number, (entry, text) in enumerate(read_entries(path)):
+        parse_entry(entry, str(path), number)
+        yield text
+
+
+def _entries_of_list(path: Path) -> Iterator[tuple[Any, str]]:
+    """Entries and their text; one at a time, because the whole list as objects takes many times the file's size."""
+    text = path.read_text(encoding="utf-8-sig")
+    decoder = json.JSONDecoder()
+    place = _skip(text, 0)
+    if place < len(text) and text[place] != "[":
+        raise DataError(
+            f"{path}: starts with {text[place : place + 20]!r}, expected a list '[' of entries; "
+            "a file with one entry per line must be named .jsonl"
+        )
+    place = _skip(text, place + 1)
+    if place < len(text) and text[place] == "]":
+        return
+    for number in range(len(text)):
+        try:
+            entry, end = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: entry {number}: {_json_fault(error, text)}") from None
+        yield entry, text[place:end]
+        place = _skip(text, end)
+        if text[place : place + 1] == "]":
+            break
+        if text[place : place + 1] != ",":
+            found = f"{text[place : place + 20]!r} follows" if place < len(text) else "the file ends"
+            raise DataError(
+                f"{path}: {found} after entry {number}, expected ',' or ']'; an incomplete file must be loaded again"
+            )
+        place = _skip(text, place + 1)
+    if (place := _skip(text, place + 1)) < len(text):
+        raise DataError(f"{path}: {text[place : place + 20]!r} follows the list, expected its end; remove it")
+
+
+def _entries_of_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    number = 0
+    with path.open(encoding="utf-8-sig") as file:
+        for line_number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line), line.strip()
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}: entry {number} (line {line_number}): {_json_fault(error, line)}; "
+                    "a list over several lines must be named .json"
+                ) from None
+            number += 1
+
+
+def _skip(text: str, place: int) -> int:
+    while place < len(text) and text[place] in _WHITESPACE:
+        place += 1
+    return place
+
+
+def _json_fault(error: json.JSONDecodeError, text: str) -> str:
+    if error.pos >= len(text.rstrip()):
+        return f"the text ends inside of it ({error.msg}); an incomplete file must be loaded again"
+    return f"{error.msg} at line {error.lineno}, column {error.colno}; correct the file"
+
+
+def _half_character(text: str) -> int | None:
+    """Where a text has half of a character, which JSON can write (\\ud83d) and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _images(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    for other in ("images", "video", "videos"):
+        if entry.get(other) and "image" not in entry:
+            raise DataError(f"{where}: has {other!r}, which would be ignored; expected the file names in 'image'")
+    given = entry.get("image")
+    names = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(isinstance(name, str) and name for name in names):
+        raise DataError(
+            f"{where}: 'image' is {_short(given)}, expected a file name or a list of them; "
+            "leave the field out where there is no image"
+        )
+    return tuple(names)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

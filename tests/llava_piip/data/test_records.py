@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import pickle
+import re
+
+import pytest
+
+from llava_piip.data import DataError, read_records
+
+TURNS = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": 'Hello ünïcode 🙂 "quoted" ]}, ['}]
+
+
+@pytest.mark.parametrize("name", ["talks.json", "talks.jsonl"])
+def test_entries_come_back_as_written(write, name):
+    entries = [
+        {"id": "a", "image": "x/1.jpg", "conversations": TURNS, "model": "gpt-4"},
+        {"id": 7, "conversations": TURNS[:1]},
+        {"image": ["1.jpg", "2.jpg"], "conversations": TURNS},
+        {"id": "d", "image": None, "conversations": TURNS},
+    ]
+    path = write(entries, name)
+    records = read_records(path)
+    assert len(records) == 4 and records.sources == (str(path),)
+    assert [record.images for record in records] == [("x/1.jpg",), (), ("1.jpg", "2.jpg"), ()]
+    assert [record.id for record in records] == ["a", "7", "2", "d"]
+    assert [list(record.conversations) for record in records] == [TURNS, TURNS[:1], TURNS, TURNS]
+    assert [(record.source, record.index) for record in records] == [(str(path), i) for i in range(4)]
+    assert records[-1] == records[3] and records[1:3] == [records[1], records[2]]
+    with pytest.raises(IndexError):
+        records[4]
+
+
+@pytest.mark.parametrize("dump", [dict(indent=2), dict(ensure_ascii=False), dict(separators=(",", ":"))])
+def test_any_layout_of_json(tmp_path, dump):
+    path = tmp_path / "a.json"
+    entries = [{"id": str(i), "conversations": TURNS} for i in range(3)]
+    path.write_text("\ufeff " + json.dumps(entries, **dump) + " \n", encoding="utf-8")
+    assert [list(record.conversations) for record in read_records(path)] == [TURNS] * 3
+
+
+def test_a_mixture_is_its_files_in_order(write):
+    first = write([{"id": f"a{i}", "conversations": TURNS} for i in range(2)], "a.json")
+    second = write([{"id": f"b{i}", "conversations": TURNS} for i in range(3)], "b.jsonl")
+    records = pickle.loads(pickle.dumps(read_records([first, second])))
+    assert [record.id for record in records] == ["a0", "a1", "b0", "b1", "b2"]
+    assert [(record.source, record.index) for record in records] == [
+        (str(first), 0),
+        (str(first), 1),
+        (str(second), 0),
+        (str(second), 1),
+        (str(second), 2),
+    ]
+    assert records[3].where == f"{second}: entry 1 (id 'b1')"
+
+
+def test_memory_is_that_of_the_text(write):
+    entries = [{"id": str(i), "image": f"{i}.jpg", "conversations": TURNS * 4} for i in range(2000)]
+    path = write(entries)
+    assert len(pickle.dumps(read_records(path))) < 1.05 * path.stat().st_size
+
+
+GOOD = {"id": "1", "conversations": TURNS}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"a": 1}, "starts with .* expected a list .* must be named .jsonl"),
+        ([], "has no entries"),
+        ([GOOD, 3], "entry 1 is 3, expected an object"),
+        ([GOOD, {"id": "x"}], r"entry 1 \(id 'x'\): 'conversations' is missing \(fields: id\)"),
+        ([{"id": "x", "conversations": []}], r"entry 0 \(id 'x'\): 'conversations' is \[\], expected a list of turns"),
+        ([{"id": "x", "conversations": "hi"}], "'conversations' is 'hi'"),
+        ([{"id": "x", "conversations": [{"from": "human"}]}], "turn 0 is .* 'from' and 'value'"),
+        ([{"id": "x", "conversations": [*TURNS, {"from": "gpt", "value": None}]}], "turn 2 is"),
+        ([{"id": "x", "conversations": [{"from": "gpt", "value": "ab\ud83d"}]}], "turn 0 has half .* position 2"),
+        ([{"id": "x", "messages": TURNS}], r"missing \(fields: id, messages\)"),
+        ([{**GOOD, "image": ""}], "'image' is '', expected a file name"),
+        ([{**GOOD, "image": ["a.jpg", 3]}], "'image' is .* expected a file name or a list"),
+        ([{**GOOD, "image": {"path": "a"}}], "'image' is"),
+        ([{**GOOD, "images": ["a.jpg"]}], "has 'images', which would be ignored"),
+        ([{**GOOD, "video": "a.mp4"}], "has 'video', which would be ignored"),
+        ([{**GOOD, "id": [1]}], r"'id' is \[1\], expected a text or a number"),
+    ],
+)
+def test_malformed_entries_are_named(write, entries, message):
+    path = write(entries)
+    with pytest.raises(DataError, match=message) as error:
+        read_records(path)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '[{"id": "1", "conversations"', "entry 0: the text ends inside of it .* loaded again"),
+        ("a.json", json.dumps([GOOD])[:-1], r"the file ends after entry 0, expected ',' or '\]'"),
+        ("a.json", json.dumps([GOOD])[:-1] + ",", "entry 1: the text ends inside"),
+        ("a.json", json.dumps([GOOD])[:-1] + " {}]", "'{}]' follows after entry 0"),
+        ("a.json", json.dumps([GOOD]) + "[]", r"'\[\]' follows the list"),
+        ("a.json", "[{'id': 1}]", "entry 0: .* at line 1, column 3"),
+        ("a.json", "", "has no entries"),
+        ("a.json", "[", "entry 0: the text ends inside"),
+        ("a.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), "must be named .jsonl"),
+        ("a.jsonl", json.dumps([GOOD], indent=1), r"entry 0 \(line 1\): .* must be named .json"),
+        ("a.jsonl", json.dumps(GOOD) + "\n\n{oops}\n", r"entry 1 \(line 3\)"),
+        ("a.jsonl", "\n \n", "has no entries"),
+        ("a.txt", json.dumps([GOOD]), r"expected a file named .json .* or .jsonl"),
+    ],
+)
+def test_broken_files_say_where_and_what_to_do(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_records(path)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(DataError, match=r"gone.json: no such file"):
+        read_records(tmp_path / "gone.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        read_records(tmp_path / "folder.json")
+    (tmp_path / "latin.json").write_bytes('[{"id": "ü"}]'.encode("latin-1"))
+    with pytest.raises(DataError, match=re.escape("not UTF-8 text")):
+        read_records(tmp_path / "latin.json")
+    with pytest.raises(DataError, match="no conversation file was given"):
+        read_records([])
