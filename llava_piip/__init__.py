@@ -33,5 +33,8 @@ AutoModel.register(PIIPVisionConfig, PIIPVisionModel)
 AutoModel.register(PIIPLlavaConfig, PIIPLlavaModel)
 AutoModelForCausalLM.register(PIIPLlavaConfig, PIIPLlavaForConditionalGeneration)
 AutoModelForImageTextToText.register(PIIPLlavaConfig, PIIPLlavaForConditionalGeneration)
-AutoImageProcessor.register(PIIPLlavaConfig, slow_image_processor_class=PIIPImageProcessor)
+# One backend for both of transformers' choices: Pillow, whose resizing the published models were trained with
+AutoImageProcessor.register(
+    PIIPLlavaConfig, image_processor_classes={"pil": PIIPImageProcessor, "torchvision": PIIPImageProcessor}
+)
 AutoProcessor.register(PIIPLlavaConfig, PIIPLlavaProcessor)

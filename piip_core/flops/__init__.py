@@ -6,22 +6,26 @@ numbers of parameters and of multiply-accumulates (one multiply-accumulate is wh
 """
 
 from .executed import ModuleCounts, executed_count
+from .multimodal import MultimodalRow, analyze_multimodal
 from .published import Count, PublishedCount, published_count
 from .report import ModelReport, ModuleRow, ZooRow, analyze_backbone, analyze_model, analyze_zoo, padded_size
-from .tables import model_table, published_tables, replace_block, zoo_table
+from .tables import model_table, multimodal_table, published_tables, replace_block, zoo_table
 
 __all__ = [
     "Count",
     "ModelReport",
     "ModuleCounts",
     "ModuleRow",
+    "MultimodalRow",
     "PublishedCount",
     "ZooRow",
     "analyze_backbone",
     "analyze_model",
+    "analyze_multimodal",
     "analyze_zoo",
     "executed_count",
     "model_table",
+    "multimodal_table",
     "padded_size",
     "published_count",
     "published_tables",

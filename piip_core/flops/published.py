@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Literal
 
 from ..config import BranchConfig, InteractionConfig, PIIPConfig
@@ -55,7 +55,7 @@ class PublishedCount:
         return _sum([*self.branches, self.interactions, self.head])
 
 
-Rule = Literal["classifier", "separate classifiers", "merging"]
+Rule = Literal["classifier", "separate classifiers", "merging", "vision tower"]
 
 
 def published_rule(config: PIIPConfig) -> Rule:
@@ -73,26 +73,33 @@ def published_count(config: PIIPConfig, *, rule: Rule | None = None) -> Publishe
         rule: "classifier" puts one head on the merged branches (published ViT rows of detection and segmentation);
             "separate classifiers" gives each branch its own (published classification rows), as a single branch has
             with either; "merging" counts the merging of the dense model, without the work of its feature pyramid, and
-            the projection of padded window positions (published rows with ConvNeXt branches). None: `published_rule`.
+            the projection of padded window positions (published rows with ConvNeXt branches); "vision tower" counts
+            branches and interactions alone, the sampling of every interaction on the grids of the first one (published
+            multimodal rows). None: `published_rule`, which never is "vision tower".
     """
     rule = rule or published_rule(config)
-    merging = rule == "merging"
+    tower = rule == "vision tower"
+    heads = {"merging": _dense_head, "vision tower": lambda _: Count()}
+    head = heads.get(rule, partial(_classifier, separate=rule != "classifier"))
     return PublishedCount(
-        branches=tuple(_network(branch.network, branch, dense=merging) for branch in config.branches),
-        interactions=_interactions(config),
-        head=_dense_head(config) if merging else _classifier(config, separate=rule != "classifier"),
+        branches=tuple(_network(b.network, b, dense=tower or rule == "merging") for b in config.branches),
+        interactions=_interactions(config, sampled_after=0 if tower else None),
+        head=head(config),
     )
 
 
-def _interactions(config: PIIPConfig) -> Count:
+def _interactions(config: PIIPConfig, *, sampled_after: int | None) -> Count:
+    """All interactions; deformable sampling is counted on the grids after `sampled_after`, or each on its own."""
     total = Count()
     for k in range(config.num_interactions):
         dims, tokens = config.dims_after(k), _tokens_after(config, k)
+        sampled = tokens if sampled_after is None else _tokens_after(config, sampled_after)
         for unit in config.interaction.graph(k, len(config.branches)):
             low, high = unit.low - 1, unit.high - 1
             for to, source, wanted in ((low, high, unit.into_low), (high, low, unit.into_high)):
                 if wanted:
                     total += _injection(config.interaction, tokens[to], dims[to], tokens[source], dims[source])
+                    total += _sampling(config.interaction, sampled[to], dims[to])
     return total
 
 
@@ -138,7 +145,7 @@ def _parameter(size: int) -> Count:
 
 @singledispatch
 def _network(network: NetworkConfig, branch: BranchConfig, *, dense: bool) -> Count:
-    """Embedding and blocks of a branch; one implementation per family. `dense` is the rule "merging"."""
+    """Embedding and blocks of a branch; one implementation per family. `dense`: the rules of real models."""
     raise NotImplementedError(f"no published counting rule for {type(network).__name__}")
 
 
@@ -153,13 +160,11 @@ def _vit(network: ViTConfig, branch: BranchConfig, *, dense: bool) -> Count:
     scales = 0 if network.layer_scale is None else 2 * width
     blocks = _blocks(network, branch, norm, qkv_bias=3 * width * network.qkv_bias, dense=dense)
     # The classifier's position table covers the real grid
-    positions = network.pos_grid**2 if dense else tokens
-    return (
-        _patches(network, branch)
-        + _parameter(positions * width)
-        + blocks
-        + _times(network.depth, attention + _parameter(scales))
-    )
+    grid = network.pos_grid**2 if dense else _tokens(branch)
+    embeddings = _patches(network, branch, bias=not network.pre_norm)
+    embeddings += _parameter((grid + network.class_token + network.class_position) * width)
+    embeddings += norm(tokens, width) if network.pre_norm else Count()
+    return embeddings + blocks + _times(network.depth, attention + _parameter(scales))
 
 
 @_network.register
@@ -178,8 +183,8 @@ def _uniperceiver(network: UniPerceiverConfig, branch: BranchConfig, *, dense: b
     return _patches(network, branch) + embeddings + blocks + _times(network.depth, _parameter(2 * width))
 
 
-def _patches(network: ViTConfig | BEiTConfig | UniPerceiverConfig, branch: BranchConfig) -> Count:
-    return _convolution(_tokens(branch), network.patch_size, 3, network.embed_dim)
+def _patches(network: ViTConfig | BEiTConfig | UniPerceiverConfig, branch: BranchConfig, *, bias: bool = True) -> Count:
+    return _convolution(_tokens(branch), network.patch_size, 3, network.embed_dim, bias=bias)
 
 
 def _blocks(
@@ -253,8 +258,12 @@ def _deformable_attention(config: InteractionConfig, queries: int, width: int, v
         _linear(values, value_dim, inner)
         + _linear(queries, width, 3 * samples)  # two offsets and one weight per sample
         + _linear(queries, inner, width)
-        + Count(macs=5 * queries * SAMPLING_POINTS * width)
     )
+
+
+def _sampling(config: InteractionConfig, queries: int, width: int) -> Count:
+    """The formula for deformable sampling: four corners and the weight of each point."""
+    return Count(macs=5 * queries * SAMPLING_POINTS * width) if config.attention == "deformable" else Count()
 
 
 def _regular_attention(config: InteractionConfig, queries: int, width: int, values: int, value_dim: int) -> Count:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 
 from tabulate import tabulate
 
+from .multimodal import MultimodalRow
 from .report import ModelReport, ZooRow
 
-__all__ = ["model_table", "published_tables", "replace_block", "zoo_table"]
+__all__ = ["model_table", "multimodal_table", "published_tables", "replace_block", "zoo_table"]
 
 MISSING = "-"
 
@@ -80,11 +82,47 @@ def published_tables(rows: Iterable[ZooRow], link: Callable[[ZooRow], str]) -> s
     parts = []
     for title, group in itertools.groupby(rows, key=lambda row: row.table):
         group = list(group)
-        notes = {row.note: None for row in group if row.note}
-        marks = {note: f"[{number}]" for number, note in enumerate(notes, 1)}
+        marks = _marks(row.note for row in group)
         parts += [f"### {title}", _published_table(group, link, marks)]
-        parts += ["\n".join(f"{mark} {note}.  " for note, mark in marks.items())] if marks else []
+        parts += [_notes(marks)] if marks else []
     return "\n\n".join(parts)
+
+
+def multimodal_table(rows: Iterable[MultimodalRow]) -> str:
+    """The published multimodal models for a README: a table and the notes of its rows."""
+    rows = list(rows)
+    marks = _marks(row.entry.note for row in rows)
+    header = ["model", "resolution", "image tokens", "language model", "data"]
+    header += ["MMBench", "MM-Vet", "TextVQA", "SQA-I", "GQA", "VQAv2", "SEED-I", "POPE", "average"]
+    header += ["#FLOPs", "our #FLOPs count", "our executed FLOPs", "name"]
+    table = _table(
+        header,
+        [
+            [
+                f"{row.entry.title} {marks.get(row.entry.note, '')}".strip(),
+                row.entry.resolution,
+                row.entry.image_seq_length,
+                row.entry.language_model.rpartition("/")[2],
+                row.entry.training_data,
+                *(f"{score:.1f}" for score in dataclasses.astuple(row.entry.scores)),
+                f"{row.entry.flops_g:.0f}G",
+                _scaled(row.published_count.macs, 1e9, "G"),
+                _scaled(row.executed.macs, 1e9, "G"),
+                f"`{row.entry.name}`",
+            ]
+            for row in rows
+        ],
+    )
+    return f"{table}\n\n{_notes(marks)}"
+
+
+def _marks(notes: Iterable[str]) -> dict[str, str]:
+    """A mark for each different note, in order."""
+    return {note: f"[{number}]" for number, note in enumerate(dict.fromkeys(filter(None, notes)), 1)}
+
+
+def _notes(marks: Mapping[str, str]) -> str:
+    return "\n".join(f"{mark} {note}.  " for note, mark in marks.items())
 
 
 def _published_table(rows: list[ZooRow], link: Callable[[ZooRow], str], marks: Mapping[str, str]) -> str:

@@ -6,21 +6,29 @@ This is the one place for facts about published models; Detectron2 configs and t
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import TypeVar
 
 from ..errors import ConfigError
 from . import cascade, convnext, deit, large, pretraining
 from .deit import baseline, deit_pyramid, tsbl_as_released
 from .entry import PublishedNumbers, ZooEntry
+from .multimodal import ENTRIES as _MULTIMODAL_ENTRIES
+from .multimodal import MultimodalEntry, MultimodalScores
 from .networks import VIT
 
 __all__ = [
     "VIT",
+    "MultimodalEntry",
+    "MultimodalScores",
     "PublishedNumbers",
     "ZooEntry",
     "baseline",
     "deit_pyramid",
     "entries",
     "get",
+    "multimodal",
+    "multimodal_entries",
     "names",
     "tsbl_as_released",
 ]
@@ -33,26 +41,46 @@ _ENTRIES = (
     *cascade.ENTRIES,
 )
 _BY_NAME = {entry.name: entry for entry in _ENTRIES}
+_MULTIMODAL_BY_NAME = {entry.name: entry for entry in _MULTIMODAL_ENTRIES}
+_Entry = TypeVar("_Entry")
 
 
 def entries() -> tuple[ZooEntry, ...]:
-    """All published models, in the order of the tables."""
+    """All published dense models, in the order of the tables."""
     return _ENTRIES
 
 
 def names() -> list[str]:
-    """Names of all published models, in the order of the tables."""
+    """Names of all published dense models, in the order of the tables."""
     return list(_BY_NAME)
 
 
 def get(name: str) -> ZooEntry:
-    """A published model by name.
+    """A published dense model by name.
 
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
+    return _find(name, _BY_NAME)
+
+
+def multimodal_entries() -> tuple[MultimodalEntry, ...]:
+    """All published multimodal models, in the order of the table."""
+    return _MULTIMODAL_ENTRIES
+
+
+def multimodal(name: str) -> MultimodalEntry:
+    """A published multimodal model by name.
+
+    Raises:
+        ConfigError: For an unknown name; the message lists the closest ones.
+    """
+    return _find(name, _MULTIMODAL_BY_NAME)
+
+
+def _find(name: str, known: Mapping[str, _Entry]) -> _Entry:
     try:
-        return _BY_NAME[name]
+        return known[name]
     except KeyError:
-        close = difflib.get_close_matches(name, _BY_NAME, n=3, cutoff=0.4) or _BY_NAME
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         raise ConfigError(f"no published model is named {name!r}; close matches are {', '.join(close)}") from None

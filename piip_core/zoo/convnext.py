@@ -7,18 +7,18 @@ from .deit import deit_branch
 from .entry import IMAGENET_MEAN, IMAGENET_STD, PublishedNumbers, ZooEntry
 from .networks import CONVNEXT
 
-__all__ = ["ENTRIES", "hybrid_pyramid"]
+__all__ = ["DEEP_SEGMENTS", "ENTRIES", "hybrid_pyramid"]
 
 TABLE = "ConvNeXt-based models (Mask R-CNN, 1x)"
 
 _NAMES = {"T": "tiny", "S": "small", "B": "base"}
 _DROP_PATH = {"T": 0.3, "S": 0.3, "B": 0.4}
 # Blocks before each of the 12 interactions: downsampling goes with the stage behind it
-_DEEP = ((0, 2), (3, 6), (7, 10), *((first, first + 2) for first in range(11, 35, 3)), (35, 38))
+DEEP_SEGMENTS = ((0, 2), (3, 6), (7, 10), *((first, first + 2) for first in range(11, 35, 3)), (35, 38))
 _SEGMENTS = {
     "T": ((0, 2), (3, 6), (7, 8), *((block, block) for block in range(9, 17)), (17, 20)),
-    "S": _DEEP,
-    "B": _DEEP,
+    "S": DEEP_SEGMENTS,
+    "B": DEEP_SEGMENTS,
 }
 _IMAGE_SIZES = {"T": 1024, "S": 672, "B": 448}
 

@@ -7,7 +7,20 @@ from collections.abc import Mapping
 
 from ..networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 
-__all__ = ["AUGREG_384", "BEIT", "CONVNEXT", "DEIT3_384", "DINOV2", "INTERNVIT", "MAE", "UNIPERCEIVER", "VIT"]
+__all__ = [
+    "AUGREG_384",
+    "BEIT",
+    "CLIP",
+    "CLIP_336",
+    "CLIP_PATCH14_336",
+    "CONVNEXT",
+    "DEIT3_384",
+    "DINOV2",
+    "INTERNVIT",
+    "MAE",
+    "UNIPERCEIVER",
+    "VIT",
+]
 
 VIT: Mapping[str, ViTConfig] = {
     "T": ViTConfig(embed_dim=192, depth=12, num_heads=3),
@@ -53,4 +66,22 @@ CONVNEXT: Mapping[str, ConvNeXtConfig] = {
     "T": ConvNeXtConfig(),
     "S": ConvNeXtConfig(depths=(3, 3, 27, 3)),
     "B": ConvNeXtConfig(depths=(3, 3, 27, 3), stage_dims=(128, 256, 512, 1024)),
+    "L": ConvNeXtConfig(depths=(3, 3, 27, 3), stage_dims=(192, 384, 768, 1536)),
 }
+
+CLIP: Mapping[str, ViTConfig] = {
+    size: dataclasses.replace(
+        VIT[size],
+        layer_scale=None,
+        norm_eps=1e-5,
+        activation="quick_gelu",
+        pre_norm=True,
+        class_token=True,
+        class_position=True,
+    )
+    for size in "BL"
+}
+"""Image encoder of OpenAI's CLIP for images of 224 pixels; L with its patches of 14 pixels resized to 16."""
+# For images of 336 pixels, with patches of 16 and of 14 pixels
+CLIP_336 = {"L": dataclasses.replace(CLIP["L"], pos_grid=336 // 16)}
+CLIP_PATCH14_336 = {"L": dataclasses.replace(CLIP["L"], patch_size=14, pos_grid=336 // 14)}

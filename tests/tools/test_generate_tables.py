@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from piip_core import zoo
-from piip_core.flops import analyze_zoo, replace_block
+from piip_core.flops import analyze_multimodal, analyze_zoo, replace_block
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,31 @@ def test_table_holds_published_and_counted_numbers(tool, readme):
     assert "| ViT-B" in vit
 
 
+def test_a_file_gets_the_blocks_it_has(tool, tmp_path, monkeypatch, rows):
+    """And only those are counted."""
+    counted = list(analyze_multimodal([zoo.multimodal("llava_1_5_7b")]))
+    monkeypatch.setattr(tool, "analyze_multimodal", lambda entries: iter(counted))
+    monkeypatch.setattr(tool, "analyze_zoo", lambda entries: pytest.fail("counted for nothing"))
+    path, block = tmp_path / "README.md", "<!-- BEGIN {0} -->\nold\n<!-- END {0} -->\n"
+    path.write_text(block.format("multimodal table"))
+    assert tool.main([str(path)]) == 0
+    assert "| LLaVA-1.5 |" in path.read_text() and "| ViT-B" not in path.read_text()
+    monkeypatch.setattr(tool, "analyze_zoo", lambda entries: iter(rows))
+    path.write_text(block.format("zoo table") + "between\n" + block.format("multimodal table"))
+    assert tool.main([str(path)]) == 0
+    before, _, after = path.read_text().partition("between\n")
+    assert "| ViT-B" in before and "| LLaVA-1.5 |" in after and "old" not in before + after
+    assert tool.main([str(path), "--check"]) == 0
+
+
+def test_readmes_have_their_blocks(tool):
+    blocks = {path.parent.name: tool.read(path)[1] for path in tool.READMES}
+    assert blocks == {"PIIP": ["zoo table"], "llava_piip": ["multimodal table"]}
+
+
 def test_config_links_exist_and_are_relative_to_the_file(tool, rows):
     for readme in tool.READMES:
-        target = re.search(r"\[config\]\((.+?)\)", tool.table_for(readme, rows))[1]
+        target = re.search(r"\[config\]\((.+?)\)", tool.zoo_tables(rows, readme))[1]
         assert (readme.parent / target).resolve() == tool.CONFIGS / zoo.get("vit_b_1024").config_file
     assert all((tool.CONFIGS / entry.config_file).is_file() for entry in zoo.entries())
 

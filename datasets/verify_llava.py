@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Checks conversation files in LLaVA's format and their images, and says everything that is wrong.
+
+$ python datasets/verify_llava.py pretrain /data                   # LCS-558K, prepared by prepare_llava.py
+$ python datasets/verify_llava.py finetune /data --decode full     # mix665k, and decode every image
+$ python datasets/verify_llava.py files --annotations a.json b.json --image_root /data/a /data/b
+$ python datasets/verify_llava.py finetune /data --report report.json --clean /data/clean665k.json
+
+--clean writes a conversation file without the entries that have a problem. The exit status is 0 if everything is in
+order, 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--decode",
+        choices=("none", "header", "full"),
+        default="header",
+        help="how far images are read: not at all (they exist, are not empty and lie in their folder), their header "
+        "(default; finds files that are no images), or to the end (finds truncated ones)",
+    )
+    common.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: one per core)")
+    common.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found, entry by entry")
+    common.add_argument(
+        "--clean", type=Path, metavar="FILE", help="write the entries without a problem (.json, .jsonl)"
+    )
+    common.add_argument("--force", action="store_true", help="let --report and --clean replace files")
+    common.add_argument("--examples", type=int, default=3, metavar="N", help="shown of each kind (default: 3)")
+    common.add_argument(
+        "--follow-links", action="store_true", help="allow links that lead out of the image folder (that you made)"
+    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="{pretrain,finetune,files}")
+    for name, title in (("pretrain", "LCS-558K"), ("finetune", "mix665k of LLaVA-1.5")):
+        command = commands.add_parser(name, parents=[common], help=f"{title}, with its published sizes")
+        command.add_argument("root", type=Path, help="folder that holds all data sets")
+    files = commands.add_parser("files", parents=[common], help="any conversation files")
+    files.add_argument("--annotations", nargs="+", required=True, metavar="FILE", help=".json or .jsonl")
+    files.add_argument(
+        "--image-root",
+        "--image_root",
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="one for all files, or one for each",
+    )
+    args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers}: expected at least 1")
+    if args.clean and args.what == "files" and len(args.annotations) > 1:
+        parser.error(f"--clean {args.clean}: expected a single file in --annotations, not {len(args.annotations)}")
+    for path in (args.report, args.clean):
+        if path is not None and path.exists() and not args.force:
+            parser.error(f"{path} exists: choose another name, or add --force")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names, and returns the exit status."""
+    args = parse_args(argv)
+    # Loads torch and transformers: not for --help
+    from llava_piip.data.audit import audit, write_clean
+    from llava_piip.data.published import PUBLISHED
+    from piip_core.errors import UserError
+
+    try:
+        if args.what == "files":
+            published, annotations, roots = None, args.annotations, args.image_root
+        else:
+            published = PUBLISHED[args.what]
+            annotations, roots = [args.root / published.annotations], [args.root / published.image_root]
+        report = audit(
+            annotations,
+            roots,
+            decode=args.decode,
+            published=published,
+            workers=args.workers,
+            follow_links=args.follow_links,
+        )
+        print(report.summary(examples=args.examples))
+        if args.report:
+            report.write_json(args.report)
+            print(f"\nReport: {args.report}")
+        if args.clean:
+            number = write_clean(report, annotations[0], args.clean)
+            print(f"\n{args.clean}: {number} of {report.files[0].entries} entries")
+    except (UserError, OSError) as error:
+        advice = "" if args.what == "files" else f" (prepare_llava.py {args.what} {args.root} says what is missing)"
+        sys.exit(f"error: {error}{advice}")
+    print(f"\n{report.verdict()}")
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""Checking conversation files and their images before training: everything that is wrong, not only the first."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Literal, get_args
+
+from PIL import Image
+from tqdm import tqdm
+
+from piip_core.errors import ConfigError, UserError
+
+from ..conversation import IMAGE_TAG, ConversationError, messages_from_llava
+from .audit_report import (
+    EMPTY_ANSWER,
+    OTHER_FORMAT,
+    REPEATED_ID,
+    UNUSABLE_FILE,
+    AuditReport,
+    Count,
+    FileSummary,
+    Finding,
+)
+from .dataset import is_placeholder
+from .images import ImageFolder
+from .own_annotations import write_entries
+from .problems import DataError, Problem
+from .published import PublishedSet
+from .records import Record, parse_entry, read_entries
+
+__all__ = ["Decode", "audit", "write_clean"]
+
+Decode = Literal["none", "header", "full"]
+AnyPath = str | os.PathLike[str]
+
+_CHUNK = 256  # images a worker process is handed at a time
+_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".gif": "GIF",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+
+
+@dataclass(frozen=True)
+class _ImageState:
+    """What is known of an image file after looking at it."""
+
+    problem: str | None = None
+    message: str = ""
+    format: str | None = None
+
+
+def audit(
+    annotations: AnyPath | Sequence[AnyPath],
+    image_roots: AnyPath | Sequence[AnyPath],
+    *,
+    decode: Decode = "header",
+    published: PublishedSet | None = None,
+    workers: int | None = None,
+    follow_links: bool = False,
+    progress: bool = True,
+) -> AuditReport:
+    """Checks conversation files with their images and reports everything found.
+
+    Problems are what training stops at or skips (`Problem`), and answers that are empty or missing. Information is what
+    is harmless: ids that repeat, and images in another format than their name says.
+
+    Args:
+        annotations: A conversation file, or several.
+        image_roots: The folder that image names are relative to, or one per file.
+        decode: How far images are read. "none": they exist, are not empty and lie in the folder. "header": and start
+            like an image. "full": and can be decoded to the end.
+        published: A data set whose sizes to compare with; for a single file.
+        workers: Number of processes for the images; by default one per core.
+        follow_links: Whether links below an image folder may lead out of it.
+        progress: Show progress bars.
+
+    Raises:
+        ConfigError: If arguments do not fit together or there is no such image folder.
+    """
+    files = [annotations] if isinstance(annotations, (str, os.PathLike)) else list(annotations)
+    roots = [image_roots] if isinstance(image_roots, (str, os.PathLike)) else list(image_roots)
+    if len(roots) == 1:
+        roots *= len(files)
+    if not files or len(roots) != len(files):
+        raise ConfigError(
+            f"{len(roots)} image folders for {len(files)} conversation files: expected one, or one per file"
+        )
+    if decode not in get_args(Decode):
+        raise ConfigError(f"decode={decode!r}: expected {', '.join(get_args(Decode))}")
+    if published is not None and len(files) > 1:
+        raise ConfigError(f"{len(files)} files to compare with the sizes of {published.title}: expected one")
+    report = AuditReport(decode)
+    for file, root in zip(files, roots, strict=True):
+        folder = ImageFolder(root, follow_links=follow_links)
+        _audit_file(report, Path(file), folder, published, workers or _num_cores(), progress)
+    return report
+
+
+def write_clean(report: AuditReport, annotations: AnyPath, output: AnyPath) -> int:
+    """Writes a conversation file without the entries that have a problem, and returns how many it has.
+
+    Args:
+        report: The audit of the file.
+        annotations: The file.
+        output: File to write, `.json` or `.jsonl`; not `annotations`.
+
+    Raises:
+        UserError: If the file was not audited or could not be read to its end, would be overwritten, or no entry is
+            left.
+    """
+    path, output = Path(annotations), Path(output)
+    if str(path) not in [summary.file for summary in report.files]:
+        raise UserError(f"{path}: is not one of the files of this audit")
+    if any(finding.file == str(path) and finding.entry is None for finding in report.findings):
+        raise UserError(f"{path}: could not be read to its end, so what is good cannot be told; repair it first")
+    if output.exists() and output.samefile(path):
+        raise UserError(f"{output}: is the file that was audited; choose another name")
+    bad = report.bad_entries(path)
+    good = (text for number, (_, text) in enumerate(read_entries(path)) if number not in bad)
+    first = next(good, None)
+    if first is None:
+        raise UserError(f"{path}: has no entry without a problem; is the image folder the right one?")
+    return write_entries(output, chain([first], good))
+
+
+def _audit_file(
+    report: AuditReport, path: Path, folder: ImageFolder, published: PublishedSet | None, workers: int, progress: bool
+) -> None:
+    """Adds one file to a report."""
+    summary = FileSummary(str(path), str(folder.root))
+    report.files.append(summary)
+    users: dict[str, list[tuple[int, str]]] = {}  # image -> entries that name it
+    findings: list[Finding] = []
+    first_by_id: dict[str, int] = {}
+    known_folders = _known_folders(published)
+    for record in _records(path, summary, findings):
+        summary.with_image += bool(record.images)
+        summary.text_only += not record.images
+        for name in dict.fromkeys(record.images):
+            users.setdefault(name, []).append((record.index, record.id))
+        if record.images:
+            summary.entries_by_folder[_folder_of(record.images[0], known_folders)] += 1
+        findings += _text_findings(record)
+        if (first := first_by_id.setdefault(record.id, record.index)) != record.index:
+            findings.append(_finding(record, REPEATED_ID, f"{record.where}: entry {first} has the same id"))
+    for name, state in _image_states(list(users), folder, report.decode, workers, progress):
+        group = _folder_of(name, known_folders)
+        summary.images_by_folder[group] += 1
+        summary.unusable_by_folder[group] += state.problem is not None
+        findings += _image_findings(str(path), name, state, users[name])
+    findings.sort(key=lambda finding: -1 if finding.entry is None else finding.entry)
+    report.findings += findings
+    if published is not None and summary.entries:
+        summary.counts += _counts(summary, published)
+
+
+def _records(path: Path, summary: FileSummary, findings: list[Finding]) -> Iterator[Record]:
+    """The well-formed entries of a file; adds findings for the others."""
+    try:
+        for number, (entry, _) in enumerate(read_entries(path)):
+            summary.entries += 1
+            try:
+                record = parse_entry(entry, str(path), number)
+            except DataError as error:
+                findings.append(Finding(str(path), number, None, error.problem.value, None, str(error)))
+            else:
+                yield record
+    except DataError as error:
+        findings.append(Finding(str(path), None, None, UNUSABLE_FILE, None, str(error)))
+
+
+def _text_findings(record: Record) -> Iterator[Finding]:
+    """What is wrong with the conversation of an entry."""
+    try:
+        messages = messages_from_llava(record.conversations, has_image=len(record.images) == 1)
+    except ConversationError as error:
+        yield _finding(record, Problem.CONVERSATION.value, f"{record.where}: {error}")
+        return
+    found = _count_placeholders(messages, len(record.images))
+    if found != len(record.images):
+        message = f"{found} placeholders {IMAGE_TAG} for {len(record.images)} images; correct the entry"
+        yield _finding(record, Problem.PLACEHOLDERS.value, f"{record.where}: {message}")
+    # A greeting before the first question is not trained on
+    answers = [(turn, said) for turn, said in enumerate(record.conversations, 1) if said["from"] == "gpt" and turn > 1]
+    if empty := [turn for turn, said in answers if not said["value"].strip()]:
+        yield _finding(record, EMPTY_ANSWER, f"{record.where}: turn {empty[0]} is an empty answer: nothing to learn")
+    elif messages[-1]["role"] == "user":
+        yield _finding(record, EMPTY_ANSWER, f"{record.where}: the last question has no answer: nothing to learn")
+
+
+def _count_placeholders(messages: Iterable[Mapping[str, str]], num_images: int) -> int:
+    """Placeholders by the rule of `ConversationDataset`: without images, the tag within a text is ordinary."""
+    texts = [message["content"] for message in messages]
+    return sum(text.count(IMAGE_TAG) for text in texts) if num_images else sum(map(is_placeholder, texts))
+
+
+def _image_states(
+    names: list[str], folder: ImageFolder, decode: str, workers: int, progress: bool
+) -> Iterator[tuple[str, _ImageState]]:
+    """Looks at images, in worker processes if there are many."""
+    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
+    look = partial(_look_at_all, folder, decode)
+    bar = partial(tqdm, total=len(names), desc="Images", unit=" images", disable=None if progress else True)
+    if workers <= 1 or len(chunks) <= 1:
+        with bar() as done:
+            for name in names:
+                yield name, _look(folder, decode, name)
+                done.update()
+        return
+    with ProcessPoolExecutor(min(workers, len(chunks))) as pool:
+        try:
+            results = pool.map(look, chunks)
+            with bar() as done:
+                for chunk, states in zip(chunks, results, strict=True):
+                    yield from zip(chunk, states, strict=True)
+                    done.update(len(chunk))
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a process that read images of {folder.root} ended: too little memory, or an image that crashes the "
+                "reader; workers=1 shows which"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _look_at_all(folder: ImageFolder, decode: str, names: list[str]) -> list[_ImageState]:
+    return [_look(folder, decode, name) for name in names]
+
+
+def _look(folder: ImageFolder, decode: str, name: str) -> _ImageState:
+    """Looks at one image, as far as asked for."""
+    try:
+        path = folder.locate(name)
+        found = None if decode == "none" else _format(path)
+        # A header that cannot be read: reading it all tells what is wrong in the words that training would use
+        if decode == "full" or (decode == "header" and found is None):
+            folder.open(name)
+    except DataError as error:
+        return _ImageState(error.problem.value, str(error))
+    return _ImageState(format=found)
+
+
+def _format(path: Path) -> str | None:
+    """The format of an image file by its content, from the header alone; None if it is no image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=sorted(set(_FORMATS.values()))) as image:
+                # A phone's JPEG with a second picture inside
+                return "JPEG" if image.format == "MPO" else image.format
+    except Exception:  # readers meet broken content with errors of many types
+        return None
+
+
+def _image_findings(file: str, name: str, state: _ImageState, users: Iterable[tuple[int, str]]) -> Iterator[Finding]:
+    """What a look at an image means for the entries that name it."""
+    expected = _FORMATS.get(PurePosixPath(name).suffix.lower())
+    if state.problem is not None:
+        kind, message = state.problem, state.message
+    elif state.format is not None and expected is not None and state.format != expected:
+        kind, message = OTHER_FORMAT, f"image {name!r} is a {state.format} file"
+    else:
+        return
+    for entry, record_id in users:
+        yield Finding(file, entry, record_id, kind, name, f"{file}: entry {entry} (id {record_id!r}): {message}")
+
+
+def _finding(record: Record, kind: str, message: str) -> Finding:
+    return Finding(record.source, record.index, record.id, kind, None, message)
+
+
+def _known_folders(published: PublishedSet | None) -> list[str]:
+    """The image folders of a published data set, relative to its image root."""
+    if published is None:
+        return []
+    return [str(PurePosixPath(os.path.relpath(f.folder, published.image_root))) for f in published.folders]
+
+
+def _folder_of(name: str, known: Sequence[str]) -> str:
+    """The known folder an image lies in, or else its first folder."""
+    for folder in known:
+        if folder == "." or name.startswith(f"{folder}/"):
+            return folder
+    return _first_folder(name)
+
+
+def _first_folder(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    return parts[0] if len(parts) > 1 else "."
+
+
+def _counts(summary: FileSummary, published: PublishedSet) -> list[Count]:
+    """The comparison with the published sizes."""
+    found = {"": summary.text_only}
+    for folder, number in summary.entries_by_folder.items():
+        first = PurePosixPath(folder).parts[0] if folder != "." else "."
+        found[first] = found.get(first, 0) + number
+    counts = [Count(f"{published.title}: all", summary.entries, published.records)]
+    for folder, number in published.records_by_folder.items():
+        counts.append(Count(f"images in {folder}" if folder else "text only", found.get(folder, 0), number))
+    return counts
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,170 @@
+"""datasets/prepare_llava.py and verify_llava.py, as they are called."""
+
+import json
+import re
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_piip.data import published
+
+SCRIPTS = Path(__file__).parents[2] / "datasets"
+README = SCRIPTS / "README.md"
+NAMES = ["coco/train2017/1.jpg", "ocr_vqa/images/2.jpg"]
+
+
+@pytest.fixture(scope="module")
+def prepare(load_script):
+    return load_script("prepare_llava")
+
+
+@pytest.fixture(scope="module")
+def verify(load_script):
+    return load_script("verify_llava")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A tuning set of three entries: COCO's image in its archive, OCR-VQA's unpacked under another name."""
+    whole = published.PUBLISHED["finetune"]
+    small = replace(
+        whole,
+        records=3,
+        records_by_folder={"coco": 1, "ocr_vqa": 1, "": 1},
+        folders=tuple(folder for folder in whole.folders if folder.part in ("coco", "ocr_vqa")),
+    )
+    monkeypatch.setattr(published, "PUBLISHED", {"finetune": small})
+    root = tmp_path / "data"
+    (root / "coco").mkdir(parents=True)
+    (root / "ocr_vqa/images").mkdir(parents=True)
+    Image.new("RGB", (9, 9), (9, 9, 9)).save(tmp_path / "1.jpg")
+    Image.new("RGB", (9, 9), (9, 9, 9)).save(root / "ocr_vqa/images/2.gif")
+    with zipfile.ZipFile(root / "coco/train2017.zip", "w") as archive:
+        archive.write(tmp_path / "1.jpg", "train2017/1.jpg")
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
+    text = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    entries = [{"id": name, "image": name, "conversations": said} for name in NAMES]
+    (root / small.annotations).write_text(json.dumps([*entries, {"id": "text", "conversations": text}]))
+    return root
+
+
+def test_prepare_then_verify(prepare, verify, root, capsys):
+    assert verify.main(["finetune", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert "PROBLEM: image missing: 2" in out and "'2.gif' exists" in out
+    assert prepare.main(["finetune", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "1 files unpacked" in out and "1 got a second name" in out
+    assert f"Next: python datasets/verify_llava.py finetune {root}" in out
+    assert re.search(r"\| coco/train2017 +\| +1 \| +0 \|", out)
+    assert verify.main(["finetune", str(root), "--decode", "full", "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "information: format differs from the name: 1" in out and "PROBLEM" not in out
+    assert re.search(r"\| LLaVA-1.5 mix665k: all +\| +3 \| +3 \| as published \|", out)
+
+
+def test_prepare_says_what_is_missing(prepare, root, capsys):
+    (root / "coco/train2017.zip").unlink()
+    (root / "ocr_vqa/images/2.gif").write_text("<html>")
+    assert prepare.main(["finetune", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert "coco/train2017: http://images.cocodataset.org/zips/train2017.zip" in out
+    assert f"-> {root / 'coco/train2017.zip'}, or --archive coco=FILE" in out
+    assert "1 are there under another name but broken" in out and "missing: coco/train2017/1.jpg" in out
+
+
+def test_verify_reports_and_cleans(verify, root, tmp_path, capsys):
+    report, clean = tmp_path / "report.json", tmp_path / "clean.json"
+    arguments = ["finetune", str(root), "--report", str(report), "--clean", str(clean)]
+    assert verify.main(arguments) == 1
+    assert f"{clean}: 1 of 3 entries" in capsys.readouterr().out
+    assert [entry["id"] for entry in json.loads(clean.read_text())] == ["text"]
+    assert [finding["image"] for finding in json.loads(report.read_text())["findings"]] == NAMES
+    with pytest.raises(SystemExit):
+        verify.main(arguments)
+    assert f"{report} exists" in capsys.readouterr().err
+    assert verify.main([*arguments, "--force"]) == 1
+
+
+def test_own_pictures(prepare, verify, tmp_path, capsys):
+    images, table, output = tmp_path / "mine", tmp_path / "captions.csv", tmp_path / "mine.json"
+    images.mkdir()
+    Image.new("RGB", (9, 9)).save(images / "a.png")
+    table.write_text("file,caption\na.png,A black square.\n")
+    assert prepare.main(["own", str(images), str(table), str(output), "--prompt", "What is it?"]) == 0
+    assert f"--annotations {output} --image_root {images}" in capsys.readouterr().out
+    for spelling in ("--image_root", "--image-root"):
+        assert verify.main(["files", "--annotations", str(output), str(output), spelling, str(images)]) == 0
+    assert "<image>\\nWhat is it?" in output.read_text()
+    with pytest.raises(SystemExit):
+        prepare.main(["own", str(images), str(table), str(output)])
+    table.write_text("file,caption\nabsent.png,A black square.\n")
+    with pytest.raises(SystemExit, match=r"error: .*captions.csv: 1 of 1 rows"):
+        prepare.main(["own", str(images), str(table), str(output), "--force"])
+    assert "black square" in output.read_text()  # the old one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["finetune", "x", "--archive", "coco"], "expected PART=FILE"),
+        (["finetune", "x", "--workers", "0"], "--workers 0: expected at least 1"),
+    ],
+)
+def test_prepare_with_bad_arguments(prepare, capsys, arguments, match):
+    with pytest.raises(SystemExit):
+        prepare.main(arguments)
+    assert match in capsys.readouterr().err
+
+
+def test_verify_with_bad_arguments(verify, root, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        verify.main(["files", "--annotations", "a.json", "b.json", "--image_root", "x", "--clean", "c.json"])
+    assert "expected a single file" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"error: image folder .* is no folder"):
+        verify.main(["files", "--annotations", "a.json", "--image_root", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit, match=r"is no folder.*prepare_llava.py finetune .* says what is missing"):
+        verify.main(["finetune", str(tmp_path / "absent")])
+
+
+def test_damaged_archive_stops_with_its_name(prepare, root):
+    (root / "coco/train2017.zip").write_bytes(b"PK half")
+    with pytest.raises(SystemExit, match=r"error: .*train2017.zip: not a complete zip archive"):
+        prepare.main(["finetune", str(root)])
+    assert not (root / "coco/train2017").exists()
+
+
+@pytest.mark.parametrize("script", ["prepare_llava", "verify_llava"])
+def test_examples_in_the_help_are_accepted(load_script, script, capsys):
+    module = load_script(script)
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert end.value.code == 0
+    help_text = capsys.readouterr().out
+    examples = re.findall(rf"\$ python datasets/{script}\.py (.*?)(?:  +#.*)?$", help_text, re.MULTILINE)
+    assert len(examples) >= 4
+    for example in examples:
+        module.parse_args(example.split())
+
+
+@pytest.mark.parametrize("script", ["prepare_llava", "verify_llava"])
+def test_commands_in_the_readme_are_accepted(load_script, script):
+    commands = re.findall(rf"^python datasets/{script}\.py (.*?)(?:  +#.*)?$", README.read_text(), re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        load_script(script).parse_args(command.split())
+
+
+def test_published_sizes_in_the_readme():
+    text = README.read_text()
+    for dataset in published.PUBLISHED.values():
+        assert all(str(number) in text for number in (dataset.records, *dataset.records_by_folder.values()))
+        assert all(folder.folder.split("/")[-1] in text for folder in dataset.folders)
+
+
+def test_the_folder_is_no_package():
+    """Else it would hide the library `datasets` from everything started in the checkout."""
+    assert not (SCRIPTS / "__init__.py").exists()

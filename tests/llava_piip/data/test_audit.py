@@ -1,0 +1,314 @@
+"""The audit of conversation files: each defect is found, at its entry, and nothing else."""
+
+import json
+import os
+import re
+from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_piip.conversation import EncodedConversation
+from llava_piip.data import ConversationDataset, DataError, Problem, read_records
+from llava_piip.data.audit import audit, write_clean
+from llava_piip.data.audit_report import EMPTY_ANSWER, OTHER_FORMAT, REPEATED_ID, UNUSABLE_FILE, Count
+from llava_piip.data.published import PUBLISHED
+from piip_core.errors import ConfigError, UserError
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def entry(number: int, image: str | None = None, conversations=None, **more) -> dict:
+    conversations = conversations or turns("<image>\nWhat is this?" if image else "Hello?", "It is a thing.")
+    return {"id": f"id{number}"} | ({"image": image} if image else {}) | {"conversations": conversations} | more
+
+
+def picture(path: Path, format: str = "JPEG", size: int = 64) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((size, size), 60).convert("RGB").save(path, format=format)
+    return path
+
+
+def write(path: Path, entries: list) -> Path:
+    path.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
+    return path
+
+
+def found(report) -> list[tuple]:
+    return [(finding.entry, finding.kind) for finding in report.findings]
+
+
+# What is in the tree of `broken`, and what has to be found with full decoding
+BROKEN = [
+    (entry(0, "coco/good.jpg", model="kept as it is \u00e9"), []),
+    (entry(1), []),
+    (entry(2, "coco/absent.jpg"), [Problem.MISSING.value]),
+    (entry(3, "coco/empty.jpg"), [Problem.EMPTY.value]),
+    (entry(4, "coco/html.jpg"), [Problem.BROKEN.value]),
+    (entry(5, "coco/cut.jpg"), [Problem.BROKEN.value]),
+    (entry(6, "../outside.jpg"), [Problem.OUTSIDE.value]),
+    (entry(7, "coco/link.jpg"), [Problem.OUTSIDE.value]),
+    (entry(8, "ocr_vqa/gif.jpg"), [OTHER_FORMAT]),
+    (entry(9, "coco/good.jpg", turns("<image>\nWhat?", "")), [EMPTY_ANSWER]),
+    (entry(10, None, turns("Hello?", "Hi.", "Who are you?")), [EMPTY_ANSWER]),
+    (entry(11, None, turns("Hello?", " \n", "And?", "Yes.")), [EMPTY_ANSWER]),
+    (entry(12, None, turns("Hello?") * 2), [Problem.CONVERSATION.value]),
+    (entry(13, None, [{"from": "robot", "value": "x"}]), [Problem.CONVERSATION.value]),
+    (entry(14, "coco/good.jpg", turns("What?", "A cat.")), [Problem.PLACEHOLDERS.value]),
+    (entry(15, "coco/good.jpg", turns("<image>\nOne.", "Yes", "<image>\nTwo.", "No")), [Problem.PLACEHOLDERS.value]),
+    (entry(16, None, turns("<image>\nForgotten field", "Yes")), [Problem.PLACEHOLDERS.value]),
+    (entry(17, None, turns("What does the tag <image> do in HTML?", "Nothing")), []),
+    (entry(0), [REPEATED_ID]),
+    ("text", [Problem.RECORD.value]),
+    ({"id": 20}, [Problem.RECORD.value]),
+    (entry(21, ["coco/good.jpg", "coco/absent.jpg"], turns("<image> and <image>", "Two")), [Problem.MISSING.value]),
+    (entry(22, "coco/absent.jpg", turns("<image>\nWhat?", "")), [Problem.MISSING.value, EMPTY_ANSWER]),
+    (entry(23, None, [{"from": "gpt", "value": ""}, *turns("Hello?", "Yes")]), []),
+]
+
+
+@pytest.fixture
+def broken(tmp_path) -> Path:
+    """A folder with a conversation file that has every defect."""
+    root = tmp_path / "data"
+    picture(root / "coco" / "good.jpg")
+    picture(root / "ocr_vqa" / "gif.jpg", "GIF")
+    (root / "coco" / "empty.jpg").write_bytes(b"")
+    (root / "coco" / "html.jpg").write_text("<html>Not found</html>")
+    content = picture(root / "coco" / "cut.jpg").read_bytes()
+    (root / "coco" / "cut.jpg").write_bytes(content[: len(content) // 2])
+    picture(tmp_path / "outside.jpg")
+    (root / "coco" / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    write(root / "all.json", [value for value, _ in BROKEN])
+    return root
+
+
+@pytest.mark.parametrize("decode", ["none", "header", "full"])
+def test_every_defect_is_found_at_its_entry(broken, decode):
+    report = audit(broken / "all.json", broken, decode=decode, progress=False)
+    expected = [(number, kind) for number, (_, kinds) in enumerate(BROKEN) for kind in kinds]
+    unseen = {"full": [], "header": [5], "none": [4, 5, 8]}[decode]  # what needs more than this to be seen
+    assert Counter(found(report)) == Counter(item for item in expected if item[0] not in unseen)
+    assert not report.ok
+    for finding in report.findings:
+        assert finding.message.startswith(f"{broken / 'all.json'}: entry {finding.entry}")
+        assert finding.file == str(broken / "all.json")
+        value = BROKEN[finding.entry][0]
+        assert finding.id == (value["id"] if finding.kind != Problem.RECORD.value else None)
+    (summary,) = report.files
+    assert (summary.entries, summary.with_image, summary.text_only) == (len(BROKEN), 13, 9)
+    assert summary.entries_by_folder == {"coco": 11, "ocr_vqa": 1, "..": 1}
+    assert summary.images_by_folder == {"coco": 6, "ocr_vqa": 1, "..": 1}
+    assert summary.unusable_by_folder["coco"] == {"full": 5, "header": 4, "none": 3}[decode]
+
+
+def test_the_audit_agrees_with_training(broken, tmp_path):
+    """What the data set of training refuses is what a full audit calls a problem, in the same words."""
+
+    class Processor:
+        @staticmethod
+        def encode_conversation(messages, *, has_images, **_):
+            count = sum(message["content"].count("<image>") for message in messages) if has_images else 0
+            return EncodedConversation([1], [1], num_images=count)
+
+        @staticmethod
+        def image_processor(images, **_):
+            return {"pixel_values": images}
+
+    path = write(tmp_path / "well-formed.json", [value for value, kinds in BROKEN if Problem.RECORD.value not in kinds])
+    report = audit(path, broken, decode="full", progress=False)
+    dataset = ConversationDataset(read_records(path), Processor, broken)
+    for number in range(len(dataset)):
+        # an answer that is missing is found when labels are made, which the stand-in does not do
+        problems = [f for f in report.problems if f.entry == number and f.kind != EMPTY_ANSWER]
+        if problems:
+            with pytest.raises(DataError) as error:
+                dataset[number]
+            (said,) = [f.message for f in problems if f.kind == error.value.problem.value]
+            if error.value.problem is not Problem.PLACEHOLDERS:
+                assert str(error.value) == said
+        else:
+            dataset[number]
+
+
+def test_good_data_are_in_order(tmp_path):
+    picture(tmp_path / "a" / "1.jpg")
+    picture(tmp_path / "a" / "2.PNG", "PNG")
+    report = audit(write(tmp_path / "good.json", [entry(0, "a/1.jpg"), entry(1, "a/2.PNG"), entry(2)]), tmp_path)
+    assert report.ok and report.findings == []
+    assert "Everything is in order" in report.verdict()
+
+
+def test_worker_processes_find_the_same(tmp_path):
+    image = picture(tmp_path / "0.jpg", size=8)
+    entries = [entry(number, f"{number}.jpg") for number in range(600)]
+    for number in range(1, 600):
+        if number % 7:
+            os.link(image, tmp_path / f"{number}.jpg")
+    path = write(tmp_path / "many.json", entries)
+    alone, together = (audit(path, tmp_path, workers=workers, progress=False) for workers in (1, 2))
+    assert found(alone) == [(number, Problem.MISSING.value) for number in range(7, 600, 7)]
+    assert alone == together
+
+
+def test_worker_process_that_ends_is_told(tmp_path, monkeypatch):
+    def map_(*args):
+        raise BrokenProcessPool
+        yield
+
+    monkeypatch.setattr("llava_piip.data.audit.ProcessPoolExecutor.map", map_)
+    path = write(tmp_path / "many.json", [entry(number, f"{number}.jpg") for number in range(600)])
+    with pytest.raises(UserError, match="workers=1 shows which"):
+        audit(path, tmp_path, workers=2, progress=False)
+
+
+def test_links_that_were_made_on_purpose(broken):
+    report = audit(broken / "all.json", broken, follow_links=True, progress=False)
+    assert (7, Problem.OUTSIDE.value) not in found(report) and (6, Problem.OUTSIDE.value) in found(report)
+
+
+def test_several_files_with_their_own_folders(broken, tmp_path):
+    picture(tmp_path / "mine" / "1.jpg")
+    other = tmp_path / "mine.jsonl"
+    other.write_text("\n".join(json.dumps(entry(number, "1.jpg")) for number in range(2)))
+    report = audit([other, broken / "all.json"], [tmp_path / "mine", broken], progress=False)
+    assert [summary.entries for summary in report.files] == [2, len(BROKEN)]
+    assert report.files[0].images_by_folder == {".": 1}
+    assert not report.bad_entries(other) and report.bad_entries(broken / "all.json")
+
+
+def test_published_sizes(tmp_path):
+    published = replace(
+        PUBLISHED["finetune"], records=4, records_by_folder={"coco": 1, "vg": 2, "gqa": 1, "": 1}, title="small"
+    )
+    names = ["coco/train2017/1.jpg", "vg/VG_100K/1.jpg", "vg/VG_100K_2/1.jpg"]
+    for name in names:
+        picture(tmp_path / name)
+    path = write(tmp_path / "a.json", [*(entry(i, name) for i, name in enumerate(names)), entry(3)])
+    report = audit(path, tmp_path, published=published, progress=False)
+    assert report.files[0].counts == [
+        Count("small: all", 4, 4),
+        Count("images in coco", 1, 1),
+        Count("images in vg", 2, 2),
+        Count("images in gqa", 0, 1),
+        Count("text only", 1, 1),
+    ]
+    assert report.findings == [] and not report.ok
+    assert set(report.files[0].images_by_folder) == {"coco/train2017", "vg/VG_100K", "vg/VG_100K_2"}
+    assert "published size" in report.summary() and "DIFFERS" in report.summary()
+    assert "counts that differ from the published ones: 1" in report.verdict()
+    exact = replace(published, records_by_folder={"coco": 1, "vg": 2, "": 1})
+    assert audit(path, tmp_path, published=exact, progress=False).ok
+
+
+def test_sizes_of_the_published_sets():
+    assert PUBLISHED["pretrain"].records == 558_128
+    assert PUBLISHED["finetune"].records == 665_298 == sum(PUBLISHED["finetune"].records_by_folder.values())
+    for dataset in PUBLISHED.values():
+        for folder in dataset.folders:
+            assert Path(folder.archive).parent == Path(folder.folder).parent  # as wget and unzip would be used
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "has no entries"),
+        (b"[]", "has no entries"),
+        (b'{"id": 1}', r"must be named \.jsonl"),
+        (b'[{"id": 1}, {"id', "entry 1"),
+        (b"[\xff]", "not UTF-8"),
+        (None, "no such file"),
+    ],
+)
+def test_unusable_file_is_a_problem_and_the_next_is_checked(tmp_path, content, match):
+    bad, good = tmp_path / "bad.json", write(tmp_path / "good.json", [entry(0)])
+    if content is not None:
+        bad.write_bytes(content)
+    report = audit([bad, good], tmp_path, progress=False)
+    (problem,) = [finding for finding in report.findings if finding.entry is None]
+    assert problem.file == str(bad) and problem.kind == UNUSABLE_FILE and not report.ok
+    assert "unusable files: 1" in report.verdict()
+    assert re.search(match, problem.message)
+    assert report.files[1].entries == 1
+    with pytest.raises(UserError, match="could not be read to its end"):
+        write_clean(report, bad, tmp_path / "clean.json")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_clean_file_has_the_good_entries_unchanged(broken, tmp_path, suffix):
+    report = audit(broken / "all.json", broken, decode="full", progress=False)
+    clean = tmp_path / f"clean{suffix}"
+    harmless = [[], [OTHER_FORMAT], [REPEATED_ID]]
+    expected = [value for value, kinds in BROKEN if kinds in harmless]
+    assert write_clean(report, broken / "all.json", clean) == len(expected)
+    text = clean.read_text(encoding="utf-8")
+    assert (json.loads(text) if suffix == ".json" else list(map(json.loads, text.splitlines()))) == expected
+    again = audit(clean, broken, decode="full", progress=False)
+    assert again.ok and {f.kind for f in again.findings} == {OTHER_FORMAT, REPEATED_ID}
+
+
+def test_clean_file_that_cannot_be_written(broken, tmp_path, monkeypatch):
+    path = broken / "all.json"
+    report = audit(path, broken, progress=False)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="choose another name"):
+        write_clean(report, path, path)
+    with pytest.raises(UserError, match="not one of the files"):
+        write_clean(report, broken / "other.json", tmp_path / "clean.json")
+    with pytest.raises(UserError, match=r"ends in \.json or \.jsonl"):
+        write_clean(report, path, tmp_path / "clean.txt")
+    only_bad = write(broken / "bad.json", [entry(2, "coco/absent.jpg")])
+    with pytest.raises(UserError, match="no entry without a problem"):
+        write_clean(audit(only_bad, broken, progress=False), only_bad, tmp_path / "clean.json")
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    (tmp_path / "clean.json").write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        write_clean(report, path, tmp_path / "clean.json")
+    assert (tmp_path / "clean.json").read_text() == "old" and path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.json", "data", "outside.jpg"]
+
+
+def test_json_report_and_summary(broken, tmp_path):
+    report = audit(broken / "all.json", broken, decode="full", progress=False)
+    report.write_json(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["ok"] is False and content["decode"] == "full"
+    assert content["totals"] == Counter(finding.kind for finding in report.findings)
+    assert [(f["entry"], f["kind"]) for f in content["findings"]] == found(report)
+    assert {f["kind"] for f in content["findings"] if not f["problem"]} == {OTHER_FORMAT, REPEATED_ID}
+    assert content["files"][0]["images_by_folder"] == {"coco": 6, "ocr_vqa": 1, "..": 1}
+    summary = report.summary(examples=1)
+    assert f"PROBLEM: {Problem.MISSING.value}: 3\n" in summary and "and 2 more" in summary
+    assert "information: format differs from the name: 1\n" in summary
+    bad = sum(any(kind not in (OTHER_FORMAT, REPEATED_ID) for kind in kinds) for _, kinds in BROKEN)
+    assert report.verdict().startswith(f"entries with problems: {bad} of {len(BROKEN)} (")
+
+
+def test_many_folders_are_summed_up(tmp_path):
+    for number in range(5):
+        picture(tmp_path / str(number) / "1.jpg", size=8)
+    path = write(tmp_path / "a.json", [entry(n, f"{n}/{name}.jpg") for n in range(5) for name in (1, 2)])
+    rows = audit(path, tmp_path, progress=False).summary(max_folders=2).splitlines()
+    (row,) = [row for row in rows if "more folders" in row]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["3 more folders", "6", "6", "3"]
+
+
+def test_arguments_that_do_not_fit(tmp_path):
+    path = write(tmp_path / "a.json", [entry(0)])
+    with pytest.raises(ConfigError, match="2 image folders for 1"):
+        audit(path, [tmp_path, tmp_path])
+    with pytest.raises(ConfigError, match="decode='all'"):
+        audit(path, tmp_path, decode="all")
+    with pytest.raises(ConfigError, match="expected one"):
+        audit([path, path], tmp_path, published=PUBLISHED["finetune"])
+    with pytest.raises(ConfigError, match="is no folder"):
+        audit(path, tmp_path / "absent")
