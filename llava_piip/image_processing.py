@@ -18,8 +18,8 @@ from piip_core.errors import ConfigError, UserError
 
 __all__ = ["ImageError", "PIIPImageProcessor", "PIIPImageProcessorKwargs", "rgb_image"]
 
-# Modes in which the colour of the padding cannot be said; the public code stops at such images
-_GRAY_MODES = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
+# Modes in which padding before the conversion makes a difference; at gray pictures the public code stops there
+_OWN_COLOURS = ("P", "CMYK")
 
 
 class ImageError(UserError):
@@ -123,7 +123,7 @@ class PIIPImageProcessor(PilBackend):
     ) -> np.ndarray:
         """Pixel values (3, size, size) of one picture."""
         try:
-            if convert_before_padding or image.mode in _GRAY_MODES:
+            if convert_before_padding or image.mode not in _OWN_COLOURS:
                 image = rgb_image(image)
             if pad_to_square:
                 image = _padded(image, background_color)

@@ -271,6 +271,11 @@ def test_settings_that_cannot_work(settings, message):
         PIIPImageProcessor(**settings)
 
 
+def test_unknown_range_is_refused_however_it_is_padded():
+    with pytest.raises(ImageError, match="mode 'F'"):
+        process(Image.new("F", (4, 2)), convert_before_padding=False)
+
+
 def test_unknown_setting_of_a_call():
     with pytest.raises(TypeError, match="do_resize"):
         PIIPImageProcessor(size=32)(picture(8, 8), do_resize=False)
