@@ -44,7 +44,7 @@ def assemble(
 
     Args:
         row: A published row or its name: vision tower, projectors, and which language model.
-        language_model: Another one, of any class that `AutoModelForCausalLM` knows: a name on the hub or a folder.
+        language_model: Another one that is built like Llama or Qwen: a name on the hub or a folder.
         pretrained_vision: Load the weights that the branches name; False starts them at random.
         chat_template: Of the processor.
         pad_to_square: Of the image processor; the first stage of training does not.

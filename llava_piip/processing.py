@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
 
 from piip_core.errors import ConfigError, UserError
 
@@ -18,6 +19,7 @@ from .conversation import (
     encode_conversation,
     encode_prompt,
 )
+from .image_processing import ImageError
 from .tokenization import keep_legacy_setting
 
 __all__ = ["PIIPLlavaProcessor"]
@@ -66,11 +68,13 @@ class PIIPLlavaProcessor(ProcessorMixin):
 
         Args:
             images: One picture, a list, or a list of lists (one per text); as many as `<image>` in the texts, in order.
-            text: One prompt or several. Without images, `<image>` in it is ordinary text.
+                A string is the address or the file of a picture. In a prompt with an empty list, `<image>` is
+                ordinary text.
+            text: One prompt or several.
             padding: Pad to the longest; False needs prompts of equal length.
             padding_side: "left" or "right".
             max_length: Longest prompt to accept, visual tokens included. Prompts are never cut.
-            return_tensors: "pt", or None for lists.
+            return_tensors: "pt", or None for lists of ids; pixels are a tensor in any case.
             **kwargs: Settings of the image processor for this call.
 
         Returns:
@@ -78,9 +82,15 @@ class PIIPLlavaProcessor(ProcessorMixin):
 
         Raises:
             UserError: If images and places do not match, or a prompt is too long.
+            ImageError: If a picture cannot be used.
+            TypeError: For an unknown setting.
         """
         if text is None:
             raise UserError("text=None: expected a prompt, with <image> where the images are")
+        known = set(self.image_processor.valid_kwargs.__annotations__)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # such as audio=None
+        if unknown := sorted(set(kwargs) - known):
+            raise TypeError(f"{', '.join(unknown)}: no such setting; known: {', '.join(sorted(known))}")
         prompts = [text] if isinstance(text, str) else list(text)
         per_prompt = _images_per_prompt(images, prompts)
         ids = [self._encode(prompt, found) for prompt, found in zip(prompts, per_prompt, strict=True)]
@@ -94,14 +104,9 @@ class PIIPLlavaProcessor(ProcessorMixin):
         data = self.tokenizer.pad(
             {"input_ids": ids}, padding=padding, padding_side=padding_side, return_attention_mask=True
         )
-        pixels = [image for found in per_prompt for image in found]
+        pixels = [_fetched(image) for found in per_prompt for image in found]
         if pixels:
-            options = {
-                name: value
-                for name, value in kwargs.items()
-                if name in self.image_processor.valid_kwargs.__annotations__
-            }
-            data["pixel_values"] = self.image_processor(images=pixels, return_tensors="pt", **options)["pixel_values"]
+            data["pixel_values"] = self.image_processor(images=pixels, return_tensors="pt", **kwargs)["pixel_values"]
         return BatchFeature(dict(data), tensor_type=return_tensors)
 
     def encode_conversation(
@@ -155,6 +160,16 @@ class PIIPLlavaProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
 
+def _fetched(image: Any) -> Any:
+    """The picture behind an address or a file name; anything else as it is."""
+    if not isinstance(image, (str, os.PathLike)):
+        return image
+    try:
+        return load_image(os.fspath(image))
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{os.fspath(image)[:200]}: no picture could be read from there ({error})") from error
+
+
 def _image_token_id(tokenizer: Any) -> int:
     token = tokenizer.get_added_vocab().get(IMAGE_TAG)
     if token is None:
@@ -167,7 +182,7 @@ def _image_token_id(tokenizer: Any) -> int:
 def _images_per_prompt(images: Any, prompts: Sequence[str]) -> list[list[Any]]:
     """Images of each prompt; a flat list is dealt out by the places."""
     if images is None:
-        return [[] for _ in prompts]
+        images = []
     flat = list(images) if isinstance(images, (list, tuple)) else [images]
     if flat and isinstance(flat[0], (list, tuple)):
         if len(flat) != len(prompts):

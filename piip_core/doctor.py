@@ -1,4 +1,4 @@
-"""Prints what a bug report needs: versions, compilers, GPU, and whether the operator is compiled and why (not).
+"""Prints what a bug report needs: versions, compilers, GPU, the compiled operator (or why not), what PIIP-LLaVA lacks.
 
 Run `python -m piip_core.doctor`, with `--json` for machines.
 """
@@ -17,10 +17,11 @@ import sys
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from piip_core.ops import ms_deform_attn, ms_deform_attn_reference, operator_status
 
-__all__ = ["DETECTRON2_HINT", "collect", "format_report"]
+__all__ = ["DETECTRON2_HINT", "LLAVA_HINT", "collect", "format_report"]
 
 # Name on the package index and what it is needed for.
 PACKAGES = {
@@ -28,21 +29,39 @@ PACKAGES = {
     "torch": "required",
     "torchvision": "required",
     "timm": "required",
-    "fvcore": "required",
     "numpy": "required",
     "safetensors": "required",
     "pillow": "required",
     "setuptools": "below 81 for detectron2.model_zoo",
     "ninja": "to compile the operator",
     "detectron2": "extra: detection",
+    "fvcore": "comes with detectron2",
     "pycocotools": "extra: detection",
-    "open_clip_torch": "extra: llava",
     "transformers": "extra: llava",
+    "jinja2": "extra: llava",
+    "sentencepiece": "extra: llava",
+    "open_clip_torch": "extra: llava",
     "accelerate": "extra: llava",
     "deepspeed": "extra: llava",
+    "peft": "extra: llava",
+    "tensorboard": "extra: llava",
+    "bitsandbytes": "extra: llava-qlora",
     "scikit-image": "extra: demo",
     "scikit-learn": "extra: demo",
 }
+
+# Everything that each use of PIIP-LLaVA needs
+_CHAT = ("transformers", "jinja2")
+_TRAINING = (*_CHAT, "accelerate", "peft")
+LLAVA_NEEDS = {
+    "chat model": _CHAT,
+    "tokenizer.model files (Llama, Vicuna)": (*_CHAT, "sentencepiece"),
+    "CLIP weights by name": (*_CHAT, "open_clip_torch"),
+    "training, LoRA": _TRAINING,
+    "deepspeed launcher, ZeRO": (*_TRAINING, "deepspeed"),
+    "QLoRA": (*_TRAINING, "bitsandbytes"),
+}
+LLAVA_EXTRAS = ("llava", "llava-qlora")
 
 ENVIRONMENT = ("CUDA_HOME", "FORCE_CUDA", "PIIP_DISABLE_EXTENSION", "PIIP_CPU_CAPABILITY", "OMP_NUM_THREADS")
 
@@ -50,6 +69,7 @@ DETECTRON2_HINT = (
     "Detectron2 is on no package index. With PyTorch and a C++ compiler installed: "
     "pip install --no-build-isolation -e '.[detection]' (needs access to github.com)"
 )
+LLAVA_HINT = "pip install --no-build-isolation -e '.[llava]', for QLoRA -e '.[llava-qlora]'"
 
 
 def collect() -> dict[str, Any]:
@@ -71,6 +91,7 @@ def collect() -> dict[str, Any]:
         "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},
         "operator": _operator_facts(),
         "detectron2": _detectron2_facts(),
+        "llava": _llava_facts(),
     }
 
 
@@ -151,6 +172,36 @@ def _detectron2_facts() -> dict[str, Any]:
             f"detectron2.model_zoo needs setuptools below 81, found {setuptools}: pip install 'setuptools<81'"
         )
     return facts
+
+
+def _llava_facts() -> dict[str, str]:
+    """Which uses of PIIP-LLaVA are ready, and what the others lack."""
+    wanted = _wanted_versions()
+    facts = {}
+    for use, packages in LLAVA_NEEDS.items():
+        lacking = []
+        for name in packages:
+            requirement, version = wanted.get(name, Requirement(name)), _version(name)
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
+                lacking.append(f"{name}{requirement.specifier} ({version or 'not installed'})")
+        facts[use] = f"needs {', '.join(lacking)}" if lacking else "ready"
+    if set(facts.values()) != {"ready"}:
+        facts["hint"] = LLAVA_HINT
+    return facts
+
+
+def _wanted_versions() -> dict[str, Requirement]:
+    """What this project's own metadata asks of the packages for PIIP-LLaVA; empty where it is not installed."""
+    try:
+        lines = importlib.metadata.requires("piip") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = [Requirement(line) for line in lines]
+    return {
+        each.name: each
+        for each in found
+        if each.marker is not None and any(each.marker.evaluate({"extra": extra}) for extra in LLAVA_EXTRAS)
+    }
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -47,12 +47,14 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "wb") -> Iterator
 
 
 @contextmanager
-def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False, flush: bool = True) -> Iterator[Path]:
     """Gives a new folder beside `path` to write into, and renames it to `path` when the block ends without an error.
 
     Args:
         path: Folder to make.
         overwrite: Replace a folder that exists and is not empty; its content goes only once the new one is complete.
+        flush: Wait until every file is on the disk, so that a power failure leaves no empty ones. False for thousands
+            of small files that can be made again: each takes milliseconds.
 
     Raises:
         UserError: If the folder exists, is not empty and may not be replaced, or if `path` is a file.
@@ -68,7 +70,7 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
     aside.mkdir(parents=True)
     try:
         yield aside
-        for file in aside.rglob("*"):
+        for file in aside.rglob("*") if flush else ():
             if file.is_file():
                 _sync(file)
         if path.is_dir():

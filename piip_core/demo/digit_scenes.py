@@ -22,6 +22,7 @@ from sklearn.utils import Bunch
 from tqdm import tqdm
 
 __all__ = [
+    "NAMED_COLOURS",
     "NUM_CLASSES",
     "PHOTOS",
     "SPLITS",
@@ -42,6 +43,17 @@ PHOTOS = {
     "val": ("chelsea", "coffee", "coins", "flower.jpg", "gravel"),
 }  # fmt: skip
 NUM_CLASSES = 10
+Palette = tuple[tuple[str, tuple[float, float, float]], ...]
+NAMED_COLOURS: Palette = (
+    ("red", (1.0, 0.15, 0.1)),
+    ("yellow", (1.0, 0.9, 0.1)),
+    ("green", (0.1, 0.8, 0.2)),
+    ("blue", (0.2, 0.45, 1.0)),
+    ("pink", (1.0, 0.45, 0.85)),
+    ("white", (1.0, 1.0, 1.0)),
+)
+"""A palette: bright colours, far from each other."""
+
 _SPLIT_SEED = 20240601  # who is in which split; not a setting, so that no two runs can disagree about it
 _INK_LEVEL = 0.45  # ink (0 to 1) from which a point belongs to the digit
 _MIN_BRIGHTNESS = 0.5  # grey level of the digits; their outlines are dark, so they stand out from any photograph
@@ -62,6 +74,10 @@ class SceneConfig:
         max_digit_size: largest height of an upright digit.
         max_rotation: digits turn by at most this much either way (6 and 9 stay different).
         min_visible: digits may overlap, but each keeps at least this part of its area in sight.
+        palette: named colours (RGB, 0 to 1), such as `NAMED_COLOURS`, of which every digit of a scene gets another one;
+            None for random colours without a name.
+        all_different: no two digits of a scene are the same.
+        middle_margin: part of the picture by which the middle of every digit stays away from both middle lines.
         seed: seed of everything random but the split.
 
     Raises:
@@ -75,6 +91,9 @@ class SceneConfig:
     max_digit_size: int = 84
     max_rotation: float = 20.0
     min_visible: float = 0.85
+    palette: Palette | None = None
+    all_different: bool = False
+    middle_margin: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +111,17 @@ class SceneConfig:
             )
         if not 0.0 < self.min_visible <= 1.0:
             raise ValueError(f"min_visible={self.min_visible}: expected a value in (0, 1]")
+        if self.all_different and self.max_digits > NUM_CLASSES:
+            raise ValueError(f"max_digits={self.max_digits}: expected at most {NUM_CLASSES} that are all different")
+        if not 0.0 <= self.middle_margin <= 0.2:
+            raise ValueError(f"middle_margin={self.middle_margin}: expected a value from 0 to 0.2")
+        if self.palette is not None:
+            names = [name for name, _ in self.palette]
+            if len(set(names)) < max(len(names), self.max_digits):
+                raise ValueError(
+                    f"palette has the colours {', '.join(names) or 'none'}: expected different names, and at least "
+                    f"max_digits={self.max_digits} of them"
+                )
 
 
 @dataclass(frozen=True)
@@ -102,11 +132,13 @@ class Digit:
         label: the digit, 0 to 9.
         sample: its index in :func:`sklearn.datasets.load_digits`.
         mask: (H, W) bool, the part in sight; the dark outline belongs to the digit.
+        colour: name of its colour in the palette; None without a palette.
     """
 
     label: int
     sample: int
     mask: np.ndarray
+    colour: str | None = None
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -158,29 +190,36 @@ def render_scene(config: SceneConfig, split: str, index: int) -> Scene:
     """
     _check_split(split)
     rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
-    name = PHOTOS[split][rng.integers(len(PHOTOS[split]))]
-    image = _photo_crop(_load_photo(name), config.image_size, rng)
+    photo = PHOTOS[split][rng.integers(len(PHOTOS[split]))]
+    image = _photo_crop(_load_photo(photo), config.image_size, rng)
     masks: list[np.ndarray] = []
     paints: list[np.ndarray] = []
     areas: list[int] = []
-    digits: list[tuple[int, int]] = []
+    digits: list[tuple[int, int, str | None]] = []
+    samples, colours = split_samples(split), list(config.palette or ())
     for _ in range(rng.integers(config.min_digits, config.max_digits + 1)):
         # Even in the logarithm: as many digits between 30 and 45 pixels as between 60 and 90.
         size = np.exp(rng.uniform(np.log(config.min_digit_size), np.log(config.max_digit_size)))
-        sample = int(rng.choice(split_samples(split)))
+        sample = int(rng.choice(samples))
         fill, outline = _render_digit(sample, size, rng.uniform(-config.max_rotation, config.max_rotation))
         place = _find_place(outline > 0.5, masks, areas, config, rng)
         if place is None:  # the scene is full
             continue
-        paints.append(_pick_colour(paints, rng))
+        if config.palette is None:
+            colour, paint = None, _pick_colour(paints, rng)
+        else:
+            colour, paint = colours.pop(rng.integers(len(colours)))
+        paints.append(np.asarray(paint))
         window = _paint(image, place, fill, outline, paints[-1])
         mask = np.zeros(image.shape[:2], dtype=bool)
         mask[window] = outline > 0.5
         masks = [below & ~mask for below in masks] + [mask]
         areas.append(int(mask.sum()))
-        digits.append((int(_digits().target[sample]), sample))
-    scene = [Digit(label, sample, mask) for (label, sample), mask in zip(digits, masks, strict=True)]
-    return Scene(_to_bytes(image), scene, name)
+        digits.append((int(_digits().target[sample]), sample, colour))
+        if config.all_different:
+            samples = samples[_digits().target[samples] != _digits().target[sample]]
+    scene = [Digit(label, sample, mask, colour) for (label, sample, colour), mask in zip(digits, masks, strict=True)]
+    return Scene(_to_bytes(image), scene, photo)
 
 
 def scenes(config: SceneConfig, split: str, count: int) -> Iterator[Scene]:
@@ -286,12 +325,13 @@ def _render_digit(sample: int, size: float, angle: float) -> tuple[np.ndarray, n
 def _find_place(
     mask: np.ndarray, masks: list[np.ndarray], areas: list[int], config: SceneConfig, rng: np.random.Generator
 ) -> tuple[int, int] | None:
-    """A random place (y, x) where no digit below is hidden more than allowed, or None."""
+    """A random place (y, x), off the middle, where no digit below is hidden more than allowed, or None."""
     height, width = mask.shape
     for _ in range(_MAX_DRAWS):
         y, x = int(rng.integers(config.image_size - height + 1)), int(rng.integers(config.image_size - width + 1))
         window = np.s_[y : y + height, x : x + width]
-        if all(
+        off_middle = min(abs(y + height / 2 - config.image_size / 2), abs(x + width / 2 - config.image_size / 2))
+        if off_middle >= config.middle_margin * config.image_size and all(
             below.sum() - (below[window] & mask).sum() >= config.min_visible * area
             for below, area in zip(masks, areas, strict=True)
         ):

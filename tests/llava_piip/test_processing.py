@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from llava_piip import PIIPImageProcessor, PIIPLlavaProcessor
 from llava_piip.assembly import add_image_token
 from llava_piip.conversation import ConversationError
+from llava_piip.image_processing import ImageError
 from piip_core.errors import ConfigError, UserError
 
 
@@ -50,7 +51,7 @@ def test_flat_images_are_dealt_out_in_order(processor):
 
 
 def test_prompt_without_image_takes_the_tag_for_text(processor):
-    ids = processor(text="what does <image> mean?")["input_ids"][0].tolist()
+    ids = processor(text="what does <image> mean?", images=[[]])["input_ids"][0].tolist()
     assert processor.image_token_id not in ids
     assert processor.decode(ids, skip_special_tokens=True) == "what does <image> mean?"
 
@@ -60,6 +61,7 @@ def test_prompt_without_image_takes_the_tag_for_text(processor):
     [
         ("<image> <image>", [picture(0)], "2 <image> for 1 images"),
         ("none", [picture(0)], "0 <image> for 1 images"),
+        ("USER: <image>\nWhat is it?", None, "have 1 <image> for 0 images"),
         (["<image>", "<image>"], [[picture(0)]], "1 lists of images for 2 prompts"),
         (["<image>", "none"], [[], [picture(0)]], "0 <image> for 1 images"),
         (None, [picture(0)], "expected a prompt"),
@@ -68,6 +70,20 @@ def test_prompt_without_image_takes_the_tag_for_text(processor):
 def test_places_that_do_not_match_the_images_are_errors(processor, text, images, message):
     with pytest.raises(UserError, match=message):
         processor(text=text, images=images)
+
+
+def test_pictures_are_read_from_files(processor, tmp_path):
+    picture(5).save(tmp_path / "five.png")
+    expected = processor(text="<image>", images=picture(5))
+    found = processor(text="<image>", images=str(tmp_path / "five.png"))
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    with pytest.raises(ImageError, match="six.png: no picture could be read"):
+        processor(text="<image>", images=str(tmp_path / "six.png"))
+
+
+def test_unknown_settings_are_refused(processor):
+    with pytest.raises(TypeError, match="pad_to_squre: no such setting"):
+        processor(text="<image>", images=picture(0), pad_to_squre=False)
 
 
 def test_long_prompts_are_never_cut(processor):
