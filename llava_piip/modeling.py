@@ -22,6 +22,7 @@ from piip_core.errors import UserError
 from piip_core.merging import TokenMerging
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
+from .partitioning import make_whole
 
 __all__ = ["PIIPLlavaForConditionalGeneration", "PIIPLlavaModel", "PIIPVisionModel"]
 
@@ -49,7 +50,7 @@ class PIIPVisionModel(PreTrainedModel):
 
     def __init__(self, config: PIIPVisionConfig) -> None:
         super().__init__(config)
-        self.pyramid = PIIP(config.piip)
+        self.pyramid = make_whole(lambda: PIIP(config.piip))
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> PIIPVisionOutput:
@@ -145,14 +146,16 @@ class PIIPLlavaModel(LlavaModel):
         if encoded is None and pixel_values is not None:
             encoded = self.get_image_features(pixel_values)
         features = None if encoded is None else torch.stack(tuple(encoded.pooler_output))
+        # Before the embedding, as with images: processes must come to each gradient in the same order
+        nothing = self._nothing() if features is None and self._must_run_vision() else None
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, features)
         elif features is not None:
             raise UserError(
                 "inputs_embeds together with images: give input_ids, or put the visual tokens into the embeds"
             )
-        if features is None and self._must_run_vision():
-            inputs_embeds = inputs_embeds + self._nothing()
+        if nothing is not None:
+            inputs_embeds = inputs_embeds + nothing
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_dilation, binary_erosion
 from sklearn.datasets import load_digits
 
 from piip_core.demo import digit_dataset, digit_scenes
-from piip_core.demo.digit_scenes import SceneConfig, digit_crops, render_scene, scenes
+from piip_core.demo.digit_scenes import NAMED_COLOURS, SceneConfig, digit_crops, render_scene, scenes
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +138,59 @@ def test_bad_parameters_are_named():
         SceneConfig(image_size=64)
     with pytest.raises(ValueError, match="min_visible=0"):
         SceneConfig(min_visible=0)
+    with pytest.raises(ValueError, match="max_digits=11: expected at most 10"):
+        SceneConfig(max_digits=11, all_different=True)
+    with pytest.raises(ValueError, match=r"middle_margin=0.3"):
+        SceneConfig(middle_margin=0.3)
+    with pytest.raises(ValueError, match="palette has the colours none"):
+        SceneConfig(palette=())
+    with pytest.raises(ValueError, match="at least max_digits=7"):
+        SceneConfig(max_digits=7, palette=NAMED_COLOURS)
+    with pytest.raises(ValueError, match="red, red: expected different names"):
+        SceneConfig(min_digits=1, max_digits=2, palette=(("red", (1.0, 0.0, 0.0)), ("red", (0.9, 0.0, 0.0))))
     with pytest.raises(ValueError, match="split='test'"):
         render_scene(SceneConfig(), "test", 0)
     with pytest.raises(ValueError, match="num_val=0"):
         digit_dataset.prepare_digits("unused", num_val=0)
+
+
+def test_palette_colours_are_those_seen():
+    paints = dict(NAMED_COLOURS)
+    seen = set()
+    for scene in scenes(SceneConfig(palette=NAMED_COLOURS, min_visible=1.0), "val", 12):
+        names = [digit.colour for digit in scene.digits]
+        assert len(set(names)) == len(names)
+        for digit in scene.digits:
+            core = scene.image[binary_erosion(digit.mask, iterations=3)] / 255
+            assert np.abs(np.median(core, axis=0) - paints[digit.colour]).max() < 0.1
+        seen.update(names)
+    assert seen == set(paints)
+
+
+def test_colours_have_names_only_with_a_palette_and_change_nothing_else():
+    # With one digit the colour is drawn last
+    plain, named = (
+        render_scene(SceneConfig(min_digits=1, max_digits=1, palette=palette), "train", 5)
+        for palette in (None, NAMED_COLOURS)
+    )
+    assert plain.digits[0].colour is None and named.digits[0].colour is not None
+    assert plain.digits[0].sample == named.digits[0].sample and plain.photo == named.photo
+    mask = plain.digits[0].mask
+    assert np.array_equal(mask, named.digits[0].mask)
+    outside = ~binary_dilation(mask, iterations=2)
+    assert np.array_equal(plain.image[outside], named.image[outside])
+
+
+def test_digits_that_are_all_different_and_off_the_middle_lines():
+    config = SceneConfig(min_digits=4, max_digits=8, max_digit_size=48, all_different=True, middle_margin=0.1)
+    for scene in scenes(config, "train", 20):
+        labels = [digit.label for digit in scene.digits]
+        assert len(set(labels)) == len(labels) >= 2
+        topmost = scene.digits[-1]
+        x, y, width, height = topmost.box
+        assert min(abs(x + width / 2 - 96), abs(y + height / 2 - 96)) > 0.1 * 192 - 2
+    repeated = [[digit.label for digit in scene.digits] for scene in scenes(SceneConfig(), "train", 20)]
+    assert any(len(set(labels)) < len(labels) for labels in repeated)
 
 
 def test_crops_show_one_digit_each():

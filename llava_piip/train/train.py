@@ -1,0 +1,140 @@
+"""Trains PIIP-LLaVA.
+
+deepspeed llava_piip/train/train.py --preset piip_llava_clip_bl_512_256_7b/stage1 \
+    --annotations blip_laion_cc_sbu_558k.json --image_root LLaVA-Pretrain/images --output_dir runs/stage1
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:
+    # Run as a script: this folder, whose names would hide packages such as deepspeed, gives way to that of the package
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+
+from llava_piip.chat_templates import resolve_chat_template
+from llava_piip.data import Collator, ConversationDataset, read_records
+from llava_piip.train.arguments import DataArguments, ModelArguments, PIIPTrainingArguments
+from llava_piip.train.building import build_for_training
+from llava_piip.train.checkpointing import prepare_output
+from llava_piip.train.presets import parse_arguments
+from llava_piip.train.trainer import PIIPTrainer
+from piip_core.errors import UserError
+
+__all__ = ["main", "train"]
+
+
+def train(model: ModelArguments, data: DataArguments, training: PIIPTrainingArguments) -> PIIPTrainer:
+    """Runs one stage of training, to its end or from where it was interrupted, and saves the result.
+
+    Returns:
+        The trainer, with the log in `state.log_history`.
+
+    Raises:
+        UserError: For whatever the user can mend.
+    """
+    trainer, checkpoint = prepare(model, data, training)
+    run(trainer, checkpoint)
+    return trainer
+
+
+def prepare(
+    model: ModelArguments, data: DataArguments, training: PIIPTrainingArguments
+) -> tuple[PIIPTrainer, Path | None]:
+    """The trainer of a run with its model and data, and the checkpoint to go on from.
+
+    Raises:
+        UserError: If anything that was asked for is missing or does not fit.
+    """
+    if training.deepspeed is not None:
+        _start_deepspeed()
+    checkpoint = prepare_output(
+        training.output_dir,
+        resume=training.resume,
+        resume_from=training.resume_from_checkpoint,
+        overwrite=training.overwrite_output_dir,
+        writes=training.should_save,
+        wait=PartialState().wait_for_everyone,
+    )
+    set_seed(training.seed)
+    network, processor, source = build_for_training(model, training)
+    # in the processor, so that what is saved goes on as it was trained
+    processor.image_processor.pad_to_square = data.pad_to_square
+    processor.chat_template = resolve_chat_template(data.chat_template)
+    dataset = ConversationDataset(
+        read_records(data.annotations),
+        processor,
+        data.roots(),
+        max_length=data.max_length,
+        on_error=data.on_error,
+        follow_links=data.follow_links,
+    )
+    trainer = PIIPTrainer(
+        model=network,
+        args=training,
+        train_dataset=dataset,
+        data_collator=Collator.from_tokenizer(processor.tokenizer),
+        processing_class=processor,
+        source=source,
+        group_by_modality=data.group_by_modality,
+    )
+    return trainer, checkpoint
+
+
+def _start_deepspeed() -> None:
+    """Joins the processes, before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many."""
+    import deepspeed
+
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        # an operator for inference alone, which DeepSpeed would compile for a minute at the first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+
+
+def run(trainer: PIIPTrainer, checkpoint: Path | None) -> None:
+    """Trains and saves the result."""
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_final()
+    _report_data(trainer)
+
+
+def _report_data(trainer: PIIPTrainer) -> None:
+    """Says what the data set left out, over all processes."""
+    dataset, device = trainer.train_dataset, trainer.args.device
+    own = torch.tensor([sum(dataset.skipped.values()), dataset.conversations_cut, dataset.turns_cut], device=device)
+    skipped, conversations, turns = trainer.accelerator.reduce(own).tolist()
+    if trainer.is_world_process_zero():
+        print(
+            f"data: {skipped} samples skipped; {conversations} conversations cut to max_length, by {turns} turns in all"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see `--help`. Mistakes in what was given end in one line and status 2."""
+    trainer = None
+    try:
+        parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        trainer, checkpoint = prepare(*parsed)
+        run(trainer, checkpoint)
+    except UserError as error:
+        # Before the training all processes fail alike, and one of each machine speaks; later the one that failed
+        if trainer is not None or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {_message(error)}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _message(error: UserError) -> str:
+    """The message in one line; one that comes from a worker of the data loader has a traceback in front."""
+    return str(error).strip().splitlines()[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""transformers' Trainer with parts that learn at their own rates, and checkpoints that are published whole."""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from llava_piip.data.sampler import ModalityLengthSampler
+from piip_core.files import write_atomically
+
+from .arguments import PIIPTrainingArguments
+from .checkpointing import FINAL, STAGING, check_same_processes, keep_last, publish, staging
+from .parts import parameter_groups, trained_parts
+from .saving import ModelSource, base_model, gathered_state, load_tensors, save_trained
+
+__all__ = ["PIIPTrainer"]
+
+
+class PIIPTrainer(Trainer):
+    """Trains a model in the layout of transformers' Llava.
+
+    Args:
+        source: Where the frozen weights came from; saves that hold trained parts alone name it.
+        group_by_modality: Batches of similar lengths, text-only samples apart; the data set says the lengths.
+        **kwargs: As for `Trainer`; `args` is a `PIIPTrainingArguments`.
+    """
+
+    args: PIIPTrainingArguments
+
+    def __init__(self, *, source: ModelSource | None = None, group_by_modality: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.source, self.group_by_modality = source or ModelSource(), group_by_modality
+        if self.args.loss_average == "micro_batch":
+            # without the number of tokens of the whole update, the Trainer averages the means of the micro batches
+            self.model_accepts_loss_kwargs = False
+        # A model whose language model was trained is saved as a whole
+        self.saves_parts = "language_model" not in self.args.train_parts
+        self._staged = False
+        self._tokens = self._images = 0
+        self._since = perf_counter()
+
+    # ---- Order of the data and learning rates ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.group_by_modality or dataset is None:
+            return super()._get_train_sampler(train_dataset)
+        batches = self.args.world_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ModalityLengthSampler(dataset.modality_lengths, self.args.train_batch_size, batches, seed=seed)
+
+    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        # With several processes, accelerate's own way to the sampler ends early when a run goes on within an epoch
+        sampler = train_dataloader.batch_sampler
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+        super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            target = base_model(self.model if model is None else model)
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
+            rates = {part: self.args.learning_rate_of(part) for part in trained_parts(target)}
+            decayed = frozenset(self.get_decay_parameter_names(target))
+            groups = parameter_groups(target, rates, self.args.weight_decay, decayed)
+            self.optimizer_cls_and_kwargs = (optimizer, settings | {"params": groups})
+        return super().create_optimizer(model)
+
+    # ---- What the log says ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        mask, images = inputs.get("attention_mask"), inputs.get("pixel_values")
+        self._tokens = self._tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        self._images += 0 if images is None else len(images)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._rates(logs["learning_rate"]) | self._throughput()
+        super().log(logs, start_time)
+
+    def _rates(self, first: float) -> dict[str, float]:
+        """Rates that the last update used, of parts with one of their own; `first` is that of the first group."""
+        own = {group["part"]: self.args.learning_rate_of(group["part"]) for group in self.optimizer.param_groups}
+        base = next(iter(own.values()))
+        same = len(set(own.values())) == 1 or not base
+        return {} if same else {f"learning_rate_{part}": first * rate / base for part, rate in own.items()}
+
+    def _throughput(self) -> dict[str, float]:
+        """Tokens and images per second over all processes since the last call, and the largest peak of memory."""
+        now, device = perf_counter(), self.args.device
+        peak = (
+            torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        local = torch.tensor([[float(self._tokens), float(self._images), peak]], dtype=torch.float64, device=device)
+        table = self.accelerator.gather(local)
+        seconds, self._since, self._tokens, self._images = now - self._since, now, 0, 0
+        return {
+            "tokens_per_second": round(table[:, 0].sum().item() / seconds, 1),
+            "images_per_second": round(table[:, 1].sum().item() / seconds, 2),
+            "peak_memory_gb": round(table[:, 2].max().item() / 1e9, 2),
+        }
+
+    # ---- Saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return str(Path(run) / STAGING) if self._staged else run
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(super()._get_output_dir(trial))
+        with self._published(run, f"checkpoint-{self.state.global_step}"):
+            self._staged = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staged = False
+        if self.args.should_save:
+            keep_last(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def save_final(self) -> Path:
+        """Saves the model and its processor as `final` in the folder of the run; all processes call it.
+
+        Raises:
+            SaveError: If it cannot be written.
+        """
+        run = Path(self.args.output_dir)
+        with self._published(run, FINAL) as folder:
+            self.save_model(str(folder))
+        return run / FINAL
+
+    @contextmanager
+    def _published(self, run: Path, name: str) -> Iterator[Path]:
+        with staging(run, name) as folder:
+            yield folder
+        self.accelerator.wait_for_everyone()  # a folder is whole when the last process has written its share
+        if self.args.should_save:
+            publish(run, name)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.saves_parts and self.is_deepspeed_enabled and self.deepspeed.zero_optimization_partition_weights():
+            # only what is trained: the frozen language model would be gathered for nothing
+            self._save(output_dir, gathered_state(self.model, self.deepspeed))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Unlike the Trainer's own, writes no pickles, and names as the model has them under ZeRO-3 too."""
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self.saves_parts:
+            save_trained(self.model, folder, self.source, state_dict=state_dict, processor=self.processing_class)
+        else:
+            self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+            self.processing_class.save_pretrained(folder)
+        with write_atomically(folder / "training_arguments.json", "w") as file:
+            json.dump(self.args.to_sanitized_dict() | {"num_processes": self.args.world_size}, file, indent=2)
+
+    # ---- Resuming ----
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        partial = self.saves_parts and self.is_deepspeed_enabled
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
+            check_same_processes(Path(resume_from_checkpoint), self.args.world_size)
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if partial else resume_from_checkpoint
+        )
+        if partial:
+            engine = self.model_wrapped
+            engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+            if resume_from_checkpoint is not None:
+                # not strict: the checkpoint has the trained parameters, the others are there already
+                deepspeed_load_checkpoint(engine, resume_from_checkpoint, load_module_strict=False)
+                self._load_optimizer_and_scheduler(resume_from_checkpoint)
+                self._load_scaler(resume_from_checkpoint)
+        self._since = perf_counter()
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.saves_parts:
+            load_tensors(self.model if model is None else model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,64 @@
+"""What is trained: parts by their modules, and the groups of the optimizer."""
+
+import pytest
+import torch
+
+from llava_piip.train.parts import PARTS, freeze_except, parameter_groups, part_parameters, trained_parts
+from piip_core.errors import ConfigError
+
+RATES = {"projector": 1e-3, "language_model": 2e-5, "vision_tower": 2e-6}
+
+
+def test_the_parts_are_the_whole_model_and_share_nothing(tiny_llava):
+    model, _ = tiny_llava
+    of_parts = [name for part in PARTS for name in part_parameters(model, part)]
+    assert sorted(of_parts) == sorted(name for name, _ in model.named_parameters())
+    assert "lm_head.weight" in part_parameters(model, "language_model")
+
+
+def test_a_tied_output_layer_counts_once(tiny_llava):
+    model, _ = tiny_llava
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    names = part_parameters(model, "language_model")
+    assert "model.language_model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    groups = parameter_groups(model, RATES, 0.1, frozenset(names))
+    assert len({id(p) for group in groups for p in group["params"]}) == sum(len(group["params"]) for group in groups)
+
+
+@pytest.mark.parametrize("parts", [["projector"], ["vision_tower", "projector"], ["language_model"], list(PARTS), []])
+def test_only_the_named_parts_get_gradients(tiny_llava, parts):
+    model, processor = tiny_llava
+    freeze_except(model, parts)
+    assert trained_parts(model) == [part for part in PARTS if part in parts]
+    ids = torch.tensor([[1, *[processor.image_token_id] * processor.image_seq_length, 5, 6, 7]])
+    pixels = torch.randn(1, 3, 64, 64)
+    if parts:
+        model.train()(input_ids=ids, pixel_values=pixels, labels=ids.clamp(max=900)).loss.backward()
+    for part in PARTS:
+        for name, parameter in part_parameters(model, part).items():
+            assert parameter.requires_grad == (part in parts), name
+            assert part in parts or parameter.grad is None, name
+    for part in parts:
+        assert any(p.grad.abs().sum() > 0 for p in part_parameters(model, part).values() if p.grad is not None)
+
+
+def test_an_unknown_part_is_named(tiny_llava):
+    with pytest.raises(ConfigError, match="part='vision'"):
+        freeze_except(tiny_llava[0], ["vision"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_groups_hold_every_trained_parameter_once_at_the_rate_of_its_part(tiny_llava, decay):
+    model, _ = tiny_llava
+    freeze_except(model, ["projector", "vision_tower"])
+    decayed = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = {}
+    for group in parameter_groups(model, RATES, decay, decayed):
+        for parameter in group["params"]:
+            assert id(parameter) not in seen
+            seen[id(parameter)] = (group["lr"], group["weight_decay"], group["part"])
+    assert set(seen) == {id(p) for p in model.parameters() if p.requires_grad}
+    for key, (rate, weight_decay, part) in seen.items():
+        assert rate == RATES[part] and names[key] in part_parameters(model, part)
+        assert weight_decay == (decay if names[key] in decayed else 0.0)

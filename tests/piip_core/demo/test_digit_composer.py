@@ -1,0 +1,96 @@
+"""Composed pictures: what their label says is what is painted on them, and the splits share nothing."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from piip_core.demo.digit_composer import DigitComposer
+from piip_core.demo.digit_scenes import split_samples
+
+
+@pytest.fixture(scope="module")
+def composers():
+    return {split: DigitComposer(split, num_photos=40) for split in ("train", "val")}
+
+
+def compose(composer, count=64, seed=0, **options):
+    return composer.batch(count, torch.Generator().manual_seed(seed), **options)
+
+
+def as_sample(picture: torch.Tensor) -> np.ndarray:
+    """The bright digit of a picture on black, cut out and shrunk to the 8 x 8 points of scikit-learn's digits."""
+    ink = picture.amax(dim=0).numpy()
+    rows, columns = (np.flatnonzero(ink.max(axis=axis) > 0.3) for axis in (1, 0))
+    cut = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    side = max(cut.shape)
+    square = np.zeros((side, side))
+    left = (side - cut.shape[1]) // 2
+    square[:, left : left + cut.shape[1]] = cut[:side]
+    blocks = np.array_split(np.arange(side), 8)
+    return np.array([[square[np.ix_(r, c)].mean() for c in blocks] for r in blocks]) * 16
+
+
+def test_the_generator_decides_everything(composers):
+    images, labels = compose(composers["train"])
+    assert images.shape == (64, 3, 64, 64) and images.dtype == torch.float32
+    assert labels.shape == (64,) and labels.dtype == torch.int64 and set(labels.tolist()) == set(range(10))
+    assert 0 <= images.min() and images.max() <= 1
+    again = DigitComposer("train", num_photos=40).batch(64, torch.Generator().manual_seed(0))
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+    assert not torch.equal(compose(composers["train"], seed=1)[0], images)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (composers["train"].batch(64, generator)[0] for _ in range(2))
+    assert torch.equal(first, images) and not torch.equal(second, images)
+
+
+def test_labels_name_the_digit_that_is_seen(composers):
+    """A nearest-neighbour classifier that knows the 8 x 8 originals only, of the other split, reads the pictures."""
+    known, digits = split_samples("val"), load_digits()
+    reader = KNeighborsClassifier(3).fit(digits.data[known], digits.target[known])
+    images, labels = compose(composers["train"], 200, contrast=0.0)
+    read = reader.predict([as_sample(picture).ravel() for picture in images])
+    assert (read == labels.numpy()).mean() > 0.6  # turned, sheared and coloured ones among them; chance is 0.1
+
+
+def test_digits_are_of_the_asked_size_and_wholly_inside(composers):
+    composer = DigitComposer("val", image_size=48, min_digit_size=20, max_digit_size=32, num_photos=2)
+    images, _ = compose(composer, 200, contrast=0.0)
+    ink = images.amax(dim=1) > 0.3
+    heights = ink.any(dim=2).sum(dim=1)
+    assert ink.flatten(1).any(dim=1).all()
+    assert 14 <= heights.min() and heights.max() <= 40  # turned and slanted ones are higher and lower than asked for
+    assert heights.float().quantile(0.9) - heights.float().quantile(0.1) > 8
+    assert not (ink[:, 0].any() or ink[:, -1].any() or ink[:, :, 0].any() or ink[:, :, -1].any())
+    middles = [
+        (seen.float() * torch.arange(48.0)).sum(dim=1) / seen.sum(dim=1) for seen in (ink.any(dim=1), ink.any(dim=2))
+    ]
+    assert min(middle.std() for middle in middles) > 3  # anywhere in the picture, not in its middle only
+
+
+def test_photographs_come_up_with_the_contrast(composers):
+    black, half, full = (compose(composers["val"], contrast=value)[0] for value in (0.0, 0.5, 1.0))
+    # Where a picture is bright on black there is the digit, which no photograph changes
+    digit = black.amax(dim=1, keepdim=True).expand_as(black) > 0.7
+    assert (full - black)[digit].abs().mean() < 0.05
+    outside = black.amax(dim=1, keepdim=True).expand_as(black) == 0
+    assert torch.allclose(half[outside] * 2, full[outside], atol=1e-6)
+    assert full[outside].mean() > 0.1
+
+
+def test_splits_share_no_digit_and_no_photograph(composers):
+    sprites = {split: composer.sprites.opacity.flatten(1).double() for split, composer in composers.items()}
+    assert [len(sprites[split]) for split in ("train", "val")] == [len(split_samples(s)) for s in ("train", "val")]
+    assert sum(map(len, sprites.values())) == len(load_digits().target)
+    assert torch.cdist(sprites["train"], sprites["val"]).min() > 1
+    # Colourless pieces at a coarse scale: no piece of one split looks like one of the other
+    coarse = {split: torch.nn.functional.avg_pool2d(c.photos, 16).flatten(1) for split, c in composers.items()}
+    assert torch.cdist(coarse["train"], coarse["val"]).min() > 0.1
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="split='test'"):
+        DigitComposer("test")
+    with pytest.raises(ValueError, match="max_digit_size=60"):
+        DigitComposer("train", image_size=64, max_digit_size=60)
