@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +171,18 @@ class PIIPTrainingArguments(TrainingArguments):
             self.gradient_accumulation_steps = steps
         if isinstance(self.deepspeed, str):
             self.deepspeed = None if self.deepspeed == "none" else str(deepspeed_config(self.deepspeed))
-        super().__post_init__()
+        if self.deepspeed and "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+            raise ConfigError(
+                "deepspeed: was not started by a launcher. Start it as `deepspeed llava_piip/train/train.py ...` or "
+                "`torchrun ...`, or give --deepspeed none"
+            )
+        try:
+            super().__post_init__()
+        except ValueError as error:  # what the device cannot do, or settings that exclude one another
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{reason} (without a GPU: --use_cpu true --bf16 false --tf32 false)"
+            ) from error
 
     def _check_adapters(self) -> None:
         check(self.bits in (16, 8, 4), "bits", self.bits, "16, 8 or 4")

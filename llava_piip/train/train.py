@@ -63,13 +63,14 @@ def prepare(
         writes=training.should_save,
         wait=PartialState().wait_for_everyone,
     )
+    records = read_records(data.annotations)  # a mistake there is found before gigabytes are loaded
     set_seed(training.seed)
     network, processor, source = build_for_training(model, training)
     # in the processor, so that what is saved goes on as it was trained
     processor.image_processor.pad_to_square = data.pad_to_square
     processor.chat_template = resolve_chat_template(data.chat_template)
     dataset = ConversationDataset(
-        read_records(data.annotations),
+        records,
         processor,
         data.roots(),
         max_length=data.max_length,

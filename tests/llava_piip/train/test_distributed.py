@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -70,9 +71,12 @@ def finish(*processes: subprocess.Popen) -> list[int]:
 
 
 def free_port() -> str:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
+    """Below the ports that the system itself hands out, which somebody else may get before the launcher binds it."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as taken:
+            if taken.connect_ex(("127.0.0.1", port)):
+                return str(port)
+    raise AssertionError("no free port")
 
 
 def deepspeed(*arguments: str) -> list[str]:

@@ -161,3 +161,17 @@ def test_deepspeed_files_leave_everything_to_the_arguments_and_never_clip(name, 
     assert ("offload_optimizer" in config["zero_optimization"]) == name.endswith("offload")
     assert "optimizer" not in config and "scheduler" not in config
     assert config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save", stage == 2)
+
+
+def test_settings_that_transformers_refuses_end_in_our_error(tmp_path):
+    given = ["stage1", "--model", "m", "--annotations", "a.json", "--output_dir", str(tmp_path)]
+    cpu = ["--use_cpu", "true", "--bf16", "false", "--tf32", "false"]
+    with pytest.raises(ConfigError, match="load_best_model_at_end.*without a GPU"):
+        parse_arguments([*given, *cpu, "--deepspeed", "none", "--load_best_model_at_end", "true"])
+
+
+def test_deepspeed_without_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    given = ["stage1", "--model", "m", "--annotations", "a.json", "--output_dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match="not started by a launcher"):
+        parse_arguments(given)
