@@ -1,4 +1,4 @@
-# make demo, make test: everything from a fresh machine with Python 3.11. See README.md, "Two commands".
+# make demo, make chat-demo, make test: everything from a fresh machine with Python 3.11. See README.md, "Two commands".
 #
 # VENV    virtual environment that is created and used (.venv). VENV= (empty) uses PYTHON as it is.
 # PYTHON  the interpreter to start from (python3).
@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+CHAT_DEMO_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -24,10 +25,13 @@ ifeq ($(strip $(VENV)),)
 HAS_DETECTRON2 := cd / && $(PY) -c "import detectron2._C" 2>/dev/null
 endif
 
-.PHONY: demo test lint tables setup doctor
+.PHONY: demo chat-demo test lint tables setup doctor
 
 demo: $(STAMP)
 	$(PY) -m piip_core.demo $(DEMO_ARGS)
+
+chat-demo: $(STAMP)
+	$(PY) -m llava_piip.demo $(CHAT_DEMO_ARGS)
 
 test: $(STAMP)
 	@($(HAS_DETECTRON2)) || echo "Detectron2 is not installed: the detection tests are left out (README.md, Detectron2)."

@@ -180,9 +180,7 @@ class PIIPTrainingArguments(TrainingArguments):
             super().__post_init__()
         except ValueError as error:  # what the device cannot do, or settings that exclude one another
             reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"{reason} (without a GPU: --use_cpu true --bf16 false --tf32 false)"
-            ) from error
+            raise ConfigError(f"{reason} (without a GPU: --use_cpu true --bf16 false --tf32 false)") from error
 
     def _check_adapters(self) -> None:
         check(self.bits in (16, 8, 4), "bits", self.bits, "16, 8 or 4")

@@ -1,19 +1,25 @@
-"""Pictures of one digit each, composed in batches as fast as a small network learns from them.
+"""Pictures of digits, composed in batches as fast as a small network learns from them.
 
 `digit_scenes` draws every picture on its own, in a few milliseconds; here digits are drawn once and photographs cut
 once, and a batch moves, turns, colours and joins them as tensors. No two pictures are the same, and none is kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .digit_scenes import PHOTOS, SPLITS, _digits, _load_photo, _photo_crop, _render_digit, split_samples
+from .digit_scenes import PHOTOS, SPLITS, Palette, _digits, _load_photo, _photo_crop, _render_digit, split_samples
 
-__all__ = ["DigitComposer"]
+__all__ = ["ABSENT", "ComposedDigits", "DigitComposer"]
+
+ABSENT = -100
+"""Label of a digit that is not there; losses of PyTorch ignore it."""
+
 
 _MAX_ROTATION = 0.35  # radians, as in the scenes
 _STRETCH = 0.08  # largest change of the width, in the logarithm
@@ -21,6 +27,7 @@ _SHEAR = 0.15
 _MAX_SATURATION, _MIN_VALUE = 0.9, 0.75  # bright colours and white
 _BRIGHTNESS = (0.6, 1.2)  # of the photographs
 _MARGIN = 1.25  # side of the sprites over the height of the digits: outlines stick out
+_APART = 0.55  # smallest distance of two digits along one axis, over the sum of their heights
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,24 @@ class _Sprites:
     labels: Tensor
 
 
+class ComposedDigits(NamedTuple):
+    """A batch of pictures with up to K digits each; where there are fewer, labels and colours are `ABSENT`.
+
+    Attributes:
+        images: (N, 3, S, S) float32 RGB from 0 to 1.
+        labels: (N, K) int64, the digits.
+        centres: (N, K, 2) float32, x and y of their centres in pixels.
+        colours: (N, K) int64, the number of each colour in the palette; None without a palette.
+    """
+
+    images: Tensor
+    labels: Tensor
+    centres: Tensor
+    colours: Tensor | None
+
+
 class DigitComposer:
-    """Composes pictures of one digit somewhere on a photograph.
+    """Composes pictures of digits somewhere on a photograph.
 
     Digits and photographs are divided exactly as for the scenes, so pictures of the two splits share neither.
 
@@ -41,6 +64,8 @@ class DigitComposer:
         image_size: Side of the pictures in pixels.
         min_digit_size: Smallest height of an upright digit in pixels.
         max_digit_size: Largest height of an upright digit; at most two thirds of the picture.
+        max_digits: Most digits of a picture. There may be fewer, but no digit covers another one.
+        palette: Named colours of the digits; None for random ones.
         num_photos: How many pieces of photographs to cut.
         seed: Chooses those pieces.
 
@@ -55,6 +80,8 @@ class DigitComposer:
         image_size: int = 64,
         min_digit_size: float = 28,
         max_digit_size: float = 44,
+        max_digits: int = 1,
+        palette: Palette | None = None,
         num_photos: int = 600,
         seed: int = 0,
     ) -> None:
@@ -64,15 +91,18 @@ class DigitComposer:
                 f"min_digit_size={min_digit_size}, max_digit_size={max_digit_size}: expected "
                 f"8 <= min <= max <= {int((image_size + 2) / 1.5)} for image_size={image_size}"
             )
-        self.image_size = image_size
+        if max_digits < 1:
+            raise ValueError(f"max_digits={max_digits}: expected at least 1")
+        self.image_size, self.max_digits = image_size, max_digits
         self.digit_sizes = (min_digit_size, max_digit_size)
+        self.palette = None if palette is None else torch.tensor([rgb for _, rgb in palette])
         self.sprites = _draw_sprites(samples, max_digit_size)
         rng = np.random.default_rng((seed, SPLITS.index(split)))
         names = PHOTOS[split]
         photos = [_photo_crop(_load_photo(names[rng.integers(len(names))]), image_size, rng) for _ in range(num_photos)]
         self.photos = torch.from_numpy(np.stack(photos).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
 
-    def batch(self, count: int, generator: Generator, *, contrast: float = 1.0) -> tuple[Tensor, Tensor]:
+    def batch(self, count: int, generator: Generator, *, contrast: float = 1.0) -> ComposedDigits:
         """Composes pictures; the same state of the generator gives the same ones.
 
         Args:
@@ -80,38 +110,68 @@ class DigitComposer:
             generator: Source of everything random, on the CPU.
             contrast: Brightness of the photographs, from 0 (black) to 1. From scratch, networks learn the digits
                 soonest if the photographs come up gradually.
-
-        Returns:
-            Pictures (count, 3, S, S) float32 RGB from 0 to 1, and labels (count,) int64.
         """
-        chosen = torch.randint(len(self.sprites.labels), (count,), generator=generator)
-        size = (count, 2, self.image_size, self.image_size)
-        grid = F.affine_grid(self._placements(count, generator), size, align_corners=False)
-        digit, outlined = F.grid_sample(self.sprites.opacity[chosen], grid, align_corners=False).split(1, dim=1)
+        height = _uniform((count, self.max_digits), *np.log(self.digit_sizes), generator).exp()
+        # From -1 to 1, such that the whole digit stays in the picture
+        reach = (1 - height * _MARGIN / self.image_size).clamp_min(0)
+        centre = _uniform((count, self.max_digits, 2), -1, 1, generator) * reach[..., None]
+        present = self._present(centre, height, generator)
+        samples = torch.randint(len(self.sprites.labels), present.shape, generator=generator)
+        colours, paints = self._paints(present.shape, generator)
+
+        picture = present.nonzero()[:, 0]
+        size = (len(picture), 2, self.image_size, self.image_size)
+        placements = self._placements(centre[present], height[present], generator)
+        grid = F.affine_grid(placements, size, align_corners=False)
+        layers = F.grid_sample(self.sprites.opacity[samples[present]], grid, align_corners=False)
+        ink, covered = layers.split(1, dim=1)
+        images = self._photographs(count, generator) * contrast
+        images = images * (1 - torch.zeros_like(images[:, :1]).index_add_(0, picture, covered))
+        # Digits do not overlap, so they can be added; their outlines stay black
+        images = images * (1 - torch.zeros_like(images[:, :1]).index_add_(0, picture, ink))
+        images = images.index_add_(0, picture, ink * paints[present][:, :, None, None]).clamp_(0, 1)
+        return ComposedDigits(
+            images,
+            self.sprites.labels[samples].where(present, ABSENT),
+            (centre + 1) / 2 * self.image_size,
+            None if colours is None else colours.where(present, ABSENT),
+        )
+
+    def _present(self, centre: Tensor, height: Tensor, generator: Generator) -> Tensor:
+        """Which digits are in the pictures (N, K): a random number of them, without those that would touch another."""
+        count, most = height.shape
+        wanted = torch.randint(1, most + 1, (count,), generator=generator)
+        present = torch.zeros(count, most, dtype=torch.bool)
+        for k in range(most):
+            distance = (centre[:, k : k + 1] - centre[:, :k]).abs().amax(dim=2) * self.image_size / 2
+            free = distance > (height[:, k : k + 1] + height[:, :k]) * _APART
+            present[:, k] = (free | ~present[:, :k]).all(dim=1) & (wanted > k)
+        return present
+
+    def _photographs(self, count: int, generator: Generator) -> Tensor:
         photos = self.photos[torch.randint(len(self.photos), (count,), generator=generator)]
         mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-        brightness = _uniform(count, *_BRIGHTNESS, generator)[:, None, None, None]
-        images = (torch.where(mirrored, photos.flip(3), photos) * brightness).clamp_(0, 1) * contrast
-        images = images * (1 - outlined)
-        images = images + digit * (_colours(count, generator)[:, :, None, None] - images)
-        return images, self.sprites.labels[chosen]
+        brightness = _uniform((count, 1, 1, 1), *_BRIGHTNESS, generator)
+        return (torch.where(mirrored, photos.flip(3), photos) * brightness).clamp_(0, 1)
 
-    def _placements(self, count: int, generator: Generator) -> Tensor:
+    def _paints(self, shape: Sequence[int], generator: Generator) -> tuple[Tensor | None, Tensor]:
+        """Numbers of the colours, if they have any, and RGB (*shape, 3)."""
+        if self.palette is None:
+            return None, _random_colours(shape, generator)
+        numbers = torch.randint(len(self.palette), tuple(shape), generator=generator)
+        return numbers, self.palette[numbers]
+
+    def _placements(self, centre: Tensor, height: Tensor, generator: Generator) -> Tensor:
         """Affine maps (count, 2, 3) from points of the picture to points of the sprite."""
-        smallest, largest = np.log(self.digit_sizes)
-        height = _uniform(count, smallest, largest, generator).exp()
-        angle = _uniform(count, -_MAX_ROTATION, _MAX_ROTATION, generator)
-        stretch = _uniform(count, -_STRETCH, _STRETCH, generator).exp()
-        shear = _uniform(count, -_SHEAR, _SHEAR, generator)
+        angle = _uniform(height.shape, -_MAX_ROTATION, _MAX_ROTATION, generator)
+        stretch = _uniform(height.shape, -_STRETCH, _STRETCH, generator).exp()
+        shear = _uniform(height.shape, -_SHEAR, _SHEAR, generator)
         # A sprite is as high as the largest digit and a margin
         scale = self.image_size / (self.sprites.opacity.shape[-1] * height / self.digit_sizes[1])
         cos, sin = angle.cos(), angle.sin()
         linear = torch.stack((cos * stretch, shear - sin, sin * stretch, cos), dim=1).view(-1, 2, 2)
         linear = linear * scale[:, None, None]
-        # The whole digit stays in the picture
-        reach = (1 - height * _MARGIN / self.image_size).clamp_min(0)
-        centre = torch.stack([_uniform(count, -1, 1, generator) * reach for _ in range(2)], dim=1)[:, :, None]
-        return torch.cat((linear, -linear @ centre), dim=2)
+        return torch.cat((linear, -linear @ centre[:, :, None]), dim=2)
 
 
 def _draw_sprites(samples: np.ndarray, height: float) -> _Sprites:
@@ -124,14 +184,14 @@ def _draw_sprites(samples: np.ndarray, height: float) -> _Sprites:
     return _Sprites(torch.from_numpy(opacity), torch.from_numpy(_digits().target[samples]).long())
 
 
-def _colours(count: int, generator: Generator) -> Tensor:
-    """Bright random colours (count, 3), from hue, saturation and value."""
-    hue = _uniform(count, 0, 6, generator)[:, None]
-    saturation = _uniform(count, 0, _MAX_SATURATION, generator)[:, None]
-    value = _uniform(count, _MIN_VALUE, 1, generator)[:, None]
+def _random_colours(shape: Sequence[int], generator: Generator) -> Tensor:
+    """Bright random colours (*shape, 3), from hue, saturation and value."""
+    hue = _uniform(shape, 0, 6, generator)[..., None]
+    saturation = _uniform(shape, 0, _MAX_SATURATION, generator)[..., None]
+    value = _uniform(shape, _MIN_VALUE, 1, generator)[..., None]
     sector = (torch.tensor([5.0, 3.0, 1.0]) + hue) % 6
     return value * (1 - saturation * torch.minimum(sector, 4 - sector).clamp(0, 1))
 
 
-def _uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
-    return torch.rand(count, generator=generator) * (high - low) + low
+def _uniform(shape: Sequence[int], low: float, high: float, generator: Generator) -> Tensor:
+    return torch.rand(tuple(shape), generator=generator) * (high - low) + low

@@ -166,7 +166,7 @@ def test_deepspeed_files_leave_everything_to_the_arguments_and_never_clip(name, 
 def test_settings_that_transformers_refuses_end_in_our_error(tmp_path):
     given = ["stage1", "--model", "m", "--annotations", "a.json", "--output_dir", str(tmp_path)]
     cpu = ["--use_cpu", "true", "--bf16", "false", "--tf32", "false"]
-    with pytest.raises(ConfigError, match="load_best_model_at_end.*without a GPU"):
+    with pytest.raises(ConfigError, match=r"load_best_model_at_end.*without a GPU"):
         parse_arguments([*given, *cpu, "--deepspeed", "none", "--load_best_model_at_end", "true"])
 
 

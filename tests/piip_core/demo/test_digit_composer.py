@@ -6,8 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from piip_core.demo.digit_composer import DigitComposer
-from piip_core.demo.digit_scenes import split_samples
+from piip_core.demo.digit_composer import ABSENT, DigitComposer
+from piip_core.demo.digit_scenes import NAMED_COLOURS, split_samples
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,13 @@ def as_sample(picture: torch.Tensor) -> np.ndarray:
 
 
 def test_the_generator_decides_everything(composers):
-    images, labels = compose(composers["train"])
-    assert images.shape == (64, 3, 64, 64) and images.dtype == torch.float32
-    assert labels.shape == (64,) and labels.dtype == torch.int64 and set(labels.tolist()) == set(range(10))
+    images, labels, centres, colours = compose(composers["train"])
+    assert images.shape == (64, 3, 64, 64) and images.dtype == torch.float32 and colours is None
+    assert labels.shape == (64, 1) and labels.dtype == torch.int64 and set(labels.flatten().tolist()) == set(range(10))
     assert 0 <= images.min() and images.max() <= 1
     again = DigitComposer("train", num_photos=40).batch(64, torch.Generator().manual_seed(0))
-    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+    assert torch.equal(images, again.images) and torch.equal(labels, again.labels)
+    assert centres.shape == (64, 1, 2) and torch.equal(centres, again.centres)
     assert not torch.equal(compose(composers["train"], seed=1)[0], images)
     generator = torch.Generator().manual_seed(0)
     first, second = (composers["train"].batch(64, generator)[0] for _ in range(2))
@@ -49,14 +50,16 @@ def test_labels_name_the_digit_that_is_seen(composers):
     """A nearest-neighbour classifier that knows the 8 x 8 originals only, of the other split, reads the pictures."""
     known, digits = split_samples("val"), load_digits()
     reader = KNeighborsClassifier(3).fit(digits.data[known], digits.target[known])
-    images, labels = compose(composers["train"], 200, contrast=0.0)
-    read = reader.predict([as_sample(picture).ravel() for picture in images])
-    assert (read == labels.numpy()).mean() > 0.6  # turned, sheared and coloured ones among them; chance is 0.1
+    batch = compose(composers["train"], 200, contrast=0.0)
+    read = reader.predict([as_sample(picture).ravel() for picture in batch.images])
+    assert (
+        read == batch.labels[:, 0].numpy()
+    ).mean() > 0.6  # turned, sheared and coloured ones among them; chance is 0.1
 
 
 def test_digits_are_of_the_asked_size_and_wholly_inside(composers):
     composer = DigitComposer("val", image_size=48, min_digit_size=20, max_digit_size=32, num_photos=2)
-    images, _ = compose(composer, 200, contrast=0.0)
+    images = compose(composer, 200, contrast=0.0).images
     ink = images.amax(dim=1) > 0.3
     heights = ink.any(dim=2).sum(dim=1)
     assert ink.flatten(1).any(dim=1).all()
@@ -69,8 +72,43 @@ def test_digits_are_of_the_asked_size_and_wholly_inside(composers):
     assert min(middle.std() for middle in middles) > 3  # anywhere in the picture, not in its middle only
 
 
+def test_several_digits_lie_apart_where_they_are_said_to_be_in_their_colours():
+    composer = DigitComposer(
+        "train",
+        image_size=96,
+        min_digit_size=24,
+        max_digit_size=32,
+        max_digits=3,
+        palette=NAMED_COLOURS,
+        num_photos=2,
+    )
+    batch = compose(composer, 100, contrast=0.0)
+    present = batch.labels != ABSENT
+    assert torch.equal(present, batch.colours != ABSENT) and present.any(dim=1).all()
+    numbers = present.sum(dim=1)
+    assert set(numbers.tolist()) == {1, 2, 3}
+    for image, labels, centres, colours in zip(batch.images, batch.labels, batch.centres, batch.colours, strict=True):
+        around = []
+        for label, (x, y), colour in zip(labels, centres, colours, strict=True):
+            if label == ABSENT:
+                continue
+            x, y = round(x.item()), round(y.item())
+            box = (slice(max(y - 13, 0), y + 13), slice(max(x - 13, 0), x + 13))
+            patch = image[:, box[0], box[1]]
+            bright = patch.amax(dim=0) > 0.75
+            assert bright.any()
+            paint = patch[:, bright].median(dim=1).values
+            distances = [(paint - torch.tensor(rgb)).abs().max().item() for _, rgb in NAMED_COLOURS]
+            assert min(range(len(distances)), key=distances.__getitem__) == colour
+            around.append(box)
+        rest = image.clone()
+        for rows, columns in around:
+            rest[:, max(rows.start - 12, 0) : rows.stop + 12, max(columns.start - 12, 0) : columns.stop + 12] = 0
+        assert rest.max() < 0.05  # no digit that nobody speaks of
+
+
 def test_photographs_come_up_with_the_contrast(composers):
-    black, half, full = (compose(composers["val"], contrast=value)[0] for value in (0.0, 0.5, 1.0))
+    black, half, full = (compose(composers["val"], contrast=value).images for value in (0.0, 0.5, 1.0))
     # Where a picture is bright on black there is the digit, which no photograph changes
     digit = black.amax(dim=1, keepdim=True).expand_as(black) > 0.7
     assert (full - black)[digit].abs().mean() < 0.05
@@ -94,3 +132,5 @@ def test_bad_settings_are_named():
         DigitComposer("test")
     with pytest.raises(ValueError, match="max_digit_size=60"):
         DigitComposer("train", image_size=64, max_digit_size=60)
+    with pytest.raises(ValueError, match="max_digits=0"):
+        DigitComposer("train", max_digits=0)

@@ -1,0 +1,93 @@
+"""Answers of a trained model to the questions of the demo, and a chat with it in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..conversation import IMAGE_TAG
+from ..modeling import PIIPLlavaForConditionalGeneration
+from ..processing import PIIPLlavaProcessor
+from .questions import Question
+
+__all__ = ["answer_all", "chat"]
+
+_MOST_TOKENS = 48
+_HELP = "Type a question; /next for another picture, /quit to end."
+
+
+def answer_all(
+    model: PIIPLlavaForConditionalGeneration,
+    processor: PIIPLlavaProcessor,
+    questions: Sequence[Question],
+    image_root: Path,
+    *,
+    batch_size: int = 64,
+) -> list[str]:
+    """Answers questions one by one, each in a conversation of its own, in batches and without sampling."""
+    answers: list[str] = []
+    progress = tqdm(total=len(questions), desc="answering", unit="question")
+    for first in range(0, len(questions), batch_size):
+        batch = questions[first : first + batch_size]
+        conversations = [[_user_message(question.text, question.image is not None)] for question in batch]
+        images = [[] if question.image is None else [_open(image_root / question.image)] for question in batch]
+        answers += _generate(model, processor, conversations, images)
+        progress.update(len(batch))
+    progress.close()
+    return answers
+
+
+def chat(
+    model: PIIPLlavaForConditionalGeneration,
+    processor: PIIPLlavaProcessor,
+    pictures: Sequence[Path],
+) -> None:
+    """Talks about one picture after the other, until `/quit` or the end of the input."""
+    print(_HELP)
+    for path in pictures:
+        print(f"\nThe picture is {path} (open it beside this window).")
+        messages: list[dict[str, str]] = []
+        while True:
+            try:
+                text = input("you: ").strip()
+            except EOFError:
+                return
+            if text == "/quit":
+                return
+            if text == "/next":
+                break
+            if not text or text.startswith("/"):
+                print(_HELP)
+                continue
+            messages.append(_user_message(text.replace(IMAGE_TAG, ""), with_image=not messages))
+            (answer,) = _generate(model, processor, [messages], [[_open(path)]])
+            messages.append({"role": "assistant", "content": answer})
+            print(f"model: {answer}")
+    print("\nThese were all the pictures.")
+
+
+def _generate(
+    model: PIIPLlavaForConditionalGeneration,
+    processor: PIIPLlavaProcessor,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    images: Sequence[Sequence[Image.Image]],
+) -> list[str]:
+    prompts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+    inputs = processor(text=prompts, images=images)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=_MOST_TOKENS, do_sample=False)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _user_message(text: str, with_image: bool) -> dict[str, str]:
+    return {"role": "user", "content": f"{IMAGE_TAG}\n{text}" if with_image else text}
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")

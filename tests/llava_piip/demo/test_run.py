@@ -1,0 +1,76 @@
+"""The steps of the demo in their order, with the long ones cut short."""
+
+import functools
+import itertools
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from llava_piip import PIIPLlavaForConditionalGeneration, PIIPLlavaProcessor
+from llava_piip.demo import run, vision
+from llava_piip.demo.dataset import prepare_chat_dataset
+from llava_piip.demo.language import train_language_model
+from llava_piip.train.presets import parse_arguments
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Untrained branches, ten updates of the language model, and stages that give back what they start from."""
+    calls = []
+
+    def stage(command, env):
+        options = dict(itertools.pairwise(command))
+        model, data, training = parse_arguments([*command[command.index("--preset") :], "--deepspeed", "none"])
+        calls.append((model, data, training, command[: command.index(str(run._TRAIN))], env))
+        shutil.copytree(options["--model"], f"{options['--output_dir']}/{run.FINAL}")
+        return subprocess.CompletedProcess(command, 0)
+
+    small = functools.partial(prepare_chat_dataset, num_train=4, num_val=3, num_texts=320)
+    monkeypatch.setattr(run, "prepare_chat_dataset", small)
+    monkeypatch.setattr(run, "train_branches", functools.partial(vision.train_branches, steps=(1, 1), num_val=8))
+    monkeypatch.setattr(run, "train_language_model", functools.partial(train_language_model, batch_size=32))
+    monkeypatch.setattr(run.subprocess, "run", stage)
+    return calls
+
+
+def test_every_step_feeds_the_next_and_a_second_call_repeats_none(short, tmp_path, capsys, monkeypatch):
+    output, data = tmp_path / "run", tmp_path / "data"
+    arguments = ["--output", str(output), "--data", str(data), "--no-chat"]
+    assert run.main(arguments) == 0
+    (first, captions, stage1, launcher, environment), (second, talk, stage2, *_) = short
+    assert "deepspeed.launcher.runner" in launcher and environment["DS_ACCELERATOR"] == "cpu"
+    assert first.model == second.model == str(output / "start") and second.projector == str(output / "stage1" / "final")
+    assert captions.annotations == [str(data / "captions.json")] and stage1.train_parts == ["projector"]
+    assert talk.annotations == [str(data / "conversations.json")] and len(stage2.train_parts) == 3
+    assert captions.chat_template == talk.chat_template == "vicuna_v1"
+
+    processor = PIIPLlavaProcessor.from_pretrained(output / "start")
+    assert tuple(processor.image_processor.image_mean) == vision.PIXEL_MEAN
+    model = PIIPLlavaForConditionalGeneration.from_pretrained(output / "start")
+    for number, branch in enumerate(model.model.vision_tower.pyramid.branches, 1):
+        learned, found = load_file(output / "branches" / f"branch{number}.safetensors"), branch.model.state_dict()
+        assert learned.keys() == found.keys()
+        assert all(torch.equal(learned[name], found[name]) for name in learned)
+
+    scores = json.loads((output / "scores.json").read_text())
+    assert {entry["type"] for entry in scores} >= {"which", "count", "where", "colour"}
+    with Image.open(output / "dialogues.png") as picture:
+        assert picture.width > 600
+    assert "question type" in capsys.readouterr().out
+
+    monkeypatch.setattr(run, "train_branches", None)  # would fail if it were called again
+    assert run.main(arguments) == 0 and len(short) == 2
+
+
+def test_a_stage_that_stops_is_an_error_that_says_which(short, tmp_path, monkeypatch, capsys):
+    failed = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: failed)
+    (tmp_path / "run" / "start").mkdir(parents=True)
+    status = run.main(["--output", str(tmp_path / "run"), "--data", str(tmp_path / "data"), "--no-chat"])
+    assert status == 2
+    assert "stage1 stopped with exit status 3" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""The branches of the small chat model: they learn on pictures like those of the chat, and their weights arrive."""
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from llava_piip.demo import vision
+from llava_piip.demo.questions import CHAT_SCENES
+from llava_piip.image_processing import PIIPImageProcessor
+from piip_core import PIIP
+from piip_core.checkpoints import load_pretrained
+from piip_core.demo.digit_composer import ABSENT, ComposedDigits
+from piip_core.demo.digit_scenes import NAMED_COLOURS
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What three updates bring, for both branches."""
+    return vision.train_branches(tmp_path_factory.mktemp("vision"), steps=(3, 3), num_val=64)
+
+
+def test_the_pyramid_is_inverted_and_gives_16_tokens():
+    pyramid = PIIP(vision.CHAT_PYRAMID).eval()
+    large, small = (sum(p.numel() for p in branch.parameters()) for branch in pyramid.branches)
+    assert large > small
+    assert [branch.image_size for branch in vision.CHAT_PYRAMID.branches] == [64, CHAT_SCENES.image_size]
+    maps = pyramid(torch.zeros(2, 3, CHAT_SCENES.image_size, CHAT_SCENES.image_size))
+    assert maps[-1].shape[2:] == (4, 4)
+
+
+def test_trained_weights_reach_the_pyramid_as_any_pretrained_ones(trained):
+    assert sorted(trained) == [1, 2] and all(0 <= result.accuracy <= 1 for result in trained.values())
+    pyramid = PIIP(vision.chat_entry(trained).vision)
+    reports = load_pretrained(pyramid)
+    for number, branch in enumerate(pyramid.branches, 1):
+        assert not reports[number].missing and not reports[number].ignored and not reports[number].unexplained
+        state, saved = branch.model.state_dict(), load_file(trained[number].file)
+        assert state.keys() == saved.keys()
+        assert all(torch.equal(state[name], saved[name]) for name in saved)
+
+
+def test_training_starts_and_ends_the_same_every_time(trained, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of sums depends on it
+    try:
+        again = vision._train(2, tmp_path / "again.safetensors", 3, 64)
+    finally:
+        torch.set_num_threads(threads)
+    assert again.accuracy == trained[2].accuracy
+    first, second = load_file(trained[2].file), load_file(again.file)
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_every_digit_is_taught_to_the_cell_with_its_centre():
+    nobody = ABSENT
+    batch = ComposedDigits(
+        images=torch.zeros(2, 3, 128, 128),
+        labels=torch.tensor([[7, nobody, 3], [9, nobody, nobody]]),
+        centres=torch.tensor([[[10.0, 70.0], [0.0, 0.0], [127.0, 31.0]], [[64.0, 63.9], [0.0, 0.0], [0.0, 0.0]]]),
+        colours=torch.tensor([[1, nobody, 5], [0, nobody, nobody]]),
+    )
+    digits, colours = vision._cell_targets(batch, 4)
+    none = vision._NO_DIGIT
+    assert digits.tolist() == [
+        [[none, none, none, 3], [none] * 4, [7, none, none, none], [none] * 4],
+        [[none] * 4, [none, none, 9, none], [none] * 4, [none] * 4],
+    ]
+    assert torch.equal(colours != nobody, digits != none)
+    assert colours[0, 2, 0] == 1 and colours[0, 0, 3] == 5 and colours[1, 1, 2] == 0
+
+
+@pytest.mark.parametrize("loss", [vision._loss_alone, vision._loss_of_cells])
+def test_losses_vanish_for_right_answers_alone(loss):
+    composer = vision._alone("val") if loss is vision._loss_alone else vision._several("val")
+    batch = composer.batch(8, torch.Generator().manual_seed(0))
+    digits, colours = vision._cell_targets(batch, 4)
+    digit = 30 * torch.nn.functional.one_hot(digits, vision._NO_DIGIT + 1).float()
+    colour = 30 * torch.nn.functional.one_hot(colours.clamp_min(0), len(NAMED_COLOURS)).float()
+    assert loss(digit, colour, batch) < 1e-3
+    assert loss(digit.roll(1, dims=3), colour, batch) > 5
+    assert loss(digit, colour.roll(1, dims=3), batch) > 5
+
+
+def test_the_branch_learns_from_what_the_processor_of_the_chat_makes():
+    pixels = torch.randint(0, 256, (128, 128, 3), dtype=torch.uint8)
+    processor = PIIPImageProcessor(size=128, image_mean=vision.PIXEL_MEAN, image_std=vision.PIXEL_STD)
+    expected = processor(images=[Image.fromarray(pixels.numpy())], return_tensors="pt")["pixel_values"]
+    seen = []
+    model = vision.DigitTeacher(vision.CHAT_PYRAMID.branches[1])
+    model.branch.model.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(pixels.permute(2, 0, 1)[None] / 255)
+    assert torch.allclose(seen[0], expected, atol=1e-6)
