@@ -44,7 +44,7 @@ __all__ = ["main"]
 _FOLDER = Path(__file__).resolve().parent
 _ROOT = _FOLDER.parents[1]
 _PROCESSES = 2
-_DRAWN, _PRINTED = 11, 4  # dialogues
+_DRAWN, _PRINTED = 12, 4  # dialogues
 _TRAIN = _ROOT / "llava_piip" / "train" / "train.py"
 
 
@@ -145,13 +145,11 @@ def _evaluate(
 
 
 def _dialogues(questions: Sequence[Question], answers: Sequence[str], data: ChatDataset) -> list[Dialogue]:
-    """The questions about the first pictures, and some of those without one."""
-    rounds: dict[str | None, list[tuple[Question, str]]] = {}
+    """The questions about the first pictures, and their answers."""
+    rounds: dict[str, list[tuple[Question, str]]] = {}
     for question, answer in zip(questions, answers, strict=True):
-        rounds.setdefault(question.image, []).append((question, answer))
-    alone = rounds.pop(None, [])
-    shown = [Dialogue(data.image_root / image, asked) for image, asked in list(rounds.items())[:_DRAWN]]
-    return [*shown, Dialogue(None, alone[:4])] if alone else shown
+        rounds.setdefault(str(question.image), []).append((question, answer))
+    return [Dialogue(data.image_root / image, asked) for image, asked in list(rounds.items())[:_DRAWN]]
 
 
 def _free_port() -> int:

@@ -16,7 +16,7 @@ def trained(tmp_path_factory):
 
 def test_words_of_the_demo_are_single_tokens_and_any_text_comes_back(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained[0])
-    for word in (" red7", " p", " digits", " colour", " bottom", " 7", " 12"):
+    for word in (" red", " p", " digits", " colour", " bottom", " 7", " 12"):
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     for text in ("Wo ist die Sieben?", "7️⃣ plus 七", "tabs\tand\n\nlines"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
