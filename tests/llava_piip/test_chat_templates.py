@@ -1,5 +1,6 @@
 """Chat templates: recorded prompts, use through transformers, message forms, errors."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_end_token_is_the_tokenizers(tokenizer):
     assert render("vicuna_v1", messages).endswith("USER: Q ASSISTANT: A</s>")
 
 
-@pytest.mark.parametrize(("template", "end"), zip(DIALOGUES, [" ", " ", "###"], strict=True))
+@pytest.mark.parametrize(("template", "end"), list(zip(DIALOGUES, [" ", " ", "###"], strict=True)))
 def test_own_system_message(template, end):
     messages = [{"role": "system", "content": "Be brief."}, user("Q"), assistant("A")]
     with_own, with_none = render(template, messages), render(template, [messages[0] | {"content": ""}] + messages[1:])
@@ -166,8 +167,9 @@ def test_template_names():
         resolve_chat_template("v2")
 
 
-def test_tokenizer_without_end_token(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "eos_token", None)
+def test_tokenizer_without_end_token(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = None
     messages = [user("<image>"), assistant("A")]
     with pytest.raises(ConfigError, match="ends answers with eos_token, which the tokenizer lacks"):
         render("vicuna_v1", messages, tokenizer=tokenizer)
