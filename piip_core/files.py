@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from .errors import UserError
 
-__all__ = ["atomic_path", "publish_folder", "write_atomically"]
+__all__ = ["atomic_path", "flush", "publish_folder", "rename_durably", "write_atomically"]
 
 
 @contextmanager
@@ -25,8 +25,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.incomplete")
     try:
         yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(aside)
         aside.chmod(0o666 & ~_umask())  # some libraries make private files
         os.replace(aside, path)
     except BaseException:
@@ -47,13 +46,13 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "wb") -> Iterator
 
 
 @contextmanager
-def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False, flush: bool = True) -> Iterator[Path]:
+def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False, durable: bool = True) -> Iterator[Path]:
     """Gives a new folder beside `path` to write into, and renames it to `path` when the block ends without an error.
 
     Args:
         path: Folder to make.
         overwrite: Replace a folder that exists and is not empty; its content goes only once the new one is complete.
-        flush: Wait until every file is on the disk, so that a power failure leaves no empty ones. False for thousands
+        durable: Wait until every file is on the disk, so that a power failure leaves no empty ones. False for thousands
             of small files that can be made again: each takes milliseconds.
 
     Raises:
@@ -70,13 +69,11 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False, flu
     aside.mkdir(parents=True)
     try:
         yield aside
-        for file in aside.rglob("*") if flush else ():
-            if file.is_file():
-                _sync(file)
+        if durable:
+            flush(aside)
         if path.is_dir():
             os.replace(path, old)
-        os.replace(aside, path)
-        _sync(path.parent)
+        rename_durably(aside, path)
     except BaseException:
         if old.is_dir() and not path.exists():
             os.replace(old, path)
@@ -85,8 +82,20 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False, flu
     shutil.rmtree(old, ignore_errors=True)
 
 
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder with all below it, is on the disk: a rename may get there before its content."""
+    for entry in (*path.rglob("*"), path):
+        _sync(entry)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Renames a file or folder, and waits until the new name is on the disk."""
+    os.replace(source, target)
+    _sync(target.parent)
+
+
 def _sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
+    """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

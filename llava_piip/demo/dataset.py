@@ -138,7 +138,7 @@ def prepare_chat_dataset(
     if root.is_dir() and any(root.iterdir()) and not found.is_file():
         raise UserError(f"{root}: holds files, but no chat data set; move them away or name another folder")
     if not found.is_file() or found.read_text() != manifest:
-        with publish_folder(root, overwrite=True, flush=False) as aside:
+        with publish_folder(root, overwrite=True, durable=False) as aside:
             _write(ChatDataset.below(aside), num_train, num_val, num_texts, config)
             (aside / _MANIFEST).write_text(manifest)
     return ChatDataset.below(root)

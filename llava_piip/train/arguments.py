@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from piip_core.errors import ConfigError
@@ -180,7 +181,9 @@ class PIIPTrainingArguments(TrainingArguments):
             super().__post_init__()
         except ValueError as error:  # what the device cannot do, or settings that exclude one another
             reason = " ".join(str(error).split())
-            raise ConfigError(f"{reason} (without a GPU: --use_cpu true --bf16 false --tf32 false)") from error
+            needs_gpu = self.tf32 or (self.bf16 and not self.use_cpu)
+            hint = " (without a GPU: --use_cpu true --bf16 false --tf32 false)"
+            raise ConfigError(reason + (hint if needs_gpu and not torch.accelerator.is_available() else "")) from error
 
     def _check_adapters(self) -> None:
         check(self.bits in (16, 8, 4), "bits", self.bits, "16, 8 or 4")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from piip_core.errors import UserError
+from piip_core.files import flush, rename_durably
 
 __all__ = [
     "FINAL",
@@ -137,10 +138,9 @@ def publish(run: Path, name: str) -> Path:
     """
     source, target = run / STAGING / name, run / name
     with staging(run, name):
-        _flush(source)
+        flush(source)
         discard(target, run)
-        os.replace(source, target)
-        _sync(run)
+        rename_durably(source, target)
         _tidy(run)
     return target
 
@@ -205,17 +205,3 @@ def _describe(error: BaseException, run: Path, name: str) -> str:
         f"{run / name}: could not be written ({reason}; {free / 1e9:.1f} GB are free). {last}. "
         f"{fix} some space (--save_total_limit keeps fewer checkpoints) and start again with --resume true"
     )
-
-
-def _flush(folder: Path) -> None:
-    """Waits until the folder is on the disk: a rename may get there before the files do."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from piip_core.errors import CheckpointError, UserError
+from piip_core.errors import UserError
+from piip_core.files import publish_folder
 
 from .building import load_trained
-from .checkpointing import publish, staging
 
 __all__ = ["main", "merge"]
 
@@ -28,21 +28,16 @@ def merge(folder: str | Path, output: str | Path) -> None:
         output: A new or empty folder.
 
     Raises:
-        CheckpointError: If `output` is no empty folder, or the save cannot be loaded.
-        SaveError: If the model cannot be written.
+        CheckpointError: If the save cannot be loaded.
+        UserError: If `output` is no empty folder.
+        OSError: If the model cannot be written; `output` is then as it was.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output}: is not empty; expected a new folder for the merged model")
-    model, processor = load_trained(folder)
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
-    parent = output.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with staging(parent, output.name) as aside:
+    with publish_folder(output) as aside:
+        model, processor = load_trained(folder)
+        if isinstance(model, PeftModel):
+            model = model.merge_and_unload()
         model.save_pretrained(aside)
         processor.save_pretrained(aside)
-    publish(parent, output.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         merge(given.folder, given.output)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .digit_scenes import PHOTOS, SPLITS, Palette, _digits, _load_photo, _photo_crop, _render_digit, split_samples
+from .digit_scenes import PHOTOS, SPLITS, Palette, load_photo, load_samples, photo_crop, render_digit, split_samples
 
 __all__ = ["ABSENT", "ComposedDigits", "DigitComposer"]
 
@@ -99,7 +99,7 @@ class DigitComposer:
         self.sprites = _draw_sprites(samples, max_digit_size)
         rng = np.random.default_rng((seed, SPLITS.index(split)))
         names = PHOTOS[split]
-        photos = [_photo_crop(_load_photo(names[rng.integers(len(names))]), image_size, rng) for _ in range(num_photos)]
+        photos = [photo_crop(load_photo(names[rng.integers(len(names))]), image_size, rng) for _ in range(num_photos)]
         self.photos = torch.from_numpy(np.stack(photos).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
 
     def batch(self, count: int, generator: Generator, *, contrast: float = 1.0) -> ComposedDigits:
@@ -178,10 +178,10 @@ def _draw_sprites(samples: np.ndarray, height: float) -> _Sprites:
     side = int(np.ceil(height * _MARGIN))
     opacity = np.zeros((len(samples), 2, side, side), dtype=np.float32)
     for target, sample in zip(opacity, samples, strict=True):
-        layers = np.stack(_render_digit(int(sample), height, 0.0))[:, :side, :side]
+        layers = np.stack(render_digit(int(sample), height, 0.0))[:, :side, :side]
         top, left = ((side - length) // 2 for length in layers.shape[1:])
         target[:, top : top + layers.shape[1], left : left + layers.shape[2]] = layers
-    return _Sprites(torch.from_numpy(opacity), torch.from_numpy(_digits().target[samples]).long())
+    return _Sprites(torch.from_numpy(opacity), torch.from_numpy(load_samples().target[samples]).long())
 
 
 def _random_colours(shape: Sequence[int], generator: Generator) -> Tensor:

@@ -30,6 +30,10 @@ __all__ = [
     "Scene",
     "SceneConfig",
     "digit_crops",
+    "load_photo",
+    "load_samples",
+    "photo_crop",
+    "render_digit",
     "render_scene",
     "scenes",
     "split_samples",
@@ -167,7 +171,7 @@ class Scene:
 def split_samples(split: str) -> np.ndarray:
     """Indices into :func:`sklearn.datasets.load_digits` that belong to a split, sorted."""
     _check_split(split)
-    target = _digits().target
+    target = load_samples().target
     rng = np.random.default_rng(_SPLIT_SEED)
     chosen = []
     for label in range(NUM_CLASSES):
@@ -191,7 +195,7 @@ def render_scene(config: SceneConfig, split: str, index: int) -> Scene:
     _check_split(split)
     rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
     photo = PHOTOS[split][rng.integers(len(PHOTOS[split]))]
-    image = _photo_crop(_load_photo(photo), config.image_size, rng)
+    image = photo_crop(load_photo(photo), config.image_size, rng)
     masks: list[np.ndarray] = []
     paints: list[np.ndarray] = []
     areas: list[int] = []
@@ -201,7 +205,7 @@ def render_scene(config: SceneConfig, split: str, index: int) -> Scene:
         # Even in the logarithm: as many digits between 30 and 45 pixels as between 60 and 90.
         size = np.exp(rng.uniform(np.log(config.min_digit_size), np.log(config.max_digit_size)))
         sample = int(rng.choice(samples))
-        fill, outline = _render_digit(sample, size, rng.uniform(-config.max_rotation, config.max_rotation))
+        fill, outline = render_digit(sample, size, rng.uniform(-config.max_rotation, config.max_rotation))
         place = _find_place(outline > 0.5, masks, areas, config, rng)
         if place is None:  # the scene is full
             continue
@@ -215,9 +219,9 @@ def render_scene(config: SceneConfig, split: str, index: int) -> Scene:
         mask[window] = outline > 0.5
         masks = [below & ~mask for below in masks] + [mask]
         areas.append(int(mask.sum()))
-        digits.append((int(_digits().target[sample]), sample, colour))
+        digits.append((int(load_samples().target[sample]), sample, colour))
         if config.all_different:
-            samples = samples[_digits().target[samples] != _digits().target[sample]]
+            samples = samples[load_samples().target[samples] != load_samples().target[sample]]
     scene = [Digit(label, sample, mask, colour) for (label, sample, colour), mask in zip(digits, masks, strict=True)]
     return Scene(_to_bytes(image), scene, photo)
 
@@ -249,16 +253,16 @@ def digit_crops(split: str, count: int, size: int = 64, seed: int = 0) -> tuple[
     labels = np.empty(count, dtype=np.int64)
     for index in tqdm(range(count), desc=f"Drawing {split} digits", unit="digit"):
         rng = np.random.default_rng((seed, SPLITS.index(split), index, 1))
-        image = _photo_crop(_load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))]), size, rng)
+        image = photo_crop(load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))]), size, rng)
         sample = int(rng.choice(split_samples(split)))
-        fill, outline = _render_digit(sample, rng.uniform(0.55, 0.7) * size, rng.uniform(-20.0, 20.0))
+        fill, outline = render_digit(sample, rng.uniform(0.55, 0.7) * size, rng.uniform(-20.0, 20.0))
         # Turned digits may come out larger than the picture: what sticks out is cut off.
         height, width = (min(length, size) for length in fill.shape)
         shift = rng.uniform(-0.06, 0.06, size=2) * size
         place = np.clip(np.round((size - np.array((height, width))) / 2 + shift), 0, (size - height, size - width))
         _paint(image, place.astype(int), fill[:height, :width], outline[:height, :width], _pick_colour([], rng))
         images[index] = _to_bytes(image)
-        labels[index] = _digits().target[sample]
+        labels[index] = load_samples().target[sample]
     return images, labels
 
 
@@ -268,13 +272,13 @@ def _check_split(split: str) -> None:
 
 
 @cache
-def _digits() -> Bunch:
+def load_samples() -> Bunch:
     """scikit-learn's digits, read once per process."""
     return load_digits()
 
 
 @cache
-def _load_photo(name: str) -> np.ndarray:
+def load_photo(name: str) -> np.ndarray:
     """A photograph as (H, W, 3) uint8."""
     if name.endswith(".jpg"):
         return load_sample_image(name)
@@ -288,7 +292,7 @@ def _load_photo(name: str) -> np.ndarray:
     return photo
 
 
-def _photo_crop(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def photo_crop(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """A random square of a photograph, resized to (size, size, 3) float64 in [0, 1]."""
     longest = min(photo.shape[:2])
     side = int(rng.uniform(min(size, longest), longest)) if longest > size else longest
@@ -297,7 +301,7 @@ def _photo_crop(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     return np.asarray(crop) / 255.0
 
 
-def _render_digit(sample: int, size: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
+def render_digit(sample: int, size: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
     """A sample enlarged to `size` pixels of height and turned.
 
     Returns:
@@ -305,7 +309,7 @@ def _render_digit(sample: int, size: float, angle: float) -> tuple[np.ndarray, n
     """
     scale = size / 8
     # A margin of empty pixels lets the cubic spline fade out instead of ending at the border.
-    source = np.pad(_digits().images[sample] / 16.0, 2)
+    source = np.pad(load_samples().images[sample] / 16.0, 2)
     centre = (source.shape[0] - 1) / 2
     side = int(np.ceil(size * 1.6)) + 4
     turn = (

@@ -67,6 +67,12 @@ def test_every_step_feeds_the_next_and_a_second_call_repeats_none(short, tmp_pat
     assert run.main(arguments) == 0 and len(short) == 2
 
 
+def test_settings_after_two_dashes_reach_both_stages(short, tmp_path):
+    arguments = ["--output", str(tmp_path / "run"), "--data", str(tmp_path / "data"), "--no-chat"]
+    assert run.main([*arguments, "--", "--max_steps", "7"]) == 0
+    assert [training.max_steps for _, _, training, *_ in short] == [7, 7]
+
+
 def test_a_stage_that_stops_is_an_error_that_says_which(short, tmp_path, monkeypatch, capsys):
     failed = subprocess.CompletedProcess([], 3)
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: failed)

@@ -16,7 +16,7 @@ from llava_piip.train.lora import add_adapters, language_model_linears, quantiza
 from llava_piip.train.merge import main, merge
 from llava_piip.train.parts import freeze_except, part_parameters
 from llava_piip.train.saving import ModelSource, load_projector, load_tensors, save_trained
-from piip_core.errors import CheckpointError, ConfigError
+from piip_core.errors import CheckpointError, ConfigError, UserError
 
 
 def noise(model, seed=1):
@@ -154,7 +154,7 @@ def test_adapters_save_load_and_merge_to_the_same_outputs(files, inputs, tmp_pat
     merged, _ = load_trained(tmp_path / "merged")
     assert not isinstance(merged, PeftModel) and not (tmp_path / "merged" / "trained.json").exists()
     torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(CheckpointError, match="is not empty"):
+    with pytest.raises(UserError, match="is not empty"):
         merge(tmp_path / "lora", tmp_path / "merged")
 
 

@@ -74,7 +74,7 @@ def test_split_of_digits_and_photographs_is_disjoint(cocos):
 
 def test_photographs_of_the_splits_are_different_pictures():
     pictures = {
-        (split, name): np.asarray(Image.fromarray(digit_scenes._load_photo(name)).resize((32, 32)), dtype=float)
+        (split, name): np.asarray(Image.fromarray(digit_scenes.load_photo(name)).resize((32, 32)), dtype=float)
         for split, names in digit_scenes.PHOTOS.items()
         for name in names
     }
