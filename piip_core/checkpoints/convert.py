@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from ..config import PIIPConfig
 from ..pyramid import PIIP, DensePIIP
 from .branch_names import branch_class_of, default_branch_class
-from .names import DETECTORS, PublishedNames
+from .head_names import HEADS
+from .names import PublishedNames
 from .public_config import branch_shapes
 from .report import ConversionReport
 from .rules import PARTS, Change, Rule, RuleTable
 
 __all__ = ["detector_of", "from_published", "model_shapes", "our_names", "published_names", "to_published"]
 
-# Where models hold the backbone: mmdetection's detectors, and `PIIPBackbone.features` below Detectron2's FPN
 PUBLISHED_BACKBONE = "backbone."
-OUR_BACKBONE = "backbone.bottom_up.features."
+"""Where published models hold the backbone."""
 
 OUTSIDE = "not part of the backbone, which alone was asked for"
 
@@ -58,11 +58,12 @@ def published_names(config: PIIPConfig | None, keys: Collection[str], *, backbon
     inside = {key.removeprefix(prefix): () for key in keys if key.startswith(prefix)}
     count = len(config.branches)
     numbers = [None] if count == 1 else range(1, count + 1)
+    detector = None if backbone_only or not prefix else detector_of(keys)
     return PublishedNames(
         config,
         branch_classes=tuple(branch_class_of(list(branch_shapes(inside, number))) for number in numbers),
-        detector=None if backbone_only or not prefix else detector_of(keys),
-        ours_prefix=OUR_BACKBONE if prefix and not backbone_only else "",
+        detector=detector,
+        ours_prefix=HEADS[detector or "rpn"].backbone if prefix and not backbone_only else "",
         published_prefix=prefix,
     )
 
@@ -75,24 +76,24 @@ def our_names(config: PIIPConfig, keys: Collection[str], branch_classes: Sequenc
         keys: Names in the file: of `DensePIIP`, or of a Detectron2 model.
         branch_classes: Published class of each branch; None for `default_branch_class`. Our names do not tell.
     """
-    detector = any(key.startswith(OUR_BACKBONE) for key in keys)
+    places = {head.backbone for head in HEADS.values()}
+    prefix = next((place for place in places if any(key.startswith(place) for key in keys)), "")
     return PublishedNames(
         config,
         branch_classes=tuple(branch_classes or map(default_branch_class, config.branches)),
-        detector=detector_of(keys, ours=True) if detector else None,
-        ours_prefix=OUR_BACKBONE if detector else "",
-        published_prefix=PUBLISHED_BACKBONE if detector else "",
+        detector=detector_of(keys, ours=True) if prefix else None,
+        ours_prefix=prefix,
+        published_prefix=PUBLISHED_BACKBONE if prefix else "",
     )
 
 
 def detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:
     """The detector whose head names explain most of the keys; the smallest one of several, None if none does any."""
     translate = RuleTable.to_published if ours else RuleTable.to_ours
-    heads = [key for key in keys if not key.startswith(OUR_BACKBONE if ours else PUBLISHED_BACKBONE)]
     known = {}
-    for name, rules in DETECTORS.items():
-        table = RuleTable(rules)
-        known[name] = sum(translate(table, key) is not None for key in heads)
+    for name, head in HEADS.items():
+        table, backbone = RuleTable(head.rules), head.backbone if ours else PUBLISHED_BACKBONE
+        known[name] = sum(translate(table, key) is not None for key in keys if not key.startswith(backbone))
     best = max(known, key=known.__getitem__)
     return best if known[best] else None
 

@@ -1,4 +1,4 @@
-"""The name map: our state dict against that of the published models (mmdetection files).
+"""The name map: our state dict against that of the published models.
 
 Every correspondence is written once, as a pair (ours, published), and both directions follow from it. `PublishedNames`
 puts the pairs together for one configuration: number and kind of the branches, interaction graph, form of merging.
@@ -13,9 +13,10 @@ from typing import Any
 
 from ..config import MergingConfig, PIIPConfig
 from .branch_names import Unused, branch_rules, unused_branch_tensors
+from .head_names import HEADS
 from .rules import Rule, RuleTable, rename_parts
 
-__all__ = ["DETECTORS", "PublishedNames", "injection_rules", "projector_rules", "unit_rules"]
+__all__ = ["PublishedNames", "injection_rules", "projector_rules", "unit_rules"]
 
 # One direction of an interaction unit; published names are below `branch2to1_injector` or `branch1to2_injector`
 _INJECTION = rename_parts(
@@ -34,44 +35,6 @@ _DIRECTIONS = {"into_low": "branch2to1", "into_high": "branch1to2"}
 
 # Stride of the map that a published module makes: fpn1, fpn2 (up1, up2 in single-branch baselines)
 _PYRAMID_MODULES = {4: "1", 8: "2"}
-
-_FPN_RPN = rename_parts(
-    *((f"backbone.fpn_lateral{i + 2}.*", f"neck.lateral_convs.{i}.conv.*") for i in range(4)),
-    *((f"backbone.fpn_output{i + 2}.*", f"neck.fpn_convs.{i}.conv.*") for i in range(4)),
-    ("proposal_generator.rpn_head.conv.*", "rpn_head.rpn_conv.*"),
-    ("proposal_generator.rpn_head.objectness_logits.*", "rpn_head.rpn_cls.*"),
-    ("proposal_generator.rpn_head.anchor_deltas.*", "rpn_head.rpn_reg.*"),
-)
-
-
-def _box_rules(stage: str) -> tuple[Rule, ...]:
-    return rename_parts(
-        *((f"roi_heads.box_head{stage}.fc{i + 1}.*", f"roi_head.bbox_head{stage}.shared_fcs.{i}.*") for i in range(2)),
-        (f"roi_heads.box_predictor{stage}.cls_score.*", f"roi_head.bbox_head{stage}.fc_cls.*"),
-        (f"roi_heads.box_predictor{stage}.bbox_pred.*", f"roi_head.bbox_head{stage}.fc_reg.*"),
-    )
-
-
-def _mask_rules(stage: str) -> tuple[Rule, ...]:
-    return rename_parts(
-        *(
-            (f"roi_heads.mask_head{stage}.mask_fcn{i + 1}.*", f"roi_head.mask_head{stage}.convs.{i}.conv.*")
-            for i in range(4)
-        ),
-        (f"roi_heads.mask_head{stage}.deconv.*", f"roi_head.mask_head{stage}.upsample.*"),
-        (f"roi_heads.mask_head{stage}.predictor.*", f"roi_head.mask_head{stage}.conv_logits.*"),
-    )
-
-
-# Neck and heads: Detectron2's names against mmdetection's. Each `*` here stands for exactly "weight" and "bias".
-DETECTORS: Mapping[str, tuple[Rule, ...]] = {
-    "rpn": _FPN_RPN,
-    "mask_rcnn": (*_FPN_RPN, *_box_rules(""), *_mask_rules("")),
-    "cascade_mask_rcnn": (
-        *_FPN_RPN,
-        *(rule for stage in range(3) for rule in (*_box_rules(f".{stage}"), *_mask_rules(f".{stage}"))),
-    ),
-}
 
 
 def injection_rules(scale: str = "gamma") -> tuple[Rule, ...]:
@@ -108,7 +71,7 @@ class PublishedNames:
     Args:
         config: The backbone; None for files with nothing but heads.
         branch_classes: Published class of each branch (a key of `BRANCH_CLASSES`).
-        detector: What follows the backbone (a key of `DETECTORS`); None for nothing.
+        detector: What follows the backbone (a key of `HEADS`); None for nothing.
         ours_prefix: Where our model holds the backbone.
         published_prefix: Where the published model holds the backbone.
         scale: What the scales of an interaction's residuals are called.
@@ -136,12 +99,11 @@ class PublishedNames:
     def table(self) -> RuleTable:
         """All rules, with the prefixes of both sides."""
         backbone = (rule.prefixed(self.ours_prefix, self.published_prefix) for rule in self._backbone_rules())
-        return RuleTable([*backbone, *(DETECTORS[self.detector] if self.detector else ())])
+        return RuleTable([*backbone, *(HEADS[self.detector].rules if self.detector else ())])
 
     def head_tensors(self) -> tuple[str, ...]:
         """Our name of every tensor of the detector outside the backbone."""
-        rules = DETECTORS[self.detector] if self.detector else ()
-        return tuple(rule.ours.replace("*", part) for rule in rules for part in ("weight", "bias"))
+        return HEADS[self.detector].tensors() if self.detector else ()
 
     def unused_tensors(self) -> dict[str, Unused]:
         """Tensors that published files hold although the network needs none of them, by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def num_blocks(shapes: Collection[str], list_name: str = "blocks") -> int:
 def _deit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
     check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"Mlp_block"})
     values = {**_TRANSFORMER_DEFAULTS, **_DEIT_DEFAULTS, **settings}
-    network = _vit(values, layer_scale=values["init_scale"], activation=values.get("Mlp_block", "regular"))
+    network = _vit(values, shapes, layer_scale=values["init_scale"], activation=values.get("Mlp_block", "regular"))
     # The flash-attention path pads before the projection, the other one behind it
     padding = "before_qkv" if values["use_flash_attn"] else "after_qkv"
     return network, {"window_size": _windows(values), "window_padding": padding}
@@ -105,6 +106,7 @@ def _internvit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str,
     values = {**_TRANSFORMER_DEFAULTS, **_INTERNVIT_DEFAULTS, **settings}
     network = _vit(
         values,
+        shapes,
         layer_scale=values["init_values"],
         activation=values.get("mlp_type", "regular"),
         norm=_choose(_NORMS, values["norm_layer_type"], "norm_layer_type"),
@@ -113,7 +115,7 @@ def _internvit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str,
     return network, {"window_size": _windows(values), "drop_path_schedule": "linear"}
 
 
-def _vit(values: Settings, *, layer_scale: float | None, activation: str, **options: Any) -> ViTConfig:
+def _vit(values: Settings, shapes: Shapes, *, layer_scale: float | None, activation: str, **options: Any) -> ViTConfig:
     return ViTConfig(
         embed_dim=values["embed_dim"],
         depth=values["depth"],
@@ -121,7 +123,9 @@ def _vit(values: Settings, *, layer_scale: float | None, activation: str, **opti
         mlp_ratio=float(values["mlp_ratio"]),
         patch_size=values["patch_size"],
         qkv_bias=values["qkv_bias"],
-        pos_grid=values["pretrain_img_size"] // values["patch_size"],
+        # Not from the settings: segmentation files have the grid of the crop, others that of pretraining, and some one
+        # more entry for a class token
+        pos_grid=math.isqrt(shapes["pos_embed"][1]),
         layer_scale=layer_scale,
         activation=_choose(_ACTIVATIONS, activation, "MLP"),
         **options,

@@ -54,7 +54,7 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognised:
     known: dict[tuple[object, ...], bool] = {}
     detector = detector_of(shapes)
     for entry in zoo.entries():
-        if detector not in (None, "rpn", entry.detector):
+        if detector not in (None, "rpn", entry.head):
             continue
         for as_released, config in _variants(entry.config):
             structure = _structure(config)

@@ -67,6 +67,7 @@ class ZooRow(ModuleRow):
         flops_deviation: `flops_published_count` over `flops_printed`, minus 1.
         box_ap: Published box AP; the paper's in `box_ap_paper` where it prints another.
         mask_ap: Published mask AP; the paper's in `mask_ap_paper` where it prints another.
+        miou: Published mIoU; the paper's in `miou_paper` where it prints another.
     """
 
     title: str
@@ -79,8 +80,10 @@ class ZooRow(ModuleRow):
     flops_deviation: float | None
     box_ap: float | None
     mask_ap: float | None
+    miou: float | None
     box_ap_paper: float | None
     mask_ap_paper: float | None
+    miou_paper: float | None
 
 
 def padded_size(height: int, width: int, divisor: int) -> tuple[int, int]:
@@ -205,8 +208,10 @@ def analyze_zoo(entries: Iterable[zoo.ZooEntry] | None = None) -> Iterator[ZooRo
             flops_deviation=_deviation(counted.flops_published_count, printed_flops),
             box_ap=entry.published.box_ap,
             mask_ap=entry.published.mask_ap,
+            miou=entry.published.miou,
             box_ap_paper=entry.paper.box_ap,
             mask_ap_paper=entry.paper.mask_ap,
+            miou_paper=entry.paper.miou,
         )
 
 

@@ -15,6 +15,9 @@ __all__ = ["model_table", "multimodal_table", "published_tables", "replace_block
 
 MISSING = "-"
 
+# Column, and how many digits are printed
+_SCORES = {"box_ap": ("box AP", 1), "mask_ap": ("mask AP", 1), "miou": ("mIoU", 2)}
+
 
 def model_table(report: ModelReport) -> str:
     """One row per part of a model and their sum, in millions of parameters and thousand millions of MACs."""
@@ -126,11 +129,11 @@ def _notes(marks: Mapping[str, str]) -> str:
 
 
 def _published_table(rows: list[ZooRow], link: Callable[[ZooRow], str], marks: Mapping[str, str]) -> str:
+    scores = [name for name in _SCORES if any(_score(row, name) != MISSING for row in rows)]
     header = [
         "model",
         "resolution",
-        "box AP",
-        "mask AP",
+        *(_SCORES[name][0] for name in scores),
         "#Param",
         "#FLOPs",
         "our #Param count",
@@ -145,8 +148,7 @@ def _published_table(rows: list[ZooRow], link: Callable[[ZooRow], str], marks: M
             [
                 f"{row.title.removesuffix(row.resolution).strip()} {marks.get(row.note, '')}".strip(),
                 row.resolution,
-                _ap(row.box_ap, row.box_ap_paper),
-                _ap(row.mask_ap, row.mask_ap_paper),
+                *(_score(row, name) for name in scores),
                 _scaled(row.params_printed, 1e6, "M", digits=0),
                 _scaled(row.flops_printed, 1e9, "G", digits=0),
                 _scaled(row.params_published_count, 1e6, "M"),
@@ -186,7 +188,9 @@ def _percent(deviation: float | None) -> str:
     return MISSING if deviation is None else f"{deviation:+.2%}"
 
 
-def _ap(repository: float | None, paper: float | None) -> str:
-    if repository is None:
-        return MISSING if paper is None else f"({paper:.1f})"
-    return f"{repository:.1f}" if paper is None else f"{repository:.1f} ({paper:.1f})"
+def _score(row: ZooRow, name: str) -> str:
+    """A published score, with the paper's in brackets where it prints another."""
+    repository, paper = getattr(row, name), getattr(row, f"{name}_paper")
+    digits = _SCORES[name][1]
+    texts = ["" if repository is None else f"{repository:.{digits}f}", "" if paper is None else f"({paper:.{digits}f})"]
+    return " ".join(filter(None, texts)) or MISSING

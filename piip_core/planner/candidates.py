@@ -121,7 +121,7 @@ def published_mask_rcnn() -> tuple[tuple[ZooEntry, float, float | None], ...]:
             row.published.box_ap or row.paper.box_ap,
         )
         for row in entries()
-        if row.detector == "mask_rcnn"
+        if row.head == "mask_rcnn"
     )
 
 

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from ..errors import ConfigError
-from . import cascade, convnext, deit, large, pretraining
+from . import cascade, convnext, deit, dino, large, pretraining, segmentation
 from .deit import baseline, deit_pyramid, tsbl_as_released
-from .entry import PublishedNumbers, ZooEntry
+from .entry import DetectionEntry, PublishedNumbers, SegmentationEntry, ZooEntry
 from .multimodal import ENTRIES as _MULTIMODAL_ENTRIES
 from .multimodal import MultimodalEntry, MultimodalScores
 from .networks import VIT
 
 __all__ = [
     "VIT",
+    "DetectionEntry",
     "MultimodalEntry",
     "MultimodalScores",
     "PublishedNumbers",
+    "SegmentationEntry",
     "ZooEntry",
     "baseline",
     "deit_pyramid",
@@ -39,6 +41,8 @@ _ENTRIES = (
     *pretraining.ENTRIES,
     *convnext.ENTRIES,
     *cascade.ENTRIES,
+    *dino.ENTRIES,
+    *segmentation.ENTRIES,
 )
 _BY_NAME = {entry.name: entry for entry in _ENTRIES}
 _MULTIMODAL_BY_NAME = {entry.name: entry for entry in _MULTIMODAL_ENTRIES}

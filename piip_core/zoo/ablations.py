@@ -13,7 +13,7 @@ from ..config import MergingConfig, PIIPConfig
 from . import convnext, deit
 from .convnext import hybrid_pyramid
 from .deit import baseline, deit_pyramid
-from .entry import PublishedNumbers, ZooEntry
+from .entry import DetectionEntry, PublishedNumbers
 
 __all__ = ["ABLATIONS", "TABLES"]
 
@@ -35,7 +35,7 @@ _Printed = tuple[float | None, ...]
 
 def _like(
     row: str, name: str, table: str, title: str, config: PIIPConfig, printed: _Printed = (), **changes: Any
-) -> ZooEntry:
+) -> DetectionEntry:
     """A setting trained like a published model.
 
     Args:
@@ -61,11 +61,11 @@ _SMALL_TSB = _ROWS["piip_tsb_1120_896_448"].config
 _SBL = _ROWS["piip_sbl_1568_896_672"].config
 
 
-def _pyramid(name: str, title: str, config: PIIPConfig, printed: _Printed = (), **changes: Any) -> ZooEntry:
+def _pyramid(name: str, title: str, config: PIIPConfig, printed: _Printed = (), **changes: Any) -> DetectionEntry:
     return _like("piip_tsb_1568_1120_672", f"design_{name}", "XIV", title, config, printed, **changes)
 
 
-def _single(name: str, title: str, size: str, printed: _Printed = (), **changes: Any) -> ZooEntry:
+def _single(name: str, title: str, size: str, printed: _Printed = (), **changes: Any) -> DetectionEntry:
     row = f"vit_{size.lower()}_1024"
     return _like(row, f"design_{name}", "XIV", title, _ROWS[row].config, printed, **changes)
 
@@ -76,7 +76,7 @@ def _parameter_direct() -> PIIPConfig:
     return PIIPConfig(branches=(*baseline("B", 896).branches, *others))
 
 
-def _designs() -> list[ZooEntry]:
+def _designs() -> list[DetectionEntry]:
     bbb, bbb_wide = (deit_pyramid("BBB", sides, window_size=14) for sides in ((896, 448, 224), (896, 672, 224)))
     lll = deit_pyramid("LLL", (896, 448, 224), window_size=14)
     # The multi-scale training of the published single-branch InternViT-6B
@@ -135,7 +135,7 @@ def _designs() -> list[ZooEntry]:
     ]
 
 
-def _resolutions() -> list[ZooEntry]:
+def _resolutions() -> list[DetectionEntry]:
     row = "piip_tsbl_1792_1568_1120_448"
     repeated = "#Param: the paper repeats the 308M of 1024; the position table of 1792 makes them 317M"
     vit_l = _ROWS["vit_l_1024"].config
@@ -161,12 +161,14 @@ def _resolutions() -> list[ZooEntry]:
     ]
 
 
-def _small_tsb(name: str, table: str, title: str, printed: _Printed, *, note: str = "", **interaction: Any) -> ZooEntry:
+def _small_tsb(
+    name: str, table: str, title: str, printed: _Printed, *, note: str = "", **interaction: Any
+) -> DetectionEntry:
     config = _interact(_SMALL_TSB, **interaction)
     return _like("piip_tsb_1120_896_448", name, table, title, config, printed, note=note)
 
 
-def _interactions() -> list[ZooEntry]:
+def _interactions() -> list[DetectionEntry]:
     # box AP and GFLOPs; regular attention, then deformable
     printed = {
         1: ((41.1, 211), (41.9, 182)),
@@ -191,7 +193,7 @@ def _interactions() -> list[ZooEntry]:
     ]
 
 
-def _directions() -> list[ZooEntry]:
+def _directions() -> list[DetectionEntry]:
     cycle = "#FLOPs: 230G is printed for both cycles; counted, this one costs 229.0G and the other 229.6G"
     settings = [
         ("alternating", "one direction, alternating", (43.5, 38.7, None, 210), ""),
@@ -206,7 +208,7 @@ def _directions() -> list[ZooEntry]:
     ]
 
 
-def _out_branches() -> list[ZooEntry]:
+def _out_branches() -> list[DetectionEntry]:
     # box AP and mask AP; Branch 1 is B
     printed = {
         "B": (43.1, 37.0),
@@ -232,7 +234,7 @@ def _out_branches() -> list[ZooEntry]:
     ]
 
 
-def _regular_fpn() -> ZooEntry:
+def _regular_fpn() -> DetectionEntry:
     return _like(
         "piip_vt_vs_cb_1024_672_448",
         "regular_fpn_tsb_1024_672_448",

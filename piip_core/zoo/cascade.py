@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .deit import deit_pyramid
-from .entry import PublishedNumbers, ZooEntry
+from .entry import DetectionEntry, PublishedNumbers
 
 __all__ = ["ENTRIES"]
 
@@ -17,10 +17,10 @@ TABLE = "Cascade R-CNN"
 _IMAGE_SIZES = (1568, 1120, 672)
 
 
-def _row(sizes: str, paper: PublishedNumbers | None = None, **facts: Any) -> ZooEntry:
+def _row(sizes: str, paper: PublishedNumbers | None = None, **facts: Any) -> DetectionEntry:
     backbone = "_".join(["piip", sizes.lower(), *map(str, _IMAGE_SIZES)])
     schedule = "3x_ms" if facts else "1x"
-    return ZooEntry(
+    return DetectionEntry(
         name=f"{backbone}_cascade_{schedule}",
         backbone=backbone,
         title=f"PIIP-{sizes}, {'3x + MS' if facts else '1x'} {'/'.join(map(str, _IMAGE_SIZES))}",

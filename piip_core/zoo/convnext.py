@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
-from .deit import deit_branch
-from .entry import IMAGENET_MEAN, IMAGENET_STD, PublishedNumbers, ZooEntry
+from .branches import deit_branch
+from .entry import IMAGENET_MEAN, IMAGENET_STD, DetectionEntry, PublishedNumbers
 from .networks import CONVNEXT
 
 __all__ = ["DEEP_SEGMENTS", "ENTRIES", "hybrid_pyramid"]
@@ -53,9 +53,9 @@ def hybrid_pyramid(kinds: str) -> PIIPConfig:
     )
 
 
-def _hybrid_row(kinds: str, box_ap: float, mask_ap: float, flops_g: float) -> ZooEntry:
+def _hybrid_row(kinds: str, box_ap: float, mask_ap: float, flops_g: float) -> DetectionEntry:
     parts = [f"{kind}{size}" for kind, size in zip(kinds, _IMAGE_SIZES, strict=True)]
-    return ZooEntry(
+    return DetectionEntry(
         name="_".join(["piip", *(part.lower() for part in parts), *map(str, _IMAGE_SIZES.values())]),
         title=f"PIIP-{'-'.join(parts)} {'/'.join(map(str, _IMAGE_SIZES.values()))}",
         table=TABLE,
@@ -71,9 +71,9 @@ def _hybrid_row(kinds: str, box_ap: float, mask_ap: float, flops_g: float) -> Zo
     )
 
 
-def _baseline_row() -> ZooEntry:
+def _baseline_row() -> DetectionEntry:
     branch = _convnext_branch("B", 1024, drop_path_rate=0.0, segments=False)
-    return ZooEntry(
+    return DetectionEntry(
         name="convnext_b_1024",
         title="ConvNeXt-B 1024",
         table=TABLE,

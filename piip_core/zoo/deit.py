@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
+from ..config import InteractionConfig, MergingConfig, PIIPConfig
 from ..errors import ConfigError
-from .entry import PublishedNumbers, ZooEntry
+from .branches import deit_branch
+from .entry import DetectionEntry, PublishedNumbers
 from .networks import VIT
 
-__all__ = ["ENTRIES", "baseline", "deit_branch", "deit_pyramid", "tsbl_as_released"]
+__all__ = ["ENTRIES", "baseline", "deit_pyramid", "tsbl_as_released"]
 
 TABLE = "DeiT-based models (Mask R-CNN, 1x)"
 
-# per size: pretrained weights (ViT-T is DeiT, the others DeiT III from ImageNet-21k) and stochastic depth
-_DEIT = {
-    "T": ("timm:deit_tiny_patch16_224.fb_in1k", 0.05),
-    "S": ("timm:deit3_small_patch16_224.fb_in22k_ft_in1k", 0.05),
-    "B": ("timm:deit3_base_patch16_224.fb_in22k_ft_in1k", 0.15),
-    "L": ("timm:deit3_large_patch16_224.fb_in22k_ft_in1k", 0.4),
-}
 
-
-def deit_branch(size: str, image_size: int, window_size: int | tuple[int | None, ...]) -> BranchConfig:
-    pretrained, drop_path_rate = _DEIT[size]
-    return BranchConfig(
-        network=VIT[size],
-        image_size=image_size,
-        window_size=window_size,
-        drop_path_rate=drop_path_rate,
-        pretrained=pretrained,
-    )
-
-
-def deit_pyramid(sizes: str, image_sizes: tuple[int, ...], window_size: int) -> PIIPConfig:
+def deit_pyramid(sizes: str, image_sizes: tuple[int, ...], window_size: int | None) -> PIIPConfig:
     """Published PIIP of DeiT branches, all windowed, with 12 interactions.
 
     Args:
@@ -72,8 +54,8 @@ def tsbl_as_released(config: PIIPConfig) -> PIIPConfig:
     return dataclasses.replace(config, branches=(*rest, third, fourth))
 
 
-def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper: PublishedNumbers) -> ZooEntry:
-    return ZooEntry(
+def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper: PublishedNumbers) -> DetectionEntry:
+    return DetectionEntry(
         name=f"vit_{size.lower()}_{image_size}",
         title=f"ViT-{size} {image_size}",
         table=TABLE,
@@ -90,8 +72,8 @@ def _pyramid_row(
     image_sizes: tuple[int, ...],
     published: PublishedNumbers,
     paper: PublishedNumbers | None = None,
-) -> ZooEntry:
-    return ZooEntry(
+) -> DetectionEntry:
+    return DetectionEntry(
         name="_".join(["piip", sizes.lower(), *map(str, image_sizes)]),
         title=f"PIIP-{sizes} {'/'.join(map(str, image_sizes))}",
         table=TABLE,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..config import BranchConfig, PIIPConfig
-from .deit import deit_branch
-from .entry import PublishedNumbers, ZooEntry
-from .large import LIGHT_INTERACTION, fused_mlp
+from .branches import LIGHT_INTERACTION, deit_branch, fused_mlp
+from .entry import DetectionEntry, PublishedNumbers
 from .networks import AUGREG_384, BEIT, DINOV2, MAE, UNIPERCEIVER
 
 __all__ = ["ENTRIES"]
@@ -63,10 +62,10 @@ def _deit3(size: str) -> BranchConfig:
     return deit_branch(size, _IMAGE_SIZES[size], _WINDOW)
 
 
-def _row(key: str, pretraining: str, makers: str, box_ap: float, mask_ap: float) -> ZooEntry:
+def _row(key: str, pretraining: str, makers: str, box_ap: float, mask_ap: float) -> DetectionEntry:
     """`makers` names the function for L, B and S, Branch 1 first."""
     branches = tuple(_MAKERS[maker](size) for maker, size in zip(makers.split(), "LBS", strict=True))
-    return ZooEntry(
+    return DetectionEntry(
         name=f"piip_sbl_{key}_1568_1120_672",
         title=f"PIIP-SBL, {pretraining} 1568/1120/672",
         table=TABLE,
@@ -85,11 +84,11 @@ _MAKERS = {
 }
 
 
-def _speedup_row() -> ZooEntry:
+def _speedup_row() -> DetectionEntry:
     """Released beside the AugReg model: lighter interactions, and MLPs that approximate GELU."""
     config = PIIPConfig(branches=tuple(map(fused_mlp, map(_augreg, "LBS"))), interaction=LIGHT_INTERACTION)
     name = "piip_sbl_augreg384_speedup_1568_1120_672"
-    return ZooEntry(name=name, title="PIIP-SBL, AugReg (384), speed-up 1568/1120/672", table=TABLE, config=config)
+    return DetectionEntry(name=name, title="PIIP-SBL, AugReg (384), speed-up 1568/1120/672", table=TABLE, config=config)
 
 
 ENTRIES = (

@@ -22,7 +22,11 @@ PAPER_ONLY = {
     "piip_sbl_1568_1120_672_cascade_1x": (53.6, 46.3, None, None),
     "piip_tsb_1568_1120_672_cascade_3x_ms": (53.1, 46.5, None, None),
     "piip_sbl_1568_1120_672_cascade_3x_ms": (54.5, 47.7, None, None),
+    "piip_tsb_896_448_336_upernet": (None, None, None, 118),
+    "piip_sbl_1120_448_336_upernet": (None, None, None, 456),
 }
+DETECTORS = {"mask_rcnn": "Mask R-CNN", "dino": "DINO", "upernet": "UperNet"}
+SEGMENTATION = [name for name, row in SETTINGS.items() if row["detector"] == "UperNet"]
 ACTIVATIONS = {None: "gelu", "fused_mlp": "gelu_tanh"}
 # timm has no weights of these names; the rest of the names differ between the projects
 LOCAL_FILES = {"intern_vit_6b_224px.pth"}
@@ -42,12 +46,15 @@ def test_rows_are_the_published_ones():
     assert len({entry.config_name for entry in zoo.entries()}) == len(zoo.names())
 
 
-def recorded_network(want):
-    """Our configuration of the public branch class, from its recorded settings."""
+def recorded_network(want, *, own_grid=False):
+    """Our configuration of the public branch class, from its recorded settings.
+
+    The public segmentation classes keep a position table for the branch's own image size (`own_grid`).
+    """
     if want["class"] == "ConvNextHFWrapper":
         return ConvNeXtConfig(depths=want["stage_depths"], stage_dims=want["stage_dims"])
     sizes = {key: want[key] for key in ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")}
-    grid = want["pretrain_img_size"] // want["patch_size"]
+    grid = want["image_size" if own_grid else "pretrain_img_size"] // want["patch_size"]
     if want["class"] == "BEiT":
         return BEiTConfig(**sizes, layer_scale=want["init_values"], bias_window=want["windows"])
     if want["class"] == "UnifiedBertEncoder":
@@ -71,7 +78,7 @@ def test_branches(name):
     config, published = zoo.get(name).config, SETTINGS[name]["branches"]
     assert len(config.branches) == len(published)
     for number, (branch, want) in enumerate(zip(config.branches, published, strict=True), 1):
-        assert branch.network == recorded_network(want)
+        assert branch.network == recorded_network(want, own_grid=name in SEGMENTATION)
         assert branch.drop_path_schedule == ("constant" if want["class"] == "vit_models" else "linear")
         depth = branch.network.depth
         windows = want["windows"] if isinstance(want["windows"], list) else [want["windows"]] * depth
@@ -109,7 +116,7 @@ def test_pretrained_weights_are_the_published_files(name):
 def test_interaction_and_merging(name):
     config, want = zoo.get(name).config, SETTINGS[name]["interaction"]
     fpn = SETTINGS[name]["fpn"]
-    assert config.merging.out_strides == (4, 8, 16, 32)
+    assert config.merging.out_strides == ((8, 16, 32) if fpn.get("is_dino") else (4, 8, 16, 32))
     if want is None:
         assert len(config.branches) == 1 and config.num_interactions == 0 and config.merging.kind == "single"
         if fpn.get("with_simple_fpn", True):
@@ -140,18 +147,31 @@ def test_interaction_and_merging(name):
 def test_training_facts(name):
     entry, settings = zoo.get(name), SETTINGS[name]
     optimizer, schedule, image = settings["optimizer"], settings["schedule"], settings["image"]
-    assert entry.detector == "mask_rcnn" and settings["detector"] == "Mask R-CNN"
-    assert [entry.long_side, entry.short_side] == image["scale"]
-    assert entry.training_crop == image.get("crop")
+    assert DETECTORS[entry.head] == settings["detector"]
     assert list(entry.pixel_mean) == image["mean"] and list(entry.pixel_std) == image["std"]
-    assert entry.pad_divisor == image["pad_divisor"]
     assert (entry.learning_rate, entry.weight_decay) == (optimizer["lr"], optimizer["weight_decay"])
     decay = optimizer["layer_decay"]
     assert entry.layer_decay == (decay and decay["layer_decay_rate"])
-    assert entry.epochs == schedule["max_epochs"] and list(entry.lr_drops) == schedule["lr"]["step"]
-    assert (entry.warmup_iters, entry.warmup_factor) == (500, schedule["lr"]["warmup_ratio"])
-    assert schedule["lr"]["warmup_iters"] == entry.warmup_iters
+    assert (entry.warmup_iters, entry.warmup_factor) == (schedule["lr"]["warmup_iters"], schedule["lr"]["warmup_ratio"])
     assert entry.batch_size == (32 if "bs32" in settings["config_file"] else 16)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in SEGMENTATION])
+def test_facts_about_detection(name):
+    entry, schedule, image = zoo.get(name), SETTINGS[name]["schedule"], SETTINGS[name]["image"]
+    assert [entry.long_side, entry.short_side] == image["scale"]
+    assert entry.training_crop == image.get("crop")
+    assert entry.pad_divisor == image["pad_divisor"]
+    assert entry.epochs == schedule["max_epochs"] and list(entry.lr_drops) == schedule["lr"]["step"]
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_facts_about_segmentation(name):
+    entry, schedule, image = zoo.get(name), SETTINGS[name]["schedule"], SETTINGS[name]["image"]
+    assert image["window"] == [entry.crop_size] * 2 == [image["crop"]] * 2 and image["mode"] == "slide"
+    assert image["stride"] == [entry.stride] * 2
+    assert image["scale"] == [4 * entry.crop_size, entry.crop_size] and image["pad_divisor"] is None
+    assert (entry.iterations, schedule["lr"]["policy"], schedule["lr"]["power"]) == (schedule["max_iters"], "poly", 1)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -161,12 +181,14 @@ def test_published_numbers(name):
     assert entry.published == zoo.PublishedNumbers(
         box_ap=readme.get("box_AP"),
         mask_ap=readme.get("mask_AP"),
+        miou=readme.get("mIoU"),
         params_m=readme.get("params_M"),
         flops_g=readme.get("flops_G"),
     )
     for ours, printed, papers in (
         (entry.paper.box_ap, readme.get("box_AP"), paper.get("APb")),
         (entry.paper.mask_ap, readme.get("mask_AP"), paper.get("APm")),
+        (entry.paper.miou, readme.get("mIoU"), paper.get("mIoU")),
         (entry.paper.params_m, readme.get("params_M"), paper.get("params_M")),
         (entry.paper.flops_g, readme.get("flops_G"), paper.get("flops_G")),
     ):
@@ -187,6 +209,8 @@ def test_titles_end_with_the_resolution():
 
 def test_schedules():
     assert zoo.get("piip_tsb_1120_896_448").schedule == "1x"
+    assert zoo.get("piip_lh6b_1536_1024_512_dino").schedule == "2x_ms"
+    assert zoo.get("piip_h6b_512_192_upernet").schedule == "80k"
     long = zoo.get("piip_sbl_1568_1120_672_cascade_3x_ms")
     assert (long.schedule, long.epochs, long.lr_drops, long.training_crop) == ("3x_ms", 36, (27, 33), 1568)
 

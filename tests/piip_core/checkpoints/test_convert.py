@@ -27,24 +27,27 @@ OWN_BRANCH4 = "__branch4_own_cfg"
 
 
 def listed_rows():
-    """Listing of every released Mask R-CNN -> the row of the zoo that it is."""
+    """Listing of every released model -> the row of the zoo that it is."""
     settings = json.loads((DATA / "zoo_settings.json").read_text())
     rows = {Path(row["config_file"]).stem: name for name, row in settings.items()}
-    files = sorted(path.name.removesuffix(".tsv.gz") for path in (DATA / "state_dicts").glob("mask_rcnn_*.tsv.gz"))
-    return {file: rows[file.removesuffix(OWN_BRANCH4)] for file in files}
+    files = sorted(path.name.removesuffix(".tsv.gz") for path in (DATA / "state_dicts").glob("*.tsv.gz"))
+    known = {file: rows.get(file.removesuffix(OWN_BRANCH4)) for file in files}
+    assert set(rows.values()) <= set(known.values())
+    return {file: row for file, row in known.items() if row is not None}
 
 
 ROWS = listed_rows()
 
 
 def head_listing(name):
-    """Neck and heads behind a row; None where no listing has its widths."""
-    dims = zoo.get(name).config
+    """Neck and heads behind a row."""
+    entry = zoo.get(name)
     with torch.device("meta"):
-        widths = set(DensePIIP(dims).out_dims)
+        widths = set(DensePIIP(entry.config).out_dims)
     if widths == {128, 256, 512, 1024}:
         return "head_mask_rcnn_convnext_b"
-    return f"head_mask_rcnn_dim{widths.pop()}"
+    kind = {"dino": "dino_4scale", "upernet": "upernet"}.get(entry.head, entry.head)
+    return f"head_{kind}_dim{widths.pop()}" + ("_ch1536" if entry.head == "upernet" else "")
 
 
 def with_position_grids(config, shapes):
@@ -73,7 +76,7 @@ def test_every_key_of_a_released_detector_is_used_and_comes_back(row, listing, s
     state = state_of({**listing(row), **listing(head_listing(name))})
     found = recognise({key: tensor.shape for key, tensor in state.items()})
     assert name in found.names
-    assert all(zoo.get(other).detector == "mask_rcnn" for other in found.names)
+    assert {zoo.get(other).head for other in found.names} == {zoo.get(name).head}
     four = len(found.config.branches) == 4
     assert found.branch4_as_released == (four and not row.endswith(OWN_BRANCH4))
     converted, report = from_published(state, found.config)

@@ -20,6 +20,7 @@ def shapes_of(widths, last_key="gamma_1", depth=2):
     for number, width in enumerate(widths, 1):
         prefix = f"branch{number}."
         shapes[prefix + "patch_embed.proj.weight"] = (width, 3, 16, 16)
+        shapes[prefix + "pos_embed"] = (1, 4 * 4, width)
         for block in range(depth):
             shapes[f"{prefix}blocks.{block}.norm1.bias"] = (width,)
             shapes[f"{prefix}blocks.{block}.{last_key}"] = (width,)
@@ -40,6 +41,12 @@ def test_absent_fields_have_the_public_defaults():
     assert (config.interaction.num_heads, config.interaction.value_ratio) == (6, 1.0)
     assert (config.interaction.attention, config.interaction.ffn) == ("regular", False)
     assert config.merging.out_strides == (4, 8, 16, 32)
+
+
+def test_position_grid_is_that_of_the_file():
+    """Segmentation files have the grid of the crop, and some one more entry for a class token."""
+    shapes = shapes_of((32, 32)) | {"branch1.pos_embed": (1, 6 * 6, 32), "branch2.pos_embed": (1, 8 * 8 + 1, 32)}
+    assert [branch.network.pos_grid for branch in two_branches(shapes=shapes).config.branches] == [6, 8]
 
 
 def test_every_interaction_field_is_read():
