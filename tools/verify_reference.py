@@ -34,7 +34,16 @@ from piip_core.verification import (
 
 # Families by what they need: the package, and the package with their verifiers
 OPTIONAL = {
-    "detectron2": ("piip.verification", ("detection_head", "test_pipeline")),
+    "detectron2": (
+        "piip.verification",
+        (
+            "detection_head",
+            *(f"dino_{topic}" for topic in ("decoder", "dn", "encoder", "loss", "neck", "test")),
+            "segmentation_head",
+            "segmentation_inference",
+            "test_pipeline",
+        ),
+    ),
     "transformers": (
         "llava_piip.verification",
         (

@@ -12,6 +12,7 @@ VERIFIERS: dict[str, Verifier] = {
     "op": verify_op,
     "interaction": verify_interaction,
     "detection": verify_detection_backbone,
+    "segmentation": verify_detection_backbone,
     "load_mapping": verify_loading,
     "llava": verify_multimodal,
 }

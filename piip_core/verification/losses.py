@@ -31,6 +31,7 @@ _LOSSES: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
     "sum(out * cos(0.37*i)), i row-major flat index": _sum,
     "sum(x1_out*cos(0.37*i)) + sum(x2_out*cos(0.37*i))": _sum,
     "sum over outputs of 10*mean(out * cos(0.37*i)) with i the row-major flat index of that output": _mean,
+    "sum over outputs of 10*mean(out*cos(0.37*i)), i row-major flat index of that output": _mean,
 }
 
 

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from piip.data import (
     KeepRatioResize,
     OpenCVResizeTransform,
+    ShortSideResize,
     keep_ratio_size,
     network_input,
     resize_bilinear,
     resize_nearest,
+    short_side_size,
 )
 from piip.lazy_config import load_config
 
@@ -38,19 +40,19 @@ def _golden(repo_root, name):
     settings = {
         "mean": steps["Normalize"]["mean"],
         "std": steps["Normalize"]["std"],
-        "size_divisibility": steps["Pad"]["size_divisor"],
+        "size_divisibility": steps["Pad"]["size_divisor"] if "Pad" in steps else 0,
     }
     return case["images"], load_file(path.with_suffix(".safetensors")), pipeline["img_scale"], settings
 
 
-@pytest.mark.parametrize("name", ["pipe_det_1568", "pipe_det_1333"])
+@pytest.mark.parametrize("name", ["pipe_det_1568", "pipe_det_1333", "pipe_seg_512"])
 def test_test_time_pipeline_equals_the_public_one_bit_for_bit(repo_root, formula_image, name):
     images, tensors, scale, settings = _golden(repo_root, name)
     for entry in images:
         k = entry["k"]
         image = formula_image(*entry["ori_shape"], k)
         assert _sha256(image) == entry["input_sha256"]
-        augmentation = KeepRatioResize([scale])
+        augmentation = ShortSideResize(min(scale)) if name == "pipe_seg_512" else KeepRatioResize([scale])
         assert _sha256(augmentation.get_transform(image).apply_image(image)) == entry["resized_u8_bgr_sha256"]
 
         tensor = network_input(image, [augmentation], image_format="BGR", **settings)[0]
@@ -108,6 +110,15 @@ def test_keep_ratio_differs_from_detectron2_only_at_known_ties(long, short, diff
     assert sum(a != b for a, b in zip(ours, theirs, strict=True)) == differing
 
 
+def test_short_side_is_exact_and_the_long_one_unlimited():
+    generator = np.random.default_rng(0)
+    for height, width in [(1, 1), (7, 9000), *generator.integers(1, 3000, (500, 2))]:
+        size = short_side_size(int(height), int(width), 512)
+        assert min(size) == 512
+        exact = [512 * side / min(height, width) for side in (height, width)]
+        assert max(abs(np.subtract(size, exact))) <= 0.5
+
+
 def test_coordinates_follow_the_pixels():
     transform = OpenCVResizeTransform(40, 60, 100, 90)
     mask = np.zeros((40, 60), dtype=bool)
@@ -148,5 +159,7 @@ def test_what_cannot_be_resized_is_refused():
         resize_nearest(np.zeros((4, 4), dtype=np.uint8), 0, 8)
     with pytest.raises(ValueError, match="long side, short side"):
         KeepRatioResize([1333])
+    with pytest.raises(ValueError, match="short_side=0"):
+        ShortSideResize(0)
     with pytest.raises(ValueError, match="made for"):
         OpenCVResizeTransform(4, 4, 8, 8).apply_image(np.zeros((5, 4, 3), dtype=np.uint8))

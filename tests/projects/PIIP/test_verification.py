@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from piip.modeling.matcher import BestBoxMatcher
 from piip.modeling.rpn import PublishedRPN
+from piip.modeling.upernet import SegmentationHead
 from piip.verification import VERIFIERS, rpn
 from piip_core.verification import Status, find_cases, run_cases
 
@@ -38,7 +39,7 @@ def test_golden_cases_pass(name):
 
 def test_heads_and_pipelines_are_among_them():
     families = {case.family for case in find_cases([GOLDENS]) if case.name in NAMES}
-    assert families == {"detection_head", "test_pipeline"}
+    assert families >= {"detection_head", "segmentation_head", "segmentation_inference", "test_pipeline"}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,11 @@ def test_heads_and_pipelines_are_among_them():
         ("head_mask_rcnn_b", "output.mask_targets_packed"),
         ("head_mask_rcnn_b", "output.acc"),
         ("pipe_det_1333", "output.channel_sum.1"),
+        ("pipe_seg_512", "output.pixels_u8.2"),
+        ("head_upernet_a", "output.psp"),
+        ("head_upernet_b_align", "output.aux.acc_seg"),
+        ("head_upernet_slide_c", "output.count"),
+        ("head_upernet_slide_c", "output.pred"),
     ],
 )
 def test_wrong_results_fail_and_are_named(name, tensor, tmp_path):
@@ -79,6 +85,17 @@ def test_detectron2s_own_matcher_differs(monkeypatch):
     assert "output.assigned.0" in failed(run(GOLDENS / "head_fpn_rpn_b.json"))
 
 
+def test_dividing_by_valid_pixels_differs(monkeypatch):
+    losses = SegmentationHead.losses
+
+    def over_valid_pixels(self, logits, targets, **kwargs):
+        self.loss_average = "valid"
+        return losses(self, logits, targets, **kwargs)
+
+    monkeypatch.setattr(SegmentationHead, "losses", over_valid_pixels)
+    assert failed(run(GOLDENS / "head_upernet_a.json")) == {"output.decode.loss_ce", "output.aux.loss_ce"}
+
+
 def test_padding_cells_matter(monkeypatch):
     everything = PublishedRPN.considered_anchors
 
@@ -95,6 +112,10 @@ def test_padding_cells_matter(monkeypatch):
         ("head_mask_rcnn_b", ("neck", "type"), "BiFPN"),
         ("head_mask_rcnn_b", ("test_cfg", "rcnn", "mask_thr_binary"), 0.4),
         ("head_mask_rcnn_b", ("roi_head", "bbox_head", "type"), "Shared4Conv1FCBBoxHead"),
+        ("head_upernet_a", ("decode_head", "loss_decode", "use_sigmoid"), True),
+        ("head_upernet_a", ("auxiliary_head", "type"), "PSPHead"),
+        ("head_upernet_slide_c", ("backbone", "type"), "ResNet"),
+        ("pipe_seg_512", ("pipeline", 0, "transforms", 0, "setr_multi_scale"), False),
         ("pipe_det_1333", ("pipeline",), [{"type": "MultiScaleFlipAug", "flip": True, "transforms": []}]),
     ],
 )

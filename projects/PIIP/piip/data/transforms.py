@@ -10,12 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 from detectron2.data.transforms import Augmentation, Transform
 
-__all__ = ["KeepRatioResize", "OpenCVResizeTransform", "keep_ratio_size", "resize_bilinear", "resize_nearest"]
+__all__ = [
+    "KeepRatioResize",
+    "OpenCVResizeTransform",
+    "ShortSideResize",
+    "keep_ratio_size",
+    "resize_bilinear",
+    "resize_nearest",
+    "short_side_size",
+]
 
 _WEIGHT_BITS = 11  # OpenCV's fixed-point weights: 1.0 is 2048
 
 
-def keep_ratio_size(height: int, width: int, long_side: int, short_side: int) -> tuple[int, int]:
+def keep_ratio_size(height: int, width: int, long_side: float, short_side: float) -> tuple[int, int]:
     """Largest size with the image's aspect ratio that fits into `long_side` by `short_side`, whichever way it lies.
 
     Each side is rounded half up on its own, as in mmcv (Detectron2's rule differs at exact halves).
@@ -31,6 +39,20 @@ def keep_ratio_size(height: int, width: int, long_side: int, short_side: int) ->
     """
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Size with the image's aspect ratio and a short side of exactly `short_side`, however long the other becomes.
+
+    Args:
+        height: Image height in pixels.
+        width: Image width in pixels.
+        short_side: New length of the shorter side.
+
+    Returns:
+        New height and width.
+    """
+    return keep_ratio_size(height, width, short_side * max(height, width) / min(height, width), short_side)
 
 
 def _bilinear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -167,6 +189,24 @@ class KeepRatioResize(Augmentation):
         height, width = image.shape[:2]
         index = np.random.randint(len(self.scales)) if len(self.scales) > 1 else 0
         return OpenCVResizeTransform(height, width, *keep_ratio_size(height, width, *self.scales[index]))
+
+
+class ShortSideResize(Augmentation):
+    """Gives the shorter side one length and leaves the longer one unlimited: the published segmentation test rule.
+
+    Args:
+        short_side (int): new length of the shorter side, enlarged or shrunk.
+    """
+
+    def __init__(self, short_side: int) -> None:
+        super().__init__()
+        if short_side < 1:
+            raise ValueError(f"short_side={short_side}: expected a positive number of pixels")
+        self._init({"short_side": short_side})
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        height, width = image.shape[:2]
+        return OpenCVResizeTransform(height, width, *short_side_size(height, width, self.short_side))
 
 
 def _check_shape(image: np.ndarray, height: int, width: int) -> None:

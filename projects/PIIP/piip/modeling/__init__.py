@@ -1,7 +1,18 @@
 """Backbones, heads and meta-architectures for Detectron2."""
 
-from .backbone import PIIPFPN, PIIPBackbone
+from .backbone import PIIPFPN, PIIPBackbone, feature_shapes
 from .cascade_rcnn import published_cascade_mask_rcnn
 from .mask_rcnn import published_mask_rcnn
+from .segmentor import SlidingWindowSegmentor
+from .upernet import FCNHead, UperNetHead
 
-__all__ = ["PIIPFPN", "PIIPBackbone", "published_cascade_mask_rcnn", "published_mask_rcnn"]
+__all__ = [
+    "FCNHead",
+    "PIIPBackbone",
+    "PIIPFPN",
+    "SlidingWindowSegmentor",
+    "UperNetHead",
+    "feature_shapes",
+    "published_cascade_mask_rcnn",
+    "published_mask_rcnn",
+]

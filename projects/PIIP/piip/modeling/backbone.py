@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.fpn import FPN
@@ -33,10 +36,7 @@ class PIIPBackbone(Backbone):
         super().__init__()
         self.features = DensePIIP(config)
         self._pad_divisor = pad_divisor
-        self._shapes = {
-            f"res{int(math.log2(stride))}": ShapeSpec(channels=dim, stride=stride)
-            for dim, stride in zip(self.features.out_dims, self.features.out_strides, strict=True)
-        }
+        self._shapes = _shapes(self.features)
         largest = max(self.features.out_strides)
         if pad_divisor % largest:
             raise ValueError(f"pad_divisor={pad_divisor}: expected a multiple of the largest output stride {largest}")
@@ -58,6 +58,30 @@ class PIIPBackbone(Backbone):
     @property
     def padding_constraints(self) -> dict[str, int]:
         return {"size_divisibility": self._pad_divisor}
+
+
+def feature_shapes(config: PIIPConfig, names: Sequence[str]) -> dict[str, ShapeSpec]:
+    """What `PIIPBackbone.output_shape` will say of some maps, for the `input_shape` of heads in a LazyConfig.
+
+    Args:
+        config: With `merging` set.
+        names: Maps wanted, "res2" to "res5".
+    """
+    shapes = _shapes_of(config)
+    return {name: shapes[name] for name in names}
+
+
+@lru_cache(maxsize=8)  # several heads ask, and the largest networks take a second
+def _shapes_of(config: PIIPConfig) -> dict[str, ShapeSpec]:
+    with torch.device("meta"):
+        return _shapes(DensePIIP(config))
+
+
+def _shapes(features: DensePIIP) -> dict[str, ShapeSpec]:
+    return {
+        f"res{int(math.log2(stride))}": ShapeSpec(channels=dim, stride=stride)
+        for dim, stride in zip(features.out_dims, features.out_strides, strict=True)
+    }
 
 
 class PIIPFPN(FPN):

@@ -30,7 +30,7 @@ class MapsBackbone(Backbone):
     """Stands for a backbone whose output is already known.
 
     Args:
-        channels (Sequence[int]): of the four maps, stride 4 first.
+        channels (Sequence[int]): of the maps, largest first; the last map has stride 32.
     """
 
     size_divisibility = 32
@@ -42,12 +42,13 @@ class MapsBackbone(Backbone):
         self.maps: list[Tensor] = []
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return dict(zip(_NAMES, self.maps, strict=True))
+        return dict(zip(self.output_shape(), self.maps, strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
+        count = len(self.channels)
         return {
             name: ShapeSpec(channels=channels, stride=stride)
-            for name, channels, stride in zip(_NAMES, self.channels, _STRIDES, strict=True)
+            for name, channels, stride in zip(_NAMES[-count:], self.channels, _STRIDES[-count:], strict=True)
         }
 
 

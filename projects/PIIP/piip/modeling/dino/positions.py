@@ -1,0 +1,119 @@
+"""Where the cells of padded feature maps lie: masks, sine encodings, reference points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Levels", "box_encoding", "map_encoding", "padding_masks"]
+
+_MAP_TEMPERATURE = 20
+_BOX_TEMPERATURE = 10_000
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The maps of a batch laid out as one sequence of S cells, level by level and row by row.
+
+    Attributes:
+        shapes: Height and width of every map.
+        padding_mask: (B, S) bool, True where a cell is padding.
+        valid_sizes: (B, levels, 2) number of cells in x and y that are not padding.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    padding_mask: Tensor
+    valid_sizes: Tensor
+
+    @classmethod
+    def of(cls, masks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Levels:
+        """Layout of maps with the given padding masks (B, H, W)."""
+        sizes = [torch.stack(((~m[:, 0]).sum(dim=1), (~m[:, :, 0]).sum(dim=1)), dim=-1) for m in masks]
+        return cls(
+            shapes=tuple((m.shape[1], m.shape[2]) for m in masks),
+            padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
+            valid_sizes=torch.stack(sizes, dim=1).to(dtype),
+        )
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        """(B, levels, 2): share of every map, in x and y, that is not padding."""
+        sizes = [self.valid_sizes.new_full((), side) for height, width in self.shapes for side in (width, height)]
+        return self.valid_sizes / torch.stack(sizes).view(-1, 2)
+
+    def cell_centres(self) -> Tensor:
+        """(B, S, 2): centres (x, y) of the cells, where 1 is the border of the un-padded image."""
+        device, dtype = self.valid_sizes.device, self.valid_sizes.dtype
+        centres = []
+        for level, (height, width) in enumerate(self.shapes):
+            y, x = (torch.arange(side, device=device, dtype=dtype) + 0.5 for side in (height, width))
+            cells = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
+            centres.append(cells.view(1, -1, 2) / self.valid_sizes[:, None, level])
+        return torch.cat(centres, dim=1)
+
+    def reference_points(self) -> Tensor:
+        """(B, S, levels, 2): centres of the cells as fractions of each level's padded map."""
+        return self.cell_centres()[:, :, None] * self.valid_ratios[:, None]
+
+
+def padding_masks(
+    image_sizes: Sequence[tuple[int, int]],
+    padded_size: tuple[int, int],
+    map_sizes: Sequence[tuple[int, int]],
+    *,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """Which cells of maps are padding: those whose nearest pixel lies outside the image.
+
+    Args:
+        image_sizes: Height and width of every image, before padding.
+        padded_size: Height and width of the batch.
+        map_sizes: Height and width of every map.
+
+    Returns:
+        (B, H, W) bool for every map, True for padding.
+    """
+    valid = []  # (B, 1, side) per axis: a mask is the product of rows and columns
+    for axis, padded in enumerate(padded_size):
+        pixels = torch.arange(padded, device=device)
+        valid.append(torch.stack([pixels < size[axis] for size in image_sizes])[:, None].float())
+    masks = []
+    for shape in map_sizes:
+        rows, columns = (F.interpolate(x, size=side)[:, 0] > 0 for x, side in zip(valid, shape, strict=True))
+        masks.append(~(rows[:, :, None] & columns[:, None, :]))
+    return masks
+
+
+def map_encoding(mask: Tensor, embed_dim: int) -> Tensor:
+    """Sine encoding of the cells of a map, which runs from 0 to 2 pi over the image without its padding.
+
+    Args:
+        mask: (B, H, W) bool, True for padding.
+        embed_dim: Multiple of 4.
+
+    Returns:
+        (B, H, W, embed_dim) float32, features of y first.
+    """
+    valid = (~mask).float()
+    y, x = valid.cumsum(dim=1), valid.cumsum(dim=2)
+    y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
+    x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+    return torch.cat([_sine(angle, embed_dim // 2, _MAP_TEMPERATURE) for angle in (y, x)], dim=-1)
+
+
+def box_encoding(boxes: Tensor, embed_dim: int) -> Tensor:
+    """Sine encoding of boxes (..., 4), (cx, cy, w, h): (..., 2 * embed_dim), features in the order y, x, w, h."""
+    angles = boxes * (2 * math.pi)
+    return torch.cat([_sine(angles[..., k], embed_dim // 2, _BOX_TEMPERATURE) for k in (1, 0, 2, 3)], dim=-1)
+
+
+def _sine(angles: Tensor, num_features: int, temperature: float) -> Tensor:
+    """Sine and cosine in turns, of `num_features` / 2 frequencies."""
+    pair = torch.arange(0, num_features, 2, device=angles.device, dtype=angles.dtype)
+    angles = angles[..., None] / temperature ** (pair / num_features)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)

@@ -1,0 +1,186 @@
+"""DINO's transformer: encoder, query selection, decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from piip_core.ops import MSDeformAttn
+
+from .decoder import Decoder
+from .denoising import DenoisingQueries
+from .encoder import Encoder
+from .positions import Levels, map_encoding, padding_masks
+from .two_stage import Selection, grid_proposals, select_proposals
+
+__all__ = ["DINOTransformer", "TransformerOutput"]
+
+
+@dataclass(frozen=True)
+class TransformerOutput:
+    """What the heads predict from.
+
+    Attributes:
+        hidden: Normalised content (B, slots + Q, embed_dim) of the queries behind every decoder layer.
+        references: Boxes (B, slots + Q, 4) that every decoder layer started from, then those behind the last.
+        selection: The proposals that the Q matching queries start from.
+    """
+
+    hidden: list[Tensor]
+    references: list[Tensor]
+    selection: Selection
+
+
+class DINOTransformer(nn.Module):
+    """Deformable encoder and decoder with mixed query selection (DINO, section 3.4).
+
+    Queries start from the boxes of the encoder's best proposals, but their content is learned.
+
+    Args:
+        embed_dim: width; a multiple of 4 and of `num_heads`.
+        num_heads: heads of every attention.
+        num_points: points that a deformable attention reads per head and level.
+        ffn_dim: width between the two layers of every FFN.
+        num_encoder_layers: number of encoder layers.
+        num_decoder_layers: number of decoder layers.
+        num_levels: number of feature maps.
+        num_queries: number of queries, at most the number of cells of all maps.
+        use_act_checkpoint: recompute the encoder's activations in the backward pass to save memory.
+
+    Raises:
+        ValueError: if `embed_dim` is not such a multiple.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_points: int = 4,
+        ffn_dim: int = 2048,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        num_levels: int = 4,
+        num_queries: int = 900,
+        use_act_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if embed_dim % 4 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim}: expected a multiple of 4 and of num_heads={num_heads}")
+        self.embed_dim, self.num_levels, self.num_queries = embed_dim, num_levels, num_queries
+        self.num_decoder_layers = num_decoder_layers
+        sizes = embed_dim, ffn_dim, num_heads, num_levels, num_points
+        self.encoder = Encoder(num_encoder_layers, *sizes, use_act_checkpoint=use_act_checkpoint)
+        self.decoder = Decoder(num_decoder_layers, *sizes)
+        self.enc_output = nn.Linear(embed_dim, embed_dim)
+        self.enc_output_norm = nn.LayerNorm(embed_dim)
+        self.level_embeds = nn.Parameter(torch.empty(num_levels, embed_dim))
+        self.query_embed = nn.Embedding(num_queries, embed_dim)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The published start: Xavier for matrices, the usual one of deformable attention, normal for the tables."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        nn.init.normal_(self.level_embeds)
+        nn.init.normal_(self.query_embed.weight)
+
+    def forward(
+        self,
+        maps: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+        padded_size: tuple[int, int],
+        class_embed: Sequence[nn.Module],
+        bbox_embed: Sequence[nn.Module],
+        denoising: DenoisingQueries | None = None,
+    ) -> TransformerOutput:
+        """Runs encoder, selection and decoder.
+
+        Args:
+            maps: (B, embed_dim, H, W), one per level.
+            image_sizes: Height and width of every image, before padding.
+            padded_size: Height and width of the batch.
+            class_embed: Classification branches: one per decoder layer, and one for the encoder.
+            bbox_embed: Regression branches, likewise.
+            denoising: Queries that go in front, in training.
+
+        Returns:
+            What the heads predict from.
+
+        Raises:
+            ValueError: If the maps have fewer cells than there are queries.
+        """
+        levels = self.layout(maps, image_sizes, padded_size)
+        memory = self.encode(maps, levels)
+        selection = self.select(memory, levels, class_embed[-1], bbox_embed[-1])
+        hidden, references = self.decode(memory, levels, selection, bbox_embed[:-1], denoising)
+        return TransformerOutput(hidden, references, selection)
+
+    def layout(
+        self, maps: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]], padded_size: tuple[int, int]
+    ) -> Levels:
+        """How the cells of the maps become one sequence."""
+        sizes = [tuple(x.shape[-2:]) for x in maps]
+        return Levels.of(padding_masks(image_sizes, padded_size, sizes, device=maps[0].device), maps[0].dtype)
+
+    def encode(self, maps: Sequence[Tensor], levels: Levels) -> Tensor:
+        """Maps to memory (B, S, embed_dim)."""
+        cells = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
+        return self.encoder(cells, self.positions(levels).to(cells.dtype), levels)
+
+    def positions(self, levels: Levels) -> Tensor:
+        """Sine encoding with the embedding of the level, (B, S, embed_dim)."""
+        sizes = [height * width for height, width in levels.shapes]
+        masks = levels.padding_mask.split(sizes, dim=1)
+        return torch.cat(
+            [
+                map_encoding(mask.unflatten(1, shape), self.embed_dim).flatten(1, 2) + embedding
+                for mask, shape, embedding in zip(masks, levels.shapes, self.level_embeds, strict=True)
+            ],
+            dim=1,
+        )
+
+    def select(self, memory: Tensor, levels: Levels, class_embed: nn.Module, bbox_embed: nn.Module) -> Selection:
+        """The `num_queries` proposals with the best class."""
+        proposals, valid = grid_proposals(levels)
+        memory = self.output_memory(memory, valid)
+        class_logits = class_embed(memory)
+        index = select_proposals(class_logits, self.num_queries)
+        image = torch.arange(len(index), device=index.device)[:, None]
+        # boxes of the others are not needed
+        box_logits = bbox_embed(memory[image, index]) + proposals[image, index]
+        return Selection(index, class_logits[image, index], box_logits)
+
+    def output_memory(self, memory: Tensor, valid: Tensor) -> Tensor:
+        """What the encoder's heads see: (B, S, embed_dim) with cells without a proposal blanked."""
+        return self.enc_output_norm(self.enc_output(memory.masked_fill(~valid[..., None], 0.0)))
+
+    def decode(
+        self,
+        memory: Tensor,
+        levels: Levels,
+        selection: Selection,
+        bbox_embed: Sequence[nn.Module],
+        denoising: DenoisingQueries | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Decoder on the selection, behind the denoising queries; see `Decoder`."""
+        content, box_logits = self.initial_queries(selection, denoising)
+        mask = denoising.layout.attention_mask(self.num_queries) if denoising and denoising.layout.size else None
+        return self.decoder(content, box_logits.sigmoid(), memory, levels, bbox_embed, mask)
+
+    def initial_queries(self, selection: Selection, denoising: DenoisingQueries | None = None) -> tuple[Tensor, Tensor]:
+        """Content (B, slots + Q, embed_dim) and box logits (B, slots + Q, 4) that the decoder starts from."""
+        box_logits = selection.box_logits.detach()
+        queries = torch.arange(self.num_queries, device=box_logits.device)
+        content = self.query_embed(queries).expand(len(box_logits), -1, -1)
+        if denoising is None:
+            return content, box_logits
+        return torch.cat((denoising.content, content), dim=1), torch.cat((denoising.box_logits, box_logits), dim=1)

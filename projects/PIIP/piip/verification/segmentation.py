@@ -1,0 +1,152 @@
+"""Cases of UperNet: heads on given maps with their losses, and inference of a whole segmentor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from piip.modeling.segmentor import SlidingWindowSegmentor, window_starts
+from piip.modeling.upernet import FCNHead, SegmentationHead, UperNetHead
+from piip_core.checkpoints import from_published
+from piip_core.verification import Check, GoldenCase
+
+from .model import MapsBackbone, recorded_maps, require
+
+__all__ = ["verify_segmentation_head", "verify_segmentation_inference"]
+
+
+@torch.no_grad()
+def verify_segmentation_head(case: GoldenCase) -> Check:
+    """Logits of both heads on given maps, features on the way, and the losses of a label map."""
+    check = Check(case)
+    maps = recorded_maps(case)
+    model = _build_segmentor(case, MapsBackbone([x.shape[1] for x in maps]))
+    model.backbone.maps = maps
+    features, head = model.backbone(maps[0]), model.sem_seg_head
+    check.close("output.psp", head.pool(maps[-1]))
+    fused = head.fuse(maps)
+    rows, columns = case.tensors["output.features"].shape[-2:]
+    check.close("output.features", fused[..., :rows, :columns])
+    labels = case.tensors["input.label"][:, 0].long()
+    counts = {"pixels": labels.numel(), "ignored": int((labels == head.ignore_value).sum())}
+    require("counts", counts, case.info["counts"])
+    for name, part in (("decode", head), ("aux", model.auxiliary_head)):
+        logits = part.layers(features)
+        check.close(f"output.{name}_logits", logits)
+        with EventStorage() as storage:
+            (loss,) = part.losses(logits, labels, name=name).values()
+            accuracy = storage.latest()[f"{name}/accuracy"][0]
+        check.close(f"output.{name}.loss_ce", loss.reshape(1))
+        check.close(f"output.{name}.acc_seg", torch.tensor([accuracy]))
+    return check
+
+
+@torch.no_grad()
+def verify_segmentation_inference(case: GoldenCase) -> Check:
+    """Windows, their logits, the average and the result at the size of the original image; the whole image too."""
+    check = Check(case)
+    model = _build_segmentor(case, ToyEncoder(case.config["backbone"]))
+    image, (meta,) = case.below("input.")["image"], case.info["img_metas"]
+    (height, width), (tall, wide), (down, right) = image.shape[-2:], model.window, model.stride
+    windows = [
+        [y, min(y + tall, height), x, min(x + wide, width)]
+        for y in window_starts(height, tall, down)
+        for x in window_starts(width, wide, right)
+    ]
+    check.equal("windows_y1y2x1x2", torch.tensor(windows), torch.tensor(case.info["windows_y1y2x1x2"]))
+    count = torch.zeros(height, width)
+    for top, bottom, left, end in windows:
+        count[top:bottom, left:end] += 1
+    check.equal("output.count", count)
+    check.close("output.crop0_logits", model.whole_logits(image[..., :tall, :wide]))
+    averaged = model.slide_logits(image)
+    check.close("output.slide_logits", averaged)
+    inside, original = tuple(meta["img_shape"][:2]), tuple(meta["ori_shape"][:2])
+    result = model.to_original(averaged[0], inside, original)
+    check.close("output.slide_rescaled", result[None])
+    check.equal("output.pred", result.argmax(dim=0))
+    check.close("output.whole_rescaled", model.to_original(model.whole_logits(image)[0], inside, original)[None])
+    if inside == (height, width):  # the model itself takes images without padding
+        (output,) = model([{"image": image[0], "height": original[0], "width": original[1]}])
+        check.close(f"output.{model.inference}_rescaled", output["sem_seg"][None])
+    return check
+
+
+class ToyEncoder(Backbone):
+    """The encoder of the inference cases: a patch convolution and three of stride 2, each behind a tanh.
+
+    Args:
+        settings (Mapping[str, Any]): the public configuration's.
+    """
+
+    size_divisibility = 0  # the cases have sizes that no stride divides
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        require("backbone.type", settings["type"], "ToyEncoder")
+        first, *others = settings["channels"]
+        self.stem = nn.Conv2d(3, first, 4, stride=4)
+        self.down = nn.ModuleList(
+            nn.Conv2d(before, after, 2, stride=2) for before, after in zip([first, *others], others, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = [self.stem(x).tanh()]
+        for conv in self.down:
+            maps.append(conv(maps[-1]).tanh())
+        return dict(zip(self.output_shape(), maps, strict=True))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        convs = [self.stem, *self.down]
+        return {f"res{i + 2}": ShapeSpec(channels=conv.out_channels, stride=4 * 2**i) for i, conv in enumerate(convs)}
+
+
+def _build_segmentor(case: GoldenCase, backbone: Backbone) -> SlidingWindowSegmentor:
+    """The project's segmentor with the settings and weights of the case, in evaluation mode."""
+    config, test = case.config, case.config["test_cfg"]
+    require("test_cfg.mode", test["mode"] in ("slide", "whole"), True)
+    model = SlidingWindowSegmentor(
+        backbone=backbone,
+        sem_seg_head=_build_head(backbone, config["decode_head"]),
+        auxiliary_head=_build_head(backbone, config["auxiliary_head"]),
+        pixel_mean=[0.0] * 3,
+        pixel_std=[1.0] * 3,
+        inference=test["mode"],
+        window=test.get("crop_size", 512),
+        stride=test.get("stride", 341),
+        window_batch_size=2,
+    ).eval()
+    state = case.below("state.")
+    inside = {name: state.pop(name) for name in list(state) if name.startswith("backbone.")}
+    heads, report = from_published(state, None, source=case.name)
+    report.check()
+    model.load_state_dict(inside | heads)
+    return model
+
+
+def _build_head(backbone: Backbone, public: Mapping[str, Any]) -> SegmentationHead:
+    loss, norm = public["loss_decode"], public["norm_cfg"]
+    require("loss_decode.type", loss["type"], "CrossEntropyLoss")
+    require("loss_decode.use_sigmoid", loss["use_sigmoid"], False)
+    shapes = list(backbone.output_shape().items())
+    indices = public["in_index"] if isinstance(public["in_index"], list) else [public["in_index"]]
+    options = {
+        "num_classes": public["num_classes"],
+        "channels": public["channels"],
+        "norm": norm["type"],
+        "dropout": public["dropout_ratio"],
+        "align_corners": public["align_corners"],
+        "loss_weight": loss["loss_weight"],
+    }
+    maps = {name: shape for index, (name, shape) in enumerate(shapes) if index in indices}
+    if public["type"] == "UPerHead":
+        return UperNetHead(maps, pool_scales=public["pool_scales"], **options)
+    require("head.type", public["type"], "FCNHead")
+    require("auxiliary_head.concat_input", public["concat_input"], False)
+    return FCNHead(maps, num_convs=public["num_convs"], **options)
