@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the data set of handwritten digits on photographs, in COCO's layout, without downloading anything.
+"""Writes the data set of handwritten digits on photographs, in COCO's layout and with label maps; downloads nothing.
 
 $ python datasets/prepare_digits.py                      # 2000 + 200 scenes in datasets/digits
 $ python datasets/prepare_digits.py my/folder --num-train 500 --image-size 256

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Draws the detections of a trained model on images, folders of images and videos.
+"""Draws what a trained detector or segmentor finds on images, folders of images and videos.
 
     python tools/demo.py --config-file CONFIG.py --checkpoint output/run/model_final.pth \\
         --input photo.jpg folder/ clip.mp4 --output output/pictures
 
-Pictures (videos as .mp4) and predictions.json in COCO's result format appear in the output folder. Runs on the GPU if
-there is one, else on the CPU; train.device decides.
+Pictures (videos as .mp4) and predictions.json appear in the output folder: detections in COCO's result format, or the
+classes of a segmentation, with a label map beside every picture. Runs on the GPU if there is one, else on the CPU;
+train.device decides.
 """
 
 import argparse
@@ -22,7 +23,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help=".pth or .safetensors")
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="image files, folders, video files")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--confidence-threshold", type=float, default=0.5, help="lowest score shown (default 0.5)")
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.5, help="lowest score of a detection shown (default 0.5)"
+    )
     parser.add_argument("--class-names", metavar="A,B,C", help="if neither checkpoint nor annotation file has them")
     parser.add_argument("--opts", nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
     args = parser.parse_args()

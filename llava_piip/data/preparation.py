@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from piip_core.archives import unpack_images
+from piip_core.download import download
 from piip_core.errors import UserError
 
-from .archives import unpack_images
 from .audit import audit
 from .audit_report import AuditReport
-from .download import download
 from .expected_names import NameRepair, provide_expected_names
 from .published import ImageFolder, PublishedSet
 from .records import read_records

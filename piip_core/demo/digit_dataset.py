@@ -1,4 +1,4 @@
-"""The digit scenes as a data set on disk, in the layout and format of COCO."""
+"""The digit scenes as a data set on disk: in the layout and format of COCO, and with label maps."""
 
 import json
 import os
@@ -14,9 +14,12 @@ from tqdm import tqdm
 
 from .digit_scenes import NUM_CLASSES, SPLITS, Scene, SceneConfig, scenes
 
-__all__ = ["prepare_digits"]
+__all__ = ["LABEL_NAMES", "label_map", "prepare_digits"]
 
-_FORMAT = 1  # raise it when the same parameters would give other files: data sets already there are then rebuilt
+LABEL_NAMES = ("background", *(str(digit) for digit in range(NUM_CLASSES)))
+"""What the values of the label maps mean."""
+
+_FORMAT = 2  # raise it when the same parameters would give other files: data sets already there are then rebuilt
 _MANIFEST = "manifest.json"
 
 
@@ -25,7 +28,8 @@ def prepare_digits(
 ) -> bool:
     """Writes the digit scenes below a folder, unless they are there already.
 
-    The folder then holds ``annotations/instances_{train,val}.json``, the pictures in ``train`` and ``val``, and a
+    The folder then holds ``annotations/instances_{train,val}.json``, the pictures in ``train`` and ``val``, a label map
+    for each in ``labels/train`` and ``labels/val`` with the names of their values in ``labels/names.txt``, and a
     manifest with the parameters. It is built under another name and renamed when complete; a data set made with
     other parameters is replaced. Masks are run-length encoded (digits have holes, which COCO polygons cannot say).
 
@@ -58,6 +62,8 @@ def prepare_digits(
     try:
         building.chmod(0o755)  # mkdtemp's folders are closed to other users
         (building / "annotations").mkdir()
+        (building / "labels").mkdir()
+        (building / "labels" / "names.txt").write_text("\n".join(LABEL_NAMES) + "\n")
         for split, count in counts.items():
             _write_split(building, split, count, config)
         (building / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -70,14 +76,24 @@ def prepare_digits(
     return True
 
 
+def label_map(scene: Scene) -> np.ndarray:
+    """The scene as (H, W) uint8 of `LABEL_NAMES`: 0 for the background, 1 + d for what is in sight of a digit d."""
+    labels = np.zeros(scene.image.shape[:2], dtype=np.uint8)
+    for digit in scene.digits:
+        labels[digit.mask] = digit.label + 1
+    return labels
+
+
 def _write_split(root: Path, split: str, count: int, config: SceneConfig) -> None:
-    """Writes the pictures and the annotation file of a split."""
+    """Writes the pictures, the label maps and the annotation file of a split."""
     (root / split).mkdir()
+    (root / "labels" / split).mkdir()
     images, annotations = [], []
     drawn = tqdm(scenes(config, split, count), total=count, desc=f"Drawing {split} scenes", unit="scene")
     for image_id, scene in enumerate(drawn, start=1):
         name = f"{image_id:06d}.jpg"
         Image.fromarray(scene.image).save(root / split / name, quality=92)
+        Image.fromarray(label_map(scene)).save(root / "labels" / split / f"{image_id:06d}.png")
         height, width = scene.image.shape[:2]
         images.append({"id": image_id, "file_name": name, "height": height, "width": width, "photo": scene.photo})
         annotations += _annotations(scene, image_id, first_id=len(annotations) + 1)

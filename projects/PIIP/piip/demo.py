@@ -1,4 +1,4 @@
-"""Detections drawn on image files, folders and videos: the logic behind `tools/demo.py`."""
+"""Predictions drawn on image files, folders and videos: the logic behind `tools/demo.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from piip.predict import Predictor
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
-__all__ = ["InputError", "collect_inputs", "draw_detections", "run_demo"]
+__all__ = ["InputError", "collect_inputs", "draw_detections", "draw_segmentation", "run_demo"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +44,18 @@ class _Job:
 
 
 def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_score: float = 0.5) -> list[str]:
-    """Writes a picture or video with the detections of every input, and `predictions.json` with all of them.
+    """Writes a picture or video with the predictions for every input, and `predictions.json` with all of them.
 
-    The JSON is a list in COCO's result format; "file_name" and "category_name" are added, and image ids count the
-    pictures (for videos, the frames) from 1.
+    For a detector, the JSON is a list in COCO's result format; "file_name" and "category_name" are added, and image ids
+    count the pictures (for videos, the frames) from 1. For a segmentor, each picture has a label map beside it,
+    `NAME_labels.png`, with the values that the data set's label maps have, and the JSON lists the share of every class
+    that was found.
 
     Args:
-        predictor: The detector.
+        predictor: The detector or segmentor.
         inputs: Image files, folders (all images in and below them) and video files.
         output: Folder for the results; a folder's structure is kept in it.
-        min_score: Detections with lower scores are left out.
+        min_score: Detections with lower scores are left out; nothing to a segmentor.
 
     Returns:
         One message per file that could not be read; the others are done all the same.
@@ -77,9 +79,13 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
             errors.append(str(error))
             continue
         image_id += 1
-        instances = predictor(image, min_score=min_score)
-        results += _named(predictor.to_coco(instances, image_id), str(job.source))
-        _save_picture(draw_detections(image, instances, predictor), job.target.with_name(job.target.name + ".jpg"))
+        if predictor.segments:
+            picture, found = _segment(predictor, image, image_id, job.target.with_name(job.target.name + "_labels.png"))
+        else:
+            instances = predictor(image, min_score=min_score)
+            picture, found = draw_detections(image, instances, predictor), predictor.to_coco(instances, image_id)
+        results += _named(found, str(job.source))
+        _save_picture(picture, job.target.with_name(job.target.name + ".jpg"))
     with write_atomically(os.path.join(output, "predictions.json"), "w") as file:
         json.dump(results, file)
     return errors
@@ -97,6 +103,38 @@ def draw_detections(image: np.ndarray, instances: Instances, predictor: Predicto
         (H, W, 3) uint8, RGB.
     """
     return Visualizer(image, predictor.metadata).draw_instance_predictions(instances).get_image()
+
+
+def draw_segmentation(image: np.ndarray, labels: np.ndarray, predictor: Predictor) -> np.ndarray:
+    """The image with the classes of its pixels painted over it and their names.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        labels: Classes (H, W), from `Predictor.segment`.
+        predictor: Gives names and colours of the classes.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    return Visualizer(image, predictor.metadata).draw_sem_seg(labels, alpha=0.5).get_image()
+
+
+def _segment(
+    predictor: Predictor, image: np.ndarray, image_id: int, target: Path
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The picture of a segmentation and what was found; the label map is written to `target`."""
+    labels = predictor.segment(image)
+    classes, counts = np.unique(labels, return_counts=True)
+    categories = [predictor.category(int(index)) for index in classes]
+    values = np.zeros(int(classes.max()) + 1, dtype=np.uint8)
+    values[classes] = [category.id for category in categories]
+    with write_atomically(str(target)) as file:
+        Image.fromarray(values[labels]).save(file, format="PNG")
+    found = [
+        {"image_id": image_id, "category_id": category.id, "category_name": category.name, "share": count / labels.size}
+        for category, count in zip(categories, counts.tolist(), strict=True)
+    ]
+    return draw_segmentation(image, labels, predictor), found
 
 
 def collect_inputs(inputs: Sequence[str], output: str) -> list[_Job]:
@@ -158,7 +196,7 @@ def _import_av(path: Path) -> Any:
 
 
 def _run_on_video(predictor: Predictor, job: _Job, image_id: int, min_score: float) -> tuple[list[dict[str, Any]], int]:
-    """Draws every frame; returns the detections and the last image id."""
+    """Draws every frame; returns what was found and the last image id."""
     av = _import_av(job.source)
     results: list[dict[str, Any]] = []
     visualizer = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
@@ -171,9 +209,15 @@ def _run_on_video(predictor: Predictor, job: _Job, image_id: int, min_score: flo
             ):
                 image = frame.to_ndarray(format="rgb24")
                 image_id += 1
-                instances = predictor(image, min_score=min_score)
-                results += _named(predictor.to_coco(instances, image_id), str(job.source))
-                writer.write(visualizer.draw_instance_predictions(image, instances).get_image())
+                if predictor.segments:
+                    name = f"{job.target.name}_{image_id:06d}_labels.png"
+                    picture, found = _segment(predictor, image, image_id, job.target.with_name(name))
+                else:
+                    instances = predictor(image, min_score=min_score)
+                    picture = visualizer.draw_instance_predictions(image, instances).get_image()
+                    found = predictor.to_coco(instances, image_id)
+                results += _named(found, str(job.source))
+                writer.write(picture)
         finally:
             writer.close()
     return results, image_id

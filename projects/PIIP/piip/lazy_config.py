@@ -16,9 +16,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from piip.data import Category, DatasetError, coco_categories
+from piip.data.segmentation import label_classes
 from piip_core.errors import ConfigError
 
-__all__ = ["check_device", "follow_annotations", "load_config", "skip_pretrained"]
+__all__ = ["check_device", "follow_annotations", "has_test_set", "load_config", "skip_pretrained"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,14 @@ def check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def has_test_set(cfg: DictConfig) -> bool:
+    """Whether there is something to evaluate on: neither data.test.annotations nor data.test.labels is null."""
+    test = cfg.get("data", {}).get("test", {})
+    return all(test.get(key, "") is not None for key in ("annotations", "labels"))
+
+
 def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ...]:
-    """Sets `data.num_classes`, which the model's fields refer to, from the annotation files.
+    """Sets `data.num_classes`, which the model's fields refer to, from annotation files or the classes of label maps.
 
     Args:
         cfg: Configuration; one without `data.num_classes` is left alone.
@@ -105,6 +112,20 @@ def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ..
     """
     if "num_classes" not in cfg.get("data", {}):
         return ()
+    if "classes" in cfg.data:  # label maps
+        classes = label_classes(cfg.data.classes, cfg.data.get("reduce_zero_label"))
+        logger.info("Values in the label maps: %s", classes.meaning)
+        source, categories = str(cfg.data.classes), classes.categories
+    else:
+        source, categories = _annotated_categories(cfg, training)
+    cfg.data.num_classes = len(categories)
+    names = ", ".join(category.name for category in categories[:10]) + (" ..." if len(categories) > 10 else "")
+    logger.info("%d classes from %s: %s", len(categories), source, names)
+    return categories
+
+
+def _annotated_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Category, ...]]:
+    """An annotation file and its categories, which are those of the others, too."""
     files = [cfg.data.train.annotations] if training else []
     if cfg.data.test.annotations is not None:
         files.append(cfg.data.test.annotations)
@@ -118,10 +139,7 @@ def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ..
                 f"{other} and {files[0]} have different categories: only the first has {sorted(theirs - ours)[:5]}, "
                 f"only the second has {sorted(ours - theirs)[:5]}: expected the same ids and names in both"
             )
-    cfg.data.num_classes = len(categories)
-    names = ", ".join(category.name for category in categories[:10]) + (" ..." if len(categories) > 10 else "")
-    logger.info("%d classes from %s: %s", len(categories), files[0], names)
-    return categories
+    return files[0], categories
 
 
 def skip_pretrained(cfg: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""Detections for single images from a LazyConfig and a checkpoint."""
+"""Predictions for single images from a LazyConfig and a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import SemanticSegmentor
 from detectron2.structures import Instances
+from detectron2.utils.colormap import colormap
 from omegaconf import DictConfig
 
 from piip.checkpointer import AtomicCheckpointer, read_categories
 from piip.data import Category, coco_categories
+from piip.data.segmentation import label_classes
 from piip.lazy_config import check_device, skip_pretrained
 
 __all__ = ["Predictor", "find_categories"]
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """A detector ready for images: model, weights and the configuration's own test-time transform.
+    """A detector or segmentor ready for images: model, weights and the configuration's own test-time transform.
 
     Args:
         cfg: LazyConfig with model, dataloader.test.mapper and train.device; it is changed (`data.num_classes`).
@@ -37,7 +40,8 @@ class Predictor:
 
     Attributes:
         categories (tuple[Category, ...]): class k of the model is entry k; empty if unknown.
-        metadata (Metadata): the names, for Detectron2's visualizers.
+        metadata (Metadata): names and, for a segmentor, colours, for Detectron2's visualizers.
+        segments (bool): whether the model is a semantic segmentor: call `segment` then, else the predictor itself.
 
     Raises:
         CheckpointError: If the checkpoint is missing, broken or of another model.
@@ -57,11 +61,17 @@ class Predictor:
         mapper = cfg.dataloader.test.mapper
         self._augmentations = AugmentationList(instantiate(mapper.augmentations))
         self._image_format = mapper.image_format
+        self.segments = isinstance(self.model, SemanticSegmentor)
         self.metadata = Metadata(name="predictor")
-        if self.categories:
-            self.metadata.thing_classes = [category.name for category in self.categories]
+        names = [category.name for category in self.categories]
+        if self.segments:
+            palette = colormap(rgb=True).astype(int).tolist()
+            count = len(names) or self.model.sem_seg_head.num_classes
+            self.metadata.stuff_classes = names or [self.category(index).name for index in range(count)]
+            self.metadata.stuff_colors = [palette[index % len(palette)] for index in range(count)]
+        elif names:
+            self.metadata.thing_classes = names
 
-    @torch.no_grad()
     def __call__(self, image: np.ndarray, *, image_format: str = "RGB", min_score: float = 0.0) -> Instances:
         """Detects the objects of one image.
 
@@ -75,8 +85,32 @@ class Predictor:
             pred_masks (N, H, W) bool.
 
         Raises:
-            ValueError: If image or format are not as described.
+            ValueError: If image or format are not as described, or the model is a segmentor.
         """
+        if self.segments:
+            raise ValueError("the model is a semantic segmentor: call predictor.segment(image)")
+        instances = self._outputs(image, image_format)["instances"].to("cpu")
+        return instances[instances.scores >= min_score]
+
+    def segment(self, image: np.ndarray, *, image_format: str = "RGB") -> np.ndarray:
+        """Finds the class of every pixel of one image.
+
+        Args:
+            image: (H, W, 3) uint8.
+            image_format: Its channel order, "RGB" or "BGR".
+
+        Returns:
+            Classes (H, W) int64, numbered as in the model.
+
+        Raises:
+            ValueError: If image or format are not as described, or the model is a detector.
+        """
+        if not self.segments:
+            raise ValueError("the model is a detector: call predictor(image)")
+        return self._outputs(image, image_format)["sem_seg"].argmax(dim=0).cpu().numpy()
+
+    @torch.no_grad()
+    def _outputs(self, image: np.ndarray, image_format: str) -> dict[str, Any]:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"image of shape {image.shape}, {image.dtype}: expected (H, W, 3) uint8")
         if image_format not in ("RGB", "BGR"):
@@ -86,8 +120,7 @@ class Predictor:
         self._augmentations(inputs)
         tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
         # The model moves the image to its device, normalises and pads it
-        instances = self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"].to("cpu")
-        return instances[instances.scores >= min_score]
+        return self.model([{"image": tensor, "height": height, "width": width}])[0]
 
     def category(self, index: int) -> Category:
         """Dataset id and name of class `index` of the model."""
@@ -103,22 +136,27 @@ class Predictor:
 
 
 def find_categories(cfg: DictConfig, weights: str, class_names: Sequence[str] | None = None) -> tuple[Category, ...]:
-    """Classes of a model: as given, or from the checkpoint, an annotation file, Detectron2's data sets, in this order.
+    """Classes of a model: as given, or from the checkpoint, the configuration's data, Detectron2's data sets.
 
     Args:
-        cfg: LazyConfig; `data.names_from` names the data set of Detectron2 to fall back on.
+        cfg: LazyConfig; `data.classes` of label maps or an annotation file gives the classes of its data,
+            `data.names_from` names the data set of Detectron2 to fall back on.
         weights: Checkpoint; those of this project's training tool hold their classes.
         class_names: Names in the order of the model's classes.
 
     Returns:
         The classes, or nothing if they cannot be known.
     """
+    data = cfg.get("data", {})
+    if class_names and "classes" in data:
+        return label_classes(list(class_names), data.get("reduce_zero_label")).categories
     if class_names:
         return tuple(Category(index, name) for index, name in enumerate(class_names, start=1))
     categories = read_categories(weights)
     if categories:
         return categories
-    data = cfg.get("data", {})
+    if "classes" in data:  # label maps
+        return label_classes(data.classes, data.get("reduce_zero_label")).categories
     for part in ("test", "train"):
         path = data.get(part, {}).get("annotations")
         if path and os.path.isfile(path):

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from piip.lazy import lazy_dataclass
 from piip_core import ConfigError
-from piip_core.zoo import ZooEntry
+from piip_core.zoo import DetectionEntry, SegmentationEntry
 
 __all__ = ["apply_row", "set_schedule"]
 
@@ -18,7 +18,7 @@ TRAIN_IMAGES = 117_266  # of 118287 in COCO train2017: those with annotations
 
 
 def apply_row(
-    row: ZooEntry,
+    row: DetectionEntry | SegmentationEntry,
     *,
     model: DictConfig,
     data: DictConfig,
@@ -31,21 +31,22 @@ def apply_row(
 
     Args:
         row: From `piip_core.zoo.get(NAME)`.
-        model: A detector of `configs/common`, with a PIIP backbone below its FPN.
-        data: The `data` node of `configs/common/coco.py`, or `coco_ms.py` for a row with multi-scale training.
+        model: A model of `configs/common` for the row's head.
+        data: The `data` node of `configs/common/coco.py`, of `coco_ms.py` for a row with multi-scale training, or of
+            `ade20k.py` for segmentation.
         dataloader: From the same file.
-        optimizer: The optimizer of `configs/common/schedule_1x.py`.
+        optimizer: The optimizer of `configs/common/schedule_1x.py`, or of `schedule_80k.py` for segmentation.
         lr_multiplier: From the same file.
         train: From the same file.
 
     Raises:
         ConfigError: If `data` is of the other kind.
     """
-    model.backbone.bottom_up.config = lazy_dataclass(row.config)
-    model.backbone.bottom_up.pad_divisor = row.pad_divisor
+    backbone = model.backbone.get("bottom_up", model.backbone)  # below an FPN, or alone
+    backbone.config = lazy_dataclass(row.config)
+    backbone.pad_divisor = row.pad_divisor
     model.pixel_mean = list(row.pixel_mean)
     model.pixel_std = list(row.pixel_std)
-    _set_scales(row, data)
     dataloader.train.total_batch_size = row.batch_size
     optimizer.lr = row.learning_rate
     optimizer.weight_decay = row.weight_decay
@@ -55,6 +56,15 @@ def apply_row(
         )
     else:
         optimizer.params.decay_rate = row.layer_decay
+    train.output_dir = f"output/{row.config_name}"
+    if isinstance(row, SegmentationEntry):
+        _set_segmentation(row, model, data, train, lr_multiplier)
+    else:
+        _set_detection(row, data, train, lr_multiplier)
+
+
+def _set_detection(row: DetectionEntry, data: DictConfig, train: DictConfig, lr_multiplier: DictConfig) -> None:
+    _set_scales(row, data)
     set_schedule(
         train,
         lr_multiplier,
@@ -64,7 +74,19 @@ def apply_row(
         warmup_iters=row.warmup_iters,
     )
     lr_multiplier.warmup_factor = row.warmup_factor
-    train.output_dir = f"output/{row.config_name}"
+
+
+def _set_segmentation(
+    row: SegmentationEntry, model: DictConfig, data: DictConfig, train: DictConfig, lr_multiplier: DictConfig
+) -> None:
+    side = row.crop_size
+    data.train.scale = [4 * side, side]
+    data.train.crop = [side, side]
+    data.test.short_side = model.train_size = model.window = side
+    model.stride = row.stride
+    train.max_iter = row.iterations
+    lr_multiplier.warmup_iters = row.warmup_iters
+    lr_multiplier.warmup_factor = row.warmup_factor
 
 
 def set_schedule(
@@ -95,7 +117,7 @@ def set_schedule(
     lr_multiplier.warmup_length = warmup_iters / train.max_iter
 
 
-def _set_scales(row: ZooEntry, data: DictConfig) -> None:
+def _set_scales(row: DetectionEntry, data: DictConfig) -> None:
     scale = [row.long_side, row.short_side]
     multi_scale = "crop" in data.train
     if multi_scale != (row.training_crop is not None):

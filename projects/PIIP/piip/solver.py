@@ -1,16 +1,44 @@
-"""Parameter groups with layer-wise learning-rate decay over the branches."""
+"""Parameter groups with layer-wise learning-rate decay over the branches, and the warmup of the published schedules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
 from piip_core import PIIP
 from piip_core.branches import Branch
 
-__all__ = ["layer_decay_params"]
+__all__ = ["WarmupFactor", "layer_decay_params"]
+
+
+class WarmupFactor(ParamScheduler):
+    """Multiplies another schedule by a factor that rises in a line to 1.
+
+    Detectron2's `WarmupParamScheduler` goes in a line to the value at the end of the warmup instead: the same for a
+    schedule that starts constant, up to 1 % less for the published one that falls from the first iteration on.
+
+    Args:
+        scheduler (ParamScheduler): the schedule without warmup.
+        warmup_iters (int): iterations until the factor is 1.
+        warmup_factor (float): factor of the first iteration.
+        max_iter (int): length of the training.
+    """
+
+    def __init__(self, scheduler: ParamScheduler, warmup_iters: int, warmup_factor: float, max_iter: int) -> None:
+        if not 0 <= warmup_iters <= max_iter:
+            raise ValueError(f"warmup_iters={warmup_iters}: expected 0 to max_iter={max_iter}")
+        self.scheduler, self.warmup_factor = scheduler, warmup_factor
+        self.length = warmup_iters / max_iter
+
+    def __call__(self, where: float) -> float:
+        """The multiplier at `where`, the part of the training that is done."""
+        value = self.scheduler(where)
+        if where >= self.length:
+            return value
+        return value * (self.warmup_factor + (1.0 - self.warmup_factor) * where / self.length)
 
 
 def layer_decay_params(

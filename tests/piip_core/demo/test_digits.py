@@ -101,6 +101,23 @@ def test_annotations_are_valid_coco(root, cocos, split):
         assert coco.cats[entry["category_id"]]["name"] == str(target[entry["sample"]])
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_label_maps_say_what_the_masks_say(root, cocos, split):
+    coco = cocos[split]
+    names = (root / "labels" / "names.txt").read_text().splitlines()
+    assert len(list((root / "labels" / split).iterdir())) == len(coco.imgs)
+    for image in coco.imgs.values():
+        with Image.open(root / "labels" / split / image["file_name"].replace(".jpg", ".png")) as picture:
+            labels = np.asarray(picture)
+        assert labels.dtype == np.uint8 and labels.shape == (image["height"], image["width"])
+        uncovered = np.ones(labels.shape, dtype=bool)
+        for entry in coco.imgToAnns[image["id"]]:
+            mask = coco.annToMask(entry).astype(bool)
+            assert {names[value] for value in np.unique(labels[mask])} == {coco.cats[entry["category_id"]]["name"]}
+            uncovered &= ~mask
+        assert {names[value] for value in np.unique(labels[uncovered])} == {"background"}
+
+
 def test_a_complete_data_set_is_kept_and_another_replaced(tmp_path):
     root = tmp_path / "digits"
     assert digit_dataset.prepare_digits(root, num_train=2, num_val=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,12 @@ def write_synthetic_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Co
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
     files.write({"images": images, "categories": _CATEGORIES, "annotations": annotations})
     return files
+
+
+@pytest.fixture(autouse=True)
+def heard_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `caplog` hear our logger although a training that ran before has set it up for itself."""
+    monkeypatch.setattr(logging.getLogger("piip"), "propagate", True)
 
 
 @pytest.fixture

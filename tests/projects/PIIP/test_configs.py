@@ -9,15 +9,18 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import transforms as T
 from omegaconf import OmegaConf
 
-from piip.data import KeepRatioResize, MultiScaleCrop
+from piip.data import KeepRatioResize, MultiScaleCrop, ShortSideResize
+from piip.data.segmentation import PhotometricDistortion, RatioRangeResize
 from piip_core import zoo
 from piip_core.checkpoints import model_shapes
+from piip_core.checkpoints.head_names import HEADS
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "projects" / "PIIP" / "configs"
-COCO = sorted(CONFIGS.glob("COCO/*.py"))
+PATHS = sorted(path for folder in ("COCO", "ADE20K") for path in CONFIGS.glob(f"{folder}/*.py"))
 
 
 def load(path):
@@ -51,10 +54,11 @@ RECORDED_PARAMS = {
     "piip_vt_cs_vb_1024_672_448": 193.238,
     "piip_vt_cs_cb_1024_672_448": 178.014,
     "piip_vt_vs_cb_1024_672_448": 146.349,
+    "piip_h6b_1024_768_dino": 7211.711,
 }
 # What the public classes have besides and never use: position entries of class tokens, ConvNeXt's last norms
 DEAD_PARAMS = 0.005
-ROWS = {entry.config_name: entry for entry in zoo.entries()}
+ROWS = {entry.config_file: entry for entry in zoo.entries()}
 
 
 def backbone_params(config):
@@ -62,30 +66,41 @@ def backbone_params(config):
 
 
 def test_there_is_one_config_per_row():
-    assert {path.stem for path in COCO} == set(ROWS)
+    assert {path.relative_to(CONFIGS).as_posix() for path in PATHS} == set(ROWS)
 
 
-@pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_config(path, tmp_path):
     """Loads, builds on the meta device, says what the zoo says, has parameter groups, and survives saving."""
-    row, cfg = ROWS[path.stem], load(path)
+    row, cfg = ROWS[path.relative_to(CONFIGS).as_posix()], load(path)
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    features = model.backbone.bottom_up.features
+    features = getattr(model.backbone, "bottom_up", model.backbone).features
     assert features.pyramid.config == row.config
     assert {name: tensor.shape for name, tensor in features.state_dict().items()} == dict(model_shapes(row.config))
     assert model.backbone.size_divisibility == row.pad_divisor
     assert model.pixel_mean.flatten().shape == (3,) and list(cfg.model.pixel_mean) == list(row.pixel_mean)
     assert model.input_format == cfg.dataloader.train.mapper.image_format == "RGB"
-    check_data(row, cfg)
-    check_schedule(row, cfg)
+    assert cfg.dataloader.train.total_batch_size == row.batch_size
+    if isinstance(row, zoo.SegmentationEntry):
+        check_segmentation(row, cfg)
+    else:
+        check_data(row, cfg)
+        check_schedule(row, cfg)
+    check_heads(row, model)
     check_optimizer(row, cfg, model)
 
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     again = LazyConfig.load(str(tmp_path / "config.yaml"))
-    assert instantiate(again.model.backbone.bottom_up.config) == row.config
+    assert instantiate(again.model.backbone.get("bottom_up", again.model.backbone).config) == row.config
     assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(LazyConfig.load(str(tmp_path / "config.yaml")))
     assert instantiate(again.lr_multiplier)(0.99) == pytest.approx(0.01)
+
+
+def check_heads(row, model):
+    """The model's names are those that published checkpoints are converted to."""
+    ours = {name for name in model.state_dict() if not name.startswith(HEADS[row.head].backbone)}
+    assert ours == set(HEADS[row.head].tensors())
 
 
 def check_data(row, cfg):
@@ -99,7 +114,23 @@ def check_data(row, cfg):
         assert [a.scales for a in augmentations if isinstance(a, KeepRatioResize)] == [test.scales]
     else:
         assert [a.crop for a in augmentations if isinstance(a, MultiScaleCrop)] == [row.training_crop]
-    assert cfg.dataloader.train.total_batch_size == row.batch_size
+
+
+def check_segmentation(row, cfg):
+    side = row.crop_size
+    resize, crop, flip, distortion = instantiate(cfg.dataloader.train.mapper.augmentations)
+    assert isinstance(resize, RatioRangeResize) and isinstance(flip, T.RandomFlip)
+    assert (tuple(resize.scale), tuple(resize.ratio_range)) == ((4 * side, side), (0.5, 2.0))
+    assert tuple(crop.crop_aug.crop_size) == (side, side) and crop.single_category_max_area == 0.75
+    assert isinstance(distortion, PhotometricDistortion)
+    (test,) = instantiate(cfg.dataloader.test.mapper.augmentations)
+    assert isinstance(test, ShortSideResize) and test.short_side == side
+    assert (cfg.model.inference, cfg.model.window, cfg.model.stride) == ("slide", side, row.stride)
+    assert cfg.model.sem_seg_head.num_classes == cfg.model.auxiliary_head.num_classes == 150
+    assert cfg.train.max_iter == row.iterations
+    multiplier = instantiate(cfg.lr_multiplier)
+    expected = {0: 1e-6, row.warmup_iters: 1 - row.warmup_iters / row.iterations, row.iterations // 2: 0.5}
+    assert {step: multiplier(step / row.iterations) for step in expected} == pytest.approx(expected)
 
 
 def check_schedule(row, cfg):

@@ -39,7 +39,8 @@ def test_groups_equal_the_published_ones(row):
         cfg.optimizer.params.model = model = instantiate(cfg.model)
         optimizer = instantiate(cfg.optimizer)
     expected = published_table(row)
-    names = published_names(instantiate(cfg.model.backbone.bottom_up.config), list(expected))
+    backbone = cfg.model.backbone.get("bottom_up", cfg.model.backbone)
+    names = published_names(instantiate(backbone.config), list(expected))
     expected = {name: value for name, value in expected.items() if name not in names.unused_tensors()}
     names = names.table()
     ours = {parameter: names.to_published(name)[0] for name, parameter in model.named_parameters()}

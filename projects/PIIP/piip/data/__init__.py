@@ -7,7 +7,15 @@ from .loader import TrainLoader, build_train_loader
 from .mapper import CheckedDatasetMapper
 from .multi_scale import MultiScaleCrop
 from .pipeline import network_input
-from .transforms import KeepRatioResize, OpenCVResizeTransform, keep_ratio_size, resize_bilinear, resize_nearest
+from .transforms import (
+    KeepRatioResize,
+    OpenCVResizeTransform,
+    ShortSideResize,
+    keep_ratio_size,
+    resize_bilinear,
+    resize_nearest,
+    short_side_size,
+)
 
 __all__ = [
     "Category",
@@ -16,6 +24,7 @@ __all__ = [
     "KeepRatioResize",
     "MultiScaleCrop",
     "OpenCVResizeTransform",
+    "ShortSideResize",
     "TrainLoader",
     "UnreadableImageError",
     "build_coco_evaluator",
@@ -28,4 +37,5 @@ __all__ = [
     "read_image",
     "resize_bilinear",
     "resize_nearest",
+    "short_side_size",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "check_annotations",
     "check_images_exist",
     "drop_unusable_boxes",
+    "first_few",
     "read_coco_json",
 ]
 
@@ -210,10 +211,12 @@ def drop_unusable_boxes(dicts: Sequence[dict[str, Any]], path: str) -> None:
         parts = []
         if dropped:
             parts.append(
-                f"{len(dropped)} boxes without usable area in the image are dropped: annotation {_first(dropped)}"
+                f"{len(dropped)} boxes without usable area in the image are dropped: annotation {first_few(dropped)}"
             )
         if clipped:
-            parts.append(f"{len(clipped)} boxes reach out of the image and are clipped: annotation {_first(clipped)}")
+            parts.append(
+                f"{len(clipped)} boxes reach out of the image and are clipped: annotation {first_few(clipped)}"
+            )
         logger.warning("%s: %s", path, "; ".join(parts))
 
 
@@ -227,7 +230,7 @@ class _Complaints:
     def add(self, problem: str, entry: str, found: Iterable[str]) -> None:
         found = list(found)
         if found:
-            self.problems.append(f"{len(found)} x {problem}: {entry} {_first(found)}")
+            self.problems.append(f"{len(found)} x {problem}: {entry} {first_few(found)}")
 
     def unique_ids(self, entry: str, items: list[Any], keys: dict[str, type]) -> set[int]:
         """Ids of the entries, after noting what is missing, mistyped or repeated."""
@@ -256,7 +259,8 @@ class _Complaints:
             raise DatasetError(f"{self.path}: " + "; ".join(self.problems))
 
 
-def _first(found: Sequence[str]) -> str:
+def first_few(found: Sequence[str]) -> str:
+    """The first entries of a complaint, and how many more there are."""
     more = len(found) - _SHOWN
     return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 

@@ -7,14 +7,15 @@ import os
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import ExifTags, Image
 
 from piip_core.errors import UserError
 
-__all__ = ["UnreadableImageError", "check_image_mode", "read_image"]
+__all__ = ["UnreadableImageError", "check_image_mode", "read_image", "read_image_size", "unreadable"]
 
 # Converting these to RGB would clip the values to 255 without a word.
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
 
 
 class UnreadableImageError(UserError):
@@ -27,15 +28,30 @@ def check_image_mode(path: str) -> None:
     Raises:
         UnreadableImageError: If it is not an image, or holds more than 8 bits per channel.
     """
+    read_image_size(path)
+
+
+def read_image_size(path: str) -> tuple[int, int]:
+    """Reads only the header of an image file.
+
+    Returns:
+        Height and width, after EXIF rotation.
+
+    Raises:
+        UnreadableImageError: If it is not an image, or holds more than 8 bits per channel.
+    """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
             mode = image.mode
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            size = image.size if turned else image.size[::-1]
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if mode in _DEEP_MODES:
         raise UnreadableImageError(
             f"{path}: image mode {mode} has more than 8 bits per channel: expected 8-bit grey, RGB or CMYK; convert it"
         )
+    return size
 
 
 def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
@@ -55,10 +71,11 @@ def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
     try:
         return detection_utils.read_image(path, format=image_format)
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, zlib and struct errors
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: str, error: Exception) -> UnreadableImageError:
+def unreadable(path: str, error: Exception) -> UnreadableImageError:
+    """The exception that says why a file could not be read, given the one that reading it raised."""
     if not os.path.exists(path):
         reason = "no such file"
     elif os.path.isdir(path):

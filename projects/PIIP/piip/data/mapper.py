@@ -44,7 +44,7 @@ class CheckedDatasetMapper(DatasetMapper):
         path = dataset_dict["file_name"]
         try:
             check_image_mode(path)
-            return super().__call__(dataset_dict)
+            return self.map_record(dataset_dict)
         except SizeMismatchError as error:
             raise DatasetError(
                 f"{path}: {error} (image id {dataset_dict.get('image_id')}; width, height after EXIF rotation)"
@@ -62,6 +62,10 @@ class CheckedDatasetMapper(DatasetMapper):
                     return None
                 raise self._with_advice(error) from error
             raise
+
+    def map_record(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """Makes a sample of a record, without the words for what may go wrong."""
+        return super().__call__(dataset_dict)
 
     def _with_advice(self, error: UnreadableImageError) -> UnreadableImageError:
         advice = "; dataloader.train.mapper.on_bad_image=skip trains without such images" if self.is_train else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from piip_core.errors import UserError
+from .errors import UserError
 
 __all__ = ["DownloadError", "download"]
 

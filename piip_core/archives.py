@@ -1,4 +1,4 @@
-"""Unpacking archives of images: whole files only, none outside of its folder, and an interrupted run goes on."""
+"""Unpacking archives of data sets: whole files only, none outside of its folder, and an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from piip_core.errors import UserError
+from .errors import UserError
 
 __all__ = ["ArchiveError", "Unpacked", "unpack_images"]
 

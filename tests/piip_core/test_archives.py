@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_piip.data import archives
-from llava_piip.data.archives import ArchiveError, unpack_images
-from llava_piip.data.download import DownloadError, download
+from piip_core import archives
+from piip_core.archives import ArchiveError, unpack_images
+from piip_core.download import DownloadError, download
 
 FILES = {"train2017/1.jpg": b"one" * 900, "train2017/deep/2.jpg": b"two" * 700, "train2017/3.jpg": b""}
 

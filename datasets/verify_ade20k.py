@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Reads every image and label map of ADE20K, or of your own data, and says everything that is wrong.
+
+$ python datasets/verify_ade20k.py /data                           # prepared by prepare_ade20k.py
+$ python datasets/verify_ade20k.py --images DIR --labels DIR --classes names.txt
+$ python datasets/verify_ade20k.py /data --report report.json
+
+The exit status is 0 if everything is in order, 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "root",
+        nargs="?",
+        type=Path,
+        default=Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser(),
+        help="folder that holds all data sets (default: $DETECTRON2_DATASETS, here %(default)s)",
+    )
+    own = parser.add_argument_group("your own data, instead of ADE20K")
+    own.add_argument("--images", metavar="DIR", help="folder of images")
+    own.add_argument("--labels", metavar="DIR", help="folder of label maps: .png, named as the images")
+    own.add_argument("--classes", metavar="FILE|N|ade20k", help="text file with one name per line, or their number")
+    own.add_argument(
+        "--reduce-zero-label", action="store_true", default=None, help="0 is ignored and class k has the value k + 1"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="files read at the same time (default: one per core)")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found, file by file")
+    parser.add_argument("--force", action="store_true", help="let --report replace a file")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="shown of each kind (default: 3)")
+    args = parser.parse_args(argv)
+    own_data = [args.images, args.labels, args.classes]
+    if any(own_data) and not all(own_data):
+        parser.error("your own data: expected all of --images, --labels and --classes")
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers}: expected at least 1")
+    if args.report is not None and args.report.exists() and not args.force:
+        parser.error(f"{args.report} exists: choose another name, or add --force")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names, and returns the exit status."""
+    args = parse_args(argv)
+    # Loads torch and Detectron2: not for --help
+    from piip.data.segmentation.ade20k import audit_ade20k
+    from piip.data.segmentation.audit import LabelAudit, audit_label_maps
+    from piip.data.segmentation.classes import label_classes
+    from piip_core.errors import UserError
+
+    try:
+        if args.images:
+            given = int(args.classes) if args.classes.isdecimal() else args.classes
+            classes = label_classes(given, args.reduce_zero_label)
+            found = LabelAudit([audit_label_maps(args.images, args.labels, classes, workers=args.workers)])
+        else:
+            found = audit_ade20k(args.root, workers=args.workers)
+        print(found.summary(examples=args.examples))
+        if args.report:
+            found.write_json(args.report)
+            print(f"\nReport: {args.report}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print("\nEverything is in order." if found.ok else "\nSomething is wrong, see above.")
+    return 0 if found.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

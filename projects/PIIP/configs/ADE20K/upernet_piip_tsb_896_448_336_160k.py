@@ -1,0 +1,22 @@
+"""PIIP-TSB 896/448/336, UperNet 160k on ADE20K: the paper's mIoU 51.6.
+
+Branch 1 ViT-B at 336, Branch 2 ViT-S at 448, Branch 3 ViT-T at 896.
+"""
+
+from piip.rows import apply_row
+from piip_core import zoo
+
+from ..common.ade20k import data, dataloader
+from ..common.schedule_80k import lr_multiplier, optimizer, train
+from ..common.upernet import model
+
+# Crops and windows of 896 pixels, windows every 597; 160000 iterations of 16 images
+apply_row(
+    zoo.get("piip_tsb_896_448_336_upernet"),
+    model=model,
+    data=data,
+    dataloader=dataloader,
+    optimizer=optimizer,
+    lr_multiplier=lr_multiplier,
+    train=train,
+)

@@ -1,0 +1,136 @@
+"""The published training augmentations of semantic segmentation, for images and label maps together.
+
+The crop with a limit on the largest class is Detectron2's `RandomCrop_CategoryAreaConstraint`, which has the published
+rule. If none of ten tries satisfies it, Detectron2 takes the tenth crop and the published code an eleventh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from detectron2.data.transforms import Augmentation, Transform
+from torch.utils.data import get_worker_info
+
+from ..transforms import OpenCVResizeTransform, keep_ratio_size
+
+__all__ = ["PhotometricDistortion", "PhotometricTransform", "RatioRangeResize"]
+
+_HUES = 180  # of OpenCV's 8-bit HSV: one step is two degrees
+
+
+class RatioRangeResize(Augmentation):
+    """Resizes so that the image just fits into a frame times a random ratio, keeping the aspect ratio.
+
+    Args:
+        scale (Sequence[int]): frame as (long side, short side); its sides times the ratio are rounded down.
+        ratio_range (Sequence[float]): smallest and largest ratio.
+    """
+
+    def __init__(self, scale: Sequence[int], ratio_range: Sequence[float]) -> None:
+        super().__init__()
+        if len(scale) != 2 or min(scale) < 1:
+            raise ValueError(f"scale={scale}: expected (long side, short side) in pixels")
+        if len(ratio_range) != 2 or not 0 < ratio_range[0] <= ratio_range[1] or min(scale) * ratio_range[0] < 1:
+            raise ValueError(f"ratio_range={ratio_range}: expected (smallest, largest), both positive")
+        self._init({"scale": (max(scale), min(scale)), "ratio_range": tuple(ratio_range)})
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        height, width = image.shape[:2]
+        ratio = np.random.uniform(*self.ratio_range)
+        long_side, short_side = (int(side * ratio) for side in self.scale)
+        return OpenCVResizeTransform(height, width, *keep_ratio_size(height, width, long_side, short_side))
+
+
+class PhotometricTransform(Transform):
+    """Changes brightness, contrast, saturation and hue, each in 8 bits; geometry and labels stay.
+
+    Args:
+        brightness (float): is added.
+        contrast (float): factor.
+        contrast_first (bool): contrast before saturation and hue, or after them.
+        saturation (float): factor; None leaves it.
+        hue (int): is added, in steps of two degrees; None leaves it.
+    """
+
+    def __init__(
+        self, brightness: float, contrast: float, contrast_first: bool, saturation: float | None, hue: int | None
+    ) -> None:
+        super().__init__()
+        self._set_attributes(locals())
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """Distorts a (H, W, 3) uint8 image, RGB or BGR: exchanging the two only turns the hue the other way."""
+        if img.dtype != np.uint8 or img.ndim != 3 or img.shape[2] != 3:
+            raise ValueError(f"image of shape {img.shape}, {img.dtype}: expected (H, W, 3) uint8")
+        if get_worker_info() is not None:
+            cv2.setNumThreads(0)  # a loading process has one core
+        img = _scaled(img, 1.0, self.brightness)
+        if self.contrast_first:
+            img = _scaled(img, self.contrast, 0.0)
+        # Through HSV and back for each: every way rounds
+        if self.saturation is not None:
+            hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV)
+            hsv[..., 1] = _scaled(hsv[..., 1], self.saturation, 0.0)
+            img = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        if self.hue is not None:
+            hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV)
+            hsv[..., 0] = (hsv[..., 0].astype(np.int64) + self.hue) % _HUES
+            img = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        return img if self.contrast_first else _scaled(img, self.contrast, 0.0)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        return coords
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        return segmentation
+
+
+class PhotometricDistortion(Augmentation):
+    """Draws brightness, contrast, saturation and hue, each with a probability of one half (SSD's distortion).
+
+    Contrast comes before saturation and hue, or after them, with equal probability.
+
+    Args:
+        brightness_delta (float): at most this is added or subtracted.
+        contrast_range (Sequence[float]): smallest and largest factor.
+        saturation_range (Sequence[float]): smallest and largest factor.
+        hue_delta (int): from -hue_delta to hue_delta - 1 steps of two degrees are added, as published.
+    """
+
+    def __init__(
+        self,
+        brightness_delta: float = 32,
+        contrast_range: Sequence[float] = (0.5, 1.5),
+        saturation_range: Sequence[float] = (0.5, 1.5),
+        hue_delta: int = 18,
+    ) -> None:
+        super().__init__()
+        for name, (low, high) in (("contrast_range", contrast_range), ("saturation_range", saturation_range)):
+            if not 0 <= low <= high:
+                raise ValueError(f"{name}={low, high}: expected 0 <= smallest <= largest")
+        if brightness_delta < 0 or not 0 < hue_delta <= _HUES:
+            raise ValueError(
+                f"brightness_delta={brightness_delta}, hue_delta={hue_delta}: expected at least 0, and 1 to {_HUES}"
+            )
+        self._init(locals())
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        def drawn() -> bool:
+            return np.random.randint(2) == 1
+
+        return PhotometricTransform(
+            brightness=np.random.uniform(-self.brightness_delta, self.brightness_delta) if drawn() else 0.0,
+            contrast=np.random.uniform(*self.contrast_range) if drawn() else 1.0,
+            contrast_first=drawn(),
+            saturation=np.random.uniform(*self.saturation_range) if drawn() else None,
+            hue=np.random.randint(-self.hue_delta, self.hue_delta) if drawn() else None,
+        )
+
+
+def _scaled(values: np.ndarray, factor: float, shift: float) -> np.ndarray:
+    """uint8 values times factor plus shift, in float32, cut to 0..255 and rounded down."""
+    if factor == 1.0 and shift == 0.0:
+        return values
+    return np.clip(values.astype(np.float32) * np.float32(factor) + np.float32(shift), 0, 255).astype(np.uint8)

@@ -1,0 +1,64 @@
+"""Detectron2's evaluator of semantic segmentation for a folder of images and a folder of label maps."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator
+
+from .classes import IGNORE_LABEL, LabelClasses, label_classes
+from .folders import find_pairs
+from .label_maps import read_label_map
+
+__all__ = ["build_sem_seg_evaluator"]
+
+
+def build_sem_seg_evaluator(
+    images: str,
+    labels: str,
+    *,
+    classes: str | int | Sequence[str],
+    reduce_zero_label: bool | None = None,
+    output_dir: str | None = None,
+    **kwargs: Any,
+) -> SemSegEvaluator:
+    """Detectron2's evaluator (mIoU, mean and overall pixel accuracy) for label maps, read as for training.
+
+    A class that no label map shows is left out of the means.
+
+    Args:
+        images: Folder of images.
+        labels: Folder of label maps.
+        classes: As in `label_classes`.
+        reduce_zero_label: As in `label_classes`.
+        output_dir: Folder for the predictions and results; None writes nothing.
+        kwargs: Other arguments of `SemSegEvaluator`.
+
+    Raises:
+        DatasetError: If folders or classes cannot be used.
+    """
+    known = label_classes(classes, reduce_zero_label)
+    name = f"label_maps:{os.path.abspath(images)}:{os.path.abspath(labels)}"
+    records = [{"file_name": p.image, "sem_seg_file_name": p.labels} for p in find_pairs(images, labels)]
+    # Made afresh: folders and classes may have changed since the last call
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if name in catalog.list():
+            catalog.remove(name)
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(
+        evaluator_type="sem_seg",
+        ignore_label=IGNORE_LABEL,
+        stuff_classes=list(known.names),
+        stuff_dataset_id_to_contiguous_id={category.id: k for k, category in enumerate(known.categories)},
+    )
+    load = functools.partial(_load, known)
+    return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=load, **kwargs)
+
+
+def _load(classes: LabelClasses, path: str, dtype: Any = int) -> np.ndarray:
+    return read_label_map(path, classes).astype(dtype)

@@ -1,0 +1,199 @@
+"""A folder of images and a folder of label maps as a data set in Detectron2's form."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+from tqdm import tqdm
+
+from ..coco_check import DatasetError, first_few
+from ..images import read_image_size
+from .classes import label_classes
+from .label_maps import LABEL_ENDING, check_label_header
+
+__all__ = ["MatchedFiles", "Pair", "find_pairs", "get_sem_seg_dicts", "match_files"]
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+_READERS = 16  # threads: reading headers is waiting for the disk
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its label map.
+
+    Attributes:
+        name: What both paths have in common: the path below their folder, without ending.
+        image: Path of the image.
+        labels: Path of the label map.
+    """
+
+    name: str
+    image: str
+    labels: str
+
+
+@dataclass(frozen=True)
+class MatchedFiles:
+    """What two folders hold.
+
+    Attributes:
+        pairs: Images with their label maps, in the order of the names.
+        without_labels: Images that have none.
+        without_image: Label maps that have none.
+        repeated: Names of several images that differ only in the ending.
+    """
+
+    pairs: list[Pair]
+    without_labels: list[str]
+    without_image: list[str]
+    repeated: list[str]
+
+
+def match_files(images: str, labels: str) -> MatchedFiles:
+    """Looks for images and their label maps by equal names; subfolders count, hidden files do not.
+
+    Args:
+        images: Folder of images.
+        labels: Folder of label maps, named as the images but `.png`.
+
+    Raises:
+        DatasetError: If a folder is missing or empty, or both are the same.
+    """
+    pictures, repeated = _files(images, _IMAGE_ENDINGS, "images")
+    maps, _ = _files(labels, (LABEL_ENDING,), "labels")
+    if os.path.realpath(images) == os.path.realpath(labels):
+        raise DatasetError(f"{images}: images and label maps are in the same folder: expected two")
+    return MatchedFiles(
+        pairs=[Pair(name, pictures[name], maps[name]) for name in sorted(pictures) if name in maps],
+        without_labels=[pictures[name] for name in sorted(pictures) if name not in maps],
+        without_image=[maps[name] for name in sorted(maps) if name not in pictures],
+        repeated=repeated,
+    )
+
+
+def find_pairs(images: str, labels: str) -> list[Pair]:
+    """Images and their label maps, all of them; see `match_files`.
+
+    Raises:
+        DatasetError: Also if an image has no label map, or two images have the same name.
+    """
+    found = match_files(images, labels)
+    if found.repeated:
+        raise DatasetError(
+            f"{images}: {len(found.repeated)} names of several images that differ only in the ending: "
+            f"{first_few(found.repeated)}"
+        )
+    if found.without_labels:
+        raise DatasetError(
+            f"{labels}: {len(found.without_labels)} images have no label map of the same name that ends in "
+            f"{LABEL_ENDING}: {first_few(found.without_labels)}"
+        )
+    if found.without_image:
+        logger.warning(
+            "%s: %d label maps without an image in %s are left out: %s",
+            labels,
+            len(found.without_image),
+            images,
+            first_few(found.without_image),
+        )
+    return found.pairs
+
+
+def get_sem_seg_dicts(
+    images: str,
+    labels: str,
+    *,
+    classes: str | int | Sequence[str],
+    reduce_zero_label: bool | None = None,
+    num_classes: int | None = None,
+) -> list[dict[str, Any]]:
+    """Loads a folder of images and a folder of label maps in Detectron2's standard form, after checking them.
+
+    Only the headers of the files are read; what the label maps hold is checked when they are used.
+
+    Args:
+        images: Folder of images; subfolders count.
+        labels: Folder of label maps: PNG files of one channel, named as the images.
+        classes: As in `label_classes`.
+        reduce_zero_label: As in `label_classes`.
+        num_classes: If given, the number that `classes` must have.
+
+    Returns:
+        One dict per image with file_name, sem_seg_file_name, image_id, height and width, in the order of the names.
+
+    Raises:
+        DatasetError: If a folder, the classes or a pair of files cannot be used.
+        UnreadableImageError: If a file is empty or no image.
+    """
+    label_classes(classes, reduce_zero_label).check_number(num_classes)
+    pairs = find_pairs(images, labels)
+    with ThreadPoolExecutor(_READERS) as readers:
+        progress = tqdm(
+            readers.map(_sizes, pairs), total=len(pairs), desc=f"Checking {images}", unit="image", delay=2, disable=None
+        )
+        sizes = list(progress)
+    different = [
+        f"{pair.labels} is {label}, its image {image}"
+        for pair, (image, label) in zip(pairs, sizes, strict=True)
+        if image != label
+    ]
+    if different:
+        raise DatasetError(
+            f"{labels}: {len(different)} label maps have another size (height, width, after EXIF rotation) than their "
+            f"image: {first_few(different)}"
+        )
+    return [
+        {
+            "file_name": pair.image,
+            "sem_seg_file_name": pair.labels,
+            "image_id": pair.name,
+            "height": height,
+            "width": width,
+        }
+        for pair, ((height, width), _) in zip(pairs, sizes, strict=True)
+    ]
+
+
+def _sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
+    return read_image_size(pair.image), check_label_header(pair.labels)
+
+
+def _files(folder: str, endings: Sequence[str], what: str) -> tuple[dict[str, str], list[str]]:
+    """Name -> path of the files with one of the endings, and names that several of them have."""
+    root = PathManager.get_local_path(folder) if folder else ""
+    if not os.path.isdir(root):
+        kind = "is a file" if os.path.isfile(root) else "no such folder"
+        raise DatasetError(
+            f"{folder}: {kind} (looked from {os.getcwd()}): expected a folder of {what}. Set data.train.{what} and "
+            f"data.test.{what}, or DETECTRON2_DATASETS for the standard layout"
+        )
+    found: dict[str, str] = {}
+    repeated, others = [], []
+    for place, _, files in os.walk(root, followlinks=True):
+        for file in files:
+            path = os.path.join(place, file)
+            if file.startswith("."):
+                continue
+            stem, ending = os.path.splitext(os.path.relpath(path, root))
+            if ending.lower() not in endings:
+                others.append(path)
+            elif stem in found:
+                repeated.append(stem)
+            else:
+                found[stem] = path
+    if not found:
+        seen = f"; there are {len(others)} other files, such as {others[0]}" if others else ""
+        raise DatasetError(f"{folder}: no {what}: expected files that end in {', '.join(endings)}{seen}")
+    if others:
+        logger.warning(
+            "%s: %d files do not end as %s and are left out: %s", folder, len(others), what, first_few(others)
+        )
+    return found, sorted(repeated)

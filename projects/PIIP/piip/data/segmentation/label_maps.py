@@ -1,0 +1,95 @@
+"""Reading label maps: one channel of class numbers, checked when read."""
+
+from __future__ import annotations
+
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from ..coco_check import DatasetError
+from ..images import unreadable
+from .classes import IGNORE_LABEL, LabelClasses
+
+__all__ = ["LABEL_ENDING", "check_label_header", "read_label_map"]
+
+LABEL_ENDING = ".png"
+_FORMAT = "PNG"
+# 8 bits, a palette (its indices are the labels), 1 bit, and 16 bits
+_MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def check_label_header(path: str) -> tuple[int, int]:
+    """Reads only the header of a label map.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        UnreadableImageError: If the file is missing, empty or no image.
+        DatasetError: If it is no PNG file or has several channels.
+    """
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            _check_kind(path, image)
+            return image.height, image.width
+    except DatasetError:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, zlib and struct errors
+        raise unreadable(path, error) from error
+
+
+def read_label_map(path: str, classes: LabelClasses) -> np.ndarray:
+    """Reads a label map and turns its values into the model's classes.
+
+    Args:
+        path: PNG file of one channel: 8 or 16 bits, or a palette, whose indices count.
+        classes: What its values mean.
+
+    Returns:
+        (H, W) uint8: 0 to num_classes - 1, or 255 for pixels to ignore.
+
+    Raises:
+        UnreadableImageError: If the file is missing, empty, truncated or no image.
+        DatasetError: If it is no PNG file, has several channels, or holds a value that stands for nothing.
+    """
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            _check_kind(path, image)
+            values = np.asarray(image)
+    except DatasetError:
+        raise
+    except Exception as error:  # as above
+        raise unreadable(path, error) from error
+    return _to_classes(path, values, classes)
+
+
+def _to_classes(path: str, values: np.ndarray, classes: LabelClasses) -> np.ndarray:
+    first = 1 if classes.reduce_zero_label else 0
+    # 0 is below the first class only where it stands for pixels to ignore
+    outside = (values >= first + classes.num_classes) & (values != IGNORE_LABEL) | (values < 0)
+    if outside.any():
+        found, counts = np.unique(values[outside], return_counts=True)
+        shown = ", ".join(f"{value} ({count} pixels)" for value, count in zip(found[:3], counts[:3], strict=True))
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise DatasetError(
+            f"{path}: label {shown}{more}: expected {classes.meaning}. Give all classes (data.classes), or correct the "
+            "file"
+        )
+    labels = values.astype(np.uint8)
+    if not classes.reduce_zero_label:
+        return labels
+    shifted = labels - np.uint8(1)  # 0 becomes 255
+    shifted[labels == IGNORE_LABEL] = IGNORE_LABEL
+    return shifted
+
+
+def _check_kind(path: str, image: Image.Image) -> None:
+    if image.format != _FORMAT:
+        raise DatasetError(
+            f"{path}: is a {image.format} file: expected {_FORMAT}, which keeps every label as it is (JPEG does not)"
+        )
+    if image.mode not in _MODES:
+        raise DatasetError(
+            f"{path}: a picture of mode {image.mode} ({len(image.getbands())} channels): expected one channel (or a "
+            "palette) of class numbers, not of colours"
+        )
