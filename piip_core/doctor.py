@@ -42,7 +42,7 @@ PACKAGES = {
     "sentencepiece": "extra: llava",
     "open_clip_torch": "extra: llava",
     "accelerate": "extra: llava",
-    "deepspeed": "extra: llava",
+    "deepspeed": "extra: deepspeed, llava",
     "peft": "extra: llava",
     "tensorboard": "extra: llava",
     "bitsandbytes": "extra: llava-qlora",

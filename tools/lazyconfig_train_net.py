@@ -5,6 +5,9 @@ One machine, all GPUs or one CPU process:
     python tools/lazyconfig_train_net.py --config-file CONFIG.py --num-gpus 8 train.output_dir=output/run
 Two machines:
     ... --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT      (rank 1 on the other)
+    torchrun, deepspeed --hostfile and other launchers that describe the processes in the environment work as well
+Models that outgrow one GPU (weights, gradients and optimizer states divided among the processes):
+    ... --num-gpus 8 train.deepspeed.stage=3
 Go on after an interruption, evaluate:
     ... --resume
     ... --eval-only train.init_checkpoint=output/run/model_final.pth
@@ -13,11 +16,12 @@ Own data in COCO format; the number of classes follows the annotation file:
 """
 
 import argparse
+import os
 import sys
 
 import torch
-from detectron2.engine import launch
 
+from piip.distributed import is_launched, start
 from piip.train import main
 from piip_core.errors import UserError
 
@@ -31,8 +35,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; 'auto' on one machine")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of launchers
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the configuration")
     args = parser.parse_intermixed_args()  # options may follow the overrides
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    if is_launched():
+        return args  # the options about machines and processes are the launcher's
     if args.num_gpus < 1:
         parser.error("--num-gpus: expected at least 1; train.device=cpu trains on the CPU")
     if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
@@ -47,6 +56,6 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     args = parse_args()
     try:
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+        start(main, args)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -23,7 +23,7 @@ from ..assembly import assemble
 from ..modeling import PIIPLlavaForConditionalGeneration
 from ..processing import PIIPLlavaProcessor
 from .arguments import ModelArguments, PIIPTrainingArguments
-from .checkpointing import FINAL, STAGING
+from .checkpointing import FINAL, RunFolder
 from .lora import add_adapters, quantization_config
 from .parts import freeze_except
 from .saving import ModelSource, is_trained_folder, load_projector, load_tensors, read_note
@@ -121,7 +121,7 @@ def _build_partitioned(source: ModelSource, training: PIIPTrainingArguments, **s
     One process puts it together and writes it aside; from there all of them load it, tensor by tensor, into the pieces
     they keep.
     """
-    folder, state = Path(training.output_dir) / STAGING / "assembled", PartialState()
+    folder, state = Path(training.output_dir) / RunFolder.STAGING / "assembled", PartialState()
     if training.should_save:
         unset_hf_deepspeed_config()
         try:

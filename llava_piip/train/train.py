@@ -26,6 +26,7 @@ from llava_piip.train.building import build_for_training
 from llava_piip.train.checkpointing import prepare_output
 from llava_piip.train.presets import parse_arguments
 from llava_piip.train.trainer import PIIPTrainer
+from piip_core.deepspeed_start import import_deepspeed
 from piip_core.errors import UserError
 
 __all__ = ["main", "train"]
@@ -54,7 +55,8 @@ def prepare(
         UserError: If anything that was asked for is missing or does not fit.
     """
     if training.deepspeed is not None:
-        _start_deepspeed()
+        # joins the processes before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many
+        import_deepspeed().init_distributed()
     checkpoint = prepare_output(
         training.output_dir,
         resume=training.resume,
@@ -87,16 +89,6 @@ def prepare(
         group_by_modality=data.group_by_modality,
     )
     return trainer, checkpoint
-
-
-def _start_deepspeed() -> None:
-    """Joins the processes, before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many."""
-    import deepspeed
-
-    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
-        # an operator for inference alone, which DeepSpeed would compile for a minute at the first start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
 
 
 def run(trainer: PIIPTrainer, checkpoint: Path | None) -> None:

@@ -21,7 +21,7 @@ from llava_piip.data.sampler import ModalityLengthSampler
 from piip_core.files import write_atomically
 
 from .arguments import PIIPTrainingArguments
-from .checkpointing import FINAL, STAGING, check_same_processes, keep_last, publish, staging
+from .checkpointing import FINAL, RunFolder, check_same_processes, run_folder
 from .parts import parameter_groups, trained_parts
 from .saving import ModelSource, base_model, gathered_state, load_tensors, save_trained
 
@@ -121,10 +121,10 @@ class PIIPTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)
-        return str(Path(run) / STAGING) if self._staged else run
+        return str(Path(run) / RunFolder.STAGING) if self._staged else run
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
+        run = run_folder(super()._get_output_dir(trial))
         with self._published(run, f"checkpoint-{self.state.global_step}"):
             self._staged = True
             try:
@@ -132,7 +132,7 @@ class PIIPTrainer(Trainer):
             finally:
                 self._staged = False
         if self.args.should_save:
-            keep_last(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+            run.keep_last(self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_final(self) -> Path:
         """Saves the model and its processor as `final` in the folder of the run; all processes call it.
@@ -140,18 +140,18 @@ class PIIPTrainer(Trainer):
         Raises:
             SaveError: If it cannot be written.
         """
-        run = Path(self.args.output_dir)
+        run = run_folder(self.args.output_dir)
         with self._published(run, FINAL) as folder:
             self.save_model(str(folder))
-        return run / FINAL
+        return run.path / FINAL
 
     @contextmanager
-    def _published(self, run: Path, name: str) -> Iterator[Path]:
-        with staging(run, name) as folder:
+    def _published(self, run: RunFolder, name: str) -> Iterator[Path]:
+        with run.staging(name) as folder:
             yield folder
         self.accelerator.wait_for_everyone()  # a folder is whole when the last process has written its share
         if self.args.should_save:
-            publish(run, name)
+            run.publish(name)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

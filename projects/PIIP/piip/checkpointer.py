@@ -17,10 +17,12 @@ from piip_core.checkpoints.files import load_torch_file
 from piip_core.errors import CheckpointError
 from piip_core.files import write_atomically
 
-__all__ = ["AtomicCheckpointer", "CategoryTable", "read_categories"]
+__all__ = ["RUN_STATE", "AtomicCheckpointer", "CategoryTable", "read_categories"]
 
 # One file, and the index of several, as `write_checkpoint` makes them
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
+# In the checkpoint folders of runs under DeepSpeed: iteration, hooks, classes
+RUN_STATE = "run_state.pth"
 
 
 class CategoryTable:
@@ -61,8 +63,10 @@ def read_categories(path: str) -> tuple[Category, ...]:
         CheckpointError: If the file cannot be loaded.
     """
     if path.endswith(_SAFETENSORS):
-        return ()
-    state = load_torch_file(PathManager.get_local_path(path))
+        state = read_checkpoint(path).description or {}
+    else:
+        file = os.path.join(path, RUN_STATE) if os.path.isdir(path) else path
+        state = load_torch_file(PathManager.get_local_path(file))
     return tuple(Category(entry["id"], entry["name"]) for entry in state.get("categories", ()))
 
 
@@ -98,12 +102,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
             file.write(last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads a `.pth`, a `.safetensors` or its index (`.safetensors.index.json`); see fvcore's `Checkpointer.load`.
+        """Loads a `.pth`, a `.safetensors`, its index (`.safetensors.index.json`), or a `checkpoint-N` of DeepSpeed.
+
+        See fvcore's `Checkpointer.load`.
 
         Raises:
             CheckpointError: If the file is missing or unreadable or, when strict, does not fit the model.
         """
         try:
+            if os.path.isdir(path):
+                path = os.path.join(path, RUN_STATE)  # fvcore expects a file
             if path and "://" not in path and not os.path.isfile(path):
                 raise CheckpointError(f"{path}: no such checkpoint (looked from {os.getcwd()})")
             return super().load(path, *args, **kwargs)
@@ -113,6 +121,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(_SAFETENSORS):
             return {"model": dict(read_checkpoint(filename).state)}
+        if os.path.basename(filename) == RUN_STATE:
+            return {"model": dict(read_checkpoint(os.path.dirname(filename)).state)}
         if not filename.endswith(".pth"):
             raise CheckpointError(f"{filename}: expected a .pth or .safetensors file (pickled formats can run code)")
         return super()._load_file(filename)

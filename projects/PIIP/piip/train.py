@@ -10,11 +10,13 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import SimpleTrainer, create_ddp_model, default_setup, hooks
+from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
@@ -24,9 +26,12 @@ from torch import nn
 
 from piip.checkpointer import AtomicCheckpointer, CategoryTable
 from piip.data import Category, TrainLoader
-from piip.lazy_config import check_device, follow_annotations, load_config, skip_pretrained
-from piip.trainer import MixedPrecisionTrainer, StepSeed, TerminalProgress
+from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, DeepSpeedCheckpoints, prepare_output, run_folder
+from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_model, zero_stage
+from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
+from piip.trainer import ClipNorm, MixedPrecisionTrainer, StepSeed, TerminalProgress
 from piip_core.errors import ConfigError
+from piip_core.training_checkpoints import OutputFolderError
 
 __all__ = ["build_evaluation", "do_train", "evaluate_only", "main"]
 
@@ -63,10 +68,10 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] |
         cfg: With dataloader.test and dataloader.evaluator.
 
     Returns:
-        A function from a model to its metrics, or None if there is no evaluator or `data.test.annotations` is null.
+        A function from a model to its metrics, or None if there is no evaluator or no test set (see `has_test_set`).
     """
-    if "evaluator" not in cfg.dataloader or cfg.get("data", {}).get("test", {}).get("annotations", "") is None:
-        logger.info("No evaluation: the configuration has no evaluator or data.test.annotations is null")
+    if "evaluator" not in cfg.dataloader or not has_test_set(cfg):
+        logger.info("No evaluation: the configuration has no evaluator, or data.test.annotations or .labels is null")
         return None
     loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(cfg.dataloader.evaluator)
@@ -86,8 +91,7 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         ConfigError: If there is no checkpoint or nothing to evaluate on.
         CheckpointError: If the checkpoint lacks weights or has others than the model.
     """
-    saved = AtomicCheckpointer(nn.Identity(), cfg.train.output_dir)
-    path = _last_checkpoint(saved) if resume else cfg.train.init_checkpoint
+    path = _last_checkpoint(cfg) if resume else cfg.train.init_checkpoint
     if not path:
         raise ConfigError(
             "--eval-only: no checkpoint: give train.init_checkpoint=PATH, or --resume for the last one of "
@@ -96,7 +100,7 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     skip_pretrained(cfg)
     evaluate = build_evaluation(cfg)
     if evaluate is None:
-        raise ConfigError("--eval-only: no evaluator, or data.test.annotations is null: expected a test set")
+        raise ConfigError("--eval-only: no evaluator, or data.test.annotations (.labels) is null: expected a test set")
     model = instantiate(cfg.model).to(cfg.train.device)
     AtomicCheckpointer(model, strict=True).load(path, checkpointables=[])
     return evaluate(model)
@@ -108,51 +112,128 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     Args:
         cfg: With model, optimizer, lr_multiplier, dataloader.{train,test,evaluator}, and train: output_dir,
             init_checkpoint, max_iter, device, ddp, checkpointer, eval_period, log_period, amp.enabled;
-            optionally train.amp.precision, train.seed, train.load_pretrained and data (see configs/common).
+            optionally train.amp.precision, train.seed, train.clip_norm, train.deepspeed, train.load_pretrained and
+            data (see configs/common).
         categories: Classes to keep in the checkpoints, from `follow_annotations`.
         resume: Go on from the last checkpoint of `train.output_dir`, if there is one.
     """
     seed = StepSeed(cfg.train.get("seed", -1))
     evaluate = build_evaluation(cfg)
-    last = _last_checkpoint(AtomicCheckpointer(nn.Identity(), cfg.train.output_dir))
+    zero = zero_stage(cfg) > 0
+    last = prepare_output(cfg.train.output_dir, resume=resume) if zero else _earlier_checkpoint(cfg, resume)
+    if cfg.train.init_checkpoint or (resume and last):
+        skip_pretrained(cfg)
+
+    model = instantiate(cfg.model).to(cfg.train.device)
+    logger.info("Model:\n%s", model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    table = CategoryTable(categories) if categories else None
+    run = (_under_deepspeed if zero else _under_ddp)(cfg, model, optimizer, loader, table, last, resume)
+    whole = (lambda: evaluate(run.whole_model())) if evaluate else None
+    run.trainer.register_hooks(_build_hooks(cfg, seed, run.save, whole))
+
+    run.load()
+    # A checkpoint stores the iteration that it was written after
+    start = run.trainer.iter + 1 if resume and last else 0
+    if resume and not last:
+        logger.info("--resume: no checkpoint in %s yet, starting from the beginning", cfg.train.output_dir)
+    _seek(loader, start, seed, drawn=cfg.train.get("seed", -1) < 0)
+    if start >= cfg.train.max_iter:
+        logger.info("Nothing to train: %s was written at iteration %d of %d", last, start, cfg.train.max_iter)
+        run.finish()
+        if evaluate:
+            evaluate(run.whole_model())
+        return
+    run.trainer.train(start, cfg.train.max_iter)
+
+
+def _last_checkpoint(cfg: DictConfig) -> str:
+    """Of a run with or without DeepSpeed, or an empty string."""
+    saved = AtomicCheckpointer(nn.Identity(), cfg.train.output_dir)
+    if saved.has_checkpoint():
+        return saved.get_checkpoint_file()
+    folders = run_folder(cfg.train.output_dir).checkpoints()
+    return str(folders[-1]) if folders else ""
+
+
+def _earlier_checkpoint(cfg: DictConfig, resume: bool) -> str:
+    """The last checkpoint in the folder of a run without DeepSpeed."""
+    last = _last_checkpoint(cfg)
+    if os.path.isdir(last):
+        raise OutputFolderError(
+            f"train.output_dir={cfg.train.output_dir}: was trained under DeepSpeed. Go on with --resume and its "
+            f"train.deepspeed.stage, or start anew from its weights: train.init_checkpoint={last} and another "
+            "train.output_dir"
+        )
     if last and not resume and comm.is_main_process():
         logger.warning(
             "%s holds an earlier run: its checkpoints will be overwritten and metrics.json continued. --resume goes on "
             "with it, another train.output_dir keeps it",
             cfg.train.output_dir,
         )
-    if cfg.train.init_checkpoint or (resume and last):
-        skip_pretrained(cfg)
+    return last
 
+
+@dataclass(frozen=True)
+class _Run:
+    """What differs with and without DeepSpeed."""
+
+    trainer: SimpleTrainer
+    save: HookBase | None
+    load: Callable[[], Any]  # the weights to start from, or everything to go on
+    whole_model: Callable[[], nn.Module]  # to evaluate
+    finish: Callable[[], Any] = lambda: None  # what a run that was killed at its very end may lack
+
+
+def _under_ddp(
+    cfg: DictConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Any,
+    table: CategoryTable | None,
+    last: str,
+    resume: bool,
+) -> _Run:
     device = torch.device(cfg.train.device)
-    model = instantiate(cfg.model).to(device)
-    logger.info("Model:\n%s", model)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
     # DistributedDataParallel takes no device ids on CPU
     model = create_ddp_model(model, **cfg.train.ddp, **({} if device.type == "cuda" else {"device_ids": None}))
     trainer = _build_trainer(cfg, model, loader, optimizer, device)
-    tables = {"categories": CategoryTable(categories)} if categories else {}
+    tables = {"categories": table} if table else {}
     checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer, **tables)
-    trainer.register_hooks(_build_hooks(cfg, seed, checkpointer, (lambda: evaluate(model)) if evaluate else None))
-
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    # A checkpoint stores the iteration that it was written after
-    start = trainer.iter + 1 if resume and last else 0
-    if resume and not last:
-        logger.info("--resume: no checkpoint in %s yet, starting from the beginning", cfg.train.output_dir)
-    _seek(loader, start, seed, drawn=cfg.train.get("seed", -1) < 0)
-    if start >= cfg.train.max_iter:
-        logger.info("Nothing to train: %s was written at iteration %d of %d", last, start, cfg.train.max_iter)
-        if evaluate:
-            evaluate(model)
-        return
-    trainer.train(start, cfg.train.max_iter)
+    return _Run(
+        trainer,
+        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if comm.is_main_process() else None,
+        lambda: checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume),
+        lambda: model,
+    )
 
 
-def _last_checkpoint(checkpointer: AtomicCheckpointer) -> str:
-    return checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
+def _under_deepspeed(
+    cfg: DictConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Any,
+    table: CategoryTable | None,
+    last: Path | None,
+    resume: bool,
+) -> _Run:
+    if cfg.train.init_checkpoint and not last:  # before the weights are divided
+        AtomicCheckpointer(model).load(cfg.train.init_checkpoint, checkpointables=[])
+    engine = build_engine(
+        cfg, model, optimizer, loader.batch_sampler.batch_size if isinstance(loader, TrainLoader) else 1
+    )
+    skip_pretrained(cfg)  # for the models that are made from now on, to be filled with the weights of this one
+    trainer = DeepSpeedTrainer(engine, loader)
+    checkpointer = DeepSpeedCheckpointer(engine, trainer, cfg.train.output_dir, table)
+    return _Run(
+        trainer,
+        DeepSpeedCheckpoints(checkpointer, cfg.train.checkpointer.period, cfg.train.checkpointer.get("max_to_keep")),
+        lambda: checkpointer.load(last) if last else None,
+        lambda: evaluation_model(engine, lambda: instantiate(cfg.model).to(cfg.train.device)),
+        lambda: checkpointer.export(last),
+    )
 
 
 def _build_trainer(
@@ -165,18 +246,20 @@ def _build_trainer(
 
 
 def _build_hooks(
-    cfg: DictConfig, seed: StepSeed, checkpointer: AtomicCheckpointer, evaluate: Callable[[], dict[str, Any]] | None
+    cfg: DictConfig, seed: StepSeed, save: HookBase | None, evaluate: Callable[[], dict[str, Any]] | None
 ) -> list[Any]:
     main_process = comm.is_main_process()
     output_dir, max_iter, period = cfg.train.output_dir, cfg.train.max_iter, cfg.train.log_period
+    clip_norm = cfg.train.get("clip_norm", 0.0)
     files = (
         [JSONWriter(os.path.join(output_dir, "metrics.json")), TensorboardXWriter(output_dir)] if main_process else []
     )
     return [
         seed,
         hooks.IterationTimer(),
+        ClipNorm(clip_norm) if clip_norm and not zero_stage(cfg) else None,  # DeepSpeed does it itself
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main_process else None,
+        save,
         hooks.EvalHook(cfg.train.eval_period, evaluate) if evaluate else None,
         TerminalProgress(max_iter, period) if main_process else None,
         hooks.PeriodicWriter(files, period=period) if main_process else None,

@@ -15,7 +15,7 @@ from detectron2.utils.events import CommonMetricPrinter
 
 from piip.data.loader import derive_seed
 
-__all__ = ["MixedPrecisionTrainer", "StepSeed", "TerminalProgress"]
+__all__ = ["ClipNorm", "MixedPrecisionTrainer", "StepSeed", "TerminalProgress"]
 
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,6 +58,25 @@ class MixedPrecisionTrainer(AMPTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A run may go on in mixed precision that began without it.
         super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
+
+
+class ClipNorm(HookBase):
+    """Scales the gradients down if their norm, over all parameters together, is larger than a limit.
+
+    Args:
+        limit (float): largest norm.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def after_backward(self) -> None:
+        optimizer = self.trainer.optimizer
+        scaler = getattr(self.trainer, "grad_scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.limit)
 
 
 class StepSeed(HookBase):

@@ -9,6 +9,7 @@ from pathlib import Path
 from llava_piip import PIIPLlavaConfig
 from llava_piip.train import train, trainer
 from piip_core import zoo
+from piip_core.training_checkpoints import RunFolder
 from piip_core.zoo import MultimodalEntry, MultimodalScores
 
 
@@ -16,7 +17,7 @@ class Interrupted(BaseException):
     pass
 
 
-def publish_or_die(run, name, publish=trainer.publish):
+def publish_or_die(run, name, publish=RunFolder.publish):
     """Kills this process as soon as everything of a save is written, before it is published."""
     if name == spec["kill_at"]:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -41,7 +42,7 @@ def multimodal(name, known=zoo.multimodal):
 
 
 zoo.multimodal = multimodal
-trainer.publish, trainer.PIIPTrainer.training_step = publish_or_die, step_or_stop
+RunFolder.publish, trainer.PIIPTrainer.training_step = publish_or_die, step_or_stop
 local_rank = [argument for argument in sys.argv[1:-1] if argument.startswith("--local_rank")]
 for spec in json.loads(Path(sys.argv[-1]).read_text()):
     try:

@@ -14,14 +14,12 @@ import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava_piip.train.checkpointing import (
-    STAGING,
     OutputFolderError,
+    RunFolder,
     SaveError,
     check_same_processes,
-    checkpoints_in,
-    discard,
-    keep_last,
     prepare_output,
+    run_folder,
 )
 
 # What a program can be interrupted at: everything Python does to files is announced to audit hooks under these names
@@ -106,17 +104,17 @@ def count_events(next_save) -> list[str]:
         record.write_text("\n".join(seen))
 
     assert in_child(counted) == 0
-    assert [path.name for path in checkpoints_in(output)] == ["checkpoint-4", "checkpoint-6"]
-    assert not (output / STAGING).exists()
+    assert [path.name for path in run_folder(output).checkpoints()] == ["checkpoint-4", "checkpoint-6"]
+    assert not (output / RunFolder.STAGING).exists()
     return record.read_text().splitlines()
 
 
 def test_killed_at_any_step_of_a_save_a_run_goes_on_from_a_complete_checkpoint(next_save):
     output, save, restore = next_save
     events = count_events(next_save)
-    whole = {path.name: content(path) for path in checkpoints_in(output)}
+    whole = {path.name: content(path) for path in run_folder(output).checkpoints()}
     restore()
-    whole |= {path.name: content(path) for path in checkpoints_in(output)}
+    whole |= {path.name: content(path) for path in run_folder(output).checkpoints()}
     assert len(events) >= 16 and {"open", "os.rename", "os.mkdir"} <= {event.split()[0] for event in events}
     published = 0
     for number in range(len(events)):
@@ -126,14 +124,14 @@ def test_killed_at_any_step_of_a_save_a_run_goes_on_from_a_complete_checkpoint(n
             save()
 
         assert in_child(killed) == -signal.SIGKILL
-        left = checkpoints_in(output)
+        left = run_folder(output).checkpoints()
         assert left and {path.name: content(path) for path in left}.items() <= whole.items(), events[number]
         # transformers' own search, and whoever looks at the folder, sees complete ones alone
         assert get_last_checkpoint(str(output)) == str(left[-1])
         assert left[-1].name in ("checkpoint-4", "checkpoint-6")
         published += left[-1].name == "checkpoint-6"
         assert prepare_output(output, resume=True) == left[-1]
-        assert not (output / STAGING).exists()
+        assert not (output / RunFolder.STAGING).exists()
         restore()
     assert 0 < published < len(events)  # both sides of the moment of publishing were hit
 
@@ -146,7 +144,7 @@ def test_a_disk_that_fills_at_any_step_ends_in_one_clear_error(next_save):
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    published = events.index(f"os.rename {output / STAGING / 'checkpoint-6'}")
+    published = events.index(f"os.rename {output / RunFolder.STAGING / 'checkpoint-6'}")
     for number in range(published):
 
         def failing(number=number):
@@ -159,7 +157,7 @@ def test_a_disk_that_fills_at_any_step_ends_in_one_clear_error(next_save):
         message = Path(os.environ["MESSAGE"]).read_text()
         assert re.search(r"checkpoint-6: could not be written .*No space left", message)
         assert f"The last complete checkpoint is {output / 'checkpoint-4'}" in message and "--resume true" in message
-        assert [path.name for path in checkpoints_in(output)] == ["checkpoint-2", "checkpoint-4"]
+        assert [path.name for path in run_folder(output).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
         restore()
 
 
@@ -178,7 +176,7 @@ def test_the_systems_own_refusal_to_write_more_is_reported(next_save, limit):
 
     assert in_child(limited) == FAILED
     assert "checkpoint-6: could not be written" in Path(os.environ["MESSAGE"]).read_text()
-    assert [path.name for path in checkpoints_in(output)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in run_folder(output).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
 
 
 def make(run: Path, *steps: int, complete=True):
@@ -194,7 +192,7 @@ def test_a_folder_that_is_not_empty_is_refused_with_the_three_ways_out(tmp_path)
         prepare_output(tmp_path / "run")
     assert prepare_output(tmp_path / "run", resume=True) == tmp_path / "run" / "checkpoint-3"
     assert prepare_output(tmp_path / "run", overwrite=True) is None
-    assert not checkpoints_in(tmp_path / "run")
+    assert not run_folder(tmp_path / "run").checkpoints()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputFolderError, match="is a file"):
         prepare_output(tmp_path / "file")
@@ -204,8 +202,12 @@ def test_a_folder_that_is_not_empty_is_refused_with_the_three_ways_out(tmp_path)
 def test_the_last_checkpoint_is_the_one_of_the_highest_update_that_is_complete(tmp_path):
     make(tmp_path, 9, 10, 100)
     make(tmp_path, 200, complete=False)  # of another program: ours publish whole folders
-    make(tmp_path / STAGING, 300)
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    make(tmp_path / RunFolder.STAGING, 300)
+    assert [path.name for path in run_folder(tmp_path).checkpoints()] == [
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-100",
+    ]
     assert prepare_output(tmp_path, resume=True) == tmp_path / "checkpoint-100"
     assert prepare_output(tmp_path, resume_from=tmp_path / "checkpoint-9") == tmp_path / "checkpoint-9"
     with pytest.raises(OutputFolderError, match=r"checkpoint-200: is no complete checkpoint.*checkpoint-100"):
@@ -215,10 +217,10 @@ def test_the_last_checkpoint_is_the_one_of_the_highest_update_that_is_complete(t
 @pytest.mark.parametrize(("limit", "left"), [(None, [1, 2, 3]), (0, [1, 2, 3]), (2, [2, 3]), (1, [3])])
 def test_old_checkpoints_are_deleted_up_to_the_limit(tmp_path, limit, left):
     make(tmp_path, 1, 2, 3)
-    keep_last(tmp_path, limit, None)
-    assert [path.name for path in checkpoints_in(tmp_path)] == [f"checkpoint-{step}" for step in left]
-    discard(tmp_path / "checkpoint-77", tmp_path)  # nothing there is nothing to do
-    assert not (tmp_path / STAGING).exists()
+    run_folder(tmp_path).keep_last(limit)
+    assert [path.name for path in run_folder(tmp_path).checkpoints()] == [f"checkpoint-{step}" for step in left]
+    run_folder(tmp_path).discard(tmp_path / "checkpoint-77")  # nothing there is nothing to do
+    assert not (tmp_path / RunFolder.STAGING).exists()
 
 
 def test_zero_checkpoints_of_another_number_of_processes_are_refused(tmp_path):

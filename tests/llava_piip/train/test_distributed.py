@@ -16,7 +16,7 @@ import llava_piip
 from llava_piip import PIIPLlavaConfig
 from llava_piip.data import read_records
 from llava_piip.train.building import load_trained
-from llava_piip.train.checkpointing import STAGING, checkpoints_in
+from llava_piip.train.checkpointing import RunFolder, run_folder
 from llava_piip.train.train import run as run_here
 from piip_core import zoo
 
@@ -99,9 +99,9 @@ def one_process(files, losses, output: Path, *arguments: str) -> tuple[dict[int,
 def compare(run: Path, expected) -> None:
     """Every loss and the weights are those of one process."""
     losses, weights = expected
-    last = checkpoints_in(run)[-1]
-    assert last.name == f"checkpoint-{max(losses)}" and len(checkpoints_in(run)) == max(losses) / 2
-    assert not (run / STAGING).exists()
+    last = run_folder(run).checkpoints()[-1]
+    assert last.name == f"checkpoint-{max(losses)}" and len(run_folder(run).checkpoints()) == max(losses) / 2
+    assert not (run / RunFolder.STAGING).exists()
     state = json.loads((last / "trainer_state.json").read_text())
     found = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
     assert found == pytest.approx(losses, **TOLERANCE)
@@ -133,8 +133,8 @@ def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_pr
     killed = specified(tmp_path / "runs.json", {"arguments": arguments, "kill_at": "checkpoint-6"})
     (status,) = finish(launch(deepspeed("--num_gpus", "2", "--master_port", free_port(), *killed)))
     assert status != 0
-    assert [path.name for path in checkpoints_in(run)] == ["checkpoint-2", "checkpoint-4"]
-    assert (run / STAGING / "checkpoint-6").is_dir()  # written, not published
+    assert [path.name for path in run_folder(run).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
+    assert (run / RunFolder.STAGING / "checkpoint-6").is_dir()  # written, not published
 
     # update 4 is the first of the second epoch, so the rest of it has to come in the order of that epoch
     stubs = tmp_path / "bin"

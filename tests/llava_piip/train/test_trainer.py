@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_piip.data import ModalityLengthSampler
 from llava_piip.train.building import load_trained
-from llava_piip.train.checkpointing import STAGING, checkpoints_in
+from llava_piip.train.checkpointing import run_folder
 from llava_piip.train.train import main, run
 
 UPDATES = 12
@@ -70,17 +70,17 @@ def test_the_order_of_samples_is_that_of_the_sampler(reference):
 
 
 def test_checkpoints_and_the_result_are_complete_models_for_transformers(reference, files):
-    run_folder = checkpoints_in(reference.args.output_dir)[0].parent
-    assert [path.name for path in checkpoints_in(run_folder)] == [f"checkpoint-{step}" for step in (3, 6, 9, 12)]
-    assert not (run_folder / STAGING).exists() and not list(run_folder.rglob("*.bin"))
-    for folder in (run_folder / "checkpoint-12", run_folder / "final"):
+    run = run_folder(reference.args.output_dir)
+    assert [path.name for path in run.checkpoints()] == [f"checkpoint-{step}" for step in (3, 6, 9, 12)]
+    assert not (run.path / run.STAGING).exists() and not list(run.path.rglob("*.bin"))
+    for folder in (run.path / "checkpoint-12", run.path / "final"):
         model = AutoModelForImageTextToText.from_pretrained(folder)
         for name, tensor in reference.model.state_dict().items():
             torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
         processor = AutoProcessor.from_pretrained(folder)
         assert processor.image_seq_length == 4 and processor.image_processor.pad_to_square
     original = load_file(files.model / "model.safetensors")
-    assert set(load_file(run_folder / "final" / "model.safetensors")) == set(original)
+    assert set(load_file(run.path / "final" / "model.safetensors")) == set(original)
 
 
 @pytest.mark.parametrize("kind", ["everything", "adapters", "projector"])

@@ -7,6 +7,15 @@ train = model_zoo.get_config("common/train.py").train
 train.device = "cuda" if torch.cuda.is_available() else "cpu"
 train.seed = 0  # of order, augmentations and sampling: a resumed run equals an uninterrupted one. -1 draws one
 train.amp.precision = "bfloat16"  # or "float16" (CUDA only, with loss scaling); used when train.amp.enabled
+train.clip_norm = 0.0  # largest norm of the gradients of all parameters together; 0: not clipped
+# Models that outgrow one GPU; see "Large models: DeepSpeed" in the README of this project
+train.deepspeed = {
+    "stage": 0,  # 1, 2, 3: ZeRO; 0: DistributedDataParallel, without DeepSpeed
+    "offload_optimizer": False,  # optimizer states in the host's memory
+    "offload_parameters": False,  # weights in the host's memory, stage 3 only
+    "bucket_size": 200_000_000,  # elements that are sent at a time
+    "config": None,  # JSON file with further settings of DeepSpeed, which go first
+}
 # Weights of the branches from their own files. Models refer to it: pretrained="${train.load_pretrained}"; our tools
 # turn it off by themselves when a checkpoint of the whole model follows
 train.load_pretrained = True

@@ -1,0 +1,34 @@
+"""DeepSpeed, imported where it is used: importing it takes seconds, and most runs do without."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from .errors import ConfigError
+
+__all__ = ["import_deepspeed"]
+
+
+def import_deepspeed(device: str | None = None) -> ModuleType:
+    """Imports DeepSpeed such that a start on the CPU compiles nothing.
+
+    Args:
+        device: "cpu" or "cuda", where the model will be; None leaves the choice to DeepSpeed (DS_ACCELERATOR, or what
+            it finds).
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"DeepSpeed cannot be imported ({error}): pip install --no-build-isolation -e '.[deepspeed]'"
+        ) from None
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        # an operator for inference alone, which DeepSpeed would compile for a minute at the first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

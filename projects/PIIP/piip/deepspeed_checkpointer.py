@@ -1,0 +1,176 @@
+"""Checkpoints of runs under DeepSpeed, and the model as one file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from piip.checkpointer import RUN_STATE, CategoryTable, read_categories
+from piip_core.checkpoints import read_checkpoint, write_checkpoint
+from piip_core.checkpoints.files import load_torch_file
+from piip_core.errors import CheckpointError
+from piip_core.files import write_atomically
+from piip_core.training_checkpoints import OutputFolderError, RunFolder
+
+__all__ = ["DeepSpeedCheckpointer", "DeepSpeedCheckpoints", "export_checkpoint", "prepare_output", "run_folder"]
+
+# Folder of DeepSpeed's files in a checkpoint
+_TAG = "zero"
+_FINAL = "model_final.safetensors"
+
+
+def run_folder(output_dir: str) -> RunFolder:
+    """The folder of a run under DeepSpeed."""
+    return RunFolder(Path(output_dir), RUN_STATE, fewer="train.checkpointer.max_to_keep", resume="--resume")
+
+
+def prepare_output(output_dir: str, *, resume: bool) -> Path | None:
+    """Finds the checkpoint to go on from, and removes what a killed run left half written; all processes call it.
+
+    Args:
+        output_dir: Folder of the run.
+        resume: Go on from the last checkpoint, if there is one.
+
+    Raises:
+        OutputFolderError: If it holds checkpoints, and they are of a run without DeepSpeed or `resume` is not given.
+    """
+    run = run_folder(output_dir)
+    checkpoints = run.checkpoints()
+    if checkpoints and not resume:
+        raise OutputFolderError(
+            f"train.output_dir={output_dir}: holds an earlier run ({checkpoints[-1].name}). Give --resume to go on "
+            "with it, or another train.output_dir"
+        )
+    if resume and not checkpoints and (run.path / "last_checkpoint").is_file():
+        raise OutputFolderError(
+            f"train.output_dir={output_dir}: was trained without DeepSpeed. Go on with train.deepspeed.stage=0, or "
+            "start anew from its weights: train.init_checkpoint=FILE.pth, another train.output_dir and no --resume"
+        )
+    comm.synchronize()  # nobody deletes anything before everybody has looked
+    if comm.is_main_process():
+        run.clear_staging()
+    comm.synchronize()
+    return checkpoints[-1] if checkpoints else None
+
+
+def export_checkpoint(checkpoint: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Writes the weights of a `checkpoint-N`, and the classes, as one file; see `write_checkpoint`.
+
+    Returns:
+        What to load: `target`, or its index.
+
+    Raises:
+        CheckpointError: If the folder is no complete checkpoint.
+    """
+    if not (Path(checkpoint) / RUN_STATE).is_file():
+        raise CheckpointError(f"{checkpoint}: has no {RUN_STATE}; expected the checkpoint-N of a run under DeepSpeed")
+    categories = CategoryTable(read_categories(str(checkpoint))).state_dict()
+    description = {"categories": categories} if categories else None
+    return write_checkpoint(target, read_checkpoint(checkpoint).state, description=description)
+
+
+class DeepSpeedCheckpointer:
+    """Saves and loads `checkpoint-N`, the state after N iterations; all processes call the methods together.
+
+    Such a folder holds DeepSpeed's files, one or two per process, and the state of trainer and hooks. It is written
+    aside and renamed when the last process has written its share.
+
+    Args:
+        engine (deepspeed.DeepSpeedEngine): with model and optimizer.
+        trainer (TrainerBase): its iteration and hooks are kept.
+        output_dir (str): folder of the run.
+        categories (CategoryTable): optional, kept too.
+    """
+
+    def __init__(self, engine: Any, trainer: Any, output_dir: str, categories: CategoryTable | None = None) -> None:
+        self.engine, self.trainer, self.categories = engine, trainer, categories
+        self.run = run_folder(output_dir)
+
+    def save(self, iterations: int, max_to_keep: int | None = None) -> Path:
+        """Writes `checkpoint-<iterations>`, and deletes the oldest ones beyond `max_to_keep`.
+
+        Raises:
+            SaveError: If it cannot be written.
+        """
+        name = f"{self.run.PREFIX}{iterations}"
+        with self.run.staging(name) as folder:
+            self.engine.save_checkpoint(str(folder), tag=_TAG)
+            if comm.is_main_process():
+                with write_atomically(folder / RUN_STATE) as file:
+                    torch.save(self._state(), file)
+        comm.synchronize()  # a folder is whole when the last process has written its share
+        if comm.is_main_process():
+            self.run.publish(name)
+            self.run.keep_last(max_to_keep)
+        comm.synchronize()
+        return self.run.path / name
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a complete checkpoint.
+
+        Raises:
+            OutputFolderError: If it is of another stage or number of processes.
+            DatasetError: If it was trained on other classes.
+        """
+        state = load_torch_file(folder / RUN_STATE, mmap=False)
+        self._check(folder, state)
+        if self.categories:
+            self.categories.load_state_dict(state["categories"])
+        self.engine.load_checkpoint(str(folder), tag=_TAG)
+        self.trainer.load_state_dict(state["trainer"])
+
+    def export(self, checkpoint: Path) -> Path:
+        """Writes the weights of a checkpoint to `model_final.safetensors`; above 5 GB, to shards and an index.
+
+        The first process reads the files of all.
+
+        Returns:
+            What to load: the file, or its index.
+        """
+        path = self.run.path / _FINAL
+        if comm.is_main_process():
+            path = export_checkpoint(checkpoint, path)
+        return comm.all_gather(path)[0]
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "trainer": self.trainer.state_dict(),
+            "categories": self.categories.state_dict() if self.categories else [],
+            "stage": int(self.engine.zero_optimization_stage()),
+            "num_processes": comm.get_world_size(),
+        }
+
+    def _check(self, folder: Path, state: dict[str, Any]) -> None:
+        otherwise = f"train.init_checkpoint={folder}, another train.output_dir and no --resume"
+        RunFolder.check_same_processes(folder, state["num_processes"], comm.get_world_size(), otherwise)
+        stage = int(self.engine.zero_optimization_stage())
+        if state["stage"] != stage:
+            raise OutputFolderError(
+                f"{folder}: is of ZeRO stage {state['stage']}, this run of {stage}. Go on with train.deepspeed.stage="
+                f"{state['stage']}, or start anew from its weights: {otherwise}"
+            )
+
+
+class DeepSpeedCheckpoints(HookBase):
+    """Saves every `period` iterations and at the end, where the model is exported too.
+
+    Args:
+        checkpointer (DeepSpeedCheckpointer): the checkpoints.
+        period (int): iterations between saves.
+        max_to_keep (int): checkpoints to keep; None keeps all.
+    """
+
+    def __init__(self, checkpointer: DeepSpeedCheckpointer, period: int, max_to_keep: int | None = None) -> None:
+        self.checkpointer, self.period, self.max_to_keep = checkpointer, period, max_to_keep
+
+    def after_step(self) -> None:
+        iterations, last = self.trainer.iter + 1, self.trainer.max_iter
+        if iterations % self.period == 0 or iterations == last:
+            folder = self.checkpointer.save(iterations, self.max_to_keep)
+            if iterations == last:
+                self.checkpointer.export(folder)

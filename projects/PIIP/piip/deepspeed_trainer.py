@@ -1,0 +1,235 @@
+"""Training under DeepSpeed's ZeRO: weights, gradients and optimizer states divided among the processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import distributed, nn
+
+from piip_core.deepspeed_start import import_deepspeed
+from piip_core.errors import ConfigError
+
+__all__ = ["DeepSpeedTrainer", "build_engine", "deepspeed_config", "evaluation_model", "zero_stage"]
+
+# Elements that are gathered at a time when a whole model is put together
+_GATHERED_ELEMENTS = 200_000_000
+
+
+def zero_stage(cfg: DictConfig) -> int:
+    """The stage of `train.deepspeed.stage`; 0, or no such setting, is DistributedDataParallel.
+
+    Raises:
+        ConfigError: If it is none of 0 to 3, or the other settings do not go with it.
+    """
+    stage = OmegaConf.select(cfg, "train.deepspeed.stage", default=0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"train.deepspeed.stage={stage}: expected 1, 2 or 3, or 0 to train without DeepSpeed")
+    if stage and cfg.train.amp.enabled and cfg.train.amp.get("precision", "bfloat16") != "bfloat16":
+        raise ConfigError(
+            f"train.amp.precision={cfg.train.amp.precision}: expected bfloat16 with train.deepspeed.stage={stage}"
+        )
+    if stage != 3 and OmegaConf.select(cfg, "train.deepspeed.offload_parameters", default=False):
+        raise ConfigError(f"train.deepspeed.offload_parameters: expected train.deepspeed.stage=3, not {stage}")
+    return stage
+
+
+def deepspeed_config(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
+    """Settings of DeepSpeed for a LazyConfig.
+
+    There is no entry for the precision: weights, gradients and optimizer states are float32, as under
+    DistributedDataParallel, and mixed precision is autocast in either case.
+
+    Args:
+        cfg: With train.deepspeed and train.clip_norm.
+        batch_size: Images per process.
+
+    Raises:
+        ConfigError: If the file of `train.deepspeed.config` cannot be read.
+    """
+    settings, stage = cfg.train.deepspeed, zero_stage(cfg)
+    host = {"device": "cpu", "pin_memory": torch.device(cfg.train.device).type == "cuda"}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": settings.bucket_size,
+        "allgather_bucket_size": settings.bucket_size,
+        "overlap_comm": True,
+    }
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": settings.bucket_size, "stage3_max_live_parameters": 1_000_000_000}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = host
+    if settings.offload_parameters:
+        zero["offload_param"] = host
+    config = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": cfg.train.get("clip_norm", 0.0),
+        # any optimizer that a LazyConfig names; its rule is applied to each process's part
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,  # Detectron2's writers print
+        "zero_optimization": zero,
+    }
+    return _merged(config, _read(settings.config)) if settings.get("config") else config
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"train.deepspeed.config={path}: cannot be read ({error}); expected a JSON file") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"train.deepspeed.config={path}: expected a JSON object with settings of DeepSpeed")
+    return content
+
+
+def _merged(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `more`, which go first, at every level."""
+    nested = {k: _merged(base[k], v) for k, v in more.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return base | dict(more) | nested
+
+
+def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -> Any:
+    """DeepSpeed's engine around a model, which must be the same on all processes or will be that of the first one.
+
+    Args:
+        cfg: With train.deepspeed, train.amp, train.clip_norm and train.device.
+        model: On its device.
+        optimizer: Over its parameters; from now on over this process's part of them.
+        batch_size: Images per process.
+
+    Raises:
+        ConfigError: If DeepSpeed is not installed, or a setting is wrong.
+    """
+    device = torch.device(cfg.train.device)
+    deepspeed = import_deepspeed(device.type)
+    _describe_group()
+    deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
+    if cfg.train.amp.enabled:
+        _autocast_in_training(model, device.type)
+    config = deepspeed_config(cfg, batch_size)
+    with _scalars_kept_whole(model, zero_stage(cfg)):
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+@contextmanager
+def _scalars_kept_whole(model: nn.Module, stage: int) -> Iterator[None]:
+    """While DeepSpeed takes over the model, keeps parameters without dimensions from what it cannot do (0.19.8).
+
+    It views a parameter as bytes to send it to all processes, an error without dimensions. In stages 1 and 2 it does
+    not send what bears the mark below; in stage 3 it sends all, so they have one dimension meanwhile.
+    """
+    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    for scalar in scalars:
+        distributed.broadcast(scalar.data, 0)
+        if stage == 3:
+            scalar.data = scalar.data.view(1)
+        else:
+            scalar.ds_optim_param = True
+    yield
+    for scalar in scalars:
+        if stage == 3:
+            scalar.ds_shape = torch.Size(())  # which it has whenever it is gathered
+        else:
+            del scalar.ds_optim_param
+
+
+def _describe_group() -> None:
+    """Makes the group of a single process if there is none, and tells DeepSpeed which process this is."""
+    if not distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        comm.create_local_process_group(1)
+    os.environ.setdefault("LOCAL_RANK", str(comm.get_local_rank()))
+
+
+def _autocast_in_training(model: nn.Module, device_type: str) -> None:
+    """Runs the model in bfloat16 as `MixedPrecisionTrainer` does.
+
+    DeepSpeed turns off what is turned on around its engine, hence inside. Without the cache, which would keep a
+    bfloat16 copy of every weight.
+    """
+    forward = model.forward
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, torch.bfloat16, enabled=model.training, cache_enabled=False):
+            return forward(*args, **kwargs)
+
+    model.forward = autocast
+
+
+class DeepSpeedTrainer(SimpleTrainer):
+    """`SimpleTrainer` whose model is DeepSpeed's engine; gradients are averaged, clipped and applied by it.
+
+    Args:
+        engine (deepspeed.DeepSpeedEngine): returns a dict of losses.
+        data_loader (Iterable): batches for the model.
+    """
+
+    def __init__(self, engine: Any, data_loader: Any) -> None:
+        # the optimizer inside, whose groups have the learning rates; engine.optimizer is no torch.optim.Optimizer
+        super().__init__(engine, data_loader, engine.optimizer.optimizer)
+
+    def run_step(self) -> None:
+        """One iteration: forward, backward, optimizer step."""
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        losses = self.model(data)
+        self.model.backward(sum(losses.values()))
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.model.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration and hooks; weights and optimizer states are in DeepSpeed's files."""
+        return TrainerBase.state_dict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+
+
+def evaluation_model(engine: Any, build: Callable[[], nn.Module]) -> nn.Module:
+    """A model to evaluate, whole on this process; all processes call it.
+
+    In stage 3 it is a copy: the model itself gathers its weights layer by layer on all processes at once, which
+    images of other sizes and numbers would bring out of step.
+
+    Args:
+        engine: DeepSpeed's engine.
+        build: Makes another model like that of the engine.
+    """
+    trained = engine.module
+    if engine.zero_optimization_stage() < 3:
+        return trained
+    whole = build()
+    parameters = dict(whole.named_parameters())
+    for part in _parts(trained):
+        with import_deepspeed().zero.GatheredParameters(list(part.values())), torch.no_grad():
+            for name, parameter in part.items():
+                parameters[name].copy_(parameter)
+    for target, buffer in zip(whole.buffers(), trained.buffers(), strict=True):
+        target.copy_(buffer)
+    return whole
+
+
+def _parts(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Parameters of a partitioned model, some at a time."""
+    part: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if part and sum(p.ds_numel for p in part.values()) + parameter.ds_numel > _GATHERED_ELEMENTS:
+            yield part
+            part = {}
+        part[name] = parameter
+    yield part

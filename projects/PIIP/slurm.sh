@@ -1,0 +1,27 @@
+#!/bin/bash
+# Trains on the nodes of a SLURM job; arguments are those of tools/lazyconfig_train_net.py:
+#
+#   sbatch --nodes 2 projects/PIIP/slurm.sh --config-file CONFIG.py train.deepspeed.stage=3 train.output_dir=output/run
+#
+# Submit it from the root of the repository, in the environment in which the package is installed.
+#SBATCH --job-name=piip
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=48:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+export MASTER_ADDR MASTER_PORT NNODES NPROC_PER_NODE
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+NNODES=$SLURM_JOB_NUM_NODES
+NPROC_PER_NODE=${NPROC_PER_NODE:-$SLURM_GPUS_ON_NODE}
+
+# One task per node, which starts a process per GPU. A job that is queued again goes on from its last checkpoint.
+srun --kill-on-bad-exit=1 bash -c '
+    exec torchrun --nnodes "$NNODES" --node_rank "$SLURM_NODEID" --nproc_per_node "$NPROC_PER_NODE" \
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" tools/lazyconfig_train_net.py "$@"
+' bash "$@" --resume
