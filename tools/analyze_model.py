@@ -1,15 +1,21 @@
-"""Counts parameters and FLOPs of a PIIP model per module, without computing or storing anything (meta device).
+"""Counts parameters and FLOPs of a PIIP model per module, or the memory that training it takes, without computing or
+storing anything.
 
 Examples:
     python tools/analyze_model.py piip_tsb_1568_1120_672
     python tools/analyze_model.py piip_tsb_1568_1120_672 --input 800 1333 --json
     python tools/analyze_model.py projects/PIIP/configs/COCO/mask_rcnn_vit_b_1024_1x.py model.roi_heads.num_classes=10
     python tools/analyze_model.py --zoo
+    python tools/analyze_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_h6b_1024_512_1x_ms.py --memory \\
+        --gpus 8 --gpu-memory 80 --batch-size 2
 
 Units: parameters are absolute numbers in --json and millions in tables; FLOPs are multiply-accumulates (MACs), absolute
 in --json and thousand millions in tables. "Published count" is the rule behind the published #Param and #FLOPs (square
 image, without merging convolutions and feature pyramid); the other columns are what the model holds and executes on one
 image of the --input size after padding.
+
+--memory prints GiB per GPU for every ZeRO stage (0: DistributedDataParallel) with and without activation checkpointing,
+and whether that fits. A LazyConfig counts the whole detector or segmentor; a published model's name the backbone alone.
 """
 
 from __future__ import annotations
@@ -19,8 +25,10 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from piip_core import zoo
@@ -33,6 +41,8 @@ from piip_core.flops import (
     padded_size,
     zoo_table,
 )
+from piip_core.memory import DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table, training_size
+from piip_core.pyramid import DensePIIP
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,13 +54,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="image size before padding (default: a square of the last branch's size)",
+        help="image size before padding (default: a square of the last branch's size; with --memory the training size)",
+    )
+    parser.add_argument("--memory", action="store_true", help="the memory that training takes on each GPU")
+    memory = parser.add_argument_group("with --memory")
+    memory.add_argument("--gpus", type=int, default=8, help="over all machines (default: %(default)s)")
+    memory.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of each GPU (default: %(default)s)")
+    memory.add_argument("--batch-size", type=int, default=2, help="images per GPU (default: %(default)s)")
+    memory.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16 is autocast (default)")
+    memory.add_argument(
+        "--offload", choices=("none", "optimizer", "parameters"), default="none", help="what the host keeps under ZeRO"
     )
     parser.add_argument("--zoo", action="store_true", help="all published models, with the printed numbers")
     parser.add_argument("--json", action="store_true", help="print JSON with absolute numbers")
     args = parser.parse_intermixed_args(argv)  # options may follow the overrides
     if args.zoo == (args.config is not None):
         parser.error("give either a CONFIG or --zoo")
+    if args.zoo and args.memory:
+        parser.error("--memory: expected one CONFIG")
     if args.zoo and args.input:
         parser.error("--input does not go with --zoo: published models are counted on their own square image")
     if args.overrides and not is_file_name(args.config):
@@ -65,20 +86,54 @@ def is_file_name(config: str) -> bool:
     return Path(config).suffix in (".py", ".yaml", ".yml")
 
 
-def analyze_lazy_config(path: str, overrides: list[str], input_size: list[int] | None) -> ModelReport:
-    """Counts the detector of a LazyConfig."""
+def load_lazy_config(path: str, overrides: list[str]) -> Any:
+    """The configuration, without the weights of the branches."""
     try:
-        from detectron2.config import instantiate
-
-        from piip.lazy_config import load_config
+        from piip.lazy_config import load_config, skip_pretrained
     except ImportError as error:
         sys.exit(f"analyze_model: {path} is a LazyConfig, which needs Detectron2 ({error}); see README.md")
+    config = load_config(path, overrides)
+    skip_pretrained(config)
+    return config
+
+
+def build(config: Any) -> nn.Module:
+    """The model of a LazyConfig, on the meta device."""
+    from detectron2.config import instantiate
 
     with torch.device("meta"):
-        model = instantiate(load_config(path, overrides).model)
+        return instantiate(config.model)
+
+
+def analyze_lazy_config(path: str, overrides: list[str], input_size: list[int] | None) -> ModelReport:
+    """Counts the detector of a LazyConfig."""
+    model = build(load_lazy_config(path, overrides))
     divisor = model.backbone.padding_constraints["size_divisibility"]
     size = padded_size(*input_size, divisor) if input_size else None
     return analyze_model(model, size, backbone="backbone")
+
+
+def analyze_memory(args: argparse.Namespace) -> MemoryReport:
+    """Memory of training the model that CONFIG names."""
+    given = {"gpus": args.gpus, "gpu_memory": args.gpu_memory, "precision": args.precision, "offload": args.offload}
+    given["batch_size"] = args.batch_size
+    if not is_file_name(args.config):
+        entry = zoo.get(args.config)
+        size = padded_size(*(args.input or training_size(entry)), entry.pad_divisor)
+        setting = Setting(input_size=size, **given)
+        with torch.device("meta"):
+            model = DensePIIP(entry.config)
+        notes = [f"The backbone alone: {entry.config_file} counts the heads too"]
+        return estimate_memory(entry.name, DryRun(model), backbone_step(args.batch_size, size), setting, notes)
+    config = load_lazy_config(args.config, args.overrides)
+    from piip import training_memory
+
+    model = build(config)
+    divisor = model.backbone.padding_constraints["size_divisibility"]
+    size = padded_size(*(args.input or training_memory.training_size(config)), divisor)
+    setting = Setting(input_size=size, **given)
+    step, notes = training_memory.training_step(model, args.batch_size, size)
+    return estimate_memory(Path(args.config).stem, DryRun(model), step, setting, notes)
 
 
 def analyze(args: argparse.Namespace) -> ModelReport:
@@ -99,10 +154,10 @@ def main(argv: list[str] | None = None) -> None:
         plain = [dataclasses.asdict(row) for row in report]
     else:
         try:
-            report = analyze(args)
+            report = analyze_memory(args) if args.memory else analyze(args)
         except ValueError as error:  # every configuration error is one
             sys.exit(f"analyze_model: {error}")
-        text = model_table(report)
+        text = memory_table(report) if args.memory else model_table(report)
         plain = dataclasses.asdict(report)
     print(json.dumps(plain, indent=2) if args.json else text)
 

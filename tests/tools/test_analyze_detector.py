@@ -43,3 +43,28 @@ def test_mask_rcnn_config(tool, capsys):
 def test_missing_file_and_unknown_override(tool):
     with pytest.raises(SystemExit, match=r"nothing\.py"):
         tool.main(["nothing.py"])
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn", "dino", "upernet"])
+def test_memory_runs_all_of_the_model(name):
+    """Every parameter, the heads' too, gets a gradient in the step without data."""
+    import torch
+    from detectron2.config import instantiate
+
+    from piip import training_memory
+    from piip.lazy_config import load_config, skip_pretrained
+    from piip_core.flops import padded_size
+    from piip_core.memory import DryRun
+
+    config = load_config(str(CONFIGS / f"demo/piip_digits_{name}.py"))
+    skip_pretrained(config)
+    with torch.device("meta"):
+        model = instantiate(config.model)
+    size = padded_size(*training_memory.training_size(config), model.backbone.size_divisibility)
+    step, _ = training_memory.training_step(model, 2, size)
+    run, without = DryRun(model), {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, key=key: without.discard(key))
+    assert run.activations(step).saved > 0
+    assert not without

@@ -63,3 +63,37 @@ def test_help_shows_units(tool, capsys):
     with pytest.raises(SystemExit):
         tool.main(["--help"])
     assert "multiply-accumulates" in capsys.readouterr().out
+
+
+@pytest.fixture
+def memory(tool, capsys):
+    def run(*arguments):
+        tool.main(["vit_b_1024", "--memory", "--input", "256", "256", *arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_memory(memory):
+    report = json.loads(memory("--json", "--gpu-memory", "4"))
+    assert report["setting"]["input_size"] == [256, 256]
+    by_way = {(way["stage"], way["checkpointing"]): way for way in report["estimates"]}
+    assert len(by_way) == 8
+    assert by_way[0, False]["states"]["parameters"] == 4 * report["params"]
+    assert by_way[0, True]["activations"]["peak"] < by_way[0, False]["activations"]["peak"]
+    # float32 copies of 2 images through 12 blocks of width 768 at 16 x 16 tokens are the least that is kept
+    assert by_way[0, True]["activations"]["saved"] > 4 * 2 * 12 * 768 * 16 * 16
+    assert [way["fits"] for way in report["estimates"]] == [way["total"] <= 0.9 * 4 * 2**30 for way in by_way.values()]
+    assert "fits on 8 x 4 GB" in report["answer"]
+
+
+def test_memory_that_is_not_enough(memory):
+    lines = memory("--gpu-memory", "0.5").splitlines()
+    assert "2 x 256 x 256 pixels" in lines[0]
+    assert "The backbone alone" in lines[-2]
+    assert lines[-1].startswith("vit_b_1024 does not fit on 8 x 0.5 GB: the least is")
+
+
+def test_memory_of_a_whole_table(tool):
+    with pytest.raises(SystemExit):
+        tool.main(["--zoo", "--memory"])
