@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .branches import BranchState, build_branch
 from .config import PIIPConfig
@@ -57,6 +59,7 @@ class PIIP(nn.Module):
         )
         self.dims = [branch.dims[-1] for branch in self.branches]
         self.strides = [branch.strides[-1] for branch in self.branches]
+        self.grad_checkpointing = False
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the largest resolution."""
@@ -82,7 +85,7 @@ class PIIP(nn.Module):
         intermediates = {}
         for k, interaction in enumerate(self.interactions):
             states = [self._run(i, state, k) for i, state in enumerate(states)]
-            tokens = interaction([state.tokens for state in states])
+            tokens = self._exchange(interaction, [state.tokens for state in states])
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
                 intermediates[k] = _to_maps(states)
@@ -103,8 +106,14 @@ class PIIP(nn.Module):
         first, last = self.segments[index][interaction]
         return self.branches[index].run(state, first, last + 1)
 
+    def _exchange(self, interaction: Interaction, tokens: list[Tensor]) -> list[Tensor]:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(interaction, tokens, use_reentrant=False)
+        return interaction(tokens)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes block activations in the backward pass instead of keeping them."""
+        """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
         for branch in self.branches:
             branch.set_grad_checkpointing(enable)
 
@@ -165,7 +174,7 @@ class DensePIIP(nn.Module):
         return self.feature_pyramid(merged if len(merged) > 1 else merged * len(self.out_strides))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes block activations in the backward pass instead of keeping them."""
+        """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
         self.pyramid.set_grad_checkpointing(enable)
 
 

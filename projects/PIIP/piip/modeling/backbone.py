@@ -27,7 +27,7 @@ class PIIPBackbone(Backbone):
             trained with 224 (64 for single branches): padded cells take part in window attention.
         pretrained (bool): load the weights that the branches name in `BranchConfig.pretrained`. Turn it off when a
             checkpoint of the whole model follows. Nothing is loaded on the meta device.
-        use_act_checkpoint (bool): recompute block activations in the backward pass to save memory.
+        use_act_checkpoint (bool): recompute activations in the backward pass to save memory.
     """
 
     def __init__(
