@@ -92,4 +92,4 @@ def _check_predictions(
     check.close(f"inter.{anchors}", predictions.encoder_boxes)
     # not recorded where equal scores leave the order open
     if "inter.topk_index" in check.case.results:
-        check_selected(check, "inter.topk_index", out.selection.class_logits, out.selection.index)
+        check_selected(check, "inter.topk_index", out.selection.class_logits, out.selection.cells)

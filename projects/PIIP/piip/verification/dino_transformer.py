@@ -111,7 +111,7 @@ def _check_selection(check: Check, selection: Selection, levels: Levels) -> None
     check.equal("output.proposal_valid", valid)
     check.close("output.topk_score", selection.class_logits)
     check.close("output.topk_anchor", selection.boxes)
-    check_selected(check, "output.topk_index", selection.class_logits, selection.index)
+    check_selected(check, "output.topk_index", selection.class_logits, selection.cells)
 
 
 def _check_initial(check: Check, content: Tensor, box_logits: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,8 @@ from .two_stage import Selection, grid_proposals, select_proposals
 __all__ = ["DINOTransformer", "TransformerOutput"]
 
 
-@dataclass(frozen=True)
-class TransformerOutput:
-    """What the heads predict from.
+class TransformerOutput(NamedTuple):
+    """What the heads predict from. A tuple, for DeepSpeed's stage 3 finds no tensors in other containers.
 
     Attributes:
         hidden: Normalised content (B, slots + Q, embed_dim) of the queries behind every decoder layer.
@@ -153,11 +152,11 @@ class DINOTransformer(nn.Module):
         proposals, valid = grid_proposals(levels)
         memory = self.output_memory(memory, valid)
         class_logits = class_embed(memory)
-        index = select_proposals(class_logits, self.num_queries)
-        image = torch.arange(len(index), device=index.device)[:, None]
+        cells = select_proposals(class_logits, self.num_queries)
+        image = torch.arange(len(cells), device=cells.device)[:, None]
         # boxes of the others are not needed
-        box_logits = bbox_embed(memory[image, index]) + proposals[image, index]
-        return Selection(index, class_logits[image, index], box_logits)
+        box_logits = bbox_embed(memory[image, cells]) + proposals[image, cells]
+        return Selection(cells, class_logits[image, cells], box_logits)
 
     def output_memory(self, memory: Tensor, valid: Tensor) -> Tensor:
         """What the encoder's heads see: (B, S, embed_dim) with cells without a proposal blanked."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +15,16 @@ _BASE_SIDE = 0.05  # of the image, on the largest map; doubles with every level
 _BORDER = 0.01  # proposals nearer to 0 or 1 than this are none
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """The best Q proposals of every image, best first.
 
     Attributes:
-        index: (B, Q) cell of each.
+        cells: (B, Q) index of the cell of each.
         class_logits: (B, Q, num_classes).
         box_logits: (B, Q, 4); +inf for cells that have no proposal, which are chosen where others do not suffice.
     """
 
-    index: Tensor
+    cells: Tensor
     class_logits: Tensor
     box_logits: Tensor
 
