@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -105,6 +106,9 @@ def run_classifier(
 ) -> list[Path]:
     """Trains the classifier, or goes on with training, and draws how well it does.
 
+    Besides its own checkpoint it leaves `backbone.safetensors`, a start for a Detectron2 model with this backbone
+    (`train.init_checkpoint`).
+
     Args:
         output: folder for checkpoint and pictures.
         num_train: number of training pictures per epoch, drawn anew each time.
@@ -125,10 +129,18 @@ def run_classifier(
         training.history.append({"loss": loss, "accuracy": accuracy})
         training.save()
         print(f"Epoch {epoch}: loss {loss:.3f}, validation accuracy {accuracy:.1f} %", flush=True)
+    _save_backbone(output / "backbone.safetensors", training.model)
     predicted = training.predict(val_images)
     accuracy = training.history[-1]["accuracy"]
     print(f"Validation accuracy {accuracy:.1f} % on {num_val} digits (chance: 10 %)")
     return _draw(output, training.history, val_images, val_labels.numpy(), predicted.numpy())
+
+
+def _save_backbone(path: Path, model: DigitClassifier) -> None:
+    """Writes the weights under the names they have in a Detectron2 model whose backbone is no FPN."""
+    state = {f"backbone.features.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
+    with atomic_path(path) as aside:
+        save_file(state, aside)
 
 
 def _as_tensors(crops: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from piip_core.demo import classifier
 from piip_core.demo.classifier import DigitClassifier, run_classifier
@@ -38,6 +39,11 @@ def test_an_interrupted_run_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
     assert [entry["loss"] for entry in parts["history"]] == [entry["loss"] for entry in whole["history"]]
     torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
     assert all(path.is_file() for path in pictures) and len(pictures) == 3
+
+    state = load_file(tmp_path / "parts" / "backbone.safetensors")
+    names = {name: name.replace("backbone.", "backbone.features.", 1) for name in parts["model"]}
+    assert state.keys() == {new for old, new in names.items() if not old.startswith("head.")}
+    assert all(torch.equal(state[new], parts["model"][old]) for old, new in names.items() if new in state)
 
 
 def test_learns_a_few_digits_by_heart():
