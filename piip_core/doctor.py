@@ -61,7 +61,7 @@ LLAVA_NEEDS = {
     "deepspeed launcher, ZeRO": (*_TRAINING, "deepspeed"),
     "QLoRA": (*_TRAINING, "bitsandbytes"),
 }
-LLAVA_EXTRAS = ("llava", "llava-qlora")
+LLAVA_EXTRAS = ("llava", "llava-qlora", "deepspeed")
 
 ENVIRONMENT = ("CUDA_HOME", "FORCE_CUDA", "PIIP_DISABLE_EXTENSION", "PIIP_CPU_CAPABILITY", "OMP_NUM_THREADS")
 

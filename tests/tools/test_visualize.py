@@ -24,7 +24,7 @@ def tiny_zoo(monkeypatch):
         for dim, size in ((32, 64), (16, 128))
     )
     interaction = InteractionConfig(num_interactions=2, num_heads=4)
-    entry = zoo.ZooEntry(
+    entry = zoo.DetectionEntry(
         name="tiny",
         title="Tiny",
         table="none",
