@@ -41,7 +41,7 @@ from piip_core.flops import (
     padded_size,
     zoo_table,
 )
-from piip_core.memory import DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table, training_size
+from piip_core.memory import DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table
 from piip_core.pyramid import DensePIIP
 
 
@@ -119,7 +119,7 @@ def analyze_memory(args: argparse.Namespace) -> MemoryReport:
     given["batch_size"] = args.batch_size
     if not is_file_name(args.config):
         entry = zoo.get(args.config)
-        size = padded_size(*(args.input or training_size(entry)), entry.pad_divisor)
+        size = padded_size(*(args.input or entry.training_size), entry.pad_divisor)
         setting = Setting(input_size=size, **given)
         with torch.device("meta"):
             model = DensePIIP(entry.config)

@@ -147,7 +147,7 @@ def as_text(plan: Plan) -> str:
     header += [rule.key for rule in planner.RULES] + ["nearest published", "its box AP"]
     rows = [cells(plan, place, proposal) for place, proposal in enumerate(plan.proposals, 1)]
     table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
-    lines = [f"{plan.title}, baseline {plan.baseline.title}", "", table, ""]
+    lines = [f"{plan.title}, baseline {plan.baseline.title} {plan.baseline.resolution}", "", table, ""]
     lines += [f"- {rule.key}: {rule.text}. {rule.source[0].upper()}{rule.source[1:]}." for rule in planner.RULES]
     if plan.machine:
         lines += ["", f"Measured on {plan.machine.description}; backbone and feature pyramid, one image."]
@@ -192,7 +192,7 @@ _base = zoo.get("{BASE}")
 _row = dataclasses.replace(
     _base,
     name="{c.name}",
-    title="PIIP-{c.title}",
+    title="PIIP-{c.models}",
     config=zoo.deit_pyramid("{c.models}", {c.image_sizes}, window_size={c.window_size}),
     published=zoo.PublishedNumbers(),
     paper=zoo.PublishedNumbers(),

@@ -146,7 +146,7 @@ def _published_table(rows: list[ZooRow], link: Callable[[ZooRow], str], marks: M
         header,
         [
             [
-                f"{row.title.removesuffix(row.resolution).strip()} {marks.get(row.note, '')}".strip(),
+                f"{row.title} {marks.get(row.note, '')}".strip(),
                 row.resolution,
                 *(_score(row, name) for name in scores),
                 _scaled(row.params_printed, 1e6, "M", digits=0),

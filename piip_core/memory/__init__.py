@@ -5,7 +5,7 @@ communication from their number and the ZeRO stage (`model_states`).
 """
 
 from .dry_run import Activations, DryRun, Step, backbone_step, squares
-from .report import Estimate, MemoryReport, Setting, estimate_memory, memory_table, training_size
+from .report import Estimate, MemoryReport, Setting, estimate_memory, memory_table
 from .states import STAGES, ModelStates, model_states
 
 __all__ = [
@@ -22,5 +22,4 @@ __all__ = [
     "memory_table",
     "model_states",
     "squares",
-    "training_size",
 ]

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from .. import zoo
 from ..errors import ConfigError
 from .dry_run import Activations, DryRun, Precision, Step
 from .states import STAGES, ModelStates, Offload, model_states
 
-__all__ = ["Estimate", "MemoryReport", "Setting", "estimate_memory", "memory_table", "training_size"]
+__all__ = ["Estimate", "MemoryReport", "Setting", "estimate_memory", "memory_table"]
 
 GIB = 2**30
 RESERVE = 0.1
@@ -150,15 +149,6 @@ def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes:
         answer=_answer(params, setting, estimates),
         notes=tuple(notes),
     )
-
-
-def training_size(entry: zoo.ZooEntry) -> tuple[int, int]:
-    """Height and width of the largest (landscape) training image of a published model, before padding."""
-    if isinstance(entry, zoo.SegmentationEntry):
-        return entry.crop_size, entry.crop_size
-    if entry.training_crop is not None:
-        return entry.training_crop, entry.training_crop
-    return entry.short_side, entry.long_side
 
 
 def _total(states: ModelStates, activations: Activations, buffers: int) -> int:

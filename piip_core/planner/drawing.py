@@ -50,7 +50,7 @@ def _draw_published(axes: Axes, costs: list[float]) -> None:
             alike = sorted((row for row in members if same_models(row[0].config, first.config)), key=lambda row: row[1])
             if alike[0][0] is first:  # each combination of models once
                 axes.plot(*zip(*(row[1:] for row in alike), strict=True), color=colour, lw=1, alpha=0.6)
-                names.append((first.title.removesuffix(first.resolution).strip(), alike[-1][1:], colour))
+                names.append((first.title, alike[-1][1:], colour))
     axes.set_xlim(min([row[1] for row in rows] + costs) * 0.5, max([row[1] for row in rows] + costs) * 2)
     axes.set_ylabel("published COCO box AP (Mask R-CNN)")
     axes.grid(alpha=0.25)

@@ -23,7 +23,7 @@ def _row(sizes: str, paper: PublishedNumbers | None = None, **facts: Any) -> Det
     return DetectionEntry(
         name=f"{backbone}_cascade_{schedule}",
         backbone=backbone,
-        title=f"PIIP-{sizes}, {'3x + MS' if facts else '1x'} {'/'.join(map(str, _IMAGE_SIZES))}",
+        title=f"PIIP-{sizes}, {'3x + MS' if facts else '1x'}",
         table=TABLE,
         config=deit_pyramid(sizes, _IMAGE_SIZES, window_size=14 if sizes == "TSB" else 28),
         paper=paper or PublishedNumbers(),

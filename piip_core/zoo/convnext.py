@@ -57,7 +57,7 @@ def _hybrid_row(kinds: str, box_ap: float, mask_ap: float, flops_g: float) -> De
     parts = [f"{kind}{size}" for kind, size in zip(kinds, _IMAGE_SIZES, strict=True)]
     return DetectionEntry(
         name="_".join(["piip", *(part.lower() for part in parts), *map(str, _IMAGE_SIZES.values())]),
-        title=f"PIIP-{'-'.join(parts)} {'/'.join(map(str, _IMAGE_SIZES.values()))}",
+        title=f"PIIP-{'-'.join(parts)}",
         table=TABLE,
         config=hybrid_pyramid(kinds),
         published=PublishedNumbers(box_ap=box_ap, mask_ap=mask_ap, flops_g=flops_g),
@@ -75,7 +75,7 @@ def _baseline_row() -> DetectionEntry:
     branch = _convnext_branch("B", 1024, drop_path_rate=0.0, segments=False)
     return DetectionEntry(
         name="convnext_b_1024",
-        title="ConvNeXt-B 1024",
+        title="ConvNeXt-B",
         table=TABLE,
         config=PIIPConfig(
             branches=(branch,),

@@ -57,7 +57,7 @@ def tsbl_as_released(config: PIIPConfig) -> PIIPConfig:
 def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper: PublishedNumbers) -> DetectionEntry:
     return DetectionEntry(
         name=f"vit_{size.lower()}_{image_size}",
-        title=f"ViT-{size} {image_size}",
+        title=f"ViT-{size}",
         table=TABLE,
         config=baseline(size, image_size),
         published=published,
@@ -75,7 +75,7 @@ def _pyramid_row(
 ) -> DetectionEntry:
     return DetectionEntry(
         name="_".join(["piip", sizes.lower(), *map(str, image_sizes)]),
-        title=f"PIIP-{sizes} {'/'.join(map(str, image_sizes))}",
+        title=f"PIIP-{sizes}",
         table=TABLE,
         config=deit_pyramid(sizes, image_sizes, window_size=14 if sizes == "TSB" else 28),
         published=published,

@@ -27,7 +27,7 @@ def _row(backbone: str, title: str, config: PIIPConfig, **facts: Any) -> Detecti
     return DetectionEntry(
         name=f"{backbone}_dino",
         backbone=backbone,
-        title=f"{title} {'/'.join(str(branch.image_size) for branch in reversed(config.branches))}",
+        title=title,
         table=TABLE,
         config=dataclasses.replace(config, merging=_MERGING),
         detector="dino",

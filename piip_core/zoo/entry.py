@@ -49,7 +49,7 @@ class ZooEntry:
     Args:
         name: Name in this project, for example `piip_tsb_1568_1120_672`.
         backbone: Name of the backbone, where several rows share it; None for `name`.
-        title: Name in the published table.
+        title: Name in the published table, without the image sizes.
         table: Published table that the row stands in.
         config: The backbone.
         note: What to know about the printed numbers.
@@ -114,6 +114,11 @@ class ZooEntry:
         return "/".join(str(branch.image_size) for branch in reversed(self.config.branches))
 
     @property
+    def training_size(self) -> tuple[int, int]:
+        """Height and width of the largest (landscape) training image, before padding."""
+        raise NotImplementedError
+
+    @property
     def num_layers(self) -> int:
         """Depth of Branch 1, over which the learning rate decays."""
         return self.config.branches[0].network.depth
@@ -163,6 +168,12 @@ class DetectionEntry(ZooEntry):
         return f"{self.epochs // 12}x" + ("_ms" if self.training_crop is not None else "")
 
     @property
+    def training_size(self) -> tuple[int, int]:
+        if self.training_crop is not None:
+            return self.training_crop, self.training_crop
+        return self.short_side, self.long_side
+
+    @property
     def long_side(self) -> int:
         """Longest side of a resized test image."""
         return self._scale[0]
@@ -209,6 +220,10 @@ class SegmentationEntry(ZooEntry):
     def schedule(self) -> str:
         """Length of the training in thousand iterations: "80k"."""
         return f"{self.iterations // 1000}k"
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        return self.crop_size, self.crop_size
 
     @property
     def crop_size(self) -> int:

@@ -25,8 +25,7 @@ def lh6b_speedup() -> PIIPConfig:
 
 def _row(name: str, title: str, config: PIIPConfig, **facts: Any) -> DetectionEntry:
     facts = {"pad_divisor": 64, "training_crop": config.branches[-1].image_size, **facts}
-    resolution = "/".join(str(branch.image_size) for branch in reversed(config.branches))
-    return DetectionEntry(name=name, title=f"{title} {resolution}", table=TABLE, config=config, **facts)
+    return DetectionEntry(name=name, title=title, table=TABLE, config=config, **facts)
 
 
 def _lh6b_row(image_size: int, box_ap: float, mask_ap: float, params_m: float, flops_g: float) -> DetectionEntry:

@@ -67,7 +67,7 @@ def _row(key: str, pretraining: str, makers: str, box_ap: float, mask_ap: float)
     branches = tuple(_MAKERS[maker](size) for maker, size in zip(makers.split(), "LBS", strict=True))
     return DetectionEntry(
         name=f"piip_sbl_{key}_1568_1120_672",
-        title=f"PIIP-SBL, {pretraining} 1568/1120/672",
+        title=f"PIIP-SBL, {pretraining}",
         table=TABLE,
         config=PIIPConfig(branches=branches),
         published=PublishedNumbers(box_ap=box_ap, mask_ap=mask_ap),
@@ -88,7 +88,7 @@ def _speedup_row() -> DetectionEntry:
     """Released beside the AugReg model: lighter interactions, and MLPs that approximate GELU."""
     config = PIIPConfig(branches=tuple(map(fused_mlp, map(_augreg, "LBS"))), interaction=LIGHT_INTERACTION)
     name = "piip_sbl_augreg384_speedup_1568_1120_672"
-    return DetectionEntry(name=name, title="PIIP-SBL, AugReg (384), speed-up 1568/1120/672", table=TABLE, config=config)
+    return DetectionEntry(name=name, title="PIIP-SBL, AugReg (384), speed-up", table=TABLE, config=config)
 
 
 ENTRIES = (

@@ -15,9 +15,8 @@ TABLE = "UperNet (ADE20K)"
 
 
 def _row(name: str, title: str, config: PIIPConfig, **facts: Any) -> SegmentationEntry:
-    resolution = "/".join(str(branch.image_size) for branch in reversed(config.branches))
     config = dataclasses.replace(config, branches=tuple(map(with_own_grid, config.branches)))
-    return SegmentationEntry(name=name, title=f"{title} {resolution}", table=TABLE, config=config, **facts)
+    return SegmentationEntry(name=name, title=title, table=TABLE, config=config, **facts)
 
 
 def _h6b_row(image_size: int, miou: float, params_m: float, flops_g: float) -> SegmentationEntry:
