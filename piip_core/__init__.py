@@ -1,5 +1,7 @@
 """Parameter-Inverted Image Pyramid Networks: branches, interactions, merging and the operator that joins them."""
 
+from .classifier import PIIPClassifier
+from .classifier_config import ClassifierConfig
 from .config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
 from .errors import ConfigError, UserError
 from .networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
@@ -10,11 +12,13 @@ __all__ = [
     "PIIP",
     "BEiTConfig",
     "BranchConfig",
+    "ClassifierConfig",
     "ConfigError",
     "ConvNeXtConfig",
     "DensePIIP",
     "InteractionConfig",
     "MergingConfig",
+    "PIIPClassifier",
     "PIIPConfig",
     "TimmConfig",
     "UniPerceiverConfig",

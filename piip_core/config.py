@@ -47,7 +47,7 @@ class BranchConfig:
         image_size: Image side in pixels the branch is meant for. Only ratios between branches matter: branch i sees
             the input resized by `image_size_i / largest image_size`.
         segments: First and last block (inclusive, from 0) that run before each interaction. None spreads the blocks
-            evenly. They must cover all blocks in order.
+            evenly. In order and without gaps; blocks behind the last segment run at the end.
         window_size: Side of the attention windows in tokens; None for global attention; a sequence gives one entry
             per block.
         window_padding: Where token maps that are no multiple of the window are padded with zeros. "before_qkv" is
@@ -105,12 +105,12 @@ class BranchConfig:
             )
 
     def _check_segments(self, segments: tuple[tuple[int, int], ...]) -> None:
-        expected = f"consecutive [first, last] pairs that cover blocks 0 to {self.network.depth - 1}"
+        expected = f"consecutive [first, last] pairs of blocks 0 to {self.network.depth - 1}"
         start = 0
         for pair in segments:
             check(len(pair) == 2 and pair[0] == start and pair[1] >= start - 1, "segments", segments, expected)
             start = pair[1] + 1
-        check(not segments or start == self.network.depth, "BranchConfig.segments", segments, expected)
+        check(start <= self.network.depth, "BranchConfig.segments", segments, expected)
 
     @property
     def window_sizes(self) -> tuple[int | None, ...]:

@@ -1,8 +1,8 @@
 """Branch merging and feature pyramids (paper section III-C).
 
 `BranchMerging` turns the maps of all branches into one (equations 3 and 4), `FeaturePyramid` makes the levels that
-detectors and segmentors expect, `ClassificationMerging` one vector of class scores, `TokenMerging` the visual tokens of
-a multimodal language model.
+detectors and segmentors expect, `ClassificationHeads` and `ClassificationMerging` class scores, `TokenMerging` the
+visual tokens of a multimodal language model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .validation import check_choice
 
-__all__ = ["BranchMerging", "ClassificationMerging", "FeaturePyramid", "TokenMerging"]
+__all__ = ["BranchMerging", "ClassificationHeads", "ClassificationMerging", "FeaturePyramid", "TokenMerging"]
 
 GROUP_NORM_EPS = 1e-5
 LAYER_NORM_EPS = 1e-6
@@ -149,6 +149,45 @@ def _check_groups(dim: int, num_groups: int) -> None:
         raise ConfigError(f"num_groups={num_groups}: expected a divisor of the merged width {dim}")
 
 
+class ClassificationHeads(nn.Module):
+    """One norm and linear classifier per branch, as its pretrained network has; the scores are averaged (III-C).
+
+    Args:
+        norms: Final norm of every branch's network, Branch 1 first.
+        dims: Width of every branch.
+        num_classes: Number of classes; 0 for none, to get pooled features.
+        drop_rate: Dropout before the classifiers.
+    """
+
+    def __init__(
+        self, norms: Sequence[nn.Module], dims: Sequence[int], num_classes: int, *, drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_features = sum(dims)
+        self.dims = tuple(dims)
+        self.norms = nn.ModuleDict({str(number): norm for number, norm in enumerate(norms, 1)})
+        self.drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Gives every branch a new classifier; 0 classes: none."""
+        self.classifiers = nn.ModuleDict(
+            {str(number): _classifier(dim, num_classes) for number, dim in enumerate(self.dims, 1) if num_classes}
+        )
+
+    def forward(self, tokens: Sequence[Tensor], *, pre_logits: bool = False) -> Tensor:
+        """Tokens of every branch, (B, N_i, C_i), to logits (B, num_classes), the tokens of a branch averaged.
+
+        With `pre_logits`, or without classes, it gives the pooled features of all branches side by side,
+        (B, num_features).
+        """
+        pooled = [self.drop(norm(x).mean(dim=1)) for norm, x in zip(self.norms.values(), tokens, strict=True)]
+        if pre_logits or not self.classifiers:
+            return torch.cat(pooled, dim=1)
+        logits = [classifier(x) for classifier, x in zip(self.classifiers.values(), pooled, strict=True)]
+        return sum(logits) / len(logits)
+
+
 class ClassificationMerging(nn.Module):
     """Merged classification head (from-scratch PIIP-B): merge all branches, average over positions, one linear.
 
@@ -156,33 +195,58 @@ class ClassificationMerging(nn.Module):
 
     Args:
         dims: Width of every branch, Branch 1 first.
-        num_classes: Number of classes.
+        num_classes: Number of classes; 0 for none, to get pooled features.
         num_groups: Groups of the group norms.
+        grid: Number of the branch whose grid the sum has, one with the largest image; None for the last.
+        drop_rate: Dropout before the classifier.
     """
 
-    def __init__(self, dims: Sequence[int], num_classes: int, *, num_groups: int = 32) -> None:
+    def __init__(
+        self,
+        dims: Sequence[int],
+        num_classes: int,
+        *,
+        num_groups: int = 32,
+        grid: int | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         for dim in dims:
             _check_groups(dim, num_groups)
-        self.projections = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(num_groups, dim),
-                *([] if i == 0 else [nn.Conv2d(dim, dims[0], 1), nn.GroupNorm(num_groups, dims[0])]),
-            )
-            for i, dim in enumerate(dims)
-        )
-        self.weights = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in dims)
+        self.grid = len(dims) if grid is None else grid
+        self.num_features = dims[0]
+        self.projections = nn.ModuleDict()
+        for number, dim in enumerate(dims, 1):
+            project = [nn.Conv2d(dim, dims[0], 1), nn.GroupNorm(num_groups, dims[0])] if number > 1 else []
+            self.projections[str(number)] = nn.Sequential(nn.GroupNorm(num_groups, dim), *project)
+        self.weights = nn.ParameterDict({number: nn.Parameter(torch.ones(())) for number in self.projections})
         self.norm = LayerNorm2d(dims[0], eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(dims[0], num_classes)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes)
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps of all branches, (B, C_i, H_i, W_i), to logits (B, num_classes)."""
-        size = maps[-1].shape[-2:]
-        merged = sum(
-            weight * F.interpolate(projection(x), size=size, mode="bilinear", align_corners=False)
-            for weight, projection, x in zip(self.weights, self.projections, maps, strict=True)
-        )
-        return self.head(self.norm(merged).mean(dim=(-2, -1)))
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a new one; 0 classes: by none."""
+        self.classifier = _classifier(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, maps: Sequence[Tensor], *, pre_logits: bool = False) -> Tensor:
+        """Maps of all branches, (B, C_i, H_i, W_i), to logits (B, num_classes).
+
+        With `pre_logits`, or without classes, it gives the pooled features, (B, C_1).
+        """
+        size = maps[self.grid - 1].shape[-2:]
+        merged = None
+        for (number, projection), x in zip(self.projections.items(), maps, strict=True):
+            x = F.interpolate(projection(x), size=size, mode="bilinear", align_corners=False) * self.weights[number]
+            merged = x if merged is None else merged + x
+        pooled = self.drop(self.norm(merged).mean(dim=(-2, -1)))
+        return pooled if pre_logits else self.classifier(pooled)
+
+
+def _classifier(dim: int, num_classes: int) -> nn.Linear:
+    linear = nn.Linear(dim, num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class TokenMerging(nn.Module):

@@ -78,6 +78,13 @@ class PIIP(nn.Module):
             The final map of every branch, and for each interaction in `after` the map of every branch behind it, all
             (B, C_i, H_i, W_i).
         """
+        states, intermediates = self.forward_states(image, after)
+        return _to_maps(states), {k: _to_maps(found) for k, found in intermediates.items()}
+
+    def forward_states(
+        self, image: Tensor, after: Collection[int] = ()
+    ) -> tuple[list[BranchState], dict[int, list[BranchState]]]:
+        """As `forward_intermediates`, with what maps leave out: class tokens. Token maps are channels last."""
         states = [
             branch.embed(resize_for_branch(image, factor))
             for branch, factor in zip(self.branches, self.factors, strict=True)
@@ -88,10 +95,8 @@ class PIIP(nn.Module):
             tokens = self._exchange(interaction, [state.tokens for state in states])
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
-                intermediates[k] = _to_maps(states)
-        if not self.interactions:
-            states = [b.run(state, 0, b.num_blocks) for b, state in zip(self.branches, states, strict=True)]
-        return _to_maps(states), intermediates
+                intermediates[k] = states
+        return [self._finish(i, state) for i, state in enumerate(states)], intermediates
 
     def forward_blocks(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Maps of Branch 1 behind the named blocks, (B, C, H, W) each, in that order, without any interaction."""
@@ -105,6 +110,11 @@ class PIIP(nn.Module):
     def _run(self, index: int, state: BranchState, interaction: int) -> BranchState:
         first, last = self.segments[index][interaction]
         return self.branches[index].run(state, first, last + 1)
+
+    def _finish(self, index: int, state: BranchState) -> BranchState:
+        """Runs the blocks that no interaction follows."""
+        branch, segments = self.branches[index], self.segments[index]
+        return branch.run(state, segments[-1][1] + 1 if segments else 0, branch.num_blocks)
 
     def _exchange(self, interaction: Interaction, tokens: list[Tensor]) -> list[Tensor]:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -147,7 +157,7 @@ class DensePIIP(nn.Module):
         self.merging = _MergingSet(self.pyramid) if merging.kind != "single" else None
         levels = len(merging.out_strides)
         if merging.kind == "regular":
-            points = [*merging.intermediate_after, config.num_interactions - 1]
+            points = [*merging.intermediate_after, None]
             dims = [config.dims_after(k)[0] for k in points]
             strides = [config.strides_after(k)[config.largest_image - 1] for k in points]
         elif merging.out_blocks is not None:
