@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from ..errors import ConfigError
 from . import cascade, convnext, deit, dino, large, pretraining, segmentation
+from .classification import ENTRIES as _CLASSIFICATION_ENTRIES
+from .classification import ClassificationEntry, ClassificationNumbers
 from .deit import baseline, deit_pyramid, tsbl_as_released
 from .entry import DetectionEntry, PublishedNumbers, SegmentationEntry, ZooEntry
 from .multimodal import ENTRIES as _MULTIMODAL_ENTRIES
@@ -19,6 +21,8 @@ from .networks import VIT
 
 __all__ = [
     "VIT",
+    "ClassificationEntry",
+    "ClassificationNumbers",
     "DetectionEntry",
     "MultimodalEntry",
     "MultimodalScores",
@@ -26,6 +30,8 @@ __all__ = [
     "SegmentationEntry",
     "ZooEntry",
     "baseline",
+    "classification",
+    "classification_entries",
     "deit_pyramid",
     "entries",
     "get",
@@ -45,6 +51,7 @@ _ENTRIES = (
     *segmentation.ENTRIES,
 )
 _BY_NAME = {entry.name: entry for entry in _ENTRIES}
+_CLASSIFICATION_BY_NAME = {entry.name: entry for entry in _CLASSIFICATION_ENTRIES}
 _MULTIMODAL_BY_NAME = {entry.name: entry for entry in _MULTIMODAL_ENTRIES}
 _Entry = TypeVar("_Entry")
 
@@ -66,6 +73,20 @@ def get(name: str) -> ZooEntry:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
     return _find(name, _BY_NAME)
+
+
+def classification_entries() -> tuple[ClassificationEntry, ...]:
+    """All published classifiers, in the order of the tables."""
+    return _CLASSIFICATION_ENTRIES
+
+
+def classification(name: str) -> ClassificationEntry:
+    """A published classifier by name.
+
+    Raises:
+        ConfigError: For an unknown name; the message lists the closest ones.
+    """
+    return _find(name, _CLASSIFICATION_BY_NAME)
 
 
 def multimodal_entries() -> tuple[MultimodalEntry, ...]:
