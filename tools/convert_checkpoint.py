@@ -31,10 +31,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*zoo.names(), *(entry.name for entry in zoo.classification_entries())]
     parser.add_argument("source", help="file, index or folder")
     parser.add_argument("target", help=".pth or .safetensors file to write")
     parser.add_argument(
-        "--config", metavar="NAME", help=f"a .json with PIIPConfig.to_dict(), or one of {', '.join(zoo.names())}"
+        "--config",
+        metavar="NAME",
+        help="a .json with PIIPConfig.to_dict() or ClassifierConfig.to_dict(), or one of " + ", ".join(names),
     )
     parser.add_argument("--backbone-only", action="store_true", help="leave neck and heads out")
     parser.add_argument("--to-public", action="store_true", help="convert to the published names")
@@ -48,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--master-weights", action="store_true", help="of a DeepSpeed folder, take the optimizer's fp32 weights"
     )
+    parser.add_argument("--ema", action="store_true", help="of a classifier, take the moving average of the weights")
     parser.add_argument("--allow-incomplete", action="store_true", help="write although keys have no explanation")
     parser.add_argument(
         "--unsafe-pickle", action="store_true", help="read files with Python objects; these can run any code"
@@ -73,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             allow_incomplete=args.allow_incomplete,
             unsafe_pickle=args.unsafe_pickle,
             master_weights=args.master_weights,
+            ema=args.ema,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
         )
     except UserError as error:

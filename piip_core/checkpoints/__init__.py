@@ -5,7 +5,7 @@ from .convert_file import Conversion, convert_file, read_config
 from .files import CheckpointFile, read_checkpoint, write_checkpoint
 from .names import PublishedNames
 from .pretrained import convert_pretrained, load_branch, load_pretrained
-from .public_config import PublishedModel, config_from_public
+from .public_config import PublishedModel, classifier_from_public, config_from_public
 from .recognise import recognise
 from .report import ConversionReport
 
@@ -15,6 +15,7 @@ __all__ = [
     "ConversionReport",
     "PublishedModel",
     "PublishedNames",
+    "classifier_from_public",
     "config_from_public",
     "convert_file",
     "convert_pretrained",

@@ -141,7 +141,6 @@ _MARKERS = {
 }
 
 _DEFAULT_CLASSES: Mapping[type[NetworkConfig], str] = {
-    ViTConfig: "deit",
     BEiTConfig: "beit",
     UniPerceiverConfig: "uniperceiver",
     ConvNeXtConfig: "convnext",
@@ -172,9 +171,12 @@ class Unused:
 def branch_rules(branch_class: str, network: NetworkConfig) -> tuple[Rule, ...]:
     """Rules for a branch of a published class, with a certain network."""
     rules = BRANCH_CLASSES[branch_class]
-    if branch_class == "clip" and not getattr(network, "class_token", True):
+    class_token = getattr(network, "class_token", False)
+    if branch_class == "clip" and not class_token:
         (position,) = (rule for rule in rules if rule.ours == "pos_embed")
         return (replace(position, change=Change.POSITION_TABLE_SLOT), *rules)
+    if branch_class in ("deit", "internvit") and class_token:  # in classifiers
+        return (*rules, *rename_parts("cls_token"))
     return rules
 
 
@@ -194,8 +196,8 @@ def branch_class_of(keys: Sequence[str]) -> str:
 def default_branch_class(branch: BranchConfig) -> str:
     """Published class for a branch of ours.
 
-    Two classes hold plain vision transformers: one has the same stochastic depth in all blocks (DeiT), the other lets
-    it grow (InternViT, AugReg, MAE, DINOv2).
+    Two classes hold plain vision transformers: one has layer scales and the same stochastic depth in all blocks (DeiT),
+    the other lets it grow, or has no layer scales (InternViT, AugReg, MAE, DINOv2).
 
     Raises:
         NotSupportedYet: For networks that no published class holds.
@@ -203,8 +205,9 @@ def default_branch_class(branch: BranchConfig) -> str:
     network = branch.network
     if isinstance(network, ViTConfig) and network.pre_norm:
         return "clip"
-    if isinstance(network, ViTConfig) and (network.qk_norm or branch.drop_path_schedule == "linear"):
-        return "internvit"
+    if isinstance(network, ViTConfig):
+        grows = branch.drop_path_schedule == "linear"
+        return "internvit" if network.qk_norm or grows or network.layer_scale is None else "deit"
     try:
         return _DEFAULT_CLASSES[type(network)]
     except KeyError:

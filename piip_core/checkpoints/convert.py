@@ -10,7 +10,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from ..classifier import PIIPClassifier
+from ..classifier_config import ClassifierConfig
 from ..config import PIIPConfig
+from ..errors import CheckpointError
 from ..pyramid import PIIP, DensePIIP
 from .branch_names import branch_class_of, default_branch_class
 from .head_names import HEADS
@@ -28,35 +31,45 @@ OUTSIDE = "not part of the backbone, which alone was asked for"
 
 
 @lru_cache(maxsize=64)  # more than the zoo has: recognising a file may need many
-def model_shapes(config: PIIPConfig) -> Mapping[str, torch.Size]:
-    """Name and shape of every tensor of `DensePIIP(config)`, without allocating it.
+def model_shapes(config: PIIPConfig | ClassifierConfig) -> Mapping[str, torch.Size]:
+    """Name and shape of every tensor of `DensePIIP(config)` or `PIIPClassifier(config)`, without allocating it.
 
     Without merging, those of a module whose `pyramid` is `PIIP(config)`.
     """
     with torch.device("meta"):
-        model = DensePIIP(config) if config.merging is not None else nn.ModuleDict({"pyramid": PIIP(config)})
+        if isinstance(config, ClassifierConfig):
+            model = PIIPClassifier(config)
+        elif config.merging is not None:
+            model = DensePIIP(config)
+        else:
+            model = nn.ModuleDict({"pyramid": PIIP(config)})
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return MappingProxyType(shapes)
 
 
-def published_names(config: PIIPConfig | None, keys: Collection[str], *, backbone_only: bool = False) -> PublishedNames:
+def published_names(
+    config: PIIPConfig | ClassifierConfig | None, keys: Collection[str], *, backbone_only: bool = False
+) -> PublishedNames:
     """The name map for a configuration and the key names of a published file.
 
     Branch classes, the detector and the prefix of the backbone are recognised by the keys.
 
     Args:
-        config: Configuration of the backbone; None if the file holds heads alone.
+        config: Configuration of the backbone or classifier; None if the file holds heads alone.
         keys: Names in the file.
         backbone_only: Give our names relative to `DensePIIP`, not to a Detectron2 model.
 
     Raises:
+        CheckpointError: If a classifier reads class tokens.
         NotSupportedYet: If a branch is of a family without a name table.
     """
     if config is None:
         return PublishedNames(None, detector=detector_of(keys))
+    if isinstance(config, ClassifierConfig):
+        _check_published_form(config)
     prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in keys) else ""
     inside = {key.removeprefix(prefix): () for key in keys if key.startswith(prefix)}
-    count = len(config.branches)
+    count = len(_pyramid(config).branches)
     numbers = [None] if count == 1 else range(1, count + 1)
     detector = None if backbone_only or not prefix else detector_of(keys)
     return PublishedNames(
@@ -68,23 +81,42 @@ def published_names(config: PIIPConfig | None, keys: Collection[str], *, backbon
     )
 
 
-def our_names(config: PIIPConfig, keys: Collection[str], branch_classes: Sequence[str] | None = None) -> PublishedNames:
+def our_names(
+    config: PIIPConfig | ClassifierConfig, keys: Collection[str], branch_classes: Sequence[str] | None = None
+) -> PublishedNames:
     """The name map for a configuration and the key names of a file of ours.
 
     Args:
-        config: Configuration of the backbone.
-        keys: Names in the file: of `DensePIIP`, or of a Detectron2 model.
+        config: Configuration of the backbone or classifier.
+        keys: Names in the file: of `DensePIIP`, `PIIPClassifier`, or of a Detectron2 model.
         branch_classes: Published class of each branch; None for `default_branch_class`. Our names do not tell.
+
+    Raises:
+        CheckpointError: If a classifier reads class tokens.
     """
+    if isinstance(config, ClassifierConfig):
+        _check_published_form(config)
     places = {head.backbone for head in HEADS.values()}
     prefix = next((place for place in places if any(key.startswith(place) for key in keys)), "")
     return PublishedNames(
         config,
-        branch_classes=tuple(branch_classes or map(default_branch_class, config.branches)),
+        branch_classes=tuple(branch_classes or map(default_branch_class, _pyramid(config).branches)),
         detector=detector_of(keys, ours=True) if prefix else None,
         ours_prefix=prefix,
         published_prefix=PUBLISHED_BACKBONE if prefix else "",
     )
+
+
+def _pyramid(config: PIIPConfig | ClassifierConfig) -> PIIPConfig:
+    return config.pyramid if isinstance(config, ClassifierConfig) else config
+
+
+def _check_published_form(config: ClassifierConfig) -> None:
+    if config.head == "separate" and config.pooling != "first_patch":
+        raise CheckpointError(
+            f"a classifier with pooling={config.pooling!r} has no published form: expected pooling='first_patch', and "
+            "networks with class_position=False"
+        )
 
 
 def detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:
@@ -100,7 +132,7 @@ def detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:
 
 def from_published(
     state: Mapping[str, Tensor],
-    config: PIIPConfig | None,
+    config: PIIPConfig | ClassifierConfig | None,
     *,
     names: PublishedNames | None = None,
     backbone_only: bool = False,
@@ -111,7 +143,7 @@ def from_published(
 
     Args:
         state: With the prefix `backbone.` and perhaps a detector's neck and heads, or a bare backbone, or heads alone.
-        config: The backbone it belongs to; None for heads alone.
+        config: The backbone or classifier it belongs to; None for heads alone.
         names: The name map; None recognises a detection model's by the keys (`published_names`).
         backbone_only: Leave neck and heads out, and give names relative to `DensePIIP`.
         dtype: Type for floating-point tensors (bf16 runs leave mixed types behind); None keeps what the file has.

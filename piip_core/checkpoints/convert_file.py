@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import zoo
+from ..classifier_config import ClassifierConfig
 from ..config import PIIPConfig
 from ..errors import CheckpointError
 from .convert import from_published, our_names, published_names, to_published
@@ -46,13 +47,14 @@ def convert_file(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    config: PIIPConfig | None = None,
+    config: PIIPConfig | ClassifierConfig | None = None,
     to_public: bool = False,
     branch_classes: Sequence[str] | None = None,
     backbone_only: bool = False,
     allow_incomplete: bool = False,
     unsafe_pickle: bool = False,
     master_weights: bool = False,
+    ema: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Conversion:
     """Converts a published checkpoint to ours, or back; the target appears once it is complete.
@@ -61,13 +63,15 @@ def convert_file(
         source: A .pth or .safetensors file, a sharded checkpoint or a DeepSpeed folder; see `read_checkpoint`.
         target: File to write, .pth or .safetensors; a large .safetensors in shards, see `write_checkpoint`. Ours has
             the weights under "model", as Detectron2 reads them, and a description with which it converts back.
-        config: The backbone. None takes the file's description, or recognises a model of the zoo by its shapes.
+        config: The backbone or classifier. None takes the file's description, or recognises a model of the zoo by its
+            shapes.
         to_public: Convert to the published names.
         branch_classes: With `to_public`: published class of each branch, where the file has no description.
         backbone_only: Leave neck and heads out, and give names relative to `DensePIIP`.
         allow_incomplete: Write although keys have no explanation; the report lists them.
         unsafe_pickle: Allow Python objects in the source; see `read_checkpoint`.
         master_weights: Take the fp32 weights of a DeepSpeed checkpoint; see `read_checkpoint`.
+        ema: Take the moving average of the weights; see `read_checkpoint`.
         dtype: Type for the floating-point tensors; None keeps that of each.
 
     Raises:
@@ -75,13 +79,18 @@ def convert_file(
             of `dtype`.
         NotSupportedYet: If the model has parts that this version does not know.
     """
-    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights)
+    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights, ema=ema)
     if to_public:
         names, model = _names_of_ours(file, config, branch_classes)
         state, report = to_published(file.state, names, source=str(source))
         wrapper, description = "state_dict", None
     else:
         config, model = _config_of_published(file, config)
+        if backbone_only and isinstance(config, ClassifierConfig):
+            raise CheckpointError(
+                f"{source}: holds a classifier: expected no --backbone-only. Detectors and segmentors take the pyramid "
+                "out of the whole converted file (train.init_checkpoint)"
+            )
         state, report = from_published(file.state, config, backbone_only=backbone_only, dtype=None, source=str(source))
         wrapper = "model"
         description = published_names(config, file.state, backbone_only=backbone_only).to_dict()
@@ -113,18 +122,22 @@ def _cast_tensor(key: str, entry: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(entry.shape, dtype, load)
 
 
-def read_config(text: str) -> PIIPConfig:
-    """A configuration by its name in the zoo, or from a .json file with `PIIPConfig.to_dict()`.
+def read_config(text: str) -> PIIPConfig | ClassifierConfig:
+    """A configuration by its name in the zoo, or from a .json file with its `to_dict()`.
 
     Raises:
         ConfigError: For an unknown name or wrong fields.
     """
     if not text.endswith(".json"):
-        return zoo.get(text).config
-    return PIIPConfig.from_dict(json.loads(Path(text).read_text()))
+        classifiers = {entry.name: entry.config for entry in zoo.classification_entries()}
+        return classifiers[text] if text in classifiers else zoo.get(text).config
+    data = json.loads(Path(text).read_text())
+    return (ClassifierConfig if "pyramid" in data else PIIPConfig).from_dict(data)
 
 
-def _config_of_published(file: CheckpointFile, config: PIIPConfig | None) -> tuple[PIIPConfig, str]:
+def _config_of_published(
+    file: CheckpointFile, config: PIIPConfig | ClassifierConfig | None
+) -> tuple[PIIPConfig | ClassifierConfig, str]:
     shapes = file.state.shapes()
     if config is not None:
         return fit_variant(shapes, config), "the given configuration"
@@ -137,7 +150,7 @@ def _config_of_published(file: CheckpointFile, config: PIIPConfig | None) -> tup
 
 
 def _names_of_ours(
-    file: CheckpointFile, config: PIIPConfig | None, branch_classes: Sequence[str] | None
+    file: CheckpointFile, config: PIIPConfig | ClassifierConfig | None, branch_classes: Sequence[str] | None
 ) -> tuple[PublishedNames, str]:
     if config is not None:
         return our_names(config, file.state, branch_classes), "the given configuration"

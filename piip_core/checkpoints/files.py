@@ -17,7 +17,7 @@ __all__ = ["CheckpointFile", "load_torch_file", "read_checkpoint", "write_checkp
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], *, unsafe_pickle: bool = False, master_weights: bool = False
+    path: str | os.PathLike[str], *, unsafe_pickle: bool = False, master_weights: bool = False, ema: bool = False
 ) -> CheckpointFile:
     """Reads a state dict; each of its tensors from the file when it is asked for, so that large ones fit.
 
@@ -27,6 +27,7 @@ def read_checkpoint(
         unsafe_pickle: Allow Python objects in PyTorch files. Reading such a file can run any code that its author
             put into it; never needed for a plain state dict, nor for what DeepSpeed itself stores.
         master_weights: Of a DeepSpeed checkpoint, take the optimizer's fp32 weights instead of the model's.
+        ema: Of a classifier's PyTorch file, take the moving average of the weights, which lies beside them.
 
     Raises:
         CheckpointError: If it does not exist, cannot be read or holds no state dict; the message names the file.
@@ -41,6 +42,8 @@ def read_checkpoint(
         file = read_deepspeed(folder, unsafe_pickle=unsafe_pickle, master_weights=master_weights)
     elif master_weights:
         raise CheckpointError(f"{path}: master weights (--master-weights) are in DeepSpeed folders only")
+    elif ema:
+        file = read_single(path, unsafe_pickle, ema=True)
     else:
         source = find_in_folder(path) if path.is_dir() else path
         read = read_sharded if source.name.endswith(INDEX_SUFFIX) else read_single

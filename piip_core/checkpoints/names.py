@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..classifier_config import ClassifierConfig
 from ..config import MergingConfig, PIIPConfig
 from .branch_names import Unused, branch_rules, unused_branch_tensors
 from .head_names import HEADS
-from .rules import Rule, RuleTable, rename_parts
+from .rules import Change, Rule, RuleTable, rename_parts
 
 __all__ = ["PublishedNames", "injection_rules", "projector_rules", "unit_rules"]
 
@@ -32,6 +33,19 @@ _INJECTION = rename_parts(
 
 # In a published unit "1" is the branch with the lower number, whichever two branches it joins
 _DIRECTIONS = {"into_low": "branch2to1", "into_high": "branch1to2"}
+
+# Below the classifier on both sides: heads of the branches, or the merged one
+_HEADS = {
+    "separate": rename_parts(("head.norms.*.*", "branch*.norm.*"), ("head.classifiers.*.*", "branch*.head.*")),
+    "merged": (
+        *rename_parts(("head.projections.1.0.*", "merge_branch1.*"), ("head.weights.1", "w1")),
+        *rename_parts(*((f"head.projections.*.{i}.*", f"merge_branch*.{2 * i}.*") for i in (0, 2))),
+        Rule("head.projections.*.1.weight", "merge_branch*.2.weight", Change.POINTWISE_KERNEL),
+        *rename_parts(("head.projections.*.1.bias", "merge_branch*.2.bias")),
+        *(Rule(f"head.weights.{number}", f"w{number}") for number in range(2, 5)),
+        *rename_parts(("head.norm.*", "cls_norm.*"), ("head.classifier.*", "cls_head.*")),
+    ),
+}
 
 # Stride of the map that a published module makes: fpn1, fpn2 (up1, up2 in single-branch baselines)
 _PYRAMID_MODULES = {4: "1", 8: "2"}
@@ -69,7 +83,7 @@ class PublishedNames:
     """The complete name map for one configuration.
 
     Args:
-        config: The backbone; None for files with nothing but heads.
+        config: The backbone or classifier; None for files with nothing but heads.
         branch_classes: Published class of each branch (a key of `BRANCH_CLASSES`).
         detector: What follows the backbone (a key of `HEADS`); None for nothing.
         ours_prefix: Where our model holds the backbone.
@@ -77,7 +91,7 @@ class PublishedNames:
         scale: What the scales of an interaction's residuals are called.
     """
 
-    config: PIIPConfig | None
+    config: PIIPConfig | ClassifierConfig | None
     branch_classes: tuple[str, ...] = ()
     detector: str | None = None
     ours_prefix: str = ""
@@ -93,8 +107,15 @@ class PublishedNames:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PublishedNames:
         """Inverse of `to_dict`."""
-        config = None if data["config"] is None else PIIPConfig.from_dict(data["config"])
+        config = data["config"]
+        if config is not None:
+            config = (ClassifierConfig if "pyramid" in config else PIIPConfig).from_dict(config)
         return cls(**{**data, "config": config, "branch_classes": tuple(data["branch_classes"])})
+
+    @property
+    def pyramid(self) -> PIIPConfig | None:
+        """The backbone, or that of the classifier."""
+        return self.config.pyramid if isinstance(self.config, ClassifierConfig) else self.config
 
     def table(self) -> RuleTable:
         """All rules, with the prefixes of both sides."""
@@ -112,42 +133,44 @@ class PublishedNames:
         found: dict[str, Unused] = {}
         for number, branch_class in enumerate(self.branch_classes, 1):
             prefix = self._branch_prefix(number)
-            network = self.config.branches[number - 1].network
+            network = self.pyramid.branches[number - 1].network
             found |= {prefix + name: unused for name, unused in unused_branch_tensors(branch_class, network).items()}
         found |= self._unused_upsampling()
         return {self.published_prefix + name: unused for name, unused in found.items()}
 
     def _unused_upsampling(self) -> dict[str, Unused]:
         """The three-branch class keeps the four-fold upsampling even where no stride-4 map is asked for (`is_dino`)."""
-        merging = self.config.merging
-        if len(self.config.branches) != 3 or merging is None or merging.kind != "simple" or 4 in merging.out_strides:
+        merging = self.pyramid.merging
+        if len(self.pyramid.branches) != 3 or merging is None or merging.kind != "simple" or 4 in merging.out_strides:
             return {}
-        dim = self.config.branches[0].network.dims[-1]
+        dim = self.pyramid.branches[0].network.dims[-1]
         vectors = {f"fpn1.{i}.{part}": (dim,) for i, part in ((0, "bias"), (1, "weight"), (1, "bias"), (3, "bias"))}
         kernels = {f"fpn1.{i}.weight": (dim, dim, 2, 2) for i in (0, 3)}
         return {name: Unused(shape) for name, shape in {**vectors, **kernels}.items()}
 
     def _branch_prefix(self, number: int) -> str:
-        return "" if len(self.config.branches) == 1 else f"branch{number}."
+        return "" if len(self.pyramid.branches) == 1 else f"branch{number}."
 
     def _backbone_rules(self) -> Iterator[Rule]:
         if self.config is None:
             return
-        single = len(self.config.branches) == 1
+        single = len(self.pyramid.branches) == 1
         for number, branch_class in enumerate(self.branch_classes, 1):
-            for rule in branch_rules(branch_class, self.config.branches[number - 1].network):
+            for rule in branch_rules(branch_class, self.pyramid.branches[number - 1].network):
                 yield rule.prefixed(f"pyramid.branches.{number - 1}.model.", self._branch_prefix(number))
         for low, high in self._unit_pairs():
             for rule in unit_rules(scale=self.scale):
                 yield rule.prefixed(
                     f"pyramid.interactions.*.units.{low}_{high}.", f"interactions.*.interaction_units_{low}{high}."
                 )
-        if self.config.merging is not None:
+        if isinstance(self.config, ClassifierConfig):
+            yield from _HEADS[self.config.head]
+        elif self.config.merging is not None:
             yield from _merging_rules(self.config.merging, self.config.merging_branches, single)
 
     def _unit_pairs(self) -> list[tuple[int, int]]:
-        n = len(self.config.branches)
-        graphs = (self.config.interaction.graph(k, n) for k in range(self.config.num_interactions))
+        n = len(self.pyramid.branches)
+        graphs = (self.pyramid.interaction.graph(k, n) for k in range(self.pyramid.num_interactions))
         return sorted({(spec.low, spec.high) for graph in graphs for spec in graph})
 
 

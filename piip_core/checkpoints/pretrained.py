@@ -13,6 +13,7 @@ from timm.layers import LayerScale, resample_abs_pos_embed
 from torch import Tensor
 
 from ..branches import Branch
+from ..classifier import PIIPClassifier
 from ..errors import CheckpointError
 from ..pyramid import PIIP
 from .branch_names import BRANCH_CLASSES
@@ -25,7 +26,7 @@ __all__ = ["convert_pretrained", "load_branch", "load_pretrained"]
 
 logger = logging.getLogger(__name__)
 
-# Parts of pretrained networks that a branch without a classifier does not have
+# Parts of pretrained networks that a branch does not have, nor the classifier behind it
 _UNUSED_PARTS = {
     "cls_token": "the branch has no class token",
     "dist_token": "the branch has no distillation token",
@@ -68,8 +69,11 @@ _OPEN_CLIP = (
 )
 
 
-def load_pretrained(pyramid: PIIP) -> dict[int, ConversionReport]:
+def load_pretrained(model: PIIP | PIIPClassifier) -> dict[int, ConversionReport]:
     """Loads the weights that each branch of a pyramid names in `BranchConfig.pretrained`.
+
+    A classifier with separate heads gets their norms and classifiers, too, where the sizes are the same; another number
+    of classes leaves the classifiers at random.
 
     Returns:
         The account of every branch that names some, by its number (from 1).
@@ -78,21 +82,37 @@ def load_pretrained(pyramid: PIIP) -> dict[int, ConversionReport]:
         CheckpointError: If a source cannot be had or does not fit; the message names branch, source and fix.
     """
     reports = {}
+    pyramid = model.pyramid if isinstance(model, PIIPClassifier) else model
     for number, branch in enumerate(pyramid.branches, 1):
         source = branch.config.pretrained
         if source is None:
             continue
         try:
-            reports[number] = load_branch(branch, source)
+            reports[number] = load_branch(branch, source, head=_head(model, number))
         except CheckpointError as error:
             raise CheckpointError(f"branch {number}: {error}") from None
         logger.info("branch %d: %s", number, reports[number].summary())
     return reports
 
 
+def _head(model: PIIP | PIIPClassifier, number: int) -> dict[str, Tensor]:
+    """Norm and classifier of a branch, as timm names them; nothing where it has none of its own."""
+    if not isinstance(model, PIIPClassifier) or model.config.head != "separate":
+        return {}
+    parts = {"norm": model.head.norms[str(number)]}
+    if model.num_classes:
+        parts["head"] = model.head.classifiers[str(number)]
+    return {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+
+
 @torch.no_grad()
 def load_branch(
-    branch: Branch, source: str, *, device: torch.device | str = "cpu", allow_incomplete: bool = False
+    branch: Branch,
+    source: str,
+    *,
+    head: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    allow_incomplete: bool = False,
 ) -> ConversionReport:
     """Loads pretrained weights into one branch, a tensor at a time: nothing large is in memory twice.
 
@@ -101,6 +121,8 @@ def load_branch(
         source: `timm:NAME`, `open_clip:NAME/TAG`, or a path: .pth, .safetensors or a sharded checkpoint in the
             published formats (DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT, BEiTv2, Uni-Perceiver, InternViT-6B, ConvNeXt
             and CLIP of transformers, CLIP of open_clip) or in timm's, or .npz as AugReg publishes it.
+        head: Tensors of the branch's classifier under timm's names (norm.*, head.*); filled, too, where the source has
+            them in the same shapes.
         device: Where to put a branch that is on the meta device.
         allow_incomplete: Go on although some keys have no explanation.
 
@@ -114,16 +136,30 @@ def load_branch(
     state = read_source(source)
     on_meta = any(parameter.is_meta for parameter in branch.parameters())
     report = ConversionReport(source=source)
-    plan = _plan(state, branch.model.state_dict(), report)
+    head = _available(head or {}, state, report)
+    plan = _plan(state, branch.model.state_dict() | head, report)
     report.check(allow_incomplete=allow_incomplete and not (on_meta and report.missing))  # before anything is changed
     if on_meta:
         _materialise(branch, device)
-    target = branch.model.state_dict()  # shares memory with the parameters
+    target = branch.model.state_dict() | head  # shares memory with the parameters
     for name, tensor in _fitted(state, plan, target, report):
         if name not in report.mismatched:
             target[name].copy_(tensor)
     report.check(allow_incomplete=allow_incomplete)
     return report
+
+
+def _available(head: Mapping[str, Tensor], state: Mapping[str, Tensor], report: ConversionReport) -> dict[str, Tensor]:
+    """The tensors of a head that a source has in the same shapes; the others are noted."""
+    found = {}
+    for name, tensor in head.items():
+        shape = tuple(state[name].shape) if name in state else None
+        if shape == tuple(tensor.shape):
+            found[name] = tensor
+        else:
+            has = "no such tensor" if shape is None else f"shape {shape}"
+            report.note(f"{name} of shape {tuple(tensor.shape)} keeps its initial values: the file has {has}")
+    return found
 
 
 def _materialise(branch: Branch, device: torch.device | str) -> None:

@@ -32,6 +32,8 @@ _FIXED_FIELDS = {
     "use_shared_rel_pos_bias": (False, "a relative position bias shared by the blocks of BEiT"),
 }
 _DENSE_FIELDS = {"use_cls_token": (False, "class tokens in dense models")}
+# Classes of branches that keep a class token in classifiers
+_TOKEN_CLASSES = ("clip", "deit", "internvit")
 _NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
 # The fused MLP approximates GELU
 _ACTIVATIONS = {"regular": "gelu", "fused_mlp": "gelu_tanh"}
@@ -51,7 +53,9 @@ _INTERNVIT_DEFAULTS = {
 }
 
 
-def branch_from_public(settings: Settings, branch_class: str, shapes: Shapes, *, multi: bool) -> BranchConfig:
+def branch_from_public(
+    settings: Settings, branch_class: str, shapes: Shapes, *, multi: bool, classifies: bool = False
+) -> BranchConfig:
     """Reads the settings of one branch.
 
     Args:
@@ -60,11 +64,13 @@ def branch_from_public(settings: Settings, branch_class: str, shapes: Shapes, *,
         branch_class: Published class of the branch.
         shapes: Shapes of the published parameters below the branch.
         multi: Whether the branch is one of several, with segments.
+        classifies: Whether it belongs to a classifier, which may keep its class token.
 
     Raises:
         NotSupportedYet: For fields or values that our configuration cannot express.
     """
-    fixed = _FIXED_FIELDS if branch_class == "clip" else _FIXED_FIELDS | _DENSE_FIELDS
+    keeps_token = branch_class == "clip" or (classifies and branch_class in _TOKEN_CLASSES)
+    fixed = _FIXED_FIELDS if keeps_token else _FIXED_FIELDS | _DENSE_FIELDS
     for field, (supported, feature) in fixed.items():
         if settings.get(field, supported) != supported:
             raise NotSupportedYet(feature)
@@ -92,7 +98,7 @@ def num_blocks(shapes: Collection[str], list_name: str = "blocks") -> int:
 
 
 def _deit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"Mlp_block"})
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"Mlp_block", "use_cls_token"})
     values = {**_TRANSFORMER_DEFAULTS, **_DEIT_DEFAULTS, **settings}
     network = _vit(values, shapes, layer_scale=values["init_scale"], activation=values.get("Mlp_block", "regular"))
     # The flash-attention path pads before the projection, the other one behind it
@@ -101,6 +107,8 @@ def _deit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]
 
 
 def _internvit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
+    if settings.get("model_type") == "augreg":
+        return _augreg(settings, shapes)
     own = {"norm_layer_type", "qk_normalization", "mlp_type"}
     check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | own)
     values = {**_TRANSFORMER_DEFAULTS, **_INTERNVIT_DEFAULTS, **settings}
@@ -113,6 +121,13 @@ def _internvit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str,
         qk_norm=values["qk_normalization"],
     )
     return network, {"window_size": _windows(values), "drop_path_schedule": "linear"}
+
+
+def _augreg(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
+    """Of classifiers; dense models hold AugReg in the class of InternViT."""
+    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"model_type", "use_cls_token"})
+    values = {**_TRANSFORMER_DEFAULTS, **settings}
+    return _vit(values, shapes, layer_scale=None, activation="regular"), {"window_size": _windows(values)}
 
 
 def _vit(values: Settings, shapes: Shapes, *, layer_scale: float | None, activation: str, **options: Any) -> ViTConfig:
@@ -128,6 +143,7 @@ def _vit(values: Settings, shapes: Shapes, *, layer_scale: float | None, activat
         pos_grid=math.isqrt(shapes["pos_embed"][1]),
         layer_scale=layer_scale,
         activation=_choose(_ACTIVATIONS, activation, "MLP"),
+        class_token=values.get("use_cls_token", False),
         **options,
     )
 

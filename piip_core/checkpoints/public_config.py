@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..classifier_config import ClassifierConfig
 from ..config import InteractionConfig, MergingConfig, PIIPConfig
 from ..errors import CheckpointError, NotSupportedYet
 from .branch_names import branch_class_of
 from .public_branches import Shapes, branch_from_public, check_fields, num_blocks
 
-__all__ = ["PublishedModel", "branch_shapes", "config_from_public"]
+__all__ = ["PublishedModel", "branch_shapes", "classifier_from_public", "config_from_public"]
 
 # Fields without influence on what the network computes in evaluation, or on its parameters
 _RUNTIME_FIELDS = {"type", "cal_flops", "output_dtype", "model_cls", "unfreeze", "use_branch_merging"}
@@ -22,9 +23,9 @@ _TOP_FIELDS |= {"out_interaction_indexes"}
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A published backbone: our configuration of it and the naming classes of its branches."""
+    """A published backbone or classifier: our configuration of it and the naming classes of its branches."""
 
-    config: PIIPConfig
+    config: PIIPConfig | ClassifierConfig
     branch_classes: tuple[str, ...]
 
 
@@ -33,6 +34,7 @@ def config_from_public(
     state_shapes: Shapes,
     *,
     merging: bool = True,
+    classifies: bool = False,
     branch4_built_from: str | None = None,
 ) -> PublishedModel:
     """Reads a published configuration.
@@ -44,6 +46,7 @@ def config_from_public(
             single-branch baseline the fields of the branch itself.
         state_shapes: Shapes of the published state dict below the backbone.
         merging: Whether merging and feature pyramid belong to it; not so in multimodal models.
+        classifies: Whether it belongs to a classifier, whose branches may keep their class tokens.
         branch4_built_from: "branch3 config" if Branch 4 takes all but `real_size` and `interaction_indexes` from
             Branch 3 (what the public class does), "branch4 config" if not. None decides by the shapes.
 
@@ -62,13 +65,30 @@ def config_from_public(
     settings = {number: dict(public[f"branch{number}"]) for number in numbers}
     if len(numbers) == 4:
         settings[4] = _fourth_branch(settings[3], settings[4], shapes[4], branch4_built_from)
-    branches = tuple(branch_from_public(settings[n], classes[n], shapes[n], multi=True) for n in numbers)
+    branches = tuple(
+        branch_from_public(settings[n], classes[n], shapes[n], multi=True, classifies=classifies) for n in numbers
+    )
     config = PIIPConfig(
         branches=branches,
         interaction=_interaction(public, len(public["branch1"]["interaction_indexes"])),
         merging=_merging(public) if merging else None,
     )
     return PublishedModel(config, tuple(classes.values()))
+
+
+def classifier_from_public(public: Mapping[str, Any], state_shapes: Shapes) -> PublishedModel:
+    """Reads the configuration of a published classifier; arguments and errors are those of `config_from_public`."""
+    fields = dict(public)
+    separate = fields.pop("separate_head", False)
+    backbone = config_from_public(fields, state_shapes, merging=False, classifies=True)
+    classifier = state_shapes["branch1.head.bias" if separate else "cls_head.bias"]
+    config = ClassifierConfig(
+        pyramid=backbone.config,
+        num_classes=classifier[0],
+        head="separate" if separate else "merged",
+        pooling="first_patch" if separate else "average",
+    )
+    return PublishedModel(config, backbone.branch_classes)
 
 
 def branch_shapes(shapes: Shapes, number: int | None) -> dict[str, tuple[int, ...]]:

@@ -21,14 +21,15 @@ class Change(Enum):
 
     NONE = "nothing"
     POSITION_SLOT = (
-        "entry 0 of the published position table is for a class token that the network does not have: "
-        "dropped here, zeros on the way back"
+        "entry 0 of the published position table is for a class token that the network does not have, or gives no "
+        "position: dropped here, zeros on the way back"
     )
     POSITION_TABLE = "the published position table has no batch axis"
     POSITION_TABLE_SLOT = (
         "the published position table has no batch axis, and entry 0 is for a class token that the network does not "
         "have: dropped here, zeros on the way back"
     )
+    POINTWISE_KERNEL = "a linear there is a convolution of one position here"
     CLASS_TOKEN = "the published class token has no batch and sequence axes"
 
     def to_ours(self, tensor: Tensor) -> Tensor:
@@ -39,6 +40,8 @@ class Change(Enum):
                 return tensor[None]
             case Change.POSITION_TABLE_SLOT:
                 return tensor[None, 1:].clone()
+            case Change.POINTWISE_KERNEL:
+                return tensor[..., None, None]
             case Change.CLASS_TOKEN:
                 return tensor[None, None]
         return tensor
@@ -51,6 +54,8 @@ class Change(Enum):
                 return tensor[0]
             case Change.POSITION_TABLE_SLOT:
                 return torch.cat((torch.zeros_like(tensor[0, :1]), tensor[0]))
+            case Change.POINTWISE_KERNEL:
+                return tensor[..., 0, 0]
             case Change.CLASS_TOKEN:
                 return tensor[0, 0]
         return tensor

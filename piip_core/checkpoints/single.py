@@ -23,6 +23,8 @@ __all__ = ["DESCRIPTION", "CheckpointFile", "listed", "load_torch_file", "read_s
 
 # Where the known training programs put the weights inside their files
 WRAPPERS = ("state_dict", "model", "module")
+# Where the training of classifiers puts their moving average
+EMA_WRAPPERS = ("model_ema", "state_dict_ema")
 # Our own description inside converted files: a key of the dictionary, or of the safetensors header (as JSON)
 DESCRIPTION = "piip"
 
@@ -99,15 +101,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_single(path: Path, unsafe_pickle: bool) -> CheckpointFile:
+def read_single(path: Path, unsafe_pickle: bool, *, ema: bool = False) -> CheckpointFile:
     """Reads a state dict from one PyTorch or .safetensors file.
 
     Raises:
-        CheckpointError: If it cannot be read or holds no state dict.
+        CheckpointError: If it cannot be read or holds no state dict, or with `ema` no moving average.
     """
     if path.suffix == ".safetensors":
+        if ema:
+            raise CheckpointError(f"{path}: a .safetensors has one set of weights, and no moving average (--ema)")
         return _read_safetensors(path)
-    return _unwrap(path, load_torch_file(path, unsafe_pickle=unsafe_pickle))
+    return _unwrap(path, load_torch_file(path, unsafe_pickle=unsafe_pickle), EMA_WRAPPERS if ema else WRAPPERS)
 
 
 def _read_safetensors(path: Path) -> CheckpointFile:
@@ -125,12 +129,12 @@ def _read_safetensors(path: Path) -> CheckpointFile:
     return CheckpointFile(path, LazyState(entries), description=description)
 
 
-def _unwrap(path: Path, content: Any) -> CheckpointFile:
+def _unwrap(path: Path, content: Any, wrappers: Sequence[str]) -> CheckpointFile:
     wrapper: list[str] = []
     extras: list[str] = []
     description = None
     while isinstance(content, Mapping) and not _is_state(content):
-        inside = [key for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+        inside = [key for key in wrappers if isinstance(content.get(key), Mapping)]
         if not inside:
             break
         description = content.get(DESCRIPTION, description)
@@ -141,7 +145,7 @@ def _unwrap(path: Path, content: Any) -> CheckpointFile:
         found = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
             f"{path}: no state dict inside (found {found}). Expected a dictionary of tensors, alone or under "
-            + ", ".join(repr(key) for key in WRAPPERS)
+            + ", ".join(repr(key) for key in wrappers)
         )
     return CheckpointFile(path, LazyState.of(content), ".".join(wrapper), tuple(extras), description)
 

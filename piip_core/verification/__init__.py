@@ -2,6 +2,7 @@
 
 from .backbones import verify_detection_backbone
 from .check import Check, Comparison
+from .classifiers import verify_classifier
 from .golden import GoldenCase, GoldenError, find_cases
 from .loading import verify_loading
 from .multimodal import verify_multimodal
@@ -13,6 +14,7 @@ VERIFIERS: dict[str, Verifier] = {
     "interaction": verify_interaction,
     "detection": verify_detection_backbone,
     "segmentation": verify_detection_backbone,
+    "classification": verify_classifier,
     "load_mapping": verify_loading,
     "llava": verify_multimodal,
 }

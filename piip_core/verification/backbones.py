@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checkpoints import config_from_public, from_published, published_names, to_published
-from ..pyramid import DensePIIP
+from ..pyramid import PIIP, DensePIIP
 from .check import Check
 from .golden import GoldenCase
 from .losses import recorded_loss
 
-__all__ = ["verify_detection_backbone"]
+__all__ = ["check_intermediates", "verify_detection_backbone"]
 
 
 def verify_detection_backbone(case: GoldenCase) -> Check:
@@ -30,7 +30,7 @@ def verify_detection_backbone(case: GoldenCase) -> Check:
     outputs = model(image)
     for index, output in enumerate(outputs):
         check.close(f"output.{index}", output)
-    _check_intermediates(check, model, image)
+    check_intermediates(check, model.pyramid, image)
     if any(name.startswith("grad.") for name in case.results):
         loss = recorded_loss(case, outputs)
         loss.backward()
@@ -39,11 +39,12 @@ def verify_detection_backbone(case: GoldenCase) -> Check:
     return check
 
 
-def _check_intermediates(check: Check, model: DensePIIP, image: Tensor) -> None:
+def check_intermediates(check: Check, pyramid: PIIP, image: Tensor) -> None:
+    """Compares the recorded maps after the interactions."""
     recorded = [name.split(".")[1:] for name in check.case.results if name.startswith("inter.")]
     if not recorded:
         return
-    maps = model.pyramid.forward_intermediates(image, {int(k) for k, _ in recorded})[1]
+    maps = pyramid.forward_intermediates(image, {int(k) for k, _ in recorded})[1]
     for k, branch in recorded:
         feature_map = maps[int(k)][int(branch.removeprefix("x")) - 1]
         check.close(f"inter.{k}.{branch}", feature_map.flatten(2).transpose(1, 2))

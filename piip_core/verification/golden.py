@@ -16,8 +16,8 @@ from torch import Tensor
 
 __all__ = ["GoldenCase", "GoldenError", "find_cases"]
 
-# Tensors that record results; the others are inputs, weights, or helpers such as reference points
-RESULTS = ("output.", "inter.", "grad.")
+# How tensors that record results begin; the others are inputs, weights, or helpers such as reference points
+RESULTS = ("output", "inter", "grad")
 
 
 class GoldenError(ValueError):
@@ -72,7 +72,7 @@ class GoldenCase:
         """Everything to compare with: outputs, intermediate features, gradients; nothing for a case without tensors."""
         if not self.path.with_suffix(".safetensors").is_file():
             return {}
-        return {key: value for key, value in self.tensors.items() if key.startswith(RESULTS)}
+        return {key: value for key, value in self.tensors.items() if key.split(".")[0] in RESULTS}
 
 
 def find_cases(paths: Iterable[str | os.PathLike[str]]) -> list[GoldenCase]:

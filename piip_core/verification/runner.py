@@ -40,11 +40,10 @@ class CaseResult:
 
     def worst(self, kind: str) -> float | None:
         """Largest error among the results of one kind ("output", "inter" or "grad"), None without any."""
-        return max((c.error for c in self.comparisons if c.name.startswith(f"{kind}.")), default=None)
+        return max((c.error for c in self.comparisons if c.name.split(".")[0] == kind), default=None)
 
     def __str__(self) -> str:
-        kinds = [kind.removesuffix(".") for kind in RESULTS]
-        errors = "  ".join(f"{kind} {self.worst(kind):.1e}" for kind in kinds if self.worst(kind) is not None)
+        errors = "  ".join(f"{kind} {self.worst(kind):.1e}" for kind in RESULTS if self.worst(kind) is not None)
         lines = [f"{self.name:<36} {self.status.value:<18} {errors or self.reason}"]
         if self.status is Status.FAILED:
             lines += [f"    {self.reason}"] if errors and self.reason else []
