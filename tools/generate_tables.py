@@ -5,7 +5,8 @@ Examples:
     python tools/generate_tables.py --check    # changes nothing; exit status 1 if a table is out of date
 
 A table goes between the lines `<!-- BEGIN NAME -->` and `<!-- END NAME -->`; "zoo table" is the name of the dense
-models, "multimodal table" that of the multimodal ones. Only those that a file has markers for are counted.
+models, "classification table" that of the classifiers, "multimodal table" that of the multimodal ones. Only those that
+a file has markers for are counted.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from tqdm import tqdm
 from piip_core import zoo
 from piip_core.files import atomic_path
 from piip_core.flops import (
+    ClassificationRow,
     MultimodalRow,
     ZooRow,
+    analyze_classifiers,
     analyze_multimodal,
     analyze_zoo,
+    classification_table,
     multimodal_table,
     published_tables,
     replace_block,
@@ -47,6 +51,10 @@ def zoo_rows() -> list[ZooRow]:
     return counted(analyze_zoo, zoo.entries())
 
 
+def classification_rows() -> list[ClassificationRow]:
+    return counted(analyze_classifiers, zoo.classification_entries())
+
+
 def multimodal_rows() -> list[MultimodalRow]:
     return counted(analyze_multimodal, zoo.multimodal_entries())
 
@@ -58,16 +66,23 @@ def counted(analyze: Callable[[Iterable[Any]], Iterator[Any]], entries: tuple[An
 def zoo_tables(rows: list[ZooRow], path: Path) -> str:
     """The tables, with config links relative to the file they stand in."""
 
-    def link(row: ZooRow) -> str:
-        config = CONFIGS / zoo.get(row.name).config_file
-        return f"[config]({Path(os.path.relpath(config, path.resolve().parent)).as_posix()})"
+    return published_tables(rows, lambda row: config_link(zoo.get(row.name).config_file, path))
 
-    return published_tables(rows, link)
+
+def config_link(config_file: str, path: Path) -> str:
+    """A link to a config, relative to the file it stands in."""
+    return f"[config]({Path(os.path.relpath(CONFIGS / config_file, path.resolve().parent)).as_posix()})"
+
+
+def classification_tables(rows: list[ClassificationRow], path: Path) -> str:
+    """The table, with config links relative to the file it stands in."""
+    return classification_table(rows, lambda row: config_link(row.entry.config_file, path))
 
 
 # Name of a block: how its models are counted, and how they become the text in a file
 BLOCKS: Mapping[str, tuple[Callable[[], list[Any]], Callable[[list[Any], Path], str]]] = {
     "zoo table": (zoo_rows, zoo_tables),
+    "classification table": (classification_rows, classification_tables),
     "multimodal table": (multimodal_rows, lambda rows, path: multimodal_table(rows)),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import zoo
 from ..config import PIIPConfig
 from ..merging import TokenMerging
+from ..meta import on_meta
 from ..pyramid import PIIP
 from .executed import executed_count
 from .published import Count, published_count
@@ -71,7 +72,7 @@ def analyze_multimodal(entries: Iterable[zoo.MultimodalEntry] | None = None) -> 
 
 
 def _tower_count(entry: zoo.MultimodalEntry) -> Count:
-    with torch.device("meta"):
+    with on_meta():
         tower = _Tower(entry.vision, entry.feature_block)
         image = torch.empty(1, 3, entry.image_size, entry.image_size)
     return executed_count(tower, image).total
@@ -79,7 +80,7 @@ def _tower_count(entry: zoo.MultimodalEntry) -> Count:
 
 def _projector_count(entry: zoo.MultimodalEntry) -> Count:
     dims, grid = entry.vision.dims_after(None), entry.grid
-    with torch.device("meta"):
+    with on_meta():
         projector = TokenMerging(dims, entry.embed_dim, norm=entry.projector_norm)
         maps = [torch.empty(1, dim, grid, grid) for dim in dims]  # the projector brings all maps to this grid first
     return executed_count(projector, maps).total

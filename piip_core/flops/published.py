@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial, singledispatch
 from typing import Literal
 
+from ..classifier_config import ClassifierConfig
 from ..config import BranchConfig, InteractionConfig, PIIPConfig
 from ..networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 
@@ -58,18 +59,20 @@ class PublishedCount:
 Rule = Literal["classifier", "separate classifiers", "merging", "vision tower"]
 
 
-def published_rule(config: PIIPConfig) -> Rule:
-    """The rule that the published tables of dense models follow: "merging" where levels come from different blocks."""
+def published_rule(config: PIIPConfig | ClassifierConfig) -> Rule:
+    """The rule that the published tables follow; of dense models "merging" where levels come from different blocks."""
+    if isinstance(config, ClassifierConfig):
+        return "separate classifiers" if config.head == "separate" else "classifier"
     merging = config.merging
     levels_differ = merging is not None and (merging.kind == "regular" or merging.out_blocks is not None)
     return "merging" if levels_differ else "classifier"
 
 
-def published_count(config: PIIPConfig, *, rule: Rule | None = None) -> PublishedCount:
+def published_count(config: PIIPConfig | ClassifierConfig, *, rule: Rule | None = None) -> PublishedCount:
     """Counts a model as the published tables do.
 
     Args:
-        config: The model. With the classifier rules its `merging` plays no part.
+        config: The model. With the classifier rules its `merging` plays no part, nor does its number of classes.
         rule: "classifier" puts one head on the merged branches (published ViT rows of detection and segmentation);
             "separate classifiers" gives each branch its own (published classification rows), as a single branch has
             with either; "merging" counts the merging of the dense model, without the work of its feature pyramid, and
@@ -78,6 +81,7 @@ def published_count(config: PIIPConfig, *, rule: Rule | None = None) -> Publishe
             multimodal rows). None: `published_rule`, which never is "vision tower".
     """
     rule = rule or published_rule(config)
+    config = config.pyramid if isinstance(config, ClassifierConfig) else config
     tower = rule == "vision tower"
     heads = {"merging": _dense_head, "vision tower": lambda _: Count()}
     head = heads.get(rule, partial(_classifier, separate=rule != "classifier"))

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from .. import zoo
+from ..classifier import PIIPClassifier
+from ..classifier_config import ClassifierConfig
 from ..config import PIIPConfig
 from ..errors import ConfigError
+from ..meta import on_meta
 from ..pyramid import PIIP, DensePIIP
 from .executed import ModuleCounts, executed_count
 from .published import Count, PublishedCount, published_count
@@ -91,15 +94,18 @@ def padded_size(height: int, width: int, divisor: int) -> tuple[int, int]:
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
-def analyze_backbone(config: PIIPConfig, input_size: tuple[int, int] | None = None) -> ModelReport:
-    """Counts a backbone on the meta device.
+def analyze_backbone(config: PIIPConfig | ClassifierConfig, input_size: tuple[int, int] | None = None) -> ModelReport:
+    """Counts a backbone or classifier on the meta device.
 
     Args:
-        config: The backbone; with `merging=None` just branches and interactions.
+        config: The model; a PIIPConfig with `merging=None` is just branches and interactions.
         input_size: Height and width of the image, padding included; None for a square of the last branch's size.
     """
-    with torch.device("meta"):
-        model = PIIP(config) if config.merging is None else DensePIIP(config)
+    with on_meta():
+        if isinstance(config, ClassifierConfig):
+            model = PIIPClassifier(config)
+        else:
+            model = PIIP(config) if config.merging is None else DensePIIP(config)
     return analyze_model(model, input_size)
 
 
@@ -122,7 +128,9 @@ def analyze_model(model: nn.Module, input_size: tuple[int, int] | None = None, *
     height, width = input_size or (side, side)
     image = torch.empty(1, 3, height, width, device=next(model.parameters()).device)
     counts = executed_count(model, image, run=backbone)
-    published = _published(pyramid.config)
+    holder = model.get_submodule(name.rpartition(".")[0])
+    config = holder.config if isinstance(holder, PIIPClassifier) else pyramid.config
+    published = _published(config)
     return ModelReport(
         name=type(model).__name__,
         params=counts.total.params,
@@ -130,16 +138,15 @@ def analyze_model(model: nn.Module, input_size: tuple[int, int] | None = None, *
         params_published_count=None if published is None else published.total.params,
         flops_published_count=None if published is None else published.total.macs,
         input_size=(height, width),
-        modules=tuple(_rows(model, name, pyramid.config, counts, backbone)),
+        modules=tuple(_rows(model, name, published, counts, backbone)),
     )
 
 
 def _rows(
-    model: nn.Module, pyramid: str, config: PIIPConfig, counts: ModuleCounts, backbone: str
+    model: nn.Module, pyramid: str, published: PublishedCount | None, counts: ModuleCounts, backbone: str
 ) -> Iterator[ModuleRow]:
     """Parts of the pyramid, then its siblings (merging, feature pyramid), rest of the backbone, rest of the model."""
-    published = _published(config)
-    for i in range(len(config.branches)):
+    for i in range(len(model.get_submodule(pyramid).branches)):
         branch = None if published is None else published.branches[i]
         yield _row(f"branch{i + 1}", counts.below(_join(pyramid, f"branches.{i}")), branch)
     interactions = None if published is None else published.interactions
@@ -157,7 +164,7 @@ def _rows(
         inner = outer
 
 
-def _published(config: PIIPConfig) -> PublishedCount | None:
+def _published(config: PIIPConfig | ClassifierConfig) -> PublishedCount | None:
     """The published count; None for networks that no published model has."""
     try:
         return published_count(config)

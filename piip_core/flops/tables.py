@@ -8,10 +8,18 @@ from collections.abc import Callable, Iterable, Mapping
 
 from tabulate import tabulate
 
+from .classification import ClassificationRow
 from .multimodal import MultimodalRow
 from .report import ModelReport, ZooRow
 
-__all__ = ["model_table", "multimodal_table", "published_tables", "replace_block", "zoo_table"]
+__all__ = [
+    "classification_table",
+    "model_table",
+    "multimodal_table",
+    "published_tables",
+    "replace_block",
+    "zoo_table",
+]
 
 MISSING = "-"
 
@@ -89,6 +97,38 @@ def published_tables(rows: Iterable[ZooRow], link: Callable[[ZooRow], str]) -> s
         parts += [f"### {title}", _published_table(group, link, marks)]
         parts += [_notes(marks)] if marks else []
     return "\n\n".join(parts)
+
+
+def classification_table(rows: Iterable[ClassificationRow], link: Callable[[ClassificationRow], str]) -> str:
+    """The published classifiers for a README: a table and the notes of its rows.
+
+    Args:
+        rows: The models.
+        link: Gives the last cell, a link to the model's config.
+    """
+    rows = list(rows)
+    marks = _marks(row.entry.note for row in rows)
+    header = ["model", "resolution", "top-1", "#Param", "#FLOPs", "our #Param count", "our #FLOPs count"]
+    header += ["our executed FLOPs", "name", "config"]
+    table = _table(
+        header,
+        [
+            [
+                f"{row.entry.title} {marks.get(row.entry.note, '')}".strip(),
+                row.entry.resolution,
+                f"{row.entry.published.top1:.1f}",
+                f"{row.entry.published.params_m:.0f}M",
+                f"{row.entry.published.flops_g:.1f}G",
+                _scaled(row.published_count.params, 1e6, "M"),
+                _scaled(row.published_count.macs, 1e9, "G"),
+                _scaled(row.executed.macs, 1e9, "G"),
+                f"`{row.entry.name}`",
+                link(row),
+            ]
+            for row in rows
+        ],
+    )
+    return f"{table}\n\n{_notes(marks)}"
 
 
 def multimodal_table(rows: Iterable[MultimodalRow]) -> str:
