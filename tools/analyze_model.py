@@ -27,11 +27,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from piip_core import zoo
+from piip_core import PIIPClassifier, zoo
+from piip_core.building import build_model
 from piip_core.flops import (
     ModelReport,
     analyze_backbone,
@@ -41,13 +41,14 @@ from piip_core.flops import (
     padded_size,
     zoo_table,
 )
-from piip_core.memory import DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table
-from piip_core.pyramid import DensePIIP
+from piip_core.memory import BUCKET_SIZE, DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table
+from piip_core.meta import on_meta
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", help=f"a LazyConfig file, or a published model: {', '.join(zoo.names())}")
+    names = [*zoo.names(), *(entry.name for entry in zoo.classification_entries())]
+    parser.add_argument("config", nargs="?", help=f"a LazyConfig file, or a published model: {', '.join(names)}")
     parser.add_argument("overrides", nargs="*", help="of a LazyConfig, as key=value")
     parser.add_argument(
         "--input",
@@ -101,13 +102,15 @@ def build(config: Any) -> nn.Module:
     """The model of a LazyConfig, on the meta device."""
     from detectron2.config import instantiate
 
-    with torch.device("meta"):
+    with on_meta():
         return instantiate(config.model)
 
 
 def analyze_lazy_config(path: str, overrides: list[str], input_size: list[int] | None) -> ModelReport:
     """Counts the detector of a LazyConfig."""
     model = build(load_lazy_config(path, overrides))
+    if isinstance(model, PIIPClassifier):
+        return dataclasses.replace(analyze_backbone(model.config, input_size), name=type(model).__name__)
     divisor = model.backbone.padding_constraints["size_divisibility"]
     size = padded_size(*input_size, divisor) if input_size else None
     return analyze_model(model, size, backbone="backbone")
@@ -118,20 +121,24 @@ def analyze_memory(args: argparse.Namespace) -> MemoryReport:
     given = {"gpus": args.gpus, "gpu_memory": args.gpu_memory, "precision": args.precision, "offload": args.offload}
     given["batch_size"] = args.batch_size
     if not is_file_name(args.config):
-        entry = zoo.get(args.config)
+        entry = zoo.find(args.config)
         size = padded_size(*(args.input or entry.training_size), entry.pad_divisor)
         setting = Setting(input_size=size, **given)
-        with torch.device("meta"):
-            model = DensePIIP(entry.config)
-        notes = [f"The backbone alone: {entry.config_file} counts the heads too"]
+        with on_meta():
+            model = build_model(entry.config)
+        whole = isinstance(model, PIIPClassifier)
+        notes = [] if whole else [f"The backbone alone: {entry.config_file} counts the heads too"]
         return estimate_memory(entry.name, DryRun(model), backbone_step(args.batch_size, size), setting, notes)
     config = load_lazy_config(args.config, args.overrides)
+    from omegaconf import OmegaConf
+
     from piip import training_memory
 
     model = build(config)
     divisor = model.backbone.padding_constraints["size_divisibility"]
     size = padded_size(*(args.input or training_memory.training_size(config)), divisor)
-    setting = Setting(input_size=size, **given)
+    bucket_size = OmegaConf.select(config, "train.deepspeed.bucket_size", default=BUCKET_SIZE)
+    setting = Setting(input_size=size, bucket_size=bucket_size, **given)
     step, notes = training_memory.training_step(model, args.batch_size, size)
     return estimate_memory(Path(args.config).stem, DryRun(model), step, setting, notes)
 
@@ -140,7 +147,7 @@ def analyze(args: argparse.Namespace) -> ModelReport:
     """Counts the model that CONFIG names."""
     if is_file_name(args.config):
         return analyze_lazy_config(args.config, args.overrides, args.input)
-    entry = zoo.get(args.config)
+    entry = zoo.find(args.config)
     size = padded_size(*args.input, entry.pad_divisor) if args.input else None
     return dataclasses.replace(analyze_backbone(entry.config, size), name=entry.name)
 

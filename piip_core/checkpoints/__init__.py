@@ -4,6 +4,7 @@ from .convert import from_published, model_shapes, our_names, published_names, t
 from .convert_file import Conversion, convert_file, read_config
 from .files import CheckpointFile, read_checkpoint, write_checkpoint
 from .names import PublishedNames
+from .part import load_part
 from .pretrained import convert_pretrained, load_branch, load_pretrained
 from .public_config import PublishedModel, classifier_from_public, config_from_public
 from .recognise import recognise
@@ -21,6 +22,7 @@ __all__ = [
     "convert_pretrained",
     "from_published",
     "load_branch",
+    "load_part",
     "load_pretrained",
     "model_shapes",
     "our_names",

@@ -10,11 +10,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..classifier import PIIPClassifier
+from ..building import build_model
 from ..classifier_config import ClassifierConfig
 from ..config import PIIPConfig
 from ..errors import CheckpointError
-from ..pyramid import PIIP, DensePIIP
+from ..meta import on_meta
+from ..pyramid import PIIP
 from .branch_names import branch_class_of, default_branch_class
 from .head_names import HEADS
 from .names import PublishedNames
@@ -36,13 +37,10 @@ def model_shapes(config: PIIPConfig | ClassifierConfig) -> Mapping[str, torch.Si
 
     Without merging, those of a module whose `pyramid` is `PIIP(config)`.
     """
-    with torch.device("meta"):
-        if isinstance(config, ClassifierConfig):
-            model = PIIPClassifier(config)
-        elif config.merging is not None:
-            model = DensePIIP(config)
-        else:
-            model = nn.ModuleDict({"pyramid": PIIP(config)})
+    with on_meta():
+        model = build_model(config)
+        if isinstance(model, PIIP):
+            model = nn.ModuleDict({"pyramid": model})
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return MappingProxyType(shapes)
 

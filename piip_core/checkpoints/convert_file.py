@@ -129,8 +129,7 @@ def read_config(text: str) -> PIIPConfig | ClassifierConfig:
         ConfigError: For an unknown name or wrong fields.
     """
     if not text.endswith(".json"):
-        classifiers = {entry.name: entry.config for entry in zoo.classification_entries()}
-        return classifiers[text] if text in classifiers else zoo.get(text).config
+        return zoo.find(text).config
     data = json.loads(Path(text).read_text())
     return (ClassifierConfig if "pyramid" in data else PIIPConfig).from_dict(data)
 

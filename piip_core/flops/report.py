@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from .. import zoo
+from ..building import build_model
 from ..classifier import PIIPClassifier
 from ..classifier_config import ClassifierConfig
 from ..config import PIIPConfig
 from ..errors import ConfigError
 from ..meta import on_meta
-from ..pyramid import PIIP, DensePIIP
+from ..pyramid import PIIP
 from .executed import ModuleCounts, executed_count
 from .published import Count, PublishedCount, published_count
 
@@ -102,10 +103,7 @@ def analyze_backbone(config: PIIPConfig | ClassifierConfig, input_size: tuple[in
         input_size: Height and width of the image, padding included; None for a square of the last branch's size.
     """
     with on_meta():
-        if isinstance(config, ClassifierConfig):
-            model = PIIPClassifier(config)
-        else:
-            model = PIIP(config) if config.merging is None else DensePIIP(config)
+        model = build_model(config)
     return analyze_model(model, input_size)
 
 
@@ -151,7 +149,9 @@ def _rows(
         yield _row(f"branch{i + 1}", counts.below(_join(pyramid, f"branches.{i}")), branch)
     interactions = None if published is None else published.interactions
     yield _row("interactions", counts.below(_join(pyramid, "interactions")), interactions)
-    if published is not None:
+    # The published count puts a classifier on dense models, too
+    classifies = isinstance(model.get_submodule(pyramid.rpartition(".")[0]), PIIPClassifier)
+    if published is not None and not classifies:
         yield _row("head (published count only)", None, published.head)
     inner = pyramid
     while inner:  # outwards from the pyramid, every sibling on the way
@@ -159,8 +159,8 @@ def _rows(
         for child, module in model.get_submodule(outer).named_children():
             name = _join(outer, child)
             if name != inner and any(True for _ in module.parameters()):
-                was_run = _is_inside(name, backbone)
-                yield _row(name, counts.below(name), None, was_run=was_run)
+                head = published.head if classifies and published is not None else None
+                yield _row(name, counts.below(name), head, was_run=_is_inside(name, backbone))
         inner = outer
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "classification_entries",
     "deit_pyramid",
     "entries",
+    "find",
     "get",
     "multimodal",
     "multimodal_entries",
@@ -101,6 +102,15 @@ def multimodal(name: str) -> MultimodalEntry:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
     return _find(name, _MULTIMODAL_BY_NAME)
+
+
+def find(name: str) -> ZooEntry | ClassificationEntry:
+    """A published dense model or classifier by name.
+
+    Raises:
+        ConfigError: For an unknown name; the message lists the closest ones.
+    """
+    return _find(name, _BY_NAME | _CLASSIFICATION_BY_NAME)
 
 
 def _find(name: str, known: Mapping[str, _Entry]) -> _Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..classifier_config import ClassifierConfig
 from ..config import BranchConfig, InteractionConfig, PIIPConfig
@@ -58,6 +59,9 @@ class ClassificationEntry:
         ema_decay: Of the moving average of the weights, per step; None without.
     """
 
+    pad_divisor: ClassVar[int] = 1
+    """Images are never padded."""
+
     name: str
     title: str
     config: ClassifierConfig
@@ -79,6 +83,11 @@ class ClassificationEntry:
     def __post_init__(self) -> None:
         if self.training_config is None:
             object.__setattr__(self, "training_config", self.config)
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """Height and width of the training images."""
+        return self.image_size, self.image_size
 
     @property
     def image_size(self) -> int:

@@ -97,3 +97,14 @@ def test_memory_that_is_not_enough(memory):
 def test_memory_of_a_whole_table(tool):
     with pytest.raises(SystemExit):
         tool.main(["--zoo", "--memory"])
+
+
+def test_classifiers_are_counted_with_their_heads(tool, capsys):
+    tool.main(["piip_tsb_368_192_128", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    entry = zoo.classification("piip_tsb_368_192_128")
+    assert report["input_size"] == [368, 368]
+    assert report["params"] / 1e6 == pytest.approx(entry.published.params_m, rel=0.003)
+    assert report["flops"] / 1e9 == pytest.approx(entry.published.flops_g, rel=0.003)
+    head = report["modules"][-1]
+    assert head["name"] == "head" and head["params"] == head["params_published_count"]
