@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from timm.layers import RmsNorm
+from timm.layers.format import Format, nchw_to
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .branches import BranchState
 from .classifier_config import ClassifierConfig
 from .config import BranchConfig, PIIPConfig
+from .errors import ConfigError
+from .feature_maps import FeatureMap, feature_maps
 from .merging import LAYER_NORM_EPS, ClassificationHeads, ClassificationMerging
+from .parameter_layers import ParameterLayers
 from .pyramid import PIIP
+from .validation import check, check_choice
 
-__all__ = ["PIIPClassifier"]
+__all__ = ["PIIPClassifier", "head_inputs", "with_pooling"]
+
+# timm's names of what a head reads; the first patch has none there
+_POOLINGS = {"token": "class_token", "avg": "average", "first_patch": "first_patch"}
+_PYRAMID = "pyramid."
+
+
+def with_pooling(config: ClassifierConfig, global_pool: str) -> ClassifierConfig:
+    """The configuration with `pooling` by timm's name: "token", "avg" or, unknown to timm, "first_patch".
+
+    Raises:
+        ConfigError: For any other name, or one that is not possible for the branches or the head.
+    """
+    check_choice("global_pool", global_pool, tuple(_POOLINGS))
+    if config.head == "merged":
+        check(global_pool == "avg", "global_pool", global_pool, "'avg': a merged head averages")
+        return config
+    return dataclasses.replace(config, pooling=_POOLINGS[global_pool])
 
 
 class PIIPClassifier(nn.Module):
@@ -26,15 +50,18 @@ class PIIPClassifier(nn.Module):
     Attributes:
         num_classes: Number of classes; 0 without classifier.
         num_features: Width of the pooled features: of all branches together for separate heads, of Branch 1 for a
-            merged one.
+            merged one. Also `head_hidden_size`, as timm calls it.
+        feature_maps: The maps that `forward_intermediates` gives, in the order of its indices.
     """
+
+    feature_maps: tuple[FeatureMap, ...]
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
-        reads_class_tokens = config.head == "separate" and config.pooling == "class_token"
-        self.pyramid = PIIP(_without_idle_interaction(config.pyramid) if reads_class_tokens else config.pyramid)
+        self.pyramid = PIIP(_pyramid_of(config))
+        self._list_feature_maps()
         dims = self.pyramid.dims
         if config.head == "separate":
             norms = [_final_norm(branch) for branch in config.pyramid.branches]
@@ -59,30 +86,182 @@ class PIIPClassifier(nn.Module):
 
     def forward_head(self, states: Sequence[BranchState], pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) from `forward_features`; with `pre_logits` the pooled features (B, num_features)."""
-        if self.config.head == "merged":
-            return self.head([state.tokens.permute(0, 3, 1, 2) for state in states], pre_logits=pre_logits)
-        return self.head([self._read(state) for state in states], pre_logits=pre_logits)
-
-    def _read(self, state: BranchState) -> Tensor:
-        """The tokens (B, N, C) that the head of a branch reads."""
-        if self.config.pooling == "class_token":
-            return state.prefix[:, :1]
-        patches = state.tokens.flatten(1, 2)
-        return patches[:, :1] if self.config.pooling == "first_patch" else patches
+        if self.head is None:
+            raise ConfigError("prune_intermediate_layers removed the head: use forward_intermediates")
+        return self.head(head_inputs(self.config, states), pre_logits=pre_logits)
 
     def get_classifier(self) -> nn.Module:
         """The linear classifiers: a `ModuleDict` by branch number for separate heads, one linear for a merged one."""
         return self.head.classifiers if self.config.head == "separate" else self.head.classifier
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifiers by new ones; 0 classes: by none, so that `forward` gives pooled features."""
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifiers by new ones; 0 classes: by none, so that `forward` gives pooled features.
+
+        Args:
+            num_classes: Number of classes.
+            global_pool: What the heads read from now on, as in `with_pooling`; None for no change. The class tokens
+                never see an interaction behind the last blocks, so it goes, and comes (new) with other poolings.
+
+        Raises:
+            ConfigError: If `global_pool` is unknown, or not possible for the branches or the head.
+        """
+        config = self.config if global_pool is None else with_pooling(self.config, global_pool)
+        self.config = dataclasses.replace(config, num_classes=num_classes)
         self.num_classes = num_classes
         self.head.reset_classifier(num_classes)
+        self._adopt(self.get_classifier())
+        if global_pool is not None:
+            self.pyramid.set_interactions(_pyramid_of(self.config))
+            self._adopt(self.pyramid.interactions)
+            self._list_feature_maps()
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Brings a new part to the device, dtype and mode of the model."""
+        parameter = next(self.pyramid.branches.parameters())
+        module.to(parameter.device, parameter.dtype).train(self.training)
+
+    @property
+    def global_pool(self) -> str:
+        """What the heads read, as in `with_pooling`."""
+        pooling = self.config.pooling if self.config.head == "separate" else "average"
+        return next(name for name, value in _POOLINGS.items() if value == pooling)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """timm's description of `feature_maps`: width, reduction, and the module and branch that a map comes from."""
+        return [
+            {
+                "num_chs": feature.dim,
+                "reduction": feature.reduction,
+                "module": f"pyramid.branches.{feature.branch - 1}"
+                if feature.interaction is None
+                else f"pyramid.interactions.{feature.interaction}",
+                "branch": feature.branch,
+            }
+            for feature in self.feature_maps
+        ]
+
+    def _list_feature_maps(self) -> None:
+        self.feature_maps = feature_maps(self.pyramid.config)
+        self._kept = frozenset(range(len(self.feature_maps)))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor | None]] | tuple[list[BranchState], list[Any]]:
+        """Maps of all branches behind the interactions, and the final states.
+
+        The list has every map of the branch with the largest image first (see `feature_maps`).
+
+        Args:
+            x: Image (B, 3, H, W).
+            indices: Which maps of the list, in that order; the last n for an integer; None for all.
+            return_prefix_tokens: Give pairs of a map and its class tokens (B, P, C), None for a branch without any.
+            norm: Apply the norm before the head of the map's branch.
+            stop_early: End behind the last interaction that is needed.
+            output_fmt: "NCHW", "NHWC", "NCL" or "NLC".
+            intermediates_only: Leave out the final states.
+
+        Returns:
+            The final states as from `forward_features` (with `stop_early`, where it ended), and the maps.
+
+        Raises:
+            ConfigError: If a map was removed by `prune_intermediate_layers`, or `norm` does not fit it.
+        """
+        take, _ = feature_take_indices(len(self.feature_maps), indices)
+        removed = sorted(set(take) - self._kept)
+        check(not removed, "indices", removed, f"some of {sorted(self._kept)}, which prune_intermediate_layers kept")
+        wanted = [self.feature_maps[i] for i in take]
+        norms = [self._norm_of(feature) if norm else nn.Identity() for feature in wanted]
+        after = {feature.interaction for feature in wanted if feature.interaction is not None}
+        stop_early = stop_early and all(feature.interaction is not None for feature in wanted)
+        final, found = self.pyramid.forward_states(x, after, stop_early=stop_early)
+        maps = []
+        for feature, normalise in zip(wanted, norms, strict=True):
+            states = final if feature.interaction is None else found[feature.interaction]
+            tokens, prefix, _ = states[feature.branch - 1]
+            fitted = nchw_to(normalise(tokens).permute(0, 3, 1, 2).contiguous(), Format(output_fmt))
+            prefix = None if prefix is None else normalise(prefix)
+            maps.append((fitted, prefix) if return_prefix_tokens else fitted)
+        return maps if intermediates_only else (final, maps)
+
+    def _norm_of(self, feature: FeatureMap) -> nn.Module:
+        check(self.config.head == "separate", "norm", True, "False: a merged head has no norm of a single branch")
+        width = self.pyramid.dims[feature.branch - 1]
+        check(feature.dim == width, "norm", True, f"False for a map of {feature.dim} channels: the norm has {width}")
+        return self.head.norms[str(feature.branch)]
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what the given maps do not need: later blocks and interactions, norms and head.
+
+        Args:
+            indices: The maps to keep, as in `forward_intermediates`.
+            prune_norm: Remove the norms before the heads; a merged head goes as a whole with `prune_head`.
+            prune_head: Remove the classifiers.
+
+        Returns:
+            The indices of the maps that are kept; they stay the same.
+        """
+        take, _ = feature_take_indices(len(self.feature_maps), indices)
+        points = [self.feature_maps[i].interaction for i in take]
+        if None not in points and max(points) + 1 < len(self.pyramid.interactions):
+            self.pyramid.truncate(max(points) + 1)
+        self._kept = frozenset(take)
+        if prune_head:
+            self.reset_classifier(0)
+        if prune_norm and self.config.head == "separate":
+            self.head.norms = nn.ModuleDict({number: nn.Identity() for number in self.head.norms})
+        elif prune_norm and prune_head:
+            self.head = None
+        return take
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """Layer of a parameter by its name, for timm's layer-wise learning-rate decay; see `ParameterLayers`.
+
+        Fractional layers are rounded down. The published training gives interactions and heads the full rate.
+        """
+        layers = ParameterLayers(self.pyramid, coarse=coarse)
+
+        def layer_of(name: str) -> int:
+            return int(layers(name.removeprefix(_PYRAMID))) if name.startswith(_PYRAMID) else layers.last
+
+        return layer_of
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the tables and tokens that timm's networks do not decay."""
+        found = set()
+        for index, branch in enumerate(self.pyramid.branches):
+            names = branch.model.no_weight_decay() if hasattr(branch.model, "no_weight_decay") else ()
+            found |= {f"{_PYRAMID}branches.{index}.model.{name}" for name in names}
+        return found & {name for name, _ in self.named_parameters()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
         self.pyramid.set_grad_checkpointing(enable)
+
+
+def head_inputs(config: ClassifierConfig, states: Sequence[BranchState]) -> list[Tensor]:
+    """What the head reads of each branch: tokens (B, N, C) of separate heads, a map (B, C, H, W) of a merged one."""
+    if config.head == "merged":
+        return [state.tokens.permute(0, 3, 1, 2) for state in states]
+    if config.pooling == "class_token":
+        return [state.prefix[:, :1] for state in states]
+    patches = [state.tokens.flatten(1, 2) for state in states]
+    return [tokens[:, :1] for tokens in patches] if config.pooling == "first_patch" else patches
+
+
+def _pyramid_of(config: ClassifierConfig) -> PIIPConfig:
+    """The pyramid as the head needs it."""
+    reads_class_tokens = config.head == "separate" and config.pooling == "class_token"
+    return _without_idle_interaction(config.pyramid) if reads_class_tokens else config.pyramid
 
 
 def _without_idle_interaction(config: PIIPConfig) -> PIIPConfig:

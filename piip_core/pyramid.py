@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .interaction import Interaction
 from .merging import BranchMerging, FeaturePyramid
 
-__all__ = ["DensePIIP", "PIIP", "resize_for_branch"]
+__all__ = ["DensePIIP", "PIIP", "dense_maps", "resize_for_branch"]
 
 
 def resize_for_branch(image: Tensor, factor: float) -> Tensor:
@@ -48,18 +48,35 @@ class PIIP(nn.Module):
 
     def __init__(self, config: PIIPConfig) -> None:
         super().__init__()
-        self.config = config
         self.branches = nn.ModuleList(build_branch(branch) for branch in config.branches)
-        self.segments = [config.segments(number) for number in range(1, len(self.branches) + 1)]
         largest = config.branches[config.largest_image - 1]
         self.factors = [branch.image_size / largest.image_size for branch in config.branches]
-        self.interactions = nn.ModuleList(
-            Interaction(config.dims_after(k), config.interaction.graph(k, len(self.branches)), config.interaction)
-            for k in range(config.num_interactions)
-        )
+        self.interactions = nn.ModuleList()
+        self.set_interactions(config)
         self.dims = [branch.dims[-1] for branch in self.branches]
         self.strides = [branch.strides[-1] for branch in self.branches]
         self.grad_checkpointing = False
+
+    def set_interactions(self, config: PIIPConfig) -> None:
+        """Takes a configuration with other segments and fewer or more interactions behind the same first ones.
+
+        New ones pass features on unchanged until they are trained.
+        """
+        self.config = config
+        self.segments = [config.segments(number) for number in range(1, len(self.branches) + 1)]
+        kept = self.interactions[: config.num_interactions]
+        new = (
+            Interaction(config.dims_after(k), config.interaction.graph(k, len(self.branches)), config.interaction)
+            for k in range(len(kept), config.num_interactions)
+        )
+        self.interactions = nn.ModuleList([*kept, *new])
+
+    def truncate(self, count: int) -> None:
+        """Drops everything behind the first `count` (at least 1) interactions; `config` still describes the whole."""
+        for branch, segments in zip(self.branches, self.segments, strict=True):
+            branch.truncate(segments[count - 1][1] + 1)
+        self.interactions = self.interactions[:count]
+        self.segments = [segments[:count] for segments in self.segments]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the largest resolution."""
@@ -82,9 +99,12 @@ class PIIP(nn.Module):
         return _to_maps(states), {k: _to_maps(found) for k, found in intermediates.items()}
 
     def forward_states(
-        self, image: Tensor, after: Collection[int] = ()
+        self, image: Tensor, after: Collection[int] = (), *, stop_early: bool = False
     ) -> tuple[list[BranchState], dict[int, list[BranchState]]]:
-        """As `forward_intermediates`, with what maps leave out: class tokens. Token maps are channels last."""
+        """As `forward_intermediates`, with what maps leave out: class tokens. Token maps are channels last.
+
+        With `stop_early` it ends behind the last interaction asked for.
+        """
         states = [
             branch.embed(resize_for_branch(image, factor))
             for branch, factor in zip(self.branches, self.factors, strict=True)
@@ -96,6 +116,8 @@ class PIIP(nn.Module):
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
                 intermediates[k] = states
+            if stop_early and k == max(after, default=None):
+                return states, intermediates
         return [self._finish(i, state) for i, state in enumerate(states)], intermediates
 
     def forward_blocks(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
@@ -152,8 +174,6 @@ class DensePIIP(nn.Module):
         if merging is None:
             raise ConfigError("PIIPConfig.merging=None: expected a MergingConfig for dense prediction")
         self.pyramid = PIIP(config)
-        self.intermediate_after = merging.intermediate_after
-        self.out_blocks = merging.out_blocks
         self.merging = _MergingSet(self.pyramid) if merging.kind != "single" else None
         levels = len(merging.out_strides)
         if merging.kind == "regular":
@@ -175,17 +195,25 @@ class DensePIIP(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """One map (B, C_l, H_l, W_l) per output stride for an image (B, 3, H, W)."""
-        if self.out_blocks is not None:
-            return self.feature_pyramid(self.pyramid.forward_blocks(image, self.out_blocks))
-        final, intermediates = self.pyramid.forward_intermediates(image, self.intermediate_after)
-        if self.merging is None:
-            return self.feature_pyramid(final * len(self.out_strides))
-        merged = self.merging(final, intermediates)
-        return self.feature_pyramid(merged if len(merged) > 1 else merged * len(self.out_strides))
+        return dense_maps(self.pyramid, self.merging, self.feature_pyramid, image)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
         self.pyramid.set_grad_checkpointing(enable)
+
+
+def dense_maps(
+    pyramid: PIIP, merging: nn.Module | None, feature_pyramid: FeaturePyramid, image: Tensor
+) -> list[Tensor]:
+    """What a `DensePIIP` of these parts computes: one map (B, C_l, H_l, W_l) per output stride."""
+    config, levels = pyramid.config.merging, len(feature_pyramid.out_strides)
+    if config.out_blocks is not None:
+        return feature_pyramid(pyramid.forward_blocks(image, config.out_blocks))
+    final, intermediates = pyramid.forward_intermediates(image, config.intermediate_after)
+    if merging is None:
+        return feature_pyramid(final * levels)
+    merged = merging(final, intermediates)
+    return feature_pyramid(merged if len(merged) > 1 else merged * levels)
 
 
 class _MergingSet(nn.Module):

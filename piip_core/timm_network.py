@@ -72,11 +72,10 @@ class TimmConfig(NetworkConfig):
 @lru_cache(maxsize=64)
 def _structure(config: TimmConfig) -> _Structure:
     """Builds the network without memory, once per configuration, to look at it."""
-    import torch
-
     from .branches.timm_factory import create_model, describe
+    from .meta import on_meta
 
-    with torch.device("meta"):
+    with on_meta():
         model = create_model(
             config.name,
             patch_size=config.patch_size,

@@ -75,6 +75,16 @@ class Branch(nn.Module, ABC):
             0 for embeddings, block index + 1 for blocks, None for a parameter that takes no part in the decay.
         """
 
+    @abstractmethod
+    def remove_block(self, index: int) -> None:
+        """Removes the last block, whose index is given."""
+
+    def truncate(self, count: int) -> None:
+        """Keeps the first `count` blocks alone."""
+        for index in reversed(range(count, self.num_blocks)):
+            self.remove_block(index)
+        self.dims, self.strides = self.dims[:count], self.strides[:count]
+
     def run(self, state: BranchState, start: int, stop: int) -> BranchState:
         """Runs blocks `start` to `stop` (exclusive), recomputing them in the backward pass if checkpointing is on."""
         for index in range(start, stop):

@@ -46,6 +46,9 @@ class StagedBranch(Branch):
         block = self.model.stages.get_submodule(self._steps[index])
         return BranchState(block(state.tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
+    def remove_block(self, index: int) -> None:
+        self.model.stages.set_submodule(self._steps[index], nn.Identity())
+
     def layer_of(self, name: str) -> int | None:
         return None
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import ConfigError
+from ..meta import on_meta
 from .window import MapAttention
 
 __all__ = ["create_model", "describe"]
@@ -59,7 +59,7 @@ def create_model(
 
 def _kind(name: str) -> type[nn.Module]:
     """timm's class of a model, from a build without memory."""
-    with torch.device("meta"):
+    with on_meta():
         found = type(timm.create_model(name, pretrained=False, num_classes=0))
     if found not in (VisionTransformer, Eva, ConvNeXt):
         hint = "; BEiTConfig describes BEiT" if found.__name__ == "Beit" else ""

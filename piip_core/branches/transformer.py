@@ -55,6 +55,9 @@ class TransformerBranch(Branch):
         tokens, prefix = self.split(block(self.sequence(state)), state)
         return BranchState(tokens, prefix)
 
+    def remove_block(self, index: int) -> None:
+        del self.model.blocks[index]
+
     @staticmethod
     def sequence(state: BranchState) -> Tensor:
         """All tokens of a state as one sequence (B, P + H * W, C), the prefix first."""
@@ -72,7 +75,7 @@ class TransformerBranch(Branch):
 
     def layer_of(self, name: str) -> int | None:
         parts = name.split(".")[1:]  # without "model"
-        return int(parts[1]) + 1 if parts[0] == "blocks" else 0
+        return int(parts[1]) + 1 if parts[:1] == ["blocks"] else 0
 
     def _set_drop_path(self) -> None:
         """Sets the rates of stochastic depth; timm only knows the linear schedule."""

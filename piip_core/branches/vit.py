@@ -56,7 +56,7 @@ class ViTBranch(TransformerBranch):
         prefix = self.model.cls_token
         if self.config.network.class_position:
             prefix = prefix + class_position
-        return BranchState(tokens, self.model.norm_pre(prefix).expand(len(tokens), -1, -1))
+        return BranchState(tokens, self.model.norm_pre(prefix).expand(tokens.shape[0], -1, -1))
 
 
 @register_branch(UniPerceiverConfig)

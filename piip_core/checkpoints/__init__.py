@@ -7,8 +7,10 @@ from .names import PublishedNames
 from .part import load_part
 from .pretrained import convert_pretrained, load_branch, load_pretrained
 from .public_config import PublishedModel, classifier_from_public, config_from_public
+from .pyramid_start import find_pyramid, load_pyramid, pyramid_prefix
 from .recognise import recognise
 from .report import ConversionReport
+from .trained import build_trained
 
 __all__ = [
     "CheckpointFile",
@@ -16,17 +18,21 @@ __all__ = [
     "ConversionReport",
     "PublishedModel",
     "PublishedNames",
+    "build_trained",
     "classifier_from_public",
     "config_from_public",
     "convert_file",
     "convert_pretrained",
+    "find_pyramid",
     "from_published",
     "load_branch",
     "load_part",
     "load_pretrained",
+    "load_pyramid",
     "model_shapes",
     "our_names",
     "published_names",
+    "pyramid_prefix",
     "read_checkpoint",
     "read_config",
     "recognise",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..branches import Branch, BranchState
-from ..checkpoints import read_checkpoint
-from ..errors import CheckpointError, ConfigError, UserError
+from ..checkpoints import load_part
+from ..errors import ConfigError, UserError
 from ..interaction import CrossAttention, DeformableCrossAttention, Interaction
 from ..pyramid import PIIP
 from .attention import AttentionRow, attention_row, watch_attention
@@ -109,19 +109,7 @@ def load_pyramid_weights(pyramid: PIIP, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: If the file cannot be read, or does not hold exactly one set of all weights of the pyramid.
     """
-    state, names = read_checkpoint(path).state, list(pyramid.state_dict())
-    prefixes = [key.removesuffix(names[0]) for key in state if key == names[0] or key.endswith(f".{names[0]}")]
-    complete = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
-    if len(complete) != 1:
-        raise CheckpointError(
-            f"{path}: holds {len(complete)} complete sets of the {len(names)} weights of this pyramid "
-            f"({names[0]} ...); expected one. Give the model the checkpoint was trained with; published files are "
-            "converted by tools/convert_checkpoint.py"
-        )
-    try:
-        pyramid.load_state_dict({name: state[complete[0] + name] for name in names})
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: weights of another shape: {error}") from None
+    load_part(pyramid, path)
 
 
 def choose_blocks(pyramid: PIIP, blocks: Sequence[int] | None = None) -> tuple[int, ...]:

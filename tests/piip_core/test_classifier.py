@@ -36,7 +36,7 @@ KINDS = (("separate", "class_token"), ("separate", "first_patch"), ("separate", 
 @pytest.mark.parametrize(("head", "pooling"), KINDS)
 def test_every_parameter_matters(make_config, randomize, head, pooling):
     """Nothing is idle, so distributed training needs no search for unused parameters."""
-    model = randomize(PIIPClassifier(make_config(head, pooling)))
+    model = randomize(PIIPClassifier(make_config(head, pooling))).eval()  # stochastic depth may drop a whole batch
     logits = model(torch.randn(3, 3, 128, 128))
     assert logits.shape == (3, 5)
     logits.square().sum().backward()

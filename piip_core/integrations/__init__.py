@@ -1,0 +1,1 @@
+"""Thin adapters to the model libraries that users know; each is imported on demand only."""

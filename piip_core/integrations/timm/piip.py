@@ -1,0 +1,239 @@
+"""Registers the classifiers of the zoo in timm."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._pretrained import DefaultCfg
+from torch import Tensor, nn
+
+from ... import zoo
+from ...checkpoints import from_published, load_pretrained
+from ...classifier import PIIPClassifier, with_pooling
+from ...classifier_config import ClassifierConfig
+from ...config import BranchConfig, InteractionConfig, PIIPConfig
+from ...errors import CheckpointError
+from ...feature_maps import feature_maps
+from ...networks import ViTConfig
+from ...validation import check
+
+__all__ = ["MODELS", "create_classifier", "model_names", "register_classifier"]
+
+# Where a released file has the weights that a tag names
+_WEIGHTS = {"in1k": "model", "in1k_ema": "model_ema"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """Two forms of a model: for new training, and as published. They are the same where nothing was published."""
+
+    training: ClassifierConfig
+    published: ClassifierConfig
+    url: str | None = None
+
+
+def _tiny() -> ClassifierConfig:
+    """For tests: three branches that run in milliseconds."""
+    sizes = ((48, 4, 4, 32), (32, 2, 4, 48), (16, 2, 2, 96))
+    branches = (
+        BranchConfig(
+            network=ViTConfig(
+                embed_dim=dim,
+                depth=depth,
+                num_heads=heads,
+                patch_size=8,
+                pos_grid=side // 8,
+                layer_scale=None,
+                class_token=True,
+                class_position=True,
+            ),
+            image_size=side,
+        )
+        for dim, depth, heads, side in sizes
+    )
+    interaction = InteractionConfig(num_interactions=2, num_heads=4)
+    return ClassifierConfig(pyramid=PIIPConfig(branches=tuple(branches), interaction=interaction, merging=None))
+
+
+MODELS: dict[str, _Model] = {}
+"""Every registered model by name."""
+
+# timm looks for this name in the module of an entry point
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+def register_classifier(
+    name: str, config: ClassifierConfig, *, published: ClassifierConfig | None = None, url: str | None = None
+) -> None:
+    """Makes a classifier known to `timm.create_model`; for pyramids of your own, too.
+
+    Args:
+        name: Name in timm.
+        config: The form for new training.
+        published: The form of released weights; None if it is the same.
+        url: Address of the released weights.
+    """
+    MODELS[name] = _Model(config, published or config, url)
+    tags = _WEIGHTS if url else ("untrained",)
+    default_cfgs.update(generate_default_cfgs({f"{name}.{tag}": _pretrained_cfg(MODELS[name]) for tag in tags}))
+    globals()[name] = register_model(_entry_point(name))
+
+
+def model_names() -> list[str]:
+    """Names of the models that `timm.create_model` knows from here."""
+    return list(MODELS)
+
+
+def create_classifier(
+    name: str,
+    pretrained: bool = False,
+    *,
+    published: bool | None = None,
+    pretrained_branches: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """What `timm.create_model(name, ...)` calls.
+
+    Args:
+        name: One of `model_names()`.
+        pretrained: Load the released weights, or those that `pretrained_cfg_overlay=dict(file=...)` names. Released
+            files are converted. The tag `in1k_ema` takes the moving average of the released weights.
+        published: Build the released form, whose heads read the first patch token and whose weights need that; else
+            the form for new training, whose heads read class tokens. None: the released form if its weights are to be
+            downloaded. True goes with a released file of your own in `pretrained_cfg_overlay`.
+        pretrained_branches: Start every branch and its head from the network that it is named after, as the published
+            fine-tuning does; interactions start as identity.
+        **kwargs: Of timm: `num_classes`, `global_pool` ("token", "avg", "first_patch"), `drop_rate`, `drop_path_rate`
+            (all branches and interactions; None keeps the published rates), `img_size` (no effect: the network takes
+            images of any size), `features_only`, `out_indices`, `pretrained_cfg`,
+            `pretrained_cfg_overlay` and `cache_dir`.
+
+    Raises:
+        ConfigError: If an argument has a value that is not possible.
+        CheckpointError: If the weights do not fit.
+    """
+    own = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+    if published is None:
+        source = resolve_pretrained_cfg(name, *own)
+        published = pretrained and not (source.file or source.state_dict or source.source or source.hf_hub_id)
+    config = MODELS[name].published if published else MODELS[name].training
+    if kwargs.get("features_only") and config.head == "separate":
+        kwargs.setdefault("global_pool", "avg")  # with the last interaction, which class tokens would not need
+    final = tuple(i for i, feature in enumerate(feature_maps(config.pyramid)) if feature.final)
+    try:
+        model = build_model_with_cfg(
+            partial(_build, config, pretrained_branches and not pretrained),
+            name,
+            pretrained,
+            pretrained_filter_fn=convert_weights,
+            feature_cfg={"out_indices": final, "feature_cls": "getter"},
+            **kwargs,
+        )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"the weights of {name} hold more than tensors and could run code when loaded "
+            f"({str(error).splitlines()[0]}). If you trust where they come from, download the file, convert it once "
+            "with tools/convert_checkpoint.py --unsafe-pickle, and pass pretrained_cfg_overlay=dict(file=CONVERTED) "
+            "with published=True"
+        ) from None
+    model._model_args = {"published": published}  # timm stores it with the weights, and passes it when it loads them
+    return model
+
+
+def _build(
+    config: ClassifierConfig,
+    pretrained_branches: bool,
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    global_pool: str | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> PIIPClassifier:
+    """The model that timm's arguments describe; `img_size` is noted by timm."""
+    check(in_chans == 3, "in_chans", in_chans, "3: the branches are made for colour images")
+    config = dataclasses.replace(config, num_classes=num_classes, drop_rate=drop_rate)
+    if global_pool is not None:
+        config = with_pooling(config, global_pool)
+    if drop_path_rate is not None:
+        config = dataclasses.replace(config, pyramid=_with_drop_path(config.pyramid, drop_path_rate))
+    model = PIIPClassifier(config)
+    if pretrained_branches:
+        load_pretrained(model)
+    return model
+
+
+def _with_drop_path(config: PIIPConfig, rate: float) -> PIIPConfig:
+    return dataclasses.replace(
+        config,
+        branches=tuple(dataclasses.replace(branch, drop_path_rate=rate) for branch in config.branches),
+        interaction=dataclasses.replace(config.interaction, drop_path_rate=rate),
+    )
+
+
+def convert_weights(state: Mapping[str, Any], model: PIIPClassifier) -> dict[str, Tensor]:
+    """Weights of a file under our names; timm's hook for checkpoints of other formats.
+
+    Args:
+        state: Our state dict, a published one, or a whole released file.
+        model: The model they are for, as timm builds it.
+
+    Raises:
+        CheckpointError: If they do not fit the form of the model.
+    """
+    cfg, target = model.pretrained_cfg, model.state_dict()
+    name = cfg["architecture"]
+    state = dict(state.get(_WEIGHTS.get(cfg.get("tag"), "model"), state))
+    if not state.keys() & target.keys():
+        state, report = from_published(state, MODELS[name].published, source=f"weights for {name}")
+        report.check()
+    classifiers = {f"{classifier}.{part}" for classifier in cfg["classifier"] for part in ("weight", "bias")}
+    shapes = {key: tensor.shape for key, tensor in target.items()}
+    wrong = sorted(key for key, tensor in state.items() if shapes.get(key) != tensor.shape and key not in classifiers)
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors of the weights for {name} do not fit this form of it ({', '.join(wrong[:3])} ...): "
+            "released weights need published=True and no global_pool='token', others the arguments of their training"
+        )
+    return state
+
+
+def _pretrained_cfg(model: _Model) -> dict[str, Any]:
+    config = model.training
+    numbers = range(1, len(config.pyramid.branches) + 1)
+    separate = tuple(f"head.classifiers.{number}" for number in numbers)
+    return {
+        "url": model.url,
+        "num_classes": config.num_classes,
+        "input_size": (3, config.image_size, config.image_size),
+        "crop_pct": 1.0,
+        "first_conv": tuple(
+            f"pyramid.branches.{index}.model.patch_embed.proj"
+            for index, branch in enumerate(config.pyramid.branches)
+            if hasattr(branch.network, "embed_dim")  # plain transformers
+        ),
+        "classifier": separate if config.head == "separate" else ("head.classifier",),
+        "paper_name": "Parameter-Inverted Image Pyramid Networks for Visual Perception and Multimodal Understanding",
+        "paper_ids": "arXiv:2501.07783",
+    }
+
+
+def _entry_point(name: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create_classifier(name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"{name}; see `create_classifier`."
+    return create
+
+
+for _entry in zoo.classification_entries():
+    register_classifier(_entry.name, _entry.training_config, published=_entry.config, url=_entry.checkpoint_url)
+register_classifier("piip_test", _tiny())
