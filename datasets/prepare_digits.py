@@ -3,12 +3,14 @@
 
 $ python datasets/prepare_digits.py                      # 2000 + 200 scenes in datasets/digits
 $ python datasets/prepare_digits.py my/folder --num-train 500 --image-size 256
+$ python datasets/prepare_digits.py --single             # the 1797 digits on their own, a folder per class
 """
 
 import argparse
 from pathlib import Path
 
 from piip_core.demo.digit_dataset import prepare_digits
+from piip_core.demo.digit_images import prepare_digit_images
 from piip_core.demo.digit_scenes import SceneConfig
 
 
@@ -16,19 +18,24 @@ def main() -> None:
     """Parses the command line and writes the data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = SceneConfig()
-    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parent / "digits", help="folder to write")
+    parser.add_argument("root", nargs="?", type=Path, help="folder to write (default digits or digit_images here)")
+    parser.add_argument("--single", action="store_true", help="single digits without photographs, for classifiers")
     parser.add_argument("--num-train", type=int, default=2000, help="training scenes (default %(default)s)")
     parser.add_argument("--num-val", type=int, default=200, help="validation scenes (default %(default)s)")
     parser.add_argument("--image-size", type=int, default=default.image_size, help="side (default %(default)s pixels)")
     parser.add_argument("--max-digits", type=int, default=default.max_digits, help="per scene (default %(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="(default %(default)s)")
     args = parser.parse_args()
+    root = args.root or Path(__file__).parent / ("digit_images" if args.single else "digits")
     try:
-        config = SceneConfig(image_size=args.image_size, max_digits=args.max_digits, seed=args.seed)
-        written = prepare_digits(args.root, num_train=args.num_train, num_val=args.num_val, config=config)
+        if args.single:
+            written = prepare_digit_images(root)
+        else:
+            config = SceneConfig(image_size=args.image_size, max_digits=args.max_digits, seed=args.seed)
+            written = prepare_digits(root, num_train=args.num_train, num_val=args.num_val, config=config)
     except (ValueError, FileExistsError) as error:
         parser.error(str(error))
-    print(f"{args.root}: {'written' if written else 'already there'}")
+    print(f"{root}: {'written' if written else 'already there'}")
 
 
 if __name__ == "__main__":

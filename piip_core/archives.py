@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .errors import UserError
 
-__all__ = ["ArchiveError", "Unpacked", "unpack_images"]
+__all__ = ["ArchiveError", "Unpacked", "check_space", "unpack_images"]
 
 _INCOMPLETE = "incomplete"
 _CHUNK = 1 << 20
@@ -66,7 +66,7 @@ def unpack_images(
         if not in_place:
             _remove_strangers(target, {target / name for name in entries})
         missing = {name: info for name, info in entries.items() if _size(target / name) < info.file_size}
-        _check_space(target, archive, sum(info.file_size for info in missing.values()))
+        check_space(target, archive, sum(info.file_size for info in missing.values()))
         _write(opened, archive, target, missing, progress)
     if not in_place:
         os.sync()  # the new name must not be on the disk before the files are
@@ -132,7 +132,8 @@ def _remove_strangers(target: Path, wanted: set[Path]) -> None:
                 path.unlink()
 
 
-def _check_space(target: Path, archive: Path, needed: int) -> None:
+def check_space(target: Path, archive: Path, needed: int) -> None:
+    """Raises ArchiveError if the disk of a folder has less than the bytes that unpacking still needs."""
     free = shutil.disk_usage(target).free
     if needed > free:
         raise ArchiveError(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains or evaluates a detector described by a LazyConfig.
+"""Trains or evaluates a detector, segmentor or classifier described by a LazyConfig.
 
 One machine, all GPUs or one CPU process:
     python tools/lazyconfig_train_net.py --config-file CONFIG.py --num-gpus 8 train.output_dir=output/run
@@ -13,6 +13,8 @@ Go on after an interruption, evaluate:
     ... --eval-only train.init_checkpoint=output/run/model_final.pth
 Own data in COCO format; the number of classes follows the annotation file:
     ... data.train.annotations=A.json data.train.images=DIR data.test.annotations=B.json data.test.images=DIR
+Own images with one sub-folder per class; classes and the length of the training follow the folder:
+    ... data.train.images=DIR data.test.images=DIR
 """
 
 import argparse

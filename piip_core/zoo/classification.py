@@ -187,7 +187,7 @@ def _from_scratch_row() -> ClassificationEntry:
         batch_size=2048,
         learning_rate=3e-3,
         interaction_lr_ratio=1.0,
-        weight_decay=0.02,
+        weight_decay=0.05,
         ema_decay=None,
     )
 

@@ -12,8 +12,9 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from piip.data import Category, DatasetError
-from piip_core.checkpoints import read_checkpoint
+from piip_core.checkpoints import find_pyramid, load_pyramid, pyramid_prefix, read_checkpoint
 from piip_core.checkpoints.files import load_torch_file
+from piip_core.checkpoints.single import listed
 from piip_core.errors import CheckpointError
 from piip_core.files import write_atomically
 
@@ -104,7 +105,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads a `.pth`, a `.safetensors`, its index (`.safetensors.index.json`), or a `checkpoint-N` of DeepSpeed.
 
-        See fvcore's `Checkpointer.load`.
+        See fvcore's `Checkpointer.load`. If the file is that of another kind of model with a PIIP inside, such as a
+        classifier's for a detector, and loading is not strict, the pyramid alone is loaded: see `load_pyramid`.
 
         Raises:
             CheckpointError: If the file is missing or unreadable or, when strict, does not fit the model.
@@ -117,6 +119,21 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it set when loading fails
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        held, prefix = find_pyramid(self.model), pyramid_prefix(checkpoint["model"])
+        if self.strict or held is None or prefix in (None, held[0]):
+            return super()._load_model(checkpoint)
+        source = self._parsed_url_during_load.geturl()
+        report = load_pyramid(held[1], checkpoint.pop("model"), source=source)
+        others = [name for name in self.model.state_dict() if not name.startswith(held[0])]
+        self.logger.info(
+            "The pyramid alone, from a model of another kind; %d other tensors of this one are left as they were (%s). %s",
+            len(others),
+            listed(others),
+            report.summary(),
+        )
+        return None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(_SAFETENSORS):

@@ -14,10 +14,12 @@ from detectron2.engine import SimpleTrainer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
+from timm.optim import Lamb
 from torch import distributed, nn
 
 from piip_core.deepspeed_start import import_deepspeed
 from piip_core.errors import ConfigError
+from piip_core.memory import LIVE_PARAMETERS
 
 __all__ = ["DeepSpeedTrainer", "build_engine", "deepspeed_config", "evaluation_model", "zero_stage"]
 
@@ -65,7 +67,7 @@ def deepspeed_config(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
         "overlap_comm": True,
     }
     if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": settings.bucket_size, "stage3_max_live_parameters": 1_000_000_000}
+        zero |= {"stage3_prefetch_bucket_size": settings.bucket_size, "stage3_max_live_parameters": LIVE_PARAMETERS}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = host
     if settings.offload_parameters:
@@ -110,8 +112,13 @@ def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optim
         batch_size: Images per process.
 
     Raises:
-        ConfigError: If DeepSpeed is not installed, or a setting is wrong.
+        ConfigError: If DeepSpeed is not installed, a setting is wrong, or the optimizer cannot be divided.
     """
+    if isinstance(optimizer, Lamb):
+        raise ConfigError(
+            f"optimizer {type(optimizer).__name__}: its steps depend on norms of whole tensors, which ZeRO divides; "
+            "expected train.deepspeed.stage=0, or another optimizer such as torch.optim.AdamW"
+        )
     device = torch.device(cfg.train.device)
     deepspeed = import_deepspeed(device.type)
     _describe_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,12 +18,13 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
+from piip.bars import draw_bars
 from piip.data import UnreadableImageError, read_image
 from piip.predict import Predictor
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
-__all__ = ["InputError", "collect_inputs", "draw_detections", "draw_segmentation", "run_demo"]
+__all__ = ["InputError", "collect_inputs", "draw_classes", "draw_detections", "draw_segmentation", "run_demo"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +50,14 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
     For a detector, the JSON is a list in COCO's result format; "file_name" and "category_name" are added, and image ids
     count the pictures (for videos, the frames) from 1. For a segmentor, each picture has a label map beside it,
     `NAME_labels.png`, with the values that the data set's label maps have, and the JSON lists the share of every class
-    that was found.
+    that was found. For a classifier, pictures have the five best classes as bars beside the image, and the JSON lists
+    them with their scores, best first.
 
     Args:
-        predictor: The detector or segmentor.
+        predictor: The detector, segmentor or classifier.
         inputs: Image files, folders (all images in and below them) and video files.
         output: Folder for the results; a folder's structure is kept in it.
-        min_score: Detections with lower scores are left out; nothing to a segmentor.
+        min_score: Detections with lower scores are left out; nothing to the others.
 
     Returns:
         One message per file that could not be read; the others are done all the same.
@@ -79,11 +81,8 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
             errors.append(str(error))
             continue
         image_id += 1
-        if predictor.segments:
-            picture, found = _segment(predictor, image, image_id, job.target.with_name(job.target.name + "_labels.png"))
-        else:
-            instances = predictor(image, min_score=min_score)
-            picture, found = draw_detections(image, instances, predictor), predictor.to_coco(instances, image_id)
+        target = job.target.with_name(f"{job.target.name}_labels.png")
+        picture, found = _predict(predictor, image, image_id, target, min_score, draw_detections)
         results += _named(found, str(job.source))
         _save_picture(picture, job.target.with_name(job.target.name + ".jpg"))
     with write_atomically(os.path.join(output, "predictions.json"), "w") as file:
@@ -105,6 +104,20 @@ def draw_detections(image: np.ndarray, instances: Instances, predictor: Predicto
     return Visualizer(image, predictor.metadata).draw_instance_predictions(instances).get_image()
 
 
+def draw_classes(image: np.ndarray, classes: Sequence[tuple[int, float]], predictor: Predictor) -> np.ndarray:
+    """The image with names and scores of classes as bars beside it, or below if it is wide.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        classes: Classes and their scores, from `Predictor.classify`.
+        predictor: Gives the names of the classes.
+
+    Returns:
+        (H', W', 3) uint8, RGB; its size depends on that of the image and the number of classes alone.
+    """
+    return draw_bars(image, [(predictor.category(index).name, score) for index, score in classes])
+
+
 def draw_segmentation(image: np.ndarray, labels: np.ndarray, predictor: Predictor) -> np.ndarray:
     """The image with the classes of its pixels painted over it and their names.
 
@@ -119,9 +132,37 @@ def draw_segmentation(image: np.ndarray, labels: np.ndarray, predictor: Predicto
     return Visualizer(image, predictor.metadata).draw_sem_seg(labels, alpha=0.5).get_image()
 
 
-def _segment(
-    predictor: Predictor, image: np.ndarray, image_id: int, target: Path
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
+_Found = tuple[np.ndarray, list[dict[str, Any]]]  # a picture, and the entries of the JSON
+
+
+def _predict(
+    predictor: Predictor,
+    image: np.ndarray,
+    image_id: int,
+    label_map: Path,
+    min_score: float,
+    draw: Callable[[np.ndarray, Instances, Predictor], np.ndarray],
+) -> _Found:
+    """What the model makes of an image; `draw` is for detections, which videos have drawn otherwise."""
+    if predictor.task == "segmentation":
+        return _segment(predictor, image, image_id, label_map)
+    if predictor.task == "classification":
+        return _classify(predictor, image, image_id)
+    instances = predictor(image, min_score=min_score)
+    return draw(image, instances, predictor), predictor.to_coco(instances, image_id)
+
+
+def _classify(predictor: Predictor, image: np.ndarray, image_id: int) -> _Found:
+    classes = predictor.classify(image)
+    found = []
+    for index, score in classes:
+        category = predictor.category(index)
+        entry = {"image_id": image_id, "category_id": category.id, "category_name": category.name, "score": score}
+        found.append(entry)
+    return draw_classes(image, classes, predictor), found
+
+
+def _segment(predictor: Predictor, image: np.ndarray, image_id: int, target: Path) -> _Found:
     """The picture of a segmentation and what was found; the label map is written to `target`."""
     labels = predictor.segment(image)
     classes, counts = np.unique(labels, return_counts=True)
@@ -200,6 +241,10 @@ def _run_on_video(predictor: Predictor, job: _Job, image_id: int, min_score: flo
     av = _import_av(job.source)
     results: list[dict[str, Any]] = []
     visualizer = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
+
+    def draw(image: np.ndarray, instances: Instances, _: Predictor) -> np.ndarray:
+        return visualizer.draw_instance_predictions(image, instances).get_image()
+
     with av.open(str(job.source)) as container:
         stream = container.streams.video[0]
         writer = _FrameWriter(av, job.target, stream.average_rate or Fraction(25))
@@ -209,13 +254,8 @@ def _run_on_video(predictor: Predictor, job: _Job, image_id: int, min_score: flo
             ):
                 image = frame.to_ndarray(format="rgb24")
                 image_id += 1
-                if predictor.segments:
-                    name = f"{job.target.name}_{image_id:06d}_labels.png"
-                    picture, found = _segment(predictor, image, image_id, job.target.with_name(name))
-                else:
-                    instances = predictor(image, min_score=min_score)
-                    picture = visualizer.draw_instance_predictions(image, instances).get_image()
-                    found = predictor.to_coco(instances, image_id)
+                target = job.target.with_name(f"{job.target.name}_{image_id:06d}_labels.png")
+                picture, found = _predict(predictor, image, image_id, target, min_score, draw)
                 results += _named(found, str(job.source))
                 writer.write(picture)
         finally:

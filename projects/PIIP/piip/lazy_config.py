@@ -16,10 +16,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from piip.data import Category, DatasetError, coco_categories
+from piip.data.classification.folders import check_same_classes, count_train_images, folder_categories
 from piip.data.segmentation import label_classes
 from piip_core.errors import ConfigError
 
-__all__ = ["check_device", "follow_annotations", "has_test_set", "load_config", "skip_pretrained"]
+__all__ = [
+    "check_device",
+    "follow_annotations",
+    "has_test_set",
+    "is_folder_of_classes",
+    "load_config",
+    "skip_pretrained",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +100,27 @@ def check_device(device: str) -> torch.device:
 
 
 def has_test_set(cfg: DictConfig) -> bool:
-    """Whether there is something to evaluate on: neither data.test.annotations nor data.test.labels is null."""
+    """Whether there is something to evaluate on.
+
+    That is, neither data.test.annotations nor data.test.labels is null; for folders of classes, not data.test.images,
+    or data.test.share is not 0.
+    """
     test = cfg.get("data", {}).get("test", {})
+    if is_folder_of_classes(cfg):
+        return test.images is not None or bool(test.get("share"))
     return all(test.get(key, "") is not None for key in ("annotations", "labels"))
 
 
+def is_folder_of_classes(cfg: DictConfig) -> bool:
+    """Whether the data are images in one sub-folder per class, for a classifier."""
+    test = cfg.get("data", {}).get("test", {})
+    return "images" in test and "annotations" not in test and "labels" not in test
+
+
 def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ...]:
-    """Sets `data.num_classes`, which the model's fields refer to, from annotation files or the classes of label maps.
+    """Sets `data.num_classes`, which the model's fields refer to, from annotation files, label maps or folders.
+
+    For folders of classes, also `data.train.num_images`, which the length of the training follows.
 
     Args:
         cfg: Configuration; one without `data.num_classes` is left alone.
@@ -116,6 +138,8 @@ def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ..
         classes = label_classes(cfg.data.classes, cfg.data.get("reduce_zero_label"))
         logger.info("Values in the label maps: %s", classes.meaning)
         source, categories = str(cfg.data.classes), classes.categories
+    elif is_folder_of_classes(cfg):
+        source, categories = _folder_categories(cfg, training)
     else:
         source, categories = _annotated_categories(cfg, training)
     cfg.data.num_classes = len(categories)
@@ -140,6 +164,30 @@ def _annotated_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[C
                 f"only the second has {sorted(ours - theirs)[:5]}: expected the same ids and names in both"
             )
     return files[0], categories
+
+
+def _folder_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Category, ...]]:
+    """A folder with a sub-folder per class, which is that of the others, too, and its classes."""
+    train, test = cfg.data.train, cfg.data.test
+    share = test.get("share") or 0.0
+    folders = [train.images] if training or share else []
+    if test.images is not None and not share:
+        folders.append(test.images)
+    if not folders:
+        raise DatasetError("data.test.images is null: expected a folder with a sub-folder of images per class")
+    for other in folders[1:]:
+        check_same_classes(folders[0], other)
+    if training and "num_images" in train:
+        train.num_images = count_train_images(train.images, share=share)
+        batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=1)
+        if train.num_images < batch:
+            logger.warning(
+                "%s: %d training images, fewer than dataloader.train.total_batch_size=%d: an epoch is one iteration",
+                train.images,
+                train.num_images,
+                batch,
+            )
+    return folders[0], folder_categories(folders[0])
 
 
 def skip_pretrained(cfg: DictConfig) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,22 +18,30 @@ from detectron2.modeling import SemanticSegmentor
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from omegaconf import DictConfig
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
 
 from piip.checkpointer import AtomicCheckpointer, read_categories
 from piip.data import Category, coco_categories
 from piip.data.segmentation import label_classes
-from piip.lazy_config import check_device, skip_pretrained
+from piip.lazy_config import check_device, is_folder_of_classes, skip_pretrained
+from piip.modeling.classifier import ImageClassifier
+from piip.published import follow_published
 
-__all__ = ["Predictor", "find_categories"]
+__all__ = ["Predictor", "Task", "find_categories"]
+
+Task = Literal["detection", "segmentation", "classification"]
 
 logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """A detector or segmentor ready for images: model, weights and the configuration's own test-time transform.
+    """A detector, segmentor or classifier ready for images: model, weights and the configuration's test-time transform.
 
     Args:
-        cfg: LazyConfig with model, dataloader.test.mapper and train.device; it is changed (`data.num_classes`).
+        cfg: LazyConfig with model, dataloader.test.mapper and train.device; it is changed (`data.num_classes`, and
+            `model.config` for a published classifier, see `follow_published`).
         weights: Checkpoint, `.pth` or `.safetensors`; every weight of the model must be in it.
         device: Where to run; `train.device` by default.
         class_names: Names of the classes, if checkpoint and annotation files do not give them.
@@ -41,30 +49,34 @@ class Predictor:
     Attributes:
         categories (tuple[Category, ...]): class k of the model is entry k; empty if unknown.
         metadata (Metadata): names and, for a segmentor, colours, for Detectron2's visualizers.
-        segments (bool): whether the model is a semantic segmentor: call `segment` then, else the predictor itself.
+        task (Task): what the model does: a detector is the predictor itself, `segment` and `classify` are the others.
 
     Raises:
         CheckpointError: If the checkpoint is missing, broken or of another model.
-        ConfigError: If the device is not there.
+        ConfigError: If the device is not there, or the checkpoint is that of another published classifier.
     """
 
     def __init__(
         self, cfg: DictConfig, weights: str, *, device: str | None = None, class_names: Sequence[str] | None = None
     ) -> None:
         self.device = check_device(device or cfg.train.device)
+        follow_published(cfg, weights)
         self.categories = find_categories(cfg, weights, class_names)
         if self.categories and "num_classes" in cfg.get("data", {}):
             cfg.data.num_classes = len(self.categories)
         skip_pretrained(cfg)
         self.model = instantiate(cfg.model).to(self.device).eval()
         AtomicCheckpointer(self.model, strict=True).load(weights, checkpointables=[])
+        self.task = _task_of(self.model)
         mapper = cfg.dataloader.test.mapper
-        self._augmentations = AugmentationList(instantiate(mapper.augmentations))
         self._image_format = mapper.image_format
-        self.segments = isinstance(self.model, SemanticSegmentor)
+        if self.task == "classification":
+            self._transform: Callable[[np.ndarray], Tensor] = _OfPictures(instantiate(mapper.transform))
+        else:
+            self._transform = _Augmented(AugmentationList(instantiate(mapper.augmentations)))
         self.metadata = Metadata(name="predictor")
         names = [category.name for category in self.categories]
-        if self.segments:
+        if self.task == "segmentation":
             palette = colormap(rgb=True).astype(int).tolist()
             count = len(names) or self.model.sem_seg_head.num_classes
             self.metadata.stuff_classes = names or [self.category(index).name for index in range(count)]
@@ -85,10 +97,9 @@ class Predictor:
             pred_masks (N, H, W) bool.
 
         Raises:
-            ValueError: If image or format are not as described, or the model is a segmentor.
+            ValueError: If image or format are not as described, or the model is no detector.
         """
-        if self.segments:
-            raise ValueError("the model is a semantic segmentor: call predictor.segment(image)")
+        self._check("detection")
         instances = self._outputs(image, image_format)["instances"].to("cpu")
         return instances[instances.scores >= min_score]
 
@@ -103,11 +114,34 @@ class Predictor:
             Classes (H, W) int64, numbered as in the model.
 
         Raises:
-            ValueError: If image or format are not as described, or the model is a detector.
+            ValueError: If image or format are not as described, or the model is no segmentor.
         """
-        if not self.segments:
-            raise ValueError("the model is a detector: call predictor(image)")
+        self._check("segmentation")
         return self._outputs(image, image_format)["sem_seg"].argmax(dim=0).cpu().numpy()
+
+    def classify(self, image: np.ndarray, *, image_format: str = "RGB", top: int = 5) -> list[tuple[int, float]]:
+        """Finds the best classes of one image.
+
+        Args:
+            image: (H, W, 3) uint8.
+            image_format: Its channel order, "RGB" or "BGR".
+            top: How many, if the model has as many.
+
+        Returns:
+            Class, numbered as in the model, and score from 0 to 1 (softmax over all classes), best first.
+
+        Raises:
+            ValueError: If image or format are not as described, or the model is no classifier.
+        """
+        self._check("classification")
+        scores = self._outputs(image, image_format)["scores"].softmax(dim=0).cpu()
+        best = scores.topk(min(top, len(scores)))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def _check(self, task: Task) -> None:
+        if self.task != task:
+            name = {"detection": "", "segmentation": ".segment", "classification": ".classify"}[self.task]
+            raise ValueError(f"the model is for {self.task}: call predictor{name}(image)")
 
     @torch.no_grad()
     def _outputs(self, image: np.ndarray, image_format: str) -> dict[str, Any]:
@@ -116,9 +150,7 @@ class Predictor:
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format={image_format!r}: expected 'RGB' or 'BGR'")
         height, width = image.shape[:2]
-        inputs = AugInput(image if image_format == self._image_format else image[:, :, ::-1])
-        self._augmentations(inputs)
-        tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        tensor = self._transform(image if image_format == self._image_format else image[:, :, ::-1])
         # The model moves the image to its device, normalises and pads it
         return self.model([{"image": tensor, "height": height, "width": width}])[0]
 
@@ -135,12 +167,41 @@ class Predictor:
         return results
 
 
+def _task_of(model: nn.Module) -> Task:
+    if isinstance(model, ImageClassifier):
+        return "classification"
+    return "segmentation" if isinstance(model, SemanticSegmentor) else "detection"
+
+
+class _Augmented:
+    """An image (H, W, 3) through Detectron2's augmentations, as a tensor (3, H', W')."""
+
+    def __init__(self, augmentations: AugmentationList) -> None:
+        self._augmentations = augmentations
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        inputs = AugInput(image)
+        self._augmentations(inputs)
+        return torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+
+
+class _OfPictures:
+    """An image (H, W, 3) through a transform of PIL images, as a tensor (3, H', W')."""
+
+    def __init__(self, transform: Callable[[Image.Image], Any]) -> None:
+        self._transform = transform
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        return torch.as_tensor(self._transform(Image.fromarray(np.ascontiguousarray(image))))
+
+
 def find_categories(cfg: DictConfig, weights: str, class_names: Sequence[str] | None = None) -> tuple[Category, ...]:
-    """Classes of a model: as given, or from the checkpoint, the configuration's data, Detectron2's data sets.
+    """Classes of a model: as given, or from the checkpoint, the configuration's data, Detectron2's and timm's lists.
 
     Args:
         cfg: LazyConfig; `data.classes` of label maps or an annotation file gives the classes of its data,
-            `data.names_from` names the data set of Detectron2 to fall back on.
+            `data.names_from` names the data set of Detectron2 to fall back on. A classifier of 1000 classes falls back
+            on those of ImageNet-1K, and has words for synsets (n02099601: golden retriever).
         weights: Checkpoint; those of this project's training tool hold their classes.
         class_names: Names in the order of the model's classes.
 
@@ -148,6 +209,8 @@ def find_categories(cfg: DictConfig, weights: str, class_names: Sequence[str] | 
         The classes, or nothing if they cannot be known.
     """
     data = cfg.get("data", {})
+    if is_folder_of_classes(cfg):
+        return _image_classes(data.get("num_classes"), weights, class_names)
     if class_names and "classes" in data:
         return label_classes(list(class_names), data.get("reduce_zero_label")).categories
     if class_names:
@@ -168,3 +231,21 @@ def find_categories(cfg: DictConfig, weights: str, class_names: Sequence[str] | 
         return tuple(Category(ids.get(k, k), name) for k, name in enumerate(names))
     logger.warning("Class names are unknown: neither the checkpoint nor an annotation file gives them")
     return ()
+
+
+def _image_classes(num_classes: int, weights: str, class_names: Sequence[str] | None) -> tuple[Category, ...]:
+    """Classes of a classifier; ids are their numbers in the model."""
+    imagenet = ImageNetInfo()
+    names = list(class_names or [category.name for category in read_categories(weights)])
+    if not names and num_classes == imagenet.num_classes():
+        names = imagenet.label_names()
+    if not names:
+        logger.warning("Class names are unknown: the checkpoint does not give them; --class-names does")
+    return tuple(Category(number, _in_words(name, imagenet)) for number, name in enumerate(names))
+
+
+def _in_words(name: str, imagenet: ImageNetInfo) -> str:
+    try:
+        return imagenet.label_name_to_description(name)  # of any synset
+    except KeyError:
+        return name

@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 
 from piip.lazy import lazy_dataclass
 from piip_core import ConfigError
-from piip_core.zoo import DetectionEntry, SegmentationEntry
+from piip_core.zoo import ClassificationEntry, DetectionEntry, SegmentationEntry
 
-__all__ = ["apply_row", "set_schedule"]
+__all__ = ["apply_classification_row", "apply_row", "set_schedule"]
 
 TRAIN_IMAGES = 117_266  # of 118287 in COCO train2017: those with annotations
 
@@ -61,6 +61,48 @@ def apply_row(
         _set_segmentation(row, model, data, train, lr_multiplier)
     else:
         _set_detection(row, data, train, lr_multiplier)
+
+
+def apply_classification_row(
+    row: ClassificationEntry,
+    *,
+    model: DictConfig,
+    data: DictConfig,
+    dataloader: DictConfig,
+    optimizer: DictConfig,
+    lr_multiplier: DictConfig,
+    train: DictConfig,
+) -> None:
+    """Sets model, image size, optimizer and schedule of a published classifier, in place.
+
+    Args:
+        row: From `piip_core.zoo.classification(NAME)`; its model is the one for new trainings.
+        model: The model of `configs/common/classifier.py`, or of `from_scratch.py`.
+        data: The `data` node of `configs/common/imagenet.py`, or of `from_scratch.py`.
+        dataloader: From the same file.
+        optimizer: The optimizer of `configs/common/schedule_20ep.py`, or of `from_scratch.py`.
+        lr_multiplier: From the same file.
+        train: From the same file.
+
+    Raises:
+        ConfigError: If `train` is of the other kind.
+    """
+    if train.load_pretrained == row.from_scratch:
+        wanted = "from_scratch.py" if row.from_scratch else "schedule_20ep.py"
+        raise ConfigError(f"{row.name}: expected train and optimizer from configs/common/{wanted}")
+    model.config = lazy_dataclass(row.training_config)
+    model.config.num_classes = "${data.num_classes}"
+    data.image_size = row.image_size
+    dataloader.train.total_batch_size = row.batch_size
+    optimizer.lr = row.learning_rate
+    optimizer.weight_decay = row.weight_decay
+    optimizer.params.interaction_lr_ratio = row.interaction_lr_ratio
+    lr_multiplier.warmup_lr = row.warmup_lr
+    lr_multiplier.min_lr = row.min_lr
+    train.epochs = row.epochs
+    train.warmup_epochs = row.warmup_epochs
+    train.ema.decay = row.ema_decay
+    train.output_dir = f"output/{row.config_name}"
 
 
 def _set_detection(row: DetectionEntry, data: DictConfig, train: DictConfig, lr_multiplier: DictConfig) -> None:

@@ -1,17 +1,18 @@
-"""Parameter groups with layer-wise learning-rate decay over the branches, and the warmup of the published schedules."""
+"""Parameter groups and learning-rate schedules of the published training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any
 
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
 from piip_core import PIIP
-from piip_core.branches import Branch
+from piip_core.merging import ClassificationHeads
+from piip_core.parameter_layers import ParameterLayers
 
-__all__ = ["WarmupFactor", "layer_decay_params"]
+__all__ = ["CosineToMinimum", "WarmupFactor", "classifier_params", "layer_decay_params"]
 
 
 class WarmupFactor(ParamScheduler):
@@ -41,16 +42,99 @@ class WarmupFactor(ParamScheduler):
         return value * (self.warmup_factor + (1.0 - self.warmup_factor) * where / self.length)
 
 
+class CosineToMinimum(ParamScheduler):
+    """timm's `CosineLRScheduler` for Detectron2, iteration by iteration.
+
+    The rate rises in a line from `warmup_lr`, then joins the cosine that started at the first iteration and ends at
+    `min_lr`. Both are rates and no factors: they are the same for parameters whose base rate is another, as in timm.
+
+    Args:
+        max_iter (int): length of the training.
+        warmup_iters (int): iterations until the rate is the base rate.
+        warmup_lr (float): rate of the first iteration.
+        min_lr (float): rate of the last one.
+    """
+
+    def __init__(self, max_iter: int, warmup_iters: int = 0, warmup_lr: float = 0.0, min_lr: float = 0.0) -> None:
+        if not 0 <= warmup_iters <= max_iter:
+            raise ValueError(
+                f"warmup_iters={warmup_iters}: expected 0 to max_iter={max_iter}; a shorter training needs a smaller "
+                "train.warmup_epochs"
+            )
+        self.warmup, self.warmup_lr, self.min_lr = warmup_iters / max_iter, warmup_lr, min_lr
+
+    def __call__(self, where: float) -> float:
+        """What a base rate has to be multiplied with at `where`, the part of the training that is done."""
+        if where < self.warmup:
+            return _Affine(where / self.warmup, self.warmup_lr)
+        return _Affine(0.5 * (1.0 + math.cos(math.pi * where)), self.min_lr)
+
+
+class _Affine(float):
+    """A factor f whose product with a base rate r is f * r + (1 - f) * floor.
+
+    Detectron2 multiplies the base rate of every group by what a scheduler returns, and nothing else.
+    """
+
+    def __new__(cls, factor: float, floor: float) -> _Affine:
+        self = super().__new__(cls, factor)
+        self.floor = floor
+        return self
+
+    def __mul__(self, rate: float) -> float:
+        return float(self) * rate + (1.0 - float(self)) * self.floor
+
+    __rmul__ = __mul__
+
+
+def classifier_params(
+    model: nn.Module,
+    *,
+    base_lr: float,
+    weight_decay: float,
+    interaction_lr_ratio: float = 1.0,
+    head_lr_ratio: float = 1.0,
+    decay_vectors: bool = True,
+) -> list[dict[str, Any]]:
+    """Optimizer groups of a classifier: branches with the heads that belong to their networks, and everything else.
+
+    Args:
+        model: Model with a `PIIP` inside.
+        base_lr: Learning rate of the branches.
+        weight_decay: Of everything that decays.
+        interaction_lr_ratio: Rate of interactions, and of a head on merged branches, over `base_lr`.
+        head_lr_ratio: Rate of the heads of the branches over `base_lr`. More than 1 for new classes.
+        decay_vectors: Whether biases, norms, position embeddings and class tokens decay as well, as published for
+            fine-tuning.
+
+    Returns:
+        Groups with the keys "params", "lr" and "weight_decay".
+    """
+    ratios: dict[nn.Parameter, float] = {}
+    for module in model.modules():
+        if isinstance(module, PIIP):
+            ratios |= dict.fromkeys(module.branches.parameters(), 1.0)
+        elif isinstance(module, ClassificationHeads):
+            ratios |= dict.fromkeys(module.parameters(), head_lr_ratio)
+    exempt = set() if decay_vectors else set(model.no_weight_decay())
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        ratio = ratios.get(parameter, interaction_lr_ratio)
+        decays = decay_vectors or (parameter.ndim > 1 and name not in exempt)
+        settings = {"params": [], "lr": base_lr * ratio, "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault((ratio, decays), settings)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
 def layer_decay_params(
     model: nn.Module, *, base_lr: float, weight_decay: float, decay_rate: float = 1.0
 ) -> list[dict[str, Any]]:
     """Optimizer groups as in the published training: deeper layers learn faster, heads and interactions fastest.
 
-    Let d be the number of blocks of the first branch that takes part, which ConvNeXt branches do not. There are d + 2
-    layers: embeddings are layer 0, block l of that branch is layer l + 1, block l of a branch with d' blocks is layer
-    (l + 1) * d / d' (rounded down), and everything else is the last layer. The learning rate of a layer is
-    `base_lr * decay_rate ** (d + 1 - layer)`. Vectors and biases do not decay; position embeddings and the scalar
-    merging weights do, as published.
+    `ParameterLayers` numbers the layers. The learning rate of one is `base_lr * decay_rate ** (last - layer)`. Vectors
+    and biases do not decay; position embeddings and the scalar merging weights do, as published.
 
     Two details of the published groups are kept: a fractional layer joins the group of its integer part, and the
     group takes the rate of its first member.
@@ -70,9 +154,10 @@ def layer_decay_params(
     pyramids = [m for m in model.modules() if isinstance(m, PIIP)]
     if len(pyramids) > 1:
         raise ValueError(f"the model holds {len(pyramids)} PIIP modules: expected at most one to derive layers from")
-    branches = _decaying_branches(pyramids[0]) if pyramids else []
-    layers = dict(_branch_layers(branches))
-    last = branches[0].num_blocks + 1 if branches else 0
+    layers, last = {}, 0
+    for pyramid in pyramids:
+        layer_of = ParameterLayers(pyramid)
+        layers, last = {p: layer_of(name) for name, p in pyramid.named_parameters()}, layer_of.last
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -90,15 +175,3 @@ def layer_decay_params(
         )
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
-
-
-def _decaying_branches(pyramid: PIIP) -> list[Branch]:
-    return [b for b in pyramid.branches if any(b.layer_of(name) is not None for name, _ in b.named_parameters())]
-
-
-def _branch_layers(branches: list[Branch]) -> Iterator[tuple[nn.Parameter, float]]:
-    for branch in branches:
-        for name, parameter in branch.named_parameters():
-            layer = branch.layer_of(name)
-            if layer is not None:
-                yield parameter, layer * branches[0].num_blocks / branch.num_blocks

@@ -24,11 +24,13 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
-from piip.checkpointer import AtomicCheckpointer, CategoryTable
-from piip.data import Category, TrainLoader
+from piip.checkpointer import AtomicCheckpointer, CategoryTable, read_categories
+from piip.data import Category, DatasetError, TrainLoader
 from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, DeepSpeedCheckpoints, prepare_output, run_folder
 from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_model, zero_stage
+from piip.ema import WeightAverage, average_settings
 from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
+from piip.published import follow_published
 from piip.trainer import ClipNorm, MixedPrecisionTrainer, StepSeed, TerminalProgress
 from piip_core.errors import ConfigError
 from piip_core.training_checkpoints import OutputFolderError
@@ -36,6 +38,8 @@ from piip_core.training_checkpoints import OutputFolderError
 __all__ = ["build_evaluation", "do_train", "evaluate_only", "main"]
 
 logger = logging.getLogger(__name__)
+
+_NO_TEST = "the configuration has no evaluator, or no test set (data.test.annotations, .labels or .images is null)"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -56,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     default_setup(cfg, args)  # after the line above: it saves the configuration
     logger.info("Running on %s, %d process(es)", cfg.train.device, comm.get_world_size())
     if args.eval_only:
-        evaluate_only(cfg, resume=args.resume)
+        evaluate_only(cfg, categories, resume=args.resume)
     else:
         do_train(cfg, categories, resume=args.resume)
 
@@ -71,7 +75,7 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] |
         A function from a model to its metrics, or None if there is no evaluator or no test set (see `has_test_set`).
     """
     if "evaluator" not in cfg.dataloader or not has_test_set(cfg):
-        logger.info("No evaluation: the configuration has no evaluator, or data.test.annotations or .labels is null")
+        logger.info("No evaluation: %s", _NO_TEST)
         return None
     loader = instantiate(cfg.dataloader.test)
     evaluator = instantiate(cfg.dataloader.evaluator)
@@ -84,12 +88,18 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] |
     return evaluate
 
 
-def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
+def evaluate_only(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bool = False) -> dict[str, Any]:
     """Evaluates `train.init_checkpoint`, or with `resume` the last checkpoint of `train.output_dir`.
+
+    Args:
+        cfg: As in `do_train`.
+        categories: Classes of the test set, from `follow_annotations`.
+        resume: See above.
 
     Raises:
         ConfigError: If there is no checkpoint or nothing to evaluate on.
         CheckpointError: If the checkpoint lacks weights or has others than the model.
+        DatasetError: If it was trained on classes of other names.
     """
     path = _last_checkpoint(cfg) if resume else cfg.train.init_checkpoint
     if not path:
@@ -98,12 +108,25 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
             f"train.output_dir={cfg.train.output_dir}"
         )
     skip_pretrained(cfg)
+    follow_published(cfg, path)
     evaluate = build_evaluation(cfg)
     if evaluate is None:
-        raise ConfigError("--eval-only: no evaluator, or data.test.annotations (.labels) is null: expected a test set")
+        raise ConfigError(f"--eval-only: {_NO_TEST}: expected a test set")
     model = instantiate(cfg.model).to(cfg.train.device)
     AtomicCheckpointer(model, strict=True).load(path, checkpointables=[])
+    _check_names(path, categories)
     return evaluate(model)
+
+
+def _check_names(checkpoint: str, categories: Sequence[Category]) -> None:
+    """Ids may differ: they depend on how the labels are stored."""
+    trained, found = ([category.name for category in table] for table in (read_categories(checkpoint), categories))
+    if trained and found and trained != found:
+        other = next(pair for pair in zip(trained, found, strict=True) if pair[0] != pair[1])
+        raise DatasetError(
+            f"{checkpoint}: was trained on other classes than those of the test set: {other[0]!r} is {other[1]!r} in "
+            "the test set; expected the same names in the same order"
+        )
 
 
 def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bool = False) -> None:
@@ -112,12 +135,12 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     Args:
         cfg: With model, optimizer, lr_multiplier, dataloader.{train,test,evaluator}, and train: output_dir,
             init_checkpoint, max_iter, device, ddp, checkpointer, eval_period, log_period, amp.enabled;
-            optionally train.amp.precision, train.seed, train.clip_norm, train.deepspeed, train.load_pretrained and
-            data (see configs/common).
+            optionally train.amp.precision, train.seed, train.clip_norm, train.deepspeed, train.ema,
+            train.load_pretrained and data (see configs/common).
         categories: Classes to keep in the checkpoints, from `follow_annotations`.
         resume: Go on from the last checkpoint of `train.output_dir`, if there is one.
     """
-    seed = StepSeed(cfg.train.get("seed", -1))
+    seed, averaging = StepSeed(cfg.train.get("seed", -1)), average_settings(cfg)
     evaluate = build_evaluation(cfg)
     zero = zero_stage(cfg) > 0
     last = prepare_output(cfg.train.output_dir, resume=resume) if zero else _earlier_checkpoint(cfg, resume)
@@ -130,11 +153,17 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
     table = CategoryTable(categories) if categories else None
+    average = None
+    if averaging:
+        description = {"categories": table.state_dict()} if table else None
+        average = WeightAverage(model, cfg.train.output_dir, description, **averaging)
     run = (_under_deepspeed if zero else _under_ddp)(cfg, model, optimizer, loader, table, last, resume)
-    whole = (lambda: evaluate(run.whole_model())) if evaluate else None
-    run.trainer.register_hooks(_build_hooks(cfg, seed, run.save, whole))
+    whole = (lambda: _evaluate_all(evaluate, run.whole_model(), average)) if evaluate else None
+    run.trainer.register_hooks(_build_hooks(cfg, seed, average, run.save, whole))
 
     run.load()
+    if average:
+        average.start()
     # A checkpoint stores the iteration that it was written after
     start = run.trainer.iter + 1 if resume and last else 0
     if resume and not last:
@@ -143,10 +172,21 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     if start >= cfg.train.max_iter:
         logger.info("Nothing to train: %s was written at iteration %d of %d", last, start, cfg.train.max_iter)
         run.finish()
-        if evaluate:
-            evaluate(run.whole_model())
+        if whole:
+            whole()
         return
     run.trainer.train(start, cfg.train.max_iter)
+
+
+def _evaluate_all(
+    evaluate: Callable[[nn.Module], dict[str, Any]], model: nn.Module, average: WeightAverage | None
+) -> dict[str, Any]:
+    """Metrics of the model, and below "ema" those of its average."""
+    results = evaluate(model)
+    if average is None:
+        return results
+    logger.info("With averaged weights (train.ema):")
+    return {**results, "ema": evaluate(average.model)}
 
 
 def _last_checkpoint(cfg: DictConfig) -> str:
@@ -246,7 +286,11 @@ def _build_trainer(
 
 
 def _build_hooks(
-    cfg: DictConfig, seed: StepSeed, save: HookBase | None, evaluate: Callable[[], dict[str, Any]] | None
+    cfg: DictConfig,
+    seed: StepSeed,
+    average: WeightAverage | None,
+    save: HookBase | None,
+    evaluate: Callable[[], dict[str, Any]] | None,
 ) -> list[Any]:
     main_process = comm.is_main_process()
     output_dir, max_iter, period = cfg.train.output_dir, cfg.train.max_iter, cfg.train.log_period
@@ -259,6 +303,7 @@ def _build_hooks(
         hooks.IterationTimer(),
         ClipNorm(clip_norm) if clip_norm and not zero_stage(cfg) else None,  # DeepSpeed does it itself
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        average,  # before it is saved
         save,
         hooks.EvalHook(cfg.train.eval_period, evaluate) if evaluate else None,
         TerminalProgress(max_iter, period) if main_process else None,
@@ -269,6 +314,8 @@ def _build_hooks(
 def _seek(loader: Any, start: int, seed: StepSeed, *, drawn: bool) -> None:
     """Moves the data to iteration `start`."""
     if isinstance(loader, TrainLoader):
+        if start:
+            logger.info("Skipping the data of %d iterations", start)
         loader.batch_sampler.start = start
         if drawn:
             loader.batch_sampler.seed = seed.seed

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +74,45 @@ def write_synthetic_coco(folder: Path, num_images: int = 6, seed: int = 0) -> Co
     return files
 
 
+_CLASS_COLOURS = {"blue": (30, 40, 220), "green": (40, 220, 30), "red": (220, 30, 40)}
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """Folders of training and test images."""
+
+    root: Path
+
+    @property
+    def train(self) -> Path:
+        return self.root / "train"
+
+    @property
+    def val(self) -> Path:
+        return self.root / "val"
+
+    def overrides(self) -> list[str]:
+        return [f"data.train.images={self.train}", f"data.test.images={self.val}"]
+
+
+def write_class_folder(folder: Path, per_class: int, seed: int) -> None:
+    """Noise in one colour per class."""
+    rng = np.random.default_rng(seed)
+    for name, colour in _CLASS_COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+def _write_class_folders(root: Path) -> ClassFolders:
+    folders = ClassFolders(root)
+    write_class_folder(folders.train, 4, 0)
+    write_class_folder(folders.val, 3, 1)
+    (folders.val / "red" / "2.png").write_bytes((folders.val / "blue" / "2.png").read_bytes())
+    return folders
+
+
 @pytest.fixture(autouse=True)
 def heard_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `caplog` hear our logger although a training that ran before has set it up for itself."""
@@ -109,6 +151,27 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def launch(free_port) -> Callable[..., list[list[int]]]:
+    """Trains on two processes: runs `launched_training.py` with phases of runs, all of one configuration.
+
+    Returns the exit statuses of the two processes of each phase, the first to end first.
+    """
+
+    def run(folder: Path, config: str, *phases: list[dict]) -> list[list[int]]:
+        with_config = [[{"config_file": config, **spec} for spec in specs] for specs in phases]
+        (folder / "phases.json").write_text(json.dumps(with_config))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        script = Path(__file__).with_name("launched_training.py")
+        files = [str(script), str(folder / "phases.json"), str(folder / "statuses.json")]
+        command = [sys.executable, *files, free_port()]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        print(result.stdout[-3000:], result.stderr[-6000:])
+        return json.loads((folder / "statuses.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def formula_image() -> Callable[..., np.ndarray]:
     """The integer formula of the `pipe_*` goldens: images without a file."""
 
@@ -119,3 +182,15 @@ def formula_image() -> Callable[..., np.ndarray]:
         return (value % 256).astype(np.uint8)
 
     return make
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> ClassFolders:
+    """Twelve training and nine test images of three classes, of which one is not what it says; to be damaged."""
+    return _write_class_folders(tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def shared_folders(tmp_path_factory: pytest.TempPathFactory) -> ClassFolders:
+    """The same, to be left as they are."""
+    return _write_class_folders(tmp_path_factory.mktemp("classes") / "images")

@@ -4,12 +4,14 @@ Forked from one that has imported everything, which takes longer than the runs.
 
     launched_training.py PHASES.json STATUSES.json PORT
 
-A phase is a list of runs, each with the arguments of the tool and perhaps `kill_at`, a checkpoint not to be published.
+A phase is a list of runs, each with the arguments of the tool and perhaps `kill_at`, a checkpoint not to be published,
+and `forget`, one to be removed before.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -56,6 +58,8 @@ if __name__ == "__main__":
     phases, statuses = json.loads(Path(sys.argv[1]).read_text()), []
     import_deepspeed("cpu")
     for number, specs in enumerate(phases):
+        for forgotten in (spec.pop("forget") for spec in specs if "forget" in spec):
+            shutil.rmtree(forgotten)
         running = {fork(rank, str(int(sys.argv[3]) + number), specs) for rank in (0, 1)}
         results = []
         while running:

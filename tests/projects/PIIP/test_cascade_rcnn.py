@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from piip.modeling import published_cascade_mask_rcnn
 from piip_core.checkpoints import PublishedNames
+from piip_core.meta import on_meta
 
 ROOT = Path(__file__).parents[3]
 CHANNELS, CLASSES = 8, 3
@@ -150,7 +151,7 @@ def test_no_proposals_give_no_detections(heads, batch):
 
 
 def test_names_are_those_of_the_conversion():
-    with torch.device("meta"):
+    with on_meta():
         heads = instantiate(published_cascade_mask_rcnn().roi_heads)
     ours = {f"roi_heads.{name}" for name in heads.state_dict()}
     table = PublishedNames(None, detector="cascade_mask_rcnn")
@@ -167,5 +168,5 @@ def test_the_number_of_classes_follows_the_data():
 def test_one_head_per_stage_is_asked_for():
     node = published_cascade_mask_rcnn().roi_heads
     node.stage_loss_weights = [1.0, 0.5]
-    with pytest.raises(ValueError, match="2 stage_loss_weights: expected 3"), torch.device("meta"):
+    with pytest.raises(ValueError, match="2 stage_loss_weights: expected 3"), on_meta():
         instantiate(node)

@@ -1,5 +1,7 @@
 """What `AtomicCheckpointer` loads besides its own files; saving and resuming are in test_train.py."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,16 @@ from torch import nn
 pytest.importorskip("detectron2")
 
 from piip.checkpointer import AtomicCheckpointer, read_categories
+from piip.modeling import PIIPBackbone
+from piip_core import (
+    BranchConfig,
+    ClassifierConfig,
+    InteractionConfig,
+    MergingConfig,
+    PIIPClassifier,
+    PIIPConfig,
+    ViTConfig,
+)
 from piip_core.checkpoints import write_checkpoint
 from piip_core.errors import CheckpointError
 
@@ -39,3 +51,36 @@ def test_files_in_the_format_before_zip_are_read(tmp_path):
     assert torch.equal(model[1].weight, _model(3)[1].weight)
     with pytest.raises(CheckpointError, match=r"gone\.pth: no such file"):
         read_categories(str(tmp_path / "gone.pth"))
+
+
+def test_a_classifier_starts_the_pyramid_of_a_detector(tmp_path, caplog):
+    """Found by its type, whatever the detector calls it; evaluation still asks for the whole model."""
+    pyramid = PIIPConfig(
+        branches=[
+            BranchConfig(network=ViTConfig(embed_dim=dim, depth=2, num_heads=2, pos_grid=size // 16), image_size=size)
+            for dim, size in ((16, 32), (8, 64))
+        ],
+        interaction=InteractionConfig(num_interactions=1, num_heads=2),
+        merging=None,
+    )
+    dense = dataclasses.replace(pyramid, merging=MergingConfig(num_groups=8))
+    torch.manual_seed(1)
+    classifier = PIIPClassifier(ClassifierConfig(pyramid=pyramid, pooling="average", num_classes=4))
+    AtomicCheckpointer(classifier, str(tmp_path)).save("model")
+    path = str(tmp_path / "model.pth")
+    model = nn.ModuleDict({"backbone": PIIPBackbone(dense, pad_divisor=32), "head": nn.Linear(4, 4)})
+    head = model["head"].weight.clone()
+    with pytest.raises(CheckpointError, match="is not in the file"):
+        AtomicCheckpointer(model, strict=True).load(path)
+    with caplog.at_level("INFO"):
+        assert AtomicCheckpointer(model).load(path, checkpointables=[]) == {}
+    assert "not of the pyramid (head." in caplog.text and f"{path}: " in caplog.text
+    image = torch.randn(1, 3, 64, 64)
+    for found, expected in zip(model["backbone"].features.pyramid(image), classifier.pyramid(image), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(model["head"].weight, head)
+
+    wider = dataclasses.replace(dense, branches=(dense.branches[1], dense.branches[1]))
+    other = nn.ModuleDict({"backbone": PIIPBackbone(wider, pad_divisor=32)})
+    with pytest.raises(CheckpointError, match=r"model\.pth: its pyramid is not that of the model"):
+        AtomicCheckpointer(other).load(path, checkpointables=[])

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("detectron2")
 
@@ -17,6 +16,7 @@ from piip.data.segmentation import PhotometricDistortion, RatioRangeResize
 from piip_core import zoo
 from piip_core.checkpoints import model_shapes
 from piip_core.checkpoints.head_names import HEADS
+from piip_core.meta import on_meta
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "projects" / "PIIP" / "configs"
@@ -73,7 +73,7 @@ def test_there_is_one_config_per_row():
 def test_config(path, tmp_path):
     """Loads, builds on the meta device, says what the zoo says, has parameter groups, and survives saving."""
     row, cfg = ROWS[path.relative_to(CONFIGS).as_posix()], load(path)
-    with torch.device("meta"):
+    with on_meta():
         model = instantiate(cfg.model)
     features = getattr(model.backbone, "bottom_up", model.backbone).features
     assert features.pyramid.config == row.config

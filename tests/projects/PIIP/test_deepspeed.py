@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,8 +20,9 @@ from safetensors.torch import load_file
 from piip.checkpointer import RUN_STATE, read_categories
 from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, export_checkpoint, prepare_output, run_folder
 from piip.deepspeed_trainer import deepspeed_config, zero_stage
-from piip.lazy_config import load_config
-from piip.train import main
+from piip.ema import FINAL_AVERAGE
+from piip.lazy_config import follow_annotations, load_config
+from piip.train import evaluate_only, main
 from piip.trainer import ClipNorm
 from piip_core.checkpoints import read_checkpoint
 from piip_core.deepspeed_start import import_deepspeed
@@ -33,30 +30,10 @@ from piip_core.errors import CheckpointError, ConfigError
 from piip_core.training_checkpoints import OutputFolderError
 
 HERE = Path(__file__).parent
-CONFIG = str(HERE / "tiny_piip_mask_rcnn.py")
+CONFIG, DINO, CLASSIFIER = (str(HERE / f"tiny_{name}.py") for name in ("piip_mask_rcnn", "dino", "classifier"))
 # In float32, ZeRO adds up the same numbers as DistributedDataParallel with two processes, in stage 3 in another order
 # (2^-24 relative); updates are at most 1e-3
 WEIGHT = dict(rtol=0, atol=1e-5)
-
-
-def free_port() -> str:
-    """Below the ports that the system itself hands out, which somebody else may get before the launcher binds it."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as taken:
-            if taken.connect_ex(("127.0.0.1", port)):
-                return str(port)
-    raise AssertionError("no free port")
-
-
-def launch(folder: Path, *phases: list[dict]) -> list[list[int]]:
-    """Runs `launched_training.py`; returns exit statuses of the two processes of each phase, the first to end first."""
-    (folder / "phases.json").write_text(json.dumps([[{"config_file": CONFIG, **s} for s in specs] for specs in phases]))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    files = [str(HERE / "launched_training.py"), str(folder / "phases.json"), str(folder / "statuses.json")]
-    command = [sys.executable, *files, free_port()]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    print(result.stdout[-3000:], result.stderr[-6000:])
-    return json.loads((folder / "statuses.json").read_text())
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -70,8 +47,12 @@ def results(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def runs(shared_coco, tmp_path_factory) -> Path:
-    """Folders of finished runs: ddp, zero1, zero3, which was killed while it saved and resumed, and two in bfloat16."""
+def runs(shared_coco, shared_folders, tmp_path_factory, launch) -> Path:
+    """Folders of finished runs: ddp, zero1, zero3, which was killed while it saved and resumed, and two in bfloat16.
+
+    And of classifiers with averaged weights: classes_ddp and classes_zero2, which was resumed; of DINO: dino_ddp and
+    dino_zero3.
+    """
     folder = tmp_path_factory.mktemp("runs")
     data = [*shared_coco.overrides("train"), "data.test.annotations=null"]
     with_test = shared_coco.overrides("train", "test")
@@ -80,14 +61,32 @@ def runs(shared_coco, tmp_path_factory) -> Path:
         return {"opts": [f"train.output_dir={folder / name}", *opts], **more}
 
     zero3 = ("train.deepspeed.stage=3", "train.checkpointer.max_to_keep=2")
+
+    def classes(name, *opts, **more):
+        return spec(name, *shared_folders.overrides(), *opts, config_file=CLASSIFIER, **more)
+
+    def dino(name, *opts):
+        return spec(name, *data, "train.max_iter=2", *opts, config_file=DINO)
+
+    divide_all = folder / "divide_all.json"  # DeepSpeed leaves parameters whole that are as small as these
+    divide_all.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    zero2 = "train.deepspeed.stage=2"
     to_be_killed = [
         spec("ddp", *data),
         spec("zero1", *data, "train.deepspeed.stage=1"),
         spec("ddp_bf16", *data, "train.amp.enabled=True"),
         spec("zero2_bf16", *data, "train.amp.enabled=True", "train.deepspeed.stage=2"),
+        classes("classes_ddp"),
+        classes("classes_zero2", zero2),
+        dino("dino_ddp"),
+        dino("dino_zero3", "train.deepspeed.stage=3", f"train.deepspeed.config={divide_all}"),
         spec("zero3", *data, *zero3, kill_at="checkpoint-4"),
     ]
-    statuses = launch(folder, to_be_killed, [spec("zero3", *with_test, *zero3, resume=True)])
+    to_be_resumed = [
+        classes("classes_zero2", zero2, resume=True, forget=str(folder / "classes_zero2" / "checkpoint-4")),
+        spec("zero3", *with_test, *zero3, resume=True),
+    ]
+    statuses = launch(folder, CONFIG, to_be_killed, to_be_resumed)
     assert statuses[0][0] == -signal.SIGKILL and statuses[1] == [0, 0]
     return folder
 
@@ -101,10 +100,48 @@ def test_weights_are_those_without_deepspeed_also_after_an_interruption(runs, na
         torch.testing.assert_close(weights[key], tensor, **WEIGHT, msg=key)
 
 
+def test_classifiers_and_their_averages_are_those_without_deepspeed_also_after_an_interruption(runs):
+    expected = torch.load(runs / "classes_ddp" / "model_final.pth", weights_only=True)["model"]
+    averages = [load_file(runs / name / FINAL_AVERAGE) for name in ("classes_zero2", "classes_ddp")]
+    weights = load_file(runs / "classes_zero2" / "model_final.safetensors")
+    for found, wanted in ((weights, expected), averages):
+        assert found.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(found[key], tensor, **WEIGHT, msg=key)
+    assert any((averages[0][key] - tensor).abs().max() > 1e-4 for key, tensor in expected.items())
+
+
+def test_two_processes_count_every_image_once(runs, shared_folders, tmp_path):
+    """Nine images, of which one process has five."""
+    for name, file in (("", "model_final.pth"), ("ema/", FINAL_AVERAGE)):
+        opts = [f"train.init_checkpoint={runs / 'classes_ddp' / file}", *shared_folders.overrides()]
+        cfg = load_config(CLASSIFIER, opts)
+        follow_annotations(cfg, training=False)
+        alone = evaluate_only(cfg)["classification"]["top1"]
+        for run in ("classes_ddp", "classes_zero2"):
+            lines = [json.loads(line) for line in (runs / run / "metrics.json").read_text().splitlines()]
+            found = [line[f"{name}classification/top1"] for line in lines if f"{name}classification/top1" in line]
+            assert found[-1] == pytest.approx(alone) and 0 < alone < 100
+
+
 def test_losses_are_those_without_deepspeed(runs):
     expected = losses(runs / "ddp")
     assert expected.keys() == {0, 1, 2, 3} and expected[3] != pytest.approx(expected[0], rel=0.01)
     assert losses(runs / "zero1") == pytest.approx(expected, rel=0, abs=1e-6)
+
+
+def test_dino_is_the_same_where_all_parameters_are_divided(runs):
+    found, expected = (losses(runs / name) for name in ("dino_zero3", "dino_ddp"))
+    assert expected.keys() == {0, 1} and found == pytest.approx(expected, rel=1e-5)
+    weights = load_file(runs / "dino_zero3" / "model_final.safetensors")
+    whole = torch.load(runs / "dino_ddp" / "model_final.pth", weights_only=True)["model"]
+    assert weights.keys() == whole.keys()
+    for key, tensor in whole.items():
+        parts = weights[key], tensor
+        if key.rpartition(".")[2] == "in_proj_bias":
+            # That of the keys has no gradient but what rounding leaves, of which AdamW makes whole steps
+            parts = [part.unflatten(0, (3, -1))[[0, 2]] for part in parts]
+        torch.testing.assert_close(*parts, **WEIGHT, msg=key)
 
 
 def test_bfloat16_is_the_same_too(runs):

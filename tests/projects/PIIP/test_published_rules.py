@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from piip.modeling.box_regression import TwoSidedBox2BoxTransform, weights_from_stds
 from piip.modeling.mask_rcnn import published_mask_rcnn
 from piip.modeling.matcher import BestBoxMatcher
+from piip_core.meta import on_meta
 
 
 def literal_assignment(quality, positive, negative, minimum):
@@ -121,7 +122,7 @@ def test_the_model_node_instantiates_with_published_parts():
     config.backbone.bottom_up.stages.depth = 18
     config.backbone.bottom_up.stages.stride_in_1x1 = False
     config.backbone.bottom_up.stem.out_channels = 64
-    with torch.device("meta"):
+    with on_meta():
         heads = instantiate(config.roi_heads)
     assert isinstance(heads.box_predictor.box2box_transform, TwoSidedBox2BoxTransform)
     assert heads.proposal_matcher.min_quality == 0.5

@@ -15,6 +15,7 @@ from piip.modeling import FCNHead, SlidingWindowSegmentor, UperNetHead
 from piip.modeling.segmentor import window_starts
 from piip.modeling.upernet import SegmentationHead
 from piip_core.checkpoints.names import PublishedNames
+from piip_core.meta import on_meta
 
 CLASSES = 4
 
@@ -222,7 +223,7 @@ def test_the_shared_config_follows_its_backbone(repo_root, tmp_path):
         cfg[key] = value
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     for one in (cfg, LazyConfig.load(str(tmp_path / "config.yaml"))):
-        with torch.device("meta"):
+        with on_meta():
             head, auxiliary = instantiate(one.model.sem_seg_head), instantiate(one.model.auxiliary_head)
         assert head.bottleneck.in_channels == 3200 + 4 * 1536
         assert auxiliary.convs[0].weight.shape == (1536, 3200, 3, 3)

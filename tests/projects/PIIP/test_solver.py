@@ -16,6 +16,7 @@ from piip.lazy_config import load_config
 from piip.solver import layer_decay_params
 from piip_core import zoo
 from piip_core.checkpoints import published_names
+from piip_core.meta import on_meta
 
 ROOT = Path(__file__).parents[3]
 TABLES = ROOT / "tests" / "data" / "param_groups"
@@ -35,7 +36,7 @@ def test_groups_equal_the_published_ones(row):
     if len(zoo.get(row).config.branches) == 4:  # the published table is of the network as the public code builds it
         cfg.model.backbone.bottom_up.config = lazy_dataclass(zoo.tsbl_as_released(zoo.get(row).config))
     cfg.train.load_pretrained = False
-    with torch.device("meta"):
+    with on_meta():
         cfg.optimizer.params.model = model = instantiate(cfg.model)
         optimizer = instantiate(cfg.optimizer)
     expected = published_table(row)

@@ -14,6 +14,7 @@ from torch import nn
 from piip.modeling import FCNHead, PIIPBackbone, UperNetHead, feature_shapes
 from piip.verification.segmentation import ToyEncoder
 from piip_core.demo.model import demo_config
+from piip_core.meta import on_meta
 
 WIDTHS = (6, 8, 10, 12)
 SHAPES = {f"res{i + 2}": ShapeSpec(channels=width, stride=4 * 2**i) for i, width in enumerate(WIDTHS)}
@@ -78,7 +79,7 @@ def _name_in_transformers(name):
 def test_published_tensor_sizes():
     """As listed for the released models, of which every tensor has a place."""
     shapes = {name: ShapeSpec(channels=3200, stride=spec.stride) for name, spec in SHAPES.items()}
-    with torch.device("meta"):
+    with on_meta():
         decoder = UperNetHead(shapes, num_classes=150, channels=1536)
         aux = FCNHead({"res4": shapes["res4"]}, num_classes=150, channels=1536)
     sizes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}

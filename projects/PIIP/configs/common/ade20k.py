@@ -49,20 +49,19 @@ data = OmegaConf.create(
     }
 )
 
+_classes = {"classes": "${data.classes}", "reduce_zero_label": "${data.reduce_zero_label}"}
+
 dataloader = OmegaConf.create()
 
 dataloader.train = L(build_train_loader)(
     dataset=L(get_sem_seg_dicts)(
         images="${data.train.images}",
         labels="${data.train.labels}",
-        classes="${data.classes}",
-        reduce_zero_label="${data.reduce_zero_label}",
         num_classes="${data.num_classes}",
+        **_classes,
     ),
     mapper=L(SemSegDatasetMapper)(
         is_train=True,
-        classes="${data.classes}",
-        reduce_zero_label="${data.reduce_zero_label}",
         augmentations=[
             L(RatioRangeResize)(scale="${data.train.scale}", ratio_range="${data.train.ratio_range}"),
             L(T.RandomCrop_CategoryAreaConstraint)(
@@ -76,6 +75,7 @@ dataloader.train = L(build_train_loader)(
         ],
         image_format="RGB",
         on_bad_image="error",  # or "skip": counted, with a warning
+        **_classes,
     ),
     total_batch_size=16,
     aspect_ratio_grouping=False,  # the crops all have one size
@@ -87,16 +87,14 @@ dataloader.test = L(build_detection_test_loader)(
     dataset=L(get_sem_seg_dicts)(
         images="${data.test.images}",
         labels="${data.test.labels}",
-        classes="${data.classes}",
-        reduce_zero_label="${data.reduce_zero_label}",
         num_classes="${data.num_classes}",
+        **_classes,
     ),
     mapper=L(SemSegDatasetMapper)(
         is_train=False,
-        classes="${data.classes}",
-        reduce_zero_label="${data.reduce_zero_label}",
         augmentations=[L(ShortSideResize)(short_side="${data.test.short_side}")],
         image_format="${...train.mapper.image_format}",
+        **_classes,
     ),
     num_workers=4,
 )
@@ -104,7 +102,6 @@ dataloader.test = L(build_detection_test_loader)(
 dataloader.evaluator = L(build_sem_seg_evaluator)(
     images="${data.test.images}",
     labels="${data.test.labels}",
-    classes="${data.classes}",
-    reduce_zero_label="${data.reduce_zero_label}",
     output_dir="${train.output_dir}/inference",
+    **_classes,
 )

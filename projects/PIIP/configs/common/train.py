@@ -3,6 +3,8 @@
 import torch
 from detectron2 import model_zoo
 
+from piip_core.memory import BUCKET_SIZE
+
 train = model_zoo.get_config("common/train.py").train
 train.device = "cuda" if torch.cuda.is_available() else "cpu"
 train.seed = 0  # of order, augmentations and sampling: a resumed run equals an uninterrupted one. -1 draws one
@@ -13,9 +15,15 @@ train.deepspeed = {
     "stage": 0,  # 1, 2, 3: ZeRO; 0: DistributedDataParallel, without DeepSpeed
     "offload_optimizer": False,  # optimizer states in the host's memory
     "offload_parameters": False,  # weights in the host's memory, stage 3 only
-    "bucket_size": 200_000_000,  # elements that are sent at a time
+    "bucket_size": BUCKET_SIZE,  # elements that are sent at a time
     "config": None,  # JSON file with further settings of DeepSpeed, which go first
 }
 # Weights of the branches from their own files. Models refer to it: pretrained="${train.load_pretrained}"; our tools
 # turn it off by themselves when a checkpoint of the whole model follows
 train.load_pretrained = True
+# A moving average of the weights: timm's ModelEmaV3, and its arguments. Saved, evaluated beside the model ("ema/...")
+# and written as model_ema.safetensors at the end
+train.ema = {
+    "decay": None,  # for example 0.9999; null: none
+    "use_warmup": False,  # a smaller decay at first, for short trainings
+}

@@ -1,7 +1,8 @@
 """Data of the PIIP detectors: the published image pipeline, COCO-format data sets, reproducible loading."""
 
+from .categories import Category
 from .coco import build_coco_evaluator, coco_categories, coco_metadata, get_coco_dicts
-from .coco_check import Category, DatasetError
+from .errors import DatasetError
 from .images import UnreadableImageError, read_image
 from .loader import TrainLoader, build_train_loader
 from .mapper import CheckedDatasetMapper

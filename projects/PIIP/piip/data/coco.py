@@ -15,14 +15,9 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.file_io import PathManager
 
-from .coco_check import (
-    Category,
-    DatasetError,
-    check_annotations,
-    check_images_exist,
-    drop_unusable_boxes,
-    read_coco_json,
-)
+from .categories import Category
+from .coco_check import check_annotations, check_images_exist, drop_unusable_boxes, read_coco_json
+from .errors import DatasetError
 
 __all__ = ["build_coco_evaluator", "coco_categories", "coco_metadata", "get_coco_dicts"]
 

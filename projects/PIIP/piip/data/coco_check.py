@@ -8,38 +8,16 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from piip_core.errors import UserError
+from .categories import Category
+from .errors import DatasetError, first_few
 
-__all__ = [
-    "Category",
-    "DatasetError",
-    "check_annotations",
-    "check_images_exist",
-    "drop_unusable_boxes",
-    "first_few",
-    "read_coco_json",
-]
+__all__ = ["check_annotations", "check_images_exist", "drop_unusable_boxes", "read_coco_json"]
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 3  # entries named per complaint; the rest is counted
-
-
-class DatasetError(UserError):
-    """A data set that cannot be used as it is; the message names the file, the entry and what was expected."""
-
-
-@dataclass(frozen=True)
-class Category:
-    """One class of an annotation file."""
-
-    id: int
-    name: str
 
 
 def read_coco_json(path: str) -> dict[str, Any]:
@@ -257,12 +235,6 @@ class _Complaints:
     def raise_any(self) -> None:
         if self.problems:
             raise DatasetError(f"{self.path}: " + "; ".join(self.problems))
-
-
-def first_few(found: Sequence[str]) -> str:
-    """The first entries of a complaint, and how many more there are."""
-    more = len(found) - _SHOWN
-    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _where(items: list[dict[str, Any]], is_bad: Any, key: str | None = None) -> list[str]:

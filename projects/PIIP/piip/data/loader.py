@@ -17,7 +17,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .coco_check import DatasetError
+from .errors import DatasetError
 
 __all__ = ["TrainBatchSampler", "TrainLoader", "build_train_loader", "derive_seed", "fixed_random_state"]
 
@@ -57,12 +57,17 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size (int): images per batch of this process.
         seed (int): the same on all processes.
         groups (numpy.ndarray): optional (size,) group of every image; a batch holds images of one group.
+        repeats (int): how often an image comes in a row, over all processes, with other augmentations: repeated
+            augmentation.
 
     Attributes:
         start (int): the first batch that iteration yields; set it to resume.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, groups: np.ndarray | None = None) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, groups: np.ndarray | None = None, repeats: int = 1
+    ) -> None:
+        self.repeats = repeats
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, 0
         self._groups = np.zeros(size, dtype=np.int64) if groups is None else groups
 
@@ -75,12 +80,24 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         rank, world_size = comm.get_rank(), comm.get_world_size()
         pending: dict[int, list[tuple[int, int]]] = {int(group): [] for group in np.unique(self._groups)}
         groups = self._groups.tolist()
-        for count, index in enumerate(TrainingSampler(self.size, seed=self.seed)):
+        for count, index in enumerate(_RepeatingSampler(self.size, self.seed, self.repeats)):
             batch = pending[groups[index]]
             batch.append((index, rank + count * world_size))
             if len(batch) == self.batch_size:
                 pending[groups[index]] = []
                 yield batch
+
+
+class _RepeatingSampler(TrainingSampler):
+    """`TrainingSampler` that gives every image several times in a row, dealt out over the processes."""
+
+    def __init__(self, size: int, seed: int, repeats: int) -> None:
+        super().__init__(size, seed=seed)
+        self._repeats = repeats
+
+    def _infinite_indices(self) -> Iterator[int]:
+        for index in super()._infinite_indices():
+            yield from itertools.repeat(index, self._repeats)
 
 
 class _SeededDataset(Dataset):
@@ -141,6 +158,7 @@ def build_train_loader(
     mapper: Callable[[dict[str, Any]], dict[str, Any] | None],
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
+    repeats: int = 1,
     num_workers: int = 0,
     seed: int = 0,
     **kwargs: Any,
@@ -155,6 +173,7 @@ def build_train_loader(
         mapper: Makes a sample of a record; None stands for an unreadable image and is replaced by another one.
         total_batch_size: Images per iteration over all processes.
         aspect_ratio_grouping: Batches hold only wide (w > h) or only other images, so less is padded.
+        repeats: How often an image comes in a row, each time augmented anew: repeated augmentation.
         num_workers: Loading processes; 0 loads in the training process.
         seed: Seed of order and augmentations; negative draws one, which `tools/lazyconfig_train_net.py` keeps.
         kwargs: Other arguments of `torch.utils.data.DataLoader`.
@@ -168,6 +187,8 @@ def build_train_loader(
         raise ValueError(
             f"total_batch_size={total_batch_size}: expected a positive multiple of the {world_size} processes"
         )
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: expected 1, or more for repeated augmentation")
     if not len(dataset):
         raise DatasetError("the training set is empty: expected at least one image")
     if seed < 0:
@@ -175,7 +196,7 @@ def build_train_loader(
     groups = None
     if aspect_ratio_grouping:
         groups = np.array([record["width"] > record["height"] for record in dataset], dtype=np.int64)
-    sampler = TrainBatchSampler(len(dataset), total_batch_size // world_size, seed, groups)
+    sampler = TrainBatchSampler(len(dataset), total_batch_size // world_size, seed, groups, repeats)
     return TrainLoader(
         DataLoader(
             # One byte buffer that all workers share, as in Detectron2.

@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 
-from .coco_check import DatasetError
+from .errors import DatasetError
 from .images import UnreadableImageError, check_image_mode, read_image
 
 __all__ = ["CheckedDatasetMapper"]

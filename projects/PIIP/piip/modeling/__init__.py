@@ -2,12 +2,14 @@
 
 from .backbone import PIIPFPN, PIIPBackbone, feature_shapes
 from .cascade_rcnn import published_cascade_mask_rcnn
+from .classifier import ImageClassifier
 from .mask_rcnn import published_mask_rcnn
 from .segmentor import SlidingWindowSegmentor
 from .upernet import FCNHead, UperNetHead
 
 __all__ = [
     "FCNHead",
+    "ImageClassifier",
     "PIIPBackbone",
     "PIIPFPN",
     "SlidingWindowSegmentor",

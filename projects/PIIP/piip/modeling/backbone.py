@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.fpn import FPN
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from piip_core import DensePIIP, PIIPConfig
 from piip_core.checkpoints import load_pretrained
+from piip_core.meta import on_meta
 
 __all__ = ["PIIPBackbone", "PIIPFPN"]
 
@@ -73,7 +73,7 @@ def feature_shapes(config: PIIPConfig, names: Sequence[str]) -> dict[str, ShapeS
 
 @lru_cache(maxsize=8)  # several heads ask, and the largest networks take a second
 def _shapes_of(config: PIIPConfig) -> dict[str, ShapeSpec]:
-    with torch.device("meta"):
+    with on_meta():
         return _shapes(DensePIIP(config))
 
 

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 
 from piip.modeling.dino.detector import to_original
 from piip_core.checkpoints import PublishedNames
+from piip_core.meta import on_meta
 
 CONFIGS = Path(__file__).parents[4] / "projects" / "PIIP" / "configs"
 LAYERS = 2  # of the tiny decoder
@@ -149,7 +150,7 @@ def published():
 
 
 def test_names_and_number_of_parameters_are_the_published_ones(published):
-    with torch.device("meta"):
+    with on_meta():
         model = instantiate(published.model)
     head = {name: p.numel() for name, p in model.state_dict().items() if not name.startswith("backbone.")}
     assert set(head) == set(PublishedNames(None, detector="dino").head_tensors())

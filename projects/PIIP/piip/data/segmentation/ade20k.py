@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from piip_core.archives import ArchiveError, Unpacked, unpack_images
 from piip_core.download import download
 
-from ..coco_check import DatasetError
+from ..errors import DatasetError
 from .audit import LabelAudit, audit_label_maps
 from .classes import label_classes
 

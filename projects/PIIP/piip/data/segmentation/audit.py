@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from tabulate import tabulate
-from tqdm import tqdm
 
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
-from ..coco_check import DatasetError
+from ..audit import Problem, list_problems, problems_as_dicts, read_all
+from ..errors import DatasetError
 from ..images import UnreadableImageError, read_image
 from .classes import IGNORE_LABEL, LabelClasses
 from .folders import Pair, match_files
@@ -51,7 +49,7 @@ class SetAudit:
     pairs: int = 0
     expected: int | None = None
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(IGNORE_LABEL + 1, dtype=np.int64))
-    problems: list[tuple[str, str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     @property
     def classes_seen(self) -> int:
@@ -91,10 +89,7 @@ class LabelAudit:
         header = ["set", "images", "expected", "classes seen", "ignored pixels", "problems"]
         lines = [tabulate(rows, header, "github")]
         for part in self.sets:
-            for kind, count in Counter(kind for kind, _, _ in part.problems).items():
-                lines.append(f"\nPROBLEM in {part.title}: {kind}: {count}")
-                messages = [message for other, _, message in part.problems if other == kind]
-                lines += [f"  {message}" for message in messages[:examples]]
+            lines += list_problems(part.title, part.problems, examples)
         return "\n".join(lines)
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
@@ -102,10 +97,7 @@ class LabelAudit:
         content = []
         for part in self.sets:
             entry = asdict(part) | {"pixels": part.pixels[: part.num_classes].tolist(), "ignored": part.ignored}
-            entry["problems"] = [
-                dict(zip(("kind", "path", "message"), problem, strict=True)) for problem in part.problems
-            ]
-            content.append(entry)
+            content.append(entry | {"problems": problems_as_dicts(part.problems)})
         with write_atomically(path, "w") as file:
             json.dump({"sets": content}, file, indent=1)
 
@@ -147,22 +139,14 @@ def audit_label_maps(
         (_REPEATED, found.repeated, "expected one image of each name"),
     ):
         result.problems += [(kind, path, f"{path}: {advice}") for path in paths]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as readers:
-        checked = readers.map(lambda pair: _check(pair, classes), found.pairs)
-        shown = tqdm(
-            checked,
-            total=len(found.pairs),
-            desc=f"Reading {title}",
-            unit="image",
-            disable=None if progress else True,
-        )
-        for pixels, problems in shown:
-            result.pixels += pixels
-            result.problems += problems
+    checked = read_all(lambda pair: _check(pair, classes), found.pairs, title=title, workers=workers, progress=progress)
+    for pixels, problems in checked:
+        result.pixels += pixels
+        result.problems += problems
     return result
 
 
-def _check(pair: Pair, classes: LabelClasses) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+def _check(pair: Pair, classes: LabelClasses) -> tuple[np.ndarray, list[Problem]]:
     """Pixels of every class, and what is wrong."""
     problems, image, labels = [], None, None
     try:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
 
-from ..coco_check import Category, DatasetError
+from ..categories import Category
+from ..errors import DatasetError
 
 __all__ = ["IGNORE_LABEL", "LabelClasses", "label_classes"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..coco_check import DatasetError, first_few
+from ..errors import DatasetError, first_few
 from ..images import read_image_size
 from .classes import label_classes
 from .label_maps import LABEL_ENDING, check_label_header

@@ -6,7 +6,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from ..coco_check import DatasetError
+from ..errors import DatasetError
 from ..images import unreadable
 from .classes import IGNORE_LABEL, LabelClasses
 

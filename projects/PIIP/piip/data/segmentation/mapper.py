@@ -10,7 +10,7 @@ import torch
 from detectron2.data.detection_utils import check_image_size
 from detectron2.data.transforms import AugInput
 
-from ..coco_check import DatasetError
+from ..errors import DatasetError
 from ..images import read_image
 from ..mapper import CheckedDatasetMapper
 from .classes import label_classes

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Counts and reads every image of ImageNet-1K, or of your own folders of classes, and says everything that is wrong.
+
+$ python datasets/verify_imagenet.py /data                         # prepared by prepare_imagenet.py
+$ python datasets/verify_imagenet.py /data --count-only            # seconds instead of an hour
+$ python datasets/verify_imagenet.py --images my/train my/val
+$ python datasets/verify_imagenet.py /data --report report.json
+
+The exit status is 0 if everything is in order, 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "root",
+        nargs="?",
+        type=Path,
+        default=Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser(),
+        help="folder that holds all data sets (default: $DETECTRON2_DATASETS, here %(default)s)",
+    )
+    parser.add_argument("--images", nargs="+", metavar="DIR", help="your own folders instead of ImageNet")
+    parser.add_argument("--count-only", action="store_true", help="count the images of every class, read none")
+    parser.add_argument("--workers", type=int, metavar="N", help="files read at the same time (default: one per core)")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found, file by file")
+    parser.add_argument("--force", action="store_true", help="let --report replace a file")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="shown of each kind (default: 3)")
+    args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers}: expected at least 1")
+    if args.report is not None and args.report.exists() and not args.force:
+        parser.error(f"{args.report} exists: choose another name, or add --force")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names, and returns the exit status."""
+    args = parse_args(argv)
+    # Loads torch and Detectron2: not for --help
+    from piip.data.classification.audit import audit_classes
+    from piip.data.classification.imagenet import audit_imagenet
+    from piip_core.errors import UserError
+
+    try:
+        if args.images:
+            parts = [(folder, folder, None, None) for folder in args.images]
+            found = audit_classes(parts, decode=not args.count_only, workers=args.workers)
+        else:
+            found = audit_imagenet(args.root, decode=not args.count_only, workers=args.workers)
+        print(found.summary(examples=args.examples))
+        if args.report:
+            found.write_json(args.report)
+            print(f"\nReport: {args.report}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print("\nEverything is in order." if found.ok else "\nSomething is wrong, see above.")
+    return 0 if found.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

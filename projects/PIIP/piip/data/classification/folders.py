@@ -1,0 +1,186 @@
+"""A folder with one sub-folder of images per class as a data set in Detectron2's form."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from tqdm import tqdm
+
+from ..categories import Category
+from ..errors import DatasetError, first_few
+
+__all__ = [
+    "check_same_classes",
+    "count_train_images",
+    "folder_categories",
+    "get_test_dicts",
+    "get_train_dicts",
+    "list_images",
+]
+
+logger = logging.getLogger(__name__)
+
+_EXPECTED = "expected one sub-folder of images per class (FOLDER/dog/1.jpg, FOLDER/cat/2.jpg)"
+
+
+def folder_categories(images: str) -> tuple[Category, ...]:
+    """Classes of a folder: its sub-folders in the order of their names, as torchvision's `ImageFolder` has them.
+
+    Hidden sub-folders are none.
+
+    Raises:
+        DatasetError: If there is no such folder, or no class in it.
+    """
+    root = PathManager.get_local_path(images) if images else ""
+    if not os.path.isdir(root):
+        kind = "is a file" if os.path.isfile(root) else "no such folder"
+        raise DatasetError(
+            f"{images}: {kind} (looked from {os.getcwd()}): {_EXPECTED}. Set data.train.images and data.test.images, "
+            "or DETECTRON2_DATASETS for the standard layout"
+        )
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DatasetError(f"{images}: has no sub-folders: {_EXPECTED}")
+    return tuple(Category(number, name) for number, name in enumerate(names))
+
+
+def check_same_classes(images: str, others: str) -> None:
+    """Compares the classes of two folders.
+
+    Raises:
+        DatasetError: If they are different.
+    """
+    first, second = ([category.name for category in folder_categories(folder)] for folder in (images, others))
+    if first != second:
+        missing = [name for name in first if name not in set(second)]
+        more = [name for name in second if name not in set(first)]
+        raise DatasetError(
+            f"{others} and {images} have different classes (sub-folders): only the first has "
+            f"{first_few(more) or 'none'}, only the second has {first_few(missing) or 'none'}: expected the same in "
+            "both"
+        )
+
+
+def get_train_dicts(images: str, *, share: float = 0.0, num_classes: int | None = None) -> list[dict[str, Any]]:
+    """Training images of a folder, without the held-out ones.
+
+    Args:
+        images: Folder with one sub-folder per class; folders in those count, hidden files do not.
+        share: Part of every class that is held out; see `get_test_dicts`.
+        num_classes: If given, the number of classes that there must be.
+
+    Returns:
+        One dict per image with file_name and label, in the order of classes and names.
+
+    Raises:
+        DatasetError: If the folder, a class in it or an argument cannot be used.
+    """
+    _check_number(images, num_classes)
+    return [{"file_name": path, "label": label} for path, label in _divided(images, share)[0]]
+
+
+def get_test_dicts(
+    images: str | None, *, train_images: str = "", share: float = 0.0, num_classes: int | None = None
+) -> list[dict[str, Any]]:
+    """Test images: of a folder of their own, or held out of the training images.
+
+    Of every class with n images, round(share * n) are held out, at least one and at most n - 1: those that come first
+    in the order of the SHA-256 of their path below the folder. So the choice is arbitrary, and stays when images of
+    other classes are added.
+
+    Args:
+        images: Folder with the same sub-folders as `train_images`; not read if `share` is not 0.
+        train_images: Folder of the training images.
+        share: Part of every class that is held out.
+        num_classes: As in `get_train_dicts`.
+
+    Returns:
+        As `get_train_dicts`.
+
+    Raises:
+        DatasetError: If a folder, a class in it or an argument cannot be used.
+    """
+    folder = train_images if share else images
+    _check_number(folder, num_classes)
+    found = _divided(folder, share)[1] if share else _read(folder)
+    return [{"file_name": path, "label": label} for path, label in found]
+
+
+def count_train_images(images: str, *, share: float = 0.0) -> int:
+    """Number of the images that `get_train_dicts` gives."""
+    return len(_divided(images, share)[0])
+
+
+def _check_number(images: str, num_classes: int | None) -> None:
+    found = len(folder_categories(images))
+    if num_classes not in (None, found):
+        raise DatasetError(
+            f"{images}: {found} classes (sub-folders), but the configuration says data.num_classes={num_classes}. Set "
+            f"data.num_classes={found} (tools/lazyconfig_train_net.py of this project does so by itself)"
+        )
+
+
+def _divided(images: str, share: float) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Images to train on and held-out ones."""
+    if not 0 <= share < 1:
+        raise DatasetError(f"data.test.share={share}: expected a part of the training images, from 0 to below 1")
+    found = _read(images)
+    if not share:
+        return found, []
+    by_class: dict[int, list[str]] = {}
+    for path, label in found:
+        by_class.setdefault(label, []).append(path)
+    held_out: set[str] = set()
+    for paths in by_class.values():
+        if len(paths) < 2:
+            raise DatasetError(
+                f"{os.path.dirname(paths[0])}: one image, none to hold out (data.test.share={share}): expected at "
+                "least two images in every class"
+            )
+        number = min(max(round(share * len(paths)), 1), len(paths) - 1)
+        held_out.update(sorted(paths, key=lambda path: _digest(os.path.relpath(path, images)))[:number])
+    return [x for x in found if x[0] not in held_out], [x for x in found if x[0] in held_out]
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(path.replace(os.sep, "/").encode()).digest()
+
+
+def _read(images: str) -> list[tuple[str, int]]:
+    """Path and class of every image."""
+    root = PathManager.get_local_path(images)
+    names = tuple(category.name for category in folder_categories(images))
+    changed = tuple(os.stat(os.path.join(root, name)).st_mtime_ns for name in names)
+    return _read_classes(root, names, changed)
+
+
+@lru_cache(maxsize=4)  # asked for several times, and listing ImageNet on a network disk takes a while
+def _read_classes(root: str, names: tuple[str, ...], changed: tuple[int, ...]) -> list[tuple[str, int]]:
+    del changed  # part of the key
+    found = list_images(root, names)
+    labels = {label for _, label in found}
+    empty = [name for label, name in enumerate(names) if label not in labels]
+    if empty:
+        raise DatasetError(
+            f"{root}: {len(empty)} of {len(names)} classes (sub-folders) have no image: {first_few(empty)}: expected "
+            f"files that end in {', '.join(IMG_EXTENSIONS)}; remove such folders or fill them"
+        )
+    return found
+
+
+def list_images(root: str, names: Sequence[str]) -> list[tuple[str, int]]:
+    """Path and number of the class of every image in some sub-folders, hidden files left out."""
+    return [
+        (path, label)
+        for label, name in enumerate(tqdm(names, desc=f"Listing {root}", unit="class", delay=2, disable=None))
+        for path, _ in make_dataset(root, {name: label}, IMG_EXTENSIONS, allow_empty=True)
+        if not os.path.basename(path).startswith(".")
+    ]
