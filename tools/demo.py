@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Draws what a trained detector or segmentor finds on images, folders of images and videos.
+"""Draws what a trained detector, segmentor or classifier finds on images, folders of images and videos.
 
     python tools/demo.py --config-file CONFIG.py --checkpoint output/run/model_final.pth \\
         --input photo.jpg folder/ clip.mp4 --output output/pictures
 
-Pictures (videos as .mp4) and predictions.json appear in the output folder: detections in COCO's result format, or the
-classes of a segmentation, with a label map beside every picture. Runs on the GPU if there is one, else on the CPU;
-train.device decides.
+Pictures (videos as .mp4) and predictions.json appear in the output folder: detections in COCO's result format; the
+classes of a segmentation, with a label map beside every picture; or the five best classes of every image, as bars and
+with scores. Published checkpoints that tools/convert_checkpoint.py has converted do as well as those of own trainings.
+Runs on the GPU if there is one, else on the CPU; train.device decides.
 """
 
 import argparse
@@ -26,7 +27,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.5, help="lowest score of a detection shown (default 0.5)"
     )
-    parser.add_argument("--class-names", metavar="A,B,C", help="if neither checkpoint nor annotation file has them")
+    parser.add_argument(
+        "--class-names",
+        metavar="A,B,C",
+        help="in the order of the model's classes, if the checkpoint does not have them",
+    )
     parser.add_argument("--opts", nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
     args = parser.parse_args()
     if not 0 <= args.confidence_threshold <= 1:

@@ -6,9 +6,11 @@ communication from their number and the ZeRO stage (`model_states`).
 
 from .dry_run import Activations, DryRun, Step, backbone_step, squares
 from .report import Estimate, MemoryReport, Setting, estimate_memory, memory_table
-from .states import STAGES, ModelStates, model_states
+from .states import BUCKET_SIZE, LIVE_PARAMETERS, STAGES, ModelStates, model_states
 
 __all__ = [
+    "BUCKET_SIZE",
+    "LIVE_PARAMETERS",
     "STAGES",
     "Activations",
     "DryRun",

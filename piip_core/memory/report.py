@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from ..errors import ConfigError
 from .dry_run import Activations, DryRun, Precision, Step
-from .states import STAGES, ModelStates, Offload, model_states
+from .states import BUCKET_SIZE, STAGES, ModelStates, Offload, model_states
 
 __all__ = ["Estimate", "MemoryReport", "Setting", "estimate_memory", "memory_table"]
 
@@ -31,6 +31,7 @@ class Setting:
         gpu_memory: Of one GPU, in GiB.
         precision: "bf16" is autocast with float32 weights.
         offload: What the host keeps, in the stages that can.
+        bucket_size: Elements of DeepSpeed's buckets.
     """
 
     batch_size: int
@@ -39,9 +40,10 @@ class Setting:
     gpu_memory: float = 80.0
     precision: Precision = "bf16"
     offload: Offload = "none"
+    bucket_size: int = BUCKET_SIZE
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gpus", "gpu_memory"):
+        for name in ("batch_size", "gpus", "gpu_memory", "bucket_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a positive number")
 
@@ -125,7 +127,7 @@ def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes:
     }
     estimates = []
     for stage in STAGES:
-        states = model_states(params, stage, setting.gpus, _possible(setting.offload, stage))
+        states = _states(params, stage, setting.gpus, setting)
         for checkpointing in (False, True):
             cached = stage == 0 or setting.precision == "fp32"
             activations = checkpointed[cached] if checkpointing else kept
@@ -155,6 +157,11 @@ def _total(states: ModelStates, activations: Activations, buffers: int) -> int:
     return max(states.total + max(activations.peak, states.step), states.whole) + buffers
 
 
+def _states(params: int, stage: int, gpus: int, setting: Setting) -> ModelStates:
+    """Under `setting`, but for the number of GPUs."""
+    return model_states(params, stage, gpus, _possible(setting.offload, stage), setting.bucket_size)
+
+
 def _possible(offload: Offload, stage: int) -> Offload:
     """The most of `offload` that a stage can do."""
     if stage == 0:
@@ -174,7 +181,7 @@ def _answer(params: int, setting: Setting, estimates: Sequence[Estimate]) -> str
     gpus = setting.gpus
     while gpus < _MOST_GPUS:
         gpus *= 2
-        states = model_states(params, least.stage, gpus, _possible(setting.offload, least.stage))
+        states = _states(params, least.stage, gpus, setting)
         if _total(states, least.activations, least.buffers) <= setting.usable:
             return f"{text}; {gpus} such GPUs would do"
     return f"{text}; more GPUs alone do not help: smaller images or batches, or larger GPUs do"

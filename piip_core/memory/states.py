@@ -7,19 +7,22 @@ from typing import Literal
 
 from ..errors import ConfigError
 
-__all__ = ["STAGES", "ModelStates", "Offload", "model_states"]
+__all__ = ["BUCKET_SIZE", "LIVE_PARAMETERS", "STAGES", "ModelStates", "Offload", "model_states"]
 
 Offload = Literal["none", "optimizer", "parameters"]
 
 STAGES = (0, 1, 2, 3)
 """ZeRO stages; 0 is DistributedDataParallel, or a single process."""
 
+BUCKET_SIZE = 200_000_000
+"""Elements of DeepSpeed's buckets where nothing else is said: what is sent at a time."""
+LIVE_PARAMETERS = 1_000_000_000
+"""The most parameters that stage 3 keeps gathered (`stage3_max_live_parameters`)."""
+
 # What `train.deepspeed` trains with: float32 weights and gradients, autocast in bfloat16, AdamW
 _FLOAT32 = 4
 _MOMENTS = 2 * _FLOAT32
-_BUCKET = 200_000_000  # elements of DeepSpeed's reduce and all-gather buckets
 _REDUCE_BUCKETS = 2  # communication overlaps with the backward pass
-_LIVE_PARAMETERS = 1_000_000_000  # most parameters that stage 3 keeps gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,9 @@ class ModelStates:
         return self.parameters + self.gradients + self.optimizer + self.communication
 
 
-def model_states(params: int, stage: int, gpus: int, offload: Offload = "none") -> ModelStates:
+def model_states(
+    params: int, stage: int, gpus: int, offload: Offload = "none", bucket_size: int = BUCKET_SIZE
+) -> ModelStates:
     """Memory of a model on one of `gpus` GPUs.
 
     Args:
@@ -59,6 +64,7 @@ def model_states(params: int, stage: int, gpus: int, offload: Offload = "none") 
         stage: One of `STAGES`.
         gpus: Processes, one per GPU, over all machines.
         offload: What the host keeps: "optimizer" from stage 1 on, "parameters" (and the optimizer) in stage 3.
+        bucket_size: Elements of the reduce and all-gather buckets.
 
     Raises:
         ConfigError: For a stage that does not exist or cannot be offloaded like this, or without a GPU.
@@ -83,7 +89,7 @@ def model_states(params: int, stage: int, gpus: int, offload: Offload = "none") 
             whole=weights,
         )
     weights_here = _FLOAT32 * (part if stage == 3 else params)
-    gathered = _FLOAT32 * min(_LIVE_PARAMETERS, params) if stage == 3 else _FLOAT32 * _BUCKET
+    gathered = _FLOAT32 * (min(LIVE_PARAMETERS, params) if stage == 3 else bucket_size)
     master = 0 if stage == 3 and offload == "none" else _FLOAT32 * part  # stage 3 updates the weights where they are
     optimizer = master + _MOMENTS * part
     on_gpu = {"parameters": weights_here, "optimizer": optimizer}
@@ -94,7 +100,7 @@ def model_states(params: int, stage: int, gpus: int, offload: Offload = "none") 
     return ModelStates(
         **on_gpu,
         gradients=weights if stage == 1 else _FLOAT32 * part,
-        communication=_REDUCE_BUCKETS * _FLOAT32 * _BUCKET + gathered,
+        communication=_REDUCE_BUCKETS * _FLOAT32 * bucket_size + gathered,
         step=(2 if stage == 1 else 1) * _FLOAT32 * part,  # stage 1 also copies its part of the gradients
         whole=weights + sum(on_gpu.values()) if stage == 3 else weights,
         host=host,

@@ -69,15 +69,6 @@ def tiny_entry(image_size: int = 64) -> MultimodalEntry:
     )
 
 
-def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Fills all parameters with noise, the zero-initialised ones too, so that every path matters."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
 @pytest.fixture(name="tiny_entry", scope="session")
 def tiny_entry_fixture():
     """Builds a small row of the zoo; see `tiny_entry`."""
@@ -104,7 +95,7 @@ def language_model_folder(tokenizer_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def tiny_llava(tokenizer_folder):
+def tiny_llava(tokenizer_folder, randomize):
     """A small model with random weights everywhere, in evaluation mode, and its processor."""
     tokenizer = add_image_token(AutoTokenizer.from_pretrained(tokenizer_folder))
     config = assemble_config(tiny_entry(), LlamaConfig(**TEXT_SIZES), image_token_id=len(tokenizer) - 1)

@@ -1,7 +1,6 @@
 """Small pyramids that the tests of the method share."""
 
 import pytest
-import torch
 
 from piip_core import BranchConfig, DensePIIP, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
 
@@ -19,15 +18,6 @@ def tiny_config(dims=(32, 24, 16), sizes=(64, 96, 128), interaction=None, mergin
     return PIIPConfig(branches=branches, interaction=interaction, merging=merging)
 
 
-def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Fills all parameters with noise, the zero-initialised ones too, so that every path matters."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return module
-
-
 @pytest.fixture(name="tiny_config", scope="session")
 def tiny_config_fixture():
     """Builds a small PIIPConfig; see `tiny_config`."""
@@ -40,13 +30,7 @@ def tiny_branch_fixture():
     return tiny_branch
 
 
-@pytest.fixture(name="randomize", scope="session")
-def randomize_fixture():
-    """Fills all parameters of a module with noise; see `randomize`."""
-    return randomize
-
-
 @pytest.fixture
-def tiny_model() -> DensePIIP:
+def tiny_model(randomize) -> DensePIIP:
     """A three-branch model with windows, every parameter random."""
     return randomize(DensePIIP(tiny_config(window_size=3))).eval()

@@ -9,6 +9,7 @@ import torch
 
 from piip_core import DensePIIP, PIIPConfig
 from piip_core.flops import published_count
+from piip_core.meta import on_meta
 from piip_core.zoo.ablations import ABLATIONS, TABLES
 
 # number of settings with a printed row, per table of the paper
@@ -18,7 +19,7 @@ SCRIPT_GFLOPS = {"direction_alternating": 209.6, "direction_cycle_down": 229.0, 
 
 
 def build(name):
-    with torch.device("meta"):
+    with on_meta():
         return DensePIIP(ABLATIONS[name].config)
 
 

@@ -34,6 +34,7 @@ from piip_core.flops import (
 )
 from piip_core.flops.published import published_rule
 from piip_core.merging import ClassificationMerging
+from piip_core.meta import on_meta
 from piip_core.networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig
 from piip_core.ops import MSDeformAttn, make_reference_points
 
@@ -174,7 +175,7 @@ def test_unknown_network_family_has_no_counting_rule(tiny_branch):
 
 @pytest.mark.parametrize("name", ["vit_b_1024", "piip_tsb_1568_1120_672", "piip_sbl_1120_672_448"])
 def test_backbone_parameters_by_part(name):
-    with torch.device("meta"):
+    with on_meta():
         model = DensePIIP(zoo.get(name).config)
     want = SETTINGS[name]["backbone_params_M"]
     parts = {f"branch{i}": branch for i, branch in enumerate(model.pyramid.branches, 1)}
@@ -186,7 +187,7 @@ def test_backbone_parameters_by_part(name):
 
 def test_tsbl_parameters_as_released():
     name = "piip_tsbl_1344_896_672_448"
-    with torch.device("meta"):
+    with on_meta():
         model = DensePIIP(zoo.tsbl_as_released(zoo.get(name).config))
     assert round(parameters(model) / 1e6, 3) == SETTINGS[name]["backbone_params_M"]["total"]
 
@@ -238,9 +239,9 @@ def test_executed_count_of_deformable_attention_by_hand():
 def test_executed_count_is_the_same_on_the_meta_device(tiny_config):
     config = tiny_config(window_size=3)
     model, image = DensePIIP(config), torch.zeros(1, 3, 96, 144)
-    with torch.device("meta"):
-        on_meta = executed_count(DensePIIP(config), torch.empty(1, 3, 96, 144))
-    assert executed_count(model, image) == on_meta
+    with on_meta():
+        without_data = executed_count(DensePIIP(config), torch.empty(1, 3, 96, 144))
+    assert executed_count(model, image) == without_data
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 

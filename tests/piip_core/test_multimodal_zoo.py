@@ -12,6 +12,7 @@ import torch
 from piip_core import PIIP, ConfigError, InteractionConfig, PIIPConfig, zoo
 from piip_core.flops import analyze_multimodal, multimodal_table, published_count
 from piip_core.merging import TokenMerging
+from piip_core.meta import on_meta
 from piip_core.networks import ConvNeXtConfig, ViTConfig
 
 SETTINGS = json.loads((Path(__file__).parents[1] / "data/multimodal_settings.json").read_text())
@@ -45,12 +46,12 @@ def rows():
 @functools.cache
 def meta_pyramid(config) -> PIIP:
     """Without memory; language models of several sizes share one."""
-    with torch.device("meta"):
+    with on_meta():
         return PIIP(config)
 
 
 def meta_projector(entry) -> TokenMerging:
-    with torch.device("meta"):
+    with on_meta():
         return TokenMerging(entry.vision.dims_after(None), entry.embed_dim, norm=entry.projector_norm)
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from piip_core import PIIP, ConfigError, DensePIIP, InteractionConfig, MergingConfig
+from piip_core.meta import on_meta
 from piip_core.pyramid import resize_for_branch
 
 
@@ -162,7 +163,7 @@ def test_compile_in_one_graph(two_branches):
 
 
 def test_meta_device(tiny_config):
-    with torch.device("meta"):
+    with on_meta():
         model = DensePIIP(tiny_config())
         outputs = model(torch.empty(1, 3, 128, 128))
     assert all(o.is_meta for o in outputs)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from piip_core.meta import on_meta
+
 pytest.importorskip("detectron2")
 
 CONFIGS = Path(__file__).parents[2] / "projects/PIIP/configs"
@@ -48,7 +50,6 @@ def test_missing_file_and_unknown_override(tool):
 @pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn", "dino", "upernet"])
 def test_memory_runs_all_of_the_model(name):
     """Every parameter, the heads' too, gets a gradient in the step without data."""
-    import torch
     from detectron2.config import instantiate
 
     from piip import training_memory
@@ -58,7 +59,7 @@ def test_memory_runs_all_of_the_model(name):
 
     config = load_config(str(CONFIGS / f"demo/piip_digits_{name}.py"))
     skip_pretrained(config)
-    with torch.device("meta"):
+    with on_meta():
         model = instantiate(config.model)
     size = padded_size(*training_memory.training_size(config), model.backbone.size_divisibility)
     step, _ = training_memory.training_step(model, 2, size)

@@ -128,7 +128,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         report = load_pyramid(held[1], checkpoint.pop("model"), source=source)
         others = [name for name in self.model.state_dict() if not name.startswith(held[0])]
         self.logger.info(
-            "The pyramid alone, from a model of another kind; %d other tensors of this one are left as they were (%s). %s",
+            "The pyramid alone, from another kind of model; %d other tensors of this one stay as they were (%s). %s",
             len(others),
             listed(others),
             report.summary(),

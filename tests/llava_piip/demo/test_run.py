@@ -5,6 +5,8 @@ import itertools
 import json
 import shutil
 import subprocess
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +15,31 @@ from safetensors.torch import load_file
 
 from llava_piip import PIIPLlavaForConditionalGeneration, PIIPLlavaProcessor
 from llava_piip.demo import run, vision
-from llava_piip.demo.dataset import prepare_chat_dataset
+from llava_piip.demo.dataset import imagine_conversations, prepare_chat_dataset
 from llava_piip.demo.language import train_language_model
 from llava_piip.train.presets import parse_arguments
+from piip_core import ClassifierConfig, PIIPClassifier
+from piip_core.checkpoints import write_checkpoint
+from piip_core.demo.model import demo_config
+from piip_core.errors import CheckpointError, UserError
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A language model after ten updates."""
+    folder = tmp_path_factory.mktemp("language") / "model"
+    train_language_model(folder, imagine_conversations(320), batch_size=32)
+    return folder
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """Untrained branches, ten updates of the language model, and stages that give back what they start from."""
+def short(monkeypatch, language, trained):
+    """Hardly trained branches, ten updates of the language model, and stages that give back what they start from."""
     calls = []
+
+    def train_branches(folder):
+        shutil.copytree(trained[1].file.parent, folder)
+        return {number: replace(result, file=folder / result.file.name) for number, result in trained.items()}
 
     def stage(command, env):
         options = dict(itertools.pairwise(command))
@@ -32,8 +50,8 @@ def short(monkeypatch):
 
     small = functools.partial(prepare_chat_dataset, num_train=4, num_val=3, num_texts=320)
     monkeypatch.setattr(run, "prepare_chat_dataset", small)
-    monkeypatch.setattr(run, "train_branches", functools.partial(vision.train_branches, steps=(1, 1), num_val=8))
-    monkeypatch.setattr(run, "train_language_model", functools.partial(train_language_model, batch_size=32))
+    monkeypatch.setattr(run, "train_branches", train_branches)
+    monkeypatch.setattr(run, "train_language_model", lambda folder, texts: shutil.copytree(language, folder) and 5.0)
     monkeypatch.setattr(run.subprocess, "run", stage)
     return calls
 
@@ -75,3 +93,31 @@ def test_a_stage_that_stops_is_an_error_that_says_which(short, tmp_path, monkeyp
     status = run.main(["--output", str(tmp_path / "run"), "--data", str(tmp_path / "data"), "--no-chat"])
     assert status == 2
     assert "stage1 stopped with exit status 3" in capsys.readouterr().err
+
+
+def test_a_digits_classifier_is_the_start_of_the_vision_tower(short, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = ClassifierConfig(pyramid=replace(demo_config(image_size=64), merging=None), head="merged", num_groups=16)
+    classifier = PIIPClassifier(config)
+    for parameter in classifier.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)  # the gates of new interactions are closed
+    path = write_checkpoint(tmp_path / "digits.safetensors", classifier.state_dict())
+    monkeypatch.setattr(run, "train_branches", None)  # nothing to be learned
+    data = SimpleNamespace(texts=list)
+    with pytest.raises(CheckpointError, match=r"gone\.pth: no such file"):
+        run._make_start(tmp_path / "run", data, tmp_path / "gone.pth")
+    start = run._make_start(tmp_path / "run", data, path)
+
+    model = PIIPLlavaForConditionalGeneration.from_pretrained(start)
+    image = torch.rand(1, 3, 128, 128)
+    assert model.config.image_seq_length == 64
+    tower, expected = model.model.vision_tower.pyramid, classifier.pyramid
+    state = expected.state_dict()
+    for name, tensor in tower.state_dict().items():
+        if not name.endswith("pos_embed"):  # resized: see tests/piip_core/checkpoints/test_pyramid_start.py
+            assert torch.equal(tensor, state[name]), name
+    assert [tuple(found.shape[2:]) for found in tower(image)] == [(8, 8), (12, 12), (16, 16)]
+
+    (tmp_path / "run" / "branches").mkdir()
+    with pytest.raises(UserError, match="started without --classifier"):
+        run._make_start(tmp_path / "run", data, path)

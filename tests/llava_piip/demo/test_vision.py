@@ -14,12 +14,6 @@ from piip_core.demo.digit_composer import ABSENT, ComposedDigits
 from piip_core.demo.digit_scenes import NAMED_COLOURS
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """What three updates bring, for both branches."""
-    return vision.train_branches(tmp_path_factory.mktemp("vision"), steps=(3, 3), num_val=64)
-
-
 def test_the_pyramid_is_inverted_and_gives_16_tokens():
     pyramid = PIIP(vision.CHAT_PYRAMID).eval()
     large, small = (sum(p.numel() for p in branch.parameters()) for branch in pyramid.branches)
@@ -31,7 +25,7 @@ def test_the_pyramid_is_inverted_and_gives_16_tokens():
 
 def test_trained_weights_reach_the_pyramid_as_any_pretrained_ones(trained):
     assert sorted(trained) == [1, 2] and all(0 <= result.accuracy <= 1 for result in trained.values())
-    pyramid = PIIP(vision.chat_entry(trained).vision)
+    pyramid = PIIP(vision.chat_pyramid(trained))
     reports = load_pretrained(pyramid)
     for number, branch in enumerate(pyramid.branches, 1):
         assert not reports[number].missing and not reports[number].ignored and not reports[number].unexplained
@@ -44,7 +38,7 @@ def test_training_starts_and_ends_the_same_every_time(trained, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of sums depends on it
     try:
-        again = vision._train(2, tmp_path / "again.safetensors", 3, 64)
+        again = vision._train(2, tmp_path / "again.safetensors", 3, 32)
     finally:
         torch.set_num_threads(threads)
     assert again.accuracy == trained[2].accuracy

@@ -2,11 +2,9 @@
 
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,6 @@ from llava_piip.train.train import run as run_here
 from piip_core import zoo
 
 ROOT = Path(llava_piip.__file__).parents[1]
-SCRIPT = ROOT / "llava_piip" / "train" / "train.py"
 LAUNCHED = Path(__file__).with_name("launched.py")
 # Processes add up in another order than one does, in float32 (2^-24 relative); 6 updates at a rate of 0.01 enlarge it.
 # Another order of samples, or a gradient that is missing, changes losses by 1e-3 and more
@@ -38,7 +35,7 @@ def mixed(files, tmp_path_factory):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings(mixed):
     return ["--annotations", str(mixed), "--save_steps", "2"]
 
@@ -68,15 +65,6 @@ def finish(*processes: subprocess.Popen) -> list[int]:
         finally:
             process.kill()
     return [process.returncode for process in processes]
-
-
-def free_port() -> str:
-    """Below the ports that the system itself hands out, which somebody else may get before the launcher binds it."""
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as taken:
-            if taken.connect_ex(("127.0.0.1", port)):
-                return str(port)
-    raise AssertionError("no free port")
 
 
 def deepspeed(*arguments: str) -> list[str]:
@@ -124,15 +112,54 @@ def test_one_process_has_images_while_the_other_has_text_alone(files, mixed, tmp
     assert orders[0] != orders[1]
 
 
-def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_process(
-    files, settings, losses, tmp_path
+@dataclass(frozen=True)
+class Launched:
+    """Runs that were launched one after the other, and the arguments of each."""
+
+    folder: Path
+    arguments: dict[str, list[str]]
+    statuses: list[int]
+
+
+ADAPTERS = ("--train_parts", "projector", "vision_tower", "--lora", "true", "--lora_rank", "4", "--lora_dropout", "0")
+
+
+@pytest.fixture(scope="module")
+def launched(files, settings, language_model_folder, tmp_path_factory, free_port) -> Launched:
+    """Runs on two hosts, from one launch because what the processes import takes longer than the runs: under ZeRO-3,
+    each interrupted and resumed, and one under ZeRO-2 that is killed."""
+    folder, arguments, specs = tmp_path_factory.mktemp("launched"), {}, []
+    # of the zoo: one process puts it together for all
+    new = ("--model", "tiny", "--language_model", str(language_model_folder), "--pretrained_vision", "false")
+    for kind, more in {"everything": (), "adapters": (*ADAPTERS, *new)}.items():
+        arguments[kind] = [*settings, "--max_steps", "4", *more]
+        command = files.command(folder / kind, *arguments[kind], "--deepspeed", "zero3", "--resume", "true")
+        specs += [{"arguments": command, "stop_after": stop, "tiny": str(files.model)} for stop in (2, None)]
+    arguments["killed"] = [*settings, "--max_steps", "6"]
+    command = files.command(folder / "killed", *arguments["killed"], "--deepspeed", "zero2")
+    specs.append({"arguments": command, "kill_at": "checkpoint-6"})
+    hosts = folder / "hostfile"
+    hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    common = ("--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port())
+    program = specified(folder / "runs.json", *specs)
+    nodes = [launch(deepspeed(*common, "--node_rank", str(rank), *program)) for rank in (0, 1)]
+    return Launched(folder, arguments, finish(*nodes))
+
+
+@pytest.mark.parametrize("kind", ["everything", "adapters"])
+def test_zero3_on_two_hosts_has_the_losses_of_one_process_also_when_it_was_interrupted(
+    kind, launched, files, losses, tmp_path, monkeypatch, tiny_entry
 ):
-    settings = [*settings, "--max_steps", "6"]
-    expected = one_process(files, losses, tmp_path / "alone", *settings)
-    run, arguments = tmp_path / "run", files.command(tmp_path / "run", *settings, "--deepspeed", "zero2")
-    killed = specified(tmp_path / "runs.json", {"arguments": arguments, "kill_at": "checkpoint-6"})
-    (status,) = finish(launch(deepspeed("--num_gpus", "2", "--master_port", free_port(), *killed)))
-    assert status != 0
+    row = replace(tiny_entry(), vision=PIIPLlavaConfig.from_pretrained(files.model).vision_config.piip)
+    monkeypatch.setattr(zoo, "multimodal", lambda name, known=zoo.multimodal: row if name == "tiny" else known(name))
+    compare(launched.folder / kind, one_process(files, losses, tmp_path, *launched.arguments[kind]))
+
+
+def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_process(
+    launched, files, losses, tmp_path, free_port
+):
+    run = launched.folder / "killed"
+    assert 0 not in launched.statuses
     assert [path.name for path in run_folder(run).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert (run / RunFolder.STAGING / "checkpoint-6").is_dir()  # written, not published
 
@@ -143,8 +170,9 @@ def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_pr
     (stubs / "srun").write_text('#!/bin/bash\nshift\nSLURM_NODEID=1 "$@" &\nSLURM_NODEID=0 "$@" && wait $!\n')
     for stub in stubs.iterdir():
         stub.chmod(0o755)
+    arguments = files.command(run, *launched.arguments["killed"], "--deepspeed", "zero2", "--resume", "true")
     job = launch(
-        ["bash", str(SCRIPT.with_name("slurm.sh")), *arguments],
+        ["bash", str(ROOT / "tools" / "slurm.sh"), "-m", "llava_piip.train.train", *arguments],
         PATH=f"{stubs}{os.pathsep}{environment()['PATH']}",
         SLURM_JOB_NODELIST="n[1-2]",
         SLURM_JOB_NUM_NODES="2",
@@ -153,39 +181,4 @@ def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_pr
         MASTER_PORT=free_port(),
     )
     assert finish(job) == [0]
-    compare(run, expected)
-
-
-def test_zero3_on_two_hosts_has_the_losses_of_one_process_also_when_it_was_interrupted(
-    files, settings, losses, tmp_path, monkeypatch, tiny_entry, language_model_folder
-):
-    row = replace(tiny_entry(), vision=PIIPLlavaConfig.from_pretrained(files.model).vision_config.piip)
-    monkeypatch.setattr(zoo, "multimodal", lambda name, known=zoo.multimodal: row if name == "tiny" else known(name))
-    adapters = (
-        "--train_parts",
-        "projector",
-        "vision_tower",
-        "--lora",
-        "true",
-        "--lora_rank",
-        "4",
-        "--lora_dropout",
-        "0",
-    )
-    # of the zoo: one process puts it together for all
-    new = ("--model", "tiny", "--language_model", str(language_model_folder), "--pretrained_vision", "false")
-    kinds = {"everything": (), "adapters": (*adapters, *new)}
-    expected, specs = {}, []
-    settings = [*settings, "--max_steps", "4"]
-    for kind, more in kinds.items():
-        expected[kind] = one_process(files, losses, tmp_path / f"alone-{kind}", *settings, *more)
-        arguments = files.command(tmp_path / kind, *settings, *more, "--deepspeed", "zero3", "--resume", "true")
-        specs += [{"arguments": arguments, "stop_after": stop, "tiny": str(files.model)} for stop in (2, None)]
-    hosts = tmp_path / "hostfile"
-    hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
-    common = ("--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port())
-    command = specified(tmp_path / "runs.json", *specs)
-    nodes = [launch(deepspeed(*common, "--node_rank", str(rank), *command)) for rank in (0, 1)]
-    assert finish(*nodes) == [0, 0]
-    for kind in kinds:
-        compare(tmp_path / kind, expected[kind])
+    compare(run, one_process(files, losses, tmp_path / "alone", *launched.arguments["killed"]))

@@ -42,9 +42,9 @@ ROWS = listed_rows()
 def head_listing(name):
     """Neck and heads behind a row."""
     entry = zoo.get(name)
-    with torch.device("meta"):
-        widths = set(DensePIIP(entry.config).out_dims)
-    if widths == {128, 256, 512, 1024}:
+    merging = entry.config.merging
+    widths = {entry.config.dims_after(interaction)[0] for interaction in (*merging.intermediate_after, None)}
+    if len(widths) > 1 or entry.name == "convnext_b_1024":
         return "head_mask_rcnn_convnext_b"
     kind = {"dino": "dino_4scale", "upernet": "upernet"}.get(entry.head, entry.head)
     return f"head_{kind}_dim{widths.pop()}" + ("_ch1536" if entry.head == "upernet" else "")

@@ -12,6 +12,7 @@ from piip_core import PIIP, BranchConfig, ViTConfig
 from piip_core.branches import build_branch
 from piip_core.checkpoints import convert_pretrained, load_branch, load_pretrained
 from piip_core.errors import CheckpointError
+from piip_core.meta import on_meta
 
 NETWORK = ViTConfig(embed_dim=16, depth=2, num_heads=2, pos_grid=4)
 
@@ -45,7 +46,7 @@ def test_every_key_of_a_published_file_is_used_or_has_a_reason(listed, scaled, l
     state = {key: torch.zeros(shape) for key, shape in listing(listed).items()}
     width = state["pos_embed"].shape[-1]
     network = ViTConfig(embed_dim=width, depth=12, num_heads=width // 64)
-    with torch.device("meta"):
+    with on_meta():
         target = build_branch(BranchConfig(network=network, image_size=224)).model.state_dict()
     converted, report = convert_pretrained(state, target)
     assert report.complete

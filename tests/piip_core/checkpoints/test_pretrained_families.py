@@ -13,6 +13,7 @@ from piip_core.checkpoints import convert_pretrained
 from piip_core.checkpoints.pretrained import load_branch
 from piip_core.checkpoints.relative_positions import resize_relative_positions
 from piip_core.errors import CheckpointError
+from piip_core.meta import on_meta
 from piip_core.networks import BEiTConfig
 from piip_core.zoo import networks
 
@@ -42,7 +43,7 @@ BEIT = BEiTConfig(embed_dim=16, depth=2, num_heads=2, bias_window=4)
 
 
 def meta_branch(network):
-    with torch.device("meta"):
+    with on_meta():
         window = network.bias_window if isinstance(network, BEiTConfig) else None
         return build_branch(BranchConfig(network=network, image_size=224, window_size=window))
 
@@ -76,7 +77,7 @@ def test_timms_convnext_has_our_names(name):
     import timm
 
     branch = meta_branch(networks.CONVNEXT[name])
-    with torch.device("meta"):
+    with on_meta():
         theirs = timm.create_model(f"convnext_{ {'T': 'tiny', 'S': 'small', 'B': 'base'}[name] }").state_dict()
     converted, report = convert_pretrained(theirs, branch.model.state_dict())
     assert report.check() and set(converted) == set(branch.model.state_dict())
@@ -85,7 +86,7 @@ def test_timms_convnext_has_our_names(name):
 def test_timms_beit_has_our_names():
     import timm
 
-    with torch.device("meta"):
+    with on_meta():
         theirs = timm.create_model("beitv2_base_patch16_224").state_dict()
     theirs = {k: torch.rand(v.shape) if "relative_position" in k else v for k, v in theirs.items()}
     target = meta_branch(networks.BEIT["B"]).model.state_dict()
@@ -141,7 +142,7 @@ def test_a_branch_on_the_meta_device_gets_memory_and_the_files_weights(tmp_path,
     real = randomize(build_branch(config))
     state = {name: tensor for name, tensor in real.model.state_dict().items() if ".ls" not in name}
     save_file(state, tmp_path / "weights.safetensors")
-    with torch.device("meta"):
+    with on_meta():
         branch = build_branch(config)
     report = load_branch(branch, str(tmp_path / "weights.safetensors"))
     assert len(report.filled) == 4
@@ -153,7 +154,7 @@ def test_index_of_beit_is_made_for_a_branch_from_the_meta_device(tmp_path):
     config = BranchConfig(network=BEIT, image_size=64, window_size=4)
     real = build_branch(config)
     save_file(real.model.state_dict(), tmp_path / "weights.safetensors")
-    with torch.device("meta"):
+    with on_meta():
         branch = build_branch(config)
     load_branch(branch, str(tmp_path / "weights.safetensors"))
     image = torch.randn(1, 3, 64, 64)

@@ -16,7 +16,8 @@ def test_the_detector_trains_goes_on_and_draws(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(run, "prepare_digits", small)
     output, data = tmp_path / "a folder (1)", tmp_path / "digits"
     short = ["train.eval_period=1", "train.checkpointer.period=1", "dataloader.train.total_batch_size=2"]
-    for iterations in (1, 2):
+    for iterations, cores in ((1, 2), (2, 1)):  # a process on each
+        monkeypatch.setattr(run.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         run.main(["--output", str(output), "--data", str(data), f"train.max_iter={iterations}", *short])
         assert re.search(r"box AP [\d.]+ \(AP50 [\d.]+\), mask AP", capfd.readouterr().out.splitlines()[-1])
     lines = [json.loads(line) for line in (output / "detector" / "metrics.json").read_text().splitlines()]

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from piip_core import BranchConfig, InteractionConfig, PIIPConfig
 from piip_core.memory import DryRun, model_states, squares
+from piip_core.meta import on_meta
 from piip_core.networks import ViTConfig
 from piip_core.pyramid import DensePIIP
 
@@ -54,7 +55,7 @@ def measured(precision, checkpointing, path):
 
 @pytest.fixture(scope="module")
 def dry_run():
-    with torch.device("meta"):
+    with on_meta():
         return DryRun(DensePIIP(CONFIG))
 
 
@@ -81,7 +82,7 @@ def test_activations_are_those_of_the_mem_tracker(dry_run):
     def small(model):
         return squares(model(torch.zeros(2, 3, 64, 64)))
 
-    with torch.device("meta"):
+    with on_meta():
         run = DryRun(DensePIIP(config))
     found = run.activations(small, precision="fp32", kernels="cpu")
     model = DensePIIP(config).train()

@@ -52,6 +52,12 @@ def test_stages_divide_more_and_more():
     assert offloaded.host == pytest.approx((4 + 12) * PARAMS / 8, abs=100)
 
 
+def test_buckets():
+    small, large = (model_states(PARAMS, 2, 8, bucket_size=size) for size in (1000, 2000))
+    # float32; two of gradients, because communication overlaps with the backward pass, one of weights
+    assert large.communication - small.communication == 4 * 3 * 1000
+
+
 @pytest.mark.parametrize("arguments", [(4, 8), (1, 0), (0, 8, "optimizer"), (2, 8, "parameters")])
 def test_what_does_not_exist(arguments):
     with pytest.raises(ConfigError, match="expected"):

@@ -66,6 +66,8 @@ def test_channel_order_and_threshold(predictor, shared_coco):
         predictor(image.astype(np.float32))
     with pytest.raises(ValueError, match="expected 'RGB' or 'BGR'"):
         predictor(image, image_format="GRAY")
+    with pytest.raises(ValueError, match=r"is for detection: call predictor\(image\)"):
+        predictor.classify(image)
 
 
 def test_class_names_come_from_checkpoint_annotations_or_detectron2(predictor, tiny_config, run, shared_coco, tmp_path):

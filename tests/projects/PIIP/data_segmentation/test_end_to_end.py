@@ -39,7 +39,9 @@ def test_training_evaluation_prediction_and_pictures(files, tmp_path):
     weights = str(output / "model_final.pth")
     # The configuration of a prediction knows nothing of the data set; the checkpoint does
     predictor = Predictor(load_config(CONFIG), weights)
-    assert predictor.segments and predictor.metadata.stuff_classes == ["ground", "disc", "bar"]
+    assert predictor.task == "segmentation" and predictor.metadata.stuff_classes == ["ground", "disc", "bar"]
+    with pytest.raises(ValueError, match=r"is for segmentation: call predictor\.segment\(image\)"):
+        predictor(np.zeros((8, 8, 3), dtype=np.uint8))
 
     confusion = np.zeros((3, 3))
     for path in sorted(files.images.iterdir()):
@@ -73,10 +75,3 @@ def test_written_label_maps_have_the_values_of_the_data_sets_own(files, tmp_path
     run_demo(predictor, [str(files.images / "1.png")], str(tmp_path / "pictures"))
     written = np.asarray(Image.open(tmp_path / "pictures" / "1_labels.png"))
     assert np.array_equal(written, predictor.segment(read_image(str(files.images / "1.png"))) + 1)
-
-
-def test_a_detector_and_a_segmentor_say_which_call_they_take(files, tmp_path):
-    main(arguments(files, tmp_path / "run", "train.max_iter=1", "data.test.labels=null"))
-    predictor = Predictor(load_config(CONFIG), str(tmp_path / "run" / "model_final.pth"))
-    with pytest.raises(ValueError, match=r"semantic segmentor: call predictor\.segment"):
-        predictor(np.zeros((8, 8, 3), dtype=np.uint8))

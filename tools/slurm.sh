@@ -1,10 +1,12 @@
 #!/bin/bash
-# Trains on the nodes of a SLURM job; arguments are those of train.py:
+# Trains on the nodes of a SLURM job; arguments are torchrun's: the program and its own, which resume a job that is
+# queued again:
 #
-#   sbatch --nodes 2 llava_piip/train/slurm.sh piip_llava_clip_bl_512_256_7b/stage2 --projector runs/stage1 ...
+#   sbatch --nodes 2 tools/slurm.sh tools/lazyconfig_train_net.py --config-file CONFIG.py train.output_dir=DIR --resume
+#   sbatch --nodes 2 tools/slurm.sh -m llava_piip.train.train PRESET --output_dir DIR --resume true
 #
-# Submit it from the environment in which the package is installed.
-#SBATCH --job-name=piip-llava
+# Submit it from the root of the repository, in the environment in which the package is installed.
+#SBATCH --job-name=piip
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -20,8 +22,8 @@ MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 NNODES=$SLURM_JOB_NUM_NODES
 NPROC_PER_NODE=${NPROC_PER_NODE:-$SLURM_GPUS_ON_NODE}
 
-# One task per node, which starts a process per GPU. A job that is queued again goes on from its last checkpoint.
+# One task per node, which starts a process per GPU
 srun --kill-on-bad-exit=1 bash -c '
     exec torchrun --nnodes "$NNODES" --node_rank "$SLURM_NODEID" --nproc_per_node "$NPROC_PER_NODE" \
-        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m llava_piip.train.train "$@"
-' bash "$@" --resume true
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
+' bash "$@"

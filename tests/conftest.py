@@ -1,0 +1,60 @@
+"""What tests of several packages share."""
+
+import importlib.util
+import random
+import socket
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def _load(folder: str, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"piip_{folder}_{name}", ROOT / folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_tool():
+    """Imports tools/NAME.py, a script outside any package, as a module."""
+    return partial(_load, "tools")
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """Imports datasets/NAME.py, a script outside any package, as a module."""
+    return partial(_load, "datasets")
+
+
+def _randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return module
+
+
+@pytest.fixture(scope="session")
+def randomize():
+    """Adds noise to all parameters of a module, the zero-initialised ones too, so that every path matters."""
+    return _randomize
+
+
+def _free_port() -> str:
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as taken:
+            if taken.connect_ex(("127.0.0.1", port)):
+                return str(port)
+    raise AssertionError("no free port")
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """Finds a port below those that the system itself hands out, which others may get before the launcher binds it."""
+    return _free_port
