@@ -135,8 +135,8 @@ def analyze_memory(args: argparse.Namespace) -> MemoryReport:
     from piip import training_memory
 
     model = build(config)
-    divisor = model.backbone.padding_constraints["size_divisibility"]
-    size = padded_size(*(args.input or training_memory.training_size(config)), divisor)
+    size = args.input or training_memory.training_size(config)
+    size = padded_size(*size, training_memory.size_divisor(model))
     bucket_size = OmegaConf.select(config, "train.deepspeed.bucket_size", default=BUCKET_SIZE)
     setting = Setting(input_size=size, bucket_size=bucket_size, **given)
     step, notes = training_memory.training_step(model, args.batch_size, size)

@@ -47,7 +47,7 @@ def test_missing_file_and_unknown_override(tool):
         tool.main(["nothing.py"])
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn", "dino", "upernet"])
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn", "dino", "upernet", "classifier"])
 def test_memory_runs_all_of_the_model(name):
     """Every parameter, the heads' too, gets a gradient in the step without data."""
     from detectron2.config import instantiate
@@ -61,7 +61,7 @@ def test_memory_runs_all_of_the_model(name):
     skip_pretrained(config)
     with on_meta():
         model = instantiate(config.model)
-    size = padded_size(*training_memory.training_size(config), model.backbone.size_divisibility)
+    size = padded_size(*training_memory.training_size(config), training_memory.size_divisor(model))
     step, _ = training_memory.training_step(model, 2, size)
     run, without = DryRun(model), {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     for key, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Training steps of detectors and segmentors on tensors without data, for `piip_core.memory`.
+"""Training steps of detectors, segmentors and classifiers on tensors without data, for `piip_core.memory`.
 
 What a training step does with ground truth (matching, sampling, suppression) depends on values, which such tensors do
 not have. Heads therefore run on as many samples as they take at most, and `piip_core.memory.squares` stands for losses
@@ -15,13 +15,15 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from piip.modeling.classifier import ImageClassifier
 from piip.modeling.dino import DINO
 from piip.modeling.dino.denoising import DenoisingLayout, DenoisingQueries
 from piip.modeling.segmentor import SlidingWindowSegmentor
+from piip_core.classifier import PIIPClassifier
 from piip_core.errors import ConfigError
 from piip_core.memory import Step, squares
 
-__all__ = ["training_size", "training_step"]
+__all__ = ["size_divisor", "training_size", "training_step"]
 
 _DENOISING_SLOTS = 200  # of an image with up to 100 objects
 
@@ -32,24 +34,36 @@ def training_size(cfg: DictConfig) -> tuple[int, int]:
     Raises:
         ConfigError: If the configuration does not say.
     """
-    train = cfg.get("data", {}).get("train", {})
+    data = cfg.get("data", {})
+    if "image_size" in data:
+        return data.image_size, data.image_size
+    train = data.get("train", {})
     if "crop" in train:
         return (train.crop, train.crop) if isinstance(train.crop, int) else tuple(train.crop)
     if "scales" not in train:
-        raise ConfigError("the configuration has neither data.train.crop nor data.train.scales: give --input H W")
+        raise ConfigError(
+            "the configuration has none of data.image_size, data.train.crop and data.train.scales: give --input H W"
+        )
     sides = max(train.scales, key=lambda scale: scale[0] * scale[1])
     return min(sides), max(sides)
+
+
+def size_divisor(model: nn.Module) -> int:
+    """What the sides of padded images are multiples of; classifiers pad nothing."""
+    return 1 if isinstance(model, ImageClassifier) else model.backbone.padding_constraints["size_divisibility"]
 
 
 def training_step(model: nn.Module, batch_size: int, size: tuple[int, int]) -> tuple[Step, list[str]]:
     """A training step for `piip_core.memory.DryRun` and notes on what it leaves out.
 
     Args:
-        model: A detector or segmentor.
+        model: A detector, segmentor or classifier.
         batch_size: Images.
         size: Height and width of the padded images.
     """
     shape = (batch_size, 3, *size)
+    if isinstance(model, ImageClassifier):
+        return lambda model: squares([PIIPClassifier.forward(model, torch.empty(shape))]), []
     if isinstance(model, SlidingWindowSegmentor):
         return lambda model: _segmentor_loss(model, shape), []
     if isinstance(model, DINO):

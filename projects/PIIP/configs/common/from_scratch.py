@@ -1,4 +1,4 @@
-"""Training from scratch by DeiT III's recipe for ViT-B on ImageNet-1K (arXiv 2204.07118; README_revenge.md of its code).
+"""DeiT III's recipe for training ViT-B from scratch on ImageNet-1K (arXiv 2204.07118; README_revenge.md of its code).
 
 LAMB, binary cross entropy, 3-Augment, repeated augmentation, no label smoothing, 2048 images per iteration.
 """
