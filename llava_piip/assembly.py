@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from typing import Any
 
-import torch
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from piip_core import zoo
-from piip_core.checkpoints import load_pretrained
+from piip_core.checkpoints import load_pretrained, load_pyramid, read_checkpoint
 from piip_core.errors import ConfigError
+from piip_core.meta import on_meta
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
 from .conversation import IMAGE_TAG
@@ -30,12 +31,16 @@ from .processing import PIIPLlavaProcessor
 
 __all__ = ["add_image_token", "assemble", "assemble_config", "assemble_processor", "load_tokenizer"]
 
+logger = logging.getLogger(__name__)
+
 
 def assemble(
     row: zoo.MultimodalEntry | str,
     *,
     language_model: str | os.PathLike[str] | None = None,
     pretrained_vision: bool = True,
+    vision_checkpoint: str | os.PathLike[str] | None = None,
+    projector_grid: int | None = None,
     chat_template: str = "vicuna_v1",
     pad_to_square: bool = True,
     **options: Any,
@@ -46,6 +51,9 @@ def assemble(
         row: A published row or its name: vision tower, projectors, and which language model.
         language_model: Another one that is built like Llama or Qwen: a name on the hub or a folder.
         pretrained_vision: Load the weights that the branches name; False starts them at random.
+        vision_checkpoint: A trained model with the same pyramid, such as a classifier, to start from instead: branches
+            and interactions, see `load_pyramid`.
+        projector_grid: Side of the grid of visual tokens; None for that of the last branch.
         chat_template: Of the processor.
         pad_to_square: Of the image processor; the first stage of training does not.
         **options: For `AutoModelForCausalLM.from_pretrained`: dtype, attn_implementation, quantization_config ...
@@ -58,9 +66,17 @@ def assemble(
     source = os.fspath(language_model or entry.language_model)
     tokenizer = load_tokenizer(source)
     decoder = _load(AutoModelForCausalLM, source, **options)
-    config = assemble_config(entry, decoder.config, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TAG))
+    config = assemble_config(
+        entry,
+        decoder.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TAG),
+        projector_grid=projector_grid,
+    )
     tower = PIIPVisionModel(config.vision_config)
-    if pretrained_vision:
+    if vision_checkpoint is not None:
+        path = os.fspath(vision_checkpoint)
+        logger.info(load_pyramid(tower.pyramid, read_checkpoint(path).state, source=path).summary())
+    elif pretrained_vision:
         load_pretrained(tower.pyramid)
     model = _join(config, tower.to(decoder.dtype), decoder)
     processor = assemble_processor(config, tokenizer, chat_template=chat_template, pad_to_square=pad_to_square)
@@ -68,7 +84,11 @@ def assemble(
 
 
 def assemble_config(
-    entry: zoo.MultimodalEntry, text_config: PreTrainedConfig, *, image_token_id: int
+    entry: zoo.MultimodalEntry,
+    text_config: PreTrainedConfig,
+    *,
+    image_token_id: int,
+    projector_grid: int | None = None,
 ) -> PIIPLlavaConfig:
     """The configuration of a row around a language model."""
     return PIIPLlavaConfig(
@@ -76,6 +96,7 @@ def assemble_config(
         text_config=copy.deepcopy(text_config),
         image_token_index=image_token_id,
         projector_norm=entry.projector_norm,
+        projector_grid=projector_grid,
     )
 
 
@@ -131,7 +152,7 @@ def _join(
         raise ConfigError(
             f"language_model: {type(decoder).__name__} is not built like Llama or Qwen, which is expected"
         )
-    with torch.device("meta"):
+    with on_meta():
         model = PIIPLlavaForConditionalGeneration(config)
     projector = type(model.model.multi_modal_projector)(
         tower.pyramid.dims,

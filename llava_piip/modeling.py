@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.models.llava.modeling_llava import (
@@ -19,10 +19,11 @@ from transformers.models.llava.modeling_llava import (
 
 from piip_core import PIIP
 from piip_core.errors import UserError
+from piip_core.integrations.transformers import PIIPPreTrainedModel
+from piip_core.integrations.transformers.partitioning import make_whole
 from piip_core.merging import TokenMerging
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
-from .partitioning import make_whole
 
 __all__ = ["PIIPLlavaForConditionalGeneration", "PIIPLlavaModel", "PIIPVisionModel"]
 
@@ -34,19 +35,11 @@ class PIIPVisionOutput(ModelOutput):
     feature_maps: tuple[Tensor, ...] | None = None
 
 
-class PIIPVisionModel(PreTrainedModel):
+class PIIPVisionModel(PIIPPreTrainedModel):
     """A PIIP as transformers' model; its weights are below `pyramid.`."""
 
     config_class = PIIPVisionConfig
     config: PIIPVisionConfig
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    # timm's blocks always call PyTorch's scaled_dot_product_attention, which takes the fastest kernel there is
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: PIIPVisionConfig) -> None:
         super().__init__(config)
@@ -58,20 +51,6 @@ class PIIPVisionModel(PreTrainedModel):
         if self.config.feature_block is not None:
             return PIIPVisionOutput(tuple(self.pyramid.forward_blocks(pixel_values, [self.config.feature_block])))
         return PIIPVisionOutput(tuple(self.pyramid(pixel_values)))
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """transformers switches gradient checkpointing on and off by this attribute."""
-        return any(branch.grad_checkpointing for branch in self.pyramid.branches)
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enable: bool) -> None:
-        self.pyramid.set_grad_checkpointing(enable)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """The pyramid's modules have started their own weights; what files never hold is made again."""
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
 
 
 class PIIPLlavaModel(LlavaModel):

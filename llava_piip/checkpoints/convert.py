@@ -21,6 +21,7 @@ from piip_core.checkpoints.public_config import config_from_public
 from piip_core.checkpoints.rules import RuleTable
 from piip_core.errors import CheckpointError
 from piip_core.files import publish_folder, write_atomically
+from piip_core.meta import on_meta
 
 from ..assembly import add_image_token, assemble_processor
 from ..configuration import PIIPLlavaConfig, PIIPVisionConfig
@@ -176,7 +177,7 @@ def load_published_projector(
 
 def model_shapes(config: PIIPLlavaConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a model, without allocating it."""
-    with torch.device("meta"):
+    with on_meta():
         model = PIIPLlavaForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys)
     return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}

@@ -2,6 +2,7 @@
 
     python -m llava_piip.demo               # goes on where an earlier call stopped
     python -m llava_piip.demo --restart     # starts from the beginning
+    python -m llava_piip.demo --classifier output/demo/digits/model_final.pth    # sees with a trained classifier
 
 Draws scenes of digits on photographs with questions about them, trains two vision branches as digit classifiers, and a
 tokenizer and a small Llama on text. Joins them, and trains in two stages with llava_piip/train/train.py under the
@@ -23,7 +24,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from piip_core.checkpoints import read_checkpoint
 from piip_core.errors import UserError
 from piip_core.files import publish_folder, write_atomically
 
@@ -37,7 +40,15 @@ from .drawing import Dialogue, draw_dialogues
 from .language import train_language_model
 from .questions import Question
 from .scoring import format_scores, is_right, score
-from .vision import PIXEL_MEAN, PIXEL_STD, chat_entry, train_branches
+from .vision import (
+    CLASSIFIER_TOKENS,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    chat_entry,
+    chat_pyramid,
+    classifier_pyramid,
+    train_branches,
+)
 
 __all__ = ["main"]
 
@@ -53,12 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m llava_piip.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=_ROOT / "output" / "chat_demo", help="folder of the run")
+    parser.add_argument("--output", type=Path, help="folder of the run (default output/chat_demo[_classifier])")
     parser.add_argument("--data", type=Path, default=_ROOT / "datasets" / "digit_chat", help="folder of the data set")
+    parser.add_argument(
+        "--classifier",
+        type=Path,
+        metavar="FILE",
+        help="weights of projects/PIIP/configs/demo/piip_digits_classifier.py: the vision tower is its pyramid and "
+        "starts from them, instead of two branches that learn digits here",
+    )
     parser.add_argument("--restart", action="store_true", help="forget an earlier run instead of going on with it")
     parser.add_argument("--no-chat", action="store_true", help="end after the scores, in a terminal too")
     parser.add_argument("overrides", nargs="*", metavar="-- --key value", help="changes to both stages of training")
     args = parser.parse_args(arguments)
+    if args.output is None:
+        args.output = _ROOT / "output" / ("chat_demo_classifier" if args.classifier else "chat_demo")
     try:
         if args.restart:
             shutil.rmtree(args.output, ignore_errors=True)
@@ -76,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     data = prepare_chat_dataset(args.data)
     _say("Scenes and questions", str(args.data))
-    start = _make_start(args.output, data)
+    start = _make_start(args.output, data, args.classifier)
     common = ["--model", str(start), "--image_root", str(data.image_root), *args.overrides]
     projector = _train("stage1", args.output, [*common, "--annotations", str(data.captions)])
     own = ["--annotations", str(data.conversations), "--projector", str(projector)]
@@ -89,19 +109,27 @@ def _run(args: argparse.Namespace) -> None:
         chat(model, processor, data.pictures())
 
 
-def _make_start(output: Path, data: ChatDataset) -> Path:
+def _make_start(output: Path, data: ChatDataset, classifier: Path | None) -> Path:
     """The model before the two stages: trained branches and language model, projectors at random."""
     branches, language, start = output / "branches", output / "language_model", output / "start"
+    if classifier and branches.is_dir():
+        raise UserError(f"{output}: holds a run that started without --classifier; name another --output, or --restart")
     if start.is_dir():
         return start
-    _say("Branches", "two networks learn to tell single digits")
-    results = train_branches(branches)
-    for number, result in results.items():
-        print(f"Branch {number}: {result.accuracy:.1%} of unseen digits")
+    if classifier:
+        read_checkpoint(classifier)  # a wrong path shows before the language model is trained
+        vision: dict[str, Any] = {"vision_checkpoint": classifier, "projector_grid": CLASSIFIER_TOKENS}
+        entry = chat_entry(classifier_pyramid())
+    else:
+        _say("Branches", "two networks learn to tell single digits")
+        results = train_branches(branches)
+        for number, result in results.items():
+            print(f"Branch {number}: {result.accuracy:.1%} of unseen digits")
+        vision, entry = {}, chat_entry(chat_pyramid(results))
     _say("Language", "a tokenizer and a small Llama learn from text")
     loss = train_language_model(language, data.texts())
     print(f"Language model: {loss:.2f} per token of answers about pictures in words")
-    model, processor = assemble(chat_entry(results), language_model=language)
+    model, processor = assemble(entry, language_model=language, **vision)
     processor.image_processor.image_mean, processor.image_processor.image_std = PIXEL_MEAN, PIXEL_STD
     with publish_folder(start) as aside:
         model.save_pretrained(aside)

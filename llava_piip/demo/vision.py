@@ -19,6 +19,7 @@ from piip_core.branches import build_branch
 from piip_core.checkpoints import write_checkpoint
 from piip_core.demo.digit_composer import ABSENT, ComposedDigits, DigitComposer
 from piip_core.demo.digit_scenes import NAMED_COLOURS, NUM_CLASSES
+from piip_core.demo.model import demo_config
 from piip_core.pyramid import resize_for_branch
 from piip_core.zoo import MultimodalEntry, MultimodalScores
 
@@ -26,17 +27,22 @@ from .questions import CHAT_SCENES
 
 __all__ = [
     "CHAT_PYRAMID",
+    "CLASSIFIER_TOKENS",
     "PIXEL_MEAN",
     "PIXEL_STD",
     "BranchResult",
     "DigitTeacher",
     "chat_entry",
     "chat_pyramid",
+    "classifier_pyramid",
     "train_branches",
 ]
 
 PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
 """Of the pictures that the branches learn from, so the image processor of the chat model needs them as well."""
+
+CLASSIFIER_TOKENS = 8
+"""Side of the grid of visual tokens of `classifier_pyramid`: that of its Branch 1, a quarter of all cells."""
 
 _IMAGE_SIZE = CHAT_SCENES.image_size
 _NO_DIGIT = NUM_CLASSES  # class of a cell without the centre of a digit
@@ -170,17 +176,22 @@ def chat_pyramid(results: Mapping[int, BranchResult] | None = None) -> PIIPConfi
     return replace(CHAT_PYRAMID, branches=branches)
 
 
-def chat_entry(results: Mapping[int, BranchResult] | None = None, *, embed_dim: int = 96) -> MultimodalEntry:
+def classifier_pyramid() -> PIIPConfig:
+    """The pyramid of `projects/PIIP/configs/demo/piip_digits_classifier.py`, for the pictures of the chat."""
+    return replace(demo_config(image_size=_IMAGE_SIZE), merging=None)
+
+
+def chat_entry(vision: PIIPConfig = CHAT_PYRAMID, *, embed_dim: int = 96) -> MultimodalEntry:
     """The small chat model as a row of the zoo, for `llava_piip.assembly.assemble`.
 
     Args:
-        results: Of `train_branches`; None for branches that start at random.
+        vision: Its pyramid.
         embed_dim: Width of the language model.
     """
     return MultimodalEntry(
         name="digit_chat",
         title="PIIP-LLaVA that knows digits",
-        vision=chat_pyramid(results),
+        vision=vision,
         language_model="none",
         embed_dim=embed_dim,
         scores=MultimodalScores(*[math.nan] * len(fields(MultimodalScores))),

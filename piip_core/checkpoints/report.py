@@ -54,7 +54,7 @@ class ConversionReport:
         """
         if self.complete or (allow_incomplete and not self.mismatched):
             return self
-        problems = "\n".join(self._problems())
+        problems = "\n".join(self.problems())
         way_out = "" if self.mismatched else ", or go on without these keys (allow_incomplete=True, --allow-incomplete)"
         raise CheckpointError(
             f"{self.source} does not fit the model:\n{problems}\n"
@@ -72,9 +72,10 @@ class ConversionReport:
             for reason, count in Counter(reasons.values()).items():
                 keys = [key for key, why in reasons.items() if why == reason]
                 lines.append(f"  {title} {count}: {reason} ({_listed(keys, 3)})")
-        return "\n".join(lines + self._problems())
+        return "\n".join(lines + self.problems())
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
+        """What makes it incomplete, a line each."""
         lines = []
         if self.unexplained:
             lines.append(f"  {len(self.unexplained)} keys that no rule knows: {_listed(self.unexplained)}")

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoints.head_names import HEADS
 from ..config import MergingConfig
 from ..files import atomic_path
 from ..pyramid import DensePIIP
@@ -138,7 +139,7 @@ def run_classifier(
 
 def _save_backbone(path: Path, model: DigitClassifier) -> None:
     """Writes the weights under the names they have in a Detectron2 model whose backbone is no FPN."""
-    state = {f"backbone.features.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
+    state = {HEADS["dino"].backbone + name: tensor for name, tensor in model.backbone.state_dict().items()}
     with atomic_path(path) as aside:
         save_file(state, aside)
 

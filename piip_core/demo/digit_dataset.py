@@ -1,9 +1,6 @@
 """The digit scenes as a data set on disk: in the layout and format of COCO, and with label maps."""
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from .data_folder import write_data_folder
 from .digit_scenes import NUM_CLASSES, SPLITS, Scene, SceneConfig, scenes
 
 __all__ = ["LABEL_NAMES", "label_map", "prepare_digits"]
@@ -20,7 +18,6 @@ LABEL_NAMES = ("background", *(str(digit) for digit in range(NUM_CLASSES)))
 """What the values of the label maps mean."""
 
 _FORMAT = 2  # raise it when the same parameters would give other files: data sets already there are then rebuilt
-_MANIFEST = "manifest.json"
 
 
 def prepare_digits(
@@ -51,29 +48,15 @@ def prepare_digits(
     for split, count in counts.items():
         if count < 1:
             raise ValueError(f"num_{split}={count}: expected at least 1")
-    manifest = {"format": _FORMAT, "scenes": counts, "config": asdict(config)}
-    if root.exists():
-        if not (root / _MANIFEST).is_file():
-            raise FileExistsError(f"{root} exists and is not a digit data set: move it away or choose another folder")
-        if json.loads((root / _MANIFEST).read_text()) == manifest:
-            return False
-    root.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        building.chmod(0o755)  # mkdtemp's folders are closed to other users
-        (building / "annotations").mkdir()
-        (building / "labels").mkdir()
-        (building / "labels" / "names.txt").write_text("\n".join(LABEL_NAMES) + "\n")
+
+    def write(folder: Path) -> None:
+        (folder / "annotations").mkdir()
+        (folder / "labels").mkdir()
+        (folder / "labels" / "names.txt").write_text("\n".join(LABEL_NAMES) + "\n")
         for split, count in counts.items():
-            _write_split(building, split, count, config)
-        (building / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if root.exists():
-            shutil.rmtree(root)
-        os.replace(building, root)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    return True
+            _write_split(folder, split, count, config)
+
+    return write_data_folder(root, {"format": _FORMAT, "scenes": counts, "config": asdict(config)}, write)
 
 
 def label_map(scene: Scene) -> np.ndarray:

@@ -1,0 +1,221 @@
+"""PIIP as transformers' models."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from ...branches import BranchState
+from ...classifier import PIIPClassifier, head_inputs
+from ...errors import UserError
+from ...pyramid import PIIP, DensePIIP, dense_maps
+from .configuration import PIIPTransformersConfig
+from .partitioning import make_whole
+
+__all__ = ["PIIPBackbone", "PIIPForImageClassification", "PIIPModel", "PIIPModelOutput", "PIIPPreTrainedModel"]
+
+Maps = tuple[Tensor, ...]
+
+
+@dataclass
+class PIIPModelOutput(ModelOutput):
+    """What `PIIPModel` returns.
+
+    Attributes:
+        feature_maps: Final map of every branch, (B, C_i, H_i, W_i), Branch 1 first.
+        pooler_output: What the classifier reads, (B, width): the pooled and normalised features of all branches side by
+            side for separate heads, of the merged map for a merged one.
+        hidden_states: With `output_hidden_states`: the maps of all branches behind each interaction and at the end.
+    """
+
+    feature_maps: Maps | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Maps, ...] | None = None
+
+
+class PIIPPreTrainedModel(PreTrainedModel):
+    """What all models with a PIIP as their `pyramid` have in common, whatever their configuration."""
+
+    pyramid: PIIP
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # Branches run block by block and hand on class tokens beside their maps: a pyramid stays on one device
+    _no_split_modules = ("PIIP",)
+    # timm's blocks always call PyTorch's scaled_dot_product_attention, which takes the fastest kernel there is
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """transformers switches gradient checkpointing on and off by this attribute."""
+        return any(branch.grad_checkpointing for branch in self.pyramid.branches)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.pyramid.set_grad_checkpointing(enable)
+
+    def _image(self, pixel_values: Tensor) -> Tensor:
+        """The image where the pyramid is, in its dtype, as transformers' other vision models take it."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise UserError(
+                f"pixel_values of shape {tuple(pixel_values.shape)}: expected (batch, 3, height, width), as the image "
+                "processor makes them"
+            )
+        parameter = next(self.pyramid.parameters())
+        return pixel_values.to(parameter.device, parameter.dtype)
+
+    def post_init(self) -> None:
+        # Modules start their own weights in their constructors; on the meta device there was nothing to start
+        self._made_without_weights = any(parameter.is_meta for parameter in self.parameters())
+        super().post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fills what files never hold; for parameters see `_initialize_weights`."""
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """transformers calls this for every module, the model itself last."""
+        super()._initialize_weights(module, is_custom_code)
+        if module is self and self._made_without_weights:
+            self._start_missing_weights()
+
+    def _start_missing_weights(self) -> None:
+        """Gives what a file did not hold (a head for other classes) the values of a new model."""
+        tensors = self.state_dict(keep_vars=True)
+        missing = {n: t for n, t in tensors.items() if not (t.is_meta or getattr(t, "_is_hf_initialized", False))}
+        if missing:
+            with torch.device("cpu"):
+                fresh = type(self)(copy.deepcopy(self.config)).state_dict()
+            for name, tensor in missing.items():
+                tensor.copy_(fresh[name])
+
+
+class _WithHead(PIIPPreTrainedModel):
+    """A pyramid and a head, under the names of `PIIPClassifier`."""
+
+    config_class = PIIPTransformersConfig
+    config: PIIPTransformersConfig
+
+    def _make(self, num_classes: int | None = None) -> None:
+        config = self.config.classifier
+        if num_classes is not None:
+            config = replace(config, num_classes=num_classes)
+        model = make_whole(lambda: PIIPClassifier(config))
+        self.pyramid, self.head = model.pyramid, model.head
+        self.classifier_config = config
+        self.post_init()
+
+    def _states(
+        self, pixel_values: Tensor, output_hidden_states: bool | None
+    ) -> tuple[list[BranchState], tuple[Maps, ...] | None]:
+        """Final states, and all hidden states where they are asked for."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        after = range(len(self.pyramid.interactions)) if output_hidden_states else ()
+        states, between = self.pyramid.forward_states(self._image(pixel_values), after)
+        if not output_hidden_states:
+            return states, None
+        return states, tuple(_maps(found) for found in (*(between[k] for k in after), states))
+
+    def _head(self, states: list[BranchState], **options: Any) -> Tensor:
+        return self.head(head_inputs(self.classifier_config, states), **options)
+
+
+class PIIPModel(_WithHead):
+    """A PIIP without classifier: the maps of all branches, and pooled features."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^head\.classifiers?\.", r"^merging\.", r"^feature_pyramid\.")
+
+    def __init__(self, config: PIIPTransformersConfig) -> None:
+        super().__init__(config)
+        self._make(num_classes=0)
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> PIIPModelOutput | tuple:
+        """Maps and pooled features of images (B, 3, H, W), usually of side `config.image_size`."""
+        states, hidden_states = self._states(pixel_values, output_hidden_states)
+        return PIIPModelOutput(_maps(states), self._head(states, pre_logits=True), hidden_states)
+
+
+class PIIPForImageClassification(_WithHead):
+    """A PIIP classifier."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^merging\.", r"^feature_pyramid\.")
+
+    def __init__(self, config: PIIPTransformersConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self._make()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput | tuple:
+        """Class scores, and the loss where labels are given.
+
+        Args:
+            pixel_values: (B, 3, H, W), usually of side `config.image_size`.
+            labels: (B,) class indices; (B, num_labels) for several labels per image, or values (B,) for one label (see
+                `config.problem_type`).
+            output_hidden_states: See `PIIPModelOutput.hidden_states`; None for what the configuration says.
+            **kwargs: Handed to the loss.
+        """
+        states, hidden_states = self._states(pixel_values, output_hidden_states)
+        logits = self._head(states)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+
+
+class PIIPBackbone(BackboneMixin, PIIPPreTrainedModel):
+    """A `DensePIIP` as a backbone of transformers' detectors and segmentors, under the same names."""
+
+    config_class = PIIPTransformersConfig
+    config: PIIPTransformersConfig
+    has_attentions = False
+    _keys_to_ignore_on_load_unexpected = (r"^head\.",)
+
+    def __init__(self, config: PIIPTransformersConfig) -> None:
+        super().__init__(config)
+        model = make_whole(lambda: DensePIIP(config.dense))
+        self.pyramid, self.merging, self.feature_pyramid = model.pyramid, model.merging, model.feature_pyramid
+        self.num_features = list(model.out_dims)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> BackboneOutput | tuple:
+        """Maps (B, C_l, H_l, W_l) of images (B, 3, H, W), one for each of `out_features`.
+
+        With `output_hidden_states` also those of all levels.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        levels = tuple(dense_maps(self.pyramid, self.merging, self.feature_pyramid, self._image(pixel_values)))
+        wanted = set(self.out_features)
+        return BackboneOutput(
+            feature_maps=tuple(x for stage, x in zip(self.stage_names, levels, strict=True) if stage in wanted),
+            hidden_states=levels if output_hidden_states else None,
+        )
+
+
+def _maps(states: list[BranchState]) -> Maps:
+    return tuple(state.tokens.permute(0, 3, 1, 2) for state in states)

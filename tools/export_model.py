@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Exports a classifier or the backbone of a detector or segmentor to ONNX or as a torch.export program, and compares
+what the file computes with PyTorch.
+
+Examples:
+    python tools/export_model.py piip_tsb_368_192_128 --checkpoint model.safetensors --output piip.onnx
+    python tools/export_model.py piip_tsb_1120_896_448 --image-size 800 1120 --output backbone.onnx
+    python tools/export_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py \\
+        --checkpoint output/run/model_final.pth --format torch --output backbone.pt2
+
+The file needs nothing of this project: the deformable attention is replaced by standard operators (GridSample). Its
+input "image" is (batch, 3, H, W), RGB, float32, with the mean taken off and divided by the deviation that the tool
+prints. Outputs are "logits" (before the softmax) of a classifier, maps "stride4", "stride8" ... of a backbone.
+
+ONNX needs the packages onnx, onnxscript and onnxruntime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from piip_core import ClassifierConfig, DensePIIP, PIIPClassifier, PIIPConfig, zoo
+from piip_core.building import build_model
+from piip_core.checkpoints import build_trained
+from piip_core.errors import UserError
+from piip_core.export import DEFAULT_OPSET, export_onnx, save_program
+from piip_core.meta import on_meta
+from piip_core.zoo.entry import IMAGENET_MEAN, IMAGENET_STD
+
+FORMATS = {".onnx": "onnx", ".pt2": "torch"}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a published classifier or backbone by name, or a LazyConfig file")
+    parser.add_argument("overrides", nargs="*", help="of a LazyConfig, as key=value")
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument(
+        "--format", choices=tuple(FORMATS.values()), help="default: by the file's ending, .onnx or .pt2"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="weights; without, they are random")
+    parser.add_argument("--ema", action="store_true", help="of a classifier's checkpoint, take the moving average")
+    parser.add_argument(
+        "--image-size", nargs="+", type=int, metavar="N", help="side, or height and width; they are fixed"
+    )
+    parser.add_argument("--batch-size", type=int, help="fixed number of images; without, it is open")
+    parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of ONNX (default: %(default)s)")
+    args = parser.parse_intermixed_args(argv)
+    if args.format is None:
+        if args.output.suffix not in FORMATS:
+            parser.error(f"--output {args.output}: expected a name ending in .onnx or .pt2, or --format")
+        args.format = FORMATS[args.output.suffix]
+    if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
+        parser.error(f"--image-size {args.image_size}: expected one or two positive numbers of pixels")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: expected a positive number")
+    if args.ema and args.checkpoint is None:
+        parser.error("--ema: expected --checkpoint, too")
+    return args
+
+
+def from_zoo(name: str) -> tuple[list[PIIPConfig | ClassifierConfig], Sequence[float], Sequence[float]]:
+    """What a model of that name may be (as published, or as newly trained), and the normalisation of its images."""
+    entry = zoo.find(name)
+    if isinstance(entry, zoo.ClassificationEntry):
+        return [entry.config, entry.training_config], IMAGENET_MEAN, IMAGENET_STD
+    return [entry.config], entry.pixel_mean, entry.pixel_std
+
+
+def from_lazy_config(
+    path: str, overrides: Sequence[str]
+) -> tuple[list[PIIPConfig | ClassifierConfig], Sequence[float], Sequence[float]]:
+    """The classifier or backbone of a LazyConfig, and the normalisation of its images."""
+    try:
+        from detectron2.config import instantiate
+
+        from piip.lazy_config import load_config, skip_pretrained
+    except ImportError as error:
+        raise UserError(f"{path} is a LazyConfig, which needs Detectron2 ({error}); see README.md") from None
+    config = load_config(path, overrides)
+    skip_pretrained(config)
+    with on_meta():
+        model: nn.Module = instantiate(config.model)
+    normalisation = list(config.model.pixel_mean), list(config.model.pixel_std)
+    for module in model.modules():
+        if isinstance(module, PIIPClassifier):
+            return [module.config], *normalisation
+        if isinstance(module, DensePIIP):
+            return [module.pyramid.config], *normalisation
+    raise UserError(f"{path}: there is no PIIP backbone or classifier in it")
+
+
+def build(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int], dict[str, Any]]:
+    """The model, the size of its images, and what to note beside it."""
+    lazy = Path(args.config).suffix == ".py"
+    if args.overrides and not lazy:
+        raise UserError(f"overrides {args.overrides} go with a LazyConfig file only")
+    configs, mean, std = from_lazy_config(args.config, args.overrides) if lazy else from_zoo(args.config)
+    if args.checkpoint is None:
+        print("without --checkpoint: the weights are random", file=sys.stderr)
+        model = build_model(configs[0])
+    else:
+        model = build_trained(configs, args.checkpoint, ema=args.ema)
+    pyramid = getattr(configs[0], "pyramid", configs[0])
+    side = pyramid.branches[pyramid.largest_image - 1].image_size
+    height, width = (args.image_size * 2)[:2] if args.image_size else (side, side)
+    return model, (height, width), {"model": args.config, "pixel_mean": list(mean), "pixel_std": list(std)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("piip_core").setLevel(logging.INFO)
+    try:
+        model, image_size, notes = build(args)
+        print(f"images: {image_size[0]} x {image_size[1]}, mean {notes['pixel_mean']}, deviation {notes['pixel_std']}")
+        if args.format == "torch":
+            check = save_program(model, args.output, image_size, batch_size=args.batch_size)
+        else:
+            metadata = {name: str(value) for name, value in notes.items()}
+            check = export_onnx(
+                model, args.output, image_size, batch_size=args.batch_size, opset=args.opset, metadata=metadata
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(check)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
