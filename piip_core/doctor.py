@@ -37,15 +37,18 @@ PACKAGES = {
     "detectron2": "extra: detection",
     "fvcore": "comes with detectron2",
     "pycocotools": "extra: detection",
-    "transformers": "extra: llava",
+    "transformers": "extra: transformers, llava",
     "jinja2": "extra: llava",
     "sentencepiece": "extra: llava",
     "open_clip_torch": "extra: llava",
-    "accelerate": "extra: llava",
+    "accelerate": "extra: transformers, llava",
     "deepspeed": "extra: deepspeed, llava",
     "peft": "extra: llava",
     "tensorboard": "extra: llava",
     "bitsandbytes": "extra: llava-qlora",
+    "onnx": "extra: export",
+    "onnxscript": "extra: export",
+    "onnxruntime": "extra: export",
     "scikit-image": "extra: demo",
     "scikit-learn": "extra: demo",
 }
@@ -61,7 +64,7 @@ LLAVA_NEEDS = {
     "deepspeed launcher, ZeRO": (*_TRAINING, "deepspeed"),
     "QLoRA": (*_TRAINING, "bitsandbytes"),
 }
-LLAVA_EXTRAS = ("llava", "llava-qlora", "deepspeed")
+LLAVA_EXTRAS = ("llava", "llava-qlora", "transformers", "deepspeed")
 
 ENVIRONMENT = ("CUDA_HOME", "FORCE_CUDA", "PIIP_DISABLE_EXTENSION", "PIIP_CPU_CAPABILITY", "OMP_NUM_THREADS")
 

@@ -70,14 +70,15 @@ def test_a_file_gets_the_blocks_it_has(tool, tmp_path, monkeypatch, rows):
 
 def test_readmes_have_their_blocks(tool):
     blocks = {path.parent.name: tool.read(path)[1] for path in tool.READMES}
-    assert blocks == {"PIIP": ["zoo table"], "llava_piip": ["multimodal table"]}
+    assert blocks == {"PIIP": ["zoo table", "classification table"], "llava_piip": ["multimodal table"]}
 
 
 def test_config_links_exist_and_are_relative_to_the_file(tool, rows):
     for readme in tool.READMES:
         target = re.search(r"\[config\]\((.+?)\)", tool.zoo_tables(rows, readme))[1]
         assert (readme.parent / target).resolve() == tool.CONFIGS / zoo.get("vit_b_1024").config_file
-    assert all((tool.CONFIGS / entry.config_file).is_file() for entry in zoo.entries())
+    entries = (*zoo.entries(), *zoo.classification_entries())
+    assert all((tool.CONFIGS / entry.config_file).is_file() for entry in entries)
 
 
 @pytest.mark.parametrize("text", ["none", "<!-- END zoo table -->\n<!-- BEGIN zoo table -->\n"])
