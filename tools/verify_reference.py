@@ -47,6 +47,10 @@ OPTIONAL = {
     "transformers": (
         "llava_piip.verification",
         (
+            *(
+                f"bench_{topic}"
+                for topic in ("gqa", "mmbench", "mmvet", "pope", "prompt", "scienceqa", "seed", "textvqa", "vqav2")
+            ),
             *(f"llava_{topic}" for topic in ("collate", "full", "image", "mask", "prompt", "sampler", "schedule")),
             "llava_splice",
             "llava_tokenizer",

@@ -36,7 +36,7 @@ from .problems import DataError, Problem
 from .published import PublishedSet
 from .records import Record, parse_entry, read_entries
 
-__all__ = ["Decode", "audit", "write_clean"]
+__all__ = ["Decode", "ImageState", "audit", "image_findings", "image_states", "num_cores", "write_clean"]
 
 Decode = Literal["none", "header", "full"]
 AnyPath = str | os.PathLike[str]
@@ -55,8 +55,14 @@ _FORMATS = {
 
 
 @dataclass(frozen=True)
-class _ImageState:
-    """What is known of an image file after looking at it."""
+class ImageState:
+    """What is known of an image file after looking at it.
+
+    Attributes:
+        problem: A value of `Problem`, None for a good image.
+        message: What is wrong, with the fix.
+        format: Its format by its content, where that was looked at.
+    """
 
     problem: str | None = None
     message: str = ""
@@ -106,7 +112,7 @@ def audit(
     report = AuditReport(decode)
     for file, root in zip(files, roots, strict=True):
         folder = ImageFolder(root, follow_links=follow_links)
-        _audit_file(report, Path(file), folder, published, workers or _num_cores(), progress)
+        _audit_file(report, Path(file), folder, published, workers or num_cores(), progress)
     return report
 
 
@@ -157,11 +163,11 @@ def _audit_file(
         findings += _text_findings(record)
         if (first := first_by_id.setdefault(record.id, record.index)) != record.index:
             findings.append(_finding(record, REPEATED_ID, f"{record.where}: entry {first} has the same id"))
-    for name, state in _image_states(list(users), folder, report.decode, workers, progress):
+    for name, state in image_states(list(users), folder, report.decode, workers, progress):
         group = _folder_of(name, known_folders)
         summary.images_by_folder[group] += 1
         summary.unusable_by_folder[group] += state.problem is not None
-        findings += _image_findings(str(path), name, state, users[name])
+        findings += image_findings(str(path), name, state, users[name])
     findings.sort(key=lambda finding: -1 if finding.entry is None else finding.entry)
     report.findings += findings
     if published is not None and summary.entries:
@@ -208,10 +214,21 @@ def _count_placeholders(messages: Iterable[Mapping[str, str]], num_images: int) 
     return sum(text.count(IMAGE_TAG) for text in texts) if num_images else sum(map(is_placeholder, texts))
 
 
-def _image_states(
+def image_states(
     names: list[str], folder: ImageFolder, decode: str, workers: int, progress: bool
-) -> Iterator[tuple[str, _ImageState]]:
-    """Looks at images, in worker processes if there are many."""
+) -> Iterator[tuple[str, ImageState]]:
+    """Looks at images, in worker processes if there are many, and yields what is known of each.
+
+    Args:
+        names: Names below the folder.
+        folder: The folder.
+        decode: How far images are read; see `audit`.
+        workers: Number of processes.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: If a process ends while it reads images.
+    """
     chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
     look = partial(_look_at_all, folder, decode)
     bar = partial(tqdm, total=len(names), desc="Images", unit=" images", disable=None if progress else True)
@@ -237,11 +254,11 @@ def _image_states(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _look_at_all(folder: ImageFolder, decode: str, names: list[str]) -> list[_ImageState]:
+def _look_at_all(folder: ImageFolder, decode: str, names: list[str]) -> list[ImageState]:
     return [_look(folder, decode, name) for name in names]
 
 
-def _look(folder: ImageFolder, decode: str, name: str) -> _ImageState:
+def _look(folder: ImageFolder, decode: str, name: str) -> ImageState:
     """Looks at one image, as far as asked for."""
     try:
         path = folder.locate(name)
@@ -250,8 +267,8 @@ def _look(folder: ImageFolder, decode: str, name: str) -> _ImageState:
         if decode == "full" or (decode == "header" and found is None):
             folder.open(name)
     except DataError as error:
-        return _ImageState(error.problem.value, str(error))
-    return _ImageState(format=found)
+        return ImageState(error.problem.value, str(error))
+    return ImageState(format=found)
 
 
 def _format(path: Path) -> str | None:
@@ -267,8 +284,15 @@ def _format(path: Path) -> str | None:
         return None
 
 
-def _image_findings(file: str, name: str, state: _ImageState, users: Iterable[tuple[int, str]]) -> Iterator[Finding]:
-    """What a look at an image means for the entries that name it."""
+def image_findings(file: str, name: str, state: ImageState, users: Iterable[tuple[int, str]]) -> Iterator[Finding]:
+    """What a look at an image means for the entries that name it.
+
+    Args:
+        file: The file that the entries stand in.
+        name: The image.
+        state: What is known of it.
+        users: Number and id of each entry that names it.
+    """
     expected = _FORMATS.get(PurePosixPath(name).suffix.lower())
     if state.problem is not None:
         kind, message = state.problem, state.message
@@ -316,5 +340,5 @@ def _counts(summary: FileSummary, published: PublishedSet) -> list[Count]:
     return counts
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

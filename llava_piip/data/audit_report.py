@@ -25,7 +25,7 @@ __all__ = [
     "Finding",
 ]
 
-UNUSABLE_FILE = "conversation file unusable"
+UNUSABLE_FILE = "file unusable"
 EMPTY_ANSWER = "answer empty or missing"
 REPEATED_ID = "id occurs before"
 OTHER_FORMAT = "format differs from the name"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from io import BytesIO
 from pathlib import Path, PurePath
 
 from PIL import Image, UnidentifiedImageError
@@ -14,7 +15,7 @@ from piip_core.errors import ConfigError
 from ..image_processing import ImageError, rgb_image
 from .problems import DataError, Problem
 
-__all__ = ["ImageFolder"]
+__all__ = ["ImageFolder", "read_image"]
 
 # What image sets consist of. Others are refused: some of Pillow's readers start programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -62,43 +63,17 @@ class ImageFolder:
             raise DataError(f"image {name!r} is an empty file: load it again", Problem.EMPTY)
         return path
 
-    def open(self, name: str) -> Image.Image:
-        """Reads an image, by content whatever its name ends in, and makes it RGB.
-
-        As in the published training: transparency dropped, the first frame of an animation, orientation tags ignored.
+    def open(self, name: str, *, convert: bool = True) -> Image.Image:
+        """Reads an image, by content whatever its name ends in; see `read_image`.
 
         Args:
             name: As for `locate`.
+            convert: Make it RGB.
 
         Raises:
-            DataError: As `locate`, and if the content is no complete image, is larger than Pillow's limit
-                `PIL.Image.MAX_IMAGE_PIXELS`, or has values of unknown range.
+            DataError: As `locate` and `read_image`.
         """
-        path = self.locate(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of transparency and metadata, neither of which is used
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            try:
-                with Image.open(path, formats=_FORMATS) as image:
-                    image.load()
-                    return rgb_image(image)
-            except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-                raise DataError(
-                    f"image {name!r}: {error}; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it",
-                    Problem.TOO_LARGE,
-                ) from None
-            except UnidentifiedImageError:
-                raise DataError(f"image {name!r} {_no_image(path)}", Problem.BROKEN) from None
-            except ImageError as error:
-                raise DataError(f"image {name!r}: {error}", Problem.UNUSABLE) from None
-            except MemoryError:
-                raise
-            except Exception as error:  # readers meet broken content with errors of many types
-                if isinstance(error, OSError) and error.errno is not None:
-                    reason = f"image {name!r} cannot be read: {error.strerror}"
-                    raise DataError(reason, Problem.UNREADABLE) from error
-                reason = f"image {name!r} is broken ({type(error).__name__}: {error}): load it again"
-                raise DataError(reason, Problem.BROKEN) from error
+        return read_image(self.locate(name), f"image {name!r}", convert=convert)
 
     def _inside(self, name: str) -> Path:
         fix = "expected a path below it without '..'; correct the entry"
@@ -133,7 +108,49 @@ class ImageFolder:
         return ": add it, or remove the entry"
 
 
-def _no_image(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(16)
+def read_image(source: Path | bytes, what: str, *, convert: bool = True) -> Image.Image:
+    """Reads an image, and makes it RGB.
+
+    As in the published training: transparency dropped, the first frame of an animation, orientation tags ignored.
+
+    Args:
+        source: The file, or its content.
+        what: Its name in messages.
+        convert: Make it RGB; otherwise it stays in the mode of the file.
+
+    Raises:
+        DataError: If the content is no complete image, is larger than Pillow's limit `PIL.Image.MAX_IMAGE_PIXELS`, or
+            has values of unknown range.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transparency and metadata, neither of which is used
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+                image.load()
+                return rgb_image(image) if convert else image.copy()
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"{what}: {error}; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it",
+                Problem.TOO_LARGE,
+            ) from None
+        except UnidentifiedImageError:
+            raise DataError(f"{what} {_no_image(source)}", Problem.BROKEN) from None
+        except ImageError as error:
+            raise DataError(f"{what}: {error}", Problem.UNUSABLE) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # readers meet broken content with errors of many types
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DataError(f"{what} cannot be read: {error.strerror}", Problem.UNREADABLE) from error
+            reason = f"{what} is broken ({type(error).__name__}: {error}): load it again"
+            raise DataError(reason, Problem.BROKEN) from error
+
+
+def _no_image(source: Path | bytes) -> str:
+    if isinstance(source, bytes):
+        start = source[:16]
+    else:
+        with source.open("rb") as file:
+            start = file.read(16)
     return f"is no image (its content starts with {start!r}), expected one of {', '.join(_FORMATS)}: load it again"

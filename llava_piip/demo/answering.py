@@ -12,12 +12,14 @@ from tqdm import tqdm
 from ..conversation import IMAGE_TAG
 from ..modeling import PIIPLlavaForConditionalGeneration
 from ..processing import PIIPLlavaProcessor
+from ..serve.dialogue import open_picture
+from ..serve.generation import ChatModel
+from ..serve.terminal import Terminal
 from .questions import Question
 
 __all__ = ["answer_all", "chat"]
 
 _MOST_TOKENS = 48
-_HELP = "Type a question; /next for another picture, /quit to end."
 
 
 def answer_all(
@@ -46,28 +48,9 @@ def chat(
     processor: PIIPLlavaProcessor,
     pictures: Sequence[Path],
 ) -> None:
-    """Talks about one picture after the other, until `/quit` or the end of the input."""
-    print(_HELP)
-    for path in pictures:
-        print(f"\nThe picture is {path} (open it beside this window).")
-        messages: list[dict[str, str]] = []
-        while True:
-            try:
-                text = input("you: ").strip()
-            except EOFError:
-                return
-            if text == "/quit":
-                return
-            if text == "/next":
-                break
-            if not text or text.startswith("/"):
-                print(_HELP)
-                continue
-            messages.append(_user_message(text.replace(IMAGE_TAG, ""), with_image=not messages))
-            (answer,) = _generate(model, processor, [messages], [[_open(path)]])
-            messages.append({"role": "assistant", "content": answer})
-            print(f"model: {answer}")
-    print("\nThese were all the pictures.")
+    """Talks about one picture after the other, until `/exit`, the end of the input or the last picture."""
+    opened = (open_picture(str(path)) for path in pictures)
+    Terminal(ChatModel(model, processor), settings={"max_new_tokens": _MOST_TOKENS}, more_pictures=opened).run()
 
 
 def _generate(

@@ -70,7 +70,7 @@ def load_trained(folder: str | Path, source: ModelSource | None = None, **settin
     Args:
         folder: A checkpoint or the `final` folder of a run, or the run.
         source: Where the weights are that were not trained, if not where they were at the training.
-        **settings: `dtype`, `attn_implementation`, `bits`.
+        **settings: `dtype` ("auto": that of the file), `attn_implementation`, `bits`, `device_map`.
 
     Raises:
         CheckpointError: If the folder holds none of them, or does not fit what it was trained from.
@@ -94,12 +94,13 @@ def _absolute(name: str | None) -> str | None:
 def _build(
     source: ModelSource,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     attn_implementation: str | None = None,
     bits: int = 16,
+    device_map: dict[str, torch.device] | None = None,
 ) -> tuple[nn.Module, Any]:
-    options = {"dtype": dtype, "attn_implementation": attn_implementation}
-    options["quantization_config"] = quantization_config(bits, dtype)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
+    options["quantization_config"] = quantization_config(bits, torch.bfloat16 if dtype == "auto" else dtype)
     folder = Path(source.model)
     if not folder.is_dir():
         return assemble(

@@ -1,11 +1,13 @@
-"""Answers in batches are those of single questions, and the chat in the terminal keeps its history."""
+"""Answers in batches are those of single questions, and the chat goes from picture to picture."""
+
+import io
 
 import pytest
 from PIL import Image
 
-from llava_piip.demo import answering
 from llava_piip.demo.answering import answer_all, chat
 from llava_piip.demo.questions import Question
+from llava_piip.serve.generation import ChatModel
 
 
 @pytest.fixture
@@ -29,48 +31,41 @@ def test_batches_answer_as_single_questions_do(tiny_llava, pictures):
     assert len(set(together)) > 1
 
 
-def say(monkeypatch, *lines):
-    """Types lines, then ends the input."""
-    typed = iter(lines)
+class Typed(io.StringIO):
+    """Lines that come from a terminal, and then its end."""
 
-    def answer(_):
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
+    def __init__(self, *lines):
+        super().__init__("".join(f"{line}\n" for line in lines))
 
-    monkeypatch.setattr("builtins.input", answer)
+    def isatty(self):
+        return True
 
 
 def test_chat_goes_on_about_a_picture_and_starts_anew_with_the_next(tiny_llava, pictures, monkeypatch, capsys):
     asked = []
 
-    def remember(model, processor, conversations, images):
-        asked.append(([message["content"] for message in conversations[0]], len(images[0])))
-        return [f"answer {len(asked)}"]
+    def remember(self, messages, images, **settings):
+        asked.append(([message["content"] for message in messages[::2]], [image.getpixel((0, 0)) for image in images]))
+        return stream(self, messages, images, **settings)
 
-    monkeypatch.setattr(answering, "_generate", remember)
-    say(monkeypatch, "Which <image> digit?", "", "/help", "Where?", "/next", "What colour?", "/quit", "never read")
+    stream = ChatModel.stream
+    monkeypatch.setattr(ChatModel, "stream", remember)
+    monkeypatch.setattr("sys.stdin", Typed("Which digit?", "Where?", "/next", "What colour?", "/exit", "never read"))
     chat(*tiny_llava, pictures)
     assert asked == [
-        (["<image>\nWhich  digit?"], 1),
-        (["<image>\nWhich  digit?", "answer 1", "Where?"], 1),
-        (["<image>\nWhat colour?"], 1),
+        (["<image>\nWhich digit?"], [(0, 40, 200)]),
+        (["<image>\nWhich digit?", "Where?"], [(0, 40, 200)]),
+        (["<image>\nWhat colour?"], [(80, 40, 200)]),
     ]
     printed = capsys.readouterr().out
     assert str(pictures[0]) in printed and str(pictures[1]) in printed and str(pictures[2]) not in printed
-    assert "model: answer 3" in printed and printed.count("/next for another picture") == 3
+    assert printed.count("model: ") == 3
 
 
 def test_chat_ends_with_the_input_and_with_the_pictures(tiny_llava, pictures, monkeypatch, capsys):
-    say(monkeypatch)
+    monkeypatch.setattr("sys.stdin", Typed())
     chat(*tiny_llava, pictures)
-    say(monkeypatch, "/next", "/next", "/next")
+    assert "These were all the pictures." not in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", Typed("/next", "/next", "/next"))
     chat(*tiny_llava, pictures)
     assert "These were all the pictures." in capsys.readouterr().out
-
-
-def test_a_real_answer_is_text(tiny_llava, pictures, monkeypatch, capsys):
-    say(monkeypatch, "Which digit?", "/quit")
-    chat(*tiny_llava, pictures)
-    assert "model: " in capsys.readouterr().out

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Checks the files of the benchmarks of PIIP-LLaVA, and says everything that is wrong.
+
+$ python datasets/verify_llava_eval.py all /data/eval              # the eight published benchmarks
+$ python datasets/verify_llava_eval.py pope gqa /data/eval --decode full
+$ python datasets/verify_llava_eval.py all /data/eval --report report.json
+
+Questions, labels and images: missing or broken files, other numbers of questions than published, questions that are
+asked twice, labels that do not belong to them. The exit status is 0 if everything is in order, 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="names as of llava_piip.eval, or all")
+    parser.add_argument("root", type=Path, help="folder of all benchmarks")
+    parser.add_argument(
+        "--decode",
+        choices=("none", "header", "full"),
+        default="header",
+        help="how far images are read: not at all, their header (default), or to the end (finds truncated ones)",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: one per core)")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found")
+    parser.add_argument("--force", action="store_true", help="let --report replace a file")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="shown of each kind (default: 3)")
+    args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers}: expected at least 1")
+    if args.report is not None and args.report.exists() and not args.force:
+        parser.error(f"{args.report} exists: choose another name, or add --force")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names, and returns the exit status."""
+    args = parse_args(argv)
+    # Loads torch and transformers: not for --help
+    from llava_piip.eval.data_check import check_benchmarks
+    from llava_piip.eval.registry import EIGHT, find_benchmark
+    from piip_core.errors import UserError
+
+    try:
+        chosen = [EIGHT if name == "all" else (find_benchmark(name),) for name in args.benchmarks]
+        benchmarks = list(dict.fromkeys(benchmark for group in chosen for benchmark in group))
+        report = check_benchmarks(benchmarks, args.root, decode=args.decode, workers=args.workers)
+        print(report.summary(examples=args.examples))
+        if args.report:
+            report.write_json(args.report)
+            print(f"\nReport: {args.report}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"\n{report.verdict()}")
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Answers the questions of benchmarks with a model, scores the answers, and writes what servers want.
+
+    python -m llava_piip.eval pope --model MODEL --data DATA
+    python -m llava_piip.eval all --model MODEL --data DATA --output output/eval/my_model
+    torchrun --nproc_per_node 8 -m llava_piip.eval all --model MODEL --data DATA     # one process per GPU
+    python -m llava_piip.eval pope --data DATA --answers answers.jsonl    # scores answers that are there
+    python -m llava_piip.eval table output/eval/my_model --set mmvet=31.2 vqav2=79.1
+
+The same command goes on where an earlier one was stopped. docs/evaluation.md says what DATA holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from accelerate import PartialState
+
+from piip_core.errors import UserError
+
+from ..serve.generation import DTYPES
+from .benchmark import Benchmark, Score
+from .data_check import missing_files
+from .files import EvalError
+from .registry import BENCHMARKS, EIGHT, find_benchmark
+from .runner import (
+    RunSettings,
+    answer_benchmark,
+    default_dtype,
+    load_model,
+    process_state,
+    score_answers,
+)
+from .table import measured_scores, score_table
+
+__all__ = ["main"]
+
+_TABLE, _ALL = "table", "all"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; see `--help`."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if arguments[:1] == [_TABLE]:
+            _table(_parse_table(arguments[1:]))
+        else:
+            _evaluate(_parse(arguments))
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on.", file=sys.stderr)
+        return 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_piip.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ", ".join((*BENCHMARKS, _ALL))
+    parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help=f"{names} (the eight), or table")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="what training saved or the converter wrote")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of all benchmarks")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: output/eval/NAME OF THE MODEL)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="questions at once (default 1, as published)"
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default 2)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: float16 on a GPU (as published), else float32")
+    parser.add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="score this file; no model is needed")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="question file, instead of the one below --data")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="image folder, instead of the one below --data")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions, to try things")
+    parser.add_argument("--partial", action="store_true", help="score answers that are incomplete")
+    parser.add_argument("--restart", action="store_true", help="forget earlier answers instead of going on with them")
+    args = parser.parse_args(arguments)
+    chosen = [EIGHT if name == _ALL else (_known(name, parser),) for name in args.benchmarks]
+    args.benchmarks = list(dict.fromkeys(benchmark for group in chosen for benchmark in group))
+    if len(args.benchmarks) > 1 and (args.answers or args.questions or args.images):
+        parser.error("--answers, --questions and --images are for a single benchmark")
+    if (args.model is None) == (args.answers is None):
+        parser.error("expected --model, to answer questions with it, or --answers, to score a file")
+    for name, least in (("batch_size", 1), ("workers", 0), ("limit", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if args.model is not None and not args.model.is_dir():
+        parser.error(f"--model {args.model}: is no folder")
+    if args.output is None:
+        args.output = Path("output", "eval", args.model.resolve().name if args.model else args.answers.stem)
+    return args
+
+
+def _known(name: str, parser: argparse.ArgumentParser) -> Benchmark:
+    try:
+        return find_benchmark(name)
+    except EvalError as error:
+        parser.error(f"{error}; or {_ALL}, or {_TABLE}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    names = ("data", "output", "questions", "images", "batch_size", "workers", "limit", "restart", "partial")
+    settings = RunSettings(**{name: getattr(args, name) for name in names})
+    _check_files(args.benchmarks, settings, with_images=args.answers is None)
+    if args.answers is not None:
+        _report(args.benchmarks[0], settings, args.answers)
+        return
+    state = process_state(cpu=args.cpu)
+    try:
+        _answer_and_report(args, settings, state)
+    finally:
+        state.destroy_process_group()
+
+
+def _answer_and_report(args: argparse.Namespace, settings: RunSettings, state: PartialState) -> None:
+    dtype = args.dtype or default_dtype(state.device)
+    model = load_model(args.model, state, dtype)
+    for benchmark in args.benchmarks:
+        answers = answer_benchmark(benchmark, settings, state, model, model_folder=args.model, dtype=dtype)
+        if state.is_main_process:
+            _report(benchmark, settings, answers)
+    if state.is_main_process and len(args.benchmarks) > 1 and args.limit is None:
+        print(f"\n{score_table({settings.output.name: measured_scores(settings.output)})}")
+
+
+def _check_files(benchmarks: Sequence[Benchmark], settings: RunSettings, *, with_images: bool) -> None:
+    """Stops before hours of work if files or packages are missing."""
+    missing: list[Path] = []
+    for benchmark in benchmarks:
+        if absent := [name for name in benchmark.needs if find_spec(name) is None]:
+            raise EvalError(f"{benchmark.title} needs {' '.join(absent)}: pip install {' '.join(absent)}")
+        images = (settings.images or benchmark.image_folder(settings.data)) if with_images else None
+        missing += missing_files(benchmark, settings.question_file(benchmark), images)
+    if missing:
+        listed = "\n  ".join(map(str, missing))
+        raise EvalError(f"files or folders are missing (docs/evaluation.md says where they come from):\n  {listed}")
+
+
+def _report(benchmark: Benchmark, settings: RunSettings, answers: Path) -> None:
+    """Scores, and says what came out."""
+    score, written = score_answers(benchmark, settings, answers)
+    print(f"\n{benchmark.title}\n  answers: {answers}")
+    if score is not None:
+        print("\n".join(f"  {line}" for line in score.lines))
+        _print_value(benchmark, score)
+    if written is not None:
+        print(f"  {f'to send to {benchmark.remote}' if benchmark.remote else 'for the official script'}: {written}")
+
+
+def _print_value(benchmark: Benchmark, score: Score) -> None:
+    if score.value is not None:
+        print(f"  {benchmark.title}: {score.value:.1f}")
+    if score.public is not None and f"{score.public:.1f}" != f"{score.value or 0:.1f}":
+        print(f"  (the public script gives {score.public:.1f}: it {score.note})")
+
+
+def _parse_table(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m llava_piip.eval {_TABLE}", description="Prints the published scores, and yours below them."
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="DIR", help="--output of evaluations")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=SCORE", help="scores of one run that came from a server"
+    )
+    parser.add_argument("--row", nargs="+", metavar="NAME", help="published rows to show, such as that of your model")
+    args = parser.parse_args(arguments)
+    if args.set and len(args.runs) != 1:
+        parser.error("--set: expected one run that the scores belong to")
+    remote = {benchmark.name for benchmark in EIGHT}
+    args.remote = {}
+    for setting in args.set:
+        name, _, value = setting.partition("=")
+        try:
+            args.remote[name] = float(value)
+        except ValueError:
+            parser.error(f"--set {setting}: expected NAME=SCORE, such as vqav2=79.1")
+        if name not in remote:
+            parser.error(f"--set {setting}: expected one of {', '.join(sorted(remote))}")
+    return args
+
+
+def _table(args: argparse.Namespace) -> None:
+    measured = {run.resolve().name: measured_scores(run) | args.remote for run in args.runs}
+    print(score_table(measured or None, args.row))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

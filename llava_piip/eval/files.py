@@ -1,0 +1,120 @@
+"""Reading what benchmarks come in, with errors that name the file, the line and the fix."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from piip_core.errors import UserError
+from piip_core.files import write_atomically
+
+__all__ = ["EvalError", "field", "read_json", "read_json_lines", "read_table", "write_json"]
+
+
+class EvalError(UserError):
+    """Questions, labels or answers of a benchmark cannot be used; the message names the file, the place and the fix."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        EvalError: If it is missing or is no JSON.
+    """
+    with _reading(path):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise EvalError(f"{path}: no JSON ({error}); load it again") from None
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
+    """Writes a JSON file, or leaves the old one if something interrupts it."""
+    with write_atomically(path, "w") as file:
+        json.dump(content, file, indent=indent)
+
+
+def read_json_lines(
+    path: Path, *, broken: list[int] | None = None, only_ended: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file with one per line, whatever its name ends in, and their line numbers from 1.
+
+    Args:
+        path: The file.
+        broken: Takes the numbers of lines that are no JSON object; without it they are an error, except for empty ones.
+        only_ended: Leave out a last line without a line break, which somebody may still be writing.
+
+    Raises:
+        EvalError: If the file is missing, or for such a line.
+    """
+    with _reading(path), path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if (broken is None and not line.strip()) or (only_ended and not line.endswith("\n")):
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                value = error
+            if isinstance(value, dict):
+                yield number, value
+            elif broken is None:
+                why = f"no JSON ({value})" if isinstance(value, json.JSONDecodeError) else "no object"
+                raise EvalError(f"{path}: line {number} is {why}: {line.strip()[:80]!r}; remove or repair it")
+            else:
+                broken.append(number)
+
+
+def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a table with tabs between its cells and a header, and the lines they end at.
+
+    Raises:
+        EvalError: If the file is missing, has no header, or a row has more or fewer cells than that.
+    """
+    previous = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # cells hold images
+    try:
+        with _reading(path), path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t")
+            if not reader.fieldnames:
+                raise EvalError(f"{path}: empty; expected a header line")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise EvalError(
+                        f"{path}: the row that ends at line {reader.line_num} has not {len(reader.fieldnames)} cells "
+                        "like the header; load the file again"
+                    )
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise EvalError(f"{path}: no table with tabs ({error}); load it again") from None
+    finally:
+        csv.field_size_limit(previous)
+
+
+def field(entry: Mapping[str, Any], name: str, types: type | tuple[type, ...], where: str) -> Any:
+    """A field of an entry.
+
+    Raises:
+        EvalError: If it is missing or of another type.
+    """
+    value = entry.get(name)
+    if not isinstance(value, types) or isinstance(value, bool):
+        expected = " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))
+        found = f"is {str(value)[:60]!r}" if name in entry else f"is missing (fields: {', '.join(map(str, entry))})"
+        raise EvalError(f"{where}: {name!r} {found}, expected {expected}")
+    return value
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise EvalError(f"{path}: no such file; docs/evaluation.md says where each file comes from") from None
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); load it again") from None
+    except OSError as error:
+        raise EvalError(f"{path}: cannot be read ({error.strerror})") from error

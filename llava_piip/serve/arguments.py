@@ -1,0 +1,30 @@
+"""Options that the programs of this package share: which model, and how to load it."""
+
+from __future__ import annotations
+
+import argparse
+
+from .generation import DTYPES, QUANTIZATIONS, ChatModel
+
+__all__ = ["add_model_arguments", "load_model"]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `load_model` reads."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder that training or the converter wrote, or of a run"
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: the first GPU, or the CPU)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="precision (default: the file's)")
+    parser.add_argument(
+        "--load-in", choices=list(QUANTIZATIONS), help="quantise the language model (needs bitsandbytes)"
+    )
+
+
+def load_model(args: argparse.Namespace) -> ChatModel:
+    """Loads the model that the options of `add_model_arguments` name.
+
+    Raises:
+        UserError: As `ChatModel.load`.
+    """
+    return ChatModel.load(args.model, device=args.device, dtype=args.dtype, quantization=args.load_in)

@@ -1,0 +1,80 @@
+"""Talks with a trained or converted model in the terminal.
+
+Answers appear as they are generated. Ctrl-C stops an answer, /exit or Ctrl-D ends the program, /help shows the
+commands. Questions may come from a pipe: then standard output has the answers and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from piip_core.errors import UserError
+
+from .arguments import add_model_arguments, load_model
+from .dialogue import Conversation, open_picture
+from .generation import DEFAULT_NEW_TOKENS, check_sampling
+from .terminal import Terminal
+
+__all__ = ["main"]
+
+_EPILOG = """examples:
+  python -m llava_piip.serve.chat --model output/chat_demo/stage2 --image photo.jpg
+  echo "What is in the picture?" | python -m llava_piip.serve.chat --model output/piip_llava --image photo.jpg
+  python -m llava_piip.serve.chat --model output/piip_llava --load-in 4bit --temperature 0.2
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_piip.serve.chat",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE|URL",
+        help="picture that goes with the first question; give it again for several",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="message in front, instead of the template's own")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the most probable (default 1: all)")
+    parser.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_NEW_TOKENS,
+        help=f"most tokens of an answer (default {DEFAULT_NEW_TOKENS})",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    check_sampling(**settings)
+    conversation = Conversation(args.system)
+    conversation.pending = [open_picture(source) for source in args.image]
+    print(f"loading {args.model} ...", file=sys.stderr, flush=True)
+    chat = load_model(args)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    return Terminal(chat, conversation, settings=settings).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""A trained model that answers: loading it, prompts, sampling settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import BatchFeature, GenerationConfig
+
+from piip_core.errors import CheckpointError, UserError
+
+from ..configuration import PIIPLlavaConfig
+from ..conversation import Messages, render_conversation
+from ..processing import PIIPLlavaProcessor
+from ..train.building import load_trained
+from ..train.checkpointing import FINAL
+from ..train.saving import is_trained_folder
+from .streaming import AnswerStream
+
+__all__ = ["ChatModel", "ContextLengthError", "SamplingError", "check_sampling"]
+
+Quantization = Literal["4bit", "8bit"]
+
+DEFAULT_NEW_TOKENS = 512
+QUANTIZATIONS: Mapping[str, int] = {"4bit": 4, "8bit": 8}
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+class ContextLengthError(UserError):
+    """Conversation and answer together are longer than the model's context."""
+
+
+class SamplingError(UserError):
+    """A sampling setting that cannot work; `field` names it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class ChatModel:
+    """A model and its processor, ready to answer.
+
+    Args:
+        model: A `PIIPLlavaForConditionalGeneration`.
+        processor: Its processor.
+
+    Attributes:
+        end_ids: Tokens that end an answer.
+        end_texts: Texts that do, with templates that end answers with none of these tokens.
+    """
+
+    def __init__(self, model: nn.Module, processor: PIIPLlavaProcessor) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.end_ids, self.end_texts = _ends(model, processor)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        quantization: Quantization | None = None,
+    ) -> ChatModel:
+        """Loads what training saved or the converter wrote: a whole model, trained parts, or adapters.
+
+        Args:
+            folder: The folder, or that of a finished run.
+            device: Where the model runs; None for the first GPU, or the CPU where there is none.
+            dtype: A name in `DTYPES`, or "auto" for the precision of the file.
+            quantization: Precision of the language model's linear layers; the vision tower keeps `dtype`.
+
+        Raises:
+            CheckpointError: If the folder holds no such model.
+            ConfigError: If bitsandbytes is needed and not installed.
+            UserError: For an unknown device, dtype or quantization.
+        """
+        if quantization is not None and quantization not in QUANTIZATIONS:
+            raise UserError(f"quantization={quantization!r}: expected one of {', '.join(QUANTIZATIONS)}, or none")
+        place, precision = _device(device), _dtype(dtype)
+        path = _model_folder(Path(folder))
+        bits = QUANTIZATIONS[quantization] if quantization else 16
+        if bits == 8:  # it would say for every layer and token that it casts to float16
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        try:
+            model, processor = load_trained(path, dtype=precision, bits=bits, device_map={"": place})
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{path}: cannot be loaded ({reason}): expected a complete save") from error
+        if isinstance(model, PeftModel):  # on quantised weights the adapters stay beside them
+            model = model.merge_and_unload() if quantization is None else model.get_base_model()
+        if quantization is None:
+            model.to(place)  # vision tower and projector of trained parts are not placed by the loading
+        return cls(model, processor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs belong."""
+        return self.model.device
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a conversation with its answer, visual ones included."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    def encode(
+        self, messages: Messages, images: Sequence[Any] = (), *, max_new_tokens: int = DEFAULT_NEW_TOKENS
+    ) -> BatchFeature:
+        """Inputs of a conversation whose last message is a question, on the model's device.
+
+        Args:
+            messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
+            images: Those of all messages, in order.
+            max_new_tokens: Room that the answer needs.
+
+        Returns:
+            `input_ids` and `attention_mask` (1, N), and with images `pixel_values`.
+
+        Raises:
+            ContextLengthError: If conversation and answer do not fit into the context. Nothing is ever cut.
+            SamplingError: If `max_new_tokens` is no positive number.
+            UserError: If places and images do not match, or the template does not take the messages.
+        """
+        check_sampling(max_new_tokens=max_new_tokens)
+        prompt, _ = render_conversation(
+            messages,
+            chat_template=self.processor.chat_template,
+            tokenizer=self.processor.tokenizer,
+            add_generation_prompt=True,
+        )
+        inputs = self.processor(text=[prompt], images=[list(images)])
+        length = inputs["input_ids"].shape[1]
+        if length + max_new_tokens > self.context_length:
+            visual = len(images) * self.processor.image_seq_length
+            raise ContextLengthError(
+                f"the conversation has {length} tokens ({visual} of {len(images)} images) and the answer may have "
+                f"{max_new_tokens}, the model's context is {self.context_length}: shorten the conversation, give "
+                "fewer images, or lower max_new_tokens; nothing is cut"
+            )
+        return inputs.to(self.device)
+
+    def generation_config(
+        self, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0
+    ) -> GenerationConfig:
+        """Settings for `model.generate`, whatever the folder's own `generation_config.json` says about sampling.
+
+        Args:
+            max_new_tokens: Most tokens of the answer.
+            temperature: 0 takes the most probable token each time; with a higher one answers vary.
+            top_p: Sample among the most probable tokens that together have this probability.
+
+        Raises:
+            SamplingError: For a value that cannot work.
+        """
+        check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        sampled = temperature > 0
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=sampled,
+            temperature=float(temperature) if sampled else 1.0,
+            top_p=float(top_p) if sampled else 1.0,
+            top_k=0 if sampled else 50,  # 50 is transformers' default, with which it does not warn when not sampling
+            eos_token_id=self.end_ids,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+        )
+
+    def stream(
+        self,
+        messages: Messages,
+        images: Sequence[Any] = (),
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        stop_event: threading.Event | None = None,
+    ) -> AnswerStream:
+        """Answers the last message. The generation starts at once, in a thread of its own.
+
+        Args:
+            messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
+            images: Those of all messages, in order.
+            max_new_tokens: Most tokens of the answer.
+            temperature: See `generation_config`.
+            top_p: See `generation_config`.
+            stop: Texts that end the answer and are no part of it.
+            stop_event: Ends the answer after the next token, once it is set.
+
+        Returns:
+            The pieces of the answer.
+
+        Raises:
+            UserError: As `encode` and `generation_config`.
+        """
+        settings = self.generation_config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        inputs = self.encode(messages, images, max_new_tokens=max_new_tokens)
+        return AnswerStream(
+            self.model,
+            self.processor.tokenizer,
+            inputs,
+            settings,
+            ends=(*self.end_texts, *stop),
+            stop_event=stop_event or threading.Event(),
+        )
+
+
+def check_sampling(*, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0) -> None:
+    """Checks settings of `ChatModel.generation_config`, without a model.
+
+    Raises:
+        SamplingError: For a value that cannot work.
+    """
+    for field, value, right, expected in (
+        ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int) and max_new_tokens > 0, "1 or more"),
+        ("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+    ):
+        if not right:
+            raise SamplingError(field, f"is {value!r}, expected {expected}")
+
+
+def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], list[str]]:
+    """Ids and texts that end an answer: the model's end tokens, and what the template puts behind an answer."""
+    tokenizer, mark = processor.tokenizer, "answer"
+    ids = model.generation_config.eos_token_id
+    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    text, spans = render_conversation(
+        [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": mark}],
+        chat_template=processor.chat_template,
+        tokenizer=tokenizer,
+    )
+    end = text[slice(*spans[-1])].rpartition(mark)[2] if spans else ""
+    token = tokenizer.get_added_vocab().get(end.strip())
+    if token is not None:
+        return sorted({*ids, token}), []
+    return sorted(set(ids)), [end] if end else []
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder with the files, checked to be one of ours: a mistake would show as a missing key otherwise."""
+    folder = folder / FINAL if (folder / FINAL).is_dir() else folder
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no folder; expected one that training or the converter wrote")
+    if is_trained_folder(folder):
+        return folder
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        raise CheckpointError(
+            f"{folder}: has no readable config.json; expected a folder that training or the converter wrote"
+        ) from None
+    if kind != PIIPLlavaConfig.model_type:
+        raise CheckpointError(
+            f"{folder}: holds a model of type {kind!r}, expected {PIIPLlavaConfig.model_type!r}; published checkpoints "
+            "are converted first: python tools/convert_llava_checkpoint.py FOLDER OUTPUT"
+        )
+    return folder
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device!r}: expected a device of PyTorch such as 'cuda', 'cuda:1' or 'cpu'") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={str(device)!r}: there are {torch.cuda.device_count()} GPUs that PyTorch can use")
+    return place
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,198 @@
+"""A conversation in the terminal, or with questions out of a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from piip_core.errors import UserError
+
+from .dialogue import Conversation, Picture, open_picture
+from .generation import ChatModel
+
+__all__ = ["Terminal"]
+
+_SHOWN_CONTROLS = ("\n", "\t")
+
+
+class Terminal:
+    """Reads questions and commands, and shows answers as they come.
+
+    In a terminal, mistakes are shown and the conversation goes on. Otherwise standard output has the answers and
+    nothing else, and the first mistake ends it.
+
+    Args:
+        chat: Answers.
+        conversation: Goes on with this one.
+        settings: For `ChatModel.stream`: max_new_tokens, temperature, top_p.
+        more_pictures: Pictures that the command `/next` goes through, each with a new conversation.
+    """
+
+    def __init__(
+        self,
+        chat: ChatModel,
+        conversation: Conversation | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        more_pictures: Iterable[Picture] | None = None,
+    ) -> None:
+        self.chat = chat
+        self.conversation = conversation or Conversation()
+        self._settings = dict(settings or {})
+        self._more: Iterator[Picture] | None = None if more_pictures is None else iter(more_pictures)
+        self._interactive = sys.stdin.isatty()
+        self._saved: set[str] = set()
+        self._commands: dict[str, tuple[str, str, Callable[[str], bool]]] = {
+            "/image": ("FILE|URL", "adds a picture to the next question", self._add_image),
+            "/reset": ("", "forgets the conversation and its pictures", self._reset),
+            "/save": ("FILE", "writes the conversation, as .json or .md", self._save),
+            "/help": ("", "shows this", self._help),
+            "/exit": ("", "ends, as the end of the input does", lambda _: False),
+        }
+        if self._more is not None:
+            self._commands["/next"] = ("", "goes on with another picture", self._next)
+
+    def run(self) -> int:
+        """Talks until `/exit`, the end of the input, or the last of `more_pictures`.
+
+        Returns:
+            Exit status: 2 after a mistake in questions that do not come from a terminal, 130 after Ctrl-C in them.
+        """
+        if self._interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (importing it gives `input` editing and a history)
+            self._help("")
+        try:
+            goes_on = self._more is None or self._next("")
+            while goes_on:
+                goes_on = self._step()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    def _step(self) -> bool:
+        """One line of the input; whether there may be another."""
+        try:
+            line = input("you: " if self._interactive else "").strip()
+        except EOFError:
+            return False
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            self._say("\n(/exit or Ctrl-D ends the program)")
+            return True
+        try:
+            return self._command(line) if line.startswith("/") else self._question(line)
+        except UserError as error:
+            if not self._interactive:
+                raise
+            self._say(f"error: {error}")
+        except KeyboardInterrupt:  # before the first piece, or once more while an answer ends
+            if not self._interactive:
+                raise
+            self._say("(stopped)")
+        return True
+
+    def _command(self, line: str) -> bool:
+        name, _, argument = line.partition(" ")
+        if name not in self._commands:
+            raise UserError(f"{name}: no such command; known: {', '.join(self._commands)}")
+        expected, _, run = self._commands[name]
+        argument = argument.strip().strip("\"'")
+        if bool(expected) != bool(argument):
+            raise UserError(f"expected: {name} {expected}".strip())
+        return run(argument)
+
+    def _question(self, text: str) -> bool:
+        if not text:
+            return True
+        self.conversation.ask(text)
+        try:
+            answer = self._answer()
+        except torch.OutOfMemoryError as error:
+            self.conversation.retract()
+            raise UserError(
+                "the device has too little memory for this conversation: /reset, fewer pictures, or a start with "
+                "--load-in 4bit"
+            ) from error
+        except BaseException:
+            self.conversation.retract()
+            raise
+        if answer:
+            self.conversation.answer(answer)
+        else:
+            self.conversation.retract()
+            self._say("(no answer; the question is taken back)")
+        return True
+
+    def _answer(self) -> str:
+        """The answer, as far as it came when Ctrl-C stopped it."""
+        pieces: list[str] = []
+        conversation = self.conversation
+        with self.chat.stream(conversation.messages, conversation.images, **self._settings) as stream:
+            if self._interactive:
+                print("model: ", end="", flush=True)
+            try:
+                for piece in stream:
+                    pieces.append(piece)
+                    print(_printable(piece), end="", flush=True)
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                stream.close()
+            finally:
+                print(flush=True)
+        if stream.finish_reason == "length":
+            self._say(f"(the answer was cut after {stream.answer_tokens} tokens, see --max-new-tokens)")
+        elif stream.finish_reason == "cancelled":
+            self._say("(stopped)")
+        return "".join(pieces).strip()
+
+    def _add_image(self, source: str) -> bool:
+        self.conversation.pending.append(open_picture(source))
+        count = len(self.conversation.pending)
+        self._say(f"({count} picture{'s' if count > 1 else ''} with the next question)")
+        return True
+
+    def _reset(self, _: str) -> bool:
+        self.conversation.reset()
+        self._say("(a new conversation)")
+        return True
+
+    def _save(self, path: str) -> bool:
+        self.conversation.save(path, overwrite=path in self._saved)
+        self._saved.add(path)
+        self._say(f"(written to {path})")
+        return True
+
+    def _next(self, _: str) -> bool:
+        picture = next(self._more, None)
+        if picture is None:
+            self._say("These were all the pictures.")
+            return False
+        self.conversation.reset()
+        self.conversation.pending.append(picture)
+        self._say(f"The picture is {picture.source} (open it beside this window).")
+        return True
+
+    def _help(self, _: str) -> bool:
+        self._say("Type a question, or a command; Ctrl-C stops an answer.")
+        for name, (argument, meaning, _run) in self._commands.items():
+            self._say(f"  {f'{name} {argument}':<16} {meaning}")
+        return True
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stdout if self._interactive else sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    """Without control characters: an answer must not steer the terminal."""
+    return "".join(char for char in text if char in _SHOWN_CONTROLS or unicodedata.category(char) != "Cc")

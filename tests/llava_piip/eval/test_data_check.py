@@ -1,0 +1,60 @@
+"""What is wrong with the files of a benchmark is found before anything is answered."""
+
+import json
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llava_piip.eval.data_check import check_benchmarks
+from llava_piip.eval.mmbench import MMBENCH
+from llava_piip.eval.pope import POPE
+
+SMALL = replace(POPE, published=21)
+SCRIPT = Path(__file__).parents[3] / "datasets" / "verify_llava_eval.py"
+
+
+def kinds(report):
+    return [finding.kind for finding in report.problems]
+
+
+def test_good_data(pope_data):
+    report = check_benchmarks([SMALL], pope_data, decode="full", workers=1, progress=False)
+    assert report.ok and report.files[0].entries == 21 and report.files[0].images_by_folder == {".": 3}
+
+
+def test_everything_wrong_is_found(pope_data):
+    folder = pope_data / "pope"
+    (folder / "val2014" / "1.png").unlink()
+    broken = folder / "val2014" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    questions = folder / POPE.questions
+    lines = questions.read_text().splitlines()
+    questions.write_text("\n".join([*lines, lines[0]]) + "\n")
+    report = check_benchmarks([SMALL], pope_data, decode="full", workers=1, progress=False)
+    found = set(kinds(report))
+    assert found == {"entry malformed", "image missing", "image broken", "file unusable"}
+    assert not report.ok and report.files[0].unusable_by_folder == {".": 2}
+    (labels,) = (finding for finding in report.problems if finding.kind == "file unusable")
+    assert "8 questions of category 'adversarial', but 7 labels" in labels.message
+    (twice,) = (finding for finding in report.problems if finding.kind == "entry malformed")
+    assert twice.entry == 21 and "is question 0 again" in twice.message
+    assert [(count.found, count.published) for count in report.files[0].counts] == [(22, 21)]
+
+
+def test_missing_files_are_listed(pope_data):
+    (pope_data / "pope" / "coco" / "coco_pope_popular.json").unlink()
+    report = check_benchmarks([SMALL, MMBENCH], pope_data, workers=1, progress=False)
+    assert kinds(report) == ["file unusable"] * 2
+    assert "coco_pope_popular.json: missing" in report.problems[0].message
+    assert MMBENCH.questions in report.problems[1].message
+
+
+def test_command_line(pope_data, tmp_path, capsys):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main(["pope", str(pope_data), "--workers", "1", "--report", str(tmp_path / "r.json")]) == 1
+    assert "8910 | DIFFERS" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "r.json").read_text())
+    with pytest.raises(SystemExit, match="close matches are pope"):
+        main(["popes", str(pope_data)])

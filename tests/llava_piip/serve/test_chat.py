@@ -1,0 +1,281 @@
+"""The terminal chat: history and pictures, commands, pipes, and what Ctrl-C does."""
+
+import io
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_piip.conversation import ConversationError
+from llava_piip.serve import terminal
+from llava_piip.serve.chat import main
+from llava_piip.serve.dialogue import Conversation, Picture, open_picture
+from llava_piip.serve.generation import ChatModel
+from llava_piip.serve.terminal import Terminal
+from piip_core.errors import UserError
+
+
+class Typed(io.StringIO):
+    """Lines of the input, from a terminal or a pipe."""
+
+    def __init__(self, *lines, terminal=True):
+        super().__init__("".join(f"{line}\n" for line in lines))
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+class Answers:
+    """Stands for a model: remembers what it is asked, and gives prepared pieces; an exception among them is raised."""
+
+    def __init__(self, *answers, finish_reason="stop"):
+        self.answers, self.asked, self.closed = list(answers), [], 0
+        self.finish_reason, self.answer_tokens = finish_reason, 7
+
+    def stream(self, messages, images, **settings):
+        self.asked.append(([dict(message) for message in messages], list(images), settings))
+        self.pieces = iter(self.answers.pop(0))
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        piece = next(self.pieces)
+        if isinstance(piece, BaseException):
+            raise piece
+        return piece
+
+    def close(self):
+        self.closed += 1
+        self.finish_reason = "cancelled"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def files(pictures, tmp_path):
+    """Two pictures in files."""
+    for name, picture in zip("ab", pictures, strict=False):
+        picture.save(tmp_path / f"{name}.png")
+    return [tmp_path / "a.png", tmp_path / "b.png"]
+
+
+def talk(monkeypatch, chat, *lines, terminal=True, **options):
+    """Says some lines; the exit status."""
+    monkeypatch.setattr("sys.stdin", Typed(*lines, terminal=terminal))
+    return Terminal(chat, **options).run()
+
+
+def contents(asked):
+    return [[message["content"] for message in messages] for messages, _, _ in asked]
+
+
+def test_history_and_pictures_go_with_every_question(monkeypatch, files, capsys):
+    chat = Answers(["A", " cup."], ["Red."], ["No."], ["Hello."])
+    lines = ["What?", "Which colour?", f"/image {files[1]}", "Like this?", "/reset", "Hi", "/exit", "never read"]
+    conversation = Conversation("Be brief.", pending=[open_picture(str(files[0]))])
+    assert talk(monkeypatch, chat, *lines, conversation=conversation, settings={"temperature": 0.5}) == 0
+    assert contents(chat.asked) == [
+        ["Be brief.", "<image>\nWhat?"],
+        ["Be brief.", "<image>\nWhat?", "A cup.", "Which colour?"],
+        ["Be brief.", "<image>\nWhat?", "A cup.", "Which colour?", "Red.", "<image>\nLike this?"],
+        ["Be brief.", "Hi"],
+    ]
+    assert [len(images) for _, images, _ in chat.asked] == [1, 1, 2, 0]
+    assert chat.asked[2][1] == [Image.open(file).convert("RGB") for file in files]
+    assert all(settings == {"temperature": 0.5} for _, _, settings in chat.asked)
+    assert "model: A cup.\n" in capsys.readouterr().out
+
+
+def test_pictures_go_in_front_or_where_the_question_says(pictures):
+    first, second = (Picture(picture, name) for picture, name in zip(pictures, "ab", strict=False))
+    conversation = Conversation(pending=[first, second])
+    conversation.ask("Is <image> like <image>?")
+    conversation.answer(" Yes. ")
+    conversation.pending = [second, first]
+    conversation.ask("And these?")
+    assert [turn["content"] for turn in conversation.turns] == [
+        "Is <image> like <image>?",
+        "Yes.",
+        "<image>\n<image>\nAnd these?",
+    ]
+    assert [picture.source for picture in conversation.pictures] == ["a", "b", "b", "a"]
+    for text, message in [("and <image>", "1 <image> for 0 new pictures"), ("  ", "empty")]:
+        with pytest.raises(ConversationError, match=message):
+            conversation.ask(text)
+
+
+def test_taking_back_gives_the_question_and_its_pictures(pictures):
+    conversation = Conversation()
+    for number, name in enumerate("ab"):
+        conversation.pending.append(Picture(pictures[number], name))
+        conversation.ask(f"Question {name}")
+        conversation.answer("Answer")
+    before = Conversation(turns=conversation.turns[:2], pictures=conversation.pictures[:1])
+    conversation.pending.append(Picture(pictures[2], "c"))
+    assert conversation.retract() == "<image>\nQuestion b"
+    assert (conversation.turns, conversation.pictures) == (before.turns, before.pictures)
+    assert [picture.source for picture in conversation.pending] == ["b", "c"]
+    conversation.retract()
+    with pytest.raises(UserError, match="no question"):
+        conversation.retract()
+
+
+def test_a_pipe_gets_the_answers_and_nothing_else(monkeypatch, files, capsys):
+    chat = Answers(["One."], ["Two", " lines\nhere."])
+    assert talk(monkeypatch, chat, f"/image '{files[0]}'", "First?", "", "Second?", terminal=False) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "One.\nTwo lines\nhere.\n"
+    assert "1 picture with the next question" in printed.err
+
+
+def test_the_first_mistake_ends_a_pipe_and_not_a_conversation(monkeypatch, tmp_path, capsys):
+    wrong = [
+        (f"/image {tmp_path}/none.png", "none.png: no such file"),
+        ("/image", "expected: /image FILE|URL"),
+        ("/reset now", "expected: /reset"),
+        ("/load x", "/load: no such command; known: /image, /reset"),
+        ("/save chat.txt", "chat.txt: expected a name that ends in .json or .md"),
+        (f"/save {tmp_path}/none/chat.md", "cannot be written (No such file or directory)"),
+        ("What is <image>?", "1 <image> for 0 new pictures"),
+    ]
+    for line, message in wrong:
+        assert talk(monkeypatch, Answers(), line, "Hello", terminal=False) == 2
+        assert message in capsys.readouterr().err
+    chat = Answers(["Fine."])
+    assert talk(monkeypatch, chat, *[line for line, _ in wrong], "How are you?") == 0
+    printed = capsys.readouterr().out
+    assert all(message in printed for _, message in wrong)
+    assert contents(chat.asked) == [["How are you?"]]
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_there_is_of_it(monkeypatch, capsys):
+    chat = Answers(["A very", " long", KeyboardInterrupt(), " never"], [KeyboardInterrupt()], ["Good."])
+    assert talk(monkeypatch, chat, "Tell me", "Again", "And now?") == 0
+    assert contents(chat.asked)[2] == ["Tell me", "A very long", "And now?"]  # without the question nobody answered
+    assert chat.closed == 2
+    assert "(stopped)" in capsys.readouterr().out
+    assert talk(monkeypatch, Answers(["A", KeyboardInterrupt()]), "Tell me", "More", terminal=False) == 130
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_end(monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, EOFError])
+
+    def interrupted(_):
+        raise next(typed)
+
+    monkeypatch.setattr("sys.stdin", Typed())
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert Terminal(Answers()).run() == 0
+    assert "/exit or Ctrl-D ends" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory.*--load-in"),
+        (UserError("too long"), "too long"),
+    ],
+)
+def test_a_question_that_fails_is_taken_back(monkeypatch, pictures, capsys, error, message):
+    chat = Answers(["Par", error], ["Yes."])
+    conversation = Conversation(pending=[Picture(pictures[0], "a")])
+    assert talk(monkeypatch, chat, "First", "Second", conversation=conversation) == 0
+    assert contents(chat.asked)[1] == ["<image>\nSecond"]
+    assert re.search(message, capsys.readouterr().out)
+
+
+def test_a_cut_answer_is_said_and_control_characters_are_not_shown(monkeypatch, capsys):
+    chat = Answers(["\x1b[2J", "no\x07thing\there"], finish_reason="length")
+    talk(monkeypatch, chat, "Show it")
+    printed = capsys.readouterr().out
+    assert "model: [2Jnothing\there\n" in printed and "\x1b" not in printed
+    assert "cut after 7 tokens" in printed
+    assert terminal._printable("é 你 🔥\n") == "é 你 🔥\n"
+
+
+def test_saved_conversations_hold_everything(monkeypatch, files, tmp_path, tiny_chat):
+    chat = Answers(["A cup."])
+    conversation = Conversation("Be brief.", pending=[open_picture(str(file)) for file in files])
+    lines = ["Is <image> like <image>?", f"/save {tmp_path}/chat.json", f"/save {tmp_path}/chat.md"]
+    talk(monkeypatch, chat, *lines, conversation=conversation)
+    saved = json.loads((tmp_path / "chat.json").read_text())
+    assert saved["messages"] == conversation.messages and saved["images"] == [str(file) for file in files]
+    images = [open_picture(source).image for source in saved["images"]]
+    again = tiny_chat.encode(saved["messages"][:2], images, max_new_tokens=8)
+    assert torch.equal(again["pixel_values"], tiny_chat.encode(*chat.asked[0][:2], max_new_tokens=8)["pixel_values"])
+    assert (tmp_path / "chat.md").read_text() == (
+        "**System**\n\nBe brief.\n\n"
+        f"**You**\n\nIs ![picture](<{files[0]}>) like ![picture](<{files[1]}>)?\n\n"
+        "**Model**\n\nA cup.\n"
+    )
+
+
+def test_saving_replaces_its_own_files_and_no_others(monkeypatch, tmp_path, capsys):
+    (tmp_path / "notes.md").write_text("mine")
+    lines = [f"/save {tmp_path}/{name}" for name in ("notes.md", "chat.md", "chat.md")]
+    assert talk(monkeypatch, Answers(["Hello."]), *lines[:2], "Hi", lines[2]) == 0
+    assert "notes.md: exists" in capsys.readouterr().out
+    assert (tmp_path / "notes.md").read_text() == "mine" and "Hello." in (tmp_path / "chat.md").read_text()
+
+
+def test_ctrl_c_before_the_first_piece_takes_the_question_back(monkeypatch, capsys):
+    chat = Answers()
+    monkeypatch.setattr(chat, "stream", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    conversation = Conversation()
+    assert talk(monkeypatch, chat, "Hi", conversation=conversation) == 0
+    assert conversation.turns == [] and "(stopped)" in capsys.readouterr().out
+
+
+def test_pictures_are_opened_by_content_and_addresses_are_checked(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_picture("~/a.png") == Picture(Image.open(files[0]).convert("RGB"), str(files[0]))
+    (tmp_path / "text.png").write_text("no picture")
+    for source, message in [
+        (str(tmp_path / "text.png"), "is no image"),
+        (str(tmp_path), "no such file"),
+        ("http://127.0.0.1:1/a.png", "not on the public internet"),
+        ("data:text/plain;base64,aGk=", "expected data:image"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_picture(source)
+
+
+def test_command_line_answers_questions_out_of_a_pipe(model_folder, files, monkeypatch, capsys):
+    chat = ChatModel.load(model_folder, device="cpu")
+    question = [{"role": "user", "content": "<image>\n<image>\nWhat is it?"}]
+    expected = "".join(chat.stream(question, [Image.open(file) for file in files], max_new_tokens=5)).strip()
+    monkeypatch.setattr("sys.stdin", Typed("What is it?", terminal=False))
+    pictures = [part for file in files for part in ("--image", str(file))]
+    command = ["--model", str(model_folder), "--device", "cpu", "--max-new-tokens", "5", *pictures]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_command_line_names_mistakes_before_the_first_question(model_folder, tmp_path, capsys):
+    for options, message in [
+        (["--model", str(tmp_path / "none")], "none: is no folder"),
+        (["--model", str(model_folder), "--image", "none.png"], "none.png: no such file"),
+        (["--model", str(model_folder), "--device", "cpu", "--temperature", "-1"], "temperature: is -1.0, expected"),
+    ]:
+        assert main(options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help_shows_examples_that_parse(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "--load-in" in printed
+    examples = [line.partition("serve.chat ")[2].split() for line in printed.splitlines() if "--model output" in line]
+    assert len(examples) == 3
+    for example in examples:
+        assert main([part if part != "photo.jpg" else "none.jpg" for part in example]) == 2  # and 2 from argparse exits

@@ -1,0 +1,262 @@
+"""Answers in pieces are those of transformers' own generation, end where they should, and report what goes wrong."""
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from transformers import BatchFeature, GenerationConfig
+
+from llava_piip import PIIPLlavaForConditionalGeneration
+from llava_piip.chat_templates import CHAT_TEMPLATES
+from llava_piip.serve.generation import ChatModel, ContextLengthError, SamplingError
+from llava_piip.serve.streaming import AnswerStream, AnswerText
+from llava_piip.train.arguments import PIIPTrainingArguments
+from llava_piip.train.lora import add_adapters
+from llava_piip.train.saving import ModelSource, save_trained
+from piip_core.errors import CheckpointError, UserError
+
+QUESTION = [{"role": "user", "content": "<image>\nWhat is it?"}]
+TEXTS = [
+    "A red cup.",
+    "Code:\n    def f():\n        return 1\n\nEnd.",
+    "Emoji 🔥🎉, Chinese 你好世界, Greek αβγ, and a\ttab.",
+    "  two  blanks   each ",
+]
+
+
+@pytest.fixture
+def text_chat(tiny_llava, tokenizer_folder):
+    """A small model that says whole characters only: a random one also writes bytes that are none."""
+    model, processor = tiny_llava
+    bytes_ = [i for name, i in processor.tokenizer.get_vocab().items() if name.startswith("<0x")]
+    model.generation_config = GenerationConfig(suppress_tokens=bytes_, bos_token_id=1, eos_token_id=2)
+    return ChatModel(model, processor)
+
+
+def whole_answer(chat, messages, images, new_tokens):
+    """The tokens of a greedy answer, from transformers by itself."""
+    prompt = chat.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = chat.processor(text=[prompt], images=[images])
+    with torch.no_grad():
+        ids = chat.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return ids[0, inputs["input_ids"].shape[1] :]
+
+
+class Scripted(torch.nn.Module):
+    """Generates given tokens as `generate` does: asks after each whether to go on."""
+
+    def __init__(self, tokens, fails_at=None):
+        super().__init__()
+        self.tokens, self.fails_at, self.generated = tokens, fails_at, 0
+
+    def generate(self, input_ids, streamer, stopping_criteria, **_):
+        streamer.put(input_ids)
+        for number, token in enumerate(self.tokens):
+            if number == self.fails_at:
+                raise RuntimeError("the device is gone")
+            streamer.put(torch.tensor([token]))
+            self.generated += 1
+            if stopping_criteria(input_ids, None).all():
+                break
+        streamer.end()
+
+
+def scripted(chat, tokens, ends=(), **options):
+    """A stream of given tokens."""
+    model = Scripted(tokens, **options)
+    settings = chat.generation_config(max_new_tokens=len(tokens))
+    inputs = BatchFeature({"input_ids": torch.ones(1, 3, dtype=torch.long)})
+    return model, AnswerStream(
+        model, chat.processor.tokenizer, inputs, settings, ends=ends, stop_event=threading.Event()
+    )
+
+
+def test_pieces_are_transformers_own_answer(text_chat, pictures):
+    expected = whole_answer(text_chat, QUESTION, pictures[:1], 40)
+    stream = text_chat.stream(QUESTION, pictures[:1], max_new_tokens=40)
+    pieces = list(stream)
+    assert "".join(pieces) == text_chat.processor.tokenizer.decode(expected, skip_special_tokens=True).lstrip()
+    assert len(pieces) > 20 and stream.answer_tokens == len(expected) == 40
+    assert stream.finish_reason == "length"
+    assert stream.prompt_tokens == text_chat.encode(QUESTION, pictures[:1], max_new_tokens=40)["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_joined_pieces_are_the_text_and_none_ends_within_a_character(tiny_chat, text):
+    tokens = tiny_chat.processor.tokenizer(text, add_special_tokens=False).input_ids
+    _, stream = scripted(tiny_chat, [*tokens, 2])
+    pieces = list(stream)
+    assert "".join(pieces) == text.lstrip()
+    assert not any("\ufffd" in piece for piece in pieces) and len(pieces) > 3
+    assert stream.finish_reason == "stop" and stream.answer_tokens == len(tokens) + 1
+
+
+def test_the_models_end_token_ends_the_answer(text_chat, pictures):
+    tokens = whole_answer(text_chat, QUESTION, pictures[:1], 12).tolist()
+    end = next(i for i in range(3, 12) if tokens[i] not in tokens[:i])
+    text_chat.model.generation_config.eos_token_id = [2, tokens[end]]
+    stream = ChatModel(text_chat.model, text_chat.processor).stream(QUESTION, pictures[:1], max_new_tokens=40)
+    text = "".join(stream)
+    assert (stream.finish_reason, stream.answer_tokens) == ("stop", end + 1)
+    assert text == text_chat.processor.tokenizer.decode(tokens[: end + 1]).lstrip()
+
+
+def test_template_says_what_ends_an_answer(tiny_llava):
+    model, processor = tiny_llava
+    processor.chat_template = CHAT_TEMPLATES["llava_v0"]
+    tokens = processor.tokenizer("A dog ## and # a cat###Human: And", add_special_tokens=False).input_ids
+    chat = ChatModel(model, processor)
+    model, stream = scripted(chat, tokens, ends=chat.end_texts)
+    assert "".join(stream) == "A dog ## and # a cat"
+    assert stream.finish_reason == "stop"
+    processor.chat_template = CHAT_TEMPLATES["vicuna_v1"]
+    assert ChatModel(chat.model, processor).end_texts == [] and 2 in ChatModel(chat.model, processor).end_ids
+
+
+def test_texts_that_end_an_answer_are_found_wherever_it_is_cut():
+    text, ends = "one ENtwo END three STOP four", ("END", "STOP")
+    for first in range(len(text)):
+        for second in range(first, len(text)):
+            found = AnswerText(ends)
+            pieces = [found.add(piece) for piece in (text[:first], text[first:second], text[second:])]
+            assert "".join([*pieces, found.rest()]) == "one ENtwo "
+            assert found.ended
+    unfinished = AnswerText(ends)
+    assert unfinished.add("  an EN") == "an " and unfinished.rest() == "EN" and not unfinished.ended
+
+
+def test_an_answer_stops_when_asked_to(tiny_chat, pictures):
+    event = threading.Event()
+    stream = tiny_chat.stream(QUESTION, pictures[:1], max_new_tokens=400, stop_event=event)
+    next(stream)
+    event.set()
+    list(stream)
+    assert stream.finish_reason == "cancelled" and stream.answer_tokens < 400
+    with tiny_chat.stream(QUESTION, pictures[:1], max_new_tokens=400) as stream:
+        next(stream)
+    assert stream.finish_reason == "cancelled" and not stream._thread.is_alive() and list(stream) == []
+
+
+def test_what_fails_in_the_thread_reaches_the_reader(tiny_chat):
+    tokens = tiny_chat.processor.tokenizer(TEXTS[0], add_special_tokens=False).input_ids
+    _, stream = scripted(tiny_chat, tokens, fails_at=4)
+    pieces = []
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        for piece in stream:
+            pieces.append(piece)
+    assert TEXTS[0].startswith("".join(pieces)) and pieces
+    assert list(stream) == []
+
+
+def test_sampling_settings_are_those_asked_for_and_not_the_folders(text_chat, pictures):
+    def answer(**settings):
+        return "".join(text_chat.stream(QUESTION, pictures[:1], max_new_tokens=12, **settings))
+
+    greedy = answer()
+    text_chat.model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.9, top_k=3, max_length=20)
+    assert answer() == greedy
+    assert answer(temperature=1.0, top_p=1e-6) == greedy  # one token is left
+    torch.manual_seed(0)
+    first = answer(temperature=20.0)
+    torch.manual_seed(0)
+    assert answer(temperature=20.0) == first != greedy
+    # Near the uniform distribution, nobody may have kept the folder's three best tokens
+    settings = text_chat.generation_config(temperature=20.0)
+    assert not settings.top_k and settings.do_sample
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1), ("max_new_tokens", 0)],
+)
+def test_impossible_settings_are_named(tiny_chat, field, value):
+    with pytest.raises(SamplingError, match=f"{field}: is {value}, expected") as error:
+        tiny_chat.stream([{"role": "user", "content": "Hello"}], **{field: value})
+    assert error.value.field == field
+
+
+def test_conversation_and_answer_must_fit_and_nothing_is_cut(tiny_chat, pictures):
+    length = tiny_chat.encode(QUESTION, pictures[:1], max_new_tokens=1)["input_ids"].shape[1]
+    room = tiny_chat.context_length - length
+    assert tiny_chat.encode(QUESTION, pictures[:1], max_new_tokens=room)["input_ids"].shape[1] == length
+    with pytest.raises(ContextLengthError, match=rf"{length} tokens \(4 of 1 images\).* {room + 1}, .*context is 512"):
+        tiny_chat.stream(QUESTION, pictures[:1], max_new_tokens=room + 1)
+
+
+def test_pictures_of_earlier_questions_stay_in_their_places(tiny_chat, pictures):
+    messages = [
+        *QUESTION,
+        {"role": "assistant", "content": "A cup."},
+        {"role": "user", "content": "Is it <image> or <image>?"},
+    ]
+    inputs = tiny_chat.encode(messages, pictures[:3], max_new_tokens=8)
+    image = tiny_chat.processor.image_token_id
+    runs = "".join("i" if token == image else "t" for token in inputs["input_ids"][0].tolist()).split("t")
+    assert [len(run) for run in runs if run] == [4, 4, 4]
+    for given, picture in zip(inputs["pixel_values"], pictures[:3], strict=True):
+        torch.testing.assert_close(
+            given, torch.from_numpy(tiny_chat.processor.image_processor(picture).pixel_values[0])
+        )
+    with pytest.raises(UserError, match="3 <image> for 2 images"):
+        tiny_chat.stream(messages, pictures[:2])
+
+
+def test_loading_takes_the_files_precision_or_the_one_asked_for(model_folder, tmp_path):
+    assert ChatModel.load(model_folder, device="cpu").model.dtype == torch.bfloat16
+    shutil.copytree(model_folder, tmp_path / "run" / "final")
+    chat = ChatModel.load(tmp_path / "run", device="cpu", dtype="float32")
+    assert {parameter.dtype for parameter in chat.model.parameters()} == {torch.float32}
+    assert not chat.model.training and chat.device == torch.device("cpu")
+
+
+def test_quantisation_leaves_the_answers_probabilities_close(model_folder, pictures):
+    whole = ChatModel.load(model_folder, device="cpu", dtype="float32")
+    small = ChatModel.load(model_folder, device="cpu", dtype="float32", quantization="8bit")
+    quantised = {name for name, module in small.model.named_modules() if type(module).__name__ == "Linear8bitLt"}
+    assert len(quantised) == 2 * 7 and all(name.startswith("model.language_model.layers.") for name in quantised)
+    inputs = whole.encode(QUESTION, pictures[:1], max_new_tokens=8)
+    with torch.no_grad():
+        exact, close = (chat.model(**inputs).logits.log_softmax(-1) for chat in (whole, small))
+    assert 0 < (exact - close).abs().max() < 0.1
+    assert "".join(small.stream(QUESTION, pictures[:1], max_new_tokens=4))
+
+
+def test_adapters_are_merged_into_the_model(model_folder, pictures, tmp_path):
+    settings = PIIPTrainingArguments(output_dir=str(tmp_path / "unused"), use_cpu=True, lora=True, lora_rank=4)
+    start = ChatModel.load(model_folder, device="cpu", dtype="float32")
+    inputs = start.encode(QUESTION, pictures[:1], max_new_tokens=8)
+    plain = start.model(**inputs).logits.detach()
+    adapted = add_adapters(start.model, settings)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        expected = adapted.eval()(**inputs).logits
+        save_trained(adapted, tmp_path / "lora", ModelSource(str(model_folder)), processor=start.processor)
+        loaded = ChatModel.load(tmp_path / "lora", device="cpu", dtype="float32")
+        found = loaded.model(**inputs).logits
+    assert type(loaded.model) is PIIPLlavaForConditionalGeneration
+    assert (found - expected).abs().max() < 1e-3 * (expected - plain).abs().max()
+
+
+def test_what_cannot_be_loaded_is_named(model_folder, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: is no folder"):
+        ChatModel.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no readable config"):
+        ChatModel.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(CheckpointError, match=r"type 'llava', expected 'piip_llava'.*convert_llava_checkpoint"):
+        ChatModel.load(tmp_path)
+    shutil.copy(model_folder / "config.json", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        ChatModel.load(tmp_path, device="cpu")
+    for settings, message in [
+        ({"device": "abacus"}, "device='abacus': expected"),
+        ({"device": "cuda:99"}, "device='cuda:99': there are"),
+        ({"dtype": "int8"}, "dtype='int8': expected 'auto' or one of bfloat16"),
+        ({"quantization": "2bit"}, "quantization='2bit': expected one of 4bit, 8bit"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            ChatModel.load(model_folder, **settings)
