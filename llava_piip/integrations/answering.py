@@ -1,0 +1,192 @@
+"""What harnesses ask of a model: answers to conversations, and how probable given answers are; in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationConfig
+
+from piip_core.errors import UserError
+
+from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages, render_conversation
+from ..serve.generation import ChatModel, ContextLengthError
+from ..serve.streaming import AnswerText
+
+__all__ = ["AnswerSettings", "Conversation", "Likelihood", "answer_batch", "interleaved", "likelihood_batch"]
+
+
+class Conversation(NamedTuple):
+    """Messages with `<image>` in their text, and the images of all of them, in order."""
+
+    messages: Messages
+    images: Sequence[Any]
+
+
+class Likelihood(NamedTuple):
+    """How probable an answer is.
+
+    Attributes:
+        log_probability: Of the whole answer with its end, natural logarithm.
+        num_tokens: Its tokens, with the end.
+        is_greedy: Whether each of them is the most probable one.
+    """
+
+    log_probability: float
+    num_tokens: int
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
+        temperature: 0 takes the most probable token each time.
+        top_p: Sample among the most probable tokens that together have this probability.
+        num_beams: Width of the beam search; 1 for none.
+        until: Texts that end an answer and are no part of it.
+        others: More settings of transformers' `GenerationConfig`, by name.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    until: tuple[str, ...] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    def generation_config(self, model: ChatModel, max_new_tokens: int) -> GenerationConfig:
+        """Settings for `model.generate`.
+
+        Raises:
+            SamplingError: For a value that cannot work.
+        """
+        config = model.generation_config(
+            max_new_tokens=max_new_tokens, temperature=self.temperature, top_p=self.top_p if self.temperature else 1.0
+        )
+        ends = [*model.end_texts, *self.until]
+        config.update(num_beams=self.num_beams, stop_strings=ends or None, **self.others)
+        return config
+
+
+def interleaved(parts: Sequence[str | None]) -> str:
+    """Text of a message whose images stand between its texts, each in a line of its own.
+
+    Args:
+        parts: Texts in order; None is an image.
+    """
+    return "\n".join(IMAGE_TAG if part is None else part for part in parts)
+
+
+def answer_batch(model: ChatModel, conversations: Sequence[Conversation], settings: AnswerSettings) -> list[str]:
+    """Answers the last messages of conversations, all at once; each answer is what it would be alone.
+
+    Raises:
+        ContextLengthError: If a conversation leaves no room for an answer.
+        UserError: If places and images do not match, the template does not take the messages, or memory is too small.
+    """
+    processor = model.processor
+    prompts = [_prompt(model, conversation.messages) for conversation in conversations]
+    inputs = processor(text=prompts, images=[list(conversation.images) for conversation in conversations])
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    limits = [min(settings.max_new_tokens, model.context_length - length) for length in lengths]
+    if min(limits) < 1:
+        raise _too_long(model, max(lengths))
+    config = settings.generation_config(model, max(limits))
+    stopping = {"tokenizer": processor.tokenizer} if config.stop_strings else {}
+    try:
+        with torch.inference_mode():
+            ids = model.model.generate(**inputs.to(model.device), generation_config=config, **stopping)
+    except torch.OutOfMemoryError as error:
+        raise _too_large(conversations) from error
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    rows = [row[:limit] for row, limit in zip(new, limits, strict=True)]
+    texts = processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [_up_to(text, config.stop_strings or []) for text in texts]
+
+
+def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) -> list[Likelihood]:
+    """How probable the answers are that conversations end with, all at once.
+
+    Tokens are those of the training: the text after the role, with the end token of the template.
+
+    Args:
+        model: The model.
+        conversations: A question and its answer each; a system message may stand in front.
+
+    Raises:
+        ContextLengthError: If a conversation is longer than the context.
+        UserError: If places and images do not match, or an answer is empty.
+    """
+    processor = model.processor
+    rows = [_encoded(model, conversation) for conversation in conversations]
+    ids, labels = ([row[i] for row in rows] for i in (0, 1))
+    # Padded on the left: the answers are then in the last columns, the only ones whose logits are needed
+    input_ids, mask = _padded(ids, 0, model.device), _padded([[1] * len(row) for row in ids], 0, model.device)
+    targets = _padded(labels, IGNORE_INDEX, model.device)
+    kept = max(len(row) - next(i for i, label in enumerate(row) if label != IGNORE_INDEX) for row in labels)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    if images := [image for conversation in conversations for image in conversation.images]:
+        inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
+    try:
+        with torch.inference_mode():
+            logits = model.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
+            return _likelihoods(logits, targets[:, -kept:])
+    except torch.OutOfMemoryError as error:
+        raise _too_large(conversations) from error
+
+
+def _prompt(model: ChatModel, messages: Messages) -> str:
+    template, tokenizer = model.processor.chat_template, model.processor.tokenizer
+    return render_conversation(messages, chat_template=template, tokenizer=tokenizer, add_generation_prompt=True)[0]
+
+
+def _up_to(text: str, ends: Sequence[str]) -> str:
+    answer = AnswerText(ends)
+    return (answer.add(text) + answer.rest()).strip()
+
+
+def _encoded(model: ChatModel, conversation: Conversation) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation; labels are those of the answer."""
+    messages, images = conversation
+    encoded = model.processor.encode_conversation(messages, has_images=bool(images))
+    if encoded.num_images != len(images):
+        raise UserError(
+            f"a conversation has {encoded.num_images} {IMAGE_TAG} for {len(images)} images: write one where each "
+            "image belongs"
+        )
+    if len(encoded.input_ids) > model.context_length:
+        raise _too_long(model, len(encoded.input_ids))
+    return encoded.input_ids, encoded.labels
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    length = max(map(len, rows))
+    return torch.tensor([[value] * (length - len(row)) + list(row) for row in rows], device=device)
+
+
+def _likelihoods(logits: Tensor, targets: Tensor) -> list[Likelihood]:
+    """Of logits (B, K, vocabulary) for targets (B, K), of which those that are `IGNORE_INDEX` do not count."""
+    counted = targets != IGNORE_INDEX
+    loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    greedy = ((logits.argmax(-1) == targets) | ~counted).all(1)
+    totals, counts = -loss.double().sum(1), counted.sum(1)
+    values = zip(totals.tolist(), counts.tolist(), greedy.tolist(), strict=True)
+    return [Likelihood(*each) for each in values]
+
+
+def _too_long(model: ChatModel, length: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"a conversation has {length} tokens, visual ones included, and the model's context is "
+        f"{model.context_length}: shorten it (fewer examples or images); nothing is cut"
+    )
+
+
+def _too_large(conversations: Sequence[Conversation]) -> UserError:
+    return UserError(f"{len(conversations)} conversations at once need too much memory: lower the batch size")

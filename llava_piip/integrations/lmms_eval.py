@@ -1,0 +1,316 @@
+"""PIIP-LLaVA as models of lmms-eval 0.7: `lmms-eval --model piip_llava --model_args pretrained=FOLDER`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from tqdm import tqdm
+
+from piip_core.errors import UserError
+
+from ..conversation import IMAGE_TAG
+from ..eval.runner import default_dtype
+from ..serve.generation import ChatModel, Quantization
+from .answering import AnswerSettings, Conversation, Likelihood, answer_batch, interleaved, likelihood_batch
+
+__all__ = ["PIIPLlava", "PIIPLlavaChat"]
+
+DEFAULT_NEW_TOKENS = 1024  # of lmms-eval's own LLaVA where a task says nothing
+
+_OWN_SETTINGS = ("max_new_tokens", "temperature", "top_p", "num_beams", "do_sample", "until")
+_OTHER_SETTINGS = ("top_k", "repetition_penalty")
+# LLaVA-1.5 reads it from its own configuration, and pads; here the model's processor says it
+_IGNORED_SETTINGS = ("image_aspect_ratio",)
+
+Make = Callable[[], Conversation]
+
+
+class _Value(tuple, GenerationResult):
+    """What `loglikelihood` returns for a request: (number, whether greedy).
+
+    lmms-eval 0.7.3's evaluator makes text of tuples, which its scoring then cannot read; a `GenerationResult` is handed
+    on as its `text` is.
+    """
+
+    def __new__(cls, number: float, is_greedy: bool) -> _Value:
+        return super().__new__(cls, (number, is_greedy))
+
+    def __init__(self, number: float, is_greedy: bool) -> None:
+        self.text, self.token_counts = (number, is_greedy), None
+
+
+class PIIPLlava(lmms):
+    """A model that gets a task's text and pictures ("simple" in lmms-eval), which covers all kinds of tasks.
+
+    Pictures stand in front of the text, each in a line of its own, unless the text says `<image>` where they belong.
+
+    Args:
+        pretrained: Folder of a trained or converted model.
+        batch_size: Requests that are answered together.
+        device: Where the model runs; by default, and with several processes, the process's GPU, or the CPU where there
+            is none.
+        dtype: float16, bfloat16, float32 or auto (that of the file); by default what published results were measured
+            with on a GPU, and float32 on the CPU.
+        quantization: 4bit or 8bit.
+        likelihood: What `loglikelihood` returns. "loss" is the mean negative log-probability of a token, as of the
+            package's own models; its scoring takes the choice with the smallest number. "logprob" is the
+            log-probability of the answer, as the interface is documented, for scoring of your own.
+
+    Raises:
+        UserError: For a value that cannot work.
+        CheckpointError: If the folder holds no such model.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        quantization: Quantization | None = None,
+        likelihood: Literal["loss", "logprob"] = "loss",
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"batch_size={batch_size!r}: expected a number from 1 on; 'auto' is not supported")
+        if likelihood not in ("loss", "logprob"):
+            raise UserError(f"likelihood={likelihood!r}: expected 'loss' or 'logprob'")
+        self.batch_size = int(batch_size)
+        self.likelihood = likelihood
+        state = PartialState()
+        self._rank, self._world_size = state.process_index, state.num_processes
+        place = torch.device(device) if device is not None and state.num_processes == 1 else state.device
+        self.chat = ChatModel.load(
+            pretrained, device=place, dtype=dtype or default_dtype(place), quantization=quantization
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.chat.device
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers to requests with the arguments (text, settings, pictures of a document, document, task, split)."""
+        made = [(_maker(self._conversation, *request.args), request.args[1]) for request in requests]
+        answers = self._answers(made)
+        self._remember("generate_until", requests, answers)
+        return answers
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answers of all rounds, each in a conversation of its own, as the task makes it from the answers before.
+
+        The arguments are (text, settings, pictures of a document, text of a round, document, task, split).
+        """
+        starts = []
+        for text, settings, to_visuals, to_text, doc_id, task, split in (request.args for request in requests):
+            start = _maker(self._conversation, text, settings, to_visuals, doc_id, task, split)
+            starts.append((start, settings, _maker(self._next_round, to_text, doc_id, task, split)))
+        return self._rounds(requests, starts)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """How probable given answers are, and whether greedy generation gives them; see `likelihood`.
+
+        The arguments are (text, answer or how to get it, pictures of a document, document, task, split), or
+        (text, answer). An answer counts as the training has it: after the role, with its end token.
+        """
+        makers = [_maker(self._answered, *request.args) for request in requests]
+        found = self._batched(makers, lambda batch: likelihood_batch(self.chat, batch), "lmms-eval: likelihoods")
+        values = [_Value(self._number(likelihood), likelihood.is_greedy) for likelihood in found]
+        self._remember("loglikelihood", requests, values)
+        return values
+
+    def _number(self, found: Likelihood) -> float:
+        return found.log_probability if self.likelihood == "logprob" else -found.log_probability / found.num_tokens
+
+    def _conversation(
+        self, text: str, _: Any, to_visuals: Callable[[Any], Any], doc_id: int, task: str, split: str
+    ) -> Conversation:
+        return _asked(text, to_visuals(self.task_dict[task][split][doc_id]), f"{task}, document {doc_id}")
+
+    def _answered(self, text: str, answer: Any, to_visuals: Any = None, *document: Any) -> Conversation:
+        where, visuals = "a request without a document", None
+        if document:
+            doc_id, task, split = document
+            doc = self.task_dict[task][split][doc_id]
+            where, visuals = f"{task}, document {doc_id}", to_visuals(doc)
+            answer = answer if isinstance(answer, str) else answer(doc)
+        messages, images = _asked(text, visuals, where)
+        # The template puts the blank in front of an answer where it needs one
+        return Conversation([*messages, {"role": "assistant", "content": answer.strip()}], images)
+
+    def _next_round(
+        self, to_text: Callable[..., Any], doc_id: int, task: str, split: str, index: int, answers: list[str], info: Any
+    ) -> tuple[Make | None, list[str], Any]:
+        visuals, text, finished, answers, info = to_text(
+            self.task_dict[task][split][doc_id], previous_output=answers, round_idx=index, previous_round_info=info
+        )
+        where = f"{task}, document {doc_id}, round {index}"
+        return None if finished else (lambda: _asked(text, visuals, where)), list(answers), info
+
+    def _rounds(self, requests: Sequence[Instance], starts: Sequence[tuple[Make, Any, Callable]]) -> list[list[str]]:
+        """All rounds of requests, whose tasks say after each round what comes next; a round is answered in batches."""
+        current: dict[int, Make] = {i: make for i, (make, *_) in enumerate(starts)}
+        answers: list[list[str]] = [[] for _ in starts]
+        infos: list[Any] = [None] * len(starts)
+        index = 0
+        while current:
+            order = list(current)
+            texts = self._answers([(current[i], starts[i][1]) for i in order])
+            index += 1
+            for i, text in zip(order, texts, strict=True):
+                following, answers[i], infos[i] = starts[i][2](index, [*answers[i], text], infos[i])
+                if following is None:
+                    del current[i]
+                else:
+                    current[i] = following
+        self._remember("generate_until_multi_round", requests, answers)
+        return answers
+
+    def _answers(self, made: Sequence[tuple[Make, Mapping[str, Any]]]) -> list[str]:
+        """Answers to conversations, those with the same settings together."""
+        settings = [_settings(values) for _, values in made]
+        answers: dict[int, str] = {}
+        kinds: list[AnswerSettings] = []
+        for each in settings:
+            if each not in kinds:
+                kinds.append(each)
+        for kind in kinds:
+            numbers = [i for i, each in enumerate(settings) if each == kind]
+
+            def answer(batch: list[Conversation], kind: AnswerSettings = kind) -> list[str]:
+                return answer_batch(self.chat, batch, kind)
+
+            texts = self._batched([made[i][0] for i in numbers], answer, "lmms-eval: answers")
+            answers |= zip(numbers, texts, strict=True)
+        return [answers[i] for i in range(len(made))]
+
+    def _batched(self, makers: Sequence[Make], work: Callable[[list[Conversation]], list[Any]], title: str) -> list:
+        """Results of batches; conversations are made when their turn comes, for they hold pictures."""
+        results = []
+        with tqdm(total=len(makers), desc=title, unit="request", disable=self.rank != 0) as bar:
+            for start in range(0, len(makers), self.batch_size):
+                batch = [make() for make in makers[start : start + self.batch_size]]
+                results += work(batch)
+                bar.update(len(batch))
+        return results
+
+    def _remember(self, kind: str, requests: Sequence[Instance], results: Sequence[Any]) -> None:
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial(kind, request.args, result)
+
+
+class PIIPLlavaChat(PIIPLlava):
+    """A model that gets a task's messages ("chat" in lmms-eval): pictures and texts in the task's order."""
+
+    is_simple = False
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answers to requests with the arguments (text, messages of a document, settings, document, task, split)."""
+        made = [(_maker(self._messages, *request.args), request.args[2]) for request in requests]
+        answers = self._answers(made)
+        self._remember("generate_until", requests, answers)
+        return answers
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answers of all rounds, each in the conversation that the task makes from the answers before."""
+        starts = []
+        for text, to_messages, settings, doc_id, task, split in (request.args for request in requests):
+            start = _maker(self._messages, text, to_messages, settings, doc_id, task, split)
+            starts.append((start, settings, _maker(self._next_messages, to_messages, doc_id, task, split)))
+        return self._rounds(requests, starts)
+
+    def _messages(
+        self, _: str, to_messages: Callable[[Any], Any], __: Any, doc_id: int, task: str, split: str
+    ) -> Conversation:
+        return _chatted(to_messages(self.task_dict[task][split][doc_id]), f"{task}, document {doc_id}")
+
+    def _next_messages(
+        self, to_messages: Callable, doc_id: int, task: str, split: str, index: int, answers: list[str], info: Any
+    ) -> tuple[Make | None, list[str], Any]:
+        following = to_messages(
+            self.task_dict[task][split][doc_id], round_idx=index, previous_output=answers, previous_round_info=info
+        )
+        if not isinstance(following, tuple):  # a task with a single round
+            return None, answers, info
+        messages, finished, answers, info = following
+        where = f"{task}, document {doc_id}, round {index}"
+        return None if finished else (lambda: _chatted(messages, where)), list(answers), info
+
+
+def _maker(make: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    return lambda *more: make(*arguments, *more)
+
+
+def _asked(text: str, visuals: Any, where: str) -> Conversation:
+    """A question with pictures in front of it, or where it says `<image>`."""
+    images = [_picture(visual, where) for visual in visuals or []]
+    tags = text.count(IMAGE_TAG)
+    if images and tags not in (0, len(images)):
+        raise UserError(
+            f"{where}: the text has {tags} {IMAGE_TAG} for {len(images)} pictures, expected none or as many"
+        )
+    content = text if tags or not images else interleaved([*[None] * len(images), text])
+    return Conversation([{"role": "user", "content": content}], images)
+
+
+def _chatted(messages: Any, where: str) -> Conversation:
+    """A conversation in lmms-eval's format, with pictures and texts in their order."""
+    checked, images, found = [], [], ChatMessages(messages=messages)
+    for message in found.messages:
+        parts: list[str | None] = []
+        for part in message.content:
+            if part.type == "text":
+                parts.append(part.text)
+            else:
+                images.append(_picture(part.url if part.type == "image" else f"{part.type} {part.url}", where))
+                parts.append(None)
+        checked.append({"role": message.role, "content": interleaved(parts)})
+    return Conversation(checked, images)
+
+
+def _picture(visual: Any, where: str) -> Image.Image:
+    if not isinstance(visual, Image.Image):
+        raise UserError(
+            f"{where}: got {str(visual)[:100]!r} of type {type(visual).__name__}, expected a picture (PIL); the model "
+            "takes no video and no sound"
+        )
+    return visual
+
+
+def _settings(given: Mapping[str, Any]) -> AnswerSettings:
+    """Settings as tasks write them; none is changed in place, for all requests of a task share them.
+
+    Raises:
+        UserError: For a setting that the model does not have.
+    """
+    known = (*_OWN_SETTINGS, *_OTHER_SETTINGS, *_IGNORED_SETTINGS)
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(f"generation_kwargs: {', '.join(unknown)}: no such setting; known: {', '.join(known)}")
+    temperature = given.get("temperature")
+    sampled = given.get("do_sample")
+    if sampled is None:
+        sampled = bool(temperature)
+    if temperature is None:
+        temperature = 1.0
+    until = given.get("until") or []
+    until = [until] if isinstance(until, str) else list(until)
+    if until == ["\n\n"]:  # what lmms-eval fills in where a task says nothing; its LLaVA does not stop there either
+        until = []
+    return AnswerSettings(
+        max_new_tokens=int(given.get("max_new_tokens") or DEFAULT_NEW_TOKENS),
+        temperature=float(temperature) if sampled else 0.0,
+        top_p=1.0 if given.get("top_p") is None else float(given["top_p"]),
+        num_beams=int(given.get("num_beams") or 1),
+        until=tuple(until),
+        others={name: given[name] for name in _OTHER_SETTINGS if given.get(name) is not None},
+    )

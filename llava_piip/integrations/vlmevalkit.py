@@ -1,0 +1,170 @@
+"""PIIP-LLaVA as a model of VLMEvalKit, and its `run.py` with the model registered.
+
+python -m llava_piip.integrations.vlmevalkit NAME=FOLDER VLMEvalKit/run.py --data POPE --model NAME
+"""
+
+from __future__ import annotations
+
+import runpy
+import string
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from vlmeval.dataset import DATASET_TYPE
+from vlmeval.vlm.base import BaseModel
+
+from piip_core.errors import UserError
+
+from ..data.images import read_image
+from ..eval.benchmark import LETTER
+from ..eval.runner import default_dtype
+from ..serve.generation import ChatModel, Quantization
+from .answering import AnswerSettings, Conversation, answer_batch, interleaved
+
+__all__ = ["PIIPLlava", "main", "register"]
+
+DEFAULT_NEW_TOKENS = 2048  # of VLMEvalKit's own LLaVA
+
+_KINDS = ("text", "image")
+
+
+class PIIPLlava(BaseModel):
+    """A model that answers VLMEvalKit's messages: pictures and texts in their order.
+
+    Args:
+        model_path: Folder of a trained or converted model.
+        device: Where the model runs; by default the first GPU that VLMEvalKit leaves the process, or the CPU.
+        dtype: See `llava_piip.integrations.lmms_eval.PIIPLlava`.
+        quantization: 4bit or 8bit.
+        max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
+        temperature: 0 takes the most probable token each time.
+        top_p: Sample among the most probable tokens that together have this probability.
+        num_beams: Width of the beam search; 1 for none.
+
+    Raises:
+        UserError: For a value that cannot work.
+        CheckpointError: If the folder holds no such model.
+    """
+
+    INSTALL_REQ = False
+    INTERLEAVE = True
+    allowed_types: ClassVar[list[str]] = list(_KINDS)
+
+    def __init__(
+        self,
+        model_path: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        quantization: Quantization | None = None,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+    ) -> None:
+        super().__init__()
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.settings = AnswerSettings(max_new_tokens, temperature, top_p, num_beams)
+        self.chat_model = ChatModel.load(
+            model_path, device=place, dtype=dtype or default_dtype(place), quantization=quantization
+        )
+
+    def use_custom_prompt(self, dataset: str) -> bool:
+        """Whether `build_prompt` asks the questions: those with choices, as LLaVA-1.5 was trained to answer them."""
+        return DATASET_TYPE(dataset) == "MCQ"
+
+    def build_prompt(self, line: Mapping[str, Any], dataset: str | None = None) -> list[dict[str, str]]:
+        """A question with choices in LLaVA-1.5's words.
+
+        Args:
+            line: A row of the data set's table.
+            dataset: Its name.
+        """
+        words = [line["question"]] if _is_empty(line, "hint") else [line["hint"], line["question"]]
+        words += [f"{letter}. {line[letter]}" for letter in string.ascii_uppercase if not _is_empty(line, letter)]
+        pictures = self.dump_image(line, dataset)
+        pictures = [pictures] if isinstance(pictures, str) else pictures
+        text = "\n".join(map(str, words)) + LETTER
+        return [{"type": "image", "value": path} for path in pictures] + [{"type": "text", "value": text}]
+
+    def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
+        """Answers one message.
+
+        Args:
+            message: {"type": "image" or "text", "value": path or text} in order.
+            dataset: Its data set's name.
+        """
+        return self.chat_inner([{"role": "user", "content": message}], dataset)
+
+    def chat_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
+        """Answers the last of several messages.
+
+        Args:
+            message: {"role": "user" or "assistant", "content": as for `generate_inner`} in turns.
+            dataset: Its data set's name.
+        """
+        return answer_batch(self.chat_model, [_conversation(message)], self.settings)[0]
+
+
+def register(name: str, folder: str, **settings: Any) -> None:
+    """Makes a model known to VLMEvalKit's programs, under a name of your own, and the class to its JSON files.
+
+    Args:
+        name: What `--model` takes.
+        folder: Folder of the model.
+        **settings: Of `PIIPLlava`.
+
+    Raises:
+        UserError: If VLMEvalKit has a model of that name.
+    """
+    import vlmeval.vlm
+    from vlmeval.config import supported_VLM
+
+    if name in supported_VLM:
+        raise UserError(f"{name!r} is a model of VLMEvalKit: choose another name")
+    supported_VLM[name] = partial(PIIPLlava, model_path=folder, **settings)
+    vlmeval.vlm.PIIPLlava = PIIPLlava
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Registers the models NAME=FOLDER, and runs the program behind them with the arguments that are left."""
+    left = list(sys.argv[1:] if arguments is None else arguments)
+    models = []
+    while left and "=" in left[0]:
+        name, _, folder = left.pop(0).partition("=")
+        models.append((name, folder))
+    if not models or not left or not Path(left[0]).is_file():
+        raise SystemExit(f"usage: python -m {__spec__.name} NAME=FOLDER ... VLMEvalKit/run.py --data ... --model NAME")
+    for name, folder in models:
+        register(name, folder)
+    sys.argv = left
+    sys.path.insert(0, str(Path(left[0]).resolve().parent))
+    runpy.run_path(left[0], run_name="__main__")
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+    images, turns = [], []
+    for message in messages:
+        content = message["content"]
+        parts: list[str | None] = []
+        for part in [{"type": "text", "value": content}] if isinstance(content, str) else content:
+            if part["type"] not in _KINDS:
+                raise UserError(f"a message has a part of type {part['type']!r}: expected {' or '.join(_KINDS)}")
+            if part["type"] == "image":
+                images.append(read_image(Path(part["value"]), f"image {part['value']!r}"))
+            parts.append(None if part["type"] == "image" else part["value"])
+        turns.append({"role": message["role"], "content": interleaved(parts)})
+    return Conversation(turns, images)
+
+
+def _is_empty(line: Mapping[str, Any], column: str) -> bool:
+    """Whether a row has nothing there; pandas writes a missing value as a number that is unequal to itself."""
+    value = line.get(column)
+    return value is None or value != value or value == ""
+
+
+if __name__ == "__main__":
+    main()
