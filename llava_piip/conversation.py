@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ __all__ = [
 
 IGNORE_INDEX = -100
 IMAGE_TAG = "<image>"
+
+_RENDERING = threading.Lock()  # transformers notes the spans of answers in the template, which all threads share
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -118,13 +121,14 @@ def render_conversation(
     if tokenizer is not None and tokenizer.eos_token is None and "eos_token" in template:
         raise ConfigError(f"chat_template {chat_template!r} ends answers with eos_token, which the tokenizer lacks")
     try:
-        (text,), (spans,) = render_jinja_template(
-            [list(messages)],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            **(tokenizer.special_tokens_map if tokenizer is not None else {}),
-        )
+        with _RENDERING:
+            (text,), (spans,) = render_jinja_template(
+                [list(messages)],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=add_generation_prompt,
+                **(tokenizer.special_tokens_map if tokenizer is not None else {}),
+            )
     except (TemplateError, TypeError) as error:  # TypeError: a message that is no mapping
         raise ConversationError(str(error)) from error
     return text, spans
