@@ -1,0 +1,86 @@
+"""What the branches of a model look at in a picture: the panel of the web page."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from piip_core.errors import UserError
+from piip_core.visualization import draw_attention, draw_sampling, find_pyramid, prepare_scene, trace_pyramid
+
+from .generation import ChatModel
+
+__all__ = ["Look", "look", "network_view"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Pictures of one look into the vision tower.
+
+    Attributes:
+        attention: Self-attention of the query in a block of every branch, over the picture.
+        sampling: What the query reads from the other branches; None for a single branch.
+    """
+
+    attention: Image.Image
+    sampling: Image.Image | None
+
+
+def network_view(chat: ChatModel, image: Image.Image) -> Image.Image:
+    """A picture as the vision tower gets it: a square of its size."""
+    return Image.fromarray(_prepare(chat, image)[0])
+
+
+def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = None, depth: float = 0.5) -> Look:
+    """Runs the vision tower on a picture and draws what one place of it attends to (paper section IV-G).
+
+    Not to be called while the same model answers: the blocks are watched meanwhile.
+
+    Args:
+        chat: The model.
+        image: RGB.
+        at: The place, (x, y) in pixels of `network_view`; None for the middle.
+        depth: Which block of each branch, and which interaction: 0 the first, 1 the last.
+
+    Raises:
+        UserError: If place or depth are out of range.
+        ConfigError: If the model has no PIIP as its vision tower.
+    """
+    if not 0 <= depth <= 1:
+        raise UserError(f"depth={depth!r}: expected 0 to 1")
+    picture, pixels = _prepare(chat, image)
+    pyramid = find_pyramid(chat.model)
+    scene = prepare_scene(picture.shape[:2], picture, pixels.to(next(pyramid.parameters()).dtype), at)
+    blocks = [_share(depth, branch.num_blocks) for branch in pyramid.branches]
+    interaction = _share(depth, len(pyramid.interactions)) if pyramid.interactions else None
+    trace = trace_pyramid(pyramid, scene, blocks=blocks, interaction=interaction)
+    attention = draw_attention(scene, trace, "What the marked place attends to, mean over the heads")
+    sampling = None
+    if trace.readings:
+        title = f"What it reads from other branches, interaction {interaction + 1} of {len(pyramid.interactions)}"
+        sampling = _drawn(draw_sampling(scene, trace, title))
+    return Look(_drawn(attention), sampling)
+
+
+def _prepare(chat: ChatModel, image: Image.Image) -> tuple[np.ndarray, torch.Tensor]:
+    """What the tower gets, as a picture (S, S, 3) uint8 and as values (1, 3, S, S)."""
+    processor = chat.processor.image_processor
+    pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    shown = ((pixels[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return shown.permute(1, 2, 0).numpy(), pixels
+
+
+def _share(depth: float, count: int) -> int:
+    return round(depth * (count - 1))
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file).convert("RGB")
