@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,12 +31,13 @@ def answer_all(
 ) -> list[str]:
     """Answers questions one by one, each in a conversation of its own, in batches and without sampling."""
     answers: list[str] = []
+    answering = ChatModel(model, processor)
     progress = tqdm(total=len(questions), desc="answering", unit="question")
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
         conversations = [[_user_message(question.text, question.image is not None)] for question in batch]
         images = [[] if question.image is None else [_open(image_root / question.image)] for question in batch]
-        answers += _generate(model, processor, conversations, images)
+        answers += _generate(answering, conversations, images)
         progress.update(len(batch))
     progress.close()
     return answers
@@ -54,17 +54,13 @@ def chat(
 
 
 def _generate(
-    model: PIIPLlavaForConditionalGeneration,
-    processor: PIIPLlavaProcessor,
+    model: ChatModel,
     conversations: Sequence[Sequence[Mapping[str, str]]],
     images: Sequence[Sequence[Image.Image]],
 ) -> list[str]:
-    prompts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
-    inputs = processor(text=prompts, images=images)
-    with torch.inference_mode():
-        ids = model.generate(**inputs, max_new_tokens=_MOST_TOKENS, do_sample=False)
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    prompts = [model.processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+    inputs = model.processor(text=prompts, images=images)
+    return model.generate(inputs, model.generation_config(max_new_tokens=_MOST_TOKENS))
 
 
 def _user_message(text: str, with_image: bool) -> dict[str, str]:

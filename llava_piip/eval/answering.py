@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BatchFeature
@@ -111,7 +110,6 @@ def answers_in_batches(
         UserError: If a prompt leaves no room for an answer, or a batch does not fit into memory.
     """
     loader = DataLoader(batches, batch_size=None, collate_fn=preparation.attempt, num_workers=workers)
-    tokenizer = preparation.processor.tokenizer
     for questions, inputs in loader:
         if isinstance(inputs, UserError):
             raise inputs
@@ -123,13 +121,4 @@ def answers_in_batches(
                 f"model's context is {model.context_length}: prompts are not cut"
             )
         settings = model.generation_config(max_new_tokens=min(preparation.benchmark.max_new_tokens, room))
-        inputs = inputs.to(model.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.model.dtype)
-        try:
-            with torch.inference_mode():
-                ids = model.model.generate(**inputs, generation_config=settings)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{len(questions)} questions at once need too much memory: lower --batch-size") from error
-        texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
-        yield [text.strip() for text in texts]
+        yield model.generate(inputs, settings)

@@ -15,7 +15,6 @@ from piip_core.errors import UserError
 
 from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages, render_conversation
 from ..serve.generation import ChatModel, ContextLengthError
-from ..serve.streaming import AnswerText
 
 __all__ = ["AnswerSettings", "Conversation", "Likelihood", "answer_batch", "interleaved", "likelihood_batch"]
 
@@ -70,8 +69,7 @@ class AnswerSettings:
         config = model.generation_config(
             max_new_tokens=max_new_tokens, temperature=self.temperature, top_p=self.top_p if self.temperature else 1.0
         )
-        ends = [*model.end_texts, *self.until]
-        config.update(num_beams=self.num_beams, stop_strings=ends or None, **self.others)
+        config.update(num_beams=self.num_beams, **self.others)
         return config
 
 
@@ -99,16 +97,7 @@ def answer_batch(model: ChatModel, conversations: Sequence[Conversation], settin
     if min(limits) < 1:
         raise _too_long(model, max(lengths))
     config = settings.generation_config(model, max(limits))
-    stopping = {"tokenizer": processor.tokenizer} if config.stop_strings else {}
-    try:
-        with torch.inference_mode():
-            ids = model.model.generate(**inputs.to(model.device), generation_config=config, **stopping)
-    except torch.OutOfMemoryError as error:
-        raise _too_large(conversations) from error
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    rows = [row[:limit] for row, limit in zip(new, limits, strict=True)]
-    texts = processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return [_up_to(text, config.stop_strings or []) for text in texts]
+    return model.generate(inputs, config, stop=settings.until, limits=limits)
 
 
 def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) -> list[Likelihood]:
@@ -145,11 +134,6 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
 def _prompt(model: ChatModel, messages: Messages) -> str:
     template, tokenizer = model.processor.chat_template, model.processor.tokenizer
     return render_conversation(messages, chat_template=template, tokenizer=tokenizer, add_generation_prompt=True)[0]
-
-
-def _up_to(text: str, ends: Sequence[str]) -> str:
-    answer = AnswerText(ends)
-    return (answer.add(text) + answer.rest()).strip()
 
 
 def _encoded(model: ChatModel, conversation: Conversation) -> tuple[list[int], list[int]]:

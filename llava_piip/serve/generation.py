@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from ..processing import PIIPLlavaProcessor
 from ..train.building import load_trained
 from ..train.checkpointing import FINAL
 from ..train.saving import is_trained_folder
-from .streaming import AnswerStream
+from .streaming import AnswerStream, AnswerText
 
 __all__ = ["ChatModel", "ContextLengthError", "SamplingError", "check_sampling"]
 
@@ -178,6 +179,44 @@ class ChatModel:
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
 
+    def generate(
+        self,
+        inputs: BatchFeature,
+        settings: GenerationConfig,
+        *,
+        stop: Sequence[str] = (),
+        limits: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Answers of a batch, all at once; each is what it would be alone, without blanks around it.
+
+        Args:
+            inputs: Of the processor, for one or more conversations.
+            settings: As `generation_config` makes them.
+            stop: Texts that end an answer and are no part of it, beside those of the template.
+            limits: Most tokens of each answer, where they differ.
+
+        Raises:
+            UserError: If the batch does not fit into memory.
+        """
+        ends = [*self.end_texts, *stop]
+        if ends:
+            settings = copy.deepcopy(settings)
+            settings.stop_strings = ends
+        inputs = inputs.to(self.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        tokenizer, length = self.processor.tokenizer, inputs["input_ids"].shape[1]
+        try:
+            with torch.inference_mode():
+                ids = self.model.generate(
+                    **inputs, generation_config=settings, **({"tokenizer": tokenizer} if ends else {})
+                )
+        except torch.OutOfMemoryError as error:
+            count = len(inputs["input_ids"])
+            raise UserError(f"{count} conversations at once need too much memory: lower the batch size") from error
+        rows = ids[:, length:] if limits is None else [row[length:][:n] for row, n in zip(ids, limits, strict=True)]
+        return [_up_to(text, ends) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
     def stream(
         self,
         messages: Messages,
@@ -231,6 +270,11 @@ def check_sampling(*, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: flo
     ):
         if not right:
             raise SamplingError(field, f"is {value!r}, expected {expected}")
+
+
+def _up_to(text: str, ends: Sequence[str]) -> str:
+    answer = AnswerText(ends)
+    return (answer.add(text) + answer.rest()).strip()
 
 
 def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], list[str]]:
