@@ -1,6 +1,8 @@
 """A small model that answers, and pictures."""
 
 import io
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 
 from llava_piip.assembly import assemble
 from llava_piip.serve.generation import ChatModel
+from llava_piip.serve.web_session import WebChat, WebLimits
 
 
 @pytest.fixture
@@ -55,3 +58,80 @@ def model_folder(tiny_entry, language_model_folder, tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+class Stream:
+    """Gives prepared pieces until the stop event; an exception among them is raised, an event is waited for."""
+
+    def __init__(self, pieces, stop_event):
+        self.pieces, self.stop_event, self.finish_reason = pieces, stop_event, None
+
+    def __iter__(self):
+        for piece in self.pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            while isinstance(piece, threading.Event) and not (piece.is_set() or self.stop_event.is_set()):
+                time.sleep(0.005)
+            if self.stop_event.is_set():
+                self.finish_reason = "cancelled"
+                return
+            if isinstance(piece, str):
+                yield piece
+        self.finish_reason = "stop"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+class Answers:
+    """A small model whose answers are prepared; remembers what it was asked."""
+
+    def __init__(self, chat, *answers):
+        self.chat, self.answers, self.asked, self.streams = chat, list(answers), [], []
+        self.processor, self.model, self.context_length = chat.processor, chat.model, chat.context_length
+
+    def stream(self, messages, images, *, stop_event, **settings):
+        self.asked.append([message["content"] for message in messages])
+        self.streams.append(Stream(self.answers.pop(0), stop_event))
+        return self.streams[-1]
+
+
+@pytest.fixture
+def prepared(tiny_chat):
+    """Makes a page's logic with prepared answers, and a visitor."""
+
+    def make(*answers, **limits):
+        web = WebChat(Answers(tiny_chat, *answers), WebLimits(**limits))
+        return web, web.session()
+
+    return make
+
+
+@pytest.fixture
+def files(pictures, tmp_path):
+    """Three pictures in files."""
+    for name, picture in zip("abc", pictures, strict=False):
+        picture.save(tmp_path / f"{name}.png")
+    return [tmp_path / f"{name}.png" for name in "abc"]
+
+
+@pytest.fixture
+def served(files, tmp_path, monkeypatch):
+    """Serves a page; gives its address. Everything in `policy` is small."""
+    pytest.importorskip("gradio", reason="the web page needs gradio")
+    from llava_piip.serve.web_page import build_page, serve_page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.5")
+    pages = []
+
+    def serve(web, port):
+        pages.append(build_page(web, examples=files[:1], title="a <b>model</b>"))
+        return serve_page(pages[-1], web.limits, host="127.0.0.1", port=port, block=False)
+
+    yield serve
+    for page in pages:
+        page.close(verbose=False)

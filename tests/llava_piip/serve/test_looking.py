@@ -1,0 +1,50 @@
+"""What the branches looked at, for the panel of the web page."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_piip.serve.generation import ChatModel
+from llava_piip.serve.looking import look, network_view
+from llava_piip.serve.web_session import WebChat
+from piip_core.errors import UserError
+
+SETTINGS = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0}
+
+
+def answer_of(web, visitor, file):
+    return list(web.ask(visitor, "Well?", [file], SETTINGS))[-1].messages[-1]["content"][-1]["text"]
+
+
+@pytest.mark.parametrize("size", [(64, 48), (37, 211), (300, 300), (5, 7)])
+def test_a_picture_as_the_model_sees_it_is_the_same_to_the_model(tiny_chat, size):
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(values)
+    processor = tiny_chat.processor.image_processor
+    kept = network_view(tiny_chat, picture)
+    assert kept.size == (64, 64)
+    direct, again = (processor(images=[image], return_tensors="pt")["pixel_values"] for image in (picture, kept))
+    assert torch.equal(direct, again)
+
+
+def test_look_draws_branches_and_leaves_the_model_as_it_was(tiny_chat, files):
+    web = WebChat(tiny_chat)
+    visitor = web.session()
+    before = answer_of(web, visitor, files[0])
+    middle, corner = (web.look(visitor, 1, at=place, depth=1.0) for place in (None, (0, 0)))
+    assert middle.attention.width > 2 * middle.attention.height  # the picture and two branches
+    assert middle.sampling is not None and middle.attention.tobytes() != corner.attention.tobytes()
+    assert middle.attention.tobytes() != web.look(visitor, 1, at=None, depth=0.0).attention.tobytes()
+    assert answer_of(web, web.session(), files[0]) == before
+    for number, options, expected in (
+        (2, {"at": None, "depth": 0.5}, "picture 2: the conversation has 1"),
+        (1, {"at": (64, 0), "depth": 0.5}, "outside of the image of 64 x 64"),
+        (1, {"at": None, "depth": 1.5}, "depth=1.5: expected 0 to 1"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            web.look(visitor, number, **options)
+
+
+def test_look_takes_models_in_bfloat16(model_folder, pictures):
+    assert look(ChatModel.load(model_folder, device="cpu"), pictures[0]).attention.width > 0
