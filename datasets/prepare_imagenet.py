@@ -11,21 +11,16 @@ of the validation images. They are not removed. Repeated, the command goes on wh
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+from script_arguments import add_root
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "root",
-        nargs="?",
-        type=Path,
-        default=Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser(),
-        help="folder that holds all data sets (default: $DETECTRON2_DATASETS, here %(default)s)",
-    )
+    add_root(parser)
     parser.add_argument("--archives", type=Path, metavar="DIR", help="folder of the archives, if it is another")
     return parser.parse_args(argv)
 

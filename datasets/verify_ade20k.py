@@ -11,21 +11,15 @@ The exit status is 0 if everything is in order, 1 if something is wrong.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
+
+from script_arguments import add_report_options, add_root, check_report_options, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "root",
-        nargs="?",
-        type=Path,
-        default=Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser(),
-        help="folder that holds all data sets (default: $DETECTRON2_DATASETS, here %(default)s)",
-    )
+    add_root(parser)
     own = parser.add_argument_group("your own data, instead of ADE20K")
     own.add_argument("--images", metavar="DIR", help="folder of images")
     own.add_argument("--labels", metavar="DIR", help="folder of label maps: .png, named as the images")
@@ -33,18 +27,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own.add_argument(
         "--reduce-zero-label", action="store_true", default=None, help="0 is ignored and class k has the value k + 1"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="files read at the same time (default: one per core)")
-    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found, file by file")
-    parser.add_argument("--force", action="store_true", help="let --report replace a file")
-    parser.add_argument("--examples", type=int, default=3, metavar="N", help="shown of each kind (default: 3)")
+    add_report_options(parser)
     args = parser.parse_args(argv)
     own_data = [args.images, args.labels, args.classes]
     if any(own_data) and not all(own_data):
         parser.error("your own data: expected all of --images, --labels and --classes")
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers}: expected at least 1")
-    if args.report is not None and args.report.exists() and not args.force:
-        parser.error(f"{args.report} exists: choose another name, or add --force")
+    check_report_options(parser, args)
     return args
 
 
@@ -64,10 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             found = LabelAudit([audit_label_maps(args.images, args.labels, classes, workers=args.workers)])
         else:
             found = audit_ade20k(args.root, workers=args.workers)
-        print(found.summary(examples=args.examples))
-        if args.report:
-            found.write_json(args.report)
-            print(f"\nReport: {args.report}")
+        tell(found, args)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\nEverything is in order." if found.ok else "\nSomething is wrong, see above.")

@@ -12,32 +12,20 @@ The exit status is 0 if everything is in order, 1 if something is wrong.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
+
+from script_arguments import add_report_options, add_root, check_report_options, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "root",
-        nargs="?",
-        type=Path,
-        default=Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser(),
-        help="folder that holds all data sets (default: $DETECTRON2_DATASETS, here %(default)s)",
-    )
+    add_root(parser)
     parser.add_argument("--images", nargs="+", metavar="DIR", help="your own folders instead of ImageNet")
     parser.add_argument("--count-only", action="store_true", help="count the images of every class, read none")
-    parser.add_argument("--workers", type=int, metavar="N", help="files read at the same time (default: one per core)")
-    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found, file by file")
-    parser.add_argument("--force", action="store_true", help="let --report replace a file")
-    parser.add_argument("--examples", type=int, default=3, metavar="N", help="shown of each kind (default: 3)")
+    add_report_options(parser)
     args = parser.parse_args(argv)
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers}: expected at least 1")
-    if args.report is not None and args.report.exists() and not args.force:
-        parser.error(f"{args.report} exists: choose another name, or add --force")
+    check_report_options(parser, args)
     return args
 
 
@@ -55,10 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             found = audit_classes(parts, decode=not args.count_only, workers=args.workers)
         else:
             found = audit_imagenet(args.root, decode=not args.count_only, workers=args.workers)
-        print(found.summary(examples=args.examples))
-        if args.report:
-            found.write_json(args.report)
-            print(f"\nReport: {args.report}")
+        tell(found, args)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\nEverything is in order." if found.ok else "\nSomething is wrong, see above.")

@@ -16,6 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from script_arguments import add_report_options, check_report_options, tell
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
@@ -27,13 +29,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="how far images are read: not at all (they exist, are not empty and lie in their folder), their header "
         "(default; finds files that are no images), or to the end (finds truncated ones)",
     )
-    common.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: one per core)")
-    common.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found, entry by entry")
+    add_report_options(common)
     common.add_argument(
         "--clean", type=Path, metavar="FILE", help="write the entries without a problem (.json, .jsonl)"
     )
-    common.add_argument("--force", action="store_true", help="let --report and --clean replace files")
-    common.add_argument("--examples", type=int, default=3, metavar="N", help="shown of each kind (default: 3)")
     common.add_argument(
         "--follow-links", action="store_true", help="allow links that lead out of the image folder (that you made)"
     )
@@ -53,13 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="one for all files, or one for each",
     )
     args = parser.parse_args(argv)
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers}: expected at least 1")
     if args.clean and args.what == "files" and len(args.annotations) > 1:
         parser.error(f"--clean {args.clean}: expected a single file in --annotations, not {len(args.annotations)}")
-    for path in (args.report, args.clean):
-        if path is not None and path.exists() and not args.force:
-            parser.error(f"{path} exists: choose another name, or add --force")
+    check_report_options(parser, args, args.clean)
     return args
 
 
@@ -85,10 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             workers=args.workers,
             follow_links=args.follow_links,
         )
-        print(report.summary(examples=args.examples))
-        if args.report:
-            report.write_json(args.report)
-            print(f"\nReport: {args.report}")
+        tell(report, args)
         if args.clean:
             number = write_clean(report, annotations[0], args.clean)
             print(f"\n{args.clean}: {number} of {report.files[0].entries} entries")

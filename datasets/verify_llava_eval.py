@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from script_arguments import add_report_options, check_report_options, tell
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
@@ -27,15 +29,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="header",
         help="how far images are read: not at all, their header (default), or to the end (finds truncated ones)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: one per core)")
-    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found")
-    parser.add_argument("--force", action="store_true", help="let --report replace a file")
-    parser.add_argument("--examples", type=int, default=3, metavar="N", help="shown of each kind (default: 3)")
+    add_report_options(parser)
     args = parser.parse_args(argv)
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers}: expected at least 1")
-    if args.report is not None and args.report.exists() and not args.force:
-        parser.error(f"{args.report} exists: choose another name, or add --force")
+    check_report_options(parser, args)
     return args
 
 
@@ -51,10 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [EIGHT if name == "all" else (find_benchmark(name),) for name in args.benchmarks]
         benchmarks = list(dict.fromkeys(benchmark for group in chosen for benchmark in group))
         report = check_benchmarks(benchmarks, args.root, decode=args.decode, workers=args.workers)
-        print(report.summary(examples=args.examples))
-        if args.report:
-            report.write_json(args.report)
-            print(f"\nReport: {args.report}")
+        tell(report, args)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"\n{report.verdict()}")

@@ -3,6 +3,7 @@
 import importlib.util
 import random
 import socket
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,11 @@ ROOT = Path(__file__).parents[1]
 def _load(folder: str, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"piip_{folder}_{name}", ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / folder))  # as for a script that is started
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 
