@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+
+from piip_core.errors import UserError
 
 from .generation import DTYPES, QUANTIZATIONS, ChatModel
 
-__all__ = ["add_model_arguments", "load_model"]
+__all__ = ["add_model_arguments", "exit_status", "load_model"]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,3 +32,14 @@ def load_model(args: argparse.Namespace) -> ChatModel:
         UserError: As `ChatModel.load`.
     """
     return ChatModel.load(args.model, device=args.device, dtype=args.dtype, quantization=args.load_in)
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """What `run` returns; 2 with a line on standard error for a mistake of the user, 130 for Ctrl-C."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

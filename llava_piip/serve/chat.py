@@ -12,9 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from piip_core.errors import UserError
-
-from .arguments import add_model_arguments, load_model
+from .arguments import add_model_arguments, exit_status, load_model
 from .dialogue import Conversation, open_picture
 from .generation import DEFAULT_NEW_TOKENS, check_sampling
 from .terminal import Terminal
@@ -55,13 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"most tokens of an answer (default {DEFAULT_NEW_TOKENS})",
     )
     args = parser.parse_args(arguments)
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        return 130
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:

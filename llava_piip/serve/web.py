@@ -13,7 +13,7 @@ from pathlib import Path
 
 from piip_core.errors import ConfigError, UserError
 
-from .arguments import add_model_arguments, load_model
+from .arguments import add_model_arguments, exit_status, load_model
 from .web_session import WebChat, WebLimits
 
 __all__ = ["main"]
@@ -52,13 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, help="longest answer that visitors can set")
     parser.add_argument("--max-waiting", type=int, help="questions that wait for their turn; more are refused")
     args = parser.parse_args(arguments)
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        return 130
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
