@@ -29,7 +29,7 @@ from .image_processing import PIIPImageProcessor
 from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel
 from .processing import PIIPLlavaProcessor
 
-__all__ = ["add_image_token", "assemble", "assemble_config", "assemble_processor", "load_tokenizer"]
+__all__ = ["add_image_token", "assemble", "assemble_config", "assemble_processor", "join", "load_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def assemble(
         logger.info(load_pyramid(tower.pyramid, read_checkpoint(path).state, source=path).summary())
     elif pretrained_vision:
         load_pretrained(tower.pyramid)
-    model = _join(config, tower.to(decoder.dtype), decoder)
+    model = join(config, tower.to(decoder.dtype), decoder)
     processor = assemble_processor(config, tokenizer, chat_template=chat_template, pad_to_square=pad_to_square)
     return model, processor
 
@@ -142,10 +142,19 @@ def _load(kind: Any, source: str, **options: Any) -> Any:
         ) from error
 
 
-def _join(
+def join(
     config: PIIPLlavaConfig, tower: PIIPVisionModel, decoder: PreTrainedModel
 ) -> PIIPLlavaForConditionalGeneration:
-    """One model around parts that have their weights; only the projectors are made anew."""
+    """One model around parts that have their weights; only the projectors are made anew.
+
+    Args:
+        config: Of the whole.
+        tower: The vision tower; it goes to the device of the language model.
+        decoder: The language model. Several models can share one.
+
+    Raises:
+        ConfigError: If the language model is not built like Llama or Qwen.
+    """
     head = decoder.get_output_embeddings()
     like_llama = hasattr(decoder.get_decoder(), "embed_tokens") and isinstance(head, nn.Linear) and head.bias is None
     if not like_llama:

@@ -93,7 +93,7 @@ class PIIPLlavaProcessor(ProcessorMixin):
             raise TypeError(f"{', '.join(unknown)}: no such setting; known: {', '.join(sorted(known))}")
         prompts = [text] if isinstance(text, str) else list(text)
         per_prompt = _images_per_prompt(images, prompts)
-        ids = [self._encode(prompt, found) for prompt, found in zip(prompts, per_prompt, strict=True)]
+        ids = [self.encode_prompt(prompt, len(found)) for prompt, found in zip(prompts, per_prompt, strict=True)]
         if max_length is not None:
             for number, row in enumerate(ids, 1):
                 if len(row) > max_length:
@@ -133,18 +133,27 @@ class PIIPLlavaProcessor(ProcessorMixin):
         keep_legacy_setting(self.tokenizer)
         return super().save_pretrained(save_directory, **kwargs)
 
-    def _encode(self, prompt: str, images: Sequence[Any]) -> list[int]:
-        places = prompt.count(IMAGE_TAG) if images else 0
-        if places != len(images):
+    def encode_prompt(self, prompt: str, num_images: int) -> list[int]:
+        """Ids of one prompt, for the case that its pictures need no processing; a call gives the same.
+
+        Args:
+            prompt: With `<image>` where the images are.
+            num_images: How many there are; with none, `<image>` is ordinary text.
+
+        Raises:
+            UserError: If images and places do not match.
+        """
+        places = prompt.count(IMAGE_TAG) if num_images else 0
+        if places != num_images:
             raise UserError(
-                f"a prompt has {places} {IMAGE_TAG} for {len(images)} images: write one where each image belongs"
+                f"a prompt has {places} {IMAGE_TAG} for {num_images} images: write one where each image belongs"
             )
         return encode_prompt(
             self.tokenizer,
             prompt,
             image_token_id=self.image_token_id,
             image_seq_length=self.image_seq_length,
-            has_images=bool(images),
+            has_images=num_images > 0,
         )
 
     @property

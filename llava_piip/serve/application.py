@@ -26,6 +26,7 @@ from piip_core.errors import ConfigError, UserError
 from .engine import Answer, Engine, EngineError
 from .fetching import FetchError, FetchPolicy, ImageFetcher
 from .generation import ContextLengthError, SamplingError
+from .hosts import HostCheck
 from .metrics import Metrics
 from .protocol import ApiError, ChatRequest, Usage, chunk, completion, parse_request
 
@@ -49,17 +50,19 @@ class ServerSettings:
         timeout: Seconds for a request, from its first byte to the end of its answer.
         max_body: Bytes of a request.
         fetch: Which pictures are fetched.
+        allowed_hosts: Hosts that requests may be for beside this machine, see `HostCheck`; None allows any.
 
     Raises:
         ConfigError: For a number that cannot work.
     """
 
     name: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     max_waiting: int = 64
     timeout: float = 120.0
     max_body: int = 32_000_000
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    allowed_hosts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.max_waiting < 0:
@@ -69,13 +72,16 @@ class ServerSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected more than 0")
 
 
-def create_app(engine: Engine, settings: ServerSettings, *, fetcher: ImageFetcher | None = None) -> FastAPI:
+def create_app(
+    engine: Engine, settings: ServerSettings, *, fetcher: ImageFetcher | None = None, metrics: Metrics | None = None
+) -> FastAPI:
     """The application; starts the engine when it starts, and stops it when it ends.
 
     Args:
         engine: Answers.
         settings: Who may ask, and how much.
         fetcher: Gets pictures; by default one that follows `settings.fetch`.
+        metrics: What is counted; by default this application alone.
 
     Raises:
         ConfigError: If the engine has not the places that the pictures of one request need.
@@ -85,7 +91,7 @@ def create_app(engine: Engine, settings: ServerSettings, *, fetcher: ImageFetche
             f"image_places={engine.settings.image_places}: a request may have {settings.fetch.max_images} pictures, "
             "expected places for as many"
         )
-    service = _Service(engine, settings, fetcher or ImageFetcher(settings.fetch))
+    service = _Service(engine, settings, fetcher or ImageFetcher(settings.fetch), metrics or Metrics())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -97,6 +103,8 @@ def create_app(engine: Engine, settings: ServerSettings, *, fetcher: ImageFetche
             service.threads.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="PIIP-LLaVA", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    if settings.allowed_hosts is not None:
+        app.add_middleware(HostCheck, names=settings.allowed_hosts, refuse=_refused_host)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
@@ -111,10 +119,9 @@ def create_app(engine: Engine, settings: ServerSettings, *, fetcher: ImageFetche
 class _Service:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, fetcher: ImageFetcher) -> None:
-        self.engine, self.settings, self.fetcher = engine, settings, fetcher
+    def __init__(self, engine: Engine, settings: ServerSettings, fetcher: ImageFetcher, metrics: Metrics) -> None:
+        self.engine, self.settings, self.fetcher, self.metrics = engine, settings, fetcher, metrics
         self.threads = ThreadPoolExecutor(_FETCHING, "fetch")
-        self.metrics = Metrics()
         self.started = int(time.time())
         self.active = 0
         self.usual_seconds = 1.0
@@ -127,7 +134,7 @@ class _Service:
     async def metrics_text(self, request: Request) -> Response:
         """Prometheus' format."""
         self._check_key(request)
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
         """The one model."""
@@ -374,6 +381,10 @@ def _event(body: dict[str, Any]) -> str:
 
 def _usage(answer: Answer) -> Usage:
     return Usage(answer.prompt_tokens, len(answer.tokens))
+
+
+def _refused_host(status: int, message: str) -> Response:
+    return JSONResponse(ApiError(status, message, param="Host").body, status_code=status)
 
 
 async def _api_error(_: Request, error: Any) -> Response:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from piip_core.errors import UserError
 
 from .generation import DTYPES, QUANTIZATIONS, ChatModel
 
-__all__ = ["add_model_arguments", "exit_status", "load_model"]
+__all__ = ["add_model_arguments", "add_prompt_cache_arguments", "exit_status", "load_model"]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +26,33 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(args: argparse.Namespace) -> ChatModel:
+def add_prompt_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `PromptCache`, for programs that answer one question at a time."""
+    parser.add_argument(
+        "--kept-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of conversations whose keys and values are kept between answers, 0 for none (default: as many as "
+        "the model's context has)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the generation behind the first token, with CUDA graphs on a GPU; the first answer takes long",
+    )
+
+
+def load_model(args: argparse.Namespace, **options: Any) -> ChatModel:
     """Loads the model that the options of `add_model_arguments` name.
+
+    Args:
+        args: With these options.
+        **options: Others of `ChatModel.load`.
 
     Raises:
         UserError: As `ChatModel.load`.
     """
-    return ChatModel.load(args.model, device=args.device, dtype=args.dtype, quantization=args.load_in)
+    return ChatModel.load(args.model, device=args.device, dtype=args.dtype, quantization=args.load_in, **options)
 
 
 def exit_status(run: Callable[[], int]) -> int:

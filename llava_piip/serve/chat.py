@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .arguments import add_model_arguments, exit_status, load_model
+from .arguments import add_model_arguments, add_prompt_cache_arguments, exit_status, load_model
 from .dialogue import Conversation, open_picture
 from .generation import DEFAULT_NEW_TOKENS, check_sampling
 from .terminal import Terminal
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
+    add_prompt_cache_arguments(parser)
     parser.add_argument(
         "--image",
         action="append",
@@ -62,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     conversation = Conversation(args.system)
     conversation.pending = [open_picture(source) for source in args.image]
     print(f"loading {args.model} ...", file=sys.stderr, flush=True)
-    chat = load_model(args)
+    chat = load_model(args, kept_tokens=args.kept_tokens, compiled=args.compile)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     return Terminal(chat, conversation, settings=settings).run()

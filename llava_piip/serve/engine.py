@@ -8,7 +8,6 @@ own, and a hook in front of the model turns them into visual tokens.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -28,12 +27,14 @@ from piip_core.errors import ConfigError
 from ..conversation import Messages
 from .features import FeatureTable, Picture
 from .generation import DEFAULT_NEW_TOKENS, ChatModel
+from .prompt_cache import picture_key
 from .streaming import AnswerText, TokenText
 
 __all__ = ["Answer", "Engine", "EngineError", "EngineSettings", "Sampling"]
 
 FinishReason = Literal["stop", "length"]
 
+DEFAULT_BATCH = 32
 _START_SECONDS = 600.0
 _STOP_SECONDS = 30.0
 
@@ -54,6 +55,8 @@ class EngineSettings:
             that is free on a GPU, and for four full contexts or 8192 tokens on a CPU.
         share_prefixes: Whether prompts that start alike are computed once. Clients who measure times could find out
             whether another one has sent the same picture shortly before.
+        compiled: Whether steps are compiled, by transformers' choice of which: starting takes minutes. CUDA graphs it
+            records by itself, where flash attention is installed.
         threads: That make pixel values of pictures.
 
     Raises:
@@ -64,6 +67,7 @@ class EngineSettings:
     image_places: int = 64
     cache_tokens: int | None = None
     share_prefixes: bool = True
+    compiled: bool = False
     threads: int = 4
 
     def __post_init__(self) -> None:
@@ -104,7 +108,7 @@ class Engine:
     def __init__(self, chat: ChatModel, settings: EngineSettings | None = None) -> None:
         self.chat = chat
         self.settings = settings or EngineSettings()
-        self.max_batch = self.settings.max_batch or (8 if chat.device.type == "cpu" else 32)
+        self.max_batch = self.settings.max_batch or (8 if chat.device.type == "cpu" else DEFAULT_BATCH)
         model = chat.model
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model  # out of peft's wrapper
         self._embedding = self._model.get_input_embeddings()
@@ -183,7 +187,7 @@ class Engine:
         inputs = self.chat.encode(messages, images, max_new_tokens=1 if asked is None else asked)
         ids = inputs["input_ids"][0].tolist()
         config.max_new_tokens = min(config.max_new_tokens, self.chat.context_length - len(ids))
-        keys = [hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest() for image in images]
+        keys = [picture_key(image) for image in images]
         return Answer(self, ids, keys, inputs.get("pixel_values"), config, (*self.chat.end_texts, *sampling.stop))
 
     @asynccontextmanager
@@ -261,6 +265,7 @@ class Engine:
             max_requests_per_batch=self.max_batch,
             max_memory_percent=0.7,  # the vision tower needs some, too
             allow_block_sharing=settings.share_prefixes,
+            default_compile_level=int(settings.compiled),
             per_request_processors=True,
         )
 

@@ -24,9 +24,10 @@ from ..processing import PIIPLlavaProcessor
 from ..train.building import load_trained
 from ..train.checkpointing import FINAL
 from ..train.saving import is_trained_folder
+from .prompt_cache import PromptCache
 from .streaming import AnswerStream, AnswerText
 
-__all__ = ["ChatModel", "ContextLengthError", "SamplingError", "check_sampling"]
+__all__ = ["ChatModel", "ContextLengthError", "SamplingError", "check_sampling", "model_folder"]
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -57,16 +58,27 @@ class ChatModel:
     Args:
         model: A `PIIPLlavaForConditionalGeneration`.
         processor: Its processor.
+        kept_tokens: See `PromptCache`; None for as many as a conversation can have.
+        compiled: See `PromptCache`.
 
     Attributes:
         end_ids: Tokens that end an answer.
         end_texts: Texts that do, with templates that end answers with none of these tokens.
+        prompt_cache: What `stream` keeps of conversations.
     """
 
-    def __init__(self, model: nn.Module, processor: PIIPLlavaProcessor) -> None:
+    def __init__(
+        self, model: nn.Module, processor: PIIPLlavaProcessor, *, kept_tokens: int | None = None, compiled: bool = False
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.end_ids, self.end_texts = _ends(model, processor)
+        self.prompt_cache = PromptCache(
+            model,
+            processor.image_processor,
+            kept_tokens=self.context_length if kept_tokens is None else kept_tokens,
+            compiled=compiled,
+        )
 
     @classmethod
     def load(
@@ -76,6 +88,8 @@ class ChatModel:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         quantization: Quantization | None = None,
+        kept_tokens: int | None = None,
+        compiled: bool = False,
     ) -> ChatModel:
         """Loads what training saved or the converter wrote: a whole model, trained parts, or adapters.
 
@@ -84,6 +98,8 @@ class ChatModel:
             device: Where the model runs; None for the first GPU, or the CPU where there is none.
             dtype: A name in `DTYPES`, or "auto" for the precision of the file.
             quantization: Precision of the language model's linear layers; the vision tower keeps `dtype`.
+            kept_tokens: As for the class.
+            compiled: As for the class.
 
         Raises:
             CheckpointError: If the folder holds no such model.
@@ -93,7 +109,7 @@ class ChatModel:
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise UserError(f"quantization={quantization!r}: expected one of {', '.join(QUANTIZATIONS)}, or none")
         place, precision = _device(device), _dtype(dtype)
-        path = _model_folder(Path(folder))
+        path = model_folder(Path(folder))
         bits = QUANTIZATIONS[quantization] if quantization else 16
         if bits == 8:  # it would say for every layer and token that it casts to float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -106,7 +122,7 @@ class ChatModel:
             model = model.merge_and_unload() if quantization is None else model.get_base_model()
         if quantization is None:
             model.to(place)  # vision tower and projector of trained parts are not placed by the loading
-        return cls(model, processor)
+        return cls(model, processor, kept_tokens=kept_tokens, compiled=compiled)
 
     @property
     def device(self) -> torch.device:
@@ -137,22 +153,28 @@ class ChatModel:
             UserError: If places and images do not match, or the template does not take the messages.
         """
         check_sampling(max_new_tokens=max_new_tokens)
+        prompt = self._render(messages)
+        inputs = self.processor(text=[prompt], images=[list(images)])
+        self._check_length(inputs["input_ids"].shape[1], len(images), max_new_tokens)
+        return inputs.to(self.device)
+
+    def _render(self, messages: Messages) -> str:
         prompt, _ = render_conversation(
             messages,
             chat_template=self.processor.chat_template,
             tokenizer=self.processor.tokenizer,
             add_generation_prompt=True,
         )
-        inputs = self.processor(text=[prompt], images=[list(images)])
-        length = inputs["input_ids"].shape[1]
+        return prompt
+
+    def _check_length(self, length: int, num_images: int, max_new_tokens: int) -> None:
         if length + max_new_tokens > self.context_length:
-            visual = len(images) * self.processor.image_seq_length
+            visual = num_images * self.processor.image_seq_length
             raise ContextLengthError(
-                f"the conversation has {length} tokens ({visual} of {len(images)} images) and the answer may have "
+                f"the conversation has {length} tokens ({visual} of {num_images} images) and the answer may have "
                 f"{max_new_tokens}, the model's context is {self.context_length}: shorten the conversation, give "
                 "fewer images, or lower max_new_tokens; nothing is cut"
             )
-        return inputs.to(self.device)
 
     def generation_config(
         self, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0
@@ -230,6 +252,8 @@ class ChatModel:
     ) -> AnswerStream:
         """Answers the last message. The generation starts at once, in a thread of its own.
 
+        Of a conversation that goes on, only what is new is computed; see `PromptCache`.
+
         Args:
             messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
             images: Those of all messages, in order.
@@ -246,11 +270,13 @@ class ChatModel:
             UserError: As `encode` and `generation_config`.
         """
         settings = self.generation_config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        inputs = self.encode(messages, images, max_new_tokens=max_new_tokens)
+        ids = self.processor.encode_prompt(self._render(messages), len(images))
+        self._check_length(len(ids), len(images), max_new_tokens)
+        pictures = self.prompt_cache.pictures(images)
         return AnswerStream(
-            self.model,
+            self.prompt_cache,
             self.processor.tokenizer,
-            inputs,
+            {"input_ids": torch.tensor([ids], device=self.device), "pictures": pictures},
             settings,
             ends=(*self.end_texts, *stop),
             stop_event=stop_event or threading.Event(),
@@ -296,8 +322,12 @@ def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], l
     return sorted(set(ids)), [end] if end else []
 
 
-def _model_folder(folder: Path) -> Path:
-    """The folder with the files, checked to be one of ours: a mistake would show as a missing key otherwise."""
+def model_folder(folder: Path) -> Path:
+    """The folder with the files, checked to be one of ours: a mistake would show as a missing key otherwise.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
     folder = folder / FINAL if (folder / FINAL).is_dir() else folder
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no folder; expected one that training or the converter wrote")

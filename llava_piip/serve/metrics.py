@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterable, Mapping
 
-__all__ = ["Metrics"]
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+__all__ = ["Metrics", "merge_metrics"]
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -31,6 +36,36 @@ class Metrics:
             "piip_request_seconds", "From the request to the end of its answer", registry=registry, buckets=_SECONDS
         )
 
-    def text(self) -> bytes:
+    async def text(self) -> bytes:
         """All of them in Prometheus' format."""
         return generate_latest(self._registry)
+
+
+def merge_metrics(texts: Mapping[str, str]) -> bytes:
+    """Metrics of several replicas, told apart by the label `replica`.
+
+    Args:
+        texts: Those of each in Prometheus' format, by the replica's name.
+
+    Returns:
+        All of them in Prometheus' format.
+    """
+    families: dict[str, Metric] = {}
+    for replica, text in sorted(texts.items()):
+        for family in text_string_to_metric_families(text):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                merged.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Collected(families.values()))
+    return generate_latest(registry)
+
+
+class _Collected(Collector):
+    """Gives what was collected elsewhere."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    BatchFeature,
     GenerationConfig,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -38,9 +37,9 @@ class AnswerStream(Iterator[str]):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        inputs: BatchFeature,
+        inputs: Mapping[str, Any],
         settings: GenerationConfig,
         *,
         ends: Sequence[str],
@@ -95,7 +94,7 @@ class AnswerStream(Iterator[str]):
         else:
             self.finish_reason = "length" if len(tokens) >= self._settings.max_new_tokens else "cancelled"
 
-    def _generate(self, model: nn.Module, inputs: BatchFeature) -> None:
+    def _generate(self, model: Any, inputs: Mapping[str, Any]) -> None:
         stops = StoppingCriteriaList([_StopEvents(self._cancel, self._done)])
         try:
             with torch.inference_mode():

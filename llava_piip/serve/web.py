@@ -13,12 +13,12 @@ from pathlib import Path
 
 from piip_core.errors import ConfigError, UserError
 
-from .arguments import add_model_arguments, exit_status, load_model
+from .arguments import add_model_arguments, add_prompt_cache_arguments, exit_status, load_model
+from .hosts import is_loopback
 from .web_session import WebChat, WebLimits
 
 __all__ = ["main"]
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EPILOG = """examples:
   python -m llava_piip.serve.web --model output/chat_demo/stage2
   python -m llava_piip.serve.web --model output/piip_llava --load-in 4bit --examples photos
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
+    add_prompt_cache_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default %(default)s")
     parser.add_argument(
@@ -70,8 +71,8 @@ def _run(args: argparse.Namespace) -> int:
     limits = WebLimits(**{name: value for name, value in chosen.items() if value is not None})
     examples = find_examples(args.examples, limits.pictures)
     print(f"loading {args.model} ...", file=sys.stderr, flush=True)
-    chat = WebChat(load_model(args), limits, system=args.system)
-    if args.host not in _LOOPBACK:
+    chat = WebChat(load_model(args, kept_tokens=args.kept_tokens, compiled=args.compile), limits, system=args.system)
+    if not is_loopback(args.host):
         print(f"warning: everybody who reaches {args.host} can use the page; it has no password", file=sys.stderr)
     page = build_page(chat, examples=examples, title=f"PIIP-LLaVA: {Path(args.model).resolve().name}")
     serve_page(page, limits, host=args.host, port=args.port, share=args.share)

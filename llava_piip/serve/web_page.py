@@ -10,12 +10,13 @@ import gradio as gr
 from gradio import processing_utils
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from piip_core.errors import ConfigError, UserError
 
 from .fetching import FetchError, FetchPolicy, decode_image
+from .hosts import HostCheck, is_loopback
 from .web_session import View, WebChat, WebLimits, WebSession
 
 __all__ = ["build_page", "find_examples", "serve_page"]
@@ -176,9 +177,8 @@ def serve_page(
         ConfigError: If nothing can listen there.
     """
     middleware = [Middleware(_SafeHeaders)]
-    if host in ("127.0.0.1", "localhost") and not share:
-        # A page from elsewhere must not get here by a name of its own that it points to this machine
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]))
+    if is_loopback(host) and not share:
+        middleware.append(Middleware(HostCheck, names=(), refuse=_refused_host))
     # Whoever sends a question by hand could name an address in place of an uploaded file
     processing_utils.async_ssrf_protected_get = _fetch_nothing
     try:
@@ -205,6 +205,10 @@ def serve_page(
     if block:
         page.block_thread()
     return address
+
+
+def _refused_host(status: int, _: str) -> Response:
+    return PlainTextResponse("this page is for this machine only", status)
 
 
 def _settings(chat: WebChat) -> list[gr.Slider]:

@@ -1,5 +1,6 @@
 """A small model that answers, and pictures."""
 
+import base64
 import io
 import threading
 import time
@@ -14,17 +15,34 @@ from llava_piip.serve.generation import ChatModel
 from llava_piip.serve.web_session import WebChat, WebLimits
 
 
-@pytest.fixture
-def tiny_chat(tiny_llava):
-    """A small model with random weights, ready to answer; its attention is sharp enough for pictures to matter."""
-    model, processor = tiny_llava
+def _sharpen(model):
+    """Makes the attention of a model with random weights sharp enough for pictures to matter."""
     with torch.no_grad():
         for projection in model.model.multi_modal_projector.projections.values():
             projection.linear_2.weight.mul_(10)
         for layer in model.model.language_model.layers:
             layer.self_attn.q_proj.weight.mul_(5)
             layer.self_attn.o_proj.weight.mul_(5)
+
+
+@pytest.fixture
+def tiny_chat(tiny_llava):
+    """A small model with random weights, ready to answer; its attention is sharp enough for pictures to matter."""
+    model, processor = tiny_llava
+    _sharpen(model)
     return ChatModel(model, processor)
+
+
+@pytest.fixture(scope="module")
+def saved_chat(model_folder, randomize, tmp_path_factory):
+    """One like `tiny_chat` for a whole file of tests, and the folder with it."""
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    chat = ChatModel.load(model_folder, dtype="float32", device="cpu")
+    torch.manual_seed(0)
+    _sharpen(randomize(chat.model))
+    chat.model.save_pretrained(folder)
+    chat.processor.save_pretrained(folder)
+    return chat, folder
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +63,12 @@ def png():
         return file.getvalue()
 
     return write
+
+
+@pytest.fixture(scope="session")
+def data_uri(png):
+    """Writes a picture as a data URI."""
+    return lambda image: "data:image/png;base64," + base64.b64encode(png(image)).decode()
 
 
 @pytest.fixture(scope="session")

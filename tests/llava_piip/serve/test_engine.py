@@ -200,3 +200,9 @@ def test_settings_that_cannot_work(tiny_chat):
         EngineSettings(max_batch=0)
     with pytest.raises(ConfigError, match="image_places=7: a request may have 8 pictures"):
         create_app(Engine(tiny_chat, EngineSettings(image_places=7)), ServerSettings(name="tiny"))
+
+
+def test_steps_are_compiled_where_that_is_asked_for(tiny_chat):
+    # Compiling them takes minutes on a CPU, which is why they are not run here
+    levels = [Engine(tiny_chat, EngineSettings(compiled=on))._batching_config() for on in (False, True)]
+    assert [config.default_compile_level for config in levels] == [0, 1]

@@ -11,6 +11,8 @@ import urllib.request
 import openai
 import pytest
 
+from llava_piip.serve.replicas import RAY_ENVIRONMENT
+from llava_piip.serve.replicas import main as run_replicas
 from llava_piip.serve.server import main
 
 
@@ -75,3 +77,14 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "python -m llava_piip.serve.server --model" in capsys.readouterr().out
+
+
+def test_replicas_say_what_they_need(monkeypatch, capsys):
+    for name, value in RAY_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run_replicas(["--model", "tiny"]) == 2
+    assert ".[serve-ray]" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_replicas(["--help"])
+    assert "serve run llava_piip.serve.deployment:build" in capsys.readouterr().out

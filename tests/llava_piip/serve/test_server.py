@@ -1,7 +1,6 @@
 """The real client of OpenAI against the real server, over a socket."""
 
 import asyncio
-import base64
 import http.client
 import json
 import socket
@@ -48,11 +47,6 @@ def wait_until(condition, seconds=20):
 
 def client(port, key="any"):
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=30)
-
-
-@pytest.fixture
-def data_uri(png):
-    return lambda image: "data:image/png;base64," + base64.b64encode(png(image)).decode()
 
 
 def question(text, *uris):

@@ -71,7 +71,7 @@ def test_the_page_is_for_this_machine_and_loads_nothing_from_elsewhere(prepared,
     code, headers = status(address)
     assert code == 200 and "default-src 'self'" in headers["Content-Security-Policy"]
     assert "https:" not in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
-    assert status(address, Host="rebound.example:7860")[0] == 400
+    assert status(address, Host="rebound.example:7860")[0] == 421
     body = (
         b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         + bytes(2001)
