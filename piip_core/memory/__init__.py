@@ -4,7 +4,7 @@ Activations come from a training step on tensors without data (`DryRun`), parame
 communication from their number and the ZeRO stage (`model_states`).
 """
 
-from .dry_run import Activations, DryRun, Step, backbone_step, squares
+from .dry_run import Activations, AliveStorages, DryRun, Step, backbone_step, squares
 from .report import Estimate, MemoryReport, Setting, estimate_memory, memory_table
 from .states import BUCKET_SIZE, LIVE_PARAMETERS, STAGES, ModelStates, model_states
 
@@ -13,6 +13,7 @@ __all__ = [
     "LIVE_PARAMETERS",
     "STAGES",
     "Activations",
+    "AliveStorages",
     "DryRun",
     "Estimate",
     "MemoryReport",

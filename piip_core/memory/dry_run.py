@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..pyramid import PIIP
 
-__all__ = ["Activations", "DryRun", "Kernels", "Precision", "Step", "backbone_step", "squares"]
+__all__ = ["Activations", "AliveStorages", "DryRun", "Kernels", "Precision", "Step", "backbone_step", "squares"]
 
 Precision = Literal["fp32", "bf16"]
 Kernels = Literal["cuda", "cpu"]
@@ -87,7 +87,7 @@ class DryRun:
         for module in self.model.modules():
             if isinstance(module, PIIP):
                 module.set_grad_checkpointing(checkpointing)
-        tracker = _AliveStorages(self.model)
+        tracker = AliveStorages(self.model)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache_weights)
         with ExitStack() as stack:
             stack.enter_context(_quiet())
@@ -112,8 +112,11 @@ def squares(outputs: Iterable[Tensor]) -> Tensor:
     return sum(output.square().sum() for output in outputs)
 
 
-class _AliveStorages(TorchDispatchMode):
-    """Adds up the storages that operators make, as long as they live.
+class AliveStorages(TorchDispatchMode):
+    """Adds up the storages that operators make, as long as they live; on real tensors as on fake ones.
+
+    Args:
+        model: Its parameters and buffers do not count.
 
     Attributes:
         alive: Bytes now.
