@@ -76,7 +76,7 @@ def operator_extension(cuda: bool):
     arguments = {
         "name": LIBRARY,
         "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        "depends": sorted(glob("csrc/**/*.h", recursive=True)),
+        "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         "define_macros": macros,
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": {"cxx": cxx},

@@ -8,23 +8,29 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "sizes.h"
+
 namespace piip {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Sizes {
-  int64_t batch;
-  int64_t values;  // S, all levels together
-  int64_t heads;
-  int64_t width;  // D, channels per head
-  int64_t queries;
-  int64_t levels;
-  int64_t points;
-};
-
-// The public function in Python explains what is wrong; this keeps direct callers of the operator from reading
+// The public functions in Python explain what is wrong; this keeps direct callers of the operators from reading
 // outside the tensors.
+inline void check_levels(const std::vector<int64_t>& shapes, int64_t levels, int64_t values) {
+  STD_TORCH_CHECK(
+      levels > 0 && static_cast<int64_t>(shapes.size()) == 2 * levels,
+      "deformable attention: the shapes must hold H and W of ", levels, " levels, got ", shapes.size(), " numbers");
+  int64_t covered = 0;
+  for (int64_t level = 0; level < levels; ++level) {
+    const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
+    STD_TORCH_CHECK(height >= 0 && width >= 0, "deformable attention: negative size in the shapes of the levels");
+    covered += height * width;
+  }
+  STD_TORCH_CHECK(
+      covered == values, "deformable attention: the shapes cover ", covered, " rows, value has ", values);
+}
+
 inline Sizes check(
     const Tensor& value,
     const std::vector<int64_t>& spatial_shapes,
@@ -47,18 +53,7 @@ inline Sizes check(
   STD_TORCH_CHECK(
       locations.size(0) == sizes.batch && locations.size(2) == sizes.heads,
       "ms_deform_attn: value and sampling_locations differ in batch or heads");
-  STD_TORCH_CHECK(
-      static_cast<int64_t>(spatial_shapes.size()) == 2 * sizes.levels,
-      "ms_deform_attn: spatial_shapes must hold H and W of ", sizes.levels, " levels, got ", spatial_shapes.size(),
-      " numbers");
-  int64_t covered = 0;
-  for (int64_t level = 0; level < sizes.levels; ++level) {
-    const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
-    STD_TORCH_CHECK(height >= 0 && width >= 0, "ms_deform_attn: negative size in spatial_shapes");
-    covered += height * width;
-  }
-  STD_TORCH_CHECK(
-      covered == sizes.values, "ms_deform_attn: spatial_shapes cover ", covered, " rows, value has ", sizes.values);
+  check_levels(spatial_shapes, sizes.levels, sizes.values);
   const ScalarType computed = value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(
       locations.scalar_type() == computed && weights.scalar_type() == computed,
@@ -66,11 +61,39 @@ inline Sizes check(
   return sizes;
 }
 
+inline Sizes check_grid(
+    const Tensor& value,
+    const std::vector<int64_t>& value_shapes,
+    const std::vector<int64_t>& query_shape,
+    const Tensor& sampling,
+    int64_t points) {
+  STD_TORCH_CHECK(value.dim() == 4, "deform_attn_grid: value must have 4 dimensions (B, S, M, D), got ", value.dim());
+  STD_TORCH_CHECK(
+      query_shape.size() == 2 && query_shape[0] >= 0 && query_shape[1] >= 0,
+      "deform_attn_grid: query_shape must hold Hq and Wq");
+  STD_TORCH_CHECK(points >= 0, "deform_attn_grid: num_points is negative");
+  const Sizes sizes{
+      value.size(0), value.size(1), value.size(2), value.size(3),
+      query_shape[0] * query_shape[1], static_cast<int64_t>(value_shapes.size() / 2), points};
+  check_levels(value_shapes, sizes.levels, sizes.values);
+  STD_TORCH_CHECK(
+      sampling.dim() == 3 && sampling.size(0) == sizes.batch && sampling.size(1) == sizes.queries &&
+          sampling.size(2) == 3 * sizes.heads * sizes.levels * points,
+      "deform_attn_grid: sampling must have the shape (B, Hq * Wq, 3 * M * L * P)");
+  const ScalarType dtype = sampling.scalar_type();
+  STD_TORCH_CHECK(
+      value.scalar_type() == ScalarType::Double
+          ? dtype == ScalarType::Double
+          : dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+      "deform_attn_grid: sampling must be float32, float16 or bfloat16, or float64 with float64 values");
+  return sizes;
+}
+
 inline void check_grad_output(const Tensor& grad_output, const Tensor& value, const Sizes& sizes) {
   STD_TORCH_CHECK(
       grad_output.dim() == 3 && grad_output.size(0) == sizes.batch && grad_output.size(1) == sizes.queries &&
           grad_output.size(2) == sizes.heads * sizes.width && grad_output.scalar_type() == value.scalar_type(),
-      "ms_deform_attn_backward: grad_output must have the shape (B, Q, M * D) and dtype of the output");
+      "deformable attention: grad_output must have the shape (B, Q, M * D) and dtype of the output");
 }
 
 }  // namespace piip

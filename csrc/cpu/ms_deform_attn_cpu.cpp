@@ -1,4 +1,5 @@
-// CPU side of the operator: chooses the kernels for this processor, and cuts the work for PyTorch's thread pool.
+// CPU side of the operators: chooses the kernels for this processor, and cuts the work for PyTorch's thread pool.
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <string>
@@ -15,7 +16,6 @@ namespace {
 
 template <typename T>
 struct Kernels {
-  decltype(&portable::pack<T>) pack;
   decltype(&portable::forward<T>) forward;
   decltype(&portable::backward<T>) backward;
 };
@@ -61,13 +61,13 @@ template <typename T>
 Kernels<T> kernels() {
 #if defined(__x86_64__)
   if (capability() == Capability::kAvx512) {
-    return {&avx512::pack<T>, &avx512::forward<T>, &avx512::backward<T>};
+    return {&avx512::forward<T>, &avx512::backward<T>};
   }
   if (capability() == Capability::kAvx2) {
-    return {&avx2::pack<T>, &avx2::forward<T>, &avx2::backward<T>};
+    return {&avx2::forward<T>, &avx2::backward<T>};
   }
 #endif
-  return {&portable::pack<T>, &portable::forward<T>, &portable::backward<T>};
+  return {&portable::forward<T>, &portable::backward<T>};
 }
 
 // Calls f with a null pointer to the element type of the kernels for this dtype.
@@ -87,54 +87,151 @@ void dispatch(ScalarType dtype, const F& f) {
   }
 }
 
+Type type_of(const Tensor& sampling) {
+  switch (sampling.scalar_type()) {
+    case ScalarType::Double:
+      return Type::kDouble;
+    case ScalarType::Half:
+      return Type::kHalf;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    default:
+      return Type::kFloat;
+  }
+}
+
+Sampling given_sampling(const Sizes& s, const Tensor& locations, const Tensor& weights) {
+  const int64_t samples = s.heads * s.levels * s.points;
+  return {type_of(locations), locations.const_data_ptr(), weights.const_data_ptr(), 2 * samples, samples, false, 0, 0};
+}
+
+// Where the logits begin in each query's part of `sampling`, or their gradients in its gradient.
+template <typename Byte, typename Void>
+Void* logits(const Sizes& s, const Tensor& sampling, Void* data) {
+  return static_cast<Byte*>(data) + 2 * s.heads * s.levels * s.points * sampling.element_size();
+}
+
+Sampling grid_sampling(const Sizes& s, const std::vector<int64_t>& query_shape, const Tensor& sampling) {
+  const void* const data = sampling.const_data_ptr();
+  const int64_t step = 3 * s.heads * s.levels * s.points;
+  return {
+      type_of(sampling), data, logits<const char>(s, sampling, data), step, step, true, query_shape[0], query_shape[1]};
+}
+
+// The number of threads the work is worth: a step is about one multiply-add.
+int64_t threads_for(int64_t steps) {
+  constexpr int64_t kStepsPerThread = 1 << 16;
+  return std::min<int64_t>(torch::stable::get_num_threads(), steps / kStepsPerThread + 1);
+}
+
+// How many heads to take at a time. Their samples of one query should fill a cache line (16 floats), or every line is
+// fetched more than once; but no thread should have more to do than needed.
+int64_t heads_at_a_time(const Sizes& s, int64_t threads) {
+  const int64_t filling = std::clamp<int64_t>(16 / std::max<int64_t>(1, s.levels * s.points), 1, s.heads);
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t heads = filling; heads > 0; --heads) {
+    const int64_t groups = s.batch * ((s.heads + heads - 1) / heads);
+    const int64_t most = (groups + threads - 1) / threads * heads;
+    if (most < least) {
+      best = heads;
+      least = most;
+    }
+  }
+  return best;
+}
+
 template <typename T>
 Call<T> make_call(
-    const Sizes& sizes,
+    const Sizes& s,
     const std::vector<int64_t>& spatial_shapes,
     const Tensor& value,
-    const Tensor& locations,
-    const Tensor& weights) {
-  using A = typename Call<T>::A;
+    const Sampling& sampling,
+    int64_t threads) {
   Call<T> call{};
-  call.batch = sizes.batch;
-  call.values = sizes.values;
-  call.heads = sizes.heads;
-  call.width = sizes.width;
-  call.queries = sizes.queries;
-  call.levels = sizes.levels;
-  call.points = sizes.points;
+  call.batch = s.batch;
+  call.values = s.values;
+  call.heads = s.heads;
+  call.width = s.width;
+  call.queries = s.queries;
+  call.levels = s.levels;
+  call.points = s.points;
   call.spatial_shapes = spatial_shapes.data();
   call.value = static_cast<const T*>(value.const_data_ptr());
-  call.locations = static_cast<const A*>(locations.const_data_ptr());
-  call.weights = static_cast<const A*>(weights.const_data_ptr());
+  call.sampling = sampling;
+  call.heads_at_a_time = heads_at_a_time(s, threads);
+  // Where there are more threads than heads, several share a head. Each packs it for itself.
+  call.query_parts = std::max<int64_t>(1, threads / (s.batch * s.heads));
   return call;
 }
 
-Sizes check_cpu(
-    const Tensor& value,
-    const std::vector<int64_t>& spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights) {
-  const Sizes sizes = check(value, spatial_shapes, locations, weights);
-  STD_TORCH_CHECK(
-      sizes.values < std::numeric_limits<int32_t>::max(), "ms_deform_attn: more than 2^31 - 2 values per image");
-  return sizes;
-}
-
-// Runs f(begin, end) over [0, count) on as many threads as the work is worth: a step is about one multiply-add.
 template <typename F>
-void parallel(int64_t count, int64_t steps_each, const F& f) {
-  constexpr int64_t kStepsPerThread = 1 << 16;
-  torch::stable::parallel_for(0, count, kStepsPerThread / (steps_each + 1) + 1, f);
+void parallel(int64_t count, int64_t threads, const F& f) {
+  torch::stable::parallel_for(0, count, (count + threads - 1) / threads, f);
 }
 
-// Scratch for packed rows, of the dtype sums are kept in.
-Tensor new_rows(const Sizes& s, const Tensor& locations) {
-  return torch::stable::new_empty(locations, {s.batch, s.heads, s.values + 1, padded_width(s.width)});
+int64_t steps(const Sizes& s) {
+  return s.batch * s.heads * (4 * s.queries * s.levels * s.points + s.values) * padded_width(s.width);
 }
 
-int64_t steps_per_query_and_head(const Sizes& s) {
-  return 4 * s.levels * s.points * padded_width(s.width);
+// Places in a map are counted in 32 bits.
+void check_map(const Sizes& s, const std::vector<int64_t>& spatial_shapes) {
+  int64_t pixels = 0;
+  for (int64_t level = 0; level < s.levels; ++level) {
+    pixels += packed_pixels(spatial_shapes[2 * level], spatial_shapes[2 * level + 1]);
+  }
+  STD_TORCH_CHECK(
+      pixels < std::numeric_limits<int32_t>::max() / padded_width(s.width + 1),
+      "deformable attention: one head of one image has 2^31 values or more");
+}
+
+Tensor run_forward(
+    const Sizes& s, const std::vector<int64_t>& spatial_shapes, const Tensor& value, const Sampling& sampling) {
+  check_map(s, spatial_shapes);
+  Tensor output = torch::stable::new_empty(value, {s.batch, s.queries, s.heads * s.width});
+  if (output.numel() == 0) {
+    return output;
+  }
+  dispatch(value.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t threads = threads_for(steps(s));
+    Call<T> call = make_call<T>(s, spatial_shapes, value, sampling, threads);
+    call.output = static_cast<T*>(output.mutable_data_ptr());
+    const Kernels<T> run = kernels<T>();
+    parallel(s.batch * call.groups() * call.query_parts, threads, [&](int64_t begin, int64_t end) {
+      run.forward(call, begin, end);
+    });
+  });
+  return output;
+}
+
+// Returns the gradient of value, and writes the others.
+Tensor run_backward(
+    const Sizes& s,
+    const std::vector<int64_t>& spatial_shapes,
+    const Tensor& grad_output_,
+    const Tensor& value,
+    const Sampling& sampling,
+    void* grad_locations,
+    void* grad_weights) {
+  check_map(s, spatial_shapes);
+  check_grad_output(grad_output_, value, s);
+  const Tensor grad_output = torch::stable::contiguous(grad_output_);
+  Tensor grad_value = torch::stable::new_empty(value, value.sizes());
+  if (s.batch * s.heads == 0) {
+    return grad_value;
+  }
+  dispatch(value.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t threads = threads_for(3 * steps(s));
+    Call<T> call = make_call<T>(s, spatial_shapes, value, sampling, threads);
+    call.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
+    call.grad_value = static_cast<T*>(grad_value.mutable_data_ptr());
+    call.grad_locations = grad_locations;
+    call.grad_weights = grad_weights;
+    const Kernels<T> run = kernels<T>();
+    parallel(s.batch * call.groups(), threads, [&](int64_t begin, int64_t end) { run.backward(call, begin, end); });
+  });
+  return grad_value;
 }
 
 Tensor forward(
@@ -142,66 +239,57 @@ Tensor forward(
     const std::vector<int64_t>& spatial_shapes,
     const Tensor& locations_,
     const Tensor& weights_) {
-  const Sizes s = check_cpu(value_, spatial_shapes, locations_, weights_);
+  const Sizes s = check(value_, spatial_shapes, locations_, weights_);
   const Tensor value = torch::stable::contiguous(value_), locations = torch::stable::contiguous(locations_),
                weights = torch::stable::contiguous(weights_);
-  Tensor output = torch::stable::new_empty(value, {s.batch, s.queries, s.heads * s.width});
-  if (output.numel() == 0) {
-    return output;
-  }
-  const Tensor rows = new_rows(s, locations);
-  dispatch(value.scalar_type(), [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    Call<T> call = make_call<T>(s, spatial_shapes, value, locations, weights);
-    call.output = static_cast<T*>(output.mutable_data_ptr());
-    call.rows = static_cast<typename Call<T>::A*>(rows.mutable_data_ptr());
-    const Kernels<T> run = kernels<T>();
-    parallel(s.batch * (s.values + 1), s.heads * s.width, [&](int64_t begin, int64_t end) {
-      run.pack(call, begin, end);
-    });
-    parallel(s.batch * s.queries, s.heads * steps_per_query_and_head(s), [&](int64_t begin, int64_t end) {
-      run.forward(call, begin, end);
-    });
-  });
-  return output;
+  return run_forward(s, spatial_shapes, value, given_sampling(s, locations, weights));
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_output_,
+    const Tensor& grad_output,
     const Tensor& value_,
     const std::vector<int64_t>& spatial_shapes,
     const Tensor& locations_,
-    const Tensor& weights_) {
-  const Sizes s = check_cpu(value_, spatial_shapes, locations_, weights_);
-  check_grad_output(grad_output_, value_, s);
+    const Tensor& weights_,
+    bool /* deterministic */) {
+  const Sizes s = check(value_, spatial_shapes, locations_, weights_);
   const Tensor value = torch::stable::contiguous(value_), locations = torch::stable::contiguous(locations_),
-               weights = torch::stable::contiguous(weights_), grad_output = torch::stable::contiguous(grad_output_);
-  Tensor grad_value = torch::stable::new_empty(value, value.sizes());
+               weights = torch::stable::contiguous(weights_);
   Tensor grad_locations = torch::stable::new_empty(locations, locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(weights, weights.sizes());
-  if (s.batch * s.heads == 0) {
-    return {grad_value, grad_locations, grad_weights};
-  }
-  const Tensor rows = new_rows(s, locations), grad_rows = new_rows(s, locations);
-  dispatch(value.scalar_type(), [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    using A = typename Call<T>::A;
-    Call<T> call = make_call<T>(s, spatial_shapes, value, locations, weights);
-    call.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
-    call.grad_value = static_cast<T*>(grad_value.mutable_data_ptr());
-    call.grad_locations = static_cast<A*>(grad_locations.mutable_data_ptr());
-    call.grad_weights = static_cast<A*>(grad_weights.mutable_data_ptr());
-    call.rows = static_cast<A*>(rows.mutable_data_ptr());
-    call.grad_rows = static_cast<A*>(grad_rows.mutable_data_ptr());
-    const Kernels<T> run = kernels<T>();
-    parallel(s.batch * (s.values + 1), s.heads * s.width, [&](int64_t begin, int64_t end) {
-      run.pack(call, begin, end);
-    });
-    parallel(s.batch * s.heads, 3 * s.queries * steps_per_query_and_head(s), [&](int64_t begin, int64_t end) {
-      run.backward(call, begin, end);
-    });
-  });
+  Tensor grad_value = run_backward(
+      s, spatial_shapes, grad_output, value, given_sampling(s, locations, weights), grad_locations.mutable_data_ptr(),
+      grad_weights.mutable_data_ptr());
   return {grad_value, grad_locations, grad_weights};
+}
+
+Tensor grid_forward(
+    const Tensor& value_,
+    const std::vector<int64_t>& value_shapes,
+    const std::vector<int64_t>& query_shape,
+    const Tensor& sampling_,
+    int64_t points) {
+  const Sizes s = check_grid(value_, value_shapes, query_shape, sampling_, points);
+  const Tensor value = torch::stable::contiguous(value_), sampling = torch::stable::contiguous(sampling_);
+  return run_forward(s, value_shapes, value, grid_sampling(s, query_shape, sampling));
+}
+
+std::tuple<Tensor, Tensor> grid_backward(
+    const Tensor& grad_output,
+    const Tensor& value_,
+    const std::vector<int64_t>& value_shapes,
+    const std::vector<int64_t>& query_shape,
+    const Tensor& sampling_,
+    int64_t points,
+    bool /* deterministic */) {
+  const Sizes s = check_grid(value_, value_shapes, query_shape, sampling_, points);
+  const Tensor value = torch::stable::contiguous(value_), sampling = torch::stable::contiguous(sampling_);
+  Tensor grad_sampling = torch::stable::new_empty(sampling, sampling.sizes());
+  void* const grad = grad_sampling.mutable_data_ptr();
+  Tensor grad_value = run_backward(
+      s, value_shapes, grad_output, value, grid_sampling(s, query_shape, sampling), grad,
+      logits<char>(s, grad_sampling, grad));
+  return {grad_value, grad_sampling};
 }
 
 }  // namespace
@@ -210,6 +298,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY_IMPL(piip, CPU, m) {
   m.impl("ms_deform_attn", TORCH_BOX(&piip::cpu::forward));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&piip::cpu::backward));
+  m.impl("deform_attn_grid", TORCH_BOX(&piip::cpu::grid_forward));
+  m.impl("deform_attn_grid_backward", TORCH_BOX(&piip::cpu::grid_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(piip, CompositeExplicitAutograd, m) {

@@ -3,177 +3,234 @@
 
 constexpr int64_t kBlock = 256;  // samples located at a time: enough to fill vectors, little enough for the L1 cache
 
-inline int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-// Uninitialised, aligned memory.
-template <typename A>
-struct Array {
-  explicit Array(int64_t size) : data(static_cast<A*>(operator new(size * sizeof(A), kAlign))) {}
-  ~Array() {
-    operator delete(data, kAlign);
-  }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  A* const data;
-  static constexpr std::align_val_t kAlign{64};
-};
-
-// The samples that a few queries take with the heads [first_head, first_head + heads), as structure of arrays.
+// The samples that a few queries take with the heads [first_head, first_head + heads), as structure of arrays. The
+// arrays have some elements more than samples, so that the last vector need not be full.
 template <typename T>
 struct Samples {
-  using A = typename Call<T>::A;
+  using A = typename Accumulate<T>::type;
+  static constexpr int64_t kSlack = 2 * kWide<A>;
 
-  Samples(const Call<T>& call_, int64_t first_head_, int64_t heads_)
-      : call(call_),
+  Samples(const Map<T>& map, int64_t first_head_, int64_t heads_)
+      : call(map.call),
         first_head(first_head_),
         heads(heads_),
+        padded(map.padded),
         per_head(call.levels * call.points),
         per_query(heads * per_head),
         queries(per_query >= kBlock ? 1 : per_query ? kBlock / per_query : kBlock),
-        capacity(queries * per_query),
-        floats(13 * capacity),
-        ints(7 * capacity) {
-    for (int i = 0; i < 4; ++i) {
-      corner[i] = floats.data + (5 + i) * capacity;
-      product[i] = floats.data + (9 + i) * capacity;
-      row[i] = ints.data + (3 + i) * capacity;
-    }
-    for (int64_t sample = 0; sample < capacity; ++sample) {
+        capacity((queries * per_query / kWide<A> + 1) * kWide<A> + kSlack),
+        floats(16 * capacity),
+        ints(4 * capacity) {
+    clear(floats.data, 16 * capacity);
+    clear(ints.data, 4 * capacity);
+    for (int64_t sample = 0; sample < queries * per_query; ++sample) {
       const int64_t level = sample % per_head / call.points;
-      int64_t first = 0;
+      int64_t pixel = 0;
       for (int64_t before = 0; before < level; ++before) {
-        first += call.spatial_shapes[2 * before] * call.spatial_shapes[2 * before + 1];
+        pixel += packed_pixels(call.spatial_shapes[2 * before], call.spatial_shapes[2 * before + 1]);
       }
-      start[sample] = static_cast<int32_t>(first);
-      level_height[sample] = lines[sample] = static_cast<int32_t>(call.spatial_shapes[2 * level]);
-      level_width[sample] = columns[sample] = static_cast<int32_t>(call.spatial_shapes[2 * level + 1]);
+      const int64_t height = call.spatial_shapes[2 * level], width = call.spatial_shapes[2 * level + 1];
+      level_width[sample] = static_cast<A>(width);
+      level_height[sample] = static_cast<A>(height);
+      scale_x[sample] = call.sampling.grid ? A(1) : level_width[sample];
+      scale_y[sample] = call.sampling.grid ? A(1) : level_height[sample];
+      origin[sample] = static_cast<int32_t>((pixel + width + 2) * padded);
+      line_step[sample] = static_cast<int32_t>((width + 1) * padded);
     }
-  }
-
-  // Where the samples of one query (of all images) begin in tensors that have one element per sample.
-  int64_t offset(int64_t query) const {
-    return (query * call.heads + first_head) * per_head;
   }
 
   const Call<T>& call;
-  const int64_t first_head, heads, per_head, per_query;
-  const int64_t queries, capacity;  // so many queries, or samples, in a block
+  const int64_t first_head, heads, padded, per_head, per_query;
+  const int64_t sampling_bytes = call.sampling.type == Type::kDouble ? 8 : call.sampling.type == Type::kFloat ? 4 : 2;
+  const int64_t queries, capacity;  // so many queries, or samples and slack, in a block
   const Array<A> floats;
   const Array<int32_t> ints;
-  // Of the sample's level:
+  // Of the sample's level: its size, what turns a location or an offset into pixels, where its first pixel is in the
+  // map, from there to the next line.
   A* const level_width = floats.data;
   A* const level_height = floats.data + capacity;
-  int32_t* const columns = ints.data;
-  int32_t* const lines = ints.data + capacity;
-  int32_t* const start = ints.data + 2 * capacity;
-  // Normalised location, after locate() the fractions within the pixel, after finish_gradients() its gradient:
-  A* const x = floats.data + 2 * capacity;
-  A* const y = floats.data + 3 * capacity;
-  // Attention weight, after finish_gradients() its gradient:
-  A* const weight = floats.data + 4 * capacity;
-  // Of the four corners (top left, top right, bottom left, bottom right):
-  A* corner[4];     // weight times bilinear factor
-  A* product[4];    // backward: gradient of the output times value
-  int32_t* row[4];  // which packed row
+  A* const scale_x = floats.data + 2 * capacity;
+  A* const scale_y = floats.data + 3 * capacity;
+  int32_t* const origin = ints.data;
+  int32_t* const line_step = ints.data + capacity;
+  // Position in pixels from the centre of the level's first one; after locate() from the centre of the sample's upper
+  // left pixel; after finish_gradients() its gradient:
+  A* const x = floats.data + 4 * capacity;
+  A* const y = floats.data + 5 * capacity;
+  A* const weight = floats.data + 6 * capacity;
+  A* const grad_weight = floats.data + 7 * capacity;
+  // Four of each sample, for its pixels (top left, top right, bottom left, bottom right):
+  A* const corner = floats.data + 8 * capacity;    // weight times bilinear factor
+  A* const product = floats.data + 12 * capacity;  // backward: gradient of the output times value
+  // Where the upper and the lower left pixel are in the map:
+  int32_t* const top = ints.data + 2 * capacity;
+  int32_t* const bottom = ints.data + 3 * capacity;
 };
 
-// Copies locations and weights of `count` queries from `first` on (counted over all images).
+// What read_block will read of a query.
 template <typename T>
+PIIP_INLINE void prefetch_sampling(const Samples<T>& s, int64_t query) {
+  const Sampling& from = s.call.sampling;
+  const int64_t offset = s.first_head * s.per_head, bytes = s.sampling_bytes;
+  prefetch(
+      static_cast<const char*>(from.locations) + (query * from.locations_step + 2 * offset) * bytes,
+      2 * s.per_query * bytes);
+  prefetch(static_cast<const char*>(from.weights) + (query * from.weights_step + offset) * bytes, s.per_query * bytes);
+}
+
+// `from`, or where reading `ahead` elements would go beyond `end`, a copy of the first `size` in `buffer`.
+template <typename U>
+PIIP_INLINE const U* readable(const U* from, int64_t size, int64_t ahead, const U* end, U* buffer) {
+  if (ahead <= end - from) {
+    return from;
+  }
+  __builtin_memcpy(buffer, from, size * sizeof(U));
+  return buffer;
+}
+
+// Reads positions and weights (or logits) of `count` queries from `first` on (counted over all images).
+template <typename U, typename T>
 PIIP_TARGET void read_samples(Samples<T>& s, int64_t first, int64_t count) {
-  using A = typename Call<T>::A;
+  using A = typename Samples<T>::A;
+  using V = Vec<A, kWide<A>>;
+  const Call<T>& call = s.call;
+  const int64_t all_queries = call.batch * call.queries, offset = s.first_head * s.per_head, size = s.per_query;
+  const U* const locations = static_cast<const U*>(call.sampling.locations);
+  const U* const weights = static_cast<const U*>(call.sampling.weights);
+  const U* const weights_end = weights + (all_queries - 1) * call.sampling.weights_step + call.heads * s.per_head;
+  const U* const locations_end =
+      call.sampling.grid ? weights_end : locations + all_queries * call.sampling.locations_step;
+  const int64_t ahead = (size + kWide<A> - 1) / kWide<A> * kWide<A>;
+  U* const buffer = reinterpret_cast<U*>(s.corner);  // not in use yet
+  const bool grid = call.sampling.grid;
+  const A grid_width = static_cast<A>(call.sampling.grid_width), grid_height = static_cast<A>(call.sampling.grid_height);
+  int64_t column = grid ? first % call.queries % call.sampling.grid_width : 0;
+  int64_t line = grid ? first % call.queries / call.sampling.grid_width : 0;
   for (int64_t query = 0; query < count; ++query) {
-    const A* location = s.call.locations + 2 * s.offset(first + query);
-    const A* weight = s.call.weights + s.offset(first + query);
-    A* x = s.x + query * s.per_query;
-    A* y = s.y + query * s.per_query;
-    A* w = s.weight + query * s.per_query;
-    PIIP_INDEPENDENT
-    for (int64_t sample = 0; sample < s.per_query; ++sample) {
-      x[sample] = location[2 * sample];
-      y[sample] = location[2 * sample + 1];
-      w[sample] = weight[sample];
+    const U* location = locations + (first + query) * call.sampling.locations_step + 2 * offset;
+    const U* weight = weights + (first + query) * call.sampling.weights_step + offset;
+    location = readable(location, 2 * size, 2 * ahead, locations_end, buffer);
+    weight = readable(weight, size, ahead, weights_end, buffer + 2 * s.capacity);
+    // Of the reference point, in units of the level's size.
+    const A centre_x = grid ? (static_cast<A>(column) + A(0.5)) / grid_width : A(0);
+    const A centre_y = grid ? (static_cast<A>(line) + A(0.5)) / grid_height : A(0);
+    if (grid && ++column == call.sampling.grid_width) {
+      column = 0;
+      ++line;
+    }
+    A *x = s.x + query * size, *y = s.y + query * size, *w = s.weight + query * size;
+    for (int64_t i = 0; i < size; i += kWide<A>) {
+      V vx, vy;
+      split_pairs(
+          load<kWide<A>>(location + 2 * i), load<kWide<A>>(location + 2 * i + kWide<A>), vx, vy, LanesUpTo<kWide<A>>{});
+      write(x + i, vx * read<V>(s.scale_x + i) + (centre_x * read<V>(s.level_width + i) - A(0.5)));
+      write(y + i, vy * read<V>(s.scale_y + i) + (centre_y * read<V>(s.level_height + i) - A(0.5)));
+      write(w + i, load<kWide<A>>(weight + i));
     }
   }
 }
 
-// From locations to rows, fractions and weights of the four corners. Free of branches, so that it vectorises.
+template <typename T>
+PIIP_TARGET void read_block(Samples<T>& s, int64_t first, int64_t count) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    read_samples<double>(s, first, count);
+  } else if (s.call.sampling.type == Type::kFloat) {
+    read_samples<float>(s, first, count);
+  } else if (s.call.sampling.type == Type::kHalf) {
+    read_samples<HalfBits>(s, first, count);
+  } else {
+    read_samples<BFloat16Bits>(s, first, count);
+  }
+  if (s.call.sampling.grid) {
+    softmax(s.weight, count * s.per_query, s.per_head);
+  }
+}
+
+// From positions to pixels, and the weights of the four. Free of branches, so that it vectorises.
 template <typename T>
 PIIP_TARGET void locate(Samples<T>& s, int64_t samples) {
-  using A = typename Call<T>::A;
-  const int32_t outside = static_cast<int32_t>(s.call.values);
-  const A* level_width = s.level_width;
-  const A* level_height = s.level_height;
-  const A* weight = s.weight;
-  const int32_t* columns = s.columns;
-  const int32_t* lines = s.lines;
-  const int32_t* start = s.start;
-  A *px = s.x, *py = s.y;
-  A *c0 = s.corner[0], *c1 = s.corner[1], *c2 = s.corner[2], *c3 = s.corner[3];
-  int32_t *r0 = s.row[0], *r1 = s.row[1], *r2 = s.row[2], *r3 = s.row[3];
+  using A = typename Samples<T>::A;
+  const A *level_width = s.level_width, *level_height = s.level_height, *weight = s.weight;
+  const int32_t *origin = s.origin, *line_step = s.line_step;
+  const int32_t padded = static_cast<int32_t>(s.padded);
+  A *px = s.x, *py = s.y, *corner = s.corner;
+  int32_t *top = s.top, *bottom = s.bottom;
   PIIP_INDEPENDENT
   for (int64_t i = 0; i < samples; ++i) {
-    A x = px[i] * level_width[i] - A(0.5);
-    A y = py[i] * level_height[i] - A(0.5);
-    // Written so that NaN is outside. What is outside moves to 0, where the conversion to integers is defined.
+    A x = px[i], y = py[i];
+    // Written so that NaN is outside. What is outside reads the zeros below the level.
     const bool inside = (x > A(-1)) & (x < level_width[i]) & (y > A(-1)) & (y < level_height[i]);
-    x = inside ? x : A(0);
-    y = inside ? y : A(0);
+    x = inside ? x : A(-1);
+    y = inside ? y : level_height[i];
     int32_t column = static_cast<int32_t>(x), line = static_cast<int32_t>(y);
     column -= static_cast<A>(column) > x;  // floor
     line -= static_cast<A>(line) > y;
     const A fx = x - static_cast<A>(column), fy = y - static_cast<A>(line);
-    const bool left = inside & (column >= 0), right = inside & (column + 1 < columns[i]);
-    const bool top = line >= 0, bottom = line + 1 < lines[i];
-    const int32_t row = start[i] + line * columns[i] + column;
-    r0[i] = (left & top) ? row : outside;
-    r1[i] = (right & top) ? row + 1 : outside;
-    r2[i] = (left & bottom) ? row + columns[i] : outside;
-    r3[i] = (right & bottom) ? row + columns[i] + 1 : outside;
+    const int32_t pixel = origin[i] + line * line_step[i] + column * padded;
+    top[i] = pixel;
+    bottom[i] = pixel + line_step[i];
     const A upper = weight[i] * (A(1) - fy), lower = weight[i] * fy;
-    c0[i] = upper * (A(1) - fx);
-    c1[i] = upper * fx;
-    c2[i] = lower * (A(1) - fx);
-    c3[i] = lower * fx;
+    corner[4 * i] = upper * (A(1) - fx);
+    corner[4 * i + 1] = upper * fx;
+    corner[4 * i + 2] = lower * (A(1) - fx);
+    corner[4 * i + 3] = lower * fx;
     px[i] = fx;
     py[i] = fy;
   }
 }
 
-// From the products to the gradients of locations and weights.
+// From the products to the gradients of locations and weights, or of offsets and logits.
 template <typename T>
 PIIP_TARGET void finish_gradients(Samples<T>& s, int64_t samples) {
-  using A = typename Call<T>::A;
-  A *weight = s.weight, *x = s.x, *y = s.y;
-  const A *p0 = s.product[0], *p1 = s.product[1];
-  const A *p2 = s.product[2], *p3 = s.product[3];
-  const A *level_width = s.level_width, *level_height = s.level_height;
+  using A = typename Samples<T>::A;
+  const A *weight = s.weight, *product = s.product, *scale_x = s.scale_x, *scale_y = s.scale_y;
+  A *x = s.x, *y = s.y, *grad_weight = s.grad_weight;
   PIIP_INDEPENDENT
   for (int64_t i = 0; i < samples; ++i) {
-    const A fx = x[i], fy = y[i];
-    const A upper = p0[i] + fx * (p1[i] - p0[i]), lower = p2[i] + fx * (p3[i] - p2[i]);
-    x[i] = weight[i] * level_width[i] * ((A(1) - fy) * (p1[i] - p0[i]) + fy * (p3[i] - p2[i]));
-    y[i] = weight[i] * level_height[i] * (lower - upper);
-    weight[i] = upper + fy * (lower - upper);
+    const A p0 = product[4 * i], p1 = product[4 * i + 1], p2 = product[4 * i + 2], p3 = product[4 * i + 3];
+    const A fx = x[i], fy = y[i], w = weight[i];
+    const A upper = p0 + fx * (p1 - p0), lower = p2 + fx * (p3 - p2);
+    x[i] = w * scale_x[i] * ((A(1) - fy) * (p1 - p0) + fy * (p3 - p2));
+    y[i] = w * scale_y[i] * (lower - upper);
+    grad_weight[i] = upper + fy * (lower - upper);
+  }
+  if (s.call.sampling.grid) {
+    softmax_backward(s.weight, s.grad_weight, samples, s.per_head);
   }
 }
 
 // The reverse of read_samples.
-template <typename T>
+template <typename U, typename T>
 PIIP_TARGET void write_gradients(const Samples<T>& s, int64_t first, int64_t count) {
-  using A = typename Call<T>::A;
+  using A = typename Samples<T>::A;
+  using V = Vec<A, kWide<A>>;
+  const Call<T>& call = s.call;
+  const int64_t offset = s.first_head * s.per_head, size = s.per_query;
+  A* const pairs = s.corner;  // no longer needed
   for (int64_t query = 0; query < count; ++query) {
-    A* location = s.call.grad_locations + 2 * s.offset(first + query);
-    A* weight = s.call.grad_weights + s.offset(first + query);
-    const A* x = s.x + query * s.per_query;
-    const A* y = s.y + query * s.per_query;
-    const A* w = s.weight + query * s.per_query;
-    PIIP_INDEPENDENT
-    for (int64_t sample = 0; sample < s.per_query; ++sample) {
-      location[2 * sample] = x[sample];
-      location[2 * sample + 1] = y[sample];
-      weight[sample] = w[sample];
+    U* location = static_cast<U*>(call.grad_locations) + (first + query) * call.sampling.locations_step + 2 * offset;
+    U* weight = static_cast<U*>(call.grad_weights) + (first + query) * call.sampling.weights_step + offset;
+    const A *x = s.x + query * size, *y = s.y + query * size;
+    for (int64_t i = 0; i < size; i += kWide<A>) {
+      V a, b;
+      join_pairs(read<V>(x + i), read<V>(y + i), a, b, LanesUpTo<kWide<A>>{});
+      write(pairs + 2 * i, a);
+      write(pairs + 2 * i + kWide<A>, b);
     }
+    store_row(pairs, 2 * size, location, location + 2 * size);
+    store_row(s.grad_weight + query * size, size, weight, weight + size);
+  }
+}
+
+template <typename T>
+PIIP_TARGET void write_block_gradients(const Samples<T>& s, int64_t first, int64_t count) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    write_gradients<double>(s, first, count);
+  } else if (s.call.sampling.type == Type::kFloat) {
+    write_gradients<float>(s, first, count);
+  } else if (s.call.sampling.type == Type::kHalf) {
+    write_gradients<HalfBits>(s, first, count);
+  } else {
+    write_gradients<BFloat16Bits>(s, first, count);
   }
 }

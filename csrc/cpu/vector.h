@@ -1,128 +1,200 @@
-// Eight lanes of float or double as a GCC/Clang vector, and the conversion of 16-bit types to and from them.
+// Vectors of float or double by the GCC/Clang extension, and the conversion of 16-bit types to and from them.
 // Included by kernel_impl.h inside its own namespace, see there.
 
-typedef float FloatVec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef double DoubleVec __attribute__((vector_size(kLanes * sizeof(double))));
-typedef uint32_t UIntVec __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef uint16_t ShortVec __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-template <typename A>
-struct VecOf;
-template <>
-struct VecOf<float> {
-  using type = FloatVec;
+template <typename A, int64_t kCount>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kCount * sizeof(A))));
 };
-template <>
-struct VecOf<double> {
-  using type = DoubleVec;
-};
-template <typename A>
-using Vec = typename VecOf<A>::type;
+template <typename A, int64_t kCount = kLanes>
+using Vec = typename VecOf<A, kCount>::type;
 
-// load(p) reads eight elements at p, aligned or not, and widens them; store(p, v) rounds to nearest even.
-PIIP_INLINE FloatVec load(const float* p) {
-  FloatVec v;
+// The lanes of the longest vector that is one register; never less than kLanes.
+template <typename A>
+constexpr int64_t kWide = PIIP_WIDE_BYTES / int64_t{sizeof(A)} > kLanes ? PIIP_WIDE_BYTES / sizeof(A) : kLanes;
+
+// A vector of any type from memory, aligned or not, and back.
+template <typename V>
+PIIP_INLINE V read(const void* p) {
+  V v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-PIIP_INLINE DoubleVec load(const double* p) {
-  DoubleVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-PIIP_INLINE void store(float* p, FloatVec v) {
+template <typename V>
+PIIP_INLINE void write(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
-PIIP_INLINE void store(double* p, DoubleVec v) {
-  __builtin_memcpy(p, &v, sizeof v);
+template <typename To, typename From>
+PIIP_INLINE To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-PIIP_INLINE UIntVec widen(const uint16_t* p) {
-  ShortVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, UIntVec);
+// load<n>(p) reads n elements at p, aligned or not, and widens them; store(p, v) rounds to nearest even.
+template <int64_t n = kLanes>
+PIIP_INLINE Vec<float, n> load(const float* p) {
+  return read<Vec<float, n>>(p);
 }
-PIIP_INLINE void narrow(uint16_t* p, UIntVec bits) {
-  const ShortVec v = __builtin_convertvector(bits, ShortVec);
-  __builtin_memcpy(p, &v, sizeof v);
+template <int64_t n = kLanes>
+PIIP_INLINE Vec<double, n> load(const double* p) {
+  return read<Vec<double, n>>(p);
 }
-PIIP_INLINE UIntVec choose(IntVec condition, UIntVec yes, UIntVec no) {
-  UIntVec mask;
-  __builtin_memcpy(&mask, &condition, sizeof mask);
-  return (mask & yes) | (~mask & no);
+PIIP_INLINE void store(float* p, Vec<float> v) {
+  write(p, v);
 }
-PIIP_INLINE FloatVec as_float(UIntVec v) {
-  FloatVec f;
-  __builtin_memcpy(&f, &v, sizeof f);
-  return f;
-}
-PIIP_INLINE UIntVec as_bits(FloatVec v) {
-  UIntVec u;
-  __builtin_memcpy(&u, &v, sizeof u);
-  return u;
+PIIP_INLINE void store(double* p, Vec<double> v) {
+  write(p, v);
 }
 
-PIIP_INLINE FloatVec load(const BFloat16Bits* p) {
-  return as_float(widen(&p->bits) << 16);
+template <int64_t n>
+PIIP_INLINE Vec<uint32_t, n> widen(const uint16_t* p) {
+  return __builtin_convertvector((read<Vec<uint16_t, n>>(p)), Vec<uint32_t, n>);
 }
-PIIP_INLINE void store(BFloat16Bits* p, FloatVec v) {
-  const UIntVec bits = as_bits(v);
-  const UIntVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const UIntVec result = choose((bits & 0x7fffffffu) > 0x7f800000u, UIntVec{} + 0x7fc0u, rounded);
-  narrow(&p->bits, result);
+PIIP_INLINE void narrow(uint16_t* p, Vec<uint32_t> bits) {
+  write(p, __builtin_convertvector(bits, Vec<uint16_t>));
+}
+
+template <int64_t n = kLanes>
+PIIP_INLINE Vec<float, n> load(const BFloat16Bits* p) {
+  return same_bits<Vec<float, n>>(widen<n>(&p->bits) << 16);
+}
+PIIP_INLINE void store(BFloat16Bits* p, Vec<float> v) {
+  using Bits = Vec<uint32_t>;
+  const Bits bits = same_bits<Bits>(v);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  narrow(&p->bits, (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded);
 }
 
 // IEEE half in integer arithmetic: shift exponent and mantissa into place, rebias, and treat the two ends apart.
-PIIP_INLINE FloatVec load(const HalfBits* p) {
-  const UIntVec half = widen(&p->bits);
-  const UIntVec moved = (half & 0x7fffu) << 13;
-  const UIntVec exponent = moved & 0x0f800000u;
-  const UIntVec normal = moved + (112u << 23);
-  const UIntVec special = moved + (224u << 23);  // infinity and NaN
-  const FloatVec magic = as_float(UIntVec{} + (113u << 23));
-  const UIntVec subnormal = as_bits(as_float(moved + (113u << 23)) - magic);
-  UIntVec result = choose(exponent == 0x0f800000u, special, normal);
-  result = choose(exponent == 0u, subnormal, result);
-  return as_float(result | ((half & 0x8000u) << 16));
+template <int64_t n = kLanes>
+PIIP_INLINE Vec<float, n> load(const HalfBits* p) {
+  using Bits = Vec<uint32_t, n>;
+  using Floats = Vec<float, n>;
+  const Bits half = widen<n>(&p->bits);
+  const Bits moved = (half & 0x7fffu) << 13;
+  const Bits exponent = moved & 0x0f800000u;
+  const Bits normal = moved + (112u << 23);
+  const Bits special = moved + (224u << 23);  // infinity and NaN
+  const Floats magic = same_bits<Floats>(Bits{} + (113u << 23));
+  const Bits subnormal = same_bits<Bits>(same_bits<Floats>(moved + (113u << 23)) - magic);
+  Bits result = exponent == 0x0f800000u ? special : normal;
+  result = exponent == 0u ? subnormal : result;
+  return same_bits<Floats>(result | ((half & 0x8000u) << 16));
 }
-PIIP_INLINE void store(HalfBits* p, FloatVec v) {
-  const UIntVec bits = as_bits(v);
-  const UIntVec sign = (bits >> 16) & 0x8000u;
-  const UIntVec magnitude = bits & 0x7fffffffu;
-  const UIntVec normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+PIIP_INLINE void store(HalfBits* p, Vec<float> v) {
+  using Bits = Vec<uint32_t>;
+  using Floats = Vec<float>;
+  const Bits bits = same_bits<Bits>(v);
+  const Bits sign = (bits >> 16) & 0x8000u;
+  const Bits magnitude = bits & 0x7fffffffu;
+  const Bits normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Adding 0.5 puts the bits of a half subnormal at the low end of the float, correctly rounded by the addition.
-  const FloatVec magic = as_float(UIntVec{} + (126u << 23));
-  const UIntVec subnormal = as_bits(as_float(magnitude) + magic) - (126u << 23);
-  UIntVec result = choose(magnitude < (113u << 23), subnormal, normal);
-  result = choose(magnitude >= (143u << 23), UIntVec{} + 0x7c00u, result);  // 65536 and more, infinity
-  result = choose(magnitude > 0x7f800000u, UIntVec{} + 0x7e00u, result);
+  const Floats magic = same_bits<Floats>(Bits{} + (126u << 23));
+  const Bits subnormal = same_bits<Bits>(same_bits<Floats>(magnitude) + magic) - (126u << 23);
+  Bits result = magnitude < (113u << 23) ? subnormal : normal;
+  result = magnitude >= (143u << 23) ? Bits{} + 0x7c00u : result;  // 65536 and more, infinity
+  result = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : result;
   narrow(&p->bits, result | sign);
 }
 
+// The lanes kIndex of a followed by b.
+template <int... kIndex, typename V>
+PIIP_INLINE auto permute(V a, V b) {
 #if __has_builtin(__builtin_shufflevector)
-template <typename V>
-PIIP_INLINE auto halve(const V& v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-}
-#endif
-
-// The sums of the lanes of four vectors.
-template <typename A>
-PIIP_INLINE void sum_lanes(const Vec<A> (&v)[4], A* sums) {
-#if __has_builtin(__builtin_shufflevector)
-  // Transposes while adding: 8 lanes to 4 of each vector, then to 2 of two vectors, then to 1 of all four.
-  const auto a = halve(v[0]), b = halve(v[1]), c = halve(v[2]), d = halve(v[3]);
-  const auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  const auto all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-  __builtin_memcpy(sums, &all, sizeof all);
+  return __builtin_shufflevector(a, b, kIndex...);
 #else
-  for (int k = 0; k < 4; ++k) {
-    sums[k] = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      sums[k] += v[k][lane];
-    }
-  }
+  using A = std::remove_reference_t<decltype(a[0])>;
+  constexpr int kCount = sizeof(V) / sizeof(A);
+  Vec<A, sizeof...(kIndex)> result;
+  int lane = 0;
+  ((result[lane++] = kIndex < kCount ? a[kIndex % kCount] : b[kIndex % kCount]), ...);
+  return result;
 #endif
+}
+
+template <int64_t kCount>
+using LanesUpTo = std::make_integer_sequence<int, kCount>;
+
+// Takes pairs apart, and joins them: (a0 a1 a2 .. b0 b1 ..) to (a0 a2 .. b0 b2 ..) and (a1 a3 .. b1 b3 ..), and back.
+template <typename V, int... kLane>
+PIIP_INLINE void split_pairs(V a, V b, V& first, V& second, std::integer_sequence<int, kLane...>) {
+  first = permute<(2 * kLane)...>(a, b);
+  second = permute<(2 * kLane + 1)...>(a, b);
+}
+template <typename V, int... kLane>
+PIIP_INLINE void join_pairs(V first, V second, V& a, V& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  a = permute<(kLane / 2 + kLane % 2 * kCount)...>(first, second);
+  b = permute<(kCount / 2 + kLane / 2 + kLane % 2 * kCount)...>(first, second);
+}
+
+// Swaps neighbouring blocks of kDistance lanes.
+template <int kDistance, typename V, int... kLane>
+PIIP_INLINE V swap_lanes(V v, std::integer_sequence<int, kLane...>) {
+  return permute<(kLane ^ kDistance)...>(v, v);
+}
+
+// Halves the number of lanes by adding the upper half to the lower.
+template <typename A, int64_t kCount, int... kLane>
+PIIP_INLINE Vec<A, kCount / 2> fold(Vec<A, kCount> v, std::integer_sequence<int, kLane...>) {
+  return permute<kLane...>(v, v) + permute<(kCount / 2 + kLane)...>(v, v);
+}
+template <typename A>
+PIIP_INLINE Vec<A> to_lanes(Vec<A, kLanes> v) {
+  return v;
+}
+template <typename A>
+PIIP_INLINE Vec<A> to_lanes(Vec<A, 2 * kLanes> v) {
+  return fold<A, 2 * kLanes>(v, LanesUpTo<kLanes>{});
+}
+
+// The sums of the lanes of four vectors: transposes while adding, 8 lanes to 4 of each vector, then to 2 of two
+// vectors, then to 1 of all four.
+template <typename A>
+PIIP_INLINE Vec<A, 4> sum_lanes(const Vec<A> (&v)[4]) {
+  constexpr LanesUpTo<4> four;
+  const auto a = fold<A, 8>(v[0], four), b = fold<A, 8>(v[1], four);
+  const auto c = fold<A, 8>(v[2], four), d = fold<A, 8>(v[3], four);
+  const auto ab = permute<0, 4, 1, 5>(a, b) + permute<2, 6, 3, 7>(a, b);
+  const auto cd = permute<0, 4, 1, 5>(c, d) + permute<2, 6, 3, 7>(c, d);
+  return permute<0, 1, 4, 5>(ab, cd) + permute<2, 3, 6, 7>(ab, cd);
+}
+
+template <typename A>
+PIIP_INLINE Vec<A> sum_lanes(const Vec<A> (&v)[8]) {
+  Vec<A> both[4];  // the same for v[k] in the lower lanes and v[k + 4] in the upper
+  for (int k = 0; k < 4; ++k) {
+    both[k] = permute<0, 1, 2, 3, 8, 9, 10, 11>(v[k], v[k + 4]) + permute<4, 5, 6, 7, 12, 13, 14, 15>(v[k], v[k + 4]);
+  }
+  const auto ab = permute<0, 8, 1, 9, 4, 12, 5, 13>(both[0], both[1]) +
+      permute<2, 10, 3, 11, 6, 14, 7, 15>(both[0], both[1]);
+  const auto cd = permute<0, 8, 1, 9, 4, 12, 5, 13>(both[2], both[3]) +
+      permute<2, 10, 3, 11, 6, 14, 7, 15>(both[2], both[3]);
+  return permute<0, 1, 8, 9, 4, 5, 12, 13>(ab, cd) + permute<2, 3, 10, 11, 6, 7, 14, 15>(ab, cd);
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87, where float has no more normal numbers. NaN for NaN.
+template <int64_t n>
+PIIP_INLINE Vec<float, n> exponential(Vec<float, n> x) {
+  using Bits = Vec<uint32_t, n>;
+  const Vec<float, n> rounding = Vec<float, n>{} + 12582912.f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  const Vec<float, n> shifted = x * 1.44269504f + rounding;
+  const Vec<float, n> power = shifted - rounding;  // x = power * log(2) + rest, log(2) in two parts
+  const Vec<float, n> rest = x - power * 0.693359375f + power * 2.12194440e-4f;
+  Vec<float, n> sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * rest * rest + rest + 1.f;
+  const Vec<float, n> scale = same_bits<Vec<float, n>>((same_bits<Bits>(shifted) + 127u) << 23);
+  return x < -87.f ? Vec<float, n>{} : sum * scale;
+}
+template <int64_t n>
+PIIP_INLINE Vec<double, n> exponential(Vec<double, n> x) {
+  for (int64_t lane = 0; lane < n; ++lane) {
+    x[lane] = __builtin_exp(x[lane]);
+  }
+  return x;
 }

@@ -1,14 +1,16 @@
-"""Multi-scale deformable attention: the operator, its plain PyTorch reference, and the module built on it."""
+"""Multi-scale deformable attention: the operators, their plain PyTorch reference, and the module built on them."""
 
 from ._library import STATUS as operator_status
 from ._library import OperatorStatus
-from .functional import ms_deform_attn
-from .module import MSDeformAttn, make_reference_points
-from .reference import ms_deform_attn_reference
+from .functional import deform_attn_grid, ms_deform_attn
+from .module import MSDeformAttn
+from .reference import deform_attn_grid_reference, make_reference_points, ms_deform_attn_reference
 
 __all__ = [
     "MSDeformAttn",
     "OperatorStatus",
+    "deform_attn_grid",
+    "deform_attn_grid_reference",
     "make_reference_points",
     "ms_deform_attn",
     "ms_deform_attn_reference",

@@ -1,8 +1,9 @@
-"""Registers the operator `piip::ms_deform_attn` with PyTorch; the one place that decides which kernels serve it.
+"""Registers the operators with PyTorch; the one place that decides which kernels serve them.
 
-The compiled library, where it was built, brings the schema with the CPU and perhaps the CUDA kernels. Every other case
-(not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference behind the same operator, so autograd,
-torch.compile and torch.export see no difference.
+`piip::ms_deform_attn` samples at given locations with given weights, `piip::deform_attn_grid` makes both out of what a
+linear layer predicts. The compiled library, where it was built, brings the schemas with the CPU and perhaps the CUDA
+kernels. Every other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference behind the
+same operators, so autograd, torch.compile and torch.export see no difference.
 """
 
 from __future__ import annotations
@@ -19,15 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import ms_deform_attn_backward_reference, ms_deform_attn_reference
-
-FORWARD_SCHEMA = (
-    "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
-    " -> Tensor"
+from .reference import (
+    grid_sampling,
+    grid_sampling_backward,
+    ms_deform_attn_backward_reference,
+    ms_deform_attn_reference,
 )
-BACKWARD_SCHEMA = (
+
+SCHEMAS = (
+    "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
+    " -> Tensor",
     "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations,"
-    " Tensor attention_weights) -> (Tensor, Tensor, Tensor)"
+    " Tensor attention_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)",
+    "deform_attn_grid(Tensor value, SymInt[] value_shapes, SymInt[] query_shape, Tensor sampling, int num_points)"
+    " -> Tensor",
+    "deform_attn_grid_backward(Tensor grad_output, Tensor value, SymInt[] value_shapes, SymInt[] query_shape,"
+    " Tensor sampling, int num_points, bool deterministic=False) -> (Tensor, Tensor)",
 )
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REBUILD = "run `pip install --no-build-isolation -v -e .` where a C++20 compiler, ninja and torch are installed"
@@ -80,8 +88,8 @@ def _load_library() -> OperatorStatus:
                 build=build,
             )
     library = torch.library.Library("piip", "DEF")
-    library.define(FORWARD_SCHEMA)
-    library.define(BACKWARD_SCHEMA)
+    for schema in SCHEMAS:
+        library.define(schema)
     _KEEP_ALIVE.append(library)
     return OperatorStatus(compiled=False, reason=reason, cpu_capability=None, cuda_version=None, build=build)
 
@@ -116,6 +124,18 @@ def _forward_reference(
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
 
 
+def _backward_reference(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # PyTorch's own functions inside say what they cannot do deterministically
+    return ms_deform_attn_backward_reference(grad_output, value, spatial_shapes, sampling_locations, attention_weights)
+
+
 def _forward_fake(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -129,6 +149,7 @@ def _backward_fake(
     spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (value, sampling_locations, attention_weights)
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
@@ -141,43 +162,90 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     value, sampling_locations, attention_weights = ctx.saved_tensors
-    if STATUS.cuda_version is not None and value.is_cuda:
-        _alert_not_deterministic("piip::ms_deform_attn_backward (CUDA)")
+    deterministic = torch.are_deterministic_algorithms_enabled()
     grad_value, grad_locations, grad_weights = torch.ops.piip.ms_deform_attn_backward(
-        grad_output, value, ctx.spatial_shapes, sampling_locations, attention_weights
+        grad_output, value, ctx.spatial_shapes, sampling_locations, attention_weights, deterministic
     )
     return grad_value, None, grad_locations, grad_weights
 
 
-def _alert_not_deterministic(name: str) -> None:
-    """What at::Context::alertNotDeterministic does, which the stable C++ ABI does not offer."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = (
-        f"{name} adds with atomics and does not have a deterministic implementation, but you set "
-        "'torch.use_deterministic_algorithms(True)'. Turn it off around the backward pass, pass warn_only=True, or set "
-        "PIIP_DISABLE_EXTENSION=1 and train on the CPU."
+# The fallback of the grid form goes through the other operator, so it uses that one's kernel where there is one.
+def _grid_forward_composed(
+    value: Tensor, value_shapes: Sequence[int], query_shape: Sequence[int], sampling: Tensor, num_points: int
+) -> Tensor:
+    locations, weights = grid_sampling(value, value_shapes, query_shape, sampling, num_points)
+    return torch.ops.piip.ms_deform_attn(value, value_shapes, locations, weights)
+
+
+def _grid_backward_composed(
+    grad_output: Tensor,
+    value: Tensor,
+    value_shapes: Sequence[int],
+    query_shape: Sequence[int],
+    sampling: Tensor,
+    num_points: int,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    locations, weights = grid_sampling(value, value_shapes, query_shape, sampling, num_points)
+    grad_value, grad_locations, grad_weights = torch.ops.piip.ms_deform_attn_backward(
+        grad_output, value, value_shapes, locations, weights, deterministic
     )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, UserWarning, stacklevel=2)
+    return grad_value, grid_sampling_backward(grad_locations, grad_weights, weights, value_shapes, sampling.dtype)
+
+
+def _grid_forward_fake(
+    value: Tensor, value_shapes: Sequence[int], query_shape: Sequence[int], sampling: Tensor, num_points: int
+) -> Tensor:
+    batch, _, heads, width = value.shape
+    return value.new_empty(batch, sampling.shape[1], heads * width)
+
+
+def _grid_backward_fake(
+    grad_output: Tensor,
+    value: Tensor,
+    value_shapes: Sequence[int],
+    query_shape: Sequence[int],
+    sampling: Tensor,
+    num_points: int,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (value, sampling))
+
+
+def _grid_save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.value_shapes, ctx.query_shape, sampling, ctx.num_points = inputs
+    ctx.save_for_backward(value, sampling)
+
+
+def _grid_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
+    value, sampling = ctx.saved_tensors
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grad_value, grad_sampling = torch.ops.piip.deform_attn_grid_backward(
+        grad_output, value, ctx.value_shapes, ctx.query_shape, sampling, ctx.num_points, deterministic
+    )
+    return grad_value, None, None, grad_sampling, None
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "piip::ms_deform_attn has no second derivative. Call backward() without create_graph=True; where second-order "
-        "gradients are needed, use piip_core.ops.ms_deform_attn_reference, as far as grid_sample supports them."
+        "Deformable attention (piip::ms_deform_attn, piip::deform_attn_grid) has no second derivative. Call backward() "
+        "without create_graph=True; where second-order gradients are needed, use "
+        "piip_core.ops.ms_deform_attn_reference, as far as grid_sample supports them."
     )
 
 
 # The reference serves every backend that the compiled library does not; a kernel registered for a backend goes first.
 for _name, _reference, _fake in (
     ("piip::ms_deform_attn", _forward_reference, _forward_fake),
-    ("piip::ms_deform_attn_backward", ms_deform_attn_backward_reference, _backward_fake),
+    ("piip::ms_deform_attn_backward", _backward_reference, _backward_fake),
+    ("piip::deform_attn_grid", _grid_forward_composed, _grid_forward_fake),
+    ("piip::deform_attn_grid_backward", _grid_backward_composed, _grid_backward_fake),
 ):
     _fragment = torch.library.Library("piip", "IMPL")
     _fragment.impl(_name, _reference, "CompositeExplicitAutograd")
     _KEEP_ALIVE.append(_fragment)
     torch.library.register_fake(_name, _fake)
 torch.library.register_autograd("piip::ms_deform_attn", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd("piip::ms_deform_attn_backward", _refuse_double_backward)
+torch.library.register_autograd("piip::deform_attn_grid", _grid_backward, setup_context=_grid_save_for_backward)
+for _name in ("piip::ms_deform_attn_backward", "piip::deform_attn_grid_backward"):
+    torch.library.register_autograd(_name, _refuse_double_backward)

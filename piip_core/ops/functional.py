@@ -1,4 +1,4 @@
-"""The functional form of multi-scale deformable attention."""
+"""The functional forms of multi-scale deformable attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _library  # noqa: F401  (registers the operator)
 from .reference import compute_dtype
 
-__all__ = ["flatten_spatial_shapes", "ms_deform_attn"]
+__all__ = ["deform_attn_grid", "flatten_spatial_shapes", "ms_deform_attn"]
 
 _VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,7 +30,8 @@ def ms_deform_attn(
     Precision: locations and weights are used in float32 (float64 when `value` is), the sum is accumulated in the same,
     and the result has the dtype of `value`. Autocast changes nothing here: float16 or bfloat16 values stay what they
     are. Gradients have the dtypes of the inputs; there is no second derivative. On CUDA the gradient of `value` is
-    added up with atomics, so it is not deterministic.
+    added up with atomics, in an order that changes from run to run; with `torch.use_deterministic_algorithms(True)` it
+    is added up in 64-bit fixed point, which is slower and always the same.
 
     Args:
         value: (B, S, M, D) float64, float32, float16 or bfloat16; S = sum of H * W, levels one after the other, each
@@ -53,8 +54,48 @@ def ms_deform_attn(
     return torch.ops.piip.ms_deform_attn(value, shapes, sampling_locations.to(dtype), attention_weights.to(dtype))
 
 
-def flatten_spatial_shapes(spatial_shapes: SpatialShapes) -> list[int]:
+def deform_attn_grid(
+    value: Tensor,
+    value_shapes: SpatialShapes,
+    query_shape: tuple[int, int],
+    sampling: Tensor,
+    num_points: int = 4,
+) -> Tensor:
+    """Multi-scale deformable attention whose queries are the pixels of a map, straight from what one linear predicts.
+
+    The same as `ms_deform_attn` (the same numbers but for rounding, and the same words on dtypes, gradients and
+    locations outside of the maps or not finite) with everything before the sampling inside: the query at (y, x) reads
+    at ((x + 0.5) / Wq, (y + 0.5) / Hq) plus its offsets, with the softmax of its logits. Neither locations nor weights
+    exist in memory, and only the inputs are kept for the backward pass. Several times faster for narrow heads.
+
+    Args:
+        value: (B, S, M, D) float64, float32, float16 or bfloat16; S = sum of H * W, levels one after the other, each
+            row by row. B and S may be 0.
+        value_shapes: (H, W) of every level, as a sequence of pairs or an integer tensor (L, 2).
+        query_shape: (Hq, Wq) of the map of queries; may hold 0.
+        sampling: (B, Hq * Wq, 3 * M * L * P) floating, queries row by row: the offsets in pixels of the level, ordered
+            (M, L, P, 2) with (x, y) last, then the logits, ordered (M, L, P). It may have another dtype than `value`.
+        num_points: P. The softmax goes over all L * P samples of a head.
+
+    Returns:
+        (B, Hq * Wq, M * D) in the dtype of `value`.
+
+    Raises:
+        TypeError: for an argument of the wrong kind or dtype.
+        ValueError: for shapes that do not fit each other, or tensors on different devices.
+    """
+    shapes = flatten_spatial_shapes(value_shapes, "value_shapes")
+    query_height, query_width = _check_grid(value, shapes, query_shape, sampling, num_points)
+    if value.dtype == torch.float64 or sampling.dtype == torch.float64:
+        sampling = sampling.to(compute_dtype(value.dtype))
+    return torch.ops.piip.deform_attn_grid(value, shapes, [query_height, query_width], sampling, num_points)
+
+
+def flatten_spatial_shapes(spatial_shapes: SpatialShapes, name: str = "spatial_shapes") -> list[int]:
     """Turns the (H, W) pairs of all levels into H0, W0, H1, W1, ...
+
+    Args:
+        name: what error messages call the argument.
 
     Raises:
         TypeError, ValueError: if they are not pairs of non-negative integers.
@@ -62,38 +103,30 @@ def flatten_spatial_shapes(spatial_shapes: SpatialShapes) -> list[int]:
     expected = "expected (H, W) of each level: a sequence of pairs of integers or an integer tensor (L, 2)"
     if isinstance(spatial_shapes, Tensor):
         if spatial_shapes.is_floating_point() or spatial_shapes.is_complex() or spatial_shapes.dtype == torch.bool:
-            raise TypeError(f"spatial_shapes has dtype {spatial_shapes.dtype}; {expected}")
+            raise TypeError(f"{name} has dtype {spatial_shapes.dtype}; {expected}")
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
-            raise ValueError(f"spatial_shapes has shape {tuple(spatial_shapes.shape)}; {expected}")
+            raise ValueError(f"{name} has shape {tuple(spatial_shapes.shape)}; {expected}")
         spatial_shapes = spatial_shapes.tolist()
     flat = []
     try:
         for height, width in spatial_shapes:
             flat += [height, width]
     except (TypeError, ValueError):
-        raise TypeError(f"spatial_shapes is {spatial_shapes!r}; {expected}") from None
+        raise TypeError(f"{name} is {spatial_shapes!r}; {expected}") from None
     for size in flat:
         if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
-            raise TypeError(f"spatial_shapes holds {size!r} of type {type(size).__name__}; {expected}")
+            raise TypeError(f"{name} holds {size!r} of type {type(size).__name__}; {expected}")
         if size < 0:
-            raise ValueError(f"spatial_shapes holds {size}; heights and widths must not be negative")
+            raise ValueError(f"{name} holds {size}; heights and widths must not be negative")
     if not flat:
-        raise ValueError(f"spatial_shapes is empty; {expected}")
+        raise ValueError(f"{name} is empty; {expected}")
     return flat
 
 
 def _check(value: Tensor, shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> None:
     tensors = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
-        if tensor.device != value.device:
-            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}; expected one device for all")
-        if tensor.dtype not in _VALUE_DTYPES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected float64, float32, float16 or bfloat16")
-    if value.dim() != 4:
-        raise ValueError(f"value has shape {tuple(value.shape)}; expected (B, S, M, D)")
-    batch, size, heads, _ = value.shape
+    _check_tensors(tensors, shapes, "spatial_shapes")
+    batch, _, heads, _ = value.shape
     if sampling_locations.dim() != 6 or sampling_locations.shape[-1] != 2:
         raise ValueError(f"sampling_locations has shape {tuple(sampling_locations.shape)}; expected (B, Q, M, L, P, 2)")
     levels = len(shapes) // 2
@@ -109,10 +142,43 @@ def _check(value: Tensor, shapes: list[int], sampling_locations: Tensor, attenti
             f"attention_weights has shape {tuple(attention_weights.shape)}; expected (B, Q, M, L, P) = "
             f"{tuple(sampling_locations.shape[:-1])} as sampling_locations has it"
         )
+
+
+def _check_grid(
+    value: Tensor, shapes: list[int], query_shape: tuple[int, int], sampling: Tensor, num_points: int
+) -> tuple[int, int]:
+    _check_tensors({"value": value, "sampling": sampling}, shapes, "value_shapes")
+    if isinstance(num_points, bool) or not isinstance(num_points, int | torch.SymInt) or num_points < 0:
+        raise ValueError(f"num_points is {num_points!r}; expected a number of points per head and level")
+    # one pair, checked as a level's size is
+    query_height, query_width = flatten_spatial_shapes([query_shape], "query_shape")
+    batch, _, heads, _ = value.shape
+    expected = (batch, query_height * query_width, 3 * heads * (len(shapes) // 2) * num_points)
+    if tuple(sampling.shape) != expected:
+        raise ValueError(
+            f"sampling has shape {tuple(sampling.shape)}; expected (B, Hq * Wq, 3 * M * L * P) = {expected} with "
+            f"value of shape {tuple(value.shape)}, {len(shapes) // 2} levels in value_shapes, query_shape="
+            f"{(query_height, query_width)} and num_points={num_points}"
+        )
+    return query_height, query_width
+
+
+def _check_tensors(tensors: dict[str, Tensor], shapes: list[int], shapes_name: str) -> None:
+    """What both forms ask of their tensors, "value" first."""
+    value = tensors["value"]
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor.device != value.device:
+            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}; expected one device for all")
+        if tensor.dtype not in _VALUE_DTYPES:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected float64, float32, float16 or bfloat16")
+    if value.dim() != 4:
+        raise ValueError(f"value has shape {tuple(value.shape)}; expected (B, S, M, D)")
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
     covered = sum(height * width for height, width in pairs)
-    if covered != size:
+    if covered != value.shape[1]:
         raise ValueError(
-            f"value has S = {size} rows, but the (H, W) in spatial_shapes {pairs} add up to {covered}; expected the "
-            "same number"
+            f"value has S = {value.shape[1]} rows, but the (H, W) in {shapes_name} {pairs} add up to {covered}; "
+            "expected the same number"
         )

@@ -9,19 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .functional import ms_deform_attn
-from .reference import compute_dtype
+from .reference import compute_dtype, map_sizes
 
-__all__ = ["MSDeformAttn", "make_reference_points"]
-
-
-def make_reference_points(
-    height: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The normalised pixel centres ((x + 0.5) / W, (y + 0.5) / H) of a query map, row by row, as (1, H * W, 1, 2)."""
-    y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
-    x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
-    points = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
-    return points.view(1, height * width, 1, 2)
+__all__ = ["MSDeformAttn"]
 
 
 class MSDeformAttn(nn.Module):
@@ -140,8 +130,8 @@ class MSDeformAttn(nn.Module):
     def _locations(self, offsets: Tensor, reference: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
         reference = reference[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
-            sizes = [offsets.new_full((), size) for height, width in spatial_shapes for size in (width, height)]
-            return reference + offsets / torch.stack(sizes).view(1, 1, 1, -1, 1, 2)
+            flat = [size for shape in spatial_shapes for size in shape]
+            return reference + offsets / map_sizes(flat, offsets)
         if reference.shape[-1] == 4:
             return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / self.num_points))
         raise ValueError(

@@ -18,6 +18,26 @@ def compute_dtype(value_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if value_dtype == torch.float64 else torch.float32
 
 
+def make_reference_points(
+    height: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The normalised pixel centres ((x + 0.5) / W, (y + 0.5) / H) of a query map, row by row, as (1, H * W, 1, 2)."""
+    y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+    points = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
+    return points.view(1, height * width, 1, 2)
+
+
+def map_sizes(spatial_shapes: Sequence[int], like: Tensor) -> Tensor:
+    """(W, H) of every level as (L, 1, 2) in the dtype and on the device of `like`: what turns pixels into locations.
+
+    Nothing can be read from an empty level; its size counts as 1, so that gradients stay zero.
+    """
+    pairs = zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True)
+    sizes = [like.new_full((), size) for height, width in pairs for size in (width, height)]
+    return torch.stack(sizes).view(-1, 1, 2).clamp_min(1)
+
+
 def ms_deform_attn_reference(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -102,3 +122,54 @@ def _levels(
 def _weights_of(attention_weights: Tensor, level: int) -> Tensor:
     """The weights of one level as (B * M, 1, Q, P)."""
     return attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1).unsqueeze(1)
+
+
+def grid_sampling(
+    value: Tensor,
+    value_shapes: Sequence[int],
+    query_shape: Sequence[int],
+    sampling: Tensor,
+    num_points: int,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Locations and weights of `deform_attn_grid`, whose arguments these are, as `ms_deform_attn` takes them.
+
+    Args:
+        dtype: what to compute in; None for the dtype that goes with `value`.
+    """
+    batch, queries = sampling.shape[:2]
+    shape = (batch, queries, value.shape[2], len(value_shapes) // 2, num_points)
+    samples = shape[2] * shape[3] * shape[4]
+    dtype = compute_dtype(value.dtype) if dtype is None else dtype
+    offsets, logits = sampling.to(dtype).split((2 * samples, samples), dim=-1)
+    reference = make_reference_points(*query_shape, device=value.device, dtype=dtype)[:, :, :, None, None]
+    locations = reference + offsets.reshape(*shape, 2) / map_sizes(value_shapes, offsets)
+    return locations, logits.reshape(shape).flatten(3).softmax(-1).view(shape)
+
+
+def grid_sampling_backward(
+    grad_locations: Tensor, grad_weights: Tensor, weights: Tensor, value_shapes: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The gradient of `sampling`, which has dtype `dtype`, from those of what `grid_sampling` made of it."""
+    grad_offsets = grad_locations / map_sizes(value_shapes, grad_locations)
+    weights, grad_weights = weights.flatten(3), grad_weights.flatten(3)
+    grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    return torch.cat((grad_offsets.flatten(2), grad_logits.flatten(2)), dim=-1).to(dtype)
+
+
+def deform_attn_grid_reference(
+    value: Tensor, value_shapes: Sequence[int], query_shape: Sequence[int], sampling: Tensor, num_points: int = 4
+) -> Tensor:
+    """`deform_attn_grid` in plain PyTorch; differentiable.
+
+    Args:
+        value: (B, S, M, D), S = sum of H * W over the levels.
+        value_shapes: H0, W0, H1, W1, ...
+        query_shape: (Hq, Wq).
+        sampling: (B, Hq * Wq, 3 * M * L * P): offsets (M, L, P, 2), then logits (M, L, P).
+
+    Returns:
+        (B, Hq * Wq, M * D) in the dtype of `value`.
+    """
+    locations, weights = grid_sampling(value, value_shapes, query_shape, sampling, num_points)
+    return ms_deform_attn_reference(value, value_shapes, locations, weights)

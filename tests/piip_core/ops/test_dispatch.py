@@ -10,9 +10,15 @@ import torch
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from piip_core.ops import MSDeformAttn, _library, make_reference_points, ms_deform_attn, operator_status
+from piip_core.ops import (
+    MSDeformAttn,
+    deform_attn_grid,
+    make_reference_points,
+    ms_deform_attn,
+    operator_status,
+)
 
-OPERATORS = ("ms_deform_attn", "ms_deform_attn_backward")
+OPERATORS = ("ms_deform_attn", "ms_deform_attn_backward", "deform_attn_grid", "deform_attn_grid_backward")
 
 
 class Reader(torch.nn.Module):
@@ -129,20 +135,34 @@ def test_half_precision_module_keeps_locations_in_float32(reader):
     torch.testing.assert_close(output.float(), expected, rtol=0.03, atol=0.03)
 
 
-def test_non_deterministic_backward_says_so():
-    """What the CUDA backward calls before it adds with atomics."""
+class _BackwardCalls(TorchDispatchMode):
+    """Notes how the operators' backward functions are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.deterministic = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.piip.ms_deform_attn_backward.default, torch.ops.piip.deform_attn_grid_backward.default):
+            names = [argument.name for argument in func._schema.arguments]
+            self.deterministic.append(dict(zip(names, args, strict=False)).get("deterministic", False))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_backward_is_deterministic_where_that_is_asked_for(make_inputs, wanted):
+    """The CUDA kernels then add up in fixed point (cuda/test_cuda_kernels.py); on the CPU it is always so."""
+    inputs = make_inputs(dtype=torch.float32).require_grad()
+    sampling = torch.cat((inputs.locations.flatten(2), inputs.weights.flatten(2)), dim=2)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
-        torch.use_deterministic_algorithms(False)
-        _library._alert_not_deterministic("this")
-        torch.use_deterministic_algorithms(True)
-        with pytest.raises(RuntimeError, match=r"this .* does not have a deterministic implementation"):
-            _library._alert_not_deterministic("this")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with pytest.warns(UserWarning, match="does not have a deterministic implementation"):
-            _library._alert_not_deterministic("this")
+        torch.use_deterministic_algorithms(wanted)
+        with _BackwardCalls() as calls:
+            ms_deform_attn(*inputs.arguments).sum().backward()
+            deform_attn_grid(inputs.value, inputs.spatial_shapes, (1, 13), sampling).sum().backward()
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    assert calls.deterministic == [wanted, wanted]
 
 
 SCRIPT = """
@@ -152,13 +172,15 @@ from torch.library import opcheck
 warnings.simplefilter("ignore", FutureWarning)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", RuntimeWarning)
-    from piip_core.ops import ms_deform_attn, operator_status
+    from piip_core.ops import deform_attn_grid, ms_deform_attn, operator_status
     inputs = torch.load(sys.argv[1], weights_only=True)
     results = []
-    for value, shapes, locations, weights, grad in inputs:
-        leaves = [t.requires_grad_() for t in (value, locations, weights)]
+    for value, shapes, locations, weights, grad, sampling in inputs:
+        leaves = [t.requires_grad_() for t in (value, locations, weights, sampling)]
         output = ms_deform_attn(value, shapes, locations, weights)
-        results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
+        fused = deform_attn_grid(value, shapes, (1, sampling.shape[1]), sampling)
+        results.append([output.detach(), *torch.autograd.grad(output, leaves[:3], grad)])
+        results[-1] += [fused.detach(), *torch.autograd.grad(fused, [value, sampling], grad)]
     checks = opcheck(torch.ops.piip.ms_deform_attn, (value, [s for p in shapes for s in p], locations, weights))
 torch.save(results, sys.argv[2])
 print(json.dumps({
@@ -170,6 +192,13 @@ print(json.dumps({
     "warnings": [str(w.message) for w in caught if w.category is RuntimeWarning],
 }))
 """
+
+
+def as_sampling(case):
+    """The locations and weights of a case as what deform_attn_grid takes, for queries in one line."""
+    sizes = torch.tensor([(width, height) for height, width in case.spatial_shapes]).view(-1, 1, 2)
+    centres = make_reference_points(1, case.locations.shape[1], dtype=case.locations.dtype)[:, :, :, None, None]
+    return torch.cat((((case.locations - centres) * sizes).flatten(2), case.weights.flatten(2)), dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +213,13 @@ def test_other_implementations_give_the_same(make_inputs, tmp_path, environment)
         for width in (6, 24, 33)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     ]
+    samplings = [as_sampling(case) for case in cases]
     torch.save(
-        [(c.value, list(c.spatial_shapes), c.locations, c.weights, c.grad_output) for c in cases], tmp_path / "in"
+        [
+            (c.value, list(c.spatial_shapes), c.locations, c.weights, c.grad_output, sampling)
+            for c, sampling in zip(cases, samplings, strict=True)
+        ],
+        tmp_path / "in",
     )
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "in"), str(tmp_path / "out"), *OPERATORS]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
@@ -201,10 +235,14 @@ def test_other_implementations_give_the_same(make_inputs, tmp_path, environment)
     assert set(report["checks"].values()) == {"SUCCESS"}
 
     tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}
-    for case, theirs in zip(cases, torch.load(tmp_path / "out", weights_only=True), strict=True):
+    outcome = torch.load(tmp_path / "out", weights_only=True)
+    for case, sampling, theirs in zip(cases, samplings, outcome, strict=True):
         case.require_grad()
+        sampling.requires_grad_()
         output = ms_deform_attn(*case.arguments)
+        fused = deform_attn_grid(case.value, case.spatial_shapes, (1, sampling.shape[1]), sampling)
         ours = output, *torch.autograd.grad(output, case.leaves, case.grad_output)
+        ours += fused, *torch.autograd.grad(fused, (case.value, sampling), case.grad_output)
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.dtype == other.dtype
             error = (mine.double() - other.double()).abs().max() / mine.double().abs().max()
