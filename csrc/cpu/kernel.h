@@ -70,6 +70,12 @@ struct Call {
   }
 };
 
+// Packed maps are several MB. Memory that is new to the process costs more time than filling it, so a thread keeps what
+// it had: one block for the values, one for their gradients. Beyond kKeptBytes it gets new memory, and frees it.
+constexpr int64_t kKeptBytes = 8 << 20;
+enum class Block { kValues, kGradients };
+void* kept_memory(Block block, int64_t bytes);  // uninitialised, aligned to cache lines, valid until the next request
+
 // [begin, end) is one thread's share: forward of batch * groups * query_parts, backward of batch * groups, so that no
 // two threads ever write to the same place.
 #define PIIP_DECLARE_KERNELS(capability)                                  \

@@ -49,20 +49,25 @@ struct Array {
 #include "cpu/map.h"
 #include "cpu/samples.h"
 
-// Channels in kCount vectors V of one query and head, whose samples begin at `first`: sums the samples.
-template <typename V, int kCount, typename T, typename A>
-PIIP_INLINE void gather_block(const Samples<T>& s, int64_t first, const A* rows, A* sum) {
+// One query and head, whose samples begin at `first`: sums the samples, in kCount vectors V of channels.
+template <typename V, int kCount, typename A>
+PIIP_INLINE void gather(
+    const A* corner,
+    const int32_t* top,
+    const int32_t* bottom,
+    int64_t samples,
+    const A* rows,
+    int64_t padded,
+    A* sum) {
   constexpr int64_t kLane = sizeof(V) / sizeof(A);
-  const int64_t padded = s.padded;
-  const A* corner = s.corner + 4 * first;
   V left[kCount] = {}, right[kCount] = {};
-  for (int64_t i = first; i < first + s.per_head; ++i, corner += 4) {
-    const A *top = rows + s.top[i], *bottom = rows + s.bottom[i];
+  for (int64_t i = 0; i < samples; ++i) {
+    const A *upper = rows + top[i], *lower = rows + bottom[i];
     for (int j = 0; j < kCount; ++j) {
-      left[j] += corner[0] * read<V>(top + j * kLane);
-      right[j] += corner[1] * read<V>(top + padded + j * kLane);
-      left[j] += corner[2] * read<V>(bottom + j * kLane);
-      right[j] += corner[3] * read<V>(bottom + padded + j * kLane);
+      left[j] += corner[4 * i] * read<V>(upper + j * kLane);
+      right[j] += corner[4 * i + 1] * read<V>(upper + padded + j * kLane);
+      left[j] += corner[4 * i + 2] * read<V>(lower + j * kLane);
+      right[j] += corner[4 * i + 3] * read<V>(lower + padded + j * kLane);
     }
   }
   for (int j = 0; j < kCount; ++j) {
@@ -73,7 +78,7 @@ PIIP_INLINE void gather_block(const Samples<T>& s, int64_t first, const A* rows,
 // The reverse for kSamples samples from `first` on: spreads the gradient over their pixels, and adds up the products of
 // gradient and value, from which the gradients of locations and weights follow.
 template <int kSamples, typename V, int kCount, typename T, typename A>
-PIIP_INLINE void scatter_samples(
+PIIP_INLINE void scatter(
     const Samples<T>& s, int64_t first, const V (&grad)[kCount], const A* rows, A* grad_rows, bool add) {
   constexpr int64_t kLane = sizeof(V) / sizeof(A);
   const A* corner = s.corner + 4 * first;
@@ -100,66 +105,98 @@ PIIP_INLINE void scatter_samples(
   write(product, sums);
 }
 
-template <typename V, int kCount, typename T, typename A>
-PIIP_INLINE void scatter_block(
-    const Samples<T>& s, int64_t first, const A* grad, const A* rows, A* grad_rows, bool add) {
-  V vectors[kCount];
-  for (int j = 0; j < kCount; ++j) {
-    vectors[j] = read<V>(grad + j * static_cast<int64_t>(sizeof(V) / sizeof(A)));
-  }
-  const int64_t last = first + s.per_head;
-  for (; first + 2 <= last; first += 2) {
-    scatter_samples<2>(s, first, vectors, rows, grad_rows, add);
-  }
-  for (; first < last; ++first) {
-    scatter_samples<1>(s, first, vectors, rows, grad_rows, add);
-  }
-}
-
-// Goes through the channels of a padded row in blocks that fit into registers: the widest vectors, then one of kLanes.
+// Goes through the channels of a padded row in blocks that fit into registers, of the longest vectors and at the end
+// one of kLanes. That one comes first: what it writes beyond a row is then overwritten by the next row's beginning.
 template <typename A, typename F>
 PIIP_INLINE void for_blocks(int64_t padded, const F& f) {
   using Wide = Vec<A, kWide<A>>;
-  int64_t channel = 0;
-  for (; channel + 4 * kWide<A> <= padded; channel += 4 * kWide<A>) {
-    f.template run<Wide, 4>(channel);
+  int64_t channel = padded / kWide<A> * kWide<A>;
+  const bool narrow = channel < padded;
+  if (narrow) {
+    f.template run<Vec<A>, 1>(channel, false);
   }
-  const int64_t left = (padded - channel) / kWide<A>;
+  const int64_t left = channel / kWide<A> % 4;
+  channel -= left * kWide<A>;
   if (left == 1) {
-    f.template run<Wide, 1>(channel);
+    f.template run<Wide, 1>(channel, narrow);
   } else if (left == 2) {
-    f.template run<Wide, 2>(channel);
+    f.template run<Wide, 2>(channel, narrow);
   } else if (left == 3) {
-    f.template run<Wide, 3>(channel);
+    f.template run<Wide, 3>(channel, narrow);
   }
-  channel += left * kWide<A>;
-  if (channel < padded) {
-    f.template run<Vec<A>, 1>(channel);
+  while (channel > 0) {
+    channel -= 4 * kWide<A>;
+    f.template run<Wide, 4>(channel, narrow || left > 0 || channel + 4 * kWide<A> < padded);
   }
 }
 
+// A block of samples: `queries` queries and all their heads.
 template <typename T, typename A>
 struct Gather {
   const Samples<T>& s;
-  int64_t first;
-  const A* rows;
-  A* sum;
+  const Map<T>& map;
+  int64_t queries;
+  A* sums;  // queries x heads x width
+
   template <typename V, int kCount>
-  PIIP_INLINE void run(int64_t channel) const {
-    gather_block<V, kCount>(s, first, rows + channel, sum + channel);
+  PIIP_INLINE void run(int64_t channel, bool) const {
+    if (s.per_head == 4) {  // worth a loop that the compiler can unroll
+      run_of<V, kCount, 4>(channel);
+    } else {
+      run_of<V, kCount, 0>(channel);
+    }
+  }
+
+  template <typename V, int kCount, int kPerHead>
+  PIIP_INLINE void run_of(int64_t channel) const {
+    const int64_t samples = kPerHead ? kPerHead : s.per_head, padded = s.padded, width = s.call.width;
+    const int32_t *top = s.top, *bottom = s.bottom;
+    const A* corner = s.corner;
+    A* sum = sums + channel;
+    for (int64_t query = 0; query < queries; ++query) {
+      const A* rows = map.rows + channel;
+      for (int64_t head = 0; head < s.heads; ++head, rows += map.per_head, sum += width) {
+        gather<V, kCount>(corner, top, bottom, samples, rows, padded, sum);
+        corner += 4 * samples;
+        top += samples;
+        bottom += samples;
+      }
+    }
   }
 };
 
 template <typename T, typename A>
 struct Scatter {
   const Samples<T>& s;
-  int64_t first;
-  const A* grad;
-  const A* rows;
-  A* grad_rows;
+  const Map<T>& map;
+  const Map<T>& grad_map;
+  int64_t queries;
+  const A* grads;  // queries x heads x padded
+
   template <typename V, int kCount>
-  PIIP_INLINE void run(int64_t channel) const {
-    scatter_block<V, kCount>(s, first, grad + channel, rows + channel, grad_rows + channel, channel > 0);
+  PIIP_INLINE void run(int64_t channel, bool add) const {
+    const A* grad = grads + channel;
+    int64_t sample = 0;
+    for (int64_t query = 0; query < queries; ++query) {
+      const A* rows = map.rows + channel;
+      A* grad_rows = grad_map.rows + channel;
+      for (int64_t head = 0; head < s.heads; ++head) {
+        V vectors[kCount];
+        for (int j = 0; j < kCount; ++j) {
+          vectors[j] = read<V>(grad + j * static_cast<int64_t>(sizeof(V) / sizeof(A)));
+        }
+        const int64_t last = sample + s.per_head;
+        for (; sample + 2 <= last; sample += 2) {
+          scatter<2>(s, sample, vectors, rows, grad_rows, add);
+        }
+        for (; sample < last; ++sample) {
+          scatter<1>(s, sample, vectors, rows, grad_rows, add);
+        }
+        grad += s.padded;
+        rows += map.per_head;
+        grad_rows += map.per_head;
+      }
+    }
   }
 };
 
@@ -175,13 +212,10 @@ PIIP_TARGET void forward_heads(
     const int64_t count = least(end - first, samples.queries);
     read_block(samples, first, count);
     locate(samples, count * samples.per_query);
-    A* sum = sums.data;  // the padding of one head is overwritten by the next
-    for (int64_t query = 0, sample = 0; query < count; ++query) {
+    for (int64_t query = 0; query < count; ++query) {
       prefetch_sampling(samples, first + samples.queries + query);
-      for (int64_t head = 0; head < heads; ++head, sample += samples.per_head, sum += call.width) {
-        for_blocks<A>(map.padded, Gather<T, A>{samples, sample, map.rows.data + head * map.per_head, sum});
-      }
     }
+    for_blocks<A>(map.padded, Gather<T, A>{samples, map, count, sums.data});
     T* output = call.output + first * call.heads * call.width + first_head * call.width;
     for (int64_t query = 0; query < count; ++query, output += call.heads * call.width) {
       prefetch<1>(output + samples.queries * call.heads * call.width, size);
@@ -198,7 +232,7 @@ PIIP_TARGET void backward_heads(
   const int64_t row_width = call.heads * call.width, size = heads * call.width, padded = map.padded;
   const int64_t end = (image + 1) * call.queries;
   const T* const grad_end = call.grad_output + call.batch * call.queries * row_width;
-  clear(grad_map.rows.data, heads * grad_map.per_head);
+  clear(grad_map.rows, heads * grad_map.per_head);
   Samples<T> samples(map, first_head, heads);
   const Array<A> grads(samples.queries * heads * padded);
   for (int64_t first = image * call.queries; first < end; first += samples.queries) {
@@ -212,16 +246,11 @@ PIIP_TARGET void backward_heads(
         load_row(from + head * call.width, grad_end, call.width, grad);
       }
     }
-    grad = grads.data;
-    for (int64_t query = 0, sample = 0; query < count; ++query) {
+    for (int64_t query = 0; query < count; ++query) {
       prefetch_sampling(samples, first + samples.queries + query);
       prefetch(call.grad_output + (first + samples.queries + query) * row_width + first_head * call.width, size);
-      for (int64_t head = 0; head < heads; ++head, sample += samples.per_head, grad += padded) {
-        const int64_t rows = head * map.per_head;
-        for_blocks<A>(
-            padded, Scatter<T, A>{samples, sample, grad, map.rows.data + rows, grad_map.rows.data + rows});
-      }
     }
+    for_blocks<A>(padded, Scatter<T, A>{samples, map, grad_map, count, grads.data});
     finish_gradients(samples, count * samples.per_query);
     write_block_gradients(samples, first, count);
   }
@@ -230,7 +259,7 @@ PIIP_TARGET void backward_heads(
 
 template <typename T>
 PIIP_TARGET void run_forward(const Call<T>& call, int64_t begin, int64_t end) {
-  const Map<T> map(call, call.heads_at_a_time);
+  const Map<T> map(call, Block::kValues);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t group = index / call.query_parts, part = index % call.query_parts;
     const int64_t image = group / call.groups(), head = group % call.groups() * call.heads_at_a_time;
@@ -247,7 +276,7 @@ PIIP_TARGET void run_forward(const Call<T>& call, int64_t begin, int64_t end) {
 
 template <typename T>
 PIIP_TARGET void run_backward(const Call<T>& call, int64_t begin, int64_t end) {
-  const Map<T> map(call, call.heads_at_a_time), grad_map(call, call.heads_at_a_time);
+  const Map<T> map(call, Block::kValues), grad_map(call, Block::kGradients);
   for (int64_t group = begin; group < end; ++group) {
     const int64_t image = group / call.groups(), head = group % call.groups() * call.heads_at_a_time;
     const int64_t heads = least(call.heads_at_a_time, call.heads - head);

@@ -39,15 +39,22 @@ PIIP_INLINE void store_row(const A* from, int64_t width, T* to, const T* end) {
   }
 }
 
-// `heads` heads of one image. A pixel is a padded row of one head, a level lines of pixels with zeros around it (see
+// Some heads of one image. A pixel is a padded row of one head, a level lines of pixels with zeros around it (see
 // packed_pixels): so a sample's four pixels exist wherever it lies, and sampling needs no branch.
 template <typename T>
 struct Map {
   using A = typename Accumulate<T>::type;
 
-  Map(const Call<T>& call_, int64_t heads_)
-      : call(call_), heads(heads_), padded(padded_width(call.width)), per_head(pixels(call) * padded),
-        rows(heads * per_head) {}
+  Map(const Call<T>& call_, Block block)
+      : call(call_),
+        padded(padded_width(call.width)),
+        per_head(pixels(call) * padded),
+        own(bytes() > kKeptBytes ? call.heads_at_a_time * per_head : 0),
+        rows(bytes() > kKeptBytes ? own.data : static_cast<A*>(kept_memory(block, bytes()))) {}
+
+  int64_t bytes() const {
+    return call.heads_at_a_time * per_head * static_cast<int64_t>(sizeof(A));
+  }
 
   static int64_t pixels(const Call<T>& call) {
     int64_t sum = 0;
@@ -58,8 +65,9 @@ struct Map {
   }
 
   const Call<T>& call;
-  const int64_t heads, padded, per_head;
-  const Array<A> rows;
+  const int64_t padded, per_head;  // floats from one pixel to the next, from one head to the next
+  const Array<A> own;
+  A* const rows;
 };
 
 // The cache lines of `size` elements, which are needed soon.
@@ -71,8 +79,8 @@ PIIP_INLINE void prefetch(const U* from, int64_t size) {
   }
 }
 
-// How many pixels ahead of packing or unpacking to prefetch: 12 KB of them, far enough for slow memory, and little enough
-// for the L1 cache.
+// How many pixels ahead of packing or unpacking to prefetch: 12 KB of them, far enough for slow memory, and little
+// enough for the L1 cache.
 template <typename T>
 int64_t pixels_ahead(int64_t channels) {
   return 12288 / (channels * static_cast<int64_t>(sizeof(T)) + 1) + 1;
@@ -92,7 +100,7 @@ PIIP_TARGET void pack(const Map<T>& map, int64_t image, int64_t first_head, int6
   const T* const value_end = call.value + call.batch * call.values * row_width;
   const T* from = call.value + image * call.values * row_width + first_head * call.width;
   const int64_t ahead = pixels_ahead<T>(heads * call.width);
-  A* level_rows = map.rows.data;
+  A* level_rows = map.rows;
   for (int64_t level = 0; level < call.levels; ++level) {
     const int64_t height = call.spatial_shapes[2 * level], width = call.spatial_shapes[2 * level + 1];
     const int64_t above = (width + 2) * padded, below = 2 * (width + 1) * padded;
@@ -127,7 +135,7 @@ PIIP_TARGET void unpack(const Map<T>& map, int64_t image, int64_t first_head, in
   const int64_t row_width = call.heads * call.width, padded = map.padded;
   T* to = call.grad_value + image * call.values * row_width + first_head * call.width;
   const int64_t ahead = pixels_ahead<T>(heads * call.width);
-  const A* level_rows = map.rows.data;
+  const A* level_rows = map.rows;
   for (int64_t level = 0; level < call.levels; ++level) {
     const int64_t height = call.spatial_shapes[2 * level], width = call.spatial_shapes[2 * level + 1];
     const A* from = level_rows + (width + 2) * padded;

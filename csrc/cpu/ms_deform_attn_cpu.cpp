@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <new>
 #include <string>
 #include <tuple>
 
@@ -12,6 +13,28 @@
 #include "ms_deform_attn.h"
 
 namespace piip::cpu {
+
+void* kept_memory(Block block, int64_t bytes) {
+  constexpr std::align_val_t kAlign{64};
+  struct Memory {
+    ~Memory() {
+      operator delete(data, kAlign);
+    }
+    void* data = nullptr;
+    int64_t size = 0;
+  };
+  thread_local Memory memories[2];
+  Memory& memory = memories[static_cast<int>(block)];
+  if (memory.size < bytes) {
+    operator delete(memory.data, kAlign);
+    memory.data = nullptr;  // in case there is no memory
+    memory.size = 0;
+    memory.data = operator new(bytes, kAlign);
+    memory.size = bytes;
+  }
+  return memory.data;
+}
+
 namespace {
 
 template <typename T>
@@ -180,7 +203,7 @@ void check_map(const Sizes& s, const std::vector<int64_t>& spatial_shapes) {
     pixels += packed_pixels(spatial_shapes[2 * level], spatial_shapes[2 * level + 1]);
   }
   STD_TORCH_CHECK(
-      pixels < std::numeric_limits<int32_t>::max() / padded_width(s.width + 1),
+      pixels < std::numeric_limits<int32_t>::max() / std::max(kLanes, padded_width(s.width)),
       "deformable attention: one head of one image has 2^31 values or more");
 }
 

@@ -103,7 +103,8 @@ PIIP_TARGET void read_samples(Samples<T>& s, int64_t first, int64_t count) {
   const int64_t ahead = (size + kWide<A> - 1) / kWide<A> * kWide<A>;
   U* const buffer = reinterpret_cast<U*>(s.corner);  // not in use yet
   const bool grid = call.sampling.grid;
-  const A grid_width = static_cast<A>(call.sampling.grid_width), grid_height = static_cast<A>(call.sampling.grid_height);
+  const A grid_width = static_cast<A>(call.sampling.grid_width);
+  const A grid_height = static_cast<A>(call.sampling.grid_height);
   int64_t column = grid ? first % call.queries % call.sampling.grid_width : 0;
   int64_t line = grid ? first % call.queries / call.sampling.grid_width : 0;
   for (int64_t query = 0; query < count; ++query) {

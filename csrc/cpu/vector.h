@@ -178,7 +178,8 @@ PIIP_INLINE Vec<A> sum_lanes(const Vec<A> (&v)[8]) {
 template <int64_t n>
 PIIP_INLINE Vec<float, n> exponential(Vec<float, n> x) {
   using Bits = Vec<uint32_t, n>;
-  const Vec<float, n> rounding = Vec<float, n>{} + 12582912.f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  // 1.5 * 2^23: what is added to it is rounded to an integer, which stands in the low bits.
+  const Vec<float, n> rounding = Vec<float, n>{} + 12582912.f;
   const Vec<float, n> shifted = x * 1.44269504f + rounding;
   const Vec<float, n> power = shifted - rounding;  // x = power * log(2) + rest, log(2) in two parts
   const Vec<float, n> rest = x - power * 0.693359375f + power * 2.12194440e-4f;

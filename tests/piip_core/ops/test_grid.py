@@ -136,6 +136,12 @@ def test_non_contiguous_inputs():
     assert all(torch.equal(a, b) for a, b in zip(dense, inputs.run(), strict=True))
 
 
+def test_large_and_small_maps_in_turn():
+    """More than the memory that the CPU kernels keep from call to call, and less again."""
+    for shape in ((9, 8), (300, 320), (9, 8)):
+        Inputs(1, 4, 6, (2, 3), (shape,)).check(f"{shape}")
+
+
 @pytest.mark.parametrize(("batch", "heads"), [(3, 5), (1, 1)])
 def test_threads_agree(batch, heads):
     """Every number is summed by one thread in one order, also where threads share a head."""
