@@ -5,6 +5,7 @@ from .classifier_config import ClassifierConfig
 from .config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
 from .errors import ConfigError, UserError
 from .networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from .prepared import prepare_for_inference
 from .pyramid import PIIP, DensePIIP
 from .timm_network import TimmConfig
 
@@ -24,6 +25,7 @@ __all__ = [
     "UniPerceiverConfig",
     "UserError",
     "ViTConfig",
+    "prepare_for_inference",
 ]
 
 __version__ = "0.1.0"

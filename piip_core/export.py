@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 from .classifier import PIIPClassifier
 from .errors import UserError
 from .files import flush, rename_durably
-from .ops.reference import ms_deform_attn_reference
+from .ops import deform_attn_grid_reference, ms_deform_attn_reference
 from .pyramid import DensePIIP
 
 __all__ = ["ExportCheck", "ExportError", "export_onnx", "export_program", "save_program", "without_operator"]
@@ -102,8 +102,13 @@ def export_program(model: nn.Module, image_size: tuple[int, int], *, batch_size:
 
 
 def without_operator(program: ExportedProgram) -> ExportedProgram:
-    """The program with `piip::ms_deform_attn` decomposed into standard operators; it needs nothing of this project."""
-    return program.run_decompositions({torch.ops.piip.ms_deform_attn.default: ms_deform_attn_reference})
+    """The program with this project's operators decomposed into standard ones; it needs nothing of this project."""
+    return program.run_decompositions(
+        {
+            torch.ops.piip.deform_attn_grid.default: deform_attn_grid_reference,
+            torch.ops.piip.ms_deform_attn.default: ms_deform_attn_reference,
+        }
+    )
 
 
 def _round_scales_up(program: ExportedProgram) -> None:

@@ -252,8 +252,9 @@ def _classifier(dim: int, num_classes: int) -> nn.Linear:
 class TokenMerging(nn.Module):
     """Visual tokens for a language model: one projector per branch, on one grid, summed (paper section III-D).
 
-    A branch's map is first resized to the grid, bilinearly and in fp32, then projected: linear, norm, GELU, linear.
-    With one branch and no norm that is the projector of LLaVA-1.5.
+    A branch's map is resized to the grid, bilinearly and in fp32, and projected: linear, norm, GELU, linear. With one
+    branch and no norm that is the projector of LLaVA-1.5. A map that grows is resized behind the first linear, which
+    commutes with interpolation and has fewer positions before it.
 
     Args:
         dims: Width of every branch, Branch 1 first.
@@ -284,15 +285,13 @@ class TokenMerging(nn.Module):
         size = maps[-1].shape[-2:] if self.grid is None else (self.grid, self.grid)
         tokens = None
         for x, projection in zip(maps, self.projections.values(), strict=True):
-            if x.shape[-2:] != size:
-                x = F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False).to(x.dtype)
-            x = projection(x.permute(0, 2, 3, 1))
+            x = projection(x.permute(0, 2, 3, 1), size)
             tokens = x if tokens is None else tokens + x
         return tokens.flatten(1, 2)
 
 
 class _TokenProjection(nn.Module):
-    """Linear, norm, GELU, linear over channels-last maps."""
+    """Linear, norm, GELU, linear over channels-last maps, resized before or behind the first linear."""
 
     def __init__(self, in_dim: int, out_dim: int, norm: str, num_groups: int) -> None:
         super().__init__()
@@ -304,10 +303,22 @@ class _TokenProjection(nn.Module):
             self.norm = nn.LayerNorm(out_dim, elementwise_affine=False) if norm == "layer" else nn.Identity()
         self.linear_2 = nn.Linear(out_dim, out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.linear_1(x)
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, H, W, C) to (B, *size, embed_dim)."""
+        if x.shape[1] * x.shape[2] < size[0] * size[1]:
+            x = _resize(self.linear_1(x), size)  # equal: the weights of an interpolation add up to 1
+        else:
+            x = self.linear_1(_resize(x, size))
         if isinstance(self.norm, nn.GroupNorm):  # over channel groups and positions: channels first
             x = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         else:
             x = self.norm(x)
         return self.linear_2(F.gelu(x))
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resizing of a channels-last map (B, H, W, C), in fp32."""
+    if x.shape[1:3] == size:
+        return x
+    resized = F.interpolate(x.permute(0, 3, 1, 2).float(), size=size, mode="bilinear", align_corners=False)
+    return resized.permute(0, 2, 3, 1).to(x.dtype)

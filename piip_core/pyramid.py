@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .branches import BranchState, build_branch
 from .config import PIIPConfig
-from .errors import ConfigError
+from .errors import ConfigError, UserError
 from .interaction import Interaction
 from .merging import BranchMerging, FeaturePyramid
 
@@ -44,7 +44,10 @@ class PIIP(nn.Module):
     Attributes:
         dims: Channels of the final map of each branch.
         strides: Stride of the final map of each branch, in pixels of the branch's own image.
+        inference_only: Whether `prepare_for_inference` has folded weights.
     """
+
+    inference_only = False
 
     def __init__(self, config: PIIPConfig) -> None:
         super().__init__()
@@ -142,6 +145,19 @@ class PIIP(nn.Module):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(interaction, tokens, use_reentrant=False)
         return interaction(tokens)
+
+    def train(self, mode: bool = True) -> PIIP:
+        """Sets training or evaluation mode.
+
+        Raises:
+            UserError: For training mode after `prepare_for_inference`.
+        """
+        if mode and self.inference_only:
+            raise UserError(
+                "a model changed by prepare_for_inference cannot be trained, its weights are folded: build the model "
+                "again and load the checkpoint"
+            )
+        return super().train(mode)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""

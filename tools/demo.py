@@ -32,6 +32,9 @@ def parse_args() -> argparse.Namespace:
         metavar="A,B,C",
         help="in the order of the model's classes, if the checkpoint does not have them",
     )
+    parser.add_argument(
+        "--prepare", action="store_true", help="fold weights for speed first; results differ by rounding alone"
+    )
     parser.add_argument("--opts", nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
     args = parser.parse_args()
     if not 0 <= args.confidence_threshold <= 1:
@@ -52,7 +55,7 @@ def main() -> None:
     try:
         cfg = load_config(args.config_file, args.opts)
         names = args.class_names.split(",") if args.class_names else None
-        predictor = Predictor(cfg, args.checkpoint, class_names=names)
+        predictor = Predictor(cfg, args.checkpoint, class_names=names, prepare=args.prepare)
         errors = run_demo(predictor, args.input, args.output, min_score=args.confidence_threshold)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -52,7 +52,7 @@ class TimmTransformerBranch(TransformerBranch):
     def patch_map(self, image: Tensor) -> Tensor:
         patch = self.strides[0]
         height, width = (side // patch * patch for side in image.shape[-2:])
-        return self.model.patch_embed(image[..., :height, :width])
+        return self.model.patch_embed(image[..., :height, :width]).contiguous()  # as `TransformerBranch` does
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
         block = self.model.blocks[index]

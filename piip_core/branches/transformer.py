@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ..config import BranchConfig
 from .base import Branch, BranchState
 
 __all__ = ["TransformerBranch", "resize_position_grid"]
+
+MAX_POSITIONS = 16
 
 
 def resize_position_grid(grid: Tensor, height: int, width: int) -> Tensor:
@@ -38,15 +41,37 @@ class TransformerBranch(Branch):
 
     Attributes:
         model: The network, with `patch_embed` (channels-last output) and `blocks`.
+        keep_positions: Whether resized position embeddings are kept, for weights that do not change any more.
     """
 
     model: nn.Module
+    keep_positions = False
+
+    def __init__(self, config: BranchConfig) -> None:
+        super().__init__(config)
+        self._positions: dict[tuple[object, ...], Tensor] = {}
 
     def patch_map(self, image: Tensor) -> Tensor:
         """Patch embeddings (B, H, W, C) of an image; a remainder of the patch size is cut at the bottom and right."""
         patch = self.config.network.patch_size
         height, width = (side // patch for side in image.shape[-2:])
-        return self.model.patch_embed(image[..., : height * patch, : width * patch])
+        # The convolution leaves channels first in memory, and every sum behind it would inherit that
+        return self.model.patch_embed(image[..., : height * patch, : width * patch]).contiguous()
+
+    def position_map(self, grid: Tensor, height: int, width: int) -> Tensor:
+        """`resize_position_grid` of the position embeddings, once per size where `keep_positions` says so."""
+        if not self.keep_positions or torch.compiler.is_compiling():
+            return resize_position_grid(grid, height, width)
+        key = height, width, grid.dtype, grid.device
+        if key not in self._positions:
+            with torch.inference_mode(False), torch.no_grad():
+                table = resize_position_grid(grid.clone(), height, width).contiguous()
+            if type(table) is not Tensor:  # a fake tensor must not outlive its mode
+                return table
+            if len(self._positions) >= MAX_POSITIONS:
+                self._positions.clear()
+            self._positions[key] = table
+        return self._positions[key]
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
         block = self.model.blocks[index]

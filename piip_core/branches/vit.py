@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import BranchConfig
 from ..networks import UniPerceiverConfig, ViTConfig
 from .base import BranchState, register_branch
-from .transformer import TransformerBranch, resize_position_grid
+from .transformer import TransformerBranch
 from .window import FullWidthNormAttention, MapAttention
 
 __all__ = ["UniPerceiverBranch", "ViTBranch"]
@@ -50,7 +50,7 @@ class ViTBranch(TransformerBranch):
     def embed(self, image: Tensor) -> BranchState:
         tokens = self.patch_map(image)
         class_position, grid = self.model.pos_embed.tensor_split([int(self.config.network.class_position)], dim=1)
-        tokens = self.model.norm_pre(tokens + resize_position_grid(grid, *tokens.shape[1:3]))
+        tokens = self.model.norm_pre(tokens + self.position_map(grid, *tokens.shape[1:3]))
         if self.model.cls_token is None:
             return BranchState(tokens)
         prefix = self.model.cls_token
@@ -89,7 +89,7 @@ class UniPerceiverBranch(TransformerBranch):
 
     def embed(self, image: Tensor) -> BranchState:
         tokens = self.patch_map(image)
-        tokens = tokens + resize_position_grid(self.model.pos_embed, *tokens.shape[1:3])
+        tokens = tokens + self.position_map(self.model.pos_embed, *tokens.shape[1:3])
         return BranchState(self.model.norm_pre(tokens + self.model.frame_embed[0]))
 
 

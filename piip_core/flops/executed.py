@@ -59,7 +59,10 @@ def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCount
         run: Name of the submodule to run on them; "" for the model itself.
     """
     macs: Counter[str] = Counter()
-    formulas = {torch.ops.piip.ms_deform_attn: _deformable_flops}
+    formulas = {
+        torch.ops.piip.deform_attn_grid: _deformable_grid_flops,
+        torch.ops.piip.ms_deform_attn: _deformable_flops,
+    }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         with _attribution(model, counter, macs):
             model.get_submodule(run)(*inputs)
@@ -104,3 +107,11 @@ def _deformable_flops(value: torch.Size, spatial_shapes: Any, locations: torch.S
     """(B, S, heads, D) values sampled at (B, Q, heads, levels, points, 2) locations."""
     batch, queries, heads, levels, points, _ = locations
     return 2 * MACS_PER_SAMPLE * batch * queries * heads * levels * points * value[-1]
+
+
+def _deformable_grid_flops(
+    value: torch.Size, value_shapes: Any, query_shape: Any, sampling: torch.Size, *_: Any, **__: Any
+) -> int:
+    """(B, S, heads, D) values sampled as (B, Q, 3 * heads * levels * points) offsets and logits say."""
+    batch, queries, width = sampling
+    return 2 * MACS_PER_SAMPLE * batch * queries * (width // 3) * value[-1]

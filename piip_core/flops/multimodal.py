@@ -79,8 +79,11 @@ def _tower_count(entry: zoo.MultimodalEntry) -> Count:
 
 
 def _projector_count(entry: zoo.MultimodalEntry) -> Count:
-    dims, grid = entry.vision.dims_after(None), entry.grid
+    """As executed: a map smaller than the grid is resized behind the first linear."""
+    config = entry.vision
+    dims, strides = config.dims_after(None), config.strides_after(None)
+    sides = [branch.image_size // stride for branch, stride in zip(config.branches, strides, strict=True)]
     with on_meta():
-        projector = TokenMerging(dims, entry.embed_dim, norm=entry.projector_norm)
-        maps = [torch.empty(1, dim, grid, grid) for dim in dims]  # the projector brings all maps to this grid first
+        projector = TokenMerging(dims, entry.embed_dim, norm=entry.projector_norm, grid=entry.grid)
+        maps = [torch.empty(1, dim, side, side) for dim, side in zip(dims, sides, strict=True)]
     return executed_count(projector, maps).total

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from piip_core import ConfigError, InteractionConfig
-from piip_core.interaction import ConvFFN, CrossAttention, Injection, Interaction, InteractionUnit
+from piip_core.interaction import (
+    ConvFFN,
+    CrossAttention,
+    DeformableCrossAttention,
+    Injection,
+    Interaction,
+    InteractionUnit,
+)
 from piip_core.interaction_graph import UnitSpec
 
 CONFIG = InteractionConfig(num_heads=4)
@@ -37,6 +44,22 @@ def test_one_way_units_leave_the_source_alone(randomize):
     new_low, new_high = unit(low, high)
     assert new_high is high and not torch.allclose(new_low, low)
     assert all(name.startswith("into_low") for name, _ in unit.named_parameters())
+
+
+@pytest.mark.parametrize("change", ["hook", "wrapped"])
+def test_linears_that_do_more_are_called(randomize, change):
+    """Offsets and logits come from one product, unless somebody listens or has put something else there."""
+    attention = randomize(DeformableCrossAttention(32, 4, value_dim=16))
+    query, value = maps((3, 4, 32), (6, 9, 16))
+    expected, calls = attention(query, value), []
+    for name in ("sampling_offsets", "attention_weights"):
+        linear = getattr(attention, name)
+        if change == "hook":
+            linear.register_forward_pre_hook(lambda *_: calls.append(1))
+        else:
+            setattr(attention, name, torch.nn.Sequential(linear))
+    torch.testing.assert_close(attention(query, value), expected, rtol=1e-5, atol=1e-6)
+    assert len(calls) == (2 if change == "hook" else 0)
 
 
 def test_units_run_in_order(randomize):
@@ -75,6 +98,16 @@ def test_ffn_mixes_only_neighbours(randomize):
     moved[0, 0, 0] += 1
     changed = (ffn(moved) - ffn(x)).abs().amax(-1)[0] > 1e-6
     assert changed[:2, :2].all() and not changed[2:].any() and not changed[:, 2:].any()
+
+
+def test_residuals_are_those_of_equations_1_and_2(randomize):
+    """In float64, where the fused product and sum would show any other difference."""
+    injection = randomize(Injection(32, 16, CONFIG)).double().eval()
+    query, value = maps((3, 4, 32), (6, 8, 16), dtype=torch.float64)
+    attended = injection.attn(injection.query_norm(query), injection.value_norm(injection.proj(value)))
+    middle = query + injection.attn_gamma * attended
+    expected = middle + injection.ffn_gamma * injection.ffn(injection.ffn_norm(middle))
+    torch.testing.assert_close(injection(query, value), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_drop_path_is_on_the_ffn_only(randomize):

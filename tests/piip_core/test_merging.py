@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from piip_core import ConfigError
-from piip_core.merging import BranchMerging, ClassificationMerging, FeaturePyramid
+from piip_core.merging import BranchMerging, ClassificationMerging, FeaturePyramid, TokenMerging
 
 DIMS = (32, 24, 16)
 
@@ -66,3 +66,29 @@ def test_classification_merging_is_invariant_to_where_things_are(randomize):
     maps = [torch.randn(2, 32, 4, 4), torch.randn(2, 16, 4, 4)]
     assert head(maps).shape == (2, 5)
     torch.testing.assert_close(head([m.flip(-1) for m in maps]), head(maps), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer", "none"])
+def test_projectors_before_and_after_resizing_are_the_same(randomize, norm):
+    """Maps that grow are projected first; the definition resizes first."""
+    merging = randomize(TokenMerging(DIMS, 64, norm=norm, num_groups=8, grid=5)).double()
+    maps = [
+        torch.randn(2, dim, *size, dtype=torch.float64)
+        for dim, size in zip(DIMS, ((3, 4), (5, 5), (8, 9)), strict=True)
+    ]
+    expected = 0
+    for x, projection in zip(maps, merging.projections.values(), strict=True):
+        x = F.interpolate(x.float(), size=(5, 5), mode="bilinear", align_corners=False).double()
+        x = projection.linear_1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = projection.norm(x) if norm == "group" else projection.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        expected = expected + projection.linear_2(F.gelu(x).permute(0, 2, 3, 1))
+    torch.testing.assert_close(merging(maps), expected.flatten(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_growing_maps_are_projected_on_their_own_grid():
+    merging = TokenMerging((8, 8, 8), 16, norm="none", grid=6)
+    cells = []
+    for projection in merging.projections.values():
+        projection.linear_1.register_forward_hook(lambda module, args, output: cells.append(output[0, ..., 0].numel()))
+    merging([torch.randn(1, 8, side, side) for side in (3, 6, 12)])
+    assert cells == [9, 36, 36]

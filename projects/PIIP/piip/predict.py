@@ -26,6 +26,7 @@ from piip.checkpointer import AtomicCheckpointer, read_categories
 from piip.data import Category, coco_categories
 from piip.data.segmentation import label_classes
 from piip.lazy_config import check_device, is_folder_of_classes, skip_pretrained
+from piip.modeling import prepare_for_inference
 from piip.modeling.classifier import ImageClassifier
 from piip.published import follow_published
 
@@ -45,6 +46,7 @@ class Predictor:
         weights: Checkpoint, `.pth` or `.safetensors`; every weight of the model must be in it.
         device: Where to run; `train.device` by default.
         class_names: Names of the classes, if checkpoint and annotation files do not give them.
+        prepare: Make the model faster by `piip.modeling.prepare_for_inference`; results differ by rounding.
 
     Attributes:
         categories (tuple[Category, ...]): class k of the model is entry k; empty if unknown.
@@ -54,10 +56,17 @@ class Predictor:
     Raises:
         CheckpointError: If the checkpoint is missing, broken or of another model.
         ConfigError: If the device is not there, or the checkpoint is that of another published classifier.
+        UserError: With `prepare`, if the model has no PIIP inside.
     """
 
     def __init__(
-        self, cfg: DictConfig, weights: str, *, device: str | None = None, class_names: Sequence[str] | None = None
+        self,
+        cfg: DictConfig,
+        weights: str,
+        *,
+        device: str | None = None,
+        class_names: Sequence[str] | None = None,
+        prepare: bool = False,
     ) -> None:
         self.device = check_device(device or cfg.train.device)
         follow_published(cfg, weights)
@@ -67,6 +76,8 @@ class Predictor:
         skip_pretrained(cfg)
         self.model = instantiate(cfg.model).to(self.device).eval()
         AtomicCheckpointer(self.model, strict=True).load(weights, checkpointables=[])
+        if prepare:
+            prepare_for_inference(self.model)
         self.task = _task_of(self.model)
         mapper = cfg.dataloader.test.mapper
         self._image_format = mapper.image_format

@@ -26,7 +26,7 @@ CONFIG = PIIPConfig(
     branches=(vit(192, 160, None, norm="rmsnorm", qk_norm=True), vit(96, 224, 7)),
     interaction=InteractionConfig(num_interactions=2, num_heads=6),
 )
-LEAST, MOST = 0.95, 1.10  # of what was measured, as `piip_core.memory.Estimate` says
+LEAST, MOST = 0.95, 1.15  # of what was measured, as `piip_core.memory.Estimate` says
 
 
 def step(model):

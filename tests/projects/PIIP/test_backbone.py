@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ pytest.importorskip("detectron2")
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import ImageList
 
-from piip.modeling import PIIPFPN, PIIPBackbone
+from piip.modeling import PIIPFPN, PIIPBackbone, prepare_for_inference
 from piip_core import BranchConfig, InteractionConfig, PIIPConfig, ViTConfig
 
 
@@ -39,3 +41,19 @@ def test_padding_rule_reaches_the_detector():
 def test_padding_must_fit_the_strides():
     with pytest.raises(ValueError, match="pad_divisor=48"):
         PIIPBackbone(tiny_config(), pad_divisor=48)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["", "GN"])
+def test_prepared_neck_computes_the_same(norm, randomize):
+    """Laterals with a norm stay."""
+    names = ["res2", "res3", "res4", "res5"]
+    backbone = PIIPBackbone(tiny_config(), pad_divisor=64)
+    fpn = randomize(PIIPFPN(backbone, names, 64, norm=norm, top_block=LastLevelMaxPool())).eval()
+    prepared = prepare_for_inference(prepare_for_inference(copy.deepcopy(fpn)))  # twice is once
+    image = torch.randn(1, 3, 128, 192)
+    for name, expected in fpn(image).items():
+        torch.testing.assert_close(prepared(image)[name], expected, rtol=1e-4, atol=1e-4)
+    features, shapes = prepared.bottom_up(image), prepared.bottom_up.output_shape()
+    assert [features[name].shape[1] for name in names] == [shapes[name].channels for name in names]
+    assert [shapes[name].channels for name in names] == ([64, 64, 32, 32] if norm == "" else [32] * 4)

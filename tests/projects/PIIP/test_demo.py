@@ -25,7 +25,7 @@ from piip.demo import InputError, collect_inputs, draw_detections, run_demo
 from piip.lazy_config import load_config
 from piip.predict import Predictor
 from piip.train import main
-from piip_core.errors import CheckpointError
+from piip_core.errors import CheckpointError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,11 @@ def test_detections_equal_those_of_the_evaluation(predictor, run, shared_coco):
     names = {3: "square", 17: "bar", 40: "disc"}
     assert [result.pop("category_name") for result in found] == [names[e["category_id"]] for e in expected]
     assert found == expected
+
+
+def test_prepared_model_needs_a_piip(predictor, tiny_config, run, shared_coco):
+    with pytest.raises(UserError, match="expected a model with a PIIP inside, got a GeneralizedRCNN"):
+        Predictor(load_config(tiny_config), str(run / "model_final.pth"), prepare=True)
 
 
 def test_channel_order_and_threshold(predictor, shared_coco):

@@ -51,6 +51,10 @@ class PIIPBackbone(Backbone):
     def output_shape(self) -> dict[str, ShapeSpec]:
         return dict(self._shapes)
 
+    def set_channels(self, name: str, channels: int) -> None:
+        """Says that a map has other channels, because its last layer was replaced."""
+        self._shapes[name] = ShapeSpec(channels=channels, stride=self._shapes[name].stride)
+
     @property
     def size_divisibility(self) -> int:
         return self._pad_divisor

@@ -1,0 +1,169 @@
+"""Models for inference only: weights that follow each other with nothing between them become one.
+
+Everything here is exact but for the rounding of the new weights, which are computed in float64.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from timm.layers import LayerScale, Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .branches.transformer import TransformerBranch
+from .branches.window import MapAttention
+from .errors import UserError
+from .interaction import ConvFFN, CrossAttention, DeformableCrossAttention, Injection
+from .onednn import use_onednn_linears
+from .pyramid import PIIP
+
+__all__ = [
+    "PreparedDeformableAttention",
+    "PreparedInjection",
+    "deconvolution_with_lateral",
+    "prepare_for_inference",
+]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:
+    """Makes a trained model faster, in place. It cannot be trained any more, and its state dict has other names.
+
+    - Offsets and logits of deformable attention come from one linear; the residual scales of interactions
+      (`attn_gamma`, `ffn_gamma`) and of blocks (layer scale) are part of the weights before them.
+    - Position embeddings are resized once per image size.
+    - On CPUs, linears run on oneDNN, with the GELU behind them in the same pass. In float32 PyTorch's own choice is
+      MKL, which takes twice the time on processors of other makers than Intel.
+
+    Args:
+        model: With a `PIIP` inside: `DensePIIP`, `PIIPClassifier` or a network around one. It is set to evaluation mode
+            and its parameters need no gradients any more. A second time changes nothing more.
+        dtype: To cast floating parameters and buffers to afterwards; folding before a cast loses less.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: If there is no PIIP in the model.
+    """
+    pyramids = [module for module in model.modules() if isinstance(module, PIIP)]
+    if not pyramids:
+        raise UserError(f"prepare_for_inference: expected a model with a PIIP inside, got a {type(model).__name__}")
+    model.requires_grad_(False)
+    for pyramid in pyramids:
+        if not pyramid.inference_only:
+            _fold(pyramid)
+            use_onednn_linears(pyramid)
+            pyramid.inference_only = True
+    return model.eval() if dtype is None else model.eval().to(dtype)
+
+
+def _fold(pyramid: PIIP) -> None:
+    for name, module in list(pyramid.named_modules()):
+        if isinstance(module, Injection):
+            pyramid.set_submodule(name, PreparedInjection(module))
+        elif isinstance(module, Block) and isinstance(module.attn, MapAttention) and isinstance(module.mlp, Mlp):
+            for scale, linear in (("ls1", module.attn.proj), ("ls2", module.mlp.fc2)):
+                if isinstance(getattr(module, scale), LayerScale):
+                    _scale_output(linear, getattr(module, scale).gamma)
+                    setattr(module, scale, nn.Identity())
+        elif isinstance(module, TransformerBranch):
+            module.keep_positions = True
+
+
+class PreparedInjection(Injection):
+    """`Injection` without scales of its residuals, which are part of the linears before them.
+
+    Args:
+        injection: What it takes its modules from; their weights change.
+    """
+
+    def __init__(self, injection: Injection) -> None:
+        nn.Module.__init__(self)
+        for name, module in injection.named_children():
+            setattr(self, name, module)
+        if isinstance(injection.attn, DeformableCrossAttention):
+            self.attn = PreparedDeformableAttention(injection.attn)
+        _scale_output(_last_linear(injection.attn), injection.attn_gamma)
+        if injection.ffn is None:
+            self.ffn = None
+        else:
+            _scale_output(_last_linear(injection.ffn), injection.ffn_gamma)
+        self.training = injection.training
+
+    def forward(self, query: Tensor, value: Tensor) -> Tensor:
+        query = query + self.attn(self.query_norm(query), self.value_norm(self.proj(value)))
+        return query if self.ffn is None else query + self.ffn(self.ffn_norm(query))
+
+
+class PreparedDeformableAttention(DeformableCrossAttention):
+    """`DeformableCrossAttention` with one linear for offsets and logits.
+
+    Args:
+        attention: What it takes its modules from. The two linears stay, for `sampling_map`.
+    """
+
+    def __init__(self, attention: DeformableCrossAttention) -> None:
+        nn.Module.__init__(self)
+        self.num_heads, self.num_levels = attention.num_heads, attention.num_levels
+        self.num_points = attention.num_points
+        for name, module in attention.named_children():
+            setattr(self, name, module)
+        weight, bias = attention.joint_sampling()
+        self.sampling_linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        self.sampling_linear.weight = nn.Parameter(weight, requires_grad=False)
+        self.sampling_linear.bias = nn.Parameter(bias, requires_grad=False)
+        self.training = attention.training
+
+    def sampling_logits(self, query: Tensor) -> Tensor:
+        return self.sampling_linear(query)
+
+
+def _last_linear(module: nn.Module) -> nn.Linear:
+    if isinstance(module, DeformableCrossAttention):
+        return module.output_proj
+    if isinstance(module, CrossAttention):
+        return module.proj
+    if isinstance(module, ConvFFN):
+        return module.fc2
+    raise TypeError(f"cannot tell the last linear of {type(module).__name__}")
+
+
+@torch.no_grad()
+def _scale_output(linear: nn.Linear, scale: Tensor) -> None:
+    for parameter, factor in ((linear.weight, scale[:, None]), (linear.bias, scale)):
+        if parameter is not None:
+            parameter.copy_(parameter.double() * factor.double())
+
+
+@torch.no_grad()
+def deconvolution_with_lateral(deconvolution: nn.ConvTranspose2d, lateral: nn.Conv2d) -> nn.ConvTranspose2d:
+    """One deconvolution that does what a deconvolution and a 1x1 convolution behind it do.
+
+    Raises:
+        ValueError: If the convolution is no plain 1x1 convolution.
+    """
+    plain = (lateral.kernel_size, lateral.stride, lateral.padding, lateral.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    if not plain or deconvolution.groups != 1:
+        raise ValueError(f"cannot fold {lateral} into {deconvolution}: expected a plain 1x1 convolution, no groups")
+    weight = torch.einsum("icyx,oc->ioyx", deconvolution.weight.double(), lateral.weight[:, :, 0, 0].double())
+    bias = torch.zeros(lateral.out_channels, dtype=torch.float64, device=weight.device)
+    if deconvolution.bias is not None:
+        bias += lateral.weight[:, :, 0, 0].double() @ deconvolution.bias.double()
+    if lateral.bias is not None:
+        bias += lateral.bias.double()
+    folded = nn.ConvTranspose2d(
+        deconvolution.in_channels,
+        lateral.out_channels,
+        deconvolution.kernel_size,
+        deconvolution.stride,
+        deconvolution.padding,
+        device=weight.device,
+        dtype=deconvolution.weight.dtype,
+    )
+    folded.weight.copy_(weight)
+    folded.bias.copy_(bias)
+    return folded.requires_grad_(False).train(deconvolution.training)

@@ -1,0 +1,104 @@
+"""Models prepared for inference against the same models before."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from piip_core import DensePIIP, InteractionConfig, UserError, prepare_for_inference
+from piip_core.onednn import OneDNNLinear, use_onednn_linears
+from piip_core.prepared import deconvolution_with_lateral
+
+
+@pytest.mark.parametrize("attention", ["deformable", "regular"])
+@pytest.mark.parametrize("ffn", [True, False])
+def test_computes_the_same(tiny_config, randomize, attention, ffn):
+    interaction = InteractionConfig(num_interactions=2, num_heads=4, attention=attention, ffn=ffn)
+    model = randomize(DensePIIP(tiny_config(window_size=3, interaction=interaction))).eval()
+    prepared = prepare_for_inference(copy.deepcopy(model))
+    for size in ((96, 128), (100, 171), (96, 128)):
+        image = torch.randn(2, 3, *size)
+        for expected, actual in zip(model(image), prepared(image), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_in_bfloat16_it_is_as_close_as_the_model_itself(tiny_model):
+    image = torch.randn(1, 3, 96, 128)
+    expected = tiny_model(image)
+    half = copy.deepcopy(tiny_model).bfloat16()(image.bfloat16())
+    prepared = prepare_for_inference(copy.deepcopy(tiny_model), dtype=torch.bfloat16)(image.bfloat16())
+    for e, h, p in zip(expected, half, prepared, strict=True):
+        assert p.dtype == torch.bfloat16
+        assert (p.float() - e).norm() < 1.3 * (h.float() - e).norm()
+
+
+def test_works_under_autocast_and_in_one_graph(tiny_model):
+    image = torch.randn(1, 3, 96, 128)
+    expected = tiny_model(image)
+    prepared = prepare_for_inference(tiny_model)
+    with torch.autocast("cpu", torch.bfloat16):
+        halves = prepared(image)
+    compiled = torch.compile(prepared, fullgraph=True, backend="eager")(image)
+    for e, h, c in zip(expected, halves, compiled, strict=True):
+        assert (h.float() - e).abs().max() < 0.06 * e.abs().max()
+        torch.testing.assert_close(c, e, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_time_changes_nothing(tiny_model):
+    image = torch.randn(1, 3, 96, 128)
+    once = prepare_for_inference(tiny_model)(image)
+    twice = prepare_for_inference(tiny_model)(image)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_refuses_training_and_other_models(tiny_model):
+    model = nn.Sequential(prepare_for_inference(tiny_model))
+    assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model[0].modules())
+    with pytest.raises(UserError, match="prepare_for_inference cannot be trained"):
+        model.train()
+    model.eval()
+    with pytest.raises(UserError, match="expected a model with a PIIP inside, got a Linear"):
+        prepare_for_inference(nn.Linear(2, 2))
+
+
+def test_positions_are_computed_once_per_size(tiny_config, randomize, monkeypatch):
+    from piip_core.branches import transformer
+
+    sizes = []
+    original = transformer.resize_position_grid
+    monkeypatch.setattr(
+        transformer, "resize_position_grid", lambda grid, *size: (sizes.append(size), original(grid, *size))[1]
+    )
+    model = randomize(DensePIIP(tiny_config(dims=(32,), sizes=(128,)))).eval()
+    image = torch.randn(1, 3, 96, 128)
+    model(image), model(image)
+    assert sizes == [(6, 8)] * 2  # weights may have changed
+    prepare_for_inference(model)
+    model(image), model(image), model(torch.randn(1, 3, 64, 64)), model(image)
+    assert sizes[2:] == [(6, 8), (4, 4)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_deconvolution_with_lateral(bias):
+    deconvolution, lateral = nn.ConvTranspose2d(6, 8, 2, 2, bias=bias), nn.Conv2d(8, 5, 1, bias=bias)
+    x = torch.randn(2, 6, 3, 4)
+    folded = deconvolution_with_lateral(deconvolution, lateral)
+    torch.testing.assert_close(folded(x), lateral(deconvolution(x)))
+    with pytest.raises(ValueError, match="expected a plain 1x1"):
+        deconvolution_with_lateral(deconvolution, nn.Conv2d(8, 5, 3, padding=1))
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (2, 3, 5, 24), (0, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_linears(shape, bias):
+    plain = nn.Sequential(nn.Linear(24, 10, bias=bias))
+    model = copy.deepcopy(plain)
+    use_onednn_linears(model)
+    assert type(model[0]) is OneDNNLinear and list(model.state_dict()) == list(plain.state_dict())
+    x = torch.randn(*shape)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-6)
+        gelu = OneDNNLinear(plain[0], gelu=True)
+        torch.testing.assert_close(gelu(x), nn.functional.gelu(plain(x)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gelu.double()(x.double()), nn.functional.gelu(plain.double()(x.double())))
