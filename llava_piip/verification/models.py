@@ -92,7 +92,7 @@ def _check_generation(check: Check, model: PIIPLlavaForConditionalGeneration, pr
     recorded = check.case.tensors["gen.output_ids"][:, 1:]  # without bos, which the pinned library puts in front
     ids = check.case.tensors["gen.input_ids"].long()
     rows = _expanded_rows(ids, torch.ones_like(ids, dtype=torch.bool), processor)
-    prompt = processor._encode(check.case.info["generation_prompt"], [None])
+    prompt = processor.encode_prompt(check.case.info["generation_prompt"], 1)
     check.equal("gen.input_ids", torch.tensor(prompt), torch.tensor(rows[0]))
     ids = torch.tensor(rows)
     new = _generate(
