@@ -58,8 +58,8 @@ class Estimate:
     """Memory of a GPU in one way of training.
 
     For small models trained on a CPU it was between 2 % less and 11 % more than the most that PyTorch's profiler saw
-    allocated (tests/piip_core/memory asks for -5 % to +15 %): a little more, because gradients count in full while
-    activations are at their peak. Nothing here was compared with a GPU.
+    allocated: more, because gradients count in full while activations are at their peak. Without them it is not above
+    (tests/piip_core/memory asks for that, and for at most 5 % less with them). Nothing here was compared with a GPU.
 
     Attributes:
         stage: ZeRO stage, 0 for DistributedDataParallel.

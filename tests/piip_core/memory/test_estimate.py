@@ -26,7 +26,7 @@ CONFIG = PIIPConfig(
     branches=(vit(192, 160, None, norm="rmsnorm", qk_norm=True), vit(96, 224, 7)),
     interaction=InteractionConfig(num_interactions=2, num_heads=6),
 )
-LEAST, MOST = 0.95, 1.15  # of what was measured, as `piip_core.memory.Estimate` says
+LEAST, MOST = 0.95, 1.02  # of what was measured, as `piip_core.memory.Estimate` says
 
 
 def step(model):
@@ -67,7 +67,9 @@ def test_total_is_what_the_profiler_measures(dry_run, precision, checkpointing, 
     estimated = states.total + max(activations.peak, states.step)
     found = measured(precision, checkpointing, tmp_path / "trace.json")
     print(f"{precision}, checkpointing {checkpointing}: {estimated / 1e6:.1f} MB estimated, {found / 1e6:.1f} measured")
-    assert LEAST < estimated / found < MOST
+    gradients = 4 * params  # counted in full, and not all there when the activations are at their peak
+    assert estimated > LEAST * found
+    assert estimated - gradients < MOST * found
     assert activations.peak > states.step  # or the activations would not have been tested
 
 
