@@ -22,7 +22,7 @@ from .conversation import (
 from .image_processing import ImageError
 from .tokenization import keep_legacy_setting
 
-__all__ = ["PIIPLlavaProcessor"]
+__all__ = ["PIIPLlavaProcessor", "fetch_image"]
 
 
 class PIIPLlavaProcessor(ProcessorMixin):
@@ -104,7 +104,7 @@ class PIIPLlavaProcessor(ProcessorMixin):
         data = self.tokenizer.pad(
             {"input_ids": ids}, padding=padding, padding_side=padding_side, return_attention_mask=True
         )
-        pixels = [_fetched(image) for found in per_prompt for image in found]
+        pixels = [fetch_image(image) for found in per_prompt for image in found]
         if pixels:
             data["pixel_values"] = self.image_processor(images=pixels, return_tensors="pt", **kwargs)["pixel_values"]
         return BatchFeature(dict(data), tensor_type=return_tensors)
@@ -169,8 +169,12 @@ class PIIPLlavaProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
 
-def _fetched(image: Any) -> Any:
-    """The picture behind an address or a file name; anything else as it is."""
+def fetch_image(image: Any) -> Any:
+    """The picture behind an address or a file name; anything else as it is.
+
+    Raises:
+        ImageError: If there is none.
+    """
     if not isinstance(image, (str, os.PathLike)):
         return image
     try:

@@ -25,6 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from piip_core.errors import ConfigError
 
+from ..processing import fetch_image
+
 __all__ = ["Pictures", "PromptCache", "picture_key"]
 
 _LEAST_PLACES = 512  # of a static cache
@@ -108,13 +110,13 @@ class PromptCache:
         """Looks up the pictures of a prompt, and prepares those that are not kept.
 
         Args:
-            images: As the processor takes them. Other than PIL images are prepared in any case.
+            images: As the processor takes them. Arrays and tensors are prepared in any case.
 
         Raises:
             ImageError: If a picture cannot be used.
         """
         keys, pixels, tokens = [], {}, {}
-        for image in images:
+        for image in map(fetch_image, images):
             key = _content(image)
             kept = None if key is None else self._kept_features(key)
             if kept is None and (key is None or key not in pixels):
