@@ -21,7 +21,7 @@ from .arguments import load_model
 from .engine import DEFAULT_BATCH, Engine, EngineError, EngineSettings
 from .metrics import Metrics, merge_metrics
 from .protocol import ApiError
-from .replicas import add_replica_arguments, gpus_per_replica
+from .replica_arguments import add_replica_arguments, gpus_per_replica
 from .server import engine_settings, server_settings
 
 __all__ = ["Replica", "application", "build"]

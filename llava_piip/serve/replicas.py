@@ -28,9 +28,10 @@ from piip_core.errors import ConfigError, UserError
 
 from .arguments import exit_status
 from .generation import model_folder
-from .server import KEEP_ALIVE, add_server_arguments
+from .replica_arguments import add_replica_arguments, gpus_per_replica
+from .server import KEEP_ALIVE
 
-__all__ = ["RAY_ENVIRONMENT", "add_replica_arguments", "gpus_per_replica", "main"]
+__all__ = ["RAY_ENVIRONMENT", "main"]
 
 _NAME = "piip"
 _PROXY_SECONDS = 15.0  # beyond a request's own time, for what waits at the proxy
@@ -52,27 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_replica_arguments(parser)
     options = parser.parse_args(arguments)
     return exit_status(lambda: _run(options))
-
-
-def add_replica_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `application` reads."""
-    add_server_arguments(parser)
-    parser.add_argument("--replicas", type=int, default=1, help="processes with the model (default %(default)s)")
-    parser.add_argument(
-        "--gpus-per-replica",
-        type=float,
-        help="1, or a part of one that several share (default: 1 where this machine has one and --device is not cpu)",
-    )
-    parser.add_argument(
-        "--cpus-per-replica", type=float, default=1.0, help="also its threads on a CPU (default %(default)s)"
-    )
-
-
-def gpus_per_replica(options: argparse.Namespace) -> float:
-    """What `--gpus-per-replica` says or, if it is not given, what this machine suggests."""
-    if options.gpus_per_replica is not None:
-        return options.gpus_per_replica
-    return float(options.device != "cpu" and torch.cuda.is_available())
 
 
 def _run(options: argparse.Namespace) -> int:
