@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from piip_core.errors import UserError
 from piip_core.memory import AliveStorages
+from piip_core.timing import limited_threads, now_for
 
 from ..serve.prompt_cache import PromptCache
 from .sides import Side
@@ -123,9 +123,7 @@ def compare(
     """
     if repeats < 1 or threads < 1:
         raise UserError(f"repeats={repeats}, threads={threads}: expected 1 or more")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with limited_threads(threads):
         measured = [_Measured(side, workload or Workload(), threads, compiled, vision_only) for side in sides]
         for repetition in tqdm(range(-1, repeats), desc="benchmark", leave=False):
             for one in measured[:: -1 if repetition % 2 else 1]:
@@ -133,8 +131,6 @@ def compare(
                 if repetition >= 0:
                     one.found.append(found)
         return [one.result() for one in measured]
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Answer(NamedTuple):
@@ -162,7 +158,7 @@ class _Measured:
     def __init__(self, side: Side, workload: Workload, threads: int, compiled: bool, vision_only: bool) -> None:
         self.side, self.workload, self.vision_only = side, workload, vision_only
         self.found: list[dict[str, float]] = []
-        self._now = _clock(side.model.device, threads)
+        self._now = now_for(side.model.device, threads)
         generator = np.random.default_rng(0)
         width, height = workload.image_size
         self._image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -271,14 +267,3 @@ class _Measured:
 
     def _tensor(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids.astype(np.int64)).unsqueeze(0).to(self.side.model.device)
-
-
-def _clock(device: torch.device, threads: int) -> Callable[[], float]:
-    if device.type != "cuda":
-        return time.process_time if threads == 1 else time.perf_counter
-
-    def now() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now

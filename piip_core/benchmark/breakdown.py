@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from ..branches.beit import RelativeBiasAttention
 from ..interaction import DeformableCrossAttention, Injection
 from ..merging import BranchMerging, FeaturePyramid
+from ..timing import limited_threads, now_for
 from .measuring import autocast_for, load
 from .sides import Side
 
@@ -74,9 +74,7 @@ def measure_parts(
             own. Other time is `REST`.
     """
     found = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with limited_threads(threads):
         for precision in precisions:
             for side in tqdm(sides, desc=f"parts in {precision}", leave=False):
                 model, image = load(side, precision, device, batch)
@@ -86,20 +84,16 @@ def measure_parts(
                 names = dict.fromkeys(name for run in runs for name in run)
                 seconds = {name: statistics.median(run[name] for run in runs) for name in names}
                 found.append(Breakdown(side=side.title, precision=precision, seconds=seconds))
-    finally:
-        torch.set_num_threads(before)
     return found
 
 
 def _run(model: nn.Module, image: torch.Tensor, parts: Mapping[type[nn.Module], str], threads: int) -> Counter[str]:
-    clock = time.process_time if threads == 1 and not image.is_cuda else time.perf_counter
+    clock = now_for(image.device, threads)
     spent: Counter[str] = Counter()
     running, since = [REST], clock()
 
     def switch(change: Any) -> None:
         nonlocal since
-        if image.is_cuda:
-            torch.cuda.synchronize(image.device)
         now = clock()
         spent[running[-1]] += now - since
         since = now

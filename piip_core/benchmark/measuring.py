@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..memory import AliveStorages, squares
-from ..ops.benchmark import clock_for
+from ..timing import Clock, clock_for, limited_threads
 from .sides import Side
 
 __all__ = ["PRECISIONS", "Measurement", "measure_inference", "measure_training"]
@@ -118,15 +118,11 @@ def _measure(
     repeats: int,
     threads: int,
 ) -> list[Measurement]:
-    before, clock = torch.get_num_threads(), clock_for(device, threads)
-    torch.set_num_threads(threads)
-    found = []
-    try:
-        with tqdm(total=len(precisions) * len(sides) * (repeats + 1), desc="benchmark", leave=False) as progress:
-            for precision in precisions:
-                found += _measure_precision(sides, precision, prepare, device, batch, repeats, clock, progress)
-    finally:
-        torch.set_num_threads(before)
+    found, rounds = [], len(precisions) * len(sides) * (repeats + 1)
+    with limited_threads(threads), tqdm(total=rounds, desc="benchmark", leave=False) as progress:
+        clock = clock_for(device, threads)
+        for precision in precisions:
+            found += _measure_precision(sides, precision, prepare, device, batch, repeats, clock, progress)
     return found
 
 
@@ -137,7 +133,7 @@ def _measure_precision(
     device: str,
     batch: int,
     repeats: int,
-    clock: Callable[[Work], float],
+    clock: Clock,
     progress: tqdm,
 ) -> list[Measurement]:
     works: list[Work] = []

@@ -136,11 +136,20 @@ def _backward_reference(
     return ms_deform_attn_backward_reference(grad_output, value, spatial_shapes, sampling_locations, attention_weights)
 
 
+def _new_output(value: Tensor, per_query: Tensor) -> Tensor:
+    """(B, Q, M * D) for values (B, S, M, D) and what there is of every query, (B, Q, ...)."""
+    batch, _, heads, width = value.shape
+    return value.new_empty(batch, per_query.shape[1], heads * width)
+
+
+def _new_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+
+
 def _forward_fake(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    batch, _, heads, width = value.shape
-    return value.new_empty(batch, sampling_locations.shape[1], heads * width)
+    return _new_output(value, sampling_locations)
 
 
 def _backward_fake(
@@ -151,8 +160,7 @@ def _backward_fake(
     attention_weights: Tensor,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (value, sampling_locations, attention_weights)
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
+    return _new_gradients(value, sampling_locations, attention_weights)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -196,8 +204,7 @@ def _grid_backward_composed(
 def _grid_forward_fake(
     value: Tensor, value_shapes: Sequence[int], query_shape: Sequence[int], sampling: Tensor, num_points: int
 ) -> Tensor:
-    batch, _, heads, width = value.shape
-    return value.new_empty(batch, sampling.shape[1], heads * width)
+    return _new_output(value, sampling)
 
 
 def _grid_backward_fake(
@@ -209,7 +216,7 @@ def _grid_backward_fake(
     num_points: int,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (value, sampling))
+    return _new_gradients(value, sampling)
 
 
 def _grid_save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

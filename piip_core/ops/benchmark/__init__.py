@@ -1,7 +1,7 @@
 """Times the deformable-attention operators against the same computation by others, side by side in one process."""
 
 from .cases import CASES, DTYPES, Case
-from .measuring import Timing, clock_for, run_benchmark
+from .measuring import Timing, run_benchmark
 from .peers import PEERS, find_peers
 from .report import draw_timings, format_table, new_figure
 
@@ -11,7 +11,6 @@ __all__ = [
     "PEERS",
     "Case",
     "Timing",
-    "clock_for",
     "draw_timings",
     "find_peers",
     "format_table",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...timing import Clock, clock_for, limited_threads
 from ..functional import deform_attn_grid, ms_deform_attn
 from ..reference import compute_dtype, grid_sampling
 from .cases import DTYPES, Case, given_inputs, grid_inputs
 from .peers import Peer, load_peer, usual_formulation
 
-__all__ = ["Timing", "clock_for", "run_benchmark"]
+__all__ = ["Timing", "run_benchmark"]
 
-Clock = Callable[[Callable[[], object]], float]
 DIRECTIONS = ("forward", "backward")
 COPIED_BYTES = 1 << 26  # more than a cache holds
 PYTORCH = "PyTorch"
@@ -89,9 +88,7 @@ def run_benchmark(
     """
     clock = clock_for(device, threads)
     others = {name: load_peer(name) for name in peers}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with limited_threads(threads):
         timings = []
         work = [(case, dtype) for case in cases for dtype in dtypes]
         for case, name in tqdm(work, desc="benchmark", leave=False):
@@ -118,32 +115,6 @@ def run_benchmark(
                     )
                 )
         return timings
-    finally:
-        torch.set_num_threads(before)
-
-
-def clock_for(device: str, threads: int) -> Clock:
-    """What measures the seconds of a call: CPU time on one thread, wall time on more, between CUDA events on a GPU."""
-    if torch.device(device).type == "cuda":
-        return _cuda_seconds
-    now = time.process_time if threads == 1 else time.perf_counter
-
-    def measure(call: Callable[[], object]) -> float:
-        start = now()
-        call()
-        return now() - start
-
-    return measure
-
-
-def _cuda_seconds(call: Callable[[], object]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    stop.record()
-    torch.cuda.synchronize()
-    return 1e-3 * start.elapsed_time(stop)
 
 
 def _copy_speed(device: str, clock: Clock) -> float:

@@ -31,7 +31,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.time = 0.0
-        monkeypatch.setattr(measuring, "_clock", lambda *_: lambda: self.time)
+        monkeypatch.setattr(measuring, "now_for", lambda *_: lambda: self.time)
 
     def watch(self, side):
         def spend(amount):
