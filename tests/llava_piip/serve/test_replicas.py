@@ -46,7 +46,7 @@ def running(saved_chat, tmp_path_factory, free_port):
         command = [sys.executable, "-m", "llava_piip.serve.replicas", *options]
         with subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
             try:
-                wait_until(lambda: "replicas: 2, at" in log.read_text() or process.poll() is not None, 180)
+                wait_until(lambda: "replicas: 2, at" in log.read_text() or process.poll() is not None, 400)
                 assert process.poll() is None, log.read_text()
                 yield process, int(port)
             finally:
@@ -58,7 +58,7 @@ def children(process):
     return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):  # a busy machine takes long to start a replica
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "not in time"
@@ -204,16 +204,16 @@ def test_a_killed_replica_costs_its_requests_an_error_and_nothing_else(running, 
     load = Load(port, asked, answers)
     load.thread.start()
     try:
-        wait_until(lambda: load.outcomes["right"] >= 2 * CLIENTS, 60)
+        wait_until(lambda: load.outcomes["right"] >= 2 * CLIENTS, 240)
         replicas = [child for child in children(process) if "ray::ServeReplica" in "".join(child.cmdline())]
         assert len(replicas) == 2
         wait_until(lambda: all(metrics(port)["piip_requests_active", name] > 0 for name in before))
         replicas[0].send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        wait_until(lambda: len(replica_names(port)) == 2 and replica_names(port) != before, 60)
+        wait_until(lambda: len(replica_names(port)) == 2 and replica_names(port) != before, 240)
         print(f"two replicas again after {time.monotonic() - killed:.1f} s")
         right = load.outcomes["right"]
-        wait_until(lambda: load.outcomes["right"] >= right + 2 * CLIENTS, 60)
+        wait_until(lambda: load.outcomes["right"] >= right + 2 * CLIENTS, 240)
     finally:
         load.stop.set()
         load.thread.join(60)
