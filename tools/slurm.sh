@@ -17,7 +17,9 @@
 set -euo pipefail
 
 export MASTER_ADDR MASTER_PORT NNODES NPROC_PER_NODE
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Read whole before the first is taken: a `head` that closes the pipe early would end the job through pipefail
+HOSTNAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${HOSTNAMES%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 NNODES=$SLURM_JOB_NUM_NODES
 NPROC_PER_NODE=${NPROC_PER_NODE:-$SLURM_GPUS_ON_NODE}

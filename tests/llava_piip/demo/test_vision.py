@@ -12,6 +12,7 @@ from piip_core import PIIP
 from piip_core.checkpoints import load_pretrained
 from piip_core.demo.digit_composer import ABSENT, ComposedDigits
 from piip_core.demo.digit_scenes import NAMED_COLOURS
+from piip_core.timing import limited_threads
 
 
 def test_the_pyramid_is_inverted_and_gives_16_tokens():
@@ -35,12 +36,8 @@ def test_trained_weights_reach_the_pyramid_as_any_pretrained_ones(trained):
 
 
 def test_training_starts_and_ends_the_same_every_time(trained, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of sums depends on it
-    try:
+    with limited_threads(1):  # the order of sums depends on it
         again = vision._train(2, tmp_path / "again.safetensors", 3, 32)
-    finally:
-        torch.set_num_threads(threads)
     assert again.accuracy == trained[2].accuracy
     first, second = load_file(trained[2].file), load_file(again.file)
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)

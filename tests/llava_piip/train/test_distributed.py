@@ -17,6 +17,7 @@ from llava_piip.train.building import load_trained
 from llava_piip.train.checkpointing import RunFolder, run_folder
 from llava_piip.train.train import run as run_here
 from piip_core import zoo
+from piip_core.timing import limited_threads
 
 ROOT = Path(llava_piip.__file__).parents[1]
 LAUNCHED = Path(__file__).with_name("launched.py")
@@ -78,9 +79,11 @@ def specified(path: Path, *specs: dict) -> list[str]:
 
 
 def one_process(files, losses, output: Path, *arguments: str) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
-    """Losses and weights to compare with."""
+    """Losses and weights to compare with, on one thread as the launched processes: AdamW enlarges another order of
+    sums."""
     trainer, _ = files.trainer(output, *arguments)
-    run_here(trainer, None)
+    with limited_threads(1):
+        run_here(trainer, None)
     return losses(trainer), load_trained(output)[0].state_dict()
 
 
@@ -166,7 +169,10 @@ def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_pr
     # update 4 is the first of the second epoch, so the rest of it has to come in the order of that epoch
     stubs = tmp_path / "bin"
     stubs.mkdir()
-    (stubs / "scontrol").write_text('#!/bin/bash\n[ "$*" = "show hostnames n[1-2]" ] && printf "127.0.0.1\\nn2\\n"\n')
+    # slow, as with many nodes: whoever reads no further than the first line ends it by SIGPIPE
+    (stubs / "scontrol").write_text(
+        '#!/bin/bash\n[ "$*" = "show hostnames n[1-2]" ] && printf "127.0.0.1\\n" && sleep 0.5 && printf "n2\\n"\n'
+    )
     (stubs / "srun").write_text('#!/bin/bash\nshift\nSLURM_NODEID=1 "$@" &\nSLURM_NODEID=0 "$@" && wait $!\n')
     for stub in stubs.iterdir():
         stub.chmod(0o755)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from piip_core.ops import ms_deform_attn, ms_deform_attn_reference, operator_status
+from piip_core.timing import limited_threads
 
 SHAPES = ((5, 7), (3, 2), (1, 4))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -73,14 +74,10 @@ def test_many_queries_in_several_threads(make_inputs):
     """Enough work for the kernels to be split, with image boundaries inside the parts."""
     inputs = make_inputs(3, 5, 12, 701, ((30, 40),), dtype=torch.float32).require_grad()
     check_against_float64(inputs)
-    alone = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with limited_threads(threads):
             results.append(run(ms_deform_attn, inputs, *inputs.arguments))
-    finally:
-        torch.set_num_threads(alone)
     if operator_status.compiled:  # every number is summed by one thread, in one order
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

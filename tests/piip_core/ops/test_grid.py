@@ -14,6 +14,7 @@ from piip_core.ops import (
     ms_deform_attn,
     operator_status,
 )
+from piip_core.timing import limited_threads
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
@@ -147,13 +148,10 @@ def test_threads_agree(batch, heads):
     """Every number is summed by one thread in one order, also where threads share a head."""
     inputs = Inputs(batch, heads, 12, (20, 33), ((30, 40),), dtype=torch.float32)
     inputs.check()
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 3, 4):
+        with limited_threads(threads):
             results.append(inputs.run())
-    finally:
-        torch.set_num_threads(before)
     if operator_status.compiled:
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
