@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import InteractionConfig
 from .errors import ConfigError
+from .folding import is_bare, scaled_linear
 from .interaction_graph import UnitSpec
 from .ops import MSDeformAttn, deform_attn_grid, make_reference_points
 
@@ -29,18 +30,18 @@ class DeformableCrossAttention(MSDeformAttn):
     Queries at (y, x) of an H x W map look around ((x + 0.5) / W, (y + 0.5) / H) of the value map.
     """
 
-    def forward(self, query: Tensor, value: Tensor) -> Tensor:
-        """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C)."""
+    def forward(self, query: Tensor, value: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C), times a scale (C,)."""
         grid = query.shape[1:3]
         values = self.value_proj(value).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
         sampling = self.sampling_logits(query).flatten(1, 2)
         out = deform_attn_grid(values, [tuple(value.shape[1:3])], grid, sampling, self.num_points)
-        return self.output_proj(out).unflatten(1, grid)
+        return scaled_linear(self.output_proj, out, scale).unflatten(1, grid)
 
     def sampling_logits(self, query: Tensor) -> Tensor:
         """Offsets and attention logits of every query side by side, (..., C) to (..., 3 * num_heads * num_points)."""
         linears = self.sampling_offsets, self.attention_weights
-        if all(_is_bare(linear) for linear in linears):
+        if all(is_bare(linear) for linear in linears):
             return F.linear(query, *self.joint_sampling())
         return torch.cat([linear(query) for linear in linears], dim=-1)
 
@@ -80,14 +81,14 @@ class CrossAttention(nn.Module):
         self.wv = nn.Linear(value_dim, embed_dim, bias=False)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, query: Tensor, value: Tensor) -> Tensor:
-        """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C)."""
+    def forward(self, query: Tensor, value: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C), times a scale (C,)."""
         q, k, v = (
             linear(x.flatten(1, 2)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for linear, x in ((self.wq, query), (self.wk, value), (self.wv, value))
         )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(out).unflatten(1, query.shape[1:3])
+        return scaled_linear(self.proj, out, scale).unflatten(1, query.shape[1:3])
 
 
 class ConvFFN(nn.Module):
@@ -100,10 +101,10 @@ class ConvFFN(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to the same shape."""
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(B, H, W, C) to the same shape, times a scale (C,)."""
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
+        return scaled_linear(self.fc2, self.act(x), scale)
 
 
 def _build_attention(config: InteractionConfig, query_dim: int, value_dim: int) -> nn.Module:
@@ -146,9 +147,9 @@ class Injection(nn.Module):
     def forward(self, query: Tensor, value: Tensor) -> Tensor:
         """Updated query map (B, Hq, Wq, Cq) from the value map (B, Hv, Wv, Cv)."""
         value = self.value_norm(self.proj(value))
-        query = _add_scaled(query, self.attn_gamma, self.attn(self.query_norm(query), value))
+        query = query + self.attn(self.query_norm(query), value, self.attn_gamma)
         if self.ffn is not None:
-            query = _add_scaled(query, self.ffn_gamma, self.drop_path(self.ffn(self.ffn_norm(query))))
+            query = query + self.drop_path(self.ffn(self.ffn_norm(query), self.ffn_gamma))
         return query
 
 
@@ -195,18 +196,6 @@ class Interaction(nn.Module):
             i, j = spec.low - 1, spec.high - 1
             maps[i], maps[j] = unit(maps[i], maps[j])
         return maps
-
-
-def _is_bare(linear: nn.Module) -> bool:
-    """Whether using its parameters is all that a call would do; DeepSpeed's ZeRO-3 gathers them in hooks."""
-    return type(linear) is nn.Linear and not linear._forward_pre_hooks and not linear._forward_hooks
-
-
-def _add_scaled(x: Tensor, scale: Tensor, update: Tensor) -> Tensor:
-    """x + scale * update, in one pass where autocast has not left them in several dtypes (it would cast copies)."""
-    if x.dtype == scale.dtype == update.dtype:
-        return torch.addcmul(x, scale, update)
-    return x + scale * update
 
 
 def _zeros(dim: int) -> nn.Parameter:

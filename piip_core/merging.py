@@ -17,6 +17,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .folding import Deconvolution
 from .validation import check_choice
 
 __all__ = ["BranchMerging", "ClassificationHeads", "ClassificationMerging", "FeaturePyramid", "TokenMerging"]
@@ -115,9 +116,14 @@ class FeaturePyramid(nn.Module):
             }
         )
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """One map (B, C_l, H_l, W_l) per level, before and after; odd sides lose their last row when pooled."""
-        return [level(x) for level, x in zip(self.levels.values(), maps, strict=True)]
+    def forward(self, maps: Sequence[Tensor], laterals: Sequence[nn.Conv2d | None] | None = None) -> list[Tensor]:
+        """One map (B, C_l, H_l, W_l) per level, before and after; odd sides lose their last row when pooled.
+
+        With `laterals`, plain 1x1 convolutions, a level is what its convolution makes of the map.
+        """
+        if laterals is None:
+            laterals = [None] * len(self.levels)
+        return [_run_level(*inputs) for inputs in zip(self.levels.values(), maps, laterals, strict=True)]
 
 
 def _level(dim: int, have: int, want: int, norm: str, num_groups: int) -> nn.Module:
@@ -126,22 +132,29 @@ def _level(dim: int, have: int, want: int, norm: str, num_groups: int) -> nn.Mod
     if want > have and want % have == 0:
         return nn.MaxPool2d(want // have)
     if have == 2 * want:
-        return nn.Sequential(_deconv(dim))
+        return nn.Sequential(Deconvolution(dim, dim))
     if have == 4 * want:
         if norm == "group":
             _check_groups(dim, num_groups)
             norm_layer = nn.GroupNorm(num_groups, dim, eps=GROUP_NORM_EPS)
         else:
             norm_layer = LayerNorm2d(dim, eps=LAYER_NORM_EPS)
-        return nn.Sequential(_deconv(dim), norm_layer, nn.GELU(), _deconv(dim))
+        return nn.Sequential(Deconvolution(dim, dim), norm_layer, nn.GELU(), Deconvolution(dim, dim))
     raise ConfigError(
         f"MergingConfig.out_strides: a map of stride {have} cannot be brought to stride {want}; "
         f"possible are {have // 4}, {have // 2}, {have} and multiples of it"
     )
 
 
-def _deconv(dim: int) -> nn.ConvTranspose2d:
-    return nn.ConvTranspose2d(dim, dim, 2, stride=2)
+def _run_level(level: nn.Module, x: Tensor, lateral: nn.Conv2d | None) -> Tensor:
+    if lateral is None:
+        return level(x)
+    if not isinstance(level, nn.Sequential):
+        return lateral(level(x))
+    *layers, deconvolution = level
+    for layer in layers:
+        x = layer(x)
+    return deconvolution(x, lateral)
 
 
 def _check_groups(dim: int, num_groups: int) -> None:

@@ -19,12 +19,7 @@ from .interaction import ConvFFN, CrossAttention, DeformableCrossAttention, Inje
 from .onednn import use_onednn_linears
 from .pyramid import PIIP
 
-__all__ = [
-    "PreparedDeformableAttention",
-    "PreparedInjection",
-    "deconvolution_with_lateral",
-    "prepare_for_inference",
-]
+__all__ = ["PreparedDeformableAttention", "PreparedInjection", "prepare_for_inference"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -137,33 +132,3 @@ def _scale_output(linear: nn.Linear, scale: Tensor) -> None:
     for parameter, factor in ((linear.weight, scale[:, None]), (linear.bias, scale)):
         if parameter is not None:
             parameter.copy_(parameter.double() * factor.double())
-
-
-@torch.no_grad()
-def deconvolution_with_lateral(deconvolution: nn.ConvTranspose2d, lateral: nn.Conv2d) -> nn.ConvTranspose2d:
-    """One deconvolution that does what a deconvolution and a 1x1 convolution behind it do.
-
-    Raises:
-        ValueError: If the convolution is no plain 1x1 convolution.
-    """
-    plain = (lateral.kernel_size, lateral.stride, lateral.padding, lateral.groups) == ((1, 1), (1, 1), (0, 0), 1)
-    if not plain or deconvolution.groups != 1:
-        raise ValueError(f"cannot fold {lateral} into {deconvolution}: expected a plain 1x1 convolution, no groups")
-    weight = torch.einsum("icyx,oc->ioyx", deconvolution.weight.double(), lateral.weight[:, :, 0, 0].double())
-    bias = torch.zeros(lateral.out_channels, dtype=torch.float64, device=weight.device)
-    if deconvolution.bias is not None:
-        bias += lateral.weight[:, :, 0, 0].double() @ deconvolution.bias.double()
-    if lateral.bias is not None:
-        bias += lateral.bias.double()
-    folded = nn.ConvTranspose2d(
-        deconvolution.in_channels,
-        lateral.out_channels,
-        deconvolution.kernel_size,
-        deconvolution.stride,
-        deconvolution.padding,
-        device=weight.device,
-        dtype=deconvolution.weight.dtype,
-    )
-    folded.weight.copy_(weight)
-    folded.bias.copy_(bias)
-    return folded.requires_grad_(False).train(deconvolution.training)

@@ -178,11 +178,6 @@ def add_backbone_command(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_backbone_arguments(parser, forms=backbone_benchmark.FORMS, precisions=["fp32", "bf16"], repeats=5)
-    parser.add_argument(
-        "--neck",
-        action="store_true",
-        help="give PIIP Detectron2's FPN too, so that both sides end in maps of 256 channels",
-    )
     parser.add_argument("--breakdown", action="store_true", help="show instead where the time goes")
     parser.set_defaults(run=run_backbone)
 
@@ -210,6 +205,11 @@ def _add_backbone_arguments(
         help="PIIP models, by the names of tools/analyze_model.py",
     )
     parser.add_argument("--forms", nargs="+", choices=list(forms), default=list(forms), help="of the PIIP models")
+    parser.add_argument(
+        "--neck",
+        action="store_true",
+        help="give PIIP the FPN of our detectors too, so that both sides end in maps of 256 channels",
+    )
     parser.add_argument("--peer", choices=list(PEERS), default=PEERS[0], help="what the ratios are to")
     parser.add_argument("--precisions", nargs="+", choices=backbone_benchmark.PRECISIONS, default=precisions)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all image sizes, for a quick look")
@@ -238,10 +238,9 @@ def run_train(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _sides(args: argparse.Namespace) -> list[backbone_benchmark.Side]:
-    from piip.modeling import prepare_for_inference  # the other commands need no Detectron2
-    from piip.peers import piip_with_neck, vitdet_side
+    from piip.peers import piip_with_neck, vitdet_side  # the other commands need no Detectron2
 
-    options = {"wrap": piip_with_neck, "prepare": prepare_for_inference} if getattr(args, "neck", False) else {}
+    options = {"wrap": piip_with_neck} if args.neck else {}
     sides = backbone_benchmark.piip_sides(args.models, args.forms, scale=args.scale, **options)
     return [*sides, vitdet_side(args.peer, args.scale)]
 

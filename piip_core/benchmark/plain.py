@@ -23,7 +23,7 @@ def plain_formulation(model: nn.Module) -> Iterator[None]:
 
     - Deformable attention makes locations and softmax in float32 and samples with `grid_sample`; offsets and logits
       come from two linears.
-    - Residuals of interactions are a product and a sum.
+    - Residuals of interactions are a product and a sum; an FPN's lateral convolutions follow the deconvolutions.
     - Tokens stay in the memory format of the patch convolution; merging and feature pyramid work channels first.
 
     Self-attention is `scaled_dot_product_attention` in both. Prepared models have other modules: they are left alone.
@@ -70,8 +70,13 @@ def _merge(self: BranchMerging, maps: Sequence[Tensor]) -> Tensor:
     return type(self).forward(self, _channels_first(maps))
 
 
-def _make_levels(self: FeaturePyramid, maps: Sequence[Tensor]) -> list[Tensor]:
-    return type(self).forward(self, _channels_first(maps))
+def _make_levels(
+    self: FeaturePyramid, maps: Sequence[Tensor], laterals: Sequence[nn.Module | None] | None = None
+) -> list[Tensor]:
+    levels = type(self).forward(self, _channels_first(maps))
+    if laterals is None:
+        return levels
+    return [x if lateral is None else lateral(x) for x, lateral in zip(levels, laterals, strict=True)]
 
 
 def _channels_first(maps: Sequence[Tensor]) -> list[Tensor]:

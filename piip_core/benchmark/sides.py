@@ -55,7 +55,6 @@ def piip_sides(
     *,
     scale: float = 1.0,
     wrap: Callable[[zoo.ZooEntry], nn.Module] = lambda entry: DensePIIP(entry.config),
-    prepare: Callable[[nn.Module], nn.Module] = prepare_for_inference,
 ) -> list[Side]:
     """Backbones of published models.
 
@@ -64,7 +63,6 @@ def piip_sides(
         forms: Out of `FORMS`.
         scale: Factor of all image sizes; sides of scaled images are cut to multiples of 32.
         wrap: Makes the model of a row of the published tables.
-        prepare: Makes such a model the prepared one.
     """
     sides = []
     for entry in map(zoo.get, names):
@@ -74,7 +72,7 @@ def piip_sides(
             build=lambda entry=entry: scatter(wrap(entry)),
             image_size=int(largest * scale) // 32 * 32,
         )
-        extra = {"ours": {}, "plain": {"context": plain_formulation}, "prepared": {"finish": prepare}}
+        extra = {"ours": {}, "plain": {"context": plain_formulation}, "prepared": {"finish": prepare_for_inference}}
         sides += [replace(ours, form=form, **extra[form]) for form in forms]
     return sides
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import ops  # noqa: F401  (registers the operator)
+from ..folding import observer
 from .published import Count
 
 __all__ = ["ModuleCounts", "executed_count"]
@@ -78,6 +79,7 @@ def _attribution(model: nn.Module, counter: FlopCounterMode, own: Counter[str]) 
     """
     calls: list[list[int]] = []  # of each running module: total at its start, spent in the modules it called
 
+    @observer
     def enter(*_: Any) -> None:
         calls.append([counter.get_total_flops(), 0])
 
@@ -91,7 +93,7 @@ def _attribution(model: nn.Module, counter: FlopCounterMode, own: Counter[str]) 
     with ExitStack() as stack:
         for name, module in model.named_modules():
             stack.enter_context(_removed(module.register_forward_pre_hook(enter)))
-            stack.enter_context(_removed(module.register_forward_hook(lambda *_, name=name: leave(name))))
+            stack.enter_context(_removed(module.register_forward_hook(observer(lambda *_, name=name: leave(name)))))
         yield
 
 

@@ -274,10 +274,10 @@ class _Recorder:
         reader: int,
         source: int,
         module: nn.Module,
-        inputs: tuple[Tensor, Tensor],
+        inputs: tuple[Tensor, ...],
         output: Tensor,
     ) -> None:
-        query, value = inputs
+        query, value = inputs[:2]
         asking = self._cells(reader - 1, query, strides[reader - 1])
         read = self._cells(source - 1, value, strides[source - 1])
         row, column = asking.at(*self.scene.query)

@@ -8,7 +8,6 @@ from torch import nn
 
 from piip_core import DensePIIP, InteractionConfig, UserError, prepare_for_inference
 from piip_core.onednn import OneDNNLinear, use_onednn_linears
-from piip_core.prepared import deconvolution_with_lateral
 
 
 @pytest.mark.parametrize("attention", ["deformable", "regular"])
@@ -77,16 +76,6 @@ def test_positions_are_computed_once_per_size(tiny_config, randomize, monkeypatc
     prepare_for_inference(model)
     model(image), model(image), model(torch.randn(1, 3, 64, 64)), model(image)
     assert sizes[2:] == [(6, 8), (4, 4)]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_deconvolution_with_lateral(bias):
-    deconvolution, lateral = nn.ConvTranspose2d(6, 8, 2, 2, bias=bias), nn.Conv2d(8, 5, 1, bias=bias)
-    x = torch.randn(2, 6, 3, 4)
-    folded = deconvolution_with_lateral(deconvolution, lateral)
-    torch.testing.assert_close(folded(x), lateral(deconvolution(x)))
-    with pytest.raises(ValueError, match="expected a plain 1x1"):
-        deconvolution_with_lateral(deconvolution, nn.Conv2d(8, 5, 3, padding=1))
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (2, 3, 5, 24), (0, 24)])

@@ -26,9 +26,9 @@ from piip.checkpointer import AtomicCheckpointer, read_categories
 from piip.data import Category, coco_categories
 from piip.data.segmentation import label_classes
 from piip.lazy_config import check_device, is_folder_of_classes, skip_pretrained
-from piip.modeling import prepare_for_inference
 from piip.modeling.classifier import ImageClassifier
 from piip.published import follow_published
+from piip_core import prepare_for_inference
 
 __all__ = ["Predictor", "Task", "find_categories"]
 
@@ -46,7 +46,7 @@ class Predictor:
         weights: Checkpoint, `.pth` or `.safetensors`; every weight of the model must be in it.
         device: Where to run; `train.device` by default.
         class_names: Names of the classes, if checkpoint and annotation files do not give them.
-        prepare: Make the model faster by `piip.modeling.prepare_for_inference`; results differ by rounding.
+        prepare: Make the model faster by `piip_core.prepare_for_inference`; results differ by rounding.
 
     Attributes:
         categories (tuple[Category, ...]): class k of the model is entry k; empty if unknown.

@@ -28,7 +28,7 @@ def test_points_and_weights_follow_the_formula(pyramid, randomize, make_scene):
         for direction in ("into_low", "into_high"):
             attention = getattr(unit, direction).attn
             attention.register_forward_hook(
-                lambda module, inputs, output, key=(name, direction): seen.update({key: (module, *inputs)})
+                lambda module, inputs, output, key=(name, direction): seen.update({key: (module, *inputs[:2])})
             )
     readings = trace_pyramid(pyramid, scene, interaction=1).readings
     assert [(r.reader, r.source) for r in readings] == [(2, 3), (3, 2), (1, 2), (2, 1)]
@@ -79,7 +79,7 @@ def test_regular_attention_reads_all_cells(tiny_config, randomize, make_scene):
     pyramid = randomize(PIIP(tiny_config(interaction=interaction))).eval()
     seen = []
     attention = pyramid.interactions[0].units["1_3"].into_low.attn
-    attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+    attention.register_forward_hook(lambda module, inputs, output: seen.append(inputs[:2]))
     scene = make_scene(query=(70, 50))
     (reading,) = trace_pyramid(pyramid, scene).readings
     query, value = seen[0]

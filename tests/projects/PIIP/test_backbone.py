@@ -5,11 +5,12 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from detectron2.structures import ImageList
 
-from piip.modeling import PIIPFPN, PIIPBackbone, prepare_for_inference
-from piip_core import BranchConfig, InteractionConfig, PIIPConfig, ViTConfig
+from piip.modeling import PIIPFPN, PIIPBackbone
+from piip_core import BranchConfig, InteractionConfig, PIIPConfig, ViTConfig, prepare_for_inference
+from piip_core.flops import executed_count
 
 
 def tiny_config():
@@ -43,17 +44,53 @@ def test_padding_must_fit_the_strides():
         PIIPBackbone(tiny_config(), pad_divisor=48)
 
 
-@torch.no_grad()
+NAMES = ["res2", "res3", "res4", "res5"]
+
+
+@pytest.mark.parametrize("top", [None, LastLevelMaxPool, "res3"])
+@pytest.mark.parametrize("fuse_type", ["sum", "avg"])
 @pytest.mark.parametrize("norm", ["", "GN"])
-def test_prepared_neck_computes_the_same(norm, randomize):
-    """Laterals with a norm stay."""
-    names = ["res2", "res3", "res4", "res5"]
+def test_neck_is_detectron2s(norm, fuse_type, top, randomize):
+    """Maps and gradients, where laterals are part of the backbone's deconvolutions (no norm) and where not."""
+    block = LastLevelP6P7(32, 64, in_feature=top) if isinstance(top, str) else top and top()
     backbone = PIIPBackbone(tiny_config(), pad_divisor=64)
-    fpn = randomize(PIIPFPN(backbone, names, 64, norm=norm, top_block=LastLevelMaxPool())).eval()
-    prepared = prepare_for_inference(prepare_for_inference(copy.deepcopy(fpn)))  # twice is once
+    neck = randomize(PIIPFPN(backbone, NAMES, 64, norm=norm, fuse_type=fuse_type, top_block=block)).double().eval()
+    peer = FPN(copy.deepcopy(backbone), NAMES, 64, norm=norm, fuse_type=fuse_type, top_block=copy.deepcopy(block))
+    peer = peer.double().eval()
+    peer.load_state_dict(neck.state_dict())
+    image = torch.randn(2, 3, 128, 192, dtype=torch.float64)
+    maps, expected = neck(image), peer(image)
+    assert list(maps) == list(expected) == list(neck.output_shape())
+    for name, tensor in expected.items():
+        torch.testing.assert_close(maps[name], tensor)
+    for found in (maps, expected):
+        sum((tensor * (i + 1)).square().sum() for i, tensor in enumerate(found.values())).backward()
+    for (name, ours), theirs in zip(neck.named_parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+def test_neck_of_a_prepared_model_computes_the_same(randomize):
+    neck = randomize(PIIPFPN(PIIPBackbone(tiny_config(), pad_divisor=64), NAMES, 64)).eval()
     image = torch.randn(1, 3, 128, 192)
-    for name, expected in fpn(image).items():
-        torch.testing.assert_close(prepared(image)[name], expected, rtol=1e-4, atol=1e-4)
-    features, shapes = prepared.bottom_up(image), prepared.bottom_up.output_shape()
-    assert [features[name].shape[1] for name in names] == [shapes[name].channels for name in names]
-    assert [shapes[name].channels for name in names] == ([64, 64, 32, 32] if norm == "" else [32] * 4)
+    with torch.no_grad():
+        expected = neck(image)
+        for name, tensor in prepare_for_inference(neck)(image).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_laterals_that_somebody_listens_to_are_called():
+    neck = PIIPFPN(PIIPBackbone(tiny_config(), pad_divisor=64), NAMES, 64)
+    widths = []
+    for lateral in neck.lateral_convs:
+        lateral.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
+    neck(torch.randn(1, 3, 128, 192))
+    assert widths == [32] * 4
+
+
+def test_counted_is_what_is_computed():
+    """The executed FLOPs are those of the joined layers: a fourth of the cells, and the neck's width."""
+    neck = PIIPFPN(PIIPBackbone(tiny_config(), pad_divisor=64), NAMES, 8)
+    macs = executed_count(neck, torch.zeros(1, 3, 128, 128)).macs
+    weights = 32 * 4 * 32 * 8  # a product of small matrices
+    assert macs["bottom_up.features.feature_pyramid.levels.4.3"] == 16 * 16 * 32 * 4 * 8 + weights
+    assert "fpn_lateral2" not in macs and macs["fpn_lateral4"] == 8 * 8 * 32 * 8

@@ -6,7 +6,7 @@ from detectron2.config import LazyCall as L
 from piip.lazy import lazy_dataclass
 from piip.modeling import PIIPFPN, PIIPBackbone
 from piip.solver import layer_decay_params
-from piip_core import BranchConfig, InteractionConfig, PIIPConfig, ViTConfig
+from piip_core import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
 
 from .tiny_mask_rcnn import data, dataloader, lr_multiplier, model, train  # noqa: F401
 
@@ -14,6 +14,8 @@ _networks = [ViTConfig(embed_dim=dim, depth=2, num_heads=2, pos_grid=4) for dim 
 _config = PIIPConfig(
     branches=tuple(BranchConfig(network=n, image_size=s) for n, s in zip(_networks, (64, 128), strict=True)),
     interaction=InteractionConfig(num_interactions=2, num_heads=4, drop_path_rate=0.1),
+    # A norm of single channels would take away the bias before it: AdamW makes steps of the rounding of such gradients
+    merging=MergingConfig(num_groups=8),
 )
 model.backbone._target_ = PIIPFPN
 model.backbone.in_features = ["res2", "res3", "res4", "res5"]

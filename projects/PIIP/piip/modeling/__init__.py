@@ -4,7 +4,6 @@ from .backbone import PIIPFPN, PIIPBackbone, feature_shapes
 from .cascade_rcnn import published_cascade_mask_rcnn
 from .classifier import ImageClassifier
 from .mask_rcnn import published_mask_rcnn
-from .prepared import prepare_for_inference
 from .segmentor import SlidingWindowSegmentor
 from .upernet import FCNHead, UperNetHead
 
@@ -16,7 +15,6 @@ __all__ = [
     "SlidingWindowSegmentor",
     "UperNetHead",
     "feature_shapes",
-    "prepare_for_inference",
     "published_cascade_mask_rcnn",
     "published_mask_rcnn",
 ]

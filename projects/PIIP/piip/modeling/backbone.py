@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 
-from detectron2.layers import ShapeSpec
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.fpn import FPN
-from torch import Tensor
+from torch import Tensor, nn
 
 from piip_core import DensePIIP, PIIPConfig
 from piip_core.checkpoints import load_pretrained
+from piip_core.folding import is_bare
 from piip_core.meta import on_meta
 
 __all__ = ["PIIPBackbone", "PIIPFPN"]
@@ -44,16 +47,16 @@ class PIIPBackbone(Backbone):
         if pretrained and not next(self.parameters()).is_meta:
             load_pretrained(self.features.pyramid)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Feature maps "res2" (stride 4) to "res5" (stride 32) of normalised images (B, 3, H, W)."""
-        return dict(zip(self._shapes, self.features(x), strict=True))
+    def forward(self, x: Tensor, laterals: Mapping[str, nn.Conv2d] = MappingProxyType({})) -> dict[str, Tensor]:
+        """Feature maps "res2" (stride 4) to "res5" (stride 32) of normalised images (B, 3, H, W).
+
+        A map named in `laterals` is what that plain 1x1 convolution makes of it; see `DensePIIP.forward`.
+        """
+        maps = self.features(x, [laterals.get(name) for name in self._shapes])
+        return dict(zip(self._shapes, maps, strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return dict(self._shapes)
-
-    def set_channels(self, name: str, channels: int) -> None:
-        """Says that a map has other channels, because its last layer was replaced."""
-        self._shapes[name] = ShapeSpec(channels=channels, stride=self._shapes[name].stride)
 
     @property
     def size_divisibility(self) -> int:
@@ -89,10 +92,36 @@ def _shapes(features: DensePIIP) -> dict[str, ShapeSpec]:
 
 
 class PIIPFPN(FPN):
-    """Detectron2's FPN with the padding rule of its bottom-up network.
+    """Detectron2's FPN with the padding rule of its bottom-up network, and less work on its largest maps.
 
-    Detectron2's own reports its largest stride instead, so images would be padded to multiples of 32.
+    Detectron2's own reports its largest stride instead, so images would be padded to multiples of 32. And it computes
+    lateral convolutions behind the deconvolutions of a `PIIPBackbone`; here they are one, if there is no norm.
     """
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps "p2", "p3", ... of normalised images (B, 3, H, W)."""
+        names = self.in_features[::-1]
+        laterals = dict(zip(names, self.lateral_convs, strict=True))
+        joined = {name: lateral for name, lateral in laterals.items() if self._can_be_joined(name, lateral)}
+        features = self.bottom_up(x, joined) if joined else self.bottom_up(x)
+        above, results = None, []
+        for (name, lateral), output in zip(laterals.items(), self.output_convs, strict=True):
+            level = features[name] if name in joined else lateral(features[name])
+            if above is not None:
+                level = level + F.interpolate(above, scale_factor=2.0, mode="nearest")
+                level = level / 2 if self._fuse_type == "avg" else level
+            above = level
+            results.insert(0, output(level))
+        if self.top_block is not None:
+            maps = {**dict(zip(self._out_features, results, strict=False)), **features}
+            results += self.top_block(maps[self.top_block.in_feature])
+        return dict(zip(self._out_features, results, strict=True))
+
+    def _can_be_joined(self, name: str, lateral: nn.Module) -> bool:
+        """Whether the backbone may compute it: it does nothing else, and nobody reads the map before it."""
+        plain = is_bare(lateral, Conv2d) and lateral.norm is None and lateral.activation is None
+        read = self.top_block is not None and self.top_block.in_feature == name
+        return plain and not read and isinstance(self.bottom_up, PIIPBackbone)
 
     @property
     def size_divisibility(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import fvcore.nn.weight_init as weight_init
@@ -14,6 +13,8 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
+
+from piip_core.folding import without_autocast
 
 __all__ = ["FCNHead", "SegmentationHead", "UperNetHead"]
 
@@ -87,7 +88,7 @@ class SegmentationHead(nn.Module):
     def layers(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, num_classes, H / stride, W / stride) from the backbone maps, by name."""
         maps = [features[name].to(self.conv_seg.weight.dtype) for name in self.in_features]
-        with _no_autocast(maps[0].device):
+        with without_autocast(maps[0].device):
             return self.conv_seg(self.dropout(self.fuse(maps)))
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
@@ -234,9 +235,3 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> C
     )
     weight_init.c2_msra_fill(conv)
     return conv
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager:
-    # the meta device, on which FLOPs are counted, has no autocast to turn off
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
