@@ -94,12 +94,14 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         csv.field_size_limit(previous)
 
 
-def field(entry: Mapping[str, Any], name: str, types: type | tuple[type, ...], where: str) -> Any:
+def field(entry: Any, name: str, types: type | tuple[type, ...], where: str) -> Any:
     """A field of an entry.
 
     Raises:
-        EvalError: If it is missing or of another type.
+        EvalError: If it is missing or of another type, or the entry is no object.
     """
+    if not isinstance(entry, Mapping):
+        raise EvalError(f"{where}: is {str(entry)[:60]!r}, expected an object with {name!r}")
     value = entry.get(name)
     if not isinstance(value, types) or isinstance(value, bool):
         expected = " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))

@@ -33,15 +33,29 @@ def _read(questions_file: Path) -> Mapping[str, Mapping[str, Any]]:
     content = read_json(path)
     if not isinstance(content, Mapping) or not content:
         raise EvalError(f"{path}: expected an object with the questions by their ids; load it again")
+    for name, question in content.items():
+        _check(question, f"{path}: question {name!r}")
     return content
+
+
+def _check(question: Any, where: str) -> None:
+    """Refuses a question without what the score needs."""
+    for name in ("answer", "question"):
+        field(question, name, str, where)
+    types = field(question, "types", dict, where)
+    for name in ("structural", "semantic"):
+        field(types, name, str, f"{where}: types")
+    for step in field(question, "semantic", list, where):
+        for name in ("operation", "argument"):
+            field(step, name, str, f"{where}: semantic")
+    field(field(question, "groups", dict, where), "global", (str, type(None)), f"{where}: groups")
 
 
 def _verdicts(questions: Mapping[str, Any], answers: Sequence[Answer]) -> list[tuple[str, dict[str, Any]]]:
     predicted = {entry["questionId"]: entry["prediction"] for entry in predictions(answers)}
     found = []
     for name, question in questions.items():
-        gold = field(question, "answer", str, f"{_QUESTIONS}: question {name!r}")
-        prediction = predicted.get(name)
+        gold, prediction = question["answer"], predicted.get(name)
         counted = bool(question.get("isBalanced"))
         entry = {"gold": gold, "prediction": prediction, "correct": prediction == gold, "counted": counted}
         found.append((name, entry | {"question": question}))
@@ -104,7 +118,7 @@ def _distribution(entries: Iterable[Mapping[str, Any]]) -> float | None:
     gold: dict[str, Counter[str]] = defaultdict(Counter)
     given: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in entries:
-        group = entry["question"]["groups"]["global"]
+        group = entry["question"]["groups"].get("global")
         if group is not None:
             gold[group][entry["gold"]] += 1
             given[group][entry["prediction"]] += 1

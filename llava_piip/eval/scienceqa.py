@@ -53,14 +53,16 @@ def _read(path: Path) -> list[Question]:
 def verdicts(questions_file: Path, answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     """What became of each question of the test split: pred, parsed, index, ground_truth, correct, is_multimodal."""
     problems, split = (read_json(questions_file.parent / name) for name in (_PROBLEMS, _SPLITS))
-    if not isinstance(split, Mapping) or "test" not in split or not isinstance(problems, Mapping):
-        raise EvalError(f"{questions_file.parent / _SPLITS}: has no split 'test'; load it and {_PROBLEMS} again")
+    if not isinstance(problems, Mapping):
+        raise EvalError(f"{questions_file.parent / _PROBLEMS}: expected an object with the problems by their ids")
     known, found = last_answers(answers), {}
-    for name in split["test"]:
+    for name in map(str, field(split, "test", list, str(questions_file.parent / _SPLITS))):
         where = f"{questions_file.parent / _PROBLEMS}: problem {name!r}"
         if name not in problems:
             raise EvalError(f"{where} is missing; load the file again")
         choices, truth = field(problems[name], "choices", list, where), field(problems[name], "answer", int, where)
+        if not 0 <= truth < len(choices) <= len(_LETTERS):
+            raise EvalError(f"{where}: answer {truth} of {len(choices)} choices, expected at most {len(_LETTERS)}")
         answer = known.get(name)
         parsed = None if answer is None else answered_letter(answer.text)
         index = _LETTERS[: len(choices)].find(parsed) if parsed is not None else -1

@@ -32,9 +32,8 @@ def _read(path: Path) -> list[Question]:
 def _labels(questions_file: Path) -> Mapping[str, Any]:
     path = questions_file.parent / _LABELS
     content = read_json(path)
-    if not isinstance(content, Mapping) or not {"question_type", "questions"} <= set(content):
-        raise EvalError(f"{path}: expected an object with 'question_type' and 'questions'; load it again")
-    for number, entry in enumerate(content["questions"]):
+    field(content, "question_type", dict, str(path))
+    for number, entry in enumerate(field(content, "questions", list, str(path))):
         for name in ("question_id", "answer", "data_type"):
             field(entry, name, str, f"{path}: question {number}")
     return content
@@ -51,6 +50,8 @@ def _score(questions_file: Path, answers: Sequence[Answer]) -> Score:
     A question without an answer counts as wrong, but questions about videos only count if any of them was answered.
     """
     labels, known = _labels(questions_file), last_answers(answers)
+    for entry in labels["questions"]:
+        field(entry, "question_type_id", int, f"{_LABELS}: question {entry['question_id']!r}")
     kinds = {entry["data_type"] for entry in labels["questions"] if _id(entry["question_id"]) in known}
     counted = [entry for entry in labels["questions"] if entry["data_type"] in kinds]
 

@@ -85,6 +85,8 @@ def _read_annotations(path: Path) -> Mapping[tuple[str, str], Sequence[str]]:
         where = f"{path}: entry {number}"
         key = field(entry, "image_id", str, where), field(entry, "question", str, where).lower()
         found[key] = field(entry, "answers", list, where)
+        if not all(isinstance(answer, str) for answer in found[key]):
+            raise EvalError(f"{where}: 'answers' is {str(found[key])[:60]}, expected a list of texts")
     return found
 
 

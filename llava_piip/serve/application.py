@@ -9,7 +9,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -28,12 +26,12 @@ from .fetching import FetchError, FetchPolicy, ImageFetcher
 from .generation import ContextLengthError, SamplingError
 from .hosts import HostCheck
 from .metrics import Metrics
+from .pictures import PictureReader
 from .protocol import ApiError, ChatRequest, Usage, chunk, completion, parse_request
 
 __all__ = ["ServerSettings", "create_app"]
 
 _GONE = 499  # nobody reads it
-_FETCHING = 16  # pictures at a time
 _LAST_EVENT = 1.0  # seconds to tell a client of the time-out
 
 _log = logging.getLogger(__name__)
@@ -72,15 +70,12 @@ class ServerSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected more than 0")
 
 
-def create_app(
-    engine: Engine, settings: ServerSettings, *, fetcher: ImageFetcher | None = None, metrics: Metrics | None = None
-) -> FastAPI:
+def create_app(engine: Engine, settings: ServerSettings, *, metrics: Metrics | None = None) -> FastAPI:
     """The application; starts the engine when it starts, and stops it when it ends.
 
     Args:
         engine: Answers.
         settings: Who may ask, and how much.
-        fetcher: Gets pictures; by default one that follows `settings.fetch`.
         metrics: What is counted; by default this application alone.
 
     Raises:
@@ -91,7 +86,8 @@ def create_app(
             f"image_places={engine.settings.image_places}: a request may have {settings.fetch.max_images} pictures, "
             "expected places for as many"
         )
-    service = _Service(engine, settings, fetcher or ImageFetcher(settings.fetch), metrics or Metrics())
+    pictures = PictureReader(engine.chat, ImageFetcher(settings.fetch))
+    service = _Service(engine, settings, pictures, metrics or Metrics())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -100,7 +96,7 @@ def create_app(
             yield
         finally:
             await engine.stop()
-            service.threads.shutdown(wait=False, cancel_futures=True)
+            service.pictures.close()
 
     app = FastAPI(title="PIIP-LLaVA", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     if settings.allowed_hosts is not None:
@@ -119,9 +115,8 @@ def create_app(
 class _Service:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, fetcher: ImageFetcher, metrics: Metrics) -> None:
-        self.engine, self.settings, self.fetcher, self.metrics = engine, settings, fetcher, metrics
-        self.threads = ThreadPoolExecutor(_FETCHING, "fetch")
+    def __init__(self, engine: Engine, settings: ServerSettings, pictures: PictureReader, metrics: Metrics) -> None:
+        self.engine, self.settings, self.pictures, self.metrics = engine, settings, pictures, metrics
         self.started = int(time.time())
         self.active = 0
         self.usual_seconds = 1.0
@@ -169,11 +164,8 @@ class _Service:
     async def _answer(self, body: bytes, ticket: _Ticket) -> Response:
         asked = parse_request(body)
         self._check_model(asked.model)
-        conversation, images = asked.conversation, asked.images
-        self.fetcher.check_count(len(images))
-        loop = asyncio.get_running_loop()
-        fetching = (loop.run_in_executor(self.threads, self._fetch, url, name) for name, url in images)
-        answer = await self.engine.prepare(conversation, await asyncio.gather(*fetching), asked.sampling)
+        conversation, images = asked.conversation, await self.pictures.read(asked.images)
+        answer = await self.engine.prepare(conversation, images, asked.sampling)
         self.metrics.images.inc(len(images))
         self.metrics.prompt_tokens.inc(answer.prompt_tokens)
         if asked.stream:
@@ -240,9 +232,6 @@ class _Service:
                 headers={"Retry-After": str(wait)},
             )
         ticket.admit()
-
-    def _fetch(self, url: str, name: str) -> Image.Image:
-        return self.fetcher.fetch(url, field=name)
 
     def _check_key(self, request: Request) -> None:
         key = self.settings.api_key

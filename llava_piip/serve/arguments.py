@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -56,11 +57,15 @@ def load_model(args: argparse.Namespace, **options: Any) -> ChatModel:
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """What `run` returns; 2 with a line on standard error for a mistake of the user, 130 for Ctrl-C."""
+    """What `run` returns; 2 with a line on standard error for a mistake of the user, 130 for Ctrl-C, 141 if nobody
+    reads the output any more."""
     try:
         return run()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left must not fail at the exit
+        return 141
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

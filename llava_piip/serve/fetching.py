@@ -185,11 +185,11 @@ class ImageFetcher:
             FetchError: If the address is malformed, of another scheme or no public one, or what it leads to is not
                 a picture that the policy takes.
         """
-        if url[:5].lower() == "data:":
-            data = _data_uri(url, field, self.policy)
-        else:
-            data = self._download(url, field)
-        return decode_image(data, field=field, policy=self.policy)
+        return decode_image(self.read(url, field=field), field=field, policy=self.policy)
+
+    def read(self, url: str, *, field: str = "url") -> bytes:
+        """The file behind an address, not yet known to be a picture; otherwise as `fetch`."""
+        return _data_uri(url, field, self.policy) if url[:5].lower() == "data:" else self._download(url, field)
 
     def _download(self, url: str, field: str) -> bytes:
         deadline = time.monotonic() + self.policy.timeout
@@ -197,15 +197,15 @@ class ImageFetcher:
             scheme, host, port, target = self._parse(url, field)
             try:
                 found = self._request(scheme, host, port, target, field, deadline)
+                if isinstance(found, bytes):
+                    return found
+                url = urljoin(url, found)
             except FetchError:
                 raise
             except (OSError, http.client.HTTPException, ValueError):
                 if time.monotonic() >= deadline:
                     raise FetchError(field, f"not answered within {self.policy.timeout:g} seconds") from None
                 raise FetchError(field, "the picture could not be read from there") from None
-            if isinstance(found, bytes):
-                return found
-            url = urljoin(url, found)
         raise FetchError(field, f"more than {self.policy.max_redirects} redirects: give the final address")
 
     def _parse(self, url: str, field: str) -> tuple[str, str, int, str]:

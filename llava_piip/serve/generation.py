@@ -32,6 +32,7 @@ __all__ = ["ChatModel", "ContextLengthError", "SamplingError", "check_sampling",
 Quantization = Literal["4bit", "8bit"]
 
 DEFAULT_NEW_TOKENS = 512
+_LEAST_TEMPERATURE = 1e-20  # scores divided by much less overflow, and one such request would end the engine of all
 QUANTIZATIONS: Mapping[str, int] = {"4bit": 4, "8bit": 8}
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -291,7 +292,12 @@ def check_sampling(*, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: flo
     """
     for field, value, right, expected in (
         ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int) and max_new_tokens > 0, "1 or more"),
-        ("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "0 or more"),
+        (
+            "temperature",
+            temperature,
+            temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf,
+            f"0, or {_LEAST_TEMPERATURE:g} or more",
+        ),
         ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
     ):
         if not right:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import httpx
 import numpy as np
 from openai import AsyncOpenAI, OpenAIError
 from PIL import Image
@@ -132,7 +133,7 @@ async def _ask_all(
             for number in waiting:
                 try:
                     replies[number] = await _ask(client, model, pictures[number], max_tokens)
-                except OpenAIError as error:
+                except (OpenAIError, httpx.TransportError) as error:  # the second in the middle of an answer
                     progress.write(f"request {number}: {error}")
                 progress.update()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -14,8 +12,9 @@ from piip_core.errors import UserError
 from piip_core.visualization import draw_attention, draw_sampling, find_pyramid, prepare_scene, trace_pyramid
 
 from .generation import ChatModel
+from .pictures import prepare_picture
 
-__all__ = ["Look", "look", "network_view"]
+__all__ = ["Look", "look"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,6 @@ class Look:
 
     attention: Image.Image
     sampling: Image.Image | None
-
-
-def network_view(chat: ChatModel, image: Image.Image) -> Image.Image:
-    """A picture as the vision tower gets it: a square of its size."""
-    return Image.fromarray(_prepare(chat, image)[0])
 
 
 def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = None, depth: float = 0.5) -> Look:
@@ -53,7 +47,7 @@ def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = No
     """
     if not 0 <= depth <= 1:
         raise UserError(f"depth={depth!r}: expected 0 to 1")
-    picture, pixels = _prepare(chat, image)
+    picture, pixels = prepare_picture(chat, image)
     pyramid = find_pyramid(chat.model)
     scene = prepare_scene(picture.shape[:2], picture, pixels.to(next(pyramid.parameters()).dtype), at)
     blocks = [_share(depth, branch.num_blocks) for branch in pyramid.branches]
@@ -65,15 +59,6 @@ def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = No
         title = f"What it reads from other branches, interaction {interaction + 1} of {len(pyramid.interactions)}"
         sampling = _drawn(draw_sampling(scene, trace, title))
     return Look(_drawn(attention), sampling)
-
-
-def _prepare(chat: ChatModel, image: Image.Image) -> tuple[np.ndarray, torch.Tensor]:
-    """What the tower gets, as a picture (S, S, 3) uint8 and as values (1, 3, S, S)."""
-    processor = chat.processor.image_processor
-    pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    shown = ((pixels[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return shown.permute(1, 2, 0).numpy(), pixels
 
 
 def _share(depth: float, count: int) -> int:

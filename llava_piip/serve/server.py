@@ -135,14 +135,18 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
 
 def _api_key(file: Path | None) -> str | None:
     if file is None:
-        return os.environ.get(_KEY_VARIABLE) or None
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api-key-file {file}: cannot be read ({error})") from error
-    if not key:
-        raise UserError(f"--api-key-file {file}: is empty, expected a key in one line")
-    return key
+        source, key = _KEY_VARIABLE, os.environ.get(_KEY_VARIABLE, "").strip()
+    else:
+        source = f"--api-key-file {file}"
+        try:
+            key = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{source}: cannot be read ({error})") from error
+        if not key:
+            raise UserError(f"{source}: is empty, expected a key in one line")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{source}: expected a key in one line of ASCII characters, clients send it in a header")
+    return key or None
 
 
 if __name__ == "__main__":

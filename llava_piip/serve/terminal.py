@@ -18,6 +18,7 @@ from .generation import ChatModel
 __all__ = ["Terminal"]
 
 _SHOWN_CONTROLS = ("\n", "\t")
+_BROKEN = "\udcff"  # how Python reads a byte that is no text, where its settings do not make that an error
 
 
 class Terminal:
@@ -89,7 +90,10 @@ class Terminal:
                 raise
             self._say("\n(/exit or Ctrl-D ends the program)")
             return True
+        except UnicodeDecodeError:
+            line = _BROKEN
         try:
+            _check_text(line)
             return self._command(line) if line.startswith("/") else self._question(line)
         except UserError as error:
             if not self._interactive:
@@ -191,6 +195,13 @@ class Terminal:
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stdout if self._interactive else sys.stderr, flush=True)
+
+
+def _check_text(line: str) -> None:
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("the line is not UTF-8 text: convert it") from None
 
 
 def _printable(text: str) -> str:

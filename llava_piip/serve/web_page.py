@@ -198,6 +198,7 @@ def serve_page(
             css=_STYLE,
             enable_monitoring=False,
             prevent_thread_lock=True,
+            _frontend=False,  # no check of its own whether the page answers within 3 seconds: busy machines need longer
             app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
         )
     except OSError as error:

@@ -19,7 +19,8 @@ from ..conversation import IMAGE_TAG
 from .dialogue import Conversation, Picture
 from .fetching import FetchError, FetchPolicy, decode_image
 from .generation import DEFAULT_NEW_TOKENS, ChatModel, SamplingError
-from .looking import Look, look, network_view
+from .looking import Look, look
+from .pictures import network_view
 
 __all__ = ["View", "WebChat", "WebLimits", "WebSession", "shown_messages"]
 

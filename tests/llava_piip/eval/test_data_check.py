@@ -1,9 +1,7 @@
 """What is wrong with the files of a benchmark is found before anything is answered."""
 
 import json
-import runpy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +10,6 @@ from llava_piip.eval.mmbench import MMBENCH
 from llava_piip.eval.pope import POPE
 
 SMALL = replace(POPE, published=21)
-SCRIPT = Path(__file__).parents[3] / "datasets" / "verify_llava_eval.py"
 
 
 def kinds(report):
@@ -51,8 +48,8 @@ def test_missing_files_are_listed(pope_data):
     assert MMBENCH.questions in report.problems[1].message
 
 
-def test_command_line(pope_data, tmp_path, capsys):
-    main = runpy.run_path(str(SCRIPT))["main"]
+def test_command_line(pope_data, tmp_path, capsys, load_script):
+    main = load_script("verify_llava_eval").main
     assert main(["pope", str(pope_data), "--workers", "1", "--report", str(tmp_path / "r.json")]) == 1
     assert "8910 | DIFFERS" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "r.json").read_text())

@@ -4,10 +4,10 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 from dataclasses import replace
 
 import pytest
+import torch
 from accelerate import PartialState
 
 from llava_piip.eval import EvalError
@@ -37,12 +37,21 @@ def answers_of(folder):
     return [{k: v for k, v in json.loads(line).items() if k != "answer_id"} for line in lines]
 
 
-def in_process(target, *args):
-    """The exit code of a forked process."""
-    process = multiprocessing.get_context("fork").Process(target=target, args=args)
-    process.start()
-    process.join(60)
-    return process.exitcode
+def in_processes(target, *numbers):
+    """The exit codes of forked processes, one for each number, which is what it is told."""
+
+    def forked(number):
+        os.environ["OMP_NUM_THREADS"] = "1"  # OpenMP's threads do not live on in a fork, which would wait for them;
+        torch.set_num_threads(1)  # accelerate reads the variable
+        target(number)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=forked, args=(number,)) for number in numbers]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 def test_answers_score_and_files(run, tmp_path, pope_data, model_folder, capsys):
@@ -68,7 +77,7 @@ def test_killed_run_goes_on(run, tmp_path, monkeypatch):
     assert run("--batch-size", 4, output="whole") == 0
     whole = answers_of(tmp_path / "whole")
 
-    def die_in_third_batch():
+    def die_in_third_batch(_):
         written, write = [], answers_module.PartWriter.write
 
         def dying(self, records):
@@ -81,7 +90,7 @@ def test_killed_run_goes_on(run, tmp_path, monkeypatch):
         answers_module.PartWriter.write = dying
         run("--batch-size", 4)
 
-    assert in_process(die_in_third_batch) == -signal.SIGKILL
+    assert in_processes(die_in_third_batch, 0) == [-signal.SIGKILL]
     (part,) = (tmp_path / "out" / "pope" / "parts").iterdir()
     assert part.read_text().count("\n") == 8 and not part.read_text().endswith("\n")
     assert not (tmp_path / "out" / "pope" / "answers.jsonl").exists()
@@ -91,11 +100,9 @@ def test_killed_run_goes_on(run, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "pope" / "answers.jsonl").read_text().splitlines()[:8] == kept  # not asked again
 
 
-def test_two_processes_share_the_questions(run, tmp_path):
+def test_two_processes_share_the_questions(run, tmp_path, free_port):
     """Each answers a part, and nothing is counted twice."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
 
     def process(rank):
         PartialState._reset_state()  # what the parent process knew
@@ -103,13 +110,7 @@ def test_two_processes_share_the_questions(run, tmp_path):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os._exit(run("--batch-size", 4))
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=process, args=(rank,)) for rank in range(2)]
-    for started in processes:
-        started.start()
-    for started in processes:
-        started.join(60)
-    assert [ended.exitcode for ended in processes] == [0, 0]
+    assert in_processes(process, 0, 1) == [0, 0]
     parts = sorted((tmp_path / "out" / "pope" / "parts").iterdir())
     assert [part.read_text().count("\n") for part in parts] == [16, 5]
     together = answers_of(tmp_path / "out")
@@ -134,7 +135,7 @@ def test_second_run_at_the_same_time_is_refused(run, tmp_path, pope_data):
     part.write_text(part.read_text().splitlines(keepends=True)[0])
     questions = BENCHMARKS["pope"].read(POPE.question_file(pope_data))[:2]
     with answers_module.Part(part, questions).appending(1):
-        assert in_process(lambda: os._exit(run("--limit", 2))) == 2
+        assert in_processes(lambda _: os._exit(run("--limit", 2)), 0) == [2]
     assert part.read_text().count("\n") == 1
     assert run("--limit", 2) == 0
     with pytest.raises(EvalError, match="meanwhile"), answers_module.Part(part, questions).appending(1):

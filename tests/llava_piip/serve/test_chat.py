@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 
 from llava_piip.conversation import ConversationError
 from llava_piip.serve import terminal
+from llava_piip.serve.arguments import exit_status
 from llava_piip.serve.chat import main
 from llava_piip.serve.dialogue import Conversation, Picture, open_picture
 from llava_piip.serve.generation import ChatModel
@@ -155,6 +158,34 @@ def test_the_first_mistake_ends_a_pipe_and_not_a_conversation(monkeypatch, tmp_p
     printed = capsys.readouterr().out
     assert all(message in printed for _, message in wrong)
     assert contents(chat.asked) == [["How are you?"]]
+
+
+@pytest.mark.parametrize("broken", ["caf\udce9", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no text")])
+def test_bytes_that_are_no_text_are_told(monkeypatch, capsys, broken):
+    """They come as halves of characters or as an error, by the settings of Python."""
+    lines = iter([broken, "Hi", EOFError(), broken])
+
+    def typed(_):
+        line = next(lines)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr(terminal, "input", typed, raising=False)
+    chat = Answers(["Hello."])
+    assert talk(monkeypatch, chat) == 0
+    assert "error: the line is not UTF-8 text" in capsys.readouterr().out and contents(chat.asked) == [["Hi"]]
+    assert talk(monkeypatch, chat, terminal=False) == 2
+
+
+def test_a_reader_who_has_left_ends_the_program_quietly(monkeypatch, capfd):
+    replaced = []
+    monkeypatch.setattr(os, "dup2", lambda _, descriptor: replaced.append(descriptor))
+
+    def answer():
+        raise BrokenPipeError
+
+    assert exit_status(answer) == 141 and replaced == [sys.stdout.fileno()]
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_there_is_of_it(monkeypatch, capsys):

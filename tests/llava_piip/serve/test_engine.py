@@ -22,7 +22,7 @@ def run(chat, work, **settings):
         engine = Engine(chat, EngineSettings(**settings))
         await engine.start()
         try:
-            return await asyncio.wait_for(work(engine), 60)
+            return await asyncio.wait_for(work(engine), 120)
         finally:
             await engine.stop()
 
@@ -120,7 +120,7 @@ def test_those_who_leave_disturb_nobody(tiny_chat, pictures):
             task.cancel()
         await asyncio.gather(*gone)
         answers = await asyncio.gather(*stayed)
-        for _ in range(100):  # the engine hears of it at its next step
+        for _ in range(1000):  # the engine hears of it at its next step
             if not engine._manager.batch_processor.scheduler.has_pending_requests():
                 break
             await asyncio.sleep(0.02)

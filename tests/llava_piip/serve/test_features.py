@@ -81,7 +81,7 @@ def test_waits_in_turn_for_room():
         stuck = asyncio.ensure_future(use([b"e", b"f"], 0))
         await asyncio.sleep(0)
         stuck.cancel()
-        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        await asyncio.wait_for(asyncio.gather(*tasks), 60)
         assert order == asked and not any(picture.users for picture in features._pictures.values())
         with pytest.raises(ValueError, match="3 pictures"):
             await use([b"a", b"b", b"c"], 0)

@@ -260,6 +260,7 @@ def test_next_address_where_one_does_not_answer(picture):
         ("data:image/png;base64,aGVsbG8=", "expected an address that starts with"),
         ("http://user:pass@host/", "user or password"),
         ("http://ho st/", "blanks"),
+        ("http://[::1/", "could not be read from there"),
     ],
 )
 def test_redirects_are_checked(location, message):
@@ -310,7 +311,7 @@ def test_time_is_limited_in_all():
     def drip(start):
         def write(connection):
             connection.sendall(start)
-            for _ in range(100):
+            for _ in range(1000):
                 time.sleep(0.02)
                 connection.sendall(b"x")
 
@@ -320,13 +321,13 @@ def test_time_is_limited_in_all():
         drip(b""),
         drip(b"HTTP/1.1 200 OK\r\nX: "),
         drip(reply(Content_Length=10_000)),
-        lambda _: time.sleep(2),
+        lambda _: time.sleep(20),
     ):
         with answering(answer) as (address, _):
             start = time.monotonic()
             with pytest.raises(FetchError, match=r"not answered within 0.2 seconds"):
                 fetcher(address, {"host": (PUBLIC,)}, timeout=0.2).fetch("http://host/a.png")
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < 10  # of 20
 
 
 @pytest.mark.parametrize(

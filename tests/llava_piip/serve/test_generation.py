@@ -169,7 +169,15 @@ def test_sampling_settings_are_those_asked_for_and_not_the_folders(text_chat, pi
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1), ("max_new_tokens", 0)],
+    [
+        ("temperature", -0.1),
+        ("temperature", 1e-300),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("max_new_tokens", 0),
+    ],
 )
 def test_impossible_settings_are_named(tiny_chat, field, value):
     with pytest.raises(SamplingError, match=f"{field}: is {value}, expected") as error:

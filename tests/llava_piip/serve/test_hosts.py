@@ -78,7 +78,7 @@ def test_requests_for_other_hosts_never_reach_the_application(tiny_chat):
             "",
             ("chat.example", "::2"),
         ),
-        ([], "secret", None),
+        ([], "secret\n", None),
         (["--host", "0.0.0.0"], "", None),
         (["--host", "0.0.0.0", "--allowed-host", "a"], "secret", ("a",)),
     ],
@@ -88,7 +88,8 @@ def test_hosts_are_checked_where_only_this_machine_is_meant(arguments, key, expe
     parser = argparse.ArgumentParser()
     add_replica_arguments(parser)
     settings = server_settings(parser.parse_args(["--model", "tiny", *arguments]))
-    assert settings.allowed_hosts == expected and "secret" not in repr(settings)
+    assert settings.allowed_hosts == expected and settings.api_key == (key.strip() or None)
+    assert "secret" not in repr(settings)
 
 
 def test_names():

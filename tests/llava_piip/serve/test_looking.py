@@ -1,12 +1,9 @@
 """What the branches looked at, for the panel of the web page."""
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from llava_piip.serve.generation import ChatModel
-from llava_piip.serve.looking import look, network_view
+from llava_piip.serve.looking import look
 from llava_piip.serve.web_session import WebChat
 from piip_core.errors import UserError
 
@@ -15,17 +12,6 @@ SETTINGS = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0}
 
 def answer_of(web, visitor, file):
     return list(web.ask(visitor, "Well?", [file], SETTINGS))[-1].messages[-1]["content"][-1]["text"]
-
-
-@pytest.mark.parametrize("size", [(64, 48), (37, 211), (300, 300), (5, 7)])
-def test_a_picture_as_the_model_sees_it_is_the_same_to_the_model(tiny_chat, size):
-    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    picture = Image.fromarray(values)
-    processor = tiny_chat.processor.image_processor
-    kept = network_view(tiny_chat, picture)
-    assert kept.size == (64, 64)
-    direct, again = (processor(images=[image], return_tensors="pt")["pixel_values"] for image in (picture, kept))
-    assert torch.equal(direct, again)
 
 
 def test_look_draws_branches_and_leaves_the_model_as_it_was(tiny_chat, files):

@@ -26,7 +26,7 @@ def test_mistakes_of_the_command_line(capsys, tmp_path):
 
 def status(url, **headers):
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
             return answer.status, answer.headers
     except urllib.error.HTTPError as error:
         return error.code, error.headers
@@ -34,14 +34,14 @@ def status(url, **headers):
 
 def send(address, question, session="by-hand"):
     """Sends a question as the page does; what the server says when it is done."""
-    with urllib.request.urlopen(f"{address}config", timeout=10) as answer:
+    with urllib.request.urlopen(f"{address}config", timeout=60) as answer:
         functions = json.load(answer)["dependencies"]
     [function] = [found["id"] for found in functions if any(target[1] == "submit" for target in found["targets"])]
     body = {"data": [question, None, 0, 1, 8], "fn_index": function, "session_hash": session}
     headers = {"Content-Type": "application/json"}
     join = urllib.request.Request(f"{address}gradio_api/queue/join", json.dumps(body).encode(), headers)
-    urllib.request.urlopen(join, timeout=10).close()
-    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={session}", timeout=10) as events:
+    urllib.request.urlopen(join, timeout=60).close()
+    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={session}", timeout=60) as events:
         return next(line.decode() for line in events if b"process_completed" in line)
 
 
@@ -81,7 +81,7 @@ def test_the_page_is_for_this_machine_and_loads_nothing_from_elsewhere(prepared,
         f"{address}gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
     )
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == 413
     (tmp_path / "private.txt").write_text("secret")
     assert status(f"{address}gradio_api/file={tmp_path / 'private.txt'}")[0] == 403
