@@ -48,157 +48,7 @@ struct Array {
 #include "cpu/softmax.h"
 #include "cpu/map.h"
 #include "cpu/samples.h"
-
-// One query and head, whose samples begin at `first`: sums the samples, in kCount vectors V of channels.
-template <typename V, int kCount, typename A>
-PIIP_INLINE void gather(
-    const A* corner,
-    const int32_t* top,
-    const int32_t* bottom,
-    int64_t samples,
-    const A* rows,
-    int64_t padded,
-    A* sum) {
-  constexpr int64_t kLane = sizeof(V) / sizeof(A);
-  V left[kCount] = {}, right[kCount] = {};
-  for (int64_t i = 0; i < samples; ++i) {
-    const A *upper = rows + top[i], *lower = rows + bottom[i];
-    for (int j = 0; j < kCount; ++j) {
-      left[j] += corner[4 * i] * read<V>(upper + j * kLane);
-      right[j] += corner[4 * i + 1] * read<V>(upper + padded + j * kLane);
-      left[j] += corner[4 * i + 2] * read<V>(lower + j * kLane);
-      right[j] += corner[4 * i + 3] * read<V>(lower + padded + j * kLane);
-    }
-  }
-  for (int j = 0; j < kCount; ++j) {
-    write(sum + j * kLane, left[j] + right[j]);
-  }
-}
-
-// The reverse for kSamples samples from `first` on: spreads the gradient over their pixels, and adds up the products of
-// gradient and value, from which the gradients of locations and weights follow.
-template <int kSamples, typename V, int kCount, typename T, typename A>
-PIIP_INLINE void scatter(
-    const Samples<T>& s, int64_t first, const V (&grad)[kCount], const A* rows, A* grad_rows, bool add) {
-  constexpr int64_t kLane = sizeof(V) / sizeof(A);
-  const A* corner = s.corner + 4 * first;
-  Vec<A> products[4 * kSamples];
-  for (int i = 0; i < kSamples; ++i) {
-    const int64_t top = s.top[first + i], bottom = s.bottom[first + i];
-    const int64_t pixel[4] = {top, top + s.padded, bottom, bottom + s.padded};
-    for (int k = 0; k < 4; ++k) {
-      const A* row = rows + pixel[k];
-      A* grad_row = grad_rows + pixel[k];
-      V product{};
-      for (int j = 0; j < kCount; ++j) {
-        product += grad[j] * read<V>(row + j * kLane);
-        write(grad_row + j * kLane, read<V>(grad_row + j * kLane) + corner[4 * i + k] * grad[j]);
-      }
-      products[4 * i + k] = to_lanes<A>(product);
-    }
-  }
-  Vec<A, 4 * kSamples> sums = sum_lanes<A>(products);
-  A* product = s.product + 4 * first;
-  if (add) {
-    sums += read<Vec<A, 4 * kSamples>>(product);
-  }
-  write(product, sums);
-}
-
-// Goes through the channels of a padded row in blocks that fit into registers, of the longest vectors and at the end
-// one of kLanes. That one comes first: what it writes beyond a row is then overwritten by the next row's beginning.
-template <typename A, typename F>
-PIIP_INLINE void for_blocks(int64_t padded, const F& f) {
-  using Wide = Vec<A, kWide<A>>;
-  int64_t channel = padded / kWide<A> * kWide<A>;
-  const bool narrow = channel < padded;
-  if (narrow) {
-    f.template run<Vec<A>, 1>(channel, false);
-  }
-  const int64_t left = channel / kWide<A> % 4;
-  channel -= left * kWide<A>;
-  if (left == 1) {
-    f.template run<Wide, 1>(channel, narrow);
-  } else if (left == 2) {
-    f.template run<Wide, 2>(channel, narrow);
-  } else if (left == 3) {
-    f.template run<Wide, 3>(channel, narrow);
-  }
-  while (channel > 0) {
-    channel -= 4 * kWide<A>;
-    f.template run<Wide, 4>(channel, narrow || left > 0 || channel + 4 * kWide<A> < padded);
-  }
-}
-
-// A block of samples: `queries` queries and all their heads.
-template <typename T, typename A>
-struct Gather {
-  const Samples<T>& s;
-  const Map<T>& map;
-  int64_t queries;
-  A* sums;  // queries x heads x width
-
-  template <typename V, int kCount>
-  PIIP_INLINE void run(int64_t channel, bool) const {
-    if (s.per_head == 4) {  // worth a loop that the compiler can unroll
-      run_of<V, kCount, 4>(channel);
-    } else {
-      run_of<V, kCount, 0>(channel);
-    }
-  }
-
-  template <typename V, int kCount, int kPerHead>
-  PIIP_INLINE void run_of(int64_t channel) const {
-    const int64_t samples = kPerHead ? kPerHead : s.per_head, padded = s.padded, width = s.call.width;
-    const int32_t *top = s.top, *bottom = s.bottom;
-    const A* corner = s.corner;
-    A* sum = sums + channel;
-    for (int64_t query = 0; query < queries; ++query) {
-      const A* rows = map.rows + channel;
-      for (int64_t head = 0; head < s.heads; ++head, rows += map.per_head, sum += width) {
-        gather<V, kCount>(corner, top, bottom, samples, rows, padded, sum);
-        corner += 4 * samples;
-        top += samples;
-        bottom += samples;
-      }
-    }
-  }
-};
-
-template <typename T, typename A>
-struct Scatter {
-  const Samples<T>& s;
-  const Map<T>& map;
-  const Map<T>& grad_map;
-  int64_t queries;
-  const A* grads;  // queries x heads x padded
-
-  template <typename V, int kCount>
-  PIIP_INLINE void run(int64_t channel, bool add) const {
-    const A* grad = grads + channel;
-    int64_t sample = 0;
-    for (int64_t query = 0; query < queries; ++query) {
-      const A* rows = map.rows + channel;
-      A* grad_rows = grad_map.rows + channel;
-      for (int64_t head = 0; head < s.heads; ++head) {
-        V vectors[kCount];
-        for (int j = 0; j < kCount; ++j) {
-          vectors[j] = read<V>(grad + j * static_cast<int64_t>(sizeof(V) / sizeof(A)));
-        }
-        const int64_t last = sample + s.per_head;
-        for (; sample + 2 <= last; sample += 2) {
-          scatter<2>(s, sample, vectors, rows, grad_rows, add);
-        }
-        for (; sample < last; ++sample) {
-          scatter<1>(s, sample, vectors, rows, grad_rows, add);
-        }
-        grad += s.padded;
-        rows += map.per_head;
-        grad_rows += map.per_head;
-      }
-    }
-  }
-};
+#include "cpu/gather.h"
 
 // The heads [first_head, first_head + heads) of the queries [begin, end), all of one image.
 template <typename T>
@@ -213,7 +63,7 @@ PIIP_TARGET void forward_heads(
     read_block(samples, first, count);
     locate(samples, count * samples.per_query);
     for (int64_t query = 0; query < count; ++query) {
-      prefetch_sampling(samples, first + samples.queries + query);
+      prefetch_samples(samples, call.sampling.locations, call.sampling.weights, first + samples.queries + query);
     }
     for_blocks<A>(map.padded, Gather<T, A>{samples, map, count, sums.data});
     T* output = call.output + first * call.heads * call.width + first_head * call.width;
@@ -229,12 +79,13 @@ template <typename T>
 PIIP_TARGET void backward_heads(
     const Call<T>& call, const Map<T>& map, const Map<T>& grad_map, int64_t image, int64_t first_head, int64_t heads) {
   using A = typename Accumulate<T>::type;
-  const int64_t row_width = call.heads * call.width, size = heads * call.width, padded = map.padded;
+  const int64_t row_width = call.heads * call.width, padded = map.padded;
   const int64_t end = (image + 1) * call.queries;
-  const T* const grad_end = call.grad_output + call.batch * call.queries * row_width;
+  const RowLoader<T, kLanes> load_row(
+      call.width, call.grad_output + call.batch * call.queries * row_width, LanesUpTo<kLanes>{});
   clear(grad_map.rows, heads * grad_map.per_head);
   Samples<T> samples(map, first_head, heads);
-  const Array<A> grads(samples.queries * heads * padded);
+  const Array<A> grads(samples.queries * heads * padded + kWide<A>);
   for (int64_t first = image * call.queries; first < end; first += samples.queries) {
     const int64_t count = least(end - first, samples.queries);
     read_block(samples, first, count);
@@ -243,14 +94,10 @@ PIIP_TARGET void backward_heads(
     A* grad = grads.data;
     for (int64_t query = 0; query < count; ++query, from += row_width) {
       for (int64_t head = 0; head < heads; ++head, grad += padded) {
-        load_row(from + head * call.width, grad_end, call.width, grad);
+        load_row(from + head * call.width, grad);
       }
     }
-    for (int64_t query = 0; query < count; ++query) {
-      prefetch_sampling(samples, first + samples.queries + query);
-      prefetch(call.grad_output + (first + samples.queries + query) * row_width + first_head * call.width, size);
-    }
-    for_blocks<A>(padded, Scatter<T, A>{samples, map, grad_map, count, grads.data});
+    for_blocks<A>(padded, Scatter<T, A>{samples, map, grad_map, first, count, grads.data});
     finish_gradients(samples, count * samples.per_query);
     write_block_gradients(samples, first, count);
   }

@@ -1,27 +1,40 @@
 // The value maps of a few heads in the layout that sampling reads, and the way back for their gradients.
 // Included by kernel_impl.h inside its own namespace, see there.
 
-// Widens `width` elements into a padded row, zeros behind. Reads ahead, but nothing from `end` on.
-template <typename T, typename A>
-PIIP_INLINE void load_row(const T* from, const T* end, int64_t width, A* to) {
-  constexpr Vec<A> kLane{0, 1, 2, 3, 4, 5, 6, 7};
-  int64_t channel = 0;
-  for (; channel + kLanes <= width; channel += kLanes) {
-    store(to + channel, load(from + channel));
-  }
-  if (channel == width) {
-    return;
-  }
-  if (from + channel + kLanes <= end) {
-    store(to + channel, kLane < static_cast<A>(width - channel) ? load(from + channel) : Vec<A>{});
-  } else {
-    T last[kLanes] = {};
-    for (int64_t lane = 0; lane < width - channel; ++lane) {
-      last[lane] = from[channel + lane];
+// Widens rows of `width` elements into padded rows, zeros behind. Reads ahead, but nothing from `end` on; writes whole
+// vectors of n, so perhaps more zeros than the padded row has.
+template <typename T, int64_t n>
+struct RowLoader {
+  using A = typename Accumulate<T>::type;
+  using V = Vec<A, n>;
+  using Bits = decltype(V{} < V{});
+
+  template <int... kLane>
+  PIIP_INLINE RowLoader(int64_t width_, const T* end_, std::integer_sequence<int, kLane...>)
+      : width(width_), last((width - 1) / n * n), end(end_), keep(V{kLane...} < static_cast<A>(width - last)) {}
+
+  PIIP_INLINE void operator()(const T* from, A* to) const {
+    for (int64_t channel = 0; channel < last; channel += n) {
+      write(to + channel, load<n>(from + channel));
     }
-    store(to + channel, load(last));
+    write(to + last, same_bits<V>(same_bits<Bits>(load_last(from + last)) & keep));
   }
-}
+
+  PIIP_INLINE V load_last(const T* from) const {
+    if (__builtin_expect(n <= end - from, 1)) {
+      return load<n>(from);
+    }
+    T copy[n] = {};
+    for (int64_t lane = 0; lane < width - last; ++lane) {
+      copy[lane] = from[lane];
+    }
+    return load<n>(copy);
+  }
+
+  const int64_t width, last;
+  const T* const end;
+  const Bits keep;
+};
 
 // Rounds the first `width` elements of a padded row to `to`. Overwrites what lies behind, but nothing from `end` on.
 template <typename T, typename A>
@@ -49,11 +62,16 @@ struct Map {
       : call(call_),
         padded(padded_width(call.width)),
         per_head(pixels(call) * padded),
-        own(bytes() > kKeptBytes ? call.heads_at_a_time * per_head : 0),
+        own(bytes() > kKeptBytes ? size() : 0),
         rows(bytes() > kKeptBytes ? own.data : static_cast<A*>(kept_memory(block, bytes()))) {}
 
+  // What is read and written in whole vectors may reach beyond the last row.
+  int64_t size() const {
+    return call.heads_at_a_time * per_head + kWide<A>;
+  }
+
   int64_t bytes() const {
-    return call.heads_at_a_time * per_head * static_cast<int64_t>(sizeof(A));
+    return size() * static_cast<int64_t>(sizeof(A));
   }
 
   static int64_t pixels(const Call<T>& call) {
@@ -92,12 +110,12 @@ inline void clear(A* first, int64_t count) {
 }
 
 // Fills the map from the values of the heads from `first_head` on.
-template <typename T>
-PIIP_TARGET void pack(const Map<T>& map, int64_t image, int64_t first_head, int64_t heads) {
+template <int64_t n, typename T>
+PIIP_TARGET void pack_rows(const Map<T>& map, int64_t image, int64_t first_head, int64_t heads) {
   using A = typename Map<T>::A;
   const Call<T>& call = map.call;
   const int64_t row_width = call.heads * call.width, padded = map.padded;
-  const T* const value_end = call.value + call.batch * call.values * row_width;
+  const RowLoader<T, n> load_row(call.width, call.value + call.batch * call.values * row_width, LanesUpTo<n>{});
   const T* from = call.value + image * call.values * row_width + first_head * call.width;
   const int64_t ahead = pixels_ahead<T>(heads * call.width);
   A* level_rows = map.rows;
@@ -112,7 +130,7 @@ PIIP_TARGET void pack(const Map<T>& map, int64_t image, int64_t first_head, int6
       for (int64_t column = 0; column < width; ++column, from += row_width, to += padded) {
         prefetch(from + ahead * row_width, heads * call.width);
         for (int64_t head = 0; head < heads; ++head) {
-          load_row(from + head * call.width, value_end, call.width, to + head * map.per_head);
+          load_row(from + head * call.width, to + head * map.per_head);
         }
       }
       for (int64_t head = 0; head < heads; ++head) {
@@ -124,6 +142,15 @@ PIIP_TARGET void pack(const Map<T>& map, int64_t image, int64_t first_head, int6
       clear(to + head * map.per_head, below);
     }
     level_rows += packed_pixels(height, width) * padded;
+  }
+}
+
+template <typename T>
+PIIP_TARGET void pack(const Map<T>& map, int64_t image, int64_t first_head, int64_t heads) {
+  if (map.padded == kLanes) {
+    pack_rows<kLanes>(map, image, first_head, heads);
+  } else {
+    pack_rows<kWide<typename Map<T>::A>>(map, image, first_head, heads);
   }
 }
 

@@ -20,9 +20,9 @@ struct Samples {
         queries(per_query >= kBlock ? 1 : per_query ? kBlock / per_query : kBlock),
         capacity((queries * per_query / kWide<A> + 1) * kWide<A> + kSlack),
         floats(16 * capacity),
-        ints(4 * capacity) {
+        ints(3 * capacity) {
     clear(floats.data, 16 * capacity);
-    clear(ints.data, 4 * capacity);
+    clear(ints.data, 3 * capacity);
     for (int64_t sample = 0; sample < queries * per_query; ++sample) {
       const int64_t level = sample % per_head / call.points;
       int64_t pixel = 0;
@@ -34,7 +34,7 @@ struct Samples {
       level_height[sample] = static_cast<A>(height);
       scale_x[sample] = call.sampling.grid ? A(1) : level_width[sample];
       scale_y[sample] = call.sampling.grid ? A(1) : level_height[sample];
-      origin[sample] = static_cast<int32_t>((pixel + width + 2) * padded);
+      origin[sample] = static_cast<int32_t>(pixel * padded);
       line_step[sample] = static_cast<int32_t>((width + 1) * padded);
     }
   }
@@ -45,16 +45,17 @@ struct Samples {
   const int64_t queries, capacity;  // so many queries, or samples and slack, in a block
   const Array<A> floats;
   const Array<int32_t> ints;
-  // Of the sample's level: its size, what turns a location or an offset into pixels, where its first pixel is in the
-  // map, from there to the next line.
+  // Of the sample's level: its size, what turns a location or an offset into pixels, where its zeros begin in the map,
+  // from there to the next line.
   A* const level_width = floats.data;
   A* const level_height = floats.data + capacity;
   A* const scale_x = floats.data + 2 * capacity;
   A* const scale_y = floats.data + 3 * capacity;
   int32_t* const origin = ints.data;
   int32_t* const line_step = ints.data + capacity;
-  // Position in pixels from the centre of the level's first one; after locate() from the centre of the sample's upper
-  // left pixel; after finish_gradients() its gradient:
+  // Position in pixels from the centre of the pixel of zeros above and left of the level's first one, so that no
+  // position inside is negative; after locate() from the centre of the sample's upper left pixel; after
+  // finish_gradients() its gradient:
   A* const x = floats.data + 4 * capacity;
   A* const y = floats.data + 5 * capacity;
   A* const weight = floats.data + 6 * capacity;
@@ -62,20 +63,19 @@ struct Samples {
   // Four of each sample, for its pixels (top left, top right, bottom left, bottom right):
   A* const corner = floats.data + 8 * capacity;    // weight times bilinear factor
   A* const product = floats.data + 12 * capacity;  // backward: gradient of the output times value
-  // Where the upper and the lower left pixel are in the map:
-  int32_t* const top = ints.data + 2 * capacity;
-  int32_t* const bottom = ints.data + 3 * capacity;
+  int32_t* const top = ints.data + 2 * capacity;  // where the upper left pixel is in the map
 };
 
-// What read_block will read of a query.
-template <typename T>
-PIIP_INLINE void prefetch_sampling(const Samples<T>& s, int64_t query) {
-  const Sampling& from = s.call.sampling;
+// The samples of a query in two arrays that are laid out as the call's sampling.
+template <int kWrite = 0, typename T>
+PIIP_INLINE void prefetch_samples(const Samples<T>& s, const void* locations, const void* weights, int64_t query) {
+  const Sampling& sampling = s.call.sampling;
   const int64_t offset = s.first_head * s.per_head, bytes = s.sampling_bytes;
-  prefetch(
-      static_cast<const char*>(from.locations) + (query * from.locations_step + 2 * offset) * bytes,
+  prefetch<kWrite>(
+      static_cast<const char*>(locations) + (query * sampling.locations_step + 2 * offset) * bytes,
       2 * s.per_query * bytes);
-  prefetch(static_cast<const char*>(from.weights) + (query * from.weights_step + offset) * bytes, s.per_query * bytes);
+  prefetch<kWrite>(
+      static_cast<const char*>(weights) + (query * sampling.weights_step + offset) * bytes, s.per_query * bytes);
 }
 
 // `from`, or where reading `ahead` elements would go beyond `end`, a copy of the first `size` in `buffer`.
@@ -124,8 +124,8 @@ PIIP_TARGET void read_samples(Samples<T>& s, int64_t first, int64_t count) {
       V vx, vy;
       split_pairs(
           load<kWide<A>>(location + 2 * i), load<kWide<A>>(location + 2 * i + kWide<A>), vx, vy, LanesUpTo<kWide<A>>{});
-      write(x + i, vx * read<V>(s.scale_x + i) + (centre_x * read<V>(s.level_width + i) - A(0.5)));
-      write(y + i, vy * read<V>(s.scale_y + i) + (centre_y * read<V>(s.level_height + i) - A(0.5)));
+      write(x + i, vx * read<V>(s.scale_x + i) + (centre_x * read<V>(s.level_width + i) + A(0.5)));
+      write(y + i, vy * read<V>(s.scale_y + i) + (centre_y * read<V>(s.level_height + i) + A(0.5)));
       write(w + i, load<kWide<A>>(weight + i));
     }
   }
@@ -155,26 +155,23 @@ PIIP_TARGET void locate(Samples<T>& s, int64_t samples) {
   const int32_t *origin = s.origin, *line_step = s.line_step;
   const int32_t padded = static_cast<int32_t>(s.padded);
   A *px = s.x, *py = s.y, *corner = s.corner;
-  int32_t *top = s.top, *bottom = s.bottom;
+  int32_t* top = s.top;
   PIIP_INDEPENDENT
   for (int64_t i = 0; i < samples; ++i) {
     A x = px[i], y = py[i];
     // Written so that NaN is outside. What is outside reads the zeros below the level.
-    const bool inside = (x > A(-1)) & (x < level_width[i]) & (y > A(-1)) & (y < level_height[i]);
-    x = inside ? x : A(-1);
-    y = inside ? y : level_height[i];
-    int32_t column = static_cast<int32_t>(x), line = static_cast<int32_t>(y);
-    column -= static_cast<A>(column) > x;  // floor
-    line -= static_cast<A>(line) > y;
+    const bool inside = (x > A(0)) & (x < level_width[i] + A(1)) & (y > A(0)) & (y < level_height[i] + A(1));
+    x = inside ? x : A(0);
+    y = inside ? y : level_height[i] + A(1);
+    const int32_t column = static_cast<int32_t>(x), line = static_cast<int32_t>(y);
     const A fx = x - static_cast<A>(column), fy = y - static_cast<A>(line);
-    const int32_t pixel = origin[i] + line * line_step[i] + column * padded;
-    top[i] = pixel;
-    bottom[i] = pixel + line_step[i];
-    const A upper = weight[i] * (A(1) - fy), lower = weight[i] * fy;
-    corner[4 * i] = upper * (A(1) - fx);
-    corner[4 * i + 1] = upper * fx;
-    corner[4 * i + 2] = lower * (A(1) - fx);
-    corner[4 * i + 3] = lower * fx;
+    top[i] = origin[i] + line * line_step[i] + column * padded;
+    const A lower = weight[i] * fy, upper = weight[i] - lower;
+    const A upper_right = upper * fx, lower_right = lower * fx;
+    corner[4 * i] = upper - upper_right;
+    corner[4 * i + 1] = upper_right;
+    corner[4 * i + 2] = lower - lower_right;
+    corner[4 * i + 3] = lower_right;
     px[i] = fx;
     py[i] = fy;
   }

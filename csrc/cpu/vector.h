@@ -12,6 +12,10 @@ using Vec = typename VecOf<A, kCount>::type;
 template <typename A>
 constexpr int64_t kWide = PIIP_WIDE_BYTES / int64_t{sizeof(A)} > kLanes ? PIIP_WIDE_BYTES / sizeof(A) : kLanes;
 
+// Whether that is one register. The compiler shuffles what takes more than one lane by lane.
+template <typename A>
+constexpr bool kOneRegister = kWide<A> * sizeof(A) == PIIP_WIDE_BYTES;
+
 // A vector of any type from memory, aligned or not, and back.
 template <typename V>
 PIIP_INLINE V read(const void* p) {
@@ -129,49 +133,103 @@ PIIP_INLINE void join_pairs(V first, V second, V& a, V& b, std::integer_sequence
   b = permute<(kCount / 2 + kLane / 2 + kLane % 2 * kCount)...>(first, second);
 }
 
+// a b a b a b .. of two floats in memory: a single load.
+template <typename V>
+PIIP_INLINE V repeat_pair(const float* p) {
+  return same_bits<V>(Vec<int64_t, sizeof(V) / sizeof(int64_t)>{} + read<int64_t>(p));
+}
+template <int kWhich, typename V, int... kLane>
+PIIP_INLINE V one_of_pairs(V v, std::integer_sequence<int, kLane...>) {
+  return permute<(kLane / 2 * 2 + kWhich)...>(v, v);
+}
+
+// Four vectors, each with one of four numbers in all lanes.
+template <typename V, typename A>
+PIIP_INLINE void repeat_each(const A* p, V (&v)[4]) {
+  constexpr int64_t kCount = sizeof(V) / sizeof(A), kStep = kOneRegister<A> ? kCount : 4;
+  if constexpr (kOneRegister<A> && sizeof(A) == sizeof(float)) {
+    const V first = repeat_pair<V>(p), second = repeat_pair<V>(p + 2);
+    v[0] = one_of_pairs<0>(first, LanesUpTo<kCount>{});
+    v[1] = one_of_pairs<1>(first, LanesUpTo<kCount>{});
+    v[2] = one_of_pairs<0>(second, LanesUpTo<kCount>{});
+    v[3] = one_of_pairs<1>(second, LanesUpTo<kCount>{});
+  } else {
+    for (int k = 0; k < 4; ++k) {
+      for (int64_t lane = 0; lane < kCount; lane += kStep) {  // by registers: a longer vector is filled lane by lane
+        write(reinterpret_cast<A*>(v + k) + lane, Vec<A, kStep>{} + p[k]);
+      }
+    }
+  }
+}
+
+// From a b a b a b .. a in the lower half and b in the upper; the lower half twice; the lanes of both halves in turn.
+template <typename V, int... kLane>
+PIIP_INLINE V part_pairs(V v, std::integer_sequence<int, kLane...>) {
+  return permute<(kLane >= int{sizeof...(kLane)} / 2)...>(v, v);
+}
+template <typename V, int... kLane>
+PIIP_INLINE V repeat_half(V v, std::integer_sequence<int, kLane...>) {
+  return permute<(kLane % (int{sizeof...(kLane)} / 2))...>(v, v);
+}
+template <typename V, int... kLane>
+PIIP_INLINE V join_halves(V v, std::integer_sequence<int, kLane...>) {
+  return permute<(kLane / 2 + kLane % 2 * (int{sizeof...(kLane)} / 2))...>(v, v);
+}
+
 // Swaps neighbouring blocks of kDistance lanes.
 template <int kDistance, typename V, int... kLane>
 PIIP_INLINE V swap_lanes(V v, std::integer_sequence<int, kLane...>) {
   return permute<(kLane ^ kDistance)...>(v, v);
 }
 
-// Halves the number of lanes by adding the upper half to the lower.
-template <typename A, int64_t kCount, int... kLane>
-PIIP_INLINE Vec<A, kCount / 2> fold(Vec<A, kCount> v, std::integer_sequence<int, kLane...>) {
-  return permute<kLane...>(v, v) + permute<(kCount / 2 + kLane)...>(v, v);
-}
-template <typename A>
-PIIP_INLINE Vec<A> to_lanes(Vec<A, kLanes> v) {
-  return v;
-}
-template <typename A>
-PIIP_INLINE Vec<A> to_lanes(Vec<A, 2 * kLanes> v) {
-  return fold<A, 2 * kLanes>(v, LanesUpTo<kLanes>{});
-}
-
-// The sums of the lanes of four vectors: transposes while adding, 8 lanes to 4 of each vector, then to 2 of two
-// vectors, then to 1 of all four.
-template <typename A>
-PIIP_INLINE Vec<A, 4> sum_lanes(const Vec<A> (&v)[4]) {
-  constexpr LanesUpTo<4> four;
-  const auto a = fold<A, 8>(v[0], four), b = fold<A, 8>(v[1], four);
-  const auto c = fold<A, 8>(v[2], four), d = fold<A, 8>(v[3], four);
-  const auto ab = permute<0, 4, 1, 5>(a, b) + permute<2, 6, 3, 7>(a, b);
-  const auto cd = permute<0, 4, 1, 5>(c, d) + permute<2, 6, 3, 7>(c, d);
-  return permute<0, 1, 4, 5>(ab, cd) + permute<2, 3, 6, 7>(ab, cd);
-}
-
-template <typename A>
-PIIP_INLINE Vec<A> sum_lanes(const Vec<A> (&v)[8]) {
-  Vec<A> both[4];  // the same for v[k] in the lower lanes and v[k + 4] in the upper
-  for (int k = 0; k < 4; ++k) {
-    both[k] = permute<0, 1, 2, 3, 8, 9, 10, 11>(v[k], v[k + 4]) + permute<4, 5, 6, 7, 12, 13, 14, 15>(v[k], v[k + 4]);
+// Adds the upper half of the lanes to the lower, if a To is half as long; if it is as long, nothing happens.
+template <typename To, typename From>
+PIIP_INLINE To fold_to(const From& v) {
+  if constexpr (sizeof(To) == sizeof(From)) {
+    return v;
+  } else {
+    return read<To>(&v) + read<To>(reinterpret_cast<const char*>(&v) + sizeof(To));
   }
-  const auto ab = permute<0, 8, 1, 9, 4, 12, 5, 13>(both[0], both[1]) +
-      permute<2, 10, 3, 11, 6, 14, 7, 15>(both[0], both[1]);
-  const auto cd = permute<0, 8, 1, 9, 4, 12, 5, 13>(both[2], both[3]) +
-      permute<2, 10, 3, 11, 6, 14, 7, 15>(both[2], both[3]);
-  return permute<0, 1, 8, 9, 4, 5, 12, 13>(ab, cd) + permute<2, 3, 10, 11, 6, 7, 14, 15>(ab, cd);
+}
+
+// Of every four lanes in a row the sum: a's, b's, c's, d's, in these four lanes. By shuffles that even SSE has.
+template <typename V, int... kLane>
+PIIP_INLINE V sum_fours(V a, V b, V c, V d, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  const V ab = permute<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * kCount)...>(a, b) +
+      permute<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * kCount + 2)...>(a, b);
+  const V cd = permute<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * kCount)...>(c, d) +
+      permute<(kLane / 4 * 4 + kLane % 4 / 2 + kLane % 2 * kCount + 2)...>(c, d);
+  return permute<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * kCount)...>(ab, cd) +
+      permute<(kLane / 4 * 4 + kLane % 2 + kLane % 4 / 2 * kCount + 2)...>(ab, cd);
+}
+
+// Lanes without the bit kDistance in their number come from a, the others from b. To each is added its neighbour, the
+// lane whose number differs in that bit.
+template <int kDistance, typename V, int... kLane>
+PIIP_INLINE V add_neighbours(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  return permute<(kLane & kDistance ? kCount + kLane : kLane)...>(a, b) +
+      permute<((kLane & kDistance ? kCount + kLane : kLane) ^ kDistance)...>(a, b);
+}
+
+// Sums groups of kGroup lanes, transposing while it adds: lane i of a group is the group's sum in v[i % kVectors].
+template <int kGroup, typename V, int kVectors>
+PIIP_INLINE V sum_lanes(const V (&v)[kVectors]) {
+  constexpr LanesUpTo<sizeof(V) / sizeof(v[0][0])> lanes;
+  V sums[kGroup / 4];
+  for (int k = 0; k < kGroup; k += 4) {
+    const V* four = v + k % kVectors;
+    sums[k / 4] = sum_fours(four[0], four[1], four[2 % kVectors], four[3 % kVectors], lanes);
+  }
+  if constexpr (kGroup == 16) {
+    sums[0] = add_neighbours<8>(sums[0], sums[2], lanes);
+    sums[1] = add_neighbours<8>(sums[1], sums[3], lanes);
+  }
+  if constexpr (kGroup >= 8) {
+    sums[0] = add_neighbours<4>(sums[0], sums[1], lanes);
+  }
+  return sums[0];
 }
 
 // e^x for x <= 0, within 2 units in the last place; 0 below -87, where float has no more normal numbers. NaN for NaN.
