@@ -35,9 +35,12 @@ class Timing:
     dtype: str
     direction: str
     ours_ms: float
+    """In turns with the others, which leave other things in the caches."""
     pytorch_ms: float
     peers_ms: Mapping[str, float] = field(default_factory=dict)
     """Of other implementations, by their names."""
+    alone_ms: float
+    """Ours over and over, as the copy is timed."""
     bytes_moved: int
     """What has to be read and written at least; see `Case.bytes_moved`."""
     copy_bytes_per_second: float
@@ -50,8 +53,8 @@ class Timing:
 
     @property
     def copy_share(self) -> float:
-        """Which part of the copy's speed ours reaches."""
-        return 1e3 * self.bytes_moved / self.ours_ms / self.copy_bytes_per_second
+        """Which part of the copy's speed ours reaches alone."""
+        return 1e3 * self.bytes_moved / self.alone_ms / self.copy_bytes_per_second
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and what follows from them, for JSON."""
@@ -99,7 +102,7 @@ def run_benchmark(
             medians = _time_sides(sides(case, others, DTYPES[name], baseline_in_float32), inputs, repeats, clock)
             sizes = (inputs[0].element_size(), inputs[1].element_size())
             for direction in DIRECTIONS:
-                ours, pytorch, *rest = next(medians)
+                alone, ours, pytorch, *rest = next(medians)
                 timings.append(
                     Timing(
                         case=case.name,
@@ -110,6 +113,7 @@ def run_benchmark(
                         ours_ms=ours,
                         pytorch_ms=pytorch,
                         peers_ms=dict(zip(others, rest, strict=True)),
+                        alone_ms=alone,
                         bytes_moved=case.bytes_moved(direction, batch, *sizes),
                         copy_bytes_per_second=copy,
                     )
@@ -158,7 +162,7 @@ def _given_sides(case: Case, peers: Mapping[str, Peer], dtype: torch.dtype, in_f
 
 
 def _time_sides(sides: Sequence[Side], inputs: Sequence[Tensor], repeats: int, clock: Clock) -> Iterator[list[float]]:
-    """Yields the sides' median milliseconds forward, then backward."""
+    """Yields, forward and then backward, median milliseconds of the first side alone, and of all sides in turns."""
     forward = [torch.no_grad()(lambda side=side: side(*inputs)) for side in sides]
     yield _medians(forward, repeats, clock)
     backward = []
@@ -177,4 +181,5 @@ def _medians(calls: Sequence[Callable[[], object]], repeats: int, clock: Clock) 
     for call in calls:
         call()
     rounds = [[clock(call) for call in calls] for _ in range(repeats)]
-    return [1e3 * statistics.median(column) for column in zip(*rounds, strict=True)]
+    alone = [clock(calls[0]) for _ in range(repeats)]
+    return [1e3 * statistics.median(column) for column in (alone, *zip(*rounds, strict=True))]

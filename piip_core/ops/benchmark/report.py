@@ -17,19 +17,31 @@ __all__ = ["draw_timings", "format_table", "new_figure"]
 
 
 def format_table(timings: Sequence[Timing]) -> str:
-    """The timings as a table; "of copy" is the share of a copy's speed that ours reaches."""
+    """The timings as a table; "of copy" is the share of a copy's speed that ours reaches "alone", not in turns."""
     peers = list(timings[0].peers_ms) if timings else []
-    headers = ["case", "form", "D", "dtype", "direction", "ours ms", f"{PYTORCH} ms", "ratio", "MB", "of copy"]
+    headers = [
+        "case",
+        "form",
+        "D",
+        "dtype",
+        "direction",
+        "ours ms",
+        f"{PYTORCH} ms",
+        "ratio",
+        "alone ms",
+        "MB",
+        "of copy",
+    ]
     rows = [
         [
             *(t.case, t.form, t.width, t.dtype, t.direction, f"{t.ours_ms:.3f}", f"{t.pytorch_ms:.3f}"),
-            *(f"{t.ratio:.1f}x", f"{1e-6 * t.bytes_moved:.1f}", f"{t.copy_share:.0%}"),
+            *(f"{t.ratio:.1f}x", f"{t.alone_ms:.3f}", f"{1e-6 * t.bytes_moved:.1f}", f"{t.copy_share:.0%}"),
             *(f"{t.peers_ms[peer]:.3f}" for peer in peers),
         ]
         for t in timings
     ]
-    right = (2, *range(5, 10 + len(peers)))
-    align = ["right" if column in right else "left" for column in range(10 + len(peers))]
+    right = (2, *range(5, 11 + len(peers)))
+    align = ["right" if column in right else "left" for column in range(11 + len(peers))]
     return tabulate(rows, [*headers, *(f"{peer} ms" for peer in peers)], "plain", colalign=align, disable_numparse=True)
 
 
