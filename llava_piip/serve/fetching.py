@@ -18,6 +18,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -34,6 +35,7 @@ _PORTS = {"https": 443, "http": 80}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "piip-llava", "Connection": "close"}
 _CHUNK = 64 * 1024
+_RESOLVING = 8  # names looked up at a time, those among them that nobody waits for any more
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+(?:;[a-z0-9=.+-]+)*;base64,", re.IGNORECASE)
 
 _NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"),)
@@ -164,6 +166,8 @@ class ImageFetcher:
         self._resolve = resolve or _system_addresses
         self._connect = connect or _open_connection
         self._ssl_context = ssl_context or ssl.create_default_context()
+        # The system's resolver knows no deadline: names of slow servers would hold whoever waits
+        self._resolving = ThreadPoolExecutor(_RESOLVING, "resolve")
 
     def check_count(self, count: int, *, field: str = "messages") -> None:
         """Refuses a request with too many pictures.
@@ -232,7 +236,7 @@ class ImageFetcher:
 
     def _request(self, scheme: str, host: str, port: int, target: str, field: str, deadline: float) -> bytes | str:
         """What the server sent, or where it redirects to."""
-        addresses = self._public_addresses(host, port, field)
+        addresses = self._public_addresses(host, port, field, deadline)
         connection_type = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
         options = {"context": self._ssl_context} if scheme == "https" else {}
         connection = connection_type(host, port, **options)
@@ -275,12 +279,17 @@ class ImageFetcher:
             raise TimeoutError
         return bytes(body)
 
-    def _public_addresses(self, host: str, port: int, field: str) -> list[str]:
+    def _public_addresses(self, host: str, port: int, field: str, deadline: float) -> list[str]:
         """The addresses of a host, all of them public. One message for all else: it must not tell what exists here."""
+        looking_up = self._resolving.submit(self._resolve, host, port)
         try:
-            addresses = [address for address in self._resolve(host, port) if address]
+            found = looking_up.result(timeout=max(deadline - time.monotonic(), 0))
+            addresses = [address for address in found if address]
             if addresses and all(is_public_address(address) for address in addresses):
                 return addresses
+        except TimeoutError:
+            looking_up.cancel()
+            raise
         except (OSError, ValueError):
             pass
         raise FetchError(field, "the host is unknown or not on the public internet")

@@ -368,6 +368,19 @@ def test_server_that_is_not_there():
         ImageFetcher(resolve=unknown).fetch("https://host/a.png")
 
 
+def test_name_that_takes_long_to_look_up():
+    released = threading.Event()
+    one = ImageFetcher(FetchPolicy(timeout=0.2), resolve=lambda *_: released.wait(20) and [PUBLIC])
+    started = time.monotonic()
+    try:
+        for _ in range(10):  # more than are looked up at a time
+            with pytest.raises(FetchError, match=r"^url: not answered within 0\.2 seconds$"):
+                one.fetch("https://host/a.png")
+        assert time.monotonic() - started < 15
+    finally:
+        released.set()
+
+
 def test_number_of_pictures():
     one = ImageFetcher()
     one.check_count(8)
