@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..branches.transformer import TransformerBranch
+from ..folding import Deconvolution
 from ..interaction import DeformableCrossAttention, Injection
 from ..merging import BranchMerging, FeaturePyramid
 from ..ops import make_reference_points, ms_deform_attn_reference
@@ -23,13 +24,15 @@ def plain_formulation(model: nn.Module) -> Iterator[None]:
 
     - Deformable attention makes locations and softmax in float32 and samples with `grid_sample`; offsets and logits
       come from two linears.
-    - Residuals of interactions are a product and a sum; an FPN's lateral convolutions follow the deconvolutions.
+    - Residuals of interactions are a product and a sum; an FPN's lateral convolutions follow the deconvolutions, whose
+      gradients are PyTorch's.
     - Tokens stay in the memory format of the patch convolution; merging and feature pyramid work channels first.
 
     Self-attention is `scaled_dot_product_attention` in both. Prepared models have other modules: they are left alone.
     """
     forwards = {
         BranchMerging: ("forward", _merge),
+        Deconvolution: ("forward", nn.ConvTranspose2d.forward),
         DeformableCrossAttention: ("forward", _attend),
         FeaturePyramid: ("forward", _make_levels),
         Injection: ("forward", _inject),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from types import MappingProxyType
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec
@@ -47,12 +46,12 @@ class PIIPBackbone(Backbone):
         if pretrained and not next(self.parameters()).is_meta:
             load_pretrained(self.features.pyramid)
 
-    def forward(self, x: Tensor, laterals: Mapping[str, nn.Conv2d] = MappingProxyType({})) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, laterals: Mapping[str, nn.Conv2d] | None = None) -> dict[str, Tensor]:
         """Feature maps "res2" (stride 4) to "res5" (stride 32) of normalised images (B, 3, H, W).
 
         A map named in `laterals` is what that plain 1x1 convolution makes of it; see `DensePIIP.forward`.
         """
-        maps = self.features(x, [laterals.get(name) for name in self._shapes])
+        maps = self.features(x, None if laterals is None else [laterals.get(name) for name in self._shapes])
         return dict(zip(self._shapes, maps, strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
