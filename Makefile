@@ -67,7 +67,7 @@ ifneq ($(strip $(VENV)),)
 endif
 	@mkdir -p build
 	@echo "Installing PyTorch and the build tools (several minutes and gigabytes the first time)"
-	$(PIP) "torch>=2.10" torchvision "setuptools>=77,<81" wheel ninja
+	$(PIP) "torch>=2.10" torchvision "setuptools>=80.9,<81" wheel ninja
 	@echo "Installing PIIP and compiling its operator"
 	$(PIP) --no-build-isolation -e ".[dev]"
 	@($(HAS_DETECTRON2)) || { echo "Installing Detectron2 from its repository"; \

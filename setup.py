@@ -99,8 +99,7 @@ class BuildOperator(cpp_extension.BuildExtension):
     """Builds the best operator it can, never fails the installation, and records what it did."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.no_python_abi_suffix = True  # set here, since the Command of setuptools 77 takes no options
+        super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
     def run(self):
         wish = os.environ.get("PIIP_BUILD_EXTENSION", "1")
