@@ -172,6 +172,7 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     project = "projects/PIIP"
     setup(
+        license="MIT",
         packages=[
             *find_packages(include=["piip_core", "piip_core.*", "llava_piip", "llava_piip.*"]),
             *find_packages(project, include=["piip", "piip.*"]),
