@@ -10,11 +10,12 @@ from ..checkpoints import config_from_public, from_published, to_published
 from ..checkpoints.names import PublishedNames, projector_rules
 from ..checkpoints.public_config import PublishedModel
 from ..checkpoints.rules import RuleTable
+from ..errors import NotSupportedYet
 from ..merging import TokenMerging
 from ..pyramid import PIIP
 from .check import Check
 from .golden import GoldenCase
-from .losses import recorded_loss
+from .losses import backpropagate, check_gradients
 
 __all__ = ["published_tower", "token_merging_options", "verify_multimodal"]
 
@@ -24,16 +25,26 @@ _NORMS = {"gn": "group", "ln": "layer"}
 
 def published_tower(case: GoldenCase, config: dict[str, Any], state: dict[str, Tensor]) -> PublishedModel:
     """Our configuration of a recorded vision tower; `state` is what lies below it in the file."""
-    public = dict(config)
-    for key in ("branch1", "branch2"):
-        details = case.info["clip_configs"].get(public[key]["pretrained"])
-        public[key] = public[key] | ({} if details is None else {"clip_config": details})
+    known = case.info.get("clip_configs", {})
+    public = {
+        key: value | {"clip_config": known[value["pretrained"]]}
+        if isinstance(value, dict) and value.get("pretrained") in known
+        else value
+        for key, value in config.items()
+    }
     return config_from_public(public, {name: tensor.shape for name, tensor in state.items()}, merging=False)
 
 
 def token_merging_options(projector: dict[str, Any]) -> dict[str, Any]:
-    """Options of `TokenMerging` from the public fields of a projector."""
-    return {"norm": _NORMS[projector["norm"]], "grid": projector.get("out_shape")}
+    """Options of `TokenMerging` from the public fields of a projector.
+
+    Raises:
+        NotSupportedYet: For a norm that is not known here.
+    """
+    norm = projector.get("norm", "gn")
+    if norm not in _NORMS:
+        raise NotSupportedYet(f"projector norm {norm!r}")
+    return {"norm": _NORMS[norm], "grid": projector.get("out_shape")}
 
 
 def verify_multimodal(case: GoldenCase) -> Check:
@@ -60,14 +71,8 @@ def verify_multimodal(case: GoldenCase) -> Check:
     for i, feature in enumerate(features):
         check.close(f"output.features.{i}", feature)
     check.close("output.tokens", tokens)
-    if any(name.startswith("grad.") for name in case.results):
-        loss = recorded_loss(case, [*features, tokens])
-        loss.backward()
-        check.close("output.loss", loss.reshape(1))
+    if backpropagate(check, [*features, tokens]):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         ours = {TOWER + key: grad for key, grad in to_published(gradients, names)[0].items()} | {"input": image.grad}
-        ours |= {table.to_published(name)[0]: p.grad for name, p in merging.named_parameters()}
-        for name in case.results:
-            if name.startswith("grad."):
-                check.close(name, ours[name.removeprefix("grad.")])
+        check_gradients(check, ours | {table.to_published(name)[0]: p.grad for name, p in merging.named_parameters()})
     return check
