@@ -28,7 +28,7 @@ class Comparison:
             the share of entries that differ; for counts the difference over the sum.
         passed: Whether the difference is within the tolerance of the case.
         detail: What is wrong, or an explanation.
-        refused: Whether ours refuses what the public code takes; passed if that is documented.
+        refused: Whether ours refuses, as documented, what the public code takes.
     """
 
     name: str
@@ -91,12 +91,18 @@ class Check:
             detail = f"{detail} {_difference(ours, recorded)}".strip()
         self.comparisons.append(Comparison(name, 0.0 if passed else 1.0, passed, detail))
 
-    def refuses(self, name: str, run: Callable[[], object]) -> None:
-        """Passes if `run` refuses with a `UserError` what the public code stops at, too."""
+    def refuses(self, name: str, run: Callable[[], object], documented: str = "") -> None:
+        """Passes if `run` refuses, with a `UserError`.
+
+        Args:
+            name: Name of the comparison.
+            run: Gives our result.
+            documented: Why ours refuses on purpose what the public code takes; empty where that stops as well.
+        """
         try:
             result = run()
         except UserError as error:
-            self.comparisons.append(Comparison(name, 0.0, True, str(error)))
+            self._refused(name, error, documented, passed=True)
         else:
             self.comparisons.append(Comparison(name, math.inf, False, f"{result!r}, expected an error"))
 
@@ -111,10 +117,12 @@ class Check:
         try:
             return run()
         except UserError as error:
-            detail = f"refused as documented, {documented}: {error}" if documented else f"refused: {error}"
-            passed = bool(documented)
-            self.comparisons.append(Comparison(name, 0.0 if passed else math.inf, passed, detail, refused=True))
+            self._refused(name, error, documented, passed=bool(documented))
             return None
+
+    def _refused(self, name: str, error: UserError, documented: str, *, passed: bool) -> None:
+        detail = f"refused as documented ({documented}): {error}" if documented else f"refused: {error}"
+        self.comparisons.append(Comparison(name, 0.0 if passed else math.inf, passed, detail, bool(documented)))
 
     def finish(self) -> Check:
         """Fails every recorded result that was not compared."""

@@ -21,7 +21,7 @@ _OF_EACH = re.compile(rf"{_TERM}(?:\+|$)")
 
 
 def backpropagate(check: Check, outputs: Sequence[Tensor], prefix: str = "grad.") -> bool:
-    """Whether the case records gradients below `prefix`; then they are computed, and the loss is compared if recorded."""
+    """Whether the case records gradients; then they are computed, and the loss is compared if it is recorded."""
     if not any(name.startswith(prefix) for name in check.case.results):
         return False
     loss = recorded_loss(check.case, outputs)

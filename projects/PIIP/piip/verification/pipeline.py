@@ -19,6 +19,7 @@ from .model import require
 
 __all__ = ["synthetic_image", "verify_test_pipeline"]
 
+
 def verify_test_pipeline(case: GoldenCase) -> Check:
     """Resizing, normalisation and padding of the synthetic images of the case, pixel by pixel and in sums."""
     check = Check(case)
