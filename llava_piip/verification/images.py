@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from piip_core.errors import NotSupportedYet
 from piip_core.verification import Check, Comparison, GoldenCase
 
 from ..image_processing import ImageError, PIIPImageProcessor, rgb_image
 
 __all__ = ["verify_image_modes", "verify_preprocess"]
 
-_PATH = re.compile(r"(train_pad|train_nopad|eval_no_convert_pad)_(\d+)")
+_PATH = re.compile(r"(\w+_(?:no)?pad)_(\d+)")  # a way, such as train_pad, and the size of the result
 
 
 def verify_preprocess(case: GoldenCase) -> Check:
@@ -45,7 +46,7 @@ def verify_image_modes(case: GoldenCase) -> Check:
     check = Check(case)
     for picture in case.info["cases"]:
         name, data = picture["case"], base64.b64decode(picture["file_base64"])
-        skipped = case.info["skip_equality"].get(name, [])
+        skipped = case.info.get("skip_equality", {}).get(name, [])
         _check_file(check, name, data, picture["file"])
         _check_rgb(check, name, data, picture["rgb_sha256"], skip="all" in skipped)
         for path in sorted(set(picture) - {"case", "file_base64", "file", "rgb_sha256"}):
@@ -75,18 +76,21 @@ def _check_rgb(check: Check, name: str, data: bytes, recorded: Mapping[str, str]
 
 
 def _check_path(check: Check, name: str, data: bytes, path: str, picture: Mapping[str, Any], *, skip: bool) -> None:
-    kind, size = _PATH.fullmatch(path).groups()
+    if not (match := _PATH.fullmatch(path)):
+        raise NotSupportedYet(f"way of preparing images {path!r}")
+    kind, size = match.groups()
     recorded = picture[path]
+    converts = "no_convert" not in kind
     processor = PIIPImageProcessor(
-        size=int(size), pad_to_square=kind != "train_nopad", convert_before_padding=kind != "eval_no_convert_pad"
+        size=int(size), pad_to_square=not kind.endswith("_nopad"), convert_before_padding=converts
     )
     try:
         pixels = processor(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"][0]
     except (ImageError, Image.UnidentifiedImageError):
         _same(check, name, ["exception" in picture["rgb_sha256"], "exception" in recorded])
         return
-    if "exception" in recorded and kind == "eval_no_convert_pad":
-        recorded = picture[f"train_pad_{size}"]  # public: no padding colour for gray pictures
+    if "exception" in recorded and not converts:
+        recorded = picture.get(f"train_pad_{size}", recorded)  # public: no padding colour for gray pictures
     if skip or "exception" in recorded:
         _same(check, name, [tuple(pixels.shape) == (3, int(size), int(size)), bool(pixels.isfinite().all())])
         return
@@ -118,7 +122,7 @@ def _near(check: Check, name: str, ours: Tensor, recorded: Any, atol: float) -> 
 
 
 def _same(check: Check, name: str, facts: list[bool]) -> None:
-    check.comparisons.append(Comparison(name, float(not all(facts)), all(facts)))
+    check.same(name, facts, [True] * len(facts))
 
 
 def _same_library(check: Check) -> bool:
