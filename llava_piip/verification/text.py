@@ -222,20 +222,21 @@ def _verify_mask(check: Check, name: str, tokenizer: PreTrainedTokenizerBase, en
     expected = [image_id if token == public["image"] else token for token in entry["input_ids"]]
     intended = [IGNORE_INDEX if label == public["ignore"] else label for label in entry["intended_labels"]]
     check.same(f"{name}.input_ids", ids[:limit], expected)
-    supervised = sum(label != IGNORE_INDEX for label in intended)
-    check.same(f"{name}.n_intended_supervised", supervised, entry["n_intended_supervised"])
 
-    encoded = check.attempt(f"{name}.training", encode, refused_labels(intended))
+    encoded = check.attempt(f"{name}.intended_labels", encode, refused_labels(intended))
+    labels = [] if encoded is None else encoded.labels[:limit]
+    supervised = sum(label != IGNORE_INDEX for label in labels)
+    check.same(f"{name}.n_intended_supervised", supervised, entry["n_intended_supervised"])
     if encoded is not None:
         check.same(f"{name}.input_ids of training", encoded.input_ids[:limit], expected)
-        check.same(f"{name}.intended_labels", encoded.labels[:limit], intended)
+        check.same(f"{name}.intended_labels", labels, intended)
     if limit is None:
         return
     # Cut inside of a round by the public code, after a whole one by ours
     lengths = [len(ids_of(messages[: end + 2])) for end in range(0, len(messages), 2)]
     kept = [length for length in lengths if length <= limit]
     reason = refused_labels(intended[: kept[-1]]) if kept else "not even the first round fits"
-    encoded = check.attempt(f"{name}.cut", partial(encode, limit), reason)
+    encoded = check.attempt(f"{name}.intended_labels cut", partial(encode, limit), reason)
     if encoded is not None:
         check.same(f"{name}.input_ids cut", encoded.input_ids, expected[: kept[-1]])
         check.same(f"{name}.intended_labels cut", encoded.labels, intended[: kept[-1]])

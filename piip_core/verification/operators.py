@@ -29,8 +29,10 @@ def verify_op(case: GoldenCase) -> Check:
     ).to(inputs["query"].dtype)
     module.load_state_dict(state)
     shapes = [tuple(shape) for shape in inputs["spatial_shapes"].tolist()]
-    for variant in sorted(name.removeprefix("output.") for name in case.results if name.startswith("output.")):
-        mask = None if variant == "nomask" else inputs["padding_mask"]
+    masks = {"nomask": None} | {name.removeprefix("padding_"): x for name, x in inputs.items() if "padding_" in name}
+    for variant, mask in masks.items():
+        if f"output.{variant}" not in case.results:
+            continue
         query, feat = (inputs[name].clone().requires_grad_() for name in ("query", "feat"))
         module.zero_grad()
         out = module(query, inputs["reference_points"], feat, shapes, mask)
