@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_piip.verification import VERIFIERS
@@ -143,7 +143,7 @@ class Splicing:
 
     @torch.no_grad()
     def generation(self, name, row, given, count=6):
-        ((embeds, _),) = self._rows([row], given)
+        ((embeds, _),) = self._rows([row], given or [])
         new = []
         for _ in range(count):
             logits = self.decoder(inputs_embeds=embeds[None]).logits[0, -1]
@@ -197,42 +197,6 @@ def test_a_wrong_number_beside_a_refused_call_fails(splicing, tmp_path):
     splicing.tensors["case.text_first.logits"] = splicing.tensors["case.text_first.logits"] + 0.1
     result = run(tmp_path, splicing.info, splicing.tensors)
     assert failed(result) == ["case.text_first.logits"] and refused(result)
-
-
-@pytest.fixture
-def full(tmp_path):
-    """The complete model's case with its rows in the other order: text first, and its image second."""
-    for suffix in ("_ckpt", "_stage1"):
-        shutil.copytree(GOLDENS / f"llava_full_clip_bl{suffix}", tmp_path / f"llava_full_clip_bl{suffix}")
-    info, tensors = recorded("llava_full_clip_bl"), load_file(GOLDENS / "llava_full_clip_bl.safetensors")
-    info["conversations"].reverse()
-    tensors |= {name: x.flip(0) for name, x in tensors.items() if name.split(".")[0] in ("input", "output")}
-    return info, tensors
-
-
-def test_a_complete_model_with_its_rows_in_another_order_passes(full, tmp_path):
-    result = run(tmp_path, *full)
-    assert result.status is Status.PASSED, str(result)
-
-
-def test_a_row_without_an_answer_is_told_and_the_others_are_compared(full, tmp_path):
-    info, tensors = full
-    info["conversations"][0][1]["value"] = ""
-    kept = tensors["input.labels"][0] != IGNORED  # the answer and its end
-    start = int(kept.nonzero()[0])
-    tensors["input.input_ids"][0, start:] = 0
-    tensors["input.attention_mask"][0, start:] = 0
-    tensors["input.labels"][0] = IGNORED
-    tensors["output.labels"][0] = IGNORED
-    tensors["output.attention_mask"][0, start:] = 0
-    labels, logits = tensors["output.labels"][1, 1:], tensors["output.logits"][1, :-1]
-    info["loss"] = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED).item()
-    tensors = {name: x for name, x in tensors.items() if not name.startswith("grad.")}
-    result = run(tmp_path, info, tensors)
-    assert result.status is Status.PASSED, str(result)
-    assert list(refused(result)) == ["conversation.0"]
-    tensors["input.input_ids"][1, 60] += 1
-    assert failed(run(tmp_path, info, tensors))
 
 
 @pytest.fixture
