@@ -37,8 +37,6 @@ def verify_segmentation_head(case: GoldenCase) -> Check:
     check.same("pixels", labels.numel(), case.info["counts"]["pixels"])
     check.same("ignored pixels", int((labels == head.ignore_value).sum()), case.info["counts"]["ignored"])
     for name, part in (("decode", head), ("aux", model.auxiliary_head)):
-        if part is None:
-            continue
         logits = part.layers(features)
         check.close(f"output.{name}_logits", logits)
         with EventStorage() as storage:
@@ -128,7 +126,7 @@ def _build_segmentor(case: GoldenCase, backbone: Backbone) -> SlidingWindowSegme
     model = SlidingWindowSegmentor(
         backbone=backbone,
         sem_seg_head=_build_head(backbone, config["decode_head"]),
-        auxiliary_head=_build_head(backbone, config["auxiliary_head"]) if config.get("auxiliary_head") else None,
+        auxiliary_head=_build_head(backbone, config["auxiliary_head"]),
         pixel_mean=[0.0] * 3,
         pixel_std=[1.0] * 3,
         inference=test["mode"],
