@@ -34,8 +34,9 @@ def backpropagate(check: Check, outputs: Sequence[Tensor], prefix: str = "grad."
 def check_gradients(check: Check, gradients: Mapping[str, Tensor | None], prefix: str = "grad.") -> None:
     """Compares the recorded gradients with ours of the same names; `Check.finish` fails those that ours has not."""
     for name in check.case.results:
-        if name.startswith(prefix) and gradients.get(name.removeprefix(prefix)) is not None:
-            check.close(name, gradients[name.removeprefix(prefix)])
+        gradient = gradients.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if gradient is not None:
+            check.close(name, gradient)
 
 
 def recorded_loss(case: GoldenCase, outputs: Sequence[Tensor]) -> Tensor:
