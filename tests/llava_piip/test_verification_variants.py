@@ -142,26 +142,26 @@ class Splicing:
         return self.features.shape[1] if token == PLACEHOLDER else 1
 
     @torch.no_grad()
-    def generation(self, name, row, given, count=6):
-        ((embeds, _),) = self._rows([row], given or [])
+    def generation(self, name, rows, given, count=6):
+        """Greedy decoding, which ends at what the first row has second; rows that are done get the padding id."""
+        new = [self._continued(embeds, count) for embeds, _ in self._rows(rows, given or [])]
+        end, pad = new[0][1], self.config["pad_token_id"]
+        new = [ids[: ids.index(end) + 1] if end in ids else ids for ids in new]
+        longest, width = max(map(len, rows)), max(map(len, new))
+        self.tensors[f"gen.{name}.input_ids"] = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        self.tensors[f"gen.{name}.attention_mask"] = torch.tensor(mask)
+        ids = [[self.config["bos_token_id"], *row] + [pad] * (width - len(row)) for row in new]
+        self.tensors[f"gen.{name}.output_ids"] = torch.tensor(ids)
+        info = {"case": name, "image_indices": given, "max_new_tokens": count, "padding_side": "left"}
+        self.info["generation"].append(info | {"eos_token_id": end})
+
+    def _continued(self, embeds, count):
         new = []
         for _ in range(count):
-            logits = self.decoder(inputs_embeds=embeds[None]).logits[0, -1]
-            new.append(logits.argmax().item())
+            new.append(self.decoder(inputs_embeds=embeds[None]).logits[0, -1].argmax().item())
             embeds = torch.cat([embeds, self.decoder.get_input_embeddings()(torch.tensor(new[-1:]))])
-            if new[-1] == self.config["eos_token_id"]:
-                break
-        self.tensors[f"gen.{name}.input_ids"] = torch.tensor([row])
-        self.tensors[f"gen.{name}.output_ids"] = torch.tensor([[self.config["bos_token_id"], *new]])
-        self.info["generation"].append(
-            {
-                "case": name,
-                "image_indices": given,
-                "max_new_tokens": count,
-                "padding_side": "right",
-                "eos_token_id": self.config["eos_token_id"],
-            }
-        )
+        return new
 
 
 X = PLACEHOLDER
@@ -179,8 +179,8 @@ def splicing(request):
     made.case("text_cut", [[5, X, 6, 7, 8, 9, 10], [X, 6]], [0, 1], limit=tokens + 3)
     made.case("not_cut", [[5, X, 6], [X, 6]], [0, 1], limit=100)
     made.case("image_lost", [[5, 6, 7, X, 8], [9, X]], [0, 1], limit=3, side="left")
-    made.generation("three_images", [5, X, 6, X, X, 7], [2, 0, 1])
-    made.generation("text", [5, 6, 7], None)
+    made.generation("one_ends_first", [[5, X, 6], [8, X, X, 9, X, 7]], [3, 2, 0, 1])
+    made.generation("text", [[5, 6, 7]], None)
     return made
 
 
