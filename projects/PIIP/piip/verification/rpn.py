@@ -84,7 +84,7 @@ def _check_selection(
     image_sizes: Sequence[tuple[int, int]],
 ) -> None:
     """What goes into the NMS, level by level."""
-    decoded = rpn._decode_proposals(anchors, deltas)
+    decoded = [_decoded(rpn, boxes.tensor, delta) for boxes, delta in zip(anchors, deltas, strict=True)]
     for image, size in enumerate(image_sizes):
         rows = [
             _selected(rpn, boxes[image], scores[image], size) for boxes, scores in zip(decoded, logits, strict=True)
@@ -93,6 +93,11 @@ def _check_selection(
         check.close(f"output.pre_nms_boxes.{image}", torch.cat(rows)[:, :4])
         check.close(f"output.pre_nms_scores.{image}", torch.cat(rows)[:, 4])
         check.equal(f"output.pre_nms_level.{image}", torch.cat(levels))
+
+
+def _decoded(rpn: PublishedRPN, anchors: Tensor, deltas: Tensor) -> Tensor:
+    """Boxes (images, n, 4) of anchors (n, 4) and deltas (images, n, 4)."""
+    return torch.stack([rpn.box2box_transform.apply_deltas(delta, anchors) for delta in deltas])
 
 
 def _selected(rpn: PublishedRPN, boxes: Tensor, logits: Tensor, size: tuple[int, int]) -> Tensor:
