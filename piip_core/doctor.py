@@ -221,7 +221,7 @@ def format_report(report: dict[str, Any]) -> str:
             lines.append("packages:")
             lines += [f"  {name}: {found or 'not installed'}  ({PACKAGES[name]})" for name, found in entries.items()]
         elif section == "untested":
-            lines += [f"  NOTE: {line}" for line in entries]
+            lines += [f"  NOTE: {line}" for line in entries or ["all versions are among those tested"]]
         else:
             add({section: entries}, 0)
     return "\n".join(lines)
