@@ -104,14 +104,16 @@ def test_timm_fused_attn():
 
 def test_transformers_initialised_flag():
     """`_is_hf_initialized` of a tensor, in piip_core/integrations/transformers/modeling.py."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    from transformers import initialization
+
     from piip_core.integrations.transformers.modeling import is_loaded
 
     tensor = torch.zeros(2)
     assert not is_loaded(tensor)
     tensor._is_hf_initialized = True
     assert is_loaded(tensor)
-    transformers.initialization.copy_(tensor, torch.ones(2))
+    initialization.copy_(tensor, torch.ones(2))
     assert not tensor.any(), "transformers.initialization does not heed the flag any more"
 
 
