@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from piip_core.errors import UserError
 
 from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages, render_conversation
-from ..serve.generation import ChatModel, ContextLengthError
+from ..inference import ChatModel, ContextLengthError
 
 __all__ = ["AnswerSettings", "Conversation", "Likelihood", "answer_batch", "interleaved", "likelihood_batch"]
 

@@ -17,7 +17,7 @@ from piip_core.errors import UserError
 
 from ..conversation import IMAGE_TAG
 from ..eval.runner import default_dtype
-from ..serve.generation import ChatModel, Quantization
+from ..inference import ChatModel, Quantization
 from .answering import AnswerSettings, Conversation, Likelihood, answer_batch, interleaved, likelihood_batch
 
 __all__ = ["PIIPLlava", "PIIPLlavaChat"]

@@ -22,7 +22,7 @@ from piip_core.errors import UserError
 from ..data.images import read_image
 from ..eval.benchmark import LETTER
 from ..eval.runner import default_dtype
-from ..serve.generation import ChatModel, Quantization
+from ..inference import ChatModel, Quantization
 from .answering import AnswerSettings, Conversation, answer_batch, interleaved
 
 __all__ = ["PIIPLlava", "main", "register"]

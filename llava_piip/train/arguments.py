@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from piip_core.errors import ConfigError
 from piip_core.validation import check, check_choice
 
-from .parts import PARTS
+from ..loading import PARTS
 
 __all__ = ["DataArguments", "ModelArguments", "PIIPTrainingArguments", "accumulation_steps", "deepspeed_config"]
 

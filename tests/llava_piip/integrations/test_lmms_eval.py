@@ -7,9 +7,9 @@ pytest.importorskip("lmms_eval.api.model", exc_type=ImportError)
 from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
+from llava_piip.inference import ChatModel, ContextLengthError
 from llava_piip.integrations import lmms_eval_models
 from llava_piip.integrations.lmms_eval import PIIPLlava, PIIPLlavaChat
-from llava_piip.serve.generation import ChatModel, ContextLengthError
 from piip_core.errors import UserError
 
 QUESTIONS = ["What is it?", "Is there a cup in the picture, and a red one?", "Say it.", "Why?", "How many are there?"]
