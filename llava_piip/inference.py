@@ -26,7 +26,7 @@ from .loading import final_folder, is_trained_folder, load_trained
 from .processing import PIIPLlavaProcessor
 from .streaming import AnswerStream, answer_text
 
-__all__ = ["ChatModel", "ContextLengthError", "SamplingError", "check_sampling", "model_folder"]
+__all__ = ["ChatModel", "ContextLengthError", "MemoryLimitError", "SamplingError", "check_sampling", "model_folder"]
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -42,6 +42,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 class ContextLengthError(UserError):
     """Conversation and answer together are longer than the model's context."""
+
+
+class MemoryLimitError(UserError):
+    """The device has too little memory for what was asked."""
 
 
 class SamplingError(UserError):
@@ -202,7 +206,7 @@ class ChatModel:
             limits: Most tokens of each answer, where they differ.
 
         Raises:
-            UserError: If the batch does not fit into memory.
+            MemoryLimitError: If the batch does not fit into memory.
         """
         ends = [*self.end_texts, *stop]
         if ends:
@@ -219,7 +223,9 @@ class ChatModel:
                 )
         except torch.OutOfMemoryError as error:
             count = len(inputs["input_ids"])
-            raise UserError(f"{count} conversations at once need too much memory: lower the batch size") from error
+            raise MemoryLimitError(
+                f"{count} conversations at once need too much memory: lower the batch size"
+            ) from error
         rows = ids.tolist()
         last = [None] * len(rows) if limits is None else [length + limit for limit in limits]
         return [
@@ -273,7 +279,7 @@ class ChatModel:
         try:
             self.cache.generate(*inputs, **options)
         except torch.OutOfMemoryError as error:
-            raise UserError(
+            raise MemoryLimitError(
                 "too little memory for this conversation: begin a new one, give fewer images, or load the model in 4bit"
             ) from error
 

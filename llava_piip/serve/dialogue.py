@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,6 @@ from piip_core.files import write_atomically
 from ..conversation import ConversationError
 from ..data.images import read_image
 from ..image_processing import ImageError
-from ..processing import fetch_image
 
 __all__ = ["ChatImage", "Conversation", "open_image"]
 
@@ -147,7 +148,7 @@ def parts_of(turn: dict[str, Any]) -> tuple[list[ChatImage], str]:
 
 
 def open_image(source: str) -> ChatImage:
-    """Opens an image for somebody who may read every file here and connect to every address.
+    """Opens an image as a viewer shows it, for somebody who may read every file here and connect to every address.
 
     Args:
         source: Path of a file, or an address that starts with https://, http:// or data:.
@@ -156,8 +157,18 @@ def open_image(source: str) -> ChatImage:
         UserError: If there is no image, or it is too large.
     """
     if source.startswith(("http://", "https://", "data:")):
-        return ChatImage(fetch_image(source), source)
+        return ChatImage(read_image(_fetched(source), source[:100], as_viewed=True), source)
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if not path.is_file():
         raise ImageError(f"{source}: no such file; expected an image, or an address that starts with https://")
-    return ChatImage(read_image(path, f"image {source!r}"), str(path))
+    return ChatImage(read_image(path, f"image {source!r}", as_viewed=True), str(path))
+
+
+def _fetched(address: str) -> bytes:
+    """What is behind an address; `urllib` reads data: as well."""
+    try:
+        request = urllib.request.Request(address, headers={"User-Agent": "piip-llava"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ImageError(f"{address[:100]}: no image could be read from there ({error})") from error

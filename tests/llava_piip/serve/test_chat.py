@@ -267,12 +267,17 @@ def test_images_are_opened_by_content(files, tmp_path, monkeypatch):
     assert open_image("~/a.png") == ChatImage(Image.open(files[0]).convert("RGB"), str(files[0]))
     address = "data:image/png;base64," + base64.b64encode(files[0].read_bytes()).decode()
     assert open_image(address).image == open_image(str(files[0])).image
+    half = Image.new("LA", (2, 1), (0, 255))
+    half.putpixel((1, 0), (0, 0))
+    half.save(tmp_path / "half.png")  # transparency is shown on white
+    assert open_image(str(tmp_path / "half.png")).image.tobytes() == bytes([0] * 3 + [255] * 3)
     (tmp_path / "text.png").write_text("no image")
     for source, message in [
         (str(tmp_path / "text.png"), "is no image"),
         (str(tmp_path), "no such file"),
         ("http://127.0.0.1:1/a.png", "no image could be read"),
-        ("data:text/plain;base64,aGk=", "no image could be read"),
+        ("data:image/png", "no image could be read"),
+        ("data:text/plain;base64,aGk=", "is no image"),
     ]:
         with pytest.raises(UserError, match=message):
             open_image(source)
