@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 _EPILOG = """examples:
   python -m llava_piip.serve.web --model output/chat_demo/stage2
-  python -m llava_piip.serve.web --model output/piip_llava --load-in 4bit --examples photos
+  python -m llava_piip.serve.web --model output/piip_llava --load-in 4bit
   python -m llava_piip.serve.web --server http://127.0.0.1:8000/v1
 """
 
@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default %(default)s")
-    parser.add_argument("--examples", type=Path, metavar="DIR", help="folder of 1 to 8 example images")
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        from .web_page import build_page, find_examples, serve_page
+        from .web_page import build_page, serve_page
         from .web_session import WebChat
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "matplotlib"):
@@ -58,9 +57,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"the web page needs {error.name}: {hint}") from error
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: expected 1 or more")
-    examples = find_examples(args.examples)
     chat = WebChat(load_model(args), system=args.system, max_new_tokens=args.max_new_tokens)
-    page = build_page(chat, examples=examples, title=f"PIIP-LLaVA: {Path(args.model or args.server).name}")
+    page = build_page(chat, title=f"PIIP-LLaVA: {Path(args.model or args.server).name}")
     serve_page(page, host=args.host, port=args.port)
     return 0
 

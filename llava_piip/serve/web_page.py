@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,7 +18,7 @@ from piip_core.errors import ConfigError, UserError
 from ..inference import DEFAULT_NEW_TOKENS
 from .web_session import MAX_CHARACTERS, MAX_IMAGES, View, WebChat, WebSession
 
-__all__ = ["build_page", "find_examples", "serve_page"]
+__all__ = ["build_page", "serve_page"]
 
 MAX_BYTES = 10_000_000  # of an uploaded file
 _MAX_WAITING = 16  # questions that wait for their turn; more are refused
@@ -48,28 +47,11 @@ _HEADERS = {
 }
 
 
-def find_examples(folder: Path | None) -> list[Path]:
-    """The images of a folder of examples; None for none.
-
-    Raises:
-        ConfigError: If the folder does not exist, or has no image or more than the page shows.
-    """
-    if folder is None:
-        return []
-    if not folder.is_dir():
-        raise ConfigError(f"--examples {folder}: no such folder")
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if not 1 <= len(images) <= MAX_IMAGES:
-        raise ConfigError(f"--examples {folder}: has {len(images)} images, expected 1 to {MAX_IMAGES}")
-    return images
-
-
-def build_page(chat: WebChat, *, examples: list[Path] | None = None, title: str = "PIIP-LLaVA") -> gr.Blocks:
+def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
     """The page of a model.
 
     Args:
         chat: Answers.
-        examples: Images to try.
         title: Of the page.
     """
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, _UPLOAD_SECONDS)) as page:
@@ -93,9 +75,6 @@ def build_page(chat: WebChat, *, examples: list[Path] | None = None, title: str 
                 with gr.Row():
                     retry = gr.Button("Retry", size="sm", elem_id="retry")
                     clear = gr.Button("Clear", size="sm", elem_id="clear")
-                if examples:
-                    asked = [[{"text": "Describe the image.", "files": [str(path)]}] for path in examples]
-                    gr.Examples(asked, inputs=[box], label="Examples", cache_examples=False)
             with gr.Column(scale=2, min_width=320):
                 settings = _settings(chat)
                 show_latest, maps = _looking(chat, session) if chat.is_local else (None, [])

@@ -68,7 +68,7 @@ def files(pictures, tmp_path):
 
 
 @pytest.fixture
-def served(files, tmp_path, monkeypatch, free_port):
+def served(tmp_path, monkeypatch, free_port):
     """Serves a page; gives its address."""
     pytest.importorskip("gradio", reason="the web page needs gradio")
     from llava_piip.serve.web_page import build_page, serve_page
@@ -78,7 +78,7 @@ def served(files, tmp_path, monkeypatch, free_port):
     pages = []
 
     def serve(web):
-        pages.append(build_page(web, examples=files[:1], title="a <b>model</b>"))
+        pages.append(build_page(web, title="a <b>model</b>"))
         return serve_page(pages[-1], host="127.0.0.1", port=int(free_port()), block=False)
 
     yield serve
