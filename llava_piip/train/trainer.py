@@ -12,12 +12,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from llava_piip.data.sampler import ModalityLengthSampler
+from piip_core.errors import ConfigError
 from piip_core.files import write_atomically
 
 from ..loading import FINAL, ModelSource, base_model, load_tensors
@@ -26,7 +28,47 @@ from .checkpointing import RunFolder, check_same_processes, run_folder
 from .parts import parameter_groups, trained_parts
 from .saving import gathered_state, save_trained
 
-__all__ = ["PIIPTrainer"]
+__all__ = ["PIIPTrainer", "check_trainer"]
+
+
+# Methods of transformers' Trainer that are replaced or called below though nothing promises them: there is no public
+# way to the order of the data, to where a checkpoint is written, or to the loading of parts of a model.
+# Seen working with transformers 5.16.1 to 5.24.0
+_REPLACED = (
+    "_get_train_sampler",
+    "_get_output_dir",
+    "_save_checkpoint",
+    "_prepare_for_training",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_scaler",
+)
+
+
+def check_trainer(trainer: type = Trainer) -> None:
+    """Refuses a Trainer that would not call what is replaced here, and so would train or save otherwise.
+
+    Raises:
+        ConfigError: Names what is missing.
+    """
+    missing = [name for name in _REPLACED if not callable(getattr(trainer, name, None))]
+    if missing:
+        raise ConfigError(
+            f"transformers {transformers.__version__}: its Trainer has no {', '.join(missing)}, which training builds "
+            "on; expected 5.16.1 to 5.24.0: pip install 'transformers<=5.24.0'"
+        )
+
+
+class _OrderOfEpochs(TrainerCallback):
+    """Tells samplers the epoch: with several processes, accelerate's own way to them ends early when a run goes on
+    within an epoch."""
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        sampler = kwargs["train_dataloader"].batch_sampler
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(int(state.epoch or 0))
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
 
 
 class PIIPTrainer(Trainer):
@@ -41,7 +83,9 @@ class PIIPTrainer(Trainer):
     args: PIIPTrainingArguments
 
     def __init__(self, *, source: ModelSource | None = None, group_by_modality: bool = False, **kwargs: Any) -> None:
+        check_trainer()
         super().__init__(**kwargs)
+        self.add_callback(_OrderOfEpochs())
         self.source, self.group_by_modality = source or ModelSource(), group_by_modality
         if self.args.loss_average == "micro_batch":
             # without the number of tokens of the whole update, the Trainer averages the means of the micro batches
@@ -61,15 +105,6 @@ class PIIPTrainer(Trainer):
         batches = self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ModalityLengthSampler(dataset.modality_lengths, self.args.train_batch_size, batches, seed=seed)
-
-    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        # With several processes, accelerate's own way to the sampler ends early when a run goes on within an epoch
-        sampler = train_dataloader.batch_sampler
-        while sampler is not None:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-        super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -155,15 +190,15 @@ class PIIPTrainer(Trainer):
             run.publish(name)
         self.accelerator.wait_for_everyone()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.saves_parts and self.is_deepspeed_enabled and self.deepspeed.zero_optimization_partition_weights():
-            # only what is trained: the frozen language model would be gathered for nothing
-            self._save(output_dir, gathered_state(self.model, self.deepspeed))
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Unlike the Trainer's own, writes no pickles, and names as the model has them under ZeRO-3 too."""
+        state_dict = None
+        if self.is_deepspeed_enabled:
+            if self.saves_parts and self.deepspeed.zero_optimization_partition_weights():
+                # only what is trained: the frozen language model would be gathered for nothing
+                state_dict = gathered_state(self.model, keep=self.args.should_save)
+            else:
+                state_dict = self.accelerator.get_state_dict(self.deepspeed)
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

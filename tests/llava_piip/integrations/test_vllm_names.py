@@ -98,12 +98,6 @@ def test_prompts_with_a_token_per_image_expand_to_the_processors_ids(whole, pict
     assert (expanded(processor.tokenizer(prompt)["input_ids"]) == expected) == (count == 0)
 
 
-def test_the_processor_counts_tokens_of_any_picture(whole):
-    counts = whole.processor._get_num_multimodal_tokens(image_sizes=[(48, 64), (1000, 3)])
-    assert counts["num_image_tokens"] == [whole.model.config.image_seq_length] * 2
-    assert counts["num_image_patches"] == [1, 1]
-
-
 def test_the_image_token_may_have_no_row_in_the_embedding(whole):
     """vLLM must be told (`configure_mm_token_handling`), or it looks the token up."""
     assert whole.model.config.image_token_index >= whole.model.config.text_config.vocab_size
