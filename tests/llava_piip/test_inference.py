@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from llava_piip.train.lora import add_adapters
 from llava_piip.train.saving import save_trained
 from piip_core.errors import CheckpointError, UserError
 
+NEVER = ("llava_piip.serve", "llava_piip.train")
+ROOT = Path(__file__).parents[2]
 QUESTION = [{"role": "user", "content": "<image>\nWhat is it?"}]
 
 
@@ -196,3 +201,10 @@ def test_what_cannot_be_loaded_is_named(model_folder, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             ChatModel.load(model_folder, **settings)
+
+
+@pytest.mark.parametrize("module", ["inference", "eval.__main__", "integrations.answering"])
+def test_what_answers_imports_neither_a_server_nor_the_training(module):
+    code = f"import sys, llava_piip.{module}; print([name for name in sys.modules if name.startswith({NEVER})])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"

@@ -59,7 +59,7 @@ def ask(page, text, file=None):
     page.press("#question textarea", "Enter")
 
 
-def test_a_real_browser_uploads_asks_and_sees_the_answer_grow(tiny_chat, served, browser, files, tmp_path):
+def test_a_real_browser_uploads_asks_and_looks(tiny_chat, served, browser, files, tmp_path):
     web = WebChat(tiny_chat, max_new_tokens=24)
     address, page = served(web), browser.page
     open_page(page, address)
@@ -71,7 +71,6 @@ def test_a_real_browser_uploads_asks_and_sees_the_answer_grow(tiny_chat, served,
         )
     )
     page.wait_for_function("text => window.grown.at(-1)?.trim() === text", arg=expected.strip())
-    assert len(page.evaluate("window.grown")) > 2
     page.wait_for_function("document.querySelector('#seen img')?.naturalWidth === 64")
     page.click("#seen img")
     page.wait_for_function("document.querySelector('#attention img')?.naturalWidth > 500")
@@ -90,7 +89,7 @@ def test_a_real_browser_uploads_asks_and_sees_the_answer_grow(tiny_chat, served,
     assert page.input_value("#question textarea") == "And this?"
 
 
-def test_a_real_browser_shows_markup_as_text_and_stops_answers(prepared, served, browser):
+def test_a_real_browser_shows_markup_as_text_and_growing_answers_that_stop(prepared, served, browser):
     web, _ = prepared([MARKUP], ["It ", "is ", threading.Event()], ["again"], ["gone ", threading.Event()])
     page = browser.page
     open_page(page, served(web))
