@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from llava_piip import PIIPVisionModel
 from llava_piip.conversation import encode_prompt
-from llava_piip.serve.generation import ChatModel
+from llava_piip.inference import ChatModel
 from piip_core.merging import TokenMerging
 
 PREFIXES = {
