@@ -2,7 +2,8 @@
 
 Stages 0 to 2 save the whole model once, and the fp32 weights of each parameter group as one flat tensor, cut into one
 partition per rank. Stage 3 saves no whole tensor: each parameter, padded to a multiple of the number of ranks, is cut
-into one piece per rank, and a rank's pieces follow one another in its flat tensors.
+into one piece per rank, and a rank's pieces follow one another in its flat tensors. This is not documented; it was seen
+in files of DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
