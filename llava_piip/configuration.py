@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from piip_core import PIIPConfig, zoo
 from piip_core.errors import ConfigError
@@ -85,10 +84,7 @@ class PIIPLlavaConfig(PreTrainedConfig):
 
     model_type = "piip_llava"
     attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "image_token_index"}
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(config_class=PIIPVisionConfig),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-    }
+    sub_configs: ClassVar[dict[str, type]] = {"vision_config": PIIPVisionConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -99,6 +95,11 @@ class PIIPLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # Not left to transformers: it has done this itself since 5.20 only, under a name of its own
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = PIIPVisionConfig(**(self.vision_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
         super().__post_init__(**kwargs)
         # As in transformers' LlavaConfig: language models say it in their own configuration
         if self.text_config.tie_word_embeddings:

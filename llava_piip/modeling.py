@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -96,24 +96,22 @@ class PIIPLlavaModel(LlavaModel):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
+    ) -> Any:
         """Runs the decoder over text with the visual tokens in their places.
 
         Args:
-            input_ids: (B, N); each image is `image_seq_length` times `config.image_token_id`.
+            input_ids: (B, N) int64; each image is `image_seq_length` times `config.image_token_id`.
             pixel_values: (number of images, 3, S, S), in the order of their places; None for text alone.
-            attention_mask: As for the language model.
-            position_ids: As for the language model.
-            past_key_values: As for the language model.
             inputs_embeds: (B, N, hidden size) instead of `input_ids`, with visual tokens already in it.
             mm_encoder_outputs: What `get_image_features` returned, under "image", instead of `pixel_values`.
-            **kwargs: Handed to the language model.
+            **kwargs: As for the language model: attention mask, positions, cache ...
+
+        Returns:
+            As transformers' `LlavaModel`, with what `get_image_features` gave in the field that it has for images.
 
         Raises:
             UserError: If places and images do not match in number.
@@ -135,20 +133,11 @@ class PIIPLlavaModel(LlavaModel):
             )
         if nothing is not None:
             inputs_embeds = inputs_embeds + nothing
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **_without_llava_options(kwargs),
-        )
-        return LlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=features,
-        )
+        outputs = super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        if features is not None and isinstance(outputs, ModelOutput):
+            name, value = _image_field(encoded, features)
+            outputs[name] = value
+        return outputs
 
     def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Embeddings of the text, with the visual tokens put into their places."""
@@ -183,10 +172,11 @@ class PIIPLlavaModel(LlavaModel):
         return self.get_image_features(black).last_hidden_state[:, :0].sum()
 
 
-def _without_llava_options(options: dict[str, Any]) -> dict[str, Any]:
-    """transformers' LLaVA hands these down for its own vision tower."""
-    unknown = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
-    return {name: value for name, value in options.items() if name not in unknown}
+def _image_field(encoded: BaseModelOutputWithPooling, features: Tensor) -> tuple[str, Any]:
+    """Name and value of what LLaVA's outputs hold of images: transformers 5.24 renamed it and put more into it."""
+    if "image_outputs" in {field.name for field in fields(LlavaModelOutputWithPast)}:
+        return "image_outputs", encoded
+    return "image_hidden_states", features.flatten(0, 1)
 
 
 class PIIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):

@@ -1,5 +1,7 @@
 """The whole model: places of visual tokens, batches, generation, saving, training mode."""
 
+import logging
+
 import pytest
 import torch
 from PIL import Image
@@ -33,6 +35,38 @@ def test_forward_equals_inputs_embeds_made_by_hand(tiny_llava):
     assert not waiting and ids.count(processor.image_token_id) == 2 * processor.image_seq_length
     by_hand = model(inputs_embeds=torch.stack(rows)[None])
     torch.testing.assert_close(output.logits, by_hand.logits, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoded", [False, True])
+def test_outputs_hold_the_image_features_and_what_the_language_model_returns(tiny_llava, encoded):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[1], images=IMAGES[1])
+    features = model.get_image_features(inputs["pixel_values"])
+    if encoded:
+        del inputs["pixel_values"]
+        inputs["mm_encoder_outputs"] = {"image": features}
+    output = model(**inputs, output_hidden_states=True, output_attentions=True, use_cache=True)
+    held = {name: value for name, value in output.items() if name.startswith("image_")}
+    assert len(held) == 1, f"transformers' outputs of LLaVA have another field for images: {list(output)}"
+    (held,) = held.values()
+    held = held if isinstance(held, torch.Tensor) else torch.cat(held.pooler_output)
+    torch.testing.assert_close(held, torch.cat(features.pooler_output))
+    alone = model.model.language_model(inputs_embeds=output.hidden_states[0], output_hidden_states=True, use_cache=True)
+    assert {*alone} <= {*output} | {"last_hidden_state"}
+    torch.testing.assert_close(output.hidden_states, alone.hidden_states)
+
+
+@torch.no_grad()
+def test_nothing_deprecated_is_used(tiny_llava, monkeypatch, recwarn):
+    said = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, message, *args: said.append(message))
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    model.train()(**inputs, labels=inputs["input_ids"].clamp(max=10))
+    said += [str(warning.message) for warning in recwarn]
+    assert not [message for message in said if "deprecated" in message]
 
 
 @torch.no_grad()
@@ -123,7 +157,8 @@ def test_training_step_reaches_every_part_and_checkpointing_changes_nothing(tiny
     for enable in (False, True):
         model.zero_grad()
         if enable:
-            model.activation_checkpointing_enable()
+            # renamed after transformers 5.20
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             assert all(branch.grad_checkpointing for branch in model.model.vision_tower.pyramid.branches)
         model(**inputs, labels=labels).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
