@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import BatchFeature
 from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.llava import (
     BaseLlavaMultiModalProcessor,
     BaseLlavaProcessingInfo,
@@ -20,7 +21,6 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageSize
 
 from llava_piip.configuration import PIIPLlavaConfig
-from llava_piip.image_processing import ImageError
 from llava_piip.modeling import PIIPVisionModel
 from llava_piip.processing import PIIPLlavaProcessor
 from piip_core.merging import TokenMerging
@@ -61,10 +61,10 @@ class PIIPLlavaMultiModalProcessor(BaseLlavaMultiModalProcessor[PIIPLlavaProcess
         try:
             data = self.info.ctx.call_hf_processor(image_processor, hf_data, hf_kwargs)
         except ValueError as error:  # vLLM's text lists the data, and not what is wrong with it
-            raise ImageError(str(error.__cause__ or error)) from error
+            raise VLLMValidationError(str(error.__cause__ or error)) from error
         size = self.info.get_hf_config().vision_config.image_size
         if data["pixel_values"].shape[1:] != (3, size, size):  # a request can set `mm_processor_kwargs`
-            raise ImageError(
+            raise VLLMValidationError(
                 f"images of shape {tuple(data['pixel_values'].shape[1:])}: expected (3, {size}, {size}); leave `size` "
                 "out of mm_processor_kwargs"
             )

@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
 
-from llava_piip.conversation import IMAGE_TAG, encode_prompt
-from piip_core.errors import UserError
+from llava_piip.conversation import IMAGE_TAG
+from llava_piip.tokenization import bos_ids, encode_text
 
 __all__ = ["PIIPLlavaRenderer"]
+
+_LITERAL_TAG = "\ufffeimage\ufffe"  # noncharacters, which no text contains
 
 
 class PIIPLlavaRenderer(HfRenderer):
     """vLLM's renderer of chat templates, with our tokenization in place of the tokenizer's own.
 
-    LLaVA tokenizes the text between two images by itself, which gives other ids than the text as a whole.
+    LLaVA tokenizes the text between two images by itself, which gives other ids than the text as a whole. In messages
+    an image is where a part is one; `<image>` in their texts is text.
     """
 
     def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
-        """The prompt of a conversation: the chat template of the model's folder, parts of a message in their order."""
-        return super().render_messages(messages, _in_parts(params))
+        """Messages and prompt of a conversation, by the chat template of the model's folder."""
+        conversation, prompt = super().render_messages(_swapped(messages, IMAGE_TAG, _LITERAL_TAG), _in_parts(params))
+        return _swapped(conversation, _LITERAL_TAG, IMAGE_TAG), prompt
 
     async def render_messages_async(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
         """See `render_messages`."""
-        return await super().render_messages_async(messages, _in_parts(params))
+        conversation, prompt = await super().render_messages_async(
+            _swapped(messages, IMAGE_TAG, _LITERAL_TAG), _in_parts(params)
+        )
+        return _swapped(conversation, _LITERAL_TAG, IMAGE_TAG), prompt
 
     def tokenize_prompt(self, prompt: Any, params: Any) -> Any:
         """A prompt with the ids of our processor, but one image token per image.
 
         Raises:
-            UserError: If images and their places do not match.
+            VLLMValidationError: If images and their places do not match, or ids have no row in the embedding.
         """
         return super().tokenize_prompt(self._encoded(prompt), params)
 
@@ -44,32 +53,36 @@ class PIIPLlavaRenderer(HfRenderer):
     def _encoded(self, prompt: Any) -> Any:
         if "prompt_embeds" in prompt:
             return prompt
-        count = self._count_images(prompt)
-        image_token, vocab_size = self._hf_config.image_token_index, self._hf_config.text_config.vocab_size
-        ids = prompt.get("prompt_token_ids")
-        if ids is None:
-            text = prompt["prompt"]
-            ids = encode_prompt(
-                self.get_tokenizer(), text, image_token_id=image_token, image_seq_length=1, has_images=count > 0
-            )
-        if ids.count(image_token) != count:
-            raise UserError(
-                f"the prompt has {ids.count(image_token)} {IMAGE_TAG} for {count} images: write one where each image "
-                "belongs"
-            )
-        if outside := [token for token in ids if token >= vocab_size and token != image_token]:
-            raise UserError(f"token id {outside[0]} has no row in the embedding table of {vocab_size}: leave it out")
-        return {**prompt, "prompt_token_ids": ids}
+        images = self._count_images(prompt.get("multi_modal_data"))
+        if "prompt_token_ids" not in prompt:
+            ids = self._encode(prompt["prompt"], has_images=images > 0)
+            prompt = {**prompt, "prompt": prompt["prompt"].replace(_LITERAL_TAG, IMAGE_TAG), "prompt_token_ids": ids}
+        self._check(prompt["prompt_token_ids"], images)
+        return prompt
 
-    @property
-    def _hf_config(self) -> Any:
-        return self.model_config.hf_config
+    def _count_images(self, data: Any) -> int:
+        return self.get_mm_processor().info.parse_mm_data(data).get_all_counts().get("image", 0) if data else 0
 
-    def _count_images(self, prompt: Any) -> int:
-        data = prompt.get("multi_modal_data")
-        if not data:
-            return 0
-        return self.get_mm_processor().info.parse_mm_data(data).get_all_counts().get("image", 0)
+    def _encode(self, text: str, has_images: bool) -> list[int]:
+        tokenizer, image_token = self.get_tokenizer(), self.model_config.hf_config.image_token_index
+        ids = bos_ids(tokenizer)
+        if ids and text.startswith(tokenizer.bos_token):  # the template has written it
+            ids = []
+        for index, chunk in enumerate(text.split(IMAGE_TAG) if has_images else [text]):
+            if index:
+                ids.append(image_token)
+            ids += encode_text(tokenizer, chunk.replace(_LITERAL_TAG, IMAGE_TAG), literals=(IMAGE_TAG,))[0]
+        return ids
+
+    def _check(self, ids: list[int], images: int) -> None:
+        config = self.model_config.hf_config
+        image_token, rows = config.image_token_index, config.text_config.vocab_size
+        if (places := ids.count(image_token)) != images:
+            raise VLLMValidationError(
+                f"the prompt has {places} {IMAGE_TAG} for {images} images: write one where each image belongs"
+            )
+        if outside := [token for token in ids if token >= rows and token != image_token]:
+            raise VLLMValidationError(f"token id {outside[0]} is out of vocabulary: expected ids below {rows}")
 
 
 def _in_parts(params: ChatParams) -> ChatParams:
@@ -77,3 +90,22 @@ def _in_parts(params: ChatParams) -> ChatParams:
     if params.chat_template_content_format == "auto":
         params = replace(params, chat_template_content_format="openai")
     return replace(params, chat_template_kwargs={**params.chat_template_kwargs, "tokenize": False})
+
+
+def _swapped(messages: list[Any], old: str, new: str) -> list[Any]:
+    """Messages with another word in their texts."""
+
+    def swap(value: Any) -> Any:
+        return value.replace(old, new) if isinstance(value, str) else value
+
+    def part_swapped(part: Any) -> Any:
+        return {key: swap(value) for key, value in part.items()} if isinstance(part, Mapping) else swap(part)
+
+    found = []
+    for message in messages:
+        content = message.get("content")
+        if content is not None:
+            # Lists of parts may be pydantic's iterators, which can be read once
+            content = swap(content) if isinstance(content, str) else [part_swapped(part) for part in content]
+        found.append({**message, "content": content})
+    return found
