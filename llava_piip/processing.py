@@ -161,13 +161,6 @@ class PIIPLlavaProcessor(ProcessorMixin):
         """Names of what a call returns."""
         return ["input_ids", "attention_mask", "pixel_values"]
 
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **kwargs: Any) -> Any:
-        """For serving engines: visual tokens of images of any size."""
-        from transformers.processing_utils import MultiModalData
-
-        count = 0 if image_sizes is None else len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
-
 
 def fetch_image(image: Any) -> Any:
     """The picture behind an address or a file name; anything else as it is.
