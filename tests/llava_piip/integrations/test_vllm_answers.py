@@ -132,8 +132,8 @@ def test_two_images_under_the_same_question_are_not_mixed_up(llm, reference, pic
         for question, answer in zip(questions, expected, strict=True):
             assert_same(ask(llm, [question]), [answer])
     assert_same(ask(llm, [*questions, *reversed(questions)]), [*expected, *reversed(expected)])
-    hits = {metric.name: metric.value for metric in llm.get_metrics() if metric.name.endswith("cache_hits")}
-    assert hits["vllm:prefix_cache_hits"] and hits["vllm:mm_cache_hits"]
+    (hits,) = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:prefix_cache_hits"]
+    assert hits > 0
 
 
 def test_ids_of_the_tokenizer_are_not_the_models(reference, expected):

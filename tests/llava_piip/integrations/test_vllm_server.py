@@ -157,6 +157,26 @@ def test_many_clients_at_once(client, expect, pictures):
     assert answers == [expected[question, id(image)] for question, image in cases]
 
 
+def test_an_image_of_two_clients_at_once(client, expect):
+    """With vLLM's cache of processed images, one of two such requests fails when they overtake each other."""
+    images = [Image.new("RGB", (64, 48), (40 * i, 255 - 40 * i, 128)) for i in range(6)]
+
+    def asked(i):
+        image = image_part(data_uri(images[i // 2]))
+        return ask(client, user(image, text_part(f"What is {i}?")), stream=i % 2 == 1)[:2]
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(asked, range(12)))
+    assert answers == [expect(images[i // 2], f"What is {i}?") for i in range(12)]
+
+
+def test_a_refused_image_is_taken_in_another_request(client, expect, pictures):
+    image = image_part(data_uri(pictures[5]))
+    with pytest.raises(BadRequestError):
+        ask(client, user(image, text_part("What? " * 500)))
+    assert ask(client, user(image, text_part("What is this?")))[:2] == expect(pictures[5], "What is this?")
+
+
 def test_the_image_tag_in_a_text_is_text(client, expect, pictures):
     text = "What does <image> mean in HTML?"
     ids, answer, _ = ask(client, [{"role": "user", "content": text}])
