@@ -27,7 +27,7 @@ class PIIPLlavaDefaults(VerifyAndUpdateConfig):
             )
         model_config.tokenizer_mode = TOKENIZER_MODE
         # Of two requests at once with the same image, vLLM 0.32 sends the pixels with the one that it processed first;
-        # when the other one is the first to arrive at the engine, it fails with status 500 ("P0/P1 cache drift"). Prefix
+        # when the other one arrives first at the engine, it fails with status 500 ("P0/P1 cache drift"). Prefix
         # caching and the cache of visual tokens go by the image's hash and stay.
         multimodal = model_config.multimodal_config
         if multimodal.mm_processor_cache_gb == MultiModalConfig().mm_processor_cache_gb:  # not set by the user
