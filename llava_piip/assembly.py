@@ -174,8 +174,8 @@ def join(
     model.model.multi_modal_projector = projector.to(device=decoder.device, dtype=decoder.dtype)
     model.model.language_model = decoder.get_decoder()
     model.lm_head = head
+    model.config.text_config = decoder.config  # its attention is chosen where it is loaded
     tower.to(decoder.device)
-    model.config._attn_implementation = decoder.config._attn_implementation
     if decoder.generation_config is not None:
         model.generation_config = GenerationConfig.from_dict(decoder.generation_config.to_dict())
     return model.eval()

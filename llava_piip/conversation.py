@@ -120,6 +120,9 @@ def render_conversation(
     template = resolve_chat_template(chat_template)
     if tokenizer is not None and tokenizer.eos_token is None and "eos_token" in template:
         raise ConfigError(f"chat_template {chat_template!r} ends answers with eos_token, which the tokenizer lacks")
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ConversationError(f"message {message!r}: messages should be dicts with role and content")
     try:
         with _RENDERING:
             (text,), (spans,) = render_jinja_template(
@@ -129,7 +132,7 @@ def render_conversation(
                 add_generation_prompt=add_generation_prompt,
                 **(tokenizer.special_tokens_map if tokenizer is not None else {}),
             )
-    except (TemplateError, TypeError) as error:  # TypeError: a message that is no mapping
+    except TemplateError as error:
         raise ConversationError(str(error)) from error
     return text, spans
 

@@ -9,10 +9,8 @@ from typing import Any, ClassVar, Literal, TypedDict
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_processing_backends import PilBackend
-from transformers.image_processing_utils import INIT_SERVICE_KWARGS, BatchFeature
-from transformers.image_utils import ChannelDimension, SizeDict
-from transformers.utils import TensorType
+from transformers import BaseImageProcessor, BatchFeature, TensorType
+from transformers.image_utils import ChannelDimension
 
 from piip_core.errors import ConfigError, UserError
 
@@ -20,6 +18,13 @@ __all__ = ["ImageError", "PIIPImageProcessor", "PIIPImageProcessorKwargs", "rgb_
 
 # Modes in which padding before the conversion makes a difference; at gray pictures the public code stops there
 _OWN_COLOURS = ("P", "CMYK")
+# In the files of image processors beside their settings
+_NAMES_OF_CLASSES = ("processor_class", "image_processor_type")
+_CHOICES = {
+    "pad_to_square": (True, False),
+    "convert_before_padding": (True, False),
+    "input_data_format": (None, "channels_first", "channels_last"),
+}
 
 
 class ImageError(UserError):
@@ -39,7 +44,7 @@ class PIIPImageProcessorKwargs(TypedDict, total=False):
     return_tensors: str | TensorType | None
 
 
-class PIIPImageProcessor(PilBackend):
+class PIIPImageProcessor(BaseImageProcessor):
     """Makes every picture a square of the size of the last branch's image, as the published models were trained.
 
     Pad to a square, or not; resize the short side (bicubic); crop the centre; scale to [0, 1]; subtract the mean and
@@ -76,33 +81,53 @@ class PIIPImageProcessor(PilBackend):
     image_mean = (0.485, 0.456, 0.406)
     image_std = (0.229, 0.224, 0.225)
     input_data_format = None
+    return_tensors = None
 
     def __init__(self, **kwargs: Any) -> None:
-        known = (*self.valid_kwargs.__annotations__, *INIT_SERVICE_KWARGS)
+        known = (*self.valid_kwargs.__annotations__, *_NAMES_OF_CLASSES)
         for name in kwargs:
             if name not in known:
                 raise ConfigError(f"PIIPImageProcessor has no setting {name!r}: expected {', '.join(known)}")
-        super().__init__(**{name: value for name, value in kwargs.items() if name not in INIT_SERVICE_KWARGS})
+        super().__init__(**self._settings({n: value for n, value in kwargs.items() if n not in _NAMES_OF_CLASSES}))
 
     @property
     def image_size(self) -> int:
         """Side of the result in pixels."""
-        return self.size.height
+        return self.size["height"]
 
-    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
-        kwargs["size"] = _square(kwargs["size"])
-        kwargs["background_color"] = _per_channel("background_color", kwargs, int, (0, 255))
-        kwargs["image_mean"] = _per_channel("image_mean", kwargs, (int, float), (0, 1))
-        kwargs["image_std"] = _per_channel("image_std", kwargs, (int, float), (1e-6, math.inf))
-        return kwargs
+    def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        """All settings, those that are not given as the processor has them."""
+        names = self.valid_kwargs.__annotations__
+        if unknown := sorted(set(given) - set(names)):
+            raise TypeError(f"{', '.join(unknown)}: no such setting; known: {', '.join(names)}")
+        settings = {name: getattr(self, name) if given.get(name) is None else given[name] for name in names}
+        settings["size"] = _square(settings["size"])
+        settings["background_color"] = _per_channel("background_color", settings, int, (0, 255))
+        settings["image_mean"] = _per_channel("image_mean", settings, (int, float), (0, 1))
+        settings["image_std"] = _per_channel("image_std", settings, (int, float), (1e-6, math.inf))
+        for name, choices in _CHOICES.items():
+            if settings[name] not in choices:
+                expected = ", ".join(map(repr, choices))
+                raise ConfigError(f"PIIPImageProcessor.{name} is {settings[name]!r}: expected one of {expected}")
+        return settings
 
-    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
-        """`_standardize_kwargs` did it; the library's checks are about steps that cannot be switched off here."""
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Pixel values of pictures; a call of the processor is the same.
 
-    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
-        settings = {name: kwargs[name] for name in self.valid_kwargs.__annotations__ if name in kwargs}
-        return_tensors = settings.pop("return_tensors", None)
-        layout = settings.pop("input_data_format", None)
+        Args:
+            images: See the class.
+            **kwargs: Settings for this call; `return_tensors="pt"` for a tensor instead of an array.
+
+        Returns:
+            `pixel_values` (N, 3, size, size), float32.
+
+        Raises:
+            ConfigError: For a value that cannot work.
+            ImageError: For something that is no usable picture.
+            TypeError: For an unknown setting.
+        """
+        settings = self._settings(kwargs)
+        return_tensors, layout = settings.pop("return_tensors"), settings.pop("input_data_format")
         pictures = [_picture(item, layout, f"image {i}") for i, item in enumerate(_flat(images))]
         if not pictures:
             raise ImageError("no images were given: expected at least one")
@@ -114,7 +139,7 @@ class PIIPImageProcessor(PilBackend):
         image: Image.Image,
         index: int,
         *,
-        size: SizeDict,
+        size: dict[str, int],
         pad_to_square: bool,
         background_color: tuple[int, int, int],
         convert_before_padding: bool,
@@ -127,7 +152,7 @@ class PIIPImageProcessor(PilBackend):
                 image = rgb_image(image)
             if pad_to_square:
                 image = _padded(image, background_color)
-            image = _centre(rgb_image(image), size.height)
+            image = _centre(rgb_image(image), size["height"])
         except ImageError as error:
             raise ImageError(f"image {index}: {error}") from error.__cause__
         # In place and in single precision: several times faster than the library's steps
@@ -173,15 +198,18 @@ def _per_channel(name: str, settings: dict[str, Any], types: Any, bounds: tuple[
     return numbers
 
 
-def _square(size: Any) -> SizeDict:
-    sides = dict(size) if isinstance(size, (dict, SizeDict)) else {"height": size, "width": size}
+def _square(size: Any) -> dict[str, int]:
+    try:
+        sides = dict(size)
+    except (TypeError, ValueError):
+        sides = {"height": size, "width": size}
     height, width = sides.get("height"), sides.get("width")
     if set(sides) != {"height", "width"} or height != width or not isinstance(height, int) or height < 1:
         raise ConfigError(
             f"PIIPImageProcessor.size is {size}: expected the side of the last branch's image in pixels, "
             "an int or {'height': S, 'width': S}"
         )
-    return SizeDict(height=height, width=width)
+    return sides
 
 
 def _flat(images: Any) -> Iterator[Any]:

@@ -194,3 +194,12 @@ class PIIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `PIIPLlavaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, mm_encoder_outputs: Any = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, which hands on `mm_encoder_outputs` in later versions only (not in 5.16)."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return inputs

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -149,6 +150,13 @@ class PIIPTrainingArguments(TrainingArguments):
         default=False, metadata=_help("start anew in a folder with an earlier run, deleting its checkpoints")
     )
     remove_unused_columns: bool = field(default=False, metadata=_help("left to the data loader"))
+    # As transformers has them since 5.23
+    activation_checkpointing: bool | None = field(
+        default=None, metadata=_help("compute activations again in the backward pass, which spares memory")
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("options of torch.utils.checkpoint")
+    )
 
     def __post_init__(self) -> None:
         for part in self.train_parts:
@@ -177,6 +185,10 @@ class PIIPTrainingArguments(TrainingArguments):
                 "deepspeed: was not started by a launcher. Start it as `deepspeed llava_piip/train/train.py ...` or "
                 "`torchrun ...`, or give --deepspeed none"
             )
+        renamed = "activation_checkpointing" in {known.name for known in fields(TrainingArguments)}
+        if not renamed:
+            self.gradient_checkpointing = bool(self.activation_checkpointing)
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         try:
             super().__post_init__()
         except ValueError as error:  # what the device cannot do, or settings that exclude one another
@@ -184,6 +196,9 @@ class PIIPTrainingArguments(TrainingArguments):
             needs_gpu = self.tf32 or (self.bf16 and not self.use_cpu)
             hint = " (without a GPU: --use_cpu true --bf16 false --tf32 false)"
             raise ConfigError(reason + (hint if needs_gpu and not torch.accelerator.is_available() else "")) from error
+        if not renamed:
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
     def _check_adapters(self) -> None:
         check(self.bits in (16, 8, 4), "bits", self.bits, "16, 8 or 4")

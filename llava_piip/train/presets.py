@@ -60,8 +60,6 @@ def parse_arguments(
     )
     parser.add_argument("name", nargs="?", metavar="PRESET", help="see --preset")
     parser.add_argument("--preset", help="name of a preset (below), or a YAML file; given keys override its values")
-    for action in parser._actions:
-        action.required = False  # a preset may give the value; the dataclasses check for what is missing
     chosen, _ = parser.parse_known_args(list(arguments))
     if chosen.name and chosen.preset:
         raise ConfigError(f"{chosen.name!r}: expected --key value; the preset is {chosen.preset!r} already")

@@ -104,14 +104,26 @@ def save_trained(
         json.dump({"format": _FORMAT, "parts": parts, "source": asdict(source)}, file, indent=2)
 
 
-def gathered_state(model: nn.Module, engine: Any) -> dict[str, Tensor]:
-    """What `save_trained` needs of a model that ZeRO-3 has partitioned, on the first process; all must call it."""
-    state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+def gathered_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """What `save_trained` needs of a model that ZeRO-3 has partitioned; all processes must call it.
+
+    Args:
+        model: The model, or peft's around it.
+        keep: Whether this process gets it; the others get nothing.
+    """
     # a frozen projector may have come from an earlier stage, so it is saved too
-    projector = part_parameters(base_model(model), "projector")
-    with _gathered(list(projector.values())):
-        whole = {_prefix(model) + name: parameter.detach().cpu().clone() for name, parameter in projector.items()}
-    return whole | (state or {})
+    projector = {id(parameter) for parameter in part_parameters(base_model(model), "projector").values()}
+    state = {}
+    for prefix, module in model.named_modules():  # one by one: the whole may not fit into the memory of a device
+        own = dict(module.named_parameters(prefix, recurse=False))
+        own = {name: p for name, p in own.items() if p.requires_grad or id(p) in projector}
+        with _gathered(list(own.values())):
+            if keep:
+                state |= {name: parameter.detach().cpu().clone() for name, parameter in own.items()}
+    if keep:  # buffers are whole everywhere
+        tensors = model.state_dict(keep_vars=True)
+        state |= {n: t.detach().cpu() for n, t in tensors.items() if not isinstance(t, nn.Parameter)}
+    return state
 
 
 def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:

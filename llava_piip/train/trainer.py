@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from llava_piip.data.sampler import ModalityLengthSampler
@@ -26,6 +26,18 @@ from .parts import parameter_groups, trained_parts
 from .saving import ModelSource, base_model, gathered_state, load_tensors, save_trained
 
 __all__ = ["PIIPTrainer"]
+
+
+class _OrderOfEpochs(TrainerCallback):
+    """Tells samplers the epoch: with several processes, accelerate's own way to them ends early when a run goes on
+    within an epoch."""
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        sampler = kwargs["train_dataloader"].batch_sampler
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(int(state.epoch or 0))
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
 
 
 class PIIPTrainer(Trainer):
@@ -41,6 +53,7 @@ class PIIPTrainer(Trainer):
 
     def __init__(self, *, source: ModelSource | None = None, group_by_modality: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.add_callback(_OrderOfEpochs())
         self.source, self.group_by_modality = source or ModelSource(), group_by_modality
         if self.args.loss_average == "micro_batch":
             # without the number of tokens of the whole update, the Trainer averages the means of the micro batches
@@ -60,15 +73,6 @@ class PIIPTrainer(Trainer):
         batches = self.args.world_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ModalityLengthSampler(dataset.modality_lengths, self.args.train_batch_size, batches, seed=seed)
-
-    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        # With several processes, accelerate's own way to the sampler ends early when a run goes on within an epoch
-        sampler = train_dataloader.batch_sampler
-        while sampler is not None:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
-            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-        super()._run_epoch(model=model, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -154,15 +158,15 @@ class PIIPTrainer(Trainer):
             run.publish(name)
         self.accelerator.wait_for_everyone()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.saves_parts and self.is_deepspeed_enabled and self.deepspeed.zero_optimization_partition_weights():
-            # only what is trained: the frozen language model would be gathered for nothing
-            self._save(output_dir, gathered_state(self.model, self.deepspeed))
-        else:
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Unlike the Trainer's own, writes no pickles, and names as the model has them under ZeRO-3 too."""
+        state_dict = None
+        if self.is_deepspeed_enabled:
+            if self.saves_parts and self.deepspeed.zero_optimization_partition_weights():
+                # only what is trained: the frozen language model would be gathered for nothing
+                state_dict = gathered_state(self.model, keep=self.args.should_save)
+            else:
+                state_dict = self.accelerator.get_state_dict(self.deepspeed)
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)

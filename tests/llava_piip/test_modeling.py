@@ -157,7 +157,7 @@ def test_training_step_reaches_every_part_and_checkpointing_changes_nothing(tiny
     for enable in (False, True):
         model.zero_grad()
         if enable:
-            # renamed after transformers 5.20
+            # renamed in transformers 5.23
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             assert all(branch.grad_checkpointing for branch in model.model.vision_tower.pyramid.branches)
         model(**inputs, labels=labels).loss.backward()
