@@ -21,9 +21,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageSize
 
 from llava_piip.configuration import PIIPLlavaConfig
-from llava_piip.modeling import PIIPVisionModel
+from llava_piip.modeling import PIIPVisionModel, make_projector
 from llava_piip.processing import PIIPLlavaProcessor
-from piip_core.merging import TokenMerging
 
 __all__ = ["PIIPLlavaForVLLM"]
 
@@ -95,13 +94,7 @@ class PIIPLlavaForVLLM(LlavaForConditionalGeneration):
         )
         with self._mark_tower_model(vllm_config, "image"):
             self.vision_tower = PIIPVisionModel(self.config.vision_config)
-            self.multi_modal_projector = TokenMerging(
-                self.vision_tower.pyramid.dims,
-                text_config.hidden_size,
-                norm=self.config.projector_norm,
-                num_groups=self.config.projector_num_groups,
-                grid=self.config.projector_grid,
-            )
+            self.multi_modal_projector = make_projector(self.config, self.vision_tower.pyramid.dims)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config, hf_config=text_config, prefix=maybe_prefix(prefix, "language_model")
