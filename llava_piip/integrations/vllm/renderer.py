@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,11 @@ class PIIPLlavaRenderer(HfRenderer):
     LLaVA tokenizes the text between two images by itself, which gives other ids than the text as a whole. In messages
     an image is where a part is one; `<image>` in their texts is text.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # One thread: vLLM's tokenizer copies itself, slowly, for each one that uses it at the same time
+        self._encoder = ThreadPoolExecutor(1, "encode_prompt")
 
     def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
         """Messages and prompt of a conversation, by the chat template of the model's folder."""
@@ -48,7 +54,8 @@ class PIIPLlavaRenderer(HfRenderer):
 
     async def tokenize_prompt_async(self, prompt: Any, params: Any) -> Any:
         """See `tokenize_prompt`."""
-        return await super().tokenize_prompt_async(await asyncio.to_thread(self._encoded, prompt), params)
+        encoded = await asyncio.get_running_loop().run_in_executor(self._encoder, self._encoded, prompt)
+        return await super().tokenize_prompt_async(encoded, params)
 
     def _encoded(self, prompt: Any) -> Any:
         if "prompt_embeds" in prompt:
