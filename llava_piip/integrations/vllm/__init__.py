@@ -1,6 +1,7 @@
 """PIIP-LLaVA in vLLM. The entry point `vllm.general_plugins` calls `register` in every process that vLLM starts.
 
-Tested with vLLM 0.32. Nothing else of the project imports this package or vLLM.
+Seen working with vLLM 0.32; what it builds on is there in 0.33, too, and a test goes through the names. Nothing else of
+the project imports this package or vLLM.
 """
 
 from __future__ import annotations

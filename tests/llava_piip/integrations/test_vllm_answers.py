@@ -4,8 +4,10 @@ Needs the environment that tools/vllm_environment.py makes.
 """
 
 import gc
+import importlib
 import os
 from contextlib import contextmanager
+from operator import attrgetter
 
 import pytest
 import torch
@@ -110,6 +112,31 @@ def expected(reference, questions):
     answers = [reference.ask(*question) for question in questions]
     assert not torch.allclose(answers[3][2], answers[4][2], atol=1e-2), "the order of images does not matter"
     return answers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
+        "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_model_config",
+        "vllm.model_executor.models.llava:BaseLlavaMultiModalProcessor._call_hf_processor",
+        "vllm.model_executor.models.llava:BaseLlavaMultiModalProcessor._get_mm_fields_config",
+        "vllm.model_executor.models.llava:BaseLlavaProcessingInfo.get_num_image_tokens",
+        "vllm.model_executor.models.llava:LlavaDummyInputsBuilder",
+        "vllm.model_executor.models.llava:LlavaForConditionalGeneration._mark_language_model",
+        "vllm.model_executor.models.llava:LlavaForConditionalGeneration._mark_tower_model",
+        "vllm.model_executor.models.llava:LlavaForConditionalGeneration.embed_input_ids",
+        "vllm.model_executor.models.utils:init_vllm_registered_model",
+        "vllm.renderers.hf:HfRenderer.render_messages_async",
+        "vllm.renderers.hf:HfRenderer.tokenize_prompt_async",
+        "vllm.renderers.registry:RENDERER_REGISTRY.register",
+        "vllm.tokenizers.hf:CachedHfTokenizer",
+    ],
+)
+def test_vllm_has_what_the_plugin_builds_on(name):
+    """Seen in vLLM 0.32 and 0.33. Underscores are in the names that its guide has multimodal models override or use."""
+    module, attribute = name.split(":")
+    assert attrgetter(attribute)(importlib.import_module(module)) is not None
 
 
 def test_alone(llm, questions, expected):
