@@ -9,41 +9,32 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.model_executor.models.llava import (
-    BaseLlavaMultiModalProcessor,
-    BaseLlavaProcessingInfo,
-    LlavaDummyInputsBuilder,
-    LlavaForConditionalGeneration,
-)
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageSize
+from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, PromptReplacement
 
 from llava_piip.configuration import PIIPLlavaConfig
 from llava_piip.modeling import PIIPVisionModel, make_projector
-from llava_piip.processing import PIIPLlavaProcessor
 
 __all__ = ["PIIPLlavaForVLLM"]
 
 
-class PIIPLlavaProcessingInfo(BaseLlavaProcessingInfo):
+class PIIPLlavaProcessingInfo(BaseProcessingInfo):
     """What vLLM asks of a model before it has any request: every image takes the same number of tokens."""
 
     def get_hf_config(self) -> PIIPLlavaConfig:
         """The model's configuration."""
         return self.ctx.get_hf_config(PIIPLlavaConfig)
 
-    def get_hf_processor(self, **kwargs: object) -> PIIPLlavaProcessor:
-        """The processor in the model's folder."""
-        return self.ctx.get_hf_processor(PIIPLlavaProcessor, **kwargs)
-
-    def get_num_image_tokens(self, **size: int) -> int:
-        """Tokens of an image of any size."""
-        return self.get_hf_config().image_seq_length
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Any number of images."""
+        return {"image": None}
 
     def get_image_size_with_most_features(self) -> ImageSize:
-        """The size that needs no resizing."""
+        """The size of dummy images, which needs no resizing."""
         side = self.get_hf_config().vision_config.image_size
         return ImageSize(width=side, height=side)
 
@@ -52,8 +43,8 @@ class PIIPLlavaProcessingInfo(BaseLlavaProcessingInfo):
         return {"image": self.get_hf_config().image_seq_length}
 
 
-class PIIPLlavaMultiModalProcessor(BaseLlavaMultiModalProcessor[PIIPLlavaProcessingInfo]):
-    """Pixels of images. The text is the renderer's."""
+class PIIPLlavaMultiModalProcessor(BaseMultiModalProcessor[PIIPLlavaProcessingInfo]):
+    """Pixels of images, and the tokens that stand for them. The text is the renderer's."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         image_processor = self.info.get_hf_processor().image_processor
@@ -71,6 +62,13 @@ class PIIPLlavaMultiModalProcessor(BaseLlavaMultiModalProcessor[PIIPLlavaProcess
 
     def _get_mm_fields_config(self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         return {"pixel_values": MultiModalFieldConfig.batched("image")}
+
+    def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> list[PromptReplacement]:
+        config = self.info.get_hf_config()
+        token = config.image_token_index
+        # Never an id without a row: `prompt_logprobs` looks it up in the logits and would end the engine for everybody
+        placeholder = token if token < config.text_config.vocab_size else 0
+        return [PromptReplacement("image", target=[token], replacement=[placeholder] * config.image_seq_length)]
 
 
 @MULTIMODAL_REGISTRY.register_processor(

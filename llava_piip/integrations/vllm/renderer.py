@@ -50,24 +50,34 @@ class PIIPLlavaRenderer(HfRenderer):
         Raises:
             VLLMValidationError: If images and their places do not match, or ids have no row in the embedding.
         """
-        return super().tokenize_prompt(self._encoded(prompt), params)
+        return self._checked(super().tokenize_prompt(self._encoded(prompt), params))
 
     async def tokenize_prompt_async(self, prompt: Any, params: Any) -> Any:
         """See `tokenize_prompt`."""
         encoded = await asyncio.get_running_loop().run_in_executor(self._encoder, self._encoded, prompt)
-        return await super().tokenize_prompt_async(encoded, params)
+        return self._checked(await super().tokenize_prompt_async(encoded, params))
 
     def _encoded(self, prompt: Any) -> Any:
-        if "prompt_embeds" in prompt:
+        if "prompt_token_ids" in prompt or "prompt_embeds" in prompt:
             return prompt
-        images = self._count_images(prompt.get("multi_modal_data"))
-        if "prompt_token_ids" not in prompt:
-            ids = self._encode(prompt["prompt"], has_images=images > 0)
-            prompt = {**prompt, "prompt": prompt["prompt"].replace(_LITERAL_TAG, IMAGE_TAG), "prompt_token_ids": ids}
-        self._check(prompt["prompt_token_ids"], images)
+        ids = self._encode(prompt["prompt"], has_images=self._count_images(prompt) > 0)
+        return {**prompt, "prompt": prompt["prompt"].replace(_LITERAL_TAG, IMAGE_TAG), "prompt_token_ids": ids}
+
+    def _checked(self, prompt: Any) -> Any:
+        ids, images = prompt.get("prompt_token_ids") or [], self._count_images(prompt)
+        config = self.model_config.hf_config
+        image_token, rows = config.image_token_index, config.text_config.vocab_size
+        if (places := ids.count(image_token)) != images:
+            raise VLLMValidationError(
+                f"the prompt has {places} {IMAGE_TAG} for {images} images: write one where each image belongs, and "
+                "leave truncation off"
+            )
+        if outside := [token for token in ids if token >= rows and token != image_token]:
+            raise VLLMValidationError(f"token id {outside[0]} is out of vocabulary: expected ids below {rows}")
         return prompt
 
-    def _count_images(self, data: Any) -> int:
+    def _count_images(self, prompt: Any) -> int:
+        data = prompt.get("multi_modal_data")
         return self.get_mm_processor().info.parse_mm_data(data).get_all_counts().get("image", 0) if data else 0
 
     def _encode(self, text: str, has_images: bool) -> list[int]:
@@ -80,16 +90,6 @@ class PIIPLlavaRenderer(HfRenderer):
                 ids.append(image_token)
             ids += encode_text(tokenizer, chunk.replace(_LITERAL_TAG, IMAGE_TAG), literals=(IMAGE_TAG,))[0]
         return ids
-
-    def _check(self, ids: list[int], images: int) -> None:
-        config = self.model_config.hf_config
-        image_token, rows = config.image_token_index, config.text_config.vocab_size
-        if (places := ids.count(image_token)) != images:
-            raise VLLMValidationError(
-                f"the prompt has {places} {IMAGE_TAG} for {images} images: write one where each image belongs"
-            )
-        if outside := [token for token in ids if token >= rows and token != image_token]:
-            raise VLLMValidationError(f"token id {outside[0]} is out of vocabulary: expected ids below {rows}")
 
 
 def _in_parts(params: ChatParams) -> ChatParams:
