@@ -2,9 +2,13 @@
 #
 # VENV    virtual environment that is created and used (.venv). VENV= (empty) uses PYTHON as it is.
 # PYTHON  the interpreter to start from (python3).
+# CONSTRAINTS  exact versions to install (constraints.txt). CONSTRAINTS= (empty) takes the newest that pyproject.toml admits.
+# DETECTRON2   what pip installs Detectron2 from: its repository, or the folder of a checkout of it.
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+DETECTRON2 ?= -e ".[detection]"
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 CHAT_DEMO_ARGS ?=
@@ -17,15 +21,15 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/piip-setup.stamp
 endif
 
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 # run outside the checkout: the folder must not shadow an installed package
 HAS_DETECTRON2 := cd / && $(abspath $(PY)) -c "import detectron2._C" 2>/dev/null
 ifeq ($(strip $(VENV)),)
 HAS_DETECTRON2 := cd / && $(PY) -c "import detectron2._C" 2>/dev/null
 endif
 
-.PHONY: demo chat-demo test lint tables setup doctor
+.PHONY: demo chat-demo test lint tables setup doctor lock
 
 demo: $(STAMP)
 	$(PY) -m piip_core.demo $(DEMO_ARGS)
@@ -48,6 +52,13 @@ tables: $(STAMP)
 doctor: $(STAMP)
 	$(PY) -m piip_core.doctor
 
+# brings constraints.txt up to date with the package index
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	build/lock/bin/uv pip compile pyproject.toml --group lock --extra dev --universal --python-version 3.11 --upgrade \
+	  --quiet --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
+
 setup: $(STAMP)
 
 $(STAMP): $(SOURCES)
@@ -56,10 +67,10 @@ ifneq ($(strip $(VENV)),)
 endif
 	@mkdir -p build
 	@echo "Installing PyTorch and the build tools (several minutes and gigabytes the first time)"
-	$(PIP) "torch>=2.10" torchvision "setuptools>=77,<81" wheel ninja
+	$(PIP) "torch>=2.10" torchvision "setuptools>=80.9,<81" wheel ninja
 	@echo "Installing PIIP and compiling its operator"
-	$(PIP) --no-build-isolation -e ".[demo,test,dev]"
+	$(PIP) --no-build-isolation -e ".[dev]"
 	@($(HAS_DETECTRON2)) || { echo "Installing Detectron2 from its repository"; \
-	  GIT_TERMINAL_PROMPT=0 $(PIP) --no-build-isolation -e ".[detection]" > build/detectron2.log 2>&1; } || \
+	  GIT_TERMINAL_PROMPT=0 $(PIP) --no-build-isolation $(DETECTRON2) > build/detectron2.log 2>&1; } || \
 	  echo "Detectron2 could not be installed (see build/detectron2.log): everything that does not need it goes on."
 	@touch $(STAMP)

@@ -126,7 +126,6 @@ class BuildOperator(cpp_extension.BuildExtension):
         """One build; returns the error's text, or None when it worked."""
         extension, inplace = self.extensions[0], self.inplace
         extension.__dict__.update(operator_extension(cuda).__dict__)
-        extension._needs_stub = False
         self.compiler = None
         try:
             super().run()

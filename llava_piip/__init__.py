@@ -3,6 +3,8 @@
 Importing this package registers the models with transformers' Auto classes.
 """
 
+import warnings
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -11,6 +13,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+
+from piip_core.versions import untested
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
 from .image_processing import PIIPImageProcessor
@@ -26,6 +30,9 @@ __all__ = [
     "PIIPVisionConfig",
     "PIIPVisionModel",
 ]
+
+for _line in untested():
+    warnings.warn(f"{_line}; python -m piip_core.doctor says more", stacklevel=2)
 
 AutoConfig.register("piip_vision", PIIPVisionConfig)
 AutoConfig.register("piip_llava", PIIPLlavaConfig)

@@ -95,7 +95,7 @@ class PIIPLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Not left to transformers: it has done this itself since 5.20 only, under a name of its own
+        # Later versions of transformers would do this, but not 5.19
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = PIIPVisionConfig(**(self.vision_config or {}))
         if not isinstance(self.text_config, PreTrainedConfig):

@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm.layers import RmsNorm
-from timm.layers.format import Format, nchw_to
-from timm.models._features import feature_take_indices
+from timm.layers import Format, RmsNorm, nchw_to
 from torch import Tensor, nn
 
 from .branches import BranchState
@@ -174,7 +172,7 @@ class PIIPClassifier(nn.Module):
         Raises:
             ConfigError: If a map was removed by `prune_intermediate_layers`, or `norm` does not fit it.
         """
-        take, _ = feature_take_indices(len(self.feature_maps), indices)
+        take = _take(len(self.feature_maps), indices)
         removed = sorted(set(take) - self._kept)
         check(not removed, "indices", removed, f"some of {sorted(self._kept)}, which prune_intermediate_layers kept")
         wanted = [self.feature_maps[i] for i in take]
@@ -210,7 +208,7 @@ class PIIPClassifier(nn.Module):
         Returns:
             The indices of the maps that are kept; they stay the same.
         """
-        take, _ = feature_take_indices(len(self.feature_maps), indices)
+        take = _take(len(self.feature_maps), indices)
         points = [self.feature_maps[i].interaction for i in take]
         if None not in points and max(points) + 1 < len(self.pyramid.interactions):
             self.pyramid.truncate(max(points) + 1)
@@ -256,6 +254,17 @@ def head_inputs(config: ClassifierConfig, states: Sequence[BranchState]) -> list
         return [state.prefix[:, :1] for state in states]
     patches = [state.tokens.flatten(1, 2) for state in states]
     return [tokens[:, :1] for tokens in patches] if config.pooling == "first_patch" else patches
+
+
+def _take(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """The indices of some of `count` maps in timm's manner: None for all, an integer for the last ones."""
+    if indices is None or isinstance(indices, int):
+        last = count if indices is None else indices
+        check(0 < last <= count, "indices", indices, f"a number of maps from 1 to {count}")
+        return list(range(count - last, count))
+    wrong = [index for index in indices if not -count <= index < count]
+    check(not wrong, "indices", wrong, f"indices from {-count} to {count - 1}, of {count} maps")
+    return [index % count for index in indices]
 
 
 def _pyramid_of(config: ClassifierConfig) -> PIIPConfig:

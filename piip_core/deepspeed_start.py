@@ -29,6 +29,7 @@ def import_deepspeed(device: str | None = None) -> ModuleType:
             f"DeepSpeed cannot be imported ({error}): pip install --no-build-isolation -e '.[deepspeed]'"
         ) from None
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
-        # an operator for inference alone, which DeepSpeed would compile for a minute at the first start
+        # An operator for inference alone, which DeepSpeed would compile for a minute at the first start. Its table of
+        # operators is not documented. Seen working with DeepSpeed 0.19.8
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -20,6 +20,8 @@ import torch
 from packaging.requirements import Requirement
 
 from piip_core.ops import ms_deform_attn, ms_deform_attn_reference, operator_status
+from piip_core.versions import installed_version as _version
+from piip_core.versions import untested
 
 __all__ = ["DETECTRON2_HINT", "LLAVA_HINT", "collect", "format_report"]
 
@@ -85,6 +87,7 @@ def collect() -> dict[str, Any]:
             "cpu_count": os.cpu_count(),
         },
         "packages": {name: _version(name) for name in PACKAGES},
+        "untested": untested(),
         "torch": _torch_facts(),
         "build_tools": {
             "c++": _tool(os.environ.get("CXX", "c++"), r".+"),
@@ -96,13 +99,6 @@ def collect() -> dict[str, Any]:
         "detectron2": _detectron2_facts(),
         "llava": _llava_facts(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _tool(program: str, pattern: str) -> str | None:
@@ -224,6 +220,8 @@ def format_report(report: dict[str, Any]) -> str:
         if section == "packages":
             lines.append("packages:")
             lines += [f"  {name}: {found or 'not installed'}  ({PACKAGES[name]})" for name, found in entries.items()]
+        elif section == "untested":
+            lines += [f"  NOTE: {line}" for line in entries or ["all versions are among those tested"]]
         else:
             add({section: entries}, 0)
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from torch.export import Dim, ExportedProgram
 from .classifier import PIIPClassifier
 from .errors import UserError
 from .files import flush, rename_durably
+from .nested import tensors_in
 from .ops import deform_attn_grid_reference, ms_deform_attn_reference
 from .pyramid import DensePIIP
 
@@ -91,7 +92,7 @@ def export_program(model: nn.Module, image_size: tuple[int, int], *, batch_size:
     with _evaluating(model), torch.no_grad():
         try:
             program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-        except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
+        except (RuntimeError, ValueError) as error:
             raise ExportError(
                 f"{type(model).__name__} at {height} x {width} cannot be exported ({_first_line(error)})"
             ) from error
@@ -156,7 +157,7 @@ def save_program(
     with _folder_beside(path) as folder:
         torch.export.save(program, folder / path.name)
         loaded = torch.export.load(folder / path.name).module()
-        check = _compare(model, lambda image: _flat(loaded(image)), image_size, batch_size)
+        check = _compare(model, lambda image: tensors_in(loaded(image)), image_size, batch_size)
         return _publish(folder, path, check, rtol)
 
 
@@ -231,7 +232,7 @@ def _compare(
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch_size or 1, 3, *image_size, generator=generator)
     with _evaluating(model), torch.no_grad():
-        expected, found = _flat(model(image)), run(image)
+        expected, found = tensors_in(model(image)), run(image)
     checks = []
     for have, want in zip(found, expected, strict=True):
         if have.shape != want.shape:
@@ -303,10 +304,6 @@ def _output_names(model: nn.Module) -> list[str] | None:
     if isinstance(model, PIIPClassifier):
         return ["logits" if model.num_classes else "features"]
     return None
-
-
-def _flat(output: object) -> list[Tensor]:
-    return torch.utils._pytree.tree_leaves(output)
 
 
 def _require(package: str) -> ModuleType:

@@ -30,8 +30,8 @@ def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> 
     - Offsets and logits of deformable attention come from one linear; the residual scales of interactions
       (`attn_gamma`, `ffn_gamma`) and of blocks (layer scale) are part of the weights before them.
     - Position embeddings are resized once per image size.
-    - On CPUs, linears run on oneDNN, with the GELU behind them in the same pass. In float32 PyTorch's own choice is
-      MKL, which takes twice the time on processors of other makers than Intel.
+    - On CPUs, float32 linears run on oneDNN. PyTorch's own choice is MKL, which takes twice the time on processors of
+      other makers than Intel.
 
     Args:
         model: With a `PIIP` inside: `DensePIIP`, `PIIPClassifier` or a network around one. It is set to evaluation mode

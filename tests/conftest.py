@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def _load(folder: str, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"piip_{folder}_{name}", ROOT / folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(ROOT / folder))  # as for a script that is started
     try:
         spec.loader.exec_module(module)

@@ -6,7 +6,9 @@ Examples:
 
 Per case it prints the largest error among outputs, intermediate features ("inter") and gradients ("grad"), relative to
 the largest absolute value of the reference; for integers, labels and mask bits the share that differs. The tolerance in
-its file decides whether a case passes. The last line counts; the exit status is 1 if any case failed.
+its file decides whether a case passes. Inputs that the public code takes and ours refuses on purpose are told as
+"refused as documented", and the rest of their case is compared. The last line counts; the exit status is 1 if any case
+failed.
 """
 
 from __future__ import annotations

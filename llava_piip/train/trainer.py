@@ -12,12 +12,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from llava_piip.data.sampler import ModalityLengthSampler
+from piip_core.errors import ConfigError
 from piip_core.files import write_atomically
 
 from .arguments import PIIPTrainingArguments
@@ -25,7 +27,35 @@ from .checkpointing import FINAL, RunFolder, check_same_processes, run_folder
 from .parts import parameter_groups, trained_parts
 from .saving import ModelSource, base_model, gathered_state, load_tensors, save_trained
 
-__all__ = ["PIIPTrainer"]
+__all__ = ["PIIPTrainer", "check_trainer"]
+
+
+# Methods of transformers' Trainer that are replaced or called below though nothing promises them: there is no public
+# way to the order of the data, to where a checkpoint is written, or to the loading of parts of a model.
+# Seen working with transformers 5.16.1 to 5.24.0
+_REPLACED = (
+    "_get_train_sampler",
+    "_get_output_dir",
+    "_save_checkpoint",
+    "_prepare_for_training",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_scaler",
+)
+
+
+def check_trainer(trainer: type = Trainer) -> None:
+    """Refuses a Trainer that would not call what is replaced here, and so would train or save otherwise.
+
+    Raises:
+        ConfigError: Names what is missing.
+    """
+    missing = [name for name in _REPLACED if not callable(getattr(trainer, name, None))]
+    if missing:
+        raise ConfigError(
+            f"transformers {transformers.__version__}: its Trainer has no {', '.join(missing)}, which training builds "
+            "on; expected 5.16.1 to 5.24.0: pip install 'transformers<=5.24.0'"
+        )
 
 
 class _OrderOfEpochs(TrainerCallback):
@@ -52,6 +82,7 @@ class PIIPTrainer(Trainer):
     args: PIIPTrainingArguments
 
     def __init__(self, *, source: ModelSource | None = None, group_by_modality: bool = False, **kwargs: Any) -> None:
+        check_trainer()
         super().__init__(**kwargs)
         self.add_callback(_OrderOfEpochs())
         self.source, self.group_by_modality = source or ModelSource(), group_by_modality

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from piip_core.errors import UserError
-from piip_core.verification import Check, Comparison, GoldenCase
+from piip_core.verification import Check, GoldenCase
 
 from ..conversation import IMAGE_TAG
 from ..data.images import ImageFolder
@@ -45,21 +45,41 @@ __all__ = [
 ]
 
 
-_PROMPTS: Mapping[str, Benchmark] = {
+# Benchmarks by what recorded runs call them, which may be followed by what is special about the run
+_NAMES = {
     "POPE": POPE,
-    "POPE missing image": POPE,
     "TextVQA": TEXTVQA,
     "GQA": GQA,
     "SEED": SEED,
     "VQAv2": VQAV2,
     "MM-Vet": MM_VET,
     "ScienceQA": SCIENCEQA,
-    "ScienceQA gray image": SCIENCEQA,
     "MMBench": MMBENCH,
-    "MMBench all rounds": replace(MMBENCH, read=partial(read_mmbench, all_rounds=True)),
-    "MMBench CN": MMBENCH_CN,
-    "chunks": VQAV2,
 }
+# What the public programs are for, to name a benchmark by
+_PROGRAMS = {
+    "model_vqa_loader": VQAV2,
+    "model_vqa": MM_VET,
+    "model_vqa_science": SCIENCEQA,
+    "model_vqa_mmbench": MMBENCH,
+}
+_SPECIAL_TOKENS = re.compile(r"</?s>|<unk>")
+
+
+def _benchmark_of(run: Mapping[str, Any]) -> Benchmark:
+    named = [benchmark for name, benchmark in _NAMES.items() if run["benchmark"].startswith(name)]
+    benchmark = named[0] if named else _PROGRAMS[run["program"]]
+    if benchmark is MMBENCH and _option(run, "--lang") == "cn":
+        benchmark = MMBENCH_CN
+    return (
+        replace(benchmark, read=partial(read_mmbench, all_rounds=True)) if _option(run, "--all-rounds") else benchmark
+    )
+
+
+def _option(run: Mapping[str, Any], name: str) -> str | None:
+    """What follows an option on the command line of a recorded run; None if it is not there."""
+    words = run["extra_options"]
+    return [*words, "set"][words.index(name) + 1] if name in words else None
 
 
 def verify_questions(case: GoldenCase) -> Check:
@@ -69,8 +89,7 @@ def verify_questions(case: GoldenCase) -> Check:
     """
     check = Check(case)
     for run in case.info["runs"]:
-        name = run["benchmark"]
-        benchmark = _PROMPTS[name]
+        name, benchmark = run["benchmark"], _benchmark_of(run)
         (content,) = run["files"].values()
         files = {benchmark.questions: content}
         if benchmark is SEED:
@@ -78,35 +97,35 @@ def verify_questions(case: GoldenCase) -> Check:
         with _folder(files) as folder:
             questions = benchmark.read(folder / benchmark.questions)
             preparation = Preparation(benchmark, None, ImageFolder(folder))
+            if _option(run, "--num-chunks"):
+                size = math.ceil(len(questions) / int(_option(run, "--num-chunks")))
+                questions = parts_of(questions, Path(), size)[int(_option(run, "--chunk-idx"))].questions
             if run.get("exception") == "FileNotFoundError":
-                refused = _refused(partial(preparation.image_of, questions[0]))
-                _same(check, f"output.{name}.exception", refused, True)
-        if name == "chunks":
-            questions = parts_of(questions, Path(), math.ceil(len(questions) / 3))[1].questions
-        if "exception" in run:
-            continue  # the recorded run ended before its first prompt
-        for number, (question, call) in enumerate(zip(questions, run["calls"], strict=True)):
+                check.refuses(f"output.{name}.exception", partial(preparation.image_of, questions[len(run["calls"])]))
+        if "exception" not in run:
+            check.same(f"output.{name}.calls", len(questions), len(run["calls"]))
+        for number, (question, call) in enumerate(zip(questions, run["calls"], strict=False)):
             _verify_call(check, f"output.{name}.{number}", preparation, question, call)
-        model_id = run["answers_file"][0]["model_id"]
         # Decoding leaves special tokens out
-        texts = [call["canned_output"].replace("</s>", "").strip() for call in run["calls"]]
-        ours = [record(question, text, model_id) for question, text in zip(questions, texts, strict=True)]
-        _same(check, f"output.{name}.answers", *map(_without_random, (ours, run["answers_file"])))
+        texts = [_SPECIAL_TOKENS.sub("", call["canned_output"]).strip() for call in run["calls"]]
+        asked = zip(questions, texts, run["answers_file"], strict=False)
+        ours = [record(question, text, recorded["model_id"]) for question, text, recorded in asked]
+        check.same(f"output.{name}.answers", *map(_without_random, (ours, run["answers_file"])))
     return check
 
 
 def _verify_call(
     check: Check, name: str, preparation: Preparation, question: Question, call: Mapping[str, Any]
 ) -> None:
-    prompt = prompt_of(question, chat_template="vicuna_v1")
-    _same(check, f"{name}.prompt", prompt, call["prompt"])
-    _same(check, f"{name}.has_image", question.image is not None, call["image_shape"] is not None)
+    prompt = prompt_of(question, chat_template="vicuna_v1")  # of the public evaluation script
+    check.same(f"{name}.prompt", prompt, call["prompt"])
+    check.same(f"{name}.has_image", question.image is not None, call["image_shape"] is not None)
     places = prompt.count(IMAGE_TAG) if question.image is not None else 0
-    _same(check, f"{name}.n_placeholders", places, call["n_placeholders"])
+    check.same(f"{name}.n_placeholders", places, call["n_placeholders"])
     settings = call["generate_kwargs"]
-    _same(check, f"{name}.max_new_tokens", preparation.benchmark.max_new_tokens, settings["max_new_tokens"])
+    check.same(f"{name}.max_new_tokens", preparation.benchmark.max_new_tokens, settings["max_new_tokens"])
     if isinstance(question.image, bytes):
-        _same(check, f"{name}.image_size", [list(preparation.image_of(question).size)], settings["image_sizes"])
+        check.same(f"{name}.image_size", [list(preparation.image_of(question).size)], settings["image_sizes"])
 
 
 def _labels_of(questions: str) -> str:
@@ -128,54 +147,49 @@ def verify_pope(case: GoldenCase) -> Check:
     knows what to do where nothing is positive; what the public script does instead is compared as the public number.
     """
     check = Check(case)
-    _same(check, "output.words", *_pairs((yes_or_no(e["text"]), e["word"]) for e in case.info["text_to_word"]))
+    check.same("output.words", *_pairs((yes_or_no(e["text"]), e["word"]) for e in case.info["text_to_word"]))
     for number, run in enumerate(case.info["runs"]):
         name = f"output.{number}"
-        with _folder(_renamed(run["files"], {"q.jsonl": POPE.questions})) as folder:
-            answers, _ = read_answers(folder / "a.jsonl")
+        with _recorded(run["files"], POPE.labels, POPE.questions) as (folder, file):
+            answers, _ = read_answers(file)
             score = POPE.score(folder / POPE.questions, answers)
             in_order = POPE.score(folder / POPE.questions, sorted(answers, key=lambda answer: answer.id))
         recorded = {key: value for key, value in run["metrics"].items() if key != "average_f1_rounded3"}
         for category, metrics in recorded.items():
             ours = score.details["public"][category]
-            _same(check, f"{name}.{category}", {key: ours[key] for key in metrics}, metrics)
+            check.same(f"{name}.{category}", {key: ours[key] for key in metrics}, metrics)
         if run["exception"] is None:
-            _same(check, f"{name}.summary", [f"POPE: {score.public}"], run["summary_line"])
+            check.same(f"{name}.summary", [f"POPE: {score.public}"], run["summary_line"])
             public = [metrics["F1 score"] for metrics in score.details["public"].values()]
-            _same(check, f"{name}.average", round(sum(public) / len(public), 3), run["metrics"]["average_f1_rounded3"])
-        _same(check, f"{name}.order", score.value, in_order.value)
+            check.same(f"{name}.average", round(sum(public) / len(public), 3), run["metrics"]["average_f1_rounded3"])
+        check.same(f"{name}.order", score.value, in_order.value)
     return check
 
 
 def verify_textvqa(case: GoldenCase) -> Check:
     """Normalised answers, questions found in prompts, worth of answers, and accuracies."""
     check = Check(case)
-    _same(check, "output.normalized", *_pairs((normalized(e["raw"]), e["processed"]) for e in case.info["processor"]))
+    check.same("output.normalized", *_pairs((normalized(e["raw"]), e["processed"]) for e in case.info["processor"]))
     for number, entry in enumerate(case.info["prompt_to_question"]):
         name = f"output.question.{number}"
         if "exception" in entry:
-            _same(check, name, _refused(partial(question_of_prompt, entry["prompt"])), True)
+            check.refuses(name, partial(question_of_prompt, entry["prompt"]))
         else:
-            _same(check, name, question_of_prompt(entry["prompt"]), entry["question"])
+            check.same(name, question_of_prompt(entry["prompt"]), entry["question"])
     for number, item in enumerate(case.info["items"]):
         worth = answer_scores(item["answers"])
         recorded = item["unique_answer_scores"]
-        _same(check, f"output.item.{number}", _rounded(worth), _rounded(recorded))
+        check.same(f"output.item.{number}", _rounded(worth), _rounded(recorded))
         score = worth.get(normalized(item["prediction"]), 0.0)
-        _same(check, f"output.item.{number}.score", round(score, 9), round(item["score"], 9))
+        check.same(f"output.item.{number}.score", round(score, 9), round(item["score"], 9))
     for number, run in enumerate(case.info["runs"]):
-        with _folder(run["files"]) as folder:
-            answers, _ = read_answers(folder / "r.jsonl")
+        with _recorded(run["files"], TEXTVQA.labels) as (folder, file):
+            answers, _ = read_answers(file)
+            score = partial(TEXTVQA.score, folder / TEXTVQA.questions, answers)
             if run["exception"] is None:
-                _same(
-                    check,
-                    f"output.{number}",
-                    TEXTVQA.score(folder / TEXTVQA.questions, answers).lines,
-                    run["stdout"][1:],
-                )
+                check.same(f"output.{number}", score().lines, run["stdout"][1:])
             else:
-                refused = _refused(partial(TEXTVQA.score, folder / TEXTVQA.questions, answers))
-                _same(check, f"output.{number}.exception", refused, True)
+                check.refuses(f"output.{number}.exception", score)
     return check
 
 
@@ -184,20 +198,20 @@ def verify_scienceqa(case: GoldenCase) -> Check:
     check = Check(case)
     for number, run in enumerate(case.info["runs"]):
         name = f"output.{number}"
-        with _folder(run["files"]) as folder:
-            answers, _ = read_answers(folder / "a.jsonl")
+        with _recorded(run["files"]) as (folder, file):
+            answers, _ = read_answers(file)
             found = verdicts(folder / SCIENCEQA.questions, answers)
             score = SCIENCEQA.score(folder / SCIENCEQA.questions, answers)
             result = _exported(SCIENCEQA, folder, answers)
         if run["exception"] is not None:
-            _same(check, f"{name}.exception", score.value, None)
+            check.same(f"{name}.exception", score.value, None)
             continue
         items = {key: {k: v for k, v in entry.items() if k != "index"} for key, entry in found.items()}
         for key, recorded in run["per_item"].items():
-            _same(check, f"{name}.{key}", items[key], recorded)
-        _same(check, f"{name}.count", len(items), len(run["per_item"]))
-        _same(check, f"{name}.stdout", score.lines[:1], run["stdout"])
-        _same(check, f"{name}.file", json.loads(result), run["result_file"])
+            check.same(f"{name}.{key}", items[key], recorded)
+        check.same(f"{name}.count", len(items), len(run["per_item"]))
+        check.same(f"{name}.stdout", score.lines[:1], run["stdout"])
+        check.same(f"{name}.file", json.loads(result), run["result_file"])
     return check
 
 
@@ -207,24 +221,24 @@ def verify_gqa(case: GoldenCase) -> Check:
     unknown = {"Validity: 0.00%", "Plausibility: 0.00%"}
     for number, run in enumerate(case.info["runs"]):
         name = f"output.{number}"
-        with _folder(_renamed(run["files"], {"testdev_balanced_questions.json": GQA.labels[0]})) as folder:
-            answers, _ = read_answers(folder / "answers.jsonl")
+        with _recorded(run["files"], GQA.labels, GQA.labels[0]) as (folder, file):
+            answers, _ = read_answers(file)
             found = gqa_verdicts(folder / GQA.questions, answers)
             score = GQA.score(folder / GQA.questions, answers)
             written = json.loads(_exported(GQA, folder, answers))
-        _same(check, f"{name}.converted", written, run["converted"])
-        _same(check, f"{name}.predictions", predictions(answers), run["converted"])
-        _same(check, f"{name}.per_item", found, run["per_item"])
+        check.same(f"{name}.converted", written, run["converted"])
+        check.same(f"{name}.predictions", predictions(answers), run["converted"])
+        check.same(f"{name}.per_item", found, run["per_item"])
         if run["exception"] is None:
             titles = [line for line in score.lines if not line.startswith("  ")]
-            _same(check, f"{name}.metrics", titles, [line for line in run["stdout_metrics"] if line not in unknown])
+            check.same(f"{name}.metrics", titles, [line for line in run["stdout_metrics"] if line not in unknown])
             details = [line for line in score.lines if line.startswith("  ")]
-            _same(check, f"{name}.details", details, run["stdout_details"])
-            _same(check, f"{name}.summary", [f"GQA: {score.value:.1f}"], run["summary_line"])
+            check.same(f"{name}.details", details, run["stdout_details"])
+            check.same(f"{name}.summary", [f"GQA: {score.value:.1f}"], run["summary_line"])
         else:
             asked = [Question(name, "") for name in found]
             blank = [replace(answer, prompt="") for answer in answers]
-            _same(check, f"{name}.exception", _refused(partial(check_complete, asked, blank, "")), True)
+            check.refuses(f"{name}.exception", partial(check_complete, asked, blank, ""))
     return check
 
 
@@ -232,18 +246,18 @@ def verify_seed(case: GoldenCase) -> Check:
     """Accuracies and the file for the leaderboard; where the public script stops on the way, ours goes on."""
     check = Check(case)
     for number, run in enumerate(case.info["runs"]):
-        with _folder(run["files"]) as folder:
-            answers, _ = read_answers(folder / "a.jsonl")
+        with _recorded(run["files"], SEED.labels, SEED.labels[0]) as (folder, file):
+            answers, _ = read_answers(file)
             score = SEED.score(folder / SEED.questions, answers)
             lines = _exported(SEED, folder, answers).splitlines()
         recorded = run["stdout"]
         if run["exception"] is None:
-            _same(check, f"output.{number}", score.lines, recorded)
-            _same(check, f"output.{number}.upload", [json.loads(line) for line in lines], run["upload"])
+            check.same(f"output.{number}", score.lines, recorded)
+            check.same(f"output.{number}.upload", [json.loads(line) for line in lines], run["upload"])
         else:
-            _same(check, f"output.{number}", score.lines[: len(recorded)], recorded)
+            check.same(f"output.{number}", score.lines[: len(recorded)], recorded)
             before = run.get("upload") or []
-            _same(check, f"output.{number}.upload", [json.loads(line) for line in lines][: len(before)], before)
+            check.same(f"output.{number}.upload", [json.loads(line) for line in lines][: len(before)], before)
     return check
 
 
@@ -253,35 +267,34 @@ def verify_mmbench(case: GoldenCase) -> Check:
 
     check = Check(case)
     for number, run in enumerate(case.info["runs"]):
-        with _folder(_renamed(run["files"], {"ann.tsv": MMBENCH.questions})) as folder:
-            answers, _ = read_answers(folder / "res" / "exp.jsonl")
+        with _recorded(run["files"], (), MMBENCH.questions) as (folder, file):
+            answers, _ = read_answers(file)
             sheet = load_workbook(BytesIO(_exported(MMBENCH, folder, answers))).active
-        _same(check, f"output.{number}", [list(row) for row in sheet.iter_rows(values_only=True)], run["table"])
+        check.same(f"output.{number}", [list(row) for row in sheet.iter_rows(values_only=True)], run["table"])
     return check
 
 
 def verify_mmvet(case: GoldenCase) -> Check:
     """The file for the grader, byte by byte."""
     check = Check(case)
-    with _folder(case.info["files"]) as folder:
-        answers, _ = read_answers(folder / "a.jsonl")
+    with _recorded(case.info["files"]) as (folder, file):
+        answers, _ = read_answers(file)
         written = _exported(MM_VET, folder, answers).decode()
-    _same(check, "output.file", written, case.info["output_text"])
-    _same(check, "output.content", json.loads(written), case.info["output"])
+    check.same("output.file", written, case.info["output_text"])
+    check.same("output.content", json.loads(written), case.info["output"])
     return check
 
 
 def verify_vqav2(case: GoldenCase) -> Check:
     """The file for the server."""
     check = Check(case)
-    questions, merged = case.info["files"]
-    with _folder(case.info["files"]) as folder:
-        answers, broken = read_answers(folder / merged, skip_broken=True)
-        written = _exported(VQAV2, (folder / questions).parent, answers)
+    with _recorded(case.info["files"], (), VQAV2.labels[0]) as (folder, file):
+        answers, broken = read_answers(file, skip_broken=True)
+        written = _exported(VQAV2, folder, answers)
         total = len(json.loads(written))
-    _same(check, "output.file", json.loads(written), case.info["output"])
+    check.same("output.file", json.loads(written), case.info["output"])
     counted = f"total results: {len(last_answers(answers))}, total split: {total}, error_line: {broken}"
-    _same(check, "output.stdout", [counted], case.info["stdout"])
+    check.same("output.stdout", [counted], case.info["stdout"])
     return check
 
 
@@ -296,8 +309,23 @@ def _folder(files: Mapping[str, str]) -> Iterator[Path]:
         yield Path(name)
 
 
-def _renamed(files: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
-    return {names.get(name, name): content for name, content in files.items()}
+@contextmanager
+def _recorded(files: Mapping[str, str], known: Sequence[str] = (), other: str = "") -> Iterator[tuple[Path, Path]]:
+    """A temporary folder with the files of a run, and the file of answers among them, which may have none.
+
+    Args:
+        files: Contents by name.
+        known: Names that stay.
+        other: Our name for a file that is neither known nor has answers; empty if all such names stay.
+    """
+    file = next(
+        name
+        for name, content in files.items()
+        if name.endswith(".jsonl") and ("answer_id" in content or not content.strip())
+    )
+    names = {name: other for name in files if other and name not in (file, *known)}
+    with _folder({names.get(name, name): content for name, content in files.items()}) as folder:
+        yield folder, folder / file
 
 
 def _exported(benchmark: Benchmark, folder: Path, answers: Sequence[Answer]) -> bytes:
@@ -313,26 +341,3 @@ def _pairs(pairs: Any) -> tuple[list[Any], list[Any]]:
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
     return {key: round(value, 9) for key, value in values.items()}
-
-
-def _refused(call: Any) -> bool:
-    try:
-        call()
-    except UserError:
-        return True
-    return False
-
-
-def _same(check: Check, name: str, ours: Any, recorded: Any) -> None:
-    """Compares values of any kind, and says where lists and texts begin to differ."""
-    detail = "" if ours == recorded else _difference(ours, recorded)
-    check.comparisons.append(Comparison(name, float(bool(detail)), not detail, detail))
-
-
-def _difference(ours: Any, recorded: Any) -> str:
-    if isinstance(ours, list) and isinstance(recorded, list):
-        for number, (one, other) in enumerate(zip(ours, recorded, strict=False)):
-            if one != other:
-                return f"entry {number} is {one!r}, recorded {other!r}"
-        return f"{len(ours)} entries, recorded {len(recorded)}"
-    return f"is {ours!r}, recorded {recorded!r}"

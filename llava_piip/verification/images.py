@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from piip_core.errors import NotSupportedYet
 from piip_core.verification import Check, Comparison, GoldenCase
 
 from ..image_processing import ImageError, PIIPImageProcessor, rgb_image
 
 __all__ = ["verify_image_modes", "verify_preprocess"]
 
-_PATH = re.compile(r"(train_pad|train_nopad|eval_no_convert_pad)_(\d+)")
+_PATH = re.compile(r"(\w+_(?:no)?pad)_(\d+)")  # a way, such as train_pad, and the size of the result
 
 
 def verify_preprocess(case: GoldenCase) -> Check:
@@ -45,7 +46,7 @@ def verify_image_modes(case: GoldenCase) -> Check:
     check = Check(case)
     for picture in case.info["cases"]:
         name, data = picture["case"], base64.b64decode(picture["file_base64"])
-        skipped = case.info["skip_equality"].get(name, [])
+        skipped = case.info.get("skip_equality", {}).get(name, [])
         _check_file(check, name, data, picture["file"])
         _check_rgb(check, name, data, picture["rgb_sha256"], skip="all" in skipped)
         for path in sorted(set(picture) - {"case", "file_base64", "file", "rgb_sha256"}):
@@ -60,46 +61,49 @@ def _check_file(check: Check, name: str, data: bytes, recorded: Mapping[str, Any
         ours = {"mode": image.mode, "size_wh": list(image.size), "format": image.format}
     except Image.UnidentifiedImageError:
         ours = {"exception": "UnidentifiedImageError"}
-    _same(check, f"{name}.file", [ours[key] == recorded.get(key) for key in ours])
+    check.same(f"{name}.file", ours, {key: recorded.get(key) for key in ours})
 
 
 def _check_rgb(check: Check, name: str, data: bytes, recorded: Mapping[str, str], *, skip: bool) -> None:
     try:
         pixels = np.asarray(rgb_image(Image.open(io.BytesIO(data))))
     except (ImageError, Image.UnidentifiedImageError):
-        _same(check, f"{name}.rgb", ["exception" in recorded])
+        check.same(f"{name}.rgb", True, "exception" in recorded)
         return
-    _same(check, f"{name}.rgb", [pixels.ndim == 3, "sha" in recorded])
+    check.same(f"{name}.rgb", [pixels.ndim, "sha" in recorded], [3, True])
     if not skip and _same_library(check):
-        _same(check, f"{name}.rgb_sha256", [hashlib.sha256(pixels.tobytes()).hexdigest() == recorded["sha"]])
+        check.same(f"{name}.rgb_sha256", hashlib.sha256(pixels.tobytes()).hexdigest(), recorded["sha"])
 
 
 def _check_path(check: Check, name: str, data: bytes, path: str, picture: Mapping[str, Any], *, skip: bool) -> None:
-    kind, size = _PATH.fullmatch(path).groups()
+    if not (match := _PATH.fullmatch(path)):
+        raise NotSupportedYet(f"way of preparing images {path!r}")
+    kind, size = match.groups()
     recorded = picture[path]
+    converts = "no_convert" not in kind
     processor = PIIPImageProcessor(
-        size=int(size), pad_to_square=kind != "train_nopad", convert_before_padding=kind != "eval_no_convert_pad"
+        size=int(size), pad_to_square=not kind.endswith("_nopad"), convert_before_padding=converts
     )
     try:
         pixels = processor(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"][0]
     except (ImageError, Image.UnidentifiedImageError):
-        _same(check, name, ["exception" in picture["rgb_sha256"], "exception" in recorded])
+        check.same(name, [True, True], ["exception" in found for found in (picture["rgb_sha256"], recorded)])
         return
-    if "exception" in recorded and kind == "eval_no_convert_pad":
-        recorded = picture[f"train_pad_{size}"]  # public: no padding colour for gray pictures
+    if "exception" in recorded and not converts:
+        recorded = picture.get(f"train_pad_{size}", recorded)  # public: no padding colour for gray pictures
     if skip or "exception" in recorded:
-        _same(check, name, [tuple(pixels.shape) == (3, int(size), int(size)), bool(pixels.isfinite().all())])
+        check.same(name, [*pixels.shape, bool(pixels.isfinite().all())], [3, int(size), int(size), True])
         return
     _compare(check, name, pixels, recorded)
     if _same_library(check):
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
         levels = ((pixels * std + mean) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-        _same(check, f"{name}.uint8", [hashlib.sha256(levels.tobytes()).hexdigest() == recorded["uint8_sha256"]])
+        check.same(f"{name}.uint8", hashlib.sha256(levels.tobytes()).hexdigest(), recorded["uint8_sha256"])
 
 
 def _compare(check: Check, name: str, pixels: Tensor, recorded: Mapping[str, Any]) -> None:
     tolerance = check.case.info["tolerance"]
-    _same(check, f"{name}.shape", [list(pixels.shape) == recorded["shape"]])
+    check.same(f"{name}.shape", list(pixels.shape), recorded["shape"])
     y, x = torch.tensor(recorded["points_yx"]).unbind(1)
     _near(check, f"{name}.values", pixels[:, y, x].T, recorded["values"], tolerance["atol_values"])
     atol = tolerance["atol_mean"]
@@ -115,10 +119,6 @@ def _near(check: Check, name: str, ours: Tensor, recorded: Any, atol: float) -> 
     difference = (ours.double() - reference).abs().max().item() if passed else math.inf
     detail = "" if passed else f"shape {tuple(ours.shape)}, expected {tuple(reference.shape)}"
     check.comparisons.append(Comparison(name, difference, difference <= atol, detail))
-
-
-def _same(check: Check, name: str, facts: list[bool]) -> None:
-    check.comparisons.append(Comparison(name, float(not all(facts)), all(facts)))
 
 
 def _same_library(check: Check) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +16,20 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from piip_core.checkpoints import read_checkpoint
 from piip_core.checkpoints.lazy import LazyState
-from piip_core.errors import UserError
 from piip_core.verification import Check, GoldenCase
+from piip_core.verification.losses import check_gradients
 
 from ..checkpoints import LlavaNames, convert_folder, load_published_projector
 from ..checkpoints.names import OUR_PROJECTOR
 from ..configuration import PIIPLlavaConfig
-from ..conversation import IGNORE_INDEX, messages_from_llava
+from ..conversation import IGNORE_INDEX, IMAGE_TAG, EncodedConversation, messages_from_llava
 from ..modeling import PIIPLlavaForConditionalGeneration
 from ..processing import PIIPLlavaProcessor
+from .text import PUBLIC_IMAGE_ID, refused_conversation, refused_labels
 
 __all__ = ["verify_complete_model", "verify_splicing"]
-
-PLACEHOLDER = -200
 
 
 def verify_complete_model(case: GoldenCase) -> Check:
@@ -35,78 +39,83 @@ def verify_complete_model(case: GoldenCase) -> Check:
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / "model"
         (vision_config,) = folder.glob("*.py")
-        done = convert_folder(folder, target, vision_config=vision_config, clip_configs=case.info["clip_configs"])
-        used = len(done.report.used) + len(done.report.ignored)
-        check.equal("number of tensors", torch.tensor(used), torch.tensor(case.info["n_tensors"]))
+        done = convert_folder(folder, target, vision_config=vision_config, clip_configs=case.info.get("clip_configs"))
+        check.same("number of tensors", len(done.report.used) + len(done.report.ignored), case.info["n_tensors"])
         model = PIIPLlavaForConditionalGeneration.from_pretrained(target, dtype=torch.float32).eval()
         processor = PIIPLlavaProcessor.from_pretrained(target)
-    given = case.below("input.")
-    rows = _expanded_rows(given["input_ids"].long(), given["attention_mask"].bool(), processor)
-    _check_prompts(check, processor, rows)
-
-    labels = [processor.encode_conversation(messages, has_images=tagged).labels for messages, tagged in _messages(case)]
-    ids, mask = _padded(rows, 0), _padded([[1] * len(row) for row in rows], 0)
-    padded_labels = _padded(labels, IGNORE_INDEX)
-    check.equal("output.attention_mask", mask)
-    check.equal("output.labels", padded_labels)
-    # The recorded run gives the text-only row a black image that goes nowhere
-    features = model.get_image_features(given["pixel_values"])
-    check.close("output.image_tokens", features.last_hidden_state)
-    output = model(input_ids=ids, attention_mask=mask, pixel_values=given["pixel_values"][:1], labels=padded_labels)
-    valid = mask.bool()
+    given, public = case.below("input."), json.loads((folder / "config.json").read_text())
+    pixels = given["pixel_values"]
+    batch = _Batch.of(given, range(len(pixels)), processor.image_seq_length, processor.image_token_id)
+    for i, turns in enumerate(case.info["conversations"]):
+        _check_conversation(check, processor, i, turns, batch)
+    check.close("output.image_tokens", model.get_image_features(pixels).last_hidden_state)
+    inputs = batch.padded(public.get("tokenizer_padding_side", "right"))
+    check.equal("output.attention_mask", inputs["attention_mask"])
+    check.equal("output.labels", inputs["labels"])
+    # Images of rows without a placeholder go nowhere in the recorded run, and are not given to ours
+    output = model(**inputs, pixel_values=pixels[batch.used] if batch.used else None)
+    valid = inputs["attention_mask"].bool()
     check.close("output.logits", output.logits[valid], case.tensors["output.logits"][valid])
     check.close("loss", output.loss.reshape(1), torch.tensor([case.info["loss"]]))
     output.loss.backward()
-    _check_gradients(check, model)
-    _check_generation(check, model, processor)
-    _check_first_stage(check, model)
+    vision, norm = model.config.vision_config.piip, model.config.projector_norm
+    names = LlavaNames.of_published(read_checkpoint(folder).state.shapes(), vision, norm)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    check_gradients(check, names.to_published(LazyState.of(gradients), source=case.name)[0])
+    _check_generation(check, model, processor, batch)
+    if "stage1_file" in case.info:
+        _check_first_stage(check, model)
     return check
 
 
-def _messages(case: GoldenCase) -> list[tuple[list[dict[str, str]], bool]]:
-    """Messages of each recorded conversation, and whether it has an image."""
-    tagged = [any("<image>" in turn["value"] for turn in turns) for turns in case.info["conversations"]]
-    return [
-        (messages_from_llava(turns, has_image=image), image)
-        for turns, image in zip(case.info["conversations"], tagged, strict=True)
-    ]
+def _check_conversation(
+    check: Check, processor: PIIPLlavaProcessor, row: int, turns: Sequence[Mapping[str, str]], batch: _Batch
+) -> None:
+    """Ids and labels of one row, out of its conversation."""
+    tagged = any(IMAGE_TAG in turn["value"] for turn in turns)
+
+    def encode() -> EncodedConversation:
+        return processor.encode_conversation(messages_from_llava(turns, has_image=tagged), has_images=tagged)
+
+    nothing = refused_labels(batch.labels[row])
+    encoded = check.attempt(f"conversation.{row}", encode, refused_conversation(turns) or nothing)
+    if encoded is not None:
+        check.same(f"input_ids.{row}", encoded.input_ids, batch.ids[row])
+        if not nothing:  # where the public code miscounts the tokens of a sample, it learns nothing from it
+            check.same(f"labels.{row}", encoded.labels, batch.labels[row])
 
 
-def _check_prompts(check: Check, processor: PIIPLlavaProcessor, rows: list[list[int]]) -> None:
-    for i, (messages, tagged) in enumerate(_messages(check.case)):
-        ours = processor.encode_conversation(messages, has_images=tagged).input_ids
-        check.equal(f"input_ids.{i}", torch.tensor(ours), torch.tensor(rows[i]))
-
-
-def _check_gradients(check: Check, model: PIIPLlavaForConditionalGeneration) -> None:
-    vision = model.config.vision_config.piip
-    names = LlavaNames(vision, ("clip",) * len(vision.branches))
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    published = names.to_published(LazyState.of(gradients), source=check.case.name)[0]
-    for name in check.case.results:
-        if name.startswith("grad."):
-            check.close(name, published[name.removeprefix("grad.")])
-
-
-def _check_generation(check: Check, model: PIIPLlavaForConditionalGeneration, processor: PIIPLlavaProcessor) -> None:
-    recorded = check.case.tensors["gen.output_ids"][:, 1:]  # without bos, which the pinned library puts in front
-    ids = check.case.tensors["gen.input_ids"].long()
-    rows = _expanded_rows(ids, torch.ones_like(ids, dtype=torch.bool), processor)
-    prompt = processor.encode_prompt(check.case.info["generation_prompt"], 1)
-    check.equal("gen.input_ids", torch.tensor(prompt), torch.tensor(rows[0]))
-    ids = torch.tensor(rows)
-    new = _generate(
-        model, ids, None, {"pixel_values": check.case.below("input.")["pixel_values"][:1]}, recorded.shape[1]
+def _check_generation(
+    check: Check, model: PIIPLlavaForConditionalGeneration, processor: PIIPLlavaProcessor, batch: _Batch
+) -> None:
+    """Greedy decoding after the recorded prompt, which is how a row with as many images begins."""
+    case, text = check.case, check.case.info["generation_prompt"]
+    count = text.count(IMAGE_TAG)
+    prompt = processor.encode_prompt(text, count)
+    recorded = _Batch.of(
+        {"input_ids": case.tensors["gen.input_ids"]}, range(count), processor.image_seq_length, processor.image_token_id
     )
-    check.equal("gen.output_ids", new, recorded)
+    check.same("gen.input_ids", [prompt], recorded.ids)
+    rows = [*zip(batch.ids, batch.images, strict=True), ([], batch.used)]  # or else the first images of all
+    _, alike = max((row for row in rows if len(row[1]) >= count), key=lambda row: _common_start(row[0], prompt))
+    used = alike[:count]
+    images = {"pixel_values": case.below("input.")["pixel_values"][used]} if used else {}
+    expected = case.tensors["gen.output_ids"][:, 1:]  # without bos, which the pinned library puts in front
+    check.equal("gen.output_ids", _generate(model, recorded.padded("left"), images, expected.shape[1]), expected)
+
+
+def _common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of ids that two rows begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _check_first_stage(check: Check, model: PIIPLlavaForConditionalGeneration) -> None:
     """The file of the first stage has the projectors that the whole checkpoint has."""
-    path = check.case.path.parent / check.case.info["stage1_file"]["path"]
-    found = load_published_projector(path, num_branches=2)
+    recorded = check.case.info["stage1_file"]
+    count = len(model.config.vision_config.piip.branches)
+    found = load_published_projector(check.case.path.parent / recorded["path"], count, model.config.projector_norm)
     state = model.state_dict()
-    check.equal("stage1.count", torch.tensor(len(found)), torch.tensor(len(check.case.info["stage1_file"]["keys"])))
+    check.same("stage1.count", len(found), len(recorded["keys"]))
     for name, tensor in found.items():
         check.equal(f"stage1.{name}", tensor.float(), state[OUR_PROJECTOR + name])
 
@@ -126,144 +135,170 @@ def verify_splicing(case: GoldenCase) -> Check:
     return check
 
 
-class _RecordedLength(PIIPLlavaConfig):
-    """The case has five visual tokens per image, which no square grid has."""
-
-    image_seq_length = 5
-
-
 def _decoder(case: GoldenCase) -> PIIPLlavaForConditionalGeneration:
     """A model of ours around the recorded decoder; its tower is never run, since the visual tokens are given."""
     text = LlamaConfig(**case.config)
     decoder = LlamaForCausalLM(text)
     decoder.load_state_dict(case.below("state."))
+
+    class Config(PIIPLlavaConfig):
+        """A case may have as many visual tokens per image as no square grid has."""
+
+        image_seq_length = case.tensors["image_features"].shape[1]
+
     with torch.device("meta"):
-        config = _RecordedLength(text_config=text, image_token_index=text.vocab_size, projector_norm="none")
+        config = Config(text_config=text, image_token_index=text.vocab_size, projector_norm="none")
         model = PIIPLlavaForConditionalGeneration(config)
     model.model.language_model, model.lm_head = decoder.model, decoder.lm_head
+    model.generation_config = GenerationConfig.from_model_config(text)
     return model.eval()
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Inputs of a recorded case in our form, before padding."""
+    """Rows of a recorded call in our form, without padding: an image is as many ids as it has visual tokens.
+
+    Attributes:
+        images: Index of the image at each placeholder of a row, as the public code deals them out.
+    """
 
     ids: list[list[int]]
     labels: list[list[int]]
-    features: Tensor
-    enough: bool
+    images: list[list[int]]
 
     @classmethod
-    def of(cls, case: GoldenCase, name: str, image_indices: list[int] | None, image_token_id: int) -> _Batch:
-        tensors = case.below(f"{name}.")
-        features = case.tensors["image_features"].float()
+    def of(cls, tensors: Mapping[str, Tensor], given: Sequence[int], length: int, image_token_id: int) -> _Batch:
+        """From `input_ids`, and `attention_mask` and `labels` where recorded.
+
+        A row without a placeholder takes an image all the same, and where images run out the last one is taken again.
+        """
         ids = tensors["input_ids"].long()
         mask = tensors.get("attention_mask", torch.ones_like(ids)).bool()
         labels = tensors.get("labels", torch.full_like(ids, IGNORE_INDEX)).long()
-        images = [0, 1] if image_indices is None else image_indices
-        given, used, last = iter(images), [], None
-        rows, row_labels = [], []
-        for row, keep, own in zip(ids, mask, labels, strict=True):
-            places = int((row[keep] == PLACEHOLDER).sum())
-            for taken in range(max(places, 1)):  # a row without a place takes an image all the same
-                last = next(given, last)  # the recorded code takes the last one again
-                used += [last] if taken < places else []
-            rows.append(_expand(row[keep].tolist(), row[keep].tolist(), features.shape[1], image_token_id))
-            row_labels.append(_expand(row[keep].tolist(), own[keep].tolist(), features.shape[1], IGNORE_INDEX))
-        return cls(rows, row_labels, features[used], len(used) <= len(images))
+        left, last = iter(given), None
+        rows, row_labels, images = [], [], []
+        for row, own, keep in zip(ids, labels, mask, strict=True):
+            kept = row[keep].tolist()
+            places = kept.count(PUBLIC_IMAGE_ID)
+            taken = [last := next(left, last) for _ in range(max(places, 1))]
+            images.append(taken[:places])
+            rows.append(_expand(kept, kept, length, image_token_id))
+            row_labels.append(_expand(kept, own[keep].tolist(), length, IGNORE_INDEX))
+        return cls(rows, row_labels, images)
+
+    @property
+    def used(self) -> list[int]:
+        """Index of the image at every placeholder, row by row."""
+        return list(chain.from_iterable(self.images))
+
+    def padded(self, side: str) -> dict[str, Tensor]:
+        """Inputs of the model."""
+        mask = [[1] * len(row) for row in self.ids]
+        values = {"input_ids": (self.ids, 0), "attention_mask": (mask, 0), "labels": (self.labels, IGNORE_INDEX)}
+        return {name: _padded(rows, value, side) for name, (rows, value) in values.items()}
+
+    def cut(self, limit: int | None) -> _Batch:
+        """The first `limit` ids of every row."""
+        return _Batch([row[:limit] for row in self.ids], [row[:limit] for row in self.labels], self.images)
 
 
 def _expand(ids: list[int], values: list[int], length: int, fill: int) -> list[int]:
     """`values`, with `length` times `fill` in each place of an image."""
     pairs = zip(ids, values, strict=True)
-    return [v for token, value in pairs for v in ([fill] * length if token == PLACEHOLDER else [value])]
+    return [v for token, value in pairs for v in ([fill] * length if token == PUBLIC_IMAGE_ID else [value])]
 
 
-def _expanded_rows(ids: Tensor, mask: Tensor, processor: PIIPLlavaProcessor) -> list[list[int]]:
-    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    return [_expand(row, row, processor.image_seq_length, processor.image_token_id) for row in rows]
-
-
-def _padded(rows: list[list[Any]], value: int, side: str = "right") -> Tensor:
+def _padded(rows: list[list[Any]], value: int, side: str) -> Tensor:
     longest = max(map(len, rows))
     fill = [[value] * (longest - len(row)) for row in rows]
     return torch.tensor([row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)])
 
 
-def _encoded(features: Tensor) -> dict[str, BaseModelOutputWithPooling]:
-    return {"image": BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tuple(features))}
+def _encoded(features: Tensor) -> dict[str, Any]:
+    """Keywords that give the model visual tokens (images, tokens, width) in place of pixels."""
+    if not len(features):
+        return {}
+    encoded = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=tuple(features))
+    return {"mm_encoder_outputs": {"image": encoded}}
 
 
 @torch.no_grad()
 def _check_splicing_case(check: Check, model: PIIPLlavaForConditionalGeneration, info: dict[str, Any]) -> None:
     case, name, side = check.case, f"case.{info['case']}", info["padding_side"]
-    batch = _Batch.of(case, name, info["image_indices"], model.config.image_token_id)
-    limit = info["tokenizer_model_max_length"]
-    ids, labels = _padded(batch.ids, 0, side), _padded(batch.labels, IGNORE_INDEX, side)
-    mask = _padded([[1] * len(row) for row in batch.ids], 0, side)
-    if not batch.enough:
-        unique = torch.unique(batch.features, dim=0)
-        _check_refused(check, f"{name}.refused", model, input_ids=ids, mm_encoder_outputs=_encoded(unique))
-    embeds = model.model._embed(ids, batch.features if len(batch.features) else None)
-    if limit is not None:
-        cut = [row[:limit] for row in batch.ids]
-        refused = _padded(cut, 0, side)
-        _check_refused(check, f"{name}.refused", model, input_ids=refused, mm_encoder_outputs=_encoded(batch.features))
-        rows = [row[keep.bool()][:limit] for row, keep in zip(embeds, mask, strict=True)]
-        mask = _padded([[1] * len(row) for row in cut], 0, side)
-        labels = _padded([row[:limit] for row in batch.labels], IGNORE_INDEX, side)
-        embeds = torch.zeros(*mask.shape, embeds.shape[-1])
-        for target, keep, row in zip(embeds, mask.bool(), rows, strict=True):
-            target[keep] = row
-        output = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
-    else:
-        encoded = _encoded(batch.features) if len(batch.features) else None
-        output = model(input_ids=ids, attention_mask=mask, labels=labels, mm_encoder_outputs=encoded)
+    batch, given, features = _recorded(check, model, name, info)
+    kept = batch.cut(info["tokenizer_model_max_length"])
+    inputs = kept.padded(side)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    image = model.config.image_token_id
+    if len(batch.used) > len(given):
+        call = partial(model, **batch.padded(side), **_encoded(features[given]))
+        check.refuses(f"{name}.refused", call, "more placeholders than images")
+    if int((ids == image).sum()) < sum(row.count(image) for row in batch.ids):
+        check.refuses(f"{name}.refused", partial(model, **inputs, **_encoded(features[batch.used])), "an image is cut")
+    if info["position_ids_given"]:
+        inputs["position_ids"] = (mask.cumsum(1) - 1) * mask
+        check.equal(f"{name}.position_ids_out", inputs["position_ids"])
+    uncut = batch.padded(side)
+    output, embeds = _run(model, **uncut | (inputs if kept.ids == batch.ids else {}), **_encoded(features[batch.used]))
+    if kept.ids != batch.ids:
+        rows = embeds[uncut["attention_mask"].bool()].split([len(row) for row in batch.ids])
+        embeds = embeds.new_zeros(*mask.shape, embeds.shape[-1])
+        embeds[mask.bool()] = torch.cat([row[: len(cut)] for row, cut in zip(rows, kept.ids, strict=True)])
+        output = model(**{key: value for key, value in inputs.items() if key != "input_ids"}, inputs_embeds=embeds)
     valid = mask.bool()
     check.close(f"{name}.inputs_embeds", embeds[valid], case.tensors[f"{name}.inputs_embeds"].float()[valid])
     check.close(f"{name}.logits", output.logits[valid], case.tensors[f"{name}.logits"][valid])
     if info["attention_mask_given"]:
         check.equal(f"{name}.attention_mask_out", mask)
     if info["labels_given"]:
-        check.equal(f"{name}.labels_out", labels)
+        check.equal(f"{name}.labels_out", inputs["labels"])
         check.close(f"{name}.loss", output.loss.reshape(1), torch.tensor([info["loss"]]))
-    if info["position_ids_given"]:
-        check.equal(f"{name}.position_ids_out", (mask.cumsum(1) - 1).clamp(min=0))
 
 
-def _check_refused(check: Check, name: str, model: PIIPLlavaForConditionalGeneration, **inputs: Any) -> None:
+def _recorded(
+    check: Check, model: PIIPLlavaForConditionalGeneration, name: str, info: Mapping[str, Any]
+) -> tuple[_Batch, list[int], Tensor]:
+    """The rows of a call, the indices of the images that it was given, and the visual tokens of all images."""
+    tensors, features = check.case.below(f"{name}."), check.case.tensors["image_features"].float()
+    # No indices: a list of images, one entry for each row
+    given = list(range(len(tensors["input_ids"]))) if info["image_indices"] is None else info["image_indices"]
+    batch = _Batch.of(tensors, given, features.shape[1], model.config.image_token_id)
+    return batch, given, features
+
+
+def _run(model: PIIPLlavaForConditionalGeneration, **inputs: Any) -> tuple[Any, Tensor]:
+    """The output, and the embeddings that the decoder was given."""
+    seen: list[Tensor] = []
+    decoder = model.model.language_model
+    hook = decoder.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["inputs_embeds"]), with_kwargs=True
+    )
     try:
-        model(**inputs)
-    except UserError:
-        refused = True
-    else:
-        refused = False
-    check.equal(name, torch.tensor([refused]), torch.tensor([True]))
+        return model(**inputs), seen[0]
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
 def _check_splicing_generation(check: Check, model: PIIPLlavaForConditionalGeneration, info: dict[str, Any]) -> None:
-    case, name = check.case, f"gen.{info['case']}"
-    batch = _Batch.of(case, name, info["image_indices"] or [], model.config.image_token_id)
-    ids = _padded(batch.ids, 0, info["padding_side"])
-    mask = _padded([[1] * len(row) for row in batch.ids], 0, info["padding_side"])
-    images = {"mm_encoder_outputs": _encoded(batch.features)} if len(batch.features) else {}
-    recorded = case.tensors[f"{name}.output_ids"][:, 1:]  # without bos, which the pinned library puts in front
-    new = _generate(model, ids, mask, images, info["max_new_tokens"], info["eos_token_id"])
+    name = f"gen.{info['case']}"
+    batch, _, features = _recorded(check, model, name, info)
+    recorded = check.case.tensors[f"{name}.output_ids"][:, 1:]  # without bos, which the pinned library puts in front
+    inputs = batch.padded(info["padding_side"])
+    new = _generate(
+        model, inputs, _encoded(features[batch.used]), info["max_new_tokens"], eos_token_id=info["eos_token_id"]
+    )
     check.equal(f"{name}.output_ids", new, recorded)
 
 
 def _generate(
     model: PIIPLlavaForConditionalGeneration,
-    ids: Tensor,
-    mask: Tensor | None,
-    images: dict[str, Any],
+    inputs: Mapping[str, Tensor],
+    images: Mapping[str, Any],
     max_new_tokens: int,
-    eos_token_id: int = 2,
+    **settings: Any,
 ) -> Tensor:
     """Greedy decoding; the new tokens alone."""
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos_token_id, pad_token_id=0, bos_token_id=1
-    )
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **images)[:, ids.shape[1] :]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    settings |= {"do_sample": False, "max_new_tokens": max_new_tokens}
+    return model.generate(input_ids=ids, attention_mask=mask, **images, **settings)[:, ids.shape[1] :]

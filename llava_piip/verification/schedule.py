@@ -23,7 +23,7 @@ def verify_schedule(case: GoldenCase) -> Check:
         name, total, base = info["case"], info["total_updates"], info["base_lr"]
         preset = load_preset(name if name in list_presets() else _DEFAULT_PRESET)
         if name in list_presets():
-            check.equal(f"{name}.base_lr", _double(preset["learning_rate"]), _double(base))
+            check.same(f"{name}.base_lr", preset["learning_rate"], base)
         arguments = TrainingArguments(
             output_dir="unused",
             warmup_steps=preset["warmup_steps"],
@@ -31,7 +31,7 @@ def verify_schedule(case: GoldenCase) -> Check:
             use_cpu=True,
         )
         warmup = arguments.get_warmup_steps(total)
-        check.equal(f"{name}.warmup_updates", torch.tensor(warmup), torch.tensor(info["warmup_updates"]))
+        check.same(f"{name}.warmup_updates", warmup, info["warmup_updates"])
         rates = _rates(arguments.lr_scheduler_type, base, warmup, total)
         recorded = {int(update): rate for update, rate in info["lr_used_by_update"].items()}
         _same(check, f"{name}.lr_used_by_update", rates[list(recorded)], _double(list(recorded.values())), base)

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from timm.layers import Mlp
-from timm.layers.attention import Attention
+from timm.layers import Attention, Mlp
 from torch import nn
 from tqdm import tqdm
 

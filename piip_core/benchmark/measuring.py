@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..memory import AliveStorages
+from ..nested import tensors_in
 from ..timing import Clock, clock_for, limited_threads
 from .sides import Side
 
@@ -100,7 +100,7 @@ def measure_training(
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
         def step() -> None:
-            outputs = tree_leaves(model(image))
+            outputs = tensors_in(model(image))
             torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
             optimizer.step()
             optimizer.zero_grad()

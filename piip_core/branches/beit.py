@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_rel import gen_relative_position_index
+from timm.layers import gen_relative_position_index
 from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
@@ -47,8 +48,8 @@ class RelativeBiasAttention(Attention):
         side = (self.bias_window, self.bias_window)
         self.bias_index.copy_(gen_relative_position_index(side, device=self.bias_index.device))
 
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        """Attends within a map (B, H, W, C)."""
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Attends within a map (B, H, W, C); timm's blocks hand on arguments that a branch never has."""
         if self.window_size is not None:
             return attend_in_windows(x, self.window_size, self.attend)
         grid = tuple(x.shape[1:3])

@@ -14,7 +14,7 @@ from .timm_factory import create_model
 from .transformer import TransformerBranch
 from .window import MapAttention
 
-__all__ = ["TimmTransformerBranch"]
+__all__ = ["TimmTransformerBranch", "positioned"]
 
 
 class TimmTransformerBranch(TransformerBranch):
@@ -40,10 +40,8 @@ class TimmTransformerBranch(TransformerBranch):
 
     def embed(self, image: Tensor) -> BranchState:
         patches = self.patch_map(image)
-        grid, rotary = patches.shape[1:3], None
-        sequence = self.model._pos_embed(patches)
-        if isinstance(sequence, tuple):
-            sequence, rotary = sequence
+        grid = patches.shape[1:3]
+        sequence, rotary = positioned(self.model, patches)
         sequence = self.model.norm_pre(sequence)
         count = self.model.num_prefix_tokens
         prefix = sequence[:, :count] if count else None
@@ -63,6 +61,16 @@ class TimmTransformerBranch(TransformerBranch):
             options["rope"] = state.rotary[index] if getattr(self.model, "rope_mixed", False) else state.rotary
         tokens, prefix = self.split(block(self.sequence(state), **options), state)
         return state._replace(tokens=tokens, prefix=prefix)
+
+
+def positioned(model: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A sequence (B, P + H * W, C) of prefix tokens and patches (B, H, W, C) with positions, and rotary positions.
+
+    timm's own method for it is private. Public ones run it together with all blocks, and give no rotary positions;
+    writing it anew would copy every kind of position embedding. Seen working with timm 1.0.31.
+    """
+    sequence = model._pos_embed(patches)
+    return sequence if isinstance(sequence, tuple) else (sequence, None)
 
 
 @register_branch(TimmConfig)

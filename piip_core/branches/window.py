@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
-from timm.layers.attention import Attention
+from timm.layers import Attention
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
@@ -42,19 +43,22 @@ class MapAttention(Attention):
     window_size: int | None = None
     pad_before_qkv: bool = True
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attends within `x`: a sequence (B, N, C), always globally, or a map (B, H, W, C)."""
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attends within `x`: a sequence (B, N, C), always globally, or a map (B, H, W, C).
+
+        Further arguments are those of timm's; windows know none.
+        """
         if x.ndim == 3:
-            return self.attend(x, attn_mask, is_causal)
+            return self.attend(x, *args, **kwargs)
         if self.window_size is None:
-            return self.attend(x.flatten(1, 2), attn_mask, is_causal).unflatten(1, x.shape[1:3])
+            return self.attend(x.flatten(1, 2), *args, **kwargs).unflatten(1, x.shape[1:3])
         if self.pad_before_qkv:
             return attend_in_windows(x, self.window_size, self.attend)
         return self.proj(attend_in_windows(self.qkv(x), self.window_size, self.attend_projected))
 
-    def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def attend(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Global attention within sequences (B, N, C)."""
-        return super().forward(x, attn_mask, is_causal)
+        return super().forward(x, *args, **kwargs)
 
     def attend_projected(self, qkv: Tensor) -> Tensor:
         """Attention from queries, keys and values side by side, (B, N, 3C) to (B, N, C), before the last linear."""
@@ -75,7 +79,7 @@ class FullWidthNormAttention(MapAttention):
         super().__init__(dim, *args, norm_layer=norm_layer, **kwargs)
         self.q_norm, self.k_norm = norm_layer(dim), norm_layer(dim)
 
-    def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def attend(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         return self.proj(self.attend_projected(self.qkv(x)))
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

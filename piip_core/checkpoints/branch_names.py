@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from timm.layers.pos_embed_rel import gen_relative_position_index
+from timm.layers import gen_relative_position_index
 from torch import Tensor
 
 from ..config import BranchConfig

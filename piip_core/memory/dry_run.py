@@ -1,7 +1,7 @@
 """Activation memory of a training step, found by running the step on tensors without data.
 
-Model and batch are fake tensors (`torch._subclasses.fake_tensor`): forward and backward run operator by operator, with
-activation checkpointing and autocast, but only shapes are computed. A dispatch mode adds up the storages alive.
+Model and batch are fake tensors (see `_fake_tensors`): forward and backward run operator by operator, with activation
+checkpointing and autocast, but only shapes are computed. A dispatch mode adds up the storages alive.
 PyTorch's own `torch.distributed._tools.MemTracker` finds the same sums and also which module they belong to, at forty
 times the time (150 s instead of 4 s for PIIP-TSB), so it serves the tests and not the tool.
 
@@ -13,19 +13,20 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+# By the name under which PyTorch's notes "Extending PyTorch" document it. Seen working with torch 2.10 to 2.14
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..nested import tensors_in
 from ..pyramid import PIIP
 
 __all__ = ["Activations", "AliveStorages", "DryRun", "Kernels", "Precision", "Step", "backbone_step", "squares"]
@@ -60,7 +61,7 @@ class DryRun:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = _fake_tensors()
         with self._mode:
             self.model = model.to_empty(device="cpu").train()
         for parameter in model.parameters():
@@ -89,16 +90,14 @@ class DryRun:
                 module.set_grad_checkpointing(checkpointing)
         tracker = AliveStorages(self.model)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache_weights)
-        with ExitStack() as stack:
-            stack.enter_context(_quiet())
-            stack.enter_context(self._mode)
-            if kernels == "cuda":
-                stack.enter_context(_CudaRules())
-            stack.enter_context(tracker)
+        rules = _CudaRules if kernels == "cuda" else nullcontext
+        with _quiet(), self._mode, rules(), tracker:
             with autocast:
                 loss = step(self.model)
             saved = tracker.alive
-            _backward(loss)
+            # Under the rules too, so that blocks are recomputed as they were computed: given the loss itself, PyTorch
+            # would take the rules off for the call
+            torch.autograd.backward(get_gradient_edge(loss))
         return Activations(saved=saved, peak=tracker.peak)
 
 
@@ -126,19 +125,19 @@ class AliveStorages(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        tensors = [*model.parameters(), *model.buffers()]
-        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
+        # A storage is one object, with one id, for as long as it lives
+        self._model = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+        self._known = {id(storage) for storage in self._model}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        for tensor in tensors_in(results):
+            self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.alive)
         return results
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = id(storage), storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             self.alive += size
@@ -166,14 +165,44 @@ def _attention_with_bias(query: Tensor, key: Tensor, value: Tensor, *, attn_mask
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = (t.to(torch.bfloat16) for t in (query, key, value, attn_mask))
     bias = attn_mask.expand(*query.shape[:3], key.shape[2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)[0]
+    return _EfficientAttention.apply(query, key, value, bias)[0]
 
 
-def _backward(loss: Tensor) -> None:
-    """`loss.backward()` under all modes. PyTorch's takes off `_CudaRules`, so that blocks would be recomputed otherwise
-    than they were computed."""
-    start = (torch.ones_like(loss),)
-    _engine_run_backward((loss,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
+class _EfficientAttention(torch.autograd.Function):
+    """The tensors that the memory-efficient kernel makes and keeps, without their values."""
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        batch, heads, queries, _ = query.shape
+        logsumexp = query.new_empty(batch, heads, _round_up(queries, 32), dtype=torch.float32)
+        output = query.new_empty(batch, queries, heads, value.shape[3])  # so that joining the heads copies nothing
+        return output.transpose(1, 2), logsumexp
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, bias = ctx.saved_tensors[:4]
+        *shape, keys = bias.shape
+        grad_bias = bias.new_empty(*shape, _round_up(keys, 16))[..., :keys]
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _fake_tensors() -> AbstractContextManager[Any]:
+    """PyTorch's mode of fake tensors, by the name under which its notes on the compiler document it.
+
+    The meta device has neither autocast nor kernels of a CPU. Seen working with torch 2.10 to 2.14.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:

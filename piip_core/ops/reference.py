@@ -84,14 +84,21 @@ def ms_deform_attn_backward_reference(
         samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         by_weight = (samples * grad).sum(1).view(batch, heads, queries, points)
         grad_weights[:, :, :, level] = by_weight.transpose(1, 2)
-        by_image, by_grid = torch.ops.aten.grid_sampler_2d_backward(
-            grad * _weights_of(attention_weights, level), image, grid, 0, 0, False, [True, True]
-        )  # 0, 0, False: bilinear, zeros outside, align_corners=False
+        by_image, by_grid = _grid_sample_backward(grad * _weights_of(attention_weights, level), image, grid)
         # The grid spans [-1, 1], the locations [0, 1].
         grad_locations[:, :, :, level] = 2 * by_grid.view(batch, heads, queries, points, 2).transpose(1, 2)
         by_value = by_image.view(batch, heads, width, -1).permute(0, 3, 1, 2)
         grad_value[:, start : start + by_value.shape[1]] = by_value
     return grad_value, grad_locations, grad_weights
+
+
+def _grid_sample_backward(grad: Tensor, image: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `grid_sample` (bilinear, zeros outside, align_corners=False) with respect to both inputs.
+
+    The operator behind it by its name, which PyTorch does not document: this runs below autograd, where nothing public
+    gives gradients. Seen working with torch 2.10 to 2.14.
+    """
+    return torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, 0, 0, False, [True, True])
 
 
 def _levels(
@@ -153,7 +160,7 @@ def grid_sampling_backward(
     """The gradient of `sampling`, which has dtype `dtype`, from those of what `grid_sampling` made of it."""
     grad_offsets = grad_locations / map_sizes(value_shapes, grad_locations)
     weights, grad_weights = weights.flatten(3), grad_weights.flatten(3)
-    grad_logits = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
     return torch.cat((grad_offsets.flatten(2), grad_logits.flatten(2)), dim=-1).to(dtype)
 
 

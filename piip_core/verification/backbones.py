@@ -8,7 +8,7 @@ from ..checkpoints import config_from_public, from_published, published_names, t
 from ..pyramid import PIIP, DensePIIP
 from .check import Check
 from .golden import GoldenCase
-from .losses import recorded_loss
+from .losses import backpropagate, check_gradients
 
 __all__ = ["check_intermediates", "verify_detection_backbone"]
 
@@ -31,11 +31,11 @@ def verify_detection_backbone(case: GoldenCase) -> Check:
     for index, output in enumerate(outputs):
         check.close(f"output.{index}", output)
     check_intermediates(check, model.pyramid, image)
-    if any(name.startswith("grad.") for name in case.results):
-        loss = recorded_loss(case, outputs)
-        loss.backward()
-        check.close("output.loss", loss.reshape(1))
-        _check_gradients(check, model, image, published_names(published.config, state))
+    if backpropagate(check, outputs):
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        # Gradients have the shapes of their parameters, so the conversion to published names applies to them too
+        published = to_published(gradients, published_names(published.config, state))[0]
+        check_gradients(check, {"input": image.grad} | published)
     return check
 
 
@@ -48,13 +48,3 @@ def check_intermediates(check: Check, pyramid: PIIP, image: Tensor) -> None:
     for k, branch in recorded:
         feature_map = maps[int(k)][int(branch.removeprefix("x")) - 1]
         check.close(f"inter.{k}.{branch}", feature_map.flatten(2).transpose(1, 2))
-
-
-def _check_gradients(check: Check, model: DensePIIP, image: Tensor, names) -> None:
-    """Gradients have the shapes of their parameters, so the conversion to published names applies to them too."""
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    converted = {"input": image.grad} | to_published(gradients, names)[0]
-    for name in check.case.results:
-        key = name.removeprefix("grad.")
-        if name.startswith("grad.") and key in converted:
-            check.close(name, converted[key])

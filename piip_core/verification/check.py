@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .golden import GoldenCase
 
 __all__ = ["Check", "Comparison"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,14 @@ class Comparison:
             the share of entries that differ; for counts the difference over the sum.
         passed: Whether the difference is within the tolerance of the case.
         detail: What is wrong, or an explanation.
+        refused: Whether ours refuses, as documented, what the public code takes.
     """
 
     name: str
     error: float
     passed: bool
     detail: str = ""
+    refused: bool = False
 
 
 @dataclass
@@ -77,6 +84,46 @@ class Check:
         difference, total = (ours - reference).abs().sum().item(), reference.sum().item()
         self.comparisons.append(Comparison(name, difference / (total or 1), difference <= allowed))
 
+    def same(self, name: str, ours: Any, recorded: Any, detail: str = "") -> None:
+        """Compares values of any kind, and says where lists begin to differ."""
+        passed = ours == recorded
+        if not passed:
+            detail = f"{detail} {_difference(ours, recorded)}".strip()
+        self.comparisons.append(Comparison(name, 0.0 if passed else 1.0, passed, detail))
+
+    def refuses(self, name: str, run: Callable[[], object], documented: str = "") -> None:
+        """Passes if `run` refuses, with a `UserError`.
+
+        Args:
+            name: Name of the comparison.
+            run: Gives our result.
+            documented: Why ours refuses on purpose what the public code takes; empty where that stops as well.
+        """
+        try:
+            result = run()
+        except UserError as error:
+            self._refused(name, error, documented, passed=True)
+        else:
+            self.comparisons.append(Comparison(name, math.inf, False, f"{result!r}, expected an error"))
+
+    def attempt(self, name: str, run: Callable[[], Result], documented: str = "") -> Result | None:
+        """What `run` returns; None where it refuses, with a `UserError`, what the public code takes.
+
+        Args:
+            name: Name of the comparison that tells of a refusal.
+            run: Gives our result, which is not None.
+            documented: Why ours refuses this input on purpose. Empty where it does not: a refusal then fails.
+        """
+        try:
+            return run()
+        except UserError as error:
+            self._refused(name, error, documented, passed=bool(documented))
+            return None
+
+    def _refused(self, name: str, error: UserError, documented: str, *, passed: bool) -> None:
+        detail = f"refused as documented ({documented}): {error}" if documented else f"refused: {error}"
+        self.comparisons.append(Comparison(name, 0.0 if passed else math.inf, passed, detail, bool(documented)))
+
     def finish(self) -> Check:
         """Fails every recorded result that was not compared."""
         done = {comparison.name for comparison in self.comparisons}
@@ -88,3 +135,12 @@ class Check:
     def _wrong_shape(self, name: str, ours: Tensor, reference: Tensor) -> None:
         detail = f"shape {tuple(ours.shape)}, expected {tuple(reference.shape)}"
         self.comparisons.append(Comparison(name, math.inf, False, detail))
+
+
+def _difference(ours: Any, recorded: Any) -> str:
+    if isinstance(ours, list) and isinstance(recorded, list):
+        for number, (one, other) in enumerate(zip(ours, recorded, strict=False)):
+            if one != other:
+                return f"entry {number} is {one!r}, recorded {other!r}"
+        return f"{len(ours)} entries, recorded {len(recorded)}"
+    return f"is {ours!r}, recorded {recorded!r}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ..checkpoints import classifier_from_public, from_published
+from ..checkpoints import classifier_from_public, from_published, published_names, to_published
 from ..classifier import PIIPClassifier
 from .backbones import check_intermediates
 from .check import Check
 from .golden import GoldenCase
+from .losses import backpropagate, check_gradients
 
 __all__ = ["verify_classifier"]
 
@@ -20,7 +21,12 @@ def verify_classifier(case: GoldenCase) -> Check:
     converted, report = from_published(state, published.config, source=case.name)
     model.load_state_dict(report.check() and converted)
 
-    image = case.below("input.")["image"]
-    check.close("output", model(image))
+    image = case.below("input.")["image"].requires_grad_()
+    output = model(image)
+    check.close("output", output)
     check_intermediates(check, model.pyramid, image)
+    if backpropagate(check, [output]):
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        published = to_published(gradients, published_names(published.config, state))[0]
+        check_gradients(check, {"input": image.grad} | published)
     return check

@@ -48,6 +48,7 @@ class CaseResult:
         if self.status is Status.FAILED:
             lines += [f"    {self.reason}"] if errors and self.reason else []
             lines += [f"    {c.name}: error {c.error:.3e} {c.detail}" for c in self.comparisons if not c.passed]
+        lines += [f"    {c.name}: {c.detail}" for c in self.comparisons if c.refused]
         return "\n".join(lines)
 
 

@@ -89,6 +89,7 @@ def test_command_prints_json():
     assert set(report) == {
         "system",
         "packages",
+        "untested",
         "torch",
         "build_tools",
         "environment",

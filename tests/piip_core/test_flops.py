@@ -7,8 +7,11 @@ import resource
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from piip_core import (
     PIIP,
@@ -234,6 +237,85 @@ def test_executed_count_of_deformable_attention_by_hand():
     samples = 4 * 2 * 3
     linears = 30 * 24 * 16 + 35 * 32 * 3 * samples + 35 * 16 * 32
     assert counts.total.macs == 2 * (linears + 5 * 35 * samples * 4)
+
+
+class Attends(nn.Module):
+    """Attention of 10 queries of width 8 with 14 keys of width 8 and values of width 6; 4 heads in a batch of 2."""
+
+    MACS = 2 * 4 * 10 * 14 * (8 + 6)
+
+    def __init__(self, key_heads=4, **options):
+        super().__init__()
+        self.key_heads, self.options = key_heads, options
+
+    def forward(self, like):
+        query = like.new_zeros(2, 4, 10, 8)
+        key, value = like.new_zeros(2, self.key_heads, 14, 8), like.new_zeros(2, self.key_heads, 14, 6)
+        options = {name: option(like) if callable(option) else option for name, option in self.options.items()}
+        return F.scaled_dot_product_attention(query, key=key, value=value, **options)
+
+
+def square(width=8, **options):
+    """Like `Attends`, of 12 tokens on themselves: the fused kernels want keys and values of one width."""
+
+    class Square(nn.Module):
+        MACS = 2 * 4 * 12 * 12 * 2 * width
+
+        def forward(self, like):
+            tokens = like.new_zeros(2, 4, 12, width)
+            return F.scaled_dot_product_attention(tokens, tokens, tokens, **options)
+
+    return Square()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        Attends(),
+        Attends(attn_mask=lambda like: like.new_zeros(10, 14)),
+        Attends(attn_mask=lambda like: like.new_ones(2, 4, 10, 14, dtype=torch.bool)),
+        Attends(is_causal=True),
+        Attends(key_heads=2, enable_gqa=True),
+        square(),
+        square(is_causal=True),
+    ],
+)
+def test_attention_is_counted_from_its_shapes(module, device):
+    assert executed_count(module, torch.zeros(1, device=device)).total.macs == module.MACS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_every_attention_kernel_counts_the_same(backend, dtype):
+    module = square()
+    with sdpa_kernel(backend):
+        assert executed_count(module, torch.zeros(1, dtype=dtype)).total.macs == module.MACS
+
+
+def test_attention_counts_the_same_under_autocast():
+    module = square()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert executed_count(module, torch.zeros(1)).total.macs == module.MACS
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_in_parts_counts_as_much_as_fused(fused):
+    """timm's layers have both; in parts it is two plain products."""
+    attention = timm.layers.Attention(24, num_heads=3)
+    attention.fused_attn = fused
+    counts = executed_count(attention, torch.zeros(2, 10, 24))
+    assert counts.total.macs == 2 * (10 * 4 * 24 * 24 + 2 * 10 * 10 * 24)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_of_multihead_attention_is_counted(training):
+    class SelfAttention(nn.MultiheadAttention):
+        def forward(self, tokens):
+            return super().forward(tokens, tokens, tokens, need_weights=False)[0]
+
+    counts = executed_count(SelfAttention(24, 3, batch_first=True).train(training), torch.zeros(2, 10, 24))
+    assert counts.total.macs == 2 * (10 * 4 * 24 * 24 + 2 * 10 * 10 * 24)
 
 
 def test_executed_count_is_the_same_on_the_meta_device(tiny_config):

@@ -8,9 +8,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._builder import resolve_pretrained_cfg
-from timm.models._pretrained import DefaultCfg
+from timm.models import (
+    DefaultCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
 from ... import zoo
@@ -142,8 +146,17 @@ def create_classifier(
             "with tools/convert_checkpoint.py --unsafe-pickle, and pass pretrained_cfg_overlay=dict(file=CONVERTED) "
             "with published=True"
         ) from None
-    model._model_args = {"published": published}  # timm stores it with the weights, and passes it when it loads them
+    remember_argument(model, "published", published)
     return model
+
+
+def remember_argument(model: nn.Module, name: str, value: Any) -> None:
+    """Has timm store an argument with the weights, and pass it when it loads them.
+
+    timm's factory stores what it was given, and not what followed from it; its functions for saving take such arguments
+    from whoever calls them alone. Seen working with timm 1.0.31.
+    """
+    model._model_args = {name: value}
 
 
 def _build(

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, initialization
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import can_return_tuple
 
 from ...branches import BranchState
 from ...classifier import PIIPClassifier, head_inputs
@@ -81,25 +81,31 @@ class PIIPPreTrainedModel(PreTrainedModel):
         super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Fills what files never hold; for parameters see `_initialize_weights`."""
+        """Fills what a file did not hold; transformers calls this for every module with something of that kind."""
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """transformers calls this for every module, the model itself last."""
-        super()._initialize_weights(module, is_custom_code)
-        if module is self and self._made_without_weights:
+        if self._made_without_weights and not all(map(is_loaded, module.parameters(recurse=False))):
             self._start_missing_weights()
 
     def _start_missing_weights(self) -> None:
-        """Gives what a file did not hold (a head for other classes) the values of a new model."""
+        """Gives all that a file did not hold (a head for other classes) the values of a new model."""
+        self._made_without_weights = False
         tensors = self.state_dict(keep_vars=True)
-        missing = {n: t for n, t in tensors.items() if not (t.is_meta or getattr(t, "_is_hf_initialized", False))}
-        if missing:
-            with torch.device("cpu"):
-                fresh = type(self)(copy.deepcopy(self.config)).state_dict()
-            for name, tensor in missing.items():
-                tensor.copy_(fresh[name])
+        missing = {name: tensor for name, tensor in tensors.items() if not (tensor.is_meta or is_loaded(tensor))}
+        with torch.device("cpu"):
+            fresh = type(self)(copy.deepcopy(self.config)).state_dict()
+        for name, tensor in missing.items():
+            initialization.copy_(tensor, fresh[name])
+
+
+def is_loaded(tensor: Tensor) -> bool:
+    """Whether transformers has filled a tensor from a file.
+
+    Its flag for that is private. Its initialisers, such as `copy_`, leave such tensors alone by themselves, but only
+    the flag says in time that there is nothing to start, and no other model to be made for its values. Seen working
+    with transformers 5.16 to 5.24.
+    """
+    return getattr(tensor, "_is_hf_initialized", False)
 
 
 class _WithHead(PIIPPreTrainedModel):

@@ -20,6 +20,9 @@ def make_whole(make: Callable[[], Module]) -> Module:
     the layer that owns it is made; whoever starts its weights later finds nothing there. What is made here is
     cut up when it is ready.
 
+    Whether a model is being loaded, and how to stop the cutting meanwhile, only a module inside DeepSpeed says. Seen
+    working with DeepSpeed 0.19.8.
+
     Args:
         make: Makes the module.
     """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
-from torch import nn
+from torch import Tensor, nn
 
 from piip.data import Category, DatasetError
 from piip_core.checkpoints import find_pyramid, load_pyramid, pyramid_prefix, read_checkpoint
@@ -22,6 +22,7 @@ __all__ = ["RUN_STATE", "AtomicCheckpointer", "CategoryTable", "read_categories"
 
 # One file, and the index of several, as `write_checkpoint` makes them
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
+_DATA_PARALLEL = "module."  # before the names of a model that was wrapped when it was saved
 # In the checkpoint folders of runs under DeepSpeed: iteration, hooks, classes
 RUN_STATE = "run_state.pth"
 
@@ -102,59 +103,80 @@ class AtomicCheckpointer(DetectionCheckpointer):
         with write_atomically(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
             file.write(last_filename_basename)
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
         """Loads a `.pth`, a `.safetensors`, its index (`.safetensors.index.json`), or a `checkpoint-N` of DeepSpeed.
 
-        See fvcore's `Checkpointer.load`. If the file is that of another kind of model with a PIIP inside, such as a
-        classifier's for a detector, and loading is not strict, the pyramid alone is loaded: see `load_pyramid`.
+        If the file is that of another kind of model with a PIIP inside, such as a classifier's for a detector, and
+        loading is not strict, the pyramid alone is loaded: see `load_pyramid`.
+
+        Args:
+            path: File, folder or address; an empty one loads nothing.
+            checkpointables: Names of what to load beside the model; None for all.
+
+        Returns:
+            What else the file holds.
 
         Raises:
             CheckpointError: If the file is missing or unreadable or, when strict, does not fit the model.
         """
-        try:
-            if os.path.isdir(path):
-                path = os.path.join(path, RUN_STATE)  # fvcore expects a file
-            if path and "://" not in path and not os.path.isfile(path):
-                raise CheckpointError(f"{path}: no such checkpoint (looked from {os.getcwd()})")
-            return super().load(path, *args, **kwargs)
-        finally:
-            self._parsed_url_during_load = None  # Detectron2 leaves it set when loading fails
+        if not path:
+            self.logger.info("No checkpoint: the model keeps the weights that it has")
+            return {}
+        self.logger.info("Loading %s", path)
+        content = _read(path)
+        self._fill_model(content.pop("model"), path)
+        for name in self.checkpointables if checkpointables is None else checkpointables:
+            if name in content:
+                self.checkpointables[name].load_state_dict(content.pop(name))
+        return content
 
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        held, prefix = find_pyramid(self.model), pyramid_prefix(checkpoint["model"])
-        if self.strict or held is None or prefix in (None, held[0]):
-            return super()._load_model(checkpoint)
-        source = self._parsed_url_during_load.geturl()
-        report = load_pyramid(held[1], checkpoint.pop("model"), source=source)
-        others = [name for name in self.model.state_dict() if not name.startswith(held[0])]
-        self.logger.info(
-            "The pyramid alone, from another kind of model; %d other tensors of this one stay as they were (%s). %s",
-            len(others),
-            listed(others),
-            report.summary(),
-        )
-        return None
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(_SAFETENSORS):
-            return {"model": dict(read_checkpoint(filename).state)}
-        if os.path.basename(filename) == RUN_STATE:
-            return {"model": dict(read_checkpoint(os.path.dirname(filename)).state)}
-        if not filename.endswith(".pth"):
-            raise CheckpointError(f"{filename}: expected a .pth or .safetensors file (pickled formats can run code)")
-        return super()._load_file(filename)
-
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        # Not mapped: on the CPU, the optimizer goes on with the tensors it is given
-        return load_torch_file(f, mmap=False)
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        problems = [f"{k} is {a} in the file, {b} in the model" for k, a, b in incompatible.incorrect_shapes]
-        problems += [f"{key} is not in the file" for key in incompatible.missing_keys]
+    def _fill_model(self, state: dict[str, Tensor], path: str) -> None:
+        if all(name.startswith(_DATA_PARALLEL) for name in state):
+            state = {name.removeprefix(_DATA_PARALLEL): tensor for name, tensor in state.items()}
+        own = self.model.state_dict()
+        held, prefix = find_pyramid(self.model), pyramid_prefix(state)
+        if not self.strict and held is not None and prefix not in (None, held[0]):
+            report = load_pyramid(held[1], state, source=path)
+            others = [name for name in own if not name.startswith(held[0])]
+            self.logger.info(
+                "The pyramid alone, from another kind of model; %d other tensors of this one stay as they were (%s). "
+                "%s",
+                len(others),
+                listed(others),
+                report.summary(),
+            )
+            return
+        shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in state.keys() & own.keys()}
+        wrong = {name: pair for name, pair in sorted(shapes.items()) if pair[0] != pair[1]}
+        result = self.model.load_state_dict({k: v for k, v in state.items() if k not in wrong}, strict=False)
+        # Old checkpoints of Detectron2 lack the first two, which the configuration says, and have the last
+        missing = set(result.missing_keys) - {"pixel_mean", "pixel_std"} - wrong.keys()
+        unknown = [name for name in result.unexpected_keys if "anchor_generator.cell_anchors" not in name]
+        problems = [f"{name} is {a} in the file, {b} in the model" for name, (a, b) in wrong.items()]
+        problems += [f"{name} is not in the file" for name in own if name in missing]
         if self.strict and problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
                 f"the checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Expected the configuration "
                 "and the number of classes that it was trained with"
             )
-        super()._log_incompatible_keys(incompatible)
+        for problem in problems:
+            self.logger.warning("%s: %s; it stays as it was", path, problem)
+        if unknown:
+            self.logger.warning("%s: the model has no %s", path, ", ".join(unknown))
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The weights of any checkpoint under "model", and beside them what a `.pth` holds."""
+    if os.path.isdir(path) and os.path.isfile(os.path.join(path, RUN_STATE)):
+        return {"model": dict(read_checkpoint(path).state)}
+    file = PathManager.get_local_path(path) if "://" in path else path
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{path}: no such checkpoint (looked from {os.getcwd()})")
+    if file.endswith(_SAFETENSORS):
+        return {"model": dict(read_checkpoint(file).state)}
+    if not file.endswith(".pth"):
+        raise CheckpointError(f"{path}: expected a .pth or .safetensors file (pickled formats can run code)")
+    # Not mapped: on the CPU, the optimizer goes on with the tensors it is given
+    content = load_torch_file(file, mmap=False)
+    return content if "model" in content else {"model": content}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.optim import Lamb
 from torch import distributed, nn
 
+from piip.trainer import timed_batches
 from piip_core.deepspeed_start import import_deepspeed
 from piip_core.errors import ConfigError
 from piip_core.memory import LIVE_PARAMETERS
@@ -132,8 +132,9 @@ def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optim
 
 @contextmanager
 def _scalars_kept_whole(model: nn.Module, stage: int) -> Iterator[None]:
-    """While DeepSpeed takes over the model, keeps parameters without dimensions from what it cannot do (0.19.8).
+    """While DeepSpeed takes over the model, keeps parameters without dimensions from what it cannot do.
 
+    By marks of its own on parameters, which it does not document. Seen needed, and working, with DeepSpeed 0.19.8.
     It views a parameter as bytes to send it to all processes, an error without dimensions. In stages 1 and 2 it does
     not send what bears the mark below; in stage 3 it sends all, so they have one dimension meanwhile.
     """
@@ -182,21 +183,20 @@ class DeepSpeedTrainer(SimpleTrainer):
     Args:
         engine (deepspeed.DeepSpeedEngine): returns a dict of losses.
         data_loader (Iterable): batches for the model.
+        optimizer (torch.optim.Optimizer): what the engine was made with; its groups have the learning rates.
     """
 
-    def __init__(self, engine: Any, data_loader: Any) -> None:
-        # the optimizer inside, whose groups have the learning rates; engine.optimizer is no torch.optim.Optimizer
-        super().__init__(engine, data_loader, engine.optimizer.optimizer)
+    def __init__(self, engine: Any, data_loader: Any, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(engine, data_loader, optimizer)
+        self._batches = timed_batches(data_loader)
 
     def run_step(self) -> None:
         """One iteration: forward, backward, optimizer step."""
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
+        data, data_time = next(self._batches)
         losses = self.model(data)
         self.model.backward(sum(losses.values()))
         self.after_backward()
-        self._write_metrics(losses, data_time)
+        self.write_metrics(losses, data_time, self.iter)
         self.model.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def evaluation_model(engine: Any, build: Callable[[], nn.Module]) -> nn.Module:
         return trained
     whole = build()
     parameters = dict(whole.named_parameters())
-    for part in _parts(trained):
+    for part in _parts(trained, {name: parameter.numel() for name, parameter in parameters.items()}):
         with import_deepspeed().zero.GatheredParameters(list(part.values())), torch.no_grad():
             for name, parameter in part.items():
                 parameters[name].copy_(parameter)
@@ -231,11 +231,11 @@ def evaluation_model(engine: Any, build: Callable[[], nn.Module]) -> nn.Module:
     return whole
 
 
-def _parts(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Parameters of a partitioned model, some at a time."""
+def _parts(model: nn.Module, sizes: Mapping[str, int]) -> Iterator[dict[str, nn.Parameter]]:
+    """Parameters of a partitioned model, some at a time; `sizes` are their numbers of elements."""
     part: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        if part and sum(p.ds_numel for p in part.values()) + parameter.ds_numel > _GATHERED_ELEMENTS:
+        if part and sum(sizes[other] for other in (*part, name)) > _GATHERED_ELEMENTS:
             yield part
             part = {}
         part[name] = parameter

@@ -7,8 +7,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from detectron2.engine import launch
-from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.engine import DEFAULT_TIMEOUT, launch
 from detectron2.utils import comm
 from torch import distributed
 

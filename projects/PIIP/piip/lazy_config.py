@@ -85,7 +85,14 @@ def _arguments(node: DictConfig) -> set[str]:
     if target is None:
         return set()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name for name, p in inspect.signature(target).parameters.items() if p.kind in named}
+    found: set[str] = set()
+    # a class that takes anything else hands it on to the next one
+    for taker in target.__mro__ if inspect.isclass(target) else (target,):
+        parameters = inspect.signature(taker).parameters.values()
+        found |= {parameter.name for parameter in parameters if parameter.kind in named}
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
 
 
 def check_device(device: str) -> torch.device:

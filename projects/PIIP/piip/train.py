@@ -265,7 +265,7 @@ def _under_deepspeed(
         cfg, model, optimizer, loader.batch_sampler.batch_size if isinstance(loader, TrainLoader) else 1
     )
     skip_pretrained(cfg)  # for the models that are made from now on, to be filled with the weights of this one
-    trainer = DeepSpeedTrainer(engine, loader)
+    trainer = DeepSpeedTrainer(engine, loader, optimizer)
     checkpointer = DeepSpeedCheckpointer(engine, trainer, cfg.train.output_dir, table)
     return _Run(
         trainer,

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.engine import AMPTrainer, HookBase
-from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 
 from piip.data.loader import derive_seed
 
-__all__ = ["ClipNorm", "MixedPrecisionTrainer", "StepSeed", "TerminalProgress"]
+__all__ = ["ClipNorm", "MixedPrecisionTrainer", "StepSeed", "TerminalProgress", "timed_batches"]
 
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def timed_batches(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Batches of a loader, from the first request on, and the seconds that each one was waited for."""
+    batches = iter(loader)
+    while True:
+        start = time.perf_counter()
+        yield next(batches), time.perf_counter() - start
 
 
 class MixedPrecisionTrainer(AMPTrainer):
@@ -39,19 +47,18 @@ class MixedPrecisionTrainer(AMPTrainer):
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
         super().__init__(model, data_loader, optimizer, grad_scaler=scaler, precision=_PRECISIONS[precision])
         self._device_type = device.type
+        self._batches = timed_batches(data_loader)
 
     def run_step(self) -> None:
         """One iteration: forward under autocast, scaled backward, optimizer step."""
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
+        data, data_time = next(self._batches)
         with torch.autocast(self._device_type, dtype=self.precision):
             losses = self.model(data)
             total = sum(losses.values())
         self.optimizer.zero_grad()
         self.grad_scaler.scale(total).backward()
         self.after_backward()
-        self._write_metrics(losses, data_time)
+        self.write_metrics(losses, data_time, self.iter)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -104,7 +111,7 @@ class StepSeed(HookBase):
             self.seed = state["seed"]
 
 
-class TerminalProgress(PeriodicWriter):
+class TerminalProgress(HookBase):
     """Prints losses, rate and time left every `period` iterations, and after `seconds` without a line.
 
     Args:
@@ -114,13 +121,16 @@ class TerminalProgress(PeriodicWriter):
     """
 
     def __init__(self, max_iter: int, period: int = 20, seconds: float = 10.0) -> None:
-        super().__init__([CommonMetricPrinter(max_iter)], period)
-        self._seconds = seconds
+        self._printer = CommonMetricPrinter(max_iter)
+        self._period, self._seconds = period, seconds
         self._last = time.monotonic()
 
     def after_step(self) -> None:
         due = (self.trainer.iter + 1) % self._period == 0 or self.trainer.iter == self.trainer.max_iter - 1
         if due or time.monotonic() - self._last > self._seconds:
             self._last = time.monotonic()
-            for writer in self._writers:
-                writer.write()
+            self._printer.write()
+
+    def after_train(self) -> None:
+        self._printer.write()  # what other hooks put there after the last iteration
+        self._printer.close()

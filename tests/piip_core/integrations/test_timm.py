@@ -11,9 +11,8 @@ import timm.models._builder as timm_builder
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, resolve_data_config
-from timm.models import group_parameters
-from timm.models._features import FeatureGetterNet, FeatureInfo
-from timm.models._hub import save_for_hf
+from timm.models import FeatureInfo, group_parameters, save_for_hf
+from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2

@@ -13,6 +13,7 @@ pytest.importorskip("detectron2")
 import detectron2.data.transforms as T
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.data.samplers import TrainingSampler
 from PIL import Image
 
 from piip.data import (
@@ -202,3 +203,9 @@ def test_good_images_are_mapped_as_by_detectron2(shared_coco):
     ours, theirs = CheckedDatasetMapper(True, **settings)(record), DatasetMapper(True, **settings)(record)
     assert torch.equal(ours["image"], theirs["image"])
     assert torch.equal(ours["instances"].gt_boxes.tensor, theirs["instances"].gt_boxes.tensor)
+
+
+def test_order_is_that_of_detectron2s_sampler():
+    (sampler := TrainBatchSampler(7, batch_size=2, seed=5)).start = 3
+    found = [index for batch in itertools.islice(sampler, 8) for index, _ in batch]
+    assert found == list(itertools.islice(TrainingSampler(7, seed=5), 6, 22))

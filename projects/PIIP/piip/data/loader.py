@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList
-from detectron2.data.build import trivial_batch_collator
-from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -49,7 +47,7 @@ def fixed_random_state(seed: int) -> Iterator[None]:
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (image index, sample seed) for this process.
 
-    The image order is Detectron2's `TrainingSampler` (endless shuffles dealt out over the processes). Batches are
+    The image order is Detectron2's of `TrainingSampler` (endless shuffles dealt out over the processes). Batches are
     formed before any image is read, so the n-th batch depends on nothing but the arguments.
 
     Args:
@@ -80,24 +78,19 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         rank, world_size = comm.get_rank(), comm.get_world_size()
         pending: dict[int, list[tuple[int, int]]] = {int(group): [] for group in np.unique(self._groups)}
         groups = self._groups.tolist()
-        for count, index in enumerate(_RepeatingSampler(self.size, self.seed, self.repeats)):
+        for count, index in enumerate(itertools.islice(self._indices(), rank, None, world_size)):
             batch = pending[groups[index]]
             batch.append((index, rank + count * world_size))
             if len(batch) == self.batch_size:
                 pending[groups[index]] = []
                 yield batch
 
-
-class _RepeatingSampler(TrainingSampler):
-    """`TrainingSampler` that gives every image several times in a row, dealt out over the processes."""
-
-    def __init__(self, size: int, seed: int, repeats: int) -> None:
-        super().__init__(size, seed=seed)
-        self._repeats = repeats
-
-    def _infinite_indices(self) -> Iterator[int]:
-        for index in super()._infinite_indices():
-            yield from itertools.repeat(index, self._repeats)
+    def _indices(self) -> Iterator[int]:
+        """Endless shuffles of all processes together."""
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            for index in torch.randperm(self.size, generator=generator).tolist():
+                yield from itertools.repeat(index, self.repeats)
 
 
 class _SeededDataset(Dataset):
@@ -203,7 +196,7 @@ def build_train_loader(
             _SeededDataset(DatasetFromList(dataset, copy=False), mapper),
             batch_sampler=sampler,
             num_workers=num_workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=list,  # samples stay as they are
             # Starting to iterate draws a number: from here, or the first iteration after a resume would differ
             generator=torch.Generator().manual_seed(seed),
             **kwargs,

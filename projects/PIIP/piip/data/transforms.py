@@ -147,7 +147,7 @@ class OpenCVResizeTransform(Transform):
 
     def __init__(self, h: int, w: int, new_h: int, new_w: int) -> None:
         super().__init__()
-        self._set_attributes(locals())
+        self.h, self.w, self.new_h, self.new_w = h, w, new_h, new_w
 
     def _check_size(self, image: np.ndarray) -> None:
         if image.shape[:2] != (self.h, self.w):
@@ -183,7 +183,7 @@ class KeepRatioResize(Augmentation):
         pairs = [tuple(scale) if isinstance(scale, Sequence) else (scale,) for scale in scales]
         if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
             raise ValueError(f"scales={scales}: expected (long side, short side) pairs of positive numbers")
-        self._init({"scales": [(max(pair), min(pair)) for pair in pairs]})
+        self.scales = [(max(pair), min(pair)) for pair in pairs]
 
     def get_transform(self, image: np.ndarray) -> Transform:
         height, width = image.shape[:2]
@@ -202,7 +202,7 @@ class ShortSideResize(Augmentation):
         super().__init__()
         if short_side < 1:
             raise ValueError(f"short_side={short_side}: expected a positive number of pixels")
-        self._init({"short_side": short_side})
+        self.short_side = short_side
 
     def get_transform(self, image: np.ndarray) -> Transform:
         height, width = image.shape[:2]

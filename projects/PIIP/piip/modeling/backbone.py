@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec
@@ -95,7 +96,16 @@ class PIIPFPN(FPN):
 
     Detectron2's own reports its largest stride instead, so images would be padded to multiples of 32. And it computes
     lateral convolutions behind the deconvolutions of a `PIIPBackbone`; here they are one, if there is no norm.
+
+    Args:
+        args: of `FPN`.
+        fuse_type (str): as for `FPN`.
+        kwargs: of `FPN`.
     """
+
+    def __init__(self, *args: Any, fuse_type: str = "sum", **kwargs: Any) -> None:
+        super().__init__(*args, fuse_type=fuse_type, **kwargs)
+        self.averages = fuse_type == "avg"
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Maps "p2", "p3", ... of normalised images (B, 3, H, W)."""
@@ -103,18 +113,19 @@ class PIIPFPN(FPN):
         laterals = dict(zip(names, self.lateral_convs, strict=True))
         joined = {name: lateral for name, lateral in laterals.items() if self._can_be_joined(name, lateral)}
         features = self.bottom_up(x, joined) if joined else self.bottom_up(x)
+        outputs = list(self.output_shape())
         above, results = None, []
         for (name, lateral), output in zip(laterals.items(), self.output_convs, strict=True):
             level = features[name] if name in joined else lateral(features[name])
             if above is not None:
                 level = level + F.interpolate(above, scale_factor=2.0, mode="nearest")
-                level = level / 2 if self._fuse_type == "avg" else level
+                level = level / 2 if self.averages else level
             above = level
             results.insert(0, output(level))
         if self.top_block is not None:
-            maps = {**dict(zip(self._out_features, results, strict=False)), **features}
+            maps = {**dict(zip(outputs, results, strict=False)), **features}
             results += self.top_block(maps[self.top_block.in_feature])
-        return dict(zip(self._out_features, results, strict=True))
+        return dict(zip(outputs, results, strict=True))
 
     def _can_be_joined(self, name: str, lateral: nn.Module) -> bool:
         """Whether the backbone may compute it: it does nothing else, and nobody reads the map before it."""

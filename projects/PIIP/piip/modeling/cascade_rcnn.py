@@ -55,13 +55,13 @@ class PublishedCascadeROIHeads(CascadeROIHeads):
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """As in `ROIHeads`: sampled proposals of the last stage and losses, or detections and an empty dictionary."""
         if not self.training:
-            return super().forward(images, features, proposals)
+            return self.forward_with_given_boxes(features, self.detect(features, proposals)), {}
         losses: dict[str, Tensor] = {}
         maps = [features[name] for name in self.box_in_features]
         for stage, weight in enumerate(self.stage_loss_weights):
             with get_event_storage().name_scope(f"stage{stage}"):
                 sampled = self._sample(proposals, targets, stage)
-                predictions = self._run_stage(maps, sampled, stage)
+                predictions = self._predict(maps, sampled, stage)
                 found = self.box_predictor[stage].losses(predictions, sampled)
                 found |= self._mask_losses(features, sampled, stage)
             losses |= {f"{name}_stage{stage}": loss * weight for name, loss in found.items()}
@@ -103,16 +103,17 @@ class PublishedCascadeROIHeads(CascadeROIHeads):
         """Proposals and predictions (logits, deltas) of every stage, in inference."""
         maps, stages = [features[name] for name in self.box_in_features], []
         for stage in range(self.num_cascade_stages):
-            predictions = self._run_stage(maps, proposals, stage)
+            predictions = self._predict(maps, proposals, stage)
             stages.append((proposals, predictions))
             proposals = self.refine(predictions, proposals, stage)
         return stages
 
-    def _run_stage(self, features: list[Tensor], proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
+    def _predict(self, features: list[Tensor], proposals: list[Instances], stage: int) -> tuple[Tensor, Tensor]:
         pooled = self.box_pooler(features, [x.proposal_boxes for x in proposals])
         return self.box_predictor[stage](self.box_head[stage](pooled))
 
-    def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]) -> list[Instances]:
+    def detect(self, features: dict[str, Tensor], proposals: list[Instances]) -> list[Instances]:
+        """Boxes, scores and classes, in inference."""
         stages = self.run_stages(features, proposals)
         logits = torch.stack([predictions[0] for _, predictions in stages]).mean(dim=0)
         predictor, (last, predictions) = self.box_predictor[-1], stages[-1]
@@ -126,7 +127,7 @@ class PublishedCascadeROIHeads(CascadeROIHeads):
         )
         return detections
 
-    def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
+    def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
         """Mean probabilities of the stages' mask heads for detections, in inference."""
         maps = [features[name] for name in self.mask_in_features]
         crops = self.mask_pooler(maps, [x.pred_boxes for x in instances])

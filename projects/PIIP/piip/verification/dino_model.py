@@ -15,6 +15,7 @@ from piip.modeling.dino.targets import Target, make_target
 from piip_core.checkpoints.head_names import HEADS
 from piip_core.checkpoints.rules import RuleTable
 from piip_core.verification import Check, GoldenCase
+from piip_core.verification.losses import check_gradients as check_recorded
 
 from .model import MapsBackbone
 
@@ -30,14 +31,15 @@ __all__ = [
 ]
 
 _NAMES = RuleTable(HEADS["dino"].rules)
-_LEVELS = 3  # maps of the backbone
+_DEFAULT_LEVELS = 4  # of the published transformer
 
 
 def build_dino(case: GoldenCase) -> DINO:
     """DINO with the sizes and weights of the case, in evaluation mode. What the case has no weights for is NaN."""
-    config = case.config
+    config, levels = case.config, _num_levels(case)
+    backbone = MapsBackbone([config["cin"]] * (levels - 1))  # the neck adds a level
     model = DINO(
-        backbone=MapsBackbone([config["cin"]] * _LEVELS),
+        backbone=backbone,
         transformer=DINOTransformer(
             embed_dim=config["E"],
             num_heads=config["heads"],
@@ -45,12 +47,13 @@ def build_dino(case: GoldenCase) -> DINO:
             ffn_dim=config["ffn"],
             num_encoder_layers=config["nenc"],
             num_decoder_layers=config["ndec"],
-            num_levels=_LEVELS + 1,
+            num_levels=levels,
             num_queries=config["Q"],
         ),
         criterion=DINOCriterion(HungarianMatcher()),
         denoising=ContrastiveDenoising(config["num_dn"], config["label_noise"], config["box_noise"]),
         num_classes=config["C"],
+        in_features=list(backbone.output_shape()),
         num_groups=config["groups"],
         max_detections=config["max_per_img"],
         pixel_mean=[0.0] * 3,
@@ -66,6 +69,16 @@ def build_dino(case: GoldenCase) -> DINO:
     return model
 
 
+def _num_levels(case: GoldenCase) -> int:
+    """Levels of the transformer, as far as the case tells: by its embeddings, its maps, or the convolutions before."""
+    state, maps = case.below("state."), case.below("input.feat.")
+    if "input.spatial_shapes" in case.tensors:
+        return len(case.tensors["input.spatial_shapes"])
+    if "bbox_head.transformer.level_embeds" in state:
+        return len(state["bbox_head.transformer.level_embeds"])
+    return len(maps) + 1 if maps else _DEFAULT_LEVELS
+
+
 def _our_name(published: str) -> str:
     found = _NAMES.to_ours(published)
     if found is None:
@@ -74,11 +87,12 @@ def _our_name(published: str) -> str:
 
 
 def check_gradients(check: Check, model: DINO, maps: list[Tensor]) -> None:
-    """Gradients of every parameter that has one, and of the backbone's maps."""
-    gradients = {_NAMES.to_published(name)[0]: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    gradients |= {f"feat.{i}": x.grad for i, x in enumerate(maps)}
-    for name, gradient in gradients.items():
-        check.close(f"grad.{name}", gradient)
+    """Gradients of the parameters and of the backbone's maps, and which parameters have none."""
+    gradients = {_NAMES.to_published(name)[0]: p.grad for name, p in model.named_parameters()}
+    check_recorded(check, gradients | {f"feat.{i}": x.grad for i, x in enumerate(maps)})
+    if "parameters_without_gradient" in check.case.info:
+        without = sorted(name for name, gradient in gradients.items() if gradient is None)
+        check.same("without gradient", without, sorted(check.case.info["parameters_without_gradient"]))
 
 
 def check_selected(check: Check, name: str, scores: Tensor, index: Tensor) -> None:

@@ -93,11 +93,6 @@ def verify_dino_decoder(case: GoldenCase) -> Check:
     return check
 
 
-def _maps(case: GoldenCase) -> list[Tensor]:
-    maps = case.below("input.feat.")
-    return [maps[str(index)] for index in range(len(maps))]
-
-
 def _given_queries(case: GoldenCase) -> DenoisingQueries | None:
     if "input.dn_label_query" not in case.tensors:
         return None

@@ -87,7 +87,7 @@ def build_detector(case: GoldenCase, detector: str) -> nn.Module:
 
 
 def recorded_maps(case: GoldenCase) -> list[Tensor]:
-    """The four backbone maps of the case, stride 4 first."""
+    """The backbone maps of the case, largest first."""
     maps = case.below("input.maps.")
     return [maps[str(index)] for index in range(len(maps))]
 
@@ -101,10 +101,10 @@ def image_list(case: GoldenCase) -> ImageList:
 
 def _set_neck(model: DictConfig, neck: Mapping[str, Any]) -> None:
     require("neck.type", neck["type"], "FPN")
-    require("neck.num_outs", neck["num_outs"], 5)
+    require("neck.num_outs", neck["num_outs"], len(neck["in_channels"]) + 1)
     model.backbone = LazyCall(PIIPFPN)(
         bottom_up=LazyCall(MapsBackbone)(channels=neck["in_channels"]),
-        in_features=list(_NAMES),
+        in_features=list(_NAMES[-len(neck["in_channels"]) :]),
         out_channels=neck["out_channels"],
         top_block=model.backbone.top_block,
     )
@@ -150,7 +150,8 @@ def _set_mask_rcnn(roi_heads: DictConfig, config: Mapping[str, Any]) -> None:
 
 def _set_cascade(roi_heads: DictConfig, config: Mapping[str, Any]) -> None:
     public, train, test = config["roi_head"], config["train_cfg"]["rcnn"], config["test_cfg"]["rcnn"]
-    require("roi_head.num_stages", public["num_stages"], 3)
+    for name in ("proposal_matchers", "box_heads", "box_predictors", "mask_heads"):
+        roi_heads[name] = [roi_heads[name][0] for _ in range(public["num_stages"])]
     roi_heads.stage_loss_weights = list(public["stage_loss_weights"])
     for stage, (box, settings) in enumerate(zip(public["bbox_head"], train, strict=True)):
         require("sampler of every stage", settings["sampler"], train[0]["sampler"])

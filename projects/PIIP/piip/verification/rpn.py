@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,20 +13,15 @@ from torch import Tensor
 
 from piip.modeling.box_regression import CASCADE_STDS, TwoSidedBox2BoxTransform, weights_from_stds
 from piip.modeling.rpn import PublishedRPN
+from piip_core.errors import NotSupportedYet
 from piip_core.verification import Check, GoldenCase
 
 from .model import build_detector, image_list
 
 __all__ = ["verify_fpn_rpn"]
 
-# What the cases say about their recorded decoding: boxes clipped to this height and width
-_DECODE_SIZE = (200, 333)
-# Anchors of large levels are recorded in part: this many rows from the start and from the end
-_RECORDED_ROWS = 300
 # An IoU that no two boxes exceed: the NMS removes nothing
 _KEEP_ALL = 2.0
-# How much smaller the padding of the last image is in the "smallpad" losses
-_SMALLER = 32
 
 
 @torch.no_grad()
@@ -45,7 +41,7 @@ def verify_fpn_rpn(case: GoldenCase) -> Check:
     for index, (score, delta, boxes) in enumerate(zip(objectness, deltas, anchors, strict=True)):
         check.close(f"output.objectness.{index}", score)
         check.close(f"output.deltas.{index}", delta)
-        check.close(f"output.anchors.{index}", _recorded_rows(boxes.tensor))
+        check.close(f"output.anchors.{index}", _recorded_rows(check, f"output.anchors.{index}", boxes.tensor))
         check.close(f"output.base_anchors.{index}", base_anchors[index])
     logits = [score.permute(0, 2, 3, 1).flatten(1) for score in objectness]
     deltas = [delta.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for delta in deltas]
@@ -54,14 +50,24 @@ def verify_fpn_rpn(case: GoldenCase) -> Check:
     for image, found in enumerate(proposals):
         check.close(f"output.proposals.{image}", _with_scores(found))
     _check_training(check, rpn, anchors, logits, deltas)
-    _check_decoding(check)
+    if "input.decode.rois" in case.tensors:
+        _check_decoding(check)
     return check
 
 
-def _recorded_rows(boxes: Tensor) -> Tensor:
-    if len(boxes) <= 2 * _RECORDED_ROWS:
-        return boxes
-    return torch.cat((boxes[:_RECORDED_ROWS], boxes[-_RECORDED_ROWS:]))
+def _recorded_rows(check: Check, name: str, boxes: Tensor) -> Tensor:
+    """Anchors of large levels are recorded in part: as many rows from the start as from the end."""
+    half = len(check.case.tensors[name]) // 2
+    return boxes if len(boxes) <= 2 * half + 1 else torch.cat((boxes[:half], boxes[-half:]))
+
+
+def _noted_numbers(check: Check, note: str, pattern: str) -> list[int]:
+    """Numbers that a case gives in its notes alone."""
+    text = check.case.info["notes"][note]
+    found = re.search(pattern, text)
+    if found is None:
+        raise NotSupportedYet(f"note on {note}: {text!r}")
+    return list(map(int, found.groups()))
 
 
 def _with_scores(proposals: Instances) -> Tensor:
@@ -78,7 +84,7 @@ def _check_selection(
     image_sizes: Sequence[tuple[int, int]],
 ) -> None:
     """What goes into the NMS, level by level."""
-    decoded = rpn._decode_proposals(anchors, deltas)
+    decoded = [_decoded(rpn, boxes.tensor, delta) for boxes, delta in zip(anchors, deltas, strict=True)]
     for image, size in enumerate(image_sizes):
         rows = [
             _selected(rpn, boxes[image], scores[image], size) for boxes, scores in zip(decoded, logits, strict=True)
@@ -87,6 +93,11 @@ def _check_selection(
         check.close(f"output.pre_nms_boxes.{image}", torch.cat(rows)[:, :4])
         check.close(f"output.pre_nms_scores.{image}", torch.cat(rows)[:, 4])
         check.equal(f"output.pre_nms_level.{image}", torch.cat(levels))
+
+
+def _decoded(rpn: PublishedRPN, anchors: Tensor, deltas: Tensor) -> Tensor:
+    """Boxes (images, n, 4) of anchors (n, 4) and deltas (images, n, 4)."""
+    return torch.stack([rpn.box2box_transform.apply_deltas(delta, anchors) for delta in deltas])
 
 
 def _selected(rpn: PublishedRPN, boxes: Tensor, logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -115,9 +126,12 @@ def _check_training(
         instances.gt_boxes = Boxes(check.case.tensors[f"input.gt_boxes.{image}"])
         targets.append(instances)
     padded = [tuple(meta["pad_shape"][:2]) for meta in metas]
-    smaller = [*padded[:-1], tuple(side - _SMALLER for side in padded[-1])]
+    variants = {"": padded}
+    if "output.smallpad.loss_rpn_cls" in check.case.results:
+        (less,) = _noted_numbers(check, "smallpad", r"pad_shape (\d+) smaller")
+        variants["smallpad."] = [*padded[:-1], tuple(side - less for side in padded[-1])]
     with EventStorage():
-        for prefix, sizes in (("", padded), ("smallpad.", smaller)):
+        for prefix, sizes in variants.items():
             labels, matched = rpn.label_and_sample_anchors(anchors, targets, sizes)
             losses = _losses_per_level(rpn, anchors, logits, deltas, labels, matched)
             check.close(f"output.{prefix}loss_rpn_cls", losses["loss_rpn_cls"])
@@ -176,10 +190,11 @@ def _check_decoding(check: Check) -> None:
         "rcnn": stages[0]["bbox_coder"]["target_stds"],
         "stage3": third,
     }
+    size = tuple(_noted_numbers(check, "decode", r"height (\d+), width (\d+)"))
     boxes, deltas = tensors["input.decode.rois"], tensors["input.decode.deltas"]
     for name, stds in codings.items():
         decoded = TwoSidedBox2BoxTransform(weights_from_stds(stds)).apply_deltas(deltas, boxes)
         check.close(f"output.decode.{name}_free", decoded)
         clipped = Boxes(decoded.reshape(-1, 4).clone())
-        clipped.clip(_DECODE_SIZE)
+        clipped.clip(size)
         check.close(f"output.decode.{name}_clipped", clipped.tensor.reshape(decoded.shape))

@@ -34,8 +34,8 @@ def verify_segmentation_head(case: GoldenCase) -> Check:
     rows, columns = case.tensors["output.features"].shape[-2:]
     check.close("output.features", fused[..., :rows, :columns])
     labels = case.tensors["input.label"][:, 0].long()
-    counts = {"pixels": labels.numel(), "ignored": int((labels == head.ignore_value).sum())}
-    require("counts", counts, case.info["counts"])
+    check.same("pixels", labels.numel(), case.info["counts"]["pixels"])
+    check.same("ignored pixels", int((labels == head.ignore_value).sum()), case.info["counts"]["ignored"])
     for name, part in (("decode", head), ("aux", model.auxiliary_head)):
         logits = part.layers(features)
         check.close(f"output.{name}_logits", logits)
@@ -51,49 +51,58 @@ def verify_segmentation_head(case: GoldenCase) -> Check:
 def verify_segmentation_inference(case: GoldenCase) -> Check:
     """Windows, their logits, the average and the result at the size of the original image; the whole image too."""
     check = Check(case)
-    model = _build_segmentor(case, ToyEncoder(case.config["backbone"]))
+    kernels = [case.tensors[f"state.backbone.{name}.weight"].shape[-1] for name in ("stem", "down.0")]
+    model = _build_segmentor(case, ToyEncoder(case.config["backbone"], *kernels))
     image, (meta,) = case.below("input.")["image"], case.info["img_metas"]
+    inside, original = tuple(meta["img_shape"][:2]), tuple(meta["ori_shape"][:2])
+    logits = {"whole": model.whole_logits(image)}
+    if "output.slide_logits" in case.results:
+        _check_windows(check, model, image)
+        logits["slide"] = model.slide_logits(image)
+        check.close("output.slide_logits", logits["slide"])
+    results = {mode: model.to_original(found[0], inside, original) for mode, found in logits.items()}
+    for mode, result in results.items():
+        check.close(f"output.{mode}_rescaled", result[None])
+    check.equal("output.pred", results[model.inference].argmax(dim=0))
+    if inside == tuple(image.shape[-2:]):  # the model itself takes images without padding
+        (output,) = model([{"image": image[0], "height": original[0], "width": original[1]}])
+        check.close(f"output.{model.inference}_rescaled", output["sem_seg"][None])
+    return check
+
+
+def _check_windows(check: Check, model: SlidingWindowSegmentor, image: Tensor) -> None:
     (height, width), (tall, wide), (down, right) = image.shape[-2:], model.window, model.stride
     windows = [
         [y, min(y + tall, height), x, min(x + wide, width)]
         for y in window_starts(height, tall, down)
         for x in window_starts(width, wide, right)
     ]
-    check.equal("windows_y1y2x1x2", torch.tensor(windows), torch.tensor(case.info["windows_y1y2x1x2"]))
+    check.same("windows_y1y2x1x2", windows, check.case.info["windows_y1y2x1x2"])
     count = torch.zeros(height, width)
     for top, bottom, left, end in windows:
         count[top:bottom, left:end] += 1
     check.equal("output.count", count)
     check.close("output.crop0_logits", model.whole_logits(image[..., :tall, :wide]))
-    averaged = model.slide_logits(image)
-    check.close("output.slide_logits", averaged)
-    inside, original = tuple(meta["img_shape"][:2]), tuple(meta["ori_shape"][:2])
-    result = model.to_original(averaged[0], inside, original)
-    check.close("output.slide_rescaled", result[None])
-    check.equal("output.pred", result.argmax(dim=0))
-    check.close("output.whole_rescaled", model.to_original(model.whole_logits(image)[0], inside, original)[None])
-    if inside == (height, width):  # the model itself takes images without padding
-        (output,) = model([{"image": image[0], "height": original[0], "width": original[1]}])
-        check.close(f"output.{model.inference}_rescaled", output["sem_seg"][None])
-    return check
 
 
 class ToyEncoder(Backbone):
-    """The encoder of the inference cases: a patch convolution and three of stride 2, each behind a tanh.
+    """The encoder of the inference cases: a patch convolution and some that reduce further, each behind a tanh.
 
     Args:
         settings (Mapping[str, Any]): the public configuration's.
+        patch (int): side of the patches.
+        step (int): stride of the others.
     """
 
     size_divisibility = 0  # the cases have sizes that no stride divides
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], patch: int = 4, step: int = 2) -> None:
         super().__init__()
         require("backbone.type", settings["type"], "ToyEncoder")
         first, *others = settings["channels"]
-        self.stem = nn.Conv2d(3, first, 4, stride=4)
+        self.stem = nn.Conv2d(3, first, patch, stride=patch)
         self.down = nn.ModuleList(
-            nn.Conv2d(before, after, 2, stride=2) for before, after in zip([first, *others], others, strict=False)
+            nn.Conv2d(before, after, step, stride=step) for before, after in zip([first, *others], others, strict=False)
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -103,8 +112,11 @@ class ToyEncoder(Backbone):
         return dict(zip(self.output_shape(), maps, strict=True))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        convs = [self.stem, *self.down]
-        return {f"res{i + 2}": ShapeSpec(channels=conv.out_channels, stride=4 * 2**i) for i, conv in enumerate(convs)}
+        shapes, stride = {}, 1
+        for i, conv in enumerate([self.stem, *self.down]):
+            stride *= conv.stride[0]
+            shapes[f"res{i + 2}"] = ShapeSpec(channels=conv.out_channels, stride=stride)
+        return shapes
 
 
 def _build_segmentor(case: GoldenCase, backbone: Backbone) -> SlidingWindowSegmentor:
@@ -118,9 +130,7 @@ def _build_segmentor(case: GoldenCase, backbone: Backbone) -> SlidingWindowSegme
         pixel_mean=[0.0] * 3,
         pixel_std=[1.0] * 3,
         inference=test["mode"],
-        window=test.get("crop_size", 512),
-        stride=test.get("stride", 341),
-        window_batch_size=2,
+        **{ours: test[public] for ours, public in (("window", "crop_size"), ("stride", "stride")) if public in test},
     ).eval()
     state = case.below("state.")
     inside = {name: state.pop(name) for name in list(state) if name.startswith("backbone.")}

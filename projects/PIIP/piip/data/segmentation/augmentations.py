@@ -34,7 +34,7 @@ class RatioRangeResize(Augmentation):
             raise ValueError(f"scale={scale}: expected (long side, short side) in pixels")
         if len(ratio_range) != 2 or not 0 < ratio_range[0] <= ratio_range[1] or min(scale) * ratio_range[0] < 1:
             raise ValueError(f"ratio_range={ratio_range}: expected (smallest, largest), both positive")
-        self._init({"scale": (max(scale), min(scale)), "ratio_range": tuple(ratio_range)})
+        self.scale, self.ratio_range = (max(scale), min(scale)), tuple(ratio_range)
 
     def get_transform(self, image: np.ndarray) -> Transform:
         height, width = image.shape[:2]
@@ -58,7 +58,8 @@ class PhotometricTransform(Transform):
         self, brightness: float, contrast: float, contrast_first: bool, saturation: float | None, hue: int | None
     ) -> None:
         super().__init__()
-        self._set_attributes(locals())
+        self.brightness, self.contrast, self.contrast_first = brightness, contrast, contrast_first
+        self.saturation, self.hue = saturation, hue
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         """Distorts a (H, W, 3) uint8 image, RGB or BGR: exchanging the two only turns the hue the other way."""
@@ -114,7 +115,8 @@ class PhotometricDistortion(Augmentation):
             raise ValueError(
                 f"brightness_delta={brightness_delta}, hue_delta={hue_delta}: expected at least 0, and 1 to {_HUES}"
             )
-        self._init(locals())
+        self.brightness_delta, self.hue_delta = brightness_delta, hue_delta
+        self.contrast_range, self.saturation_range = contrast_range, saturation_range
 
     def get_transform(self, image: np.ndarray) -> Transform:
         def drawn() -> bool:

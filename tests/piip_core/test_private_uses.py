@@ -1,0 +1,137 @@
+"""What is used of other libraries and documented by none: each test names it, and fails when it is gone or changed."""
+
+import gc
+import weakref
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from piip_core.branches.timm_model import positioned
+from piip_core.folding import is_bare, observer
+from piip_core.integrations.timm.piip import remember_argument
+from piip_core.memory import AliveStorages
+from piip_core.memory.dry_run import _fake_tensors
+from piip_core.ops.reference import _grid_sample_backward
+from piip_core.visualization.attention import watch_attention
+
+
+def test_torch_module_forward_hooks():
+    """torch.nn.Module._forward_hooks and ._forward_pre_hooks, in piip_core/folding.py."""
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        linear = nn.Linear(2, 2)
+        assert is_bare(linear)
+        getattr(linear, register)(observer(lambda *_: None))
+        assert is_bare(linear), f"the mark on a hook does not come back from torch.nn.Module: {register}"
+        getattr(linear, register)(lambda *_: None)
+        assert not is_bare(linear), f"torch.nn.Module's hooks are not found any more: {register}"
+
+
+def test_torch_fake_tensors():
+    """torch._subclasses.fake_tensor.FakeTensorMode, in piip_core/memory/dry_run.py."""
+    with _fake_tensors(), torch.autocast("cpu", torch.bfloat16):
+        product = torch.empty(1 << 20, 1 << 20) @ torch.ones(1 << 20, 3)  # 4 TB, if it had data
+    assert product.shape == (1 << 20, 3) and product.dtype == torch.bfloat16 and product.device.type == "cpu"
+
+
+def test_torch_dispatch_mode_and_storages_as_objects():
+    """torch.utils._python_dispatch.TorchDispatchMode, and that a storage is one object while a tensor has it."""
+    tensor = torch.zeros(3)
+    gone = weakref.ref(tensor.untyped_storage())
+    gc.collect()
+    assert gone() is tensor[1:].untyped_storage(), "torch makes another object of a storage at each request"
+    del tensor
+    assert gone() is None, "the object of a storage outlives the storage"
+    with AliveStorages(nn.Identity()) as tracker:
+        first = torch.ones(1000)
+        del first
+        kept = torch.ones(10) + torch.ones(10)
+    assert (tracker.alive, tracker.peak) == (kept.nbytes, 4000)
+
+
+def test_torch_grid_sampler_2d_backward():
+    """torch.ops.aten.grid_sampler_2d_backward, in piip_core/ops/reference.py."""
+    image, grid = torch.randn(2, 3, 5, 4, requires_grad=True), (torch.rand(2, 6, 7, 2) * 2.4 - 1.2).requires_grad_()
+    sampled = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    grad = torch.randn_like(sampled)
+    expected = torch.autograd.grad(sampled, (image, grid), grad)
+    for found, want in zip(_grid_sample_backward(grad, image, grid), expected, strict=True):
+        torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+@torch.no_grad()
+def test_timm_pos_embed(name):
+    """timm's VisionTransformer._pos_embed and Eva._pos_embed, in piip_core/branches/timm_model.py."""
+    model = timm.create_model(name, num_classes=0, dynamic_img_size=True, depth=1).eval()
+    image = torch.randn(1, 3, 112, 112)
+    seen = {}
+    hook = model.blocks[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs, args=args), with_kwargs=True
+    )
+    model.forward_features(image)
+    hook.remove()
+    sequence, rotary = positioned(model, model.patch_embed(image))
+    assert torch.equal(model.norm_pre(sequence), seen["args"][0])
+    assert (rotary is None) == (seen.get("rope") is None)
+    assert rotary is None or torch.equal(rotary, seen["rope"])
+
+
+def test_timm_model_args(tmp_path):
+    """`_model_args` of a timm model, in piip_core/integrations/timm/piip.py."""
+    import json
+
+    from timm.models import save_for_hf
+
+    model = timm.create_model("test_vit", num_classes=3)
+    remember_argument(model, "published", True)
+    save_for_hf(model, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model_args"]["published"] is True, "timm does not store model._model_args"
+
+
+def test_timm_fused_attn():
+    """`fused_attn` of timm's layers, in piip_core/visualization/attention.py."""
+    layer = timm.layers.Attention(8, num_heads=2)
+    layer.fused_attn = False
+    with watch_attention(layer) as calls:
+        layer(torch.zeros(1, 4, 8))
+    assert len(calls) == 1, "fused_attn does not choose timm's path any more"
+    assert layer.fused_attn is False
+
+
+def test_transformers_initialised_flag():
+    """`_is_hf_initialized` of a tensor, in piip_core/integrations/transformers/modeling.py."""
+    transformers = pytest.importorskip("transformers")
+    from piip_core.integrations.transformers.modeling import is_loaded
+
+    tensor = torch.zeros(2)
+    assert not is_loaded(tensor)
+    tensor._is_hf_initialized = True
+    assert is_loaded(tensor)
+    transformers.initialization.copy_(tensor, torch.ones(2))
+    assert not tensor.any(), "transformers.initialization does not heed the flag any more"
+
+
+def test_transformers_datasets_cache():
+    """is_datasets_available.cache_clear, in piip_core/integrations/transformers/shadowing.py."""
+    utils = pytest.importorskip("transformers.utils")
+    assert hasattr(utils.is_datasets_available, "cache_clear"), "is_datasets_available keeps no answer any more"
+
+
+def test_deepspeed_init_context():
+    """deepspeed.runtime.zero.partition_parameters, in piip_core/integrations/transformers/partitioning.py."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero import partition_parameters
+
+    assert partition_parameters.top_level_context is None
+    partition_parameters.shutdown_init_context()
+    partition_parameters.restore_init_context()
+
+
+def test_deepspeed_compatible_operators():
+    """deepspeed.ops.__compatible_ops__, in piip_core/deepspeed_start.py."""
+    deepspeed = pytest.importorskip("deepspeed")
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__

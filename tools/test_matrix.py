@@ -1,0 +1,191 @@
+"""Runs the tests in fresh clones and fresh environments, and keeps the table of what passed.
+
+    python tools/test_matrix.py                                    # every kind on every Python of this machine
+    python tools/test_matrix.py --kinds newest --pythons 3.11 --with transformers==5.23.0 --tests tests/llava_piip
+
+Kinds of environments: "oldest" has the floor of every range in pyproject.toml and is made with the oldest Python alone,
+"locked" is constraints.txt, "newest" is whatever the package index has today. What is committed is what is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("oldest", "locked", "newest")
+SHOWN = ("torch", "transformers", "timm", "deepspeed", "gradio")  # versions in the table
+COLUMNS = ("environment", "tests", *SHOWN, "passed", "failed", "skipped", "minutes, set-up included", "date")
+BEGIN, END = "<!-- begin: tools/test_matrix.py -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One environment: a kind, a Python such as "3.11", and requirements that go before the kind's."""
+
+    kind: str
+    python: str
+    pins: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join([self.kind, f"Python {self.python}", *self.pins])
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out of one cell; `counts` is None where the environment could not be made."""
+
+    cell: str
+    date: str
+    tests: str
+    versions: dict[str, str]
+    counts: dict[str, int] | None
+    minutes: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether tests ran and none failed."""
+        return self.counts is not None and not self.counts["failed"] and self.counts["passed"] > 0
+
+
+def floors(project: dict) -> list[str]:
+    """`name==version` for every lower bound that a pyproject.toml's dependencies and extras state."""
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    found = {}
+    for requirement in (each for requirements in lists for each in requirements):
+        match = re.fullmatch(r"([\w.-]+)(?:\[[^\]]*\])?>=([\w.]+)(?:,.*)?", requirement.split(";")[0].strip())
+        if match:
+            found[match[1]] = match[2]
+    return [f"{name}=={version}" for name, version in found.items()]
+
+
+def constraints(cell: Cell) -> str:
+    """The text of the constraints file of a cell."""
+    if cell.kind == "oldest":
+        lines = floors(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+    else:
+        lines = (ROOT / "constraints.txt").read_text().splitlines() if cell.kind == "locked" else []
+    pinned = {re.split(r"[=<>!~]", pin)[0] for pin in cell.pins}
+    return "\n".join([*cell.pins, *(line for line in lines if re.split(r"[=<>!~ ]", line)[0] not in pinned)]) + "\n"
+
+
+def run_cell(cell: Cell, folder: Path, tests: Sequence[str], make_options: Sequence[str]) -> Row:
+    """Clones the project into `folder`, makes the environment as the README says, and runs the tests there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    checkout, log, results = folder / "checkout", folder / "log", folder / "results.xml"
+    subprocess.run(["git", "clone", "--quiet", ROOT, checkout], check=True)
+    wanted = folder / "constraints.txt"
+    wanted.write_text(constraints(cell))
+    command = ["make", "test", f"PYTHON=python{cell.python}", "VENV=.venv", f"CONSTRAINTS={wanted}", *make_options]
+    command.append(f"PYTEST_ARGS=--junitxml={results} {' '.join(tests)}")
+    print(f"{cell}: {log}", flush=True)
+    start = time.monotonic()
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    with log.open("w") as output:
+        subprocess.run(command, cwd=checkout, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    return Row(
+        cell=str(cell),
+        date=datetime.date.today().isoformat(),
+        tests=" ".join(tests) or "all",
+        versions=_versions(checkout / ".venv" / "bin" / "python"),
+        counts=_counts(results),
+        minutes=round((time.monotonic() - start) / 60, 1),
+    )
+
+
+def _counts(results: Path) -> dict[str, int] | None:
+    """Tests by their outcome, from pytest's report; an error in a fixture or a module is a failure."""
+    if not results.exists():
+        return None
+    suites = list(ElementTree.parse(results).getroot().iter("testsuite"))
+    total, failures, errors, skipped = (
+        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
+    )
+    return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
+
+
+def _versions(python: Path) -> dict[str, str]:
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    if not python.exists():
+        return {}
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=python.parent)
+    return json.loads(done.stdout) if done.returncode == 0 else {}
+
+
+def line(row: Row) -> str:
+    """A row of the table, in Markdown."""
+    counts = row.counts or dict.fromkeys(("passed", "failed", "skipped"), "not installed")
+    versions = [row.versions.get(name, "none") for name in SHOWN]
+    numbers = [counts["passed"], counts["failed"], counts["skipped"], row.minutes]
+    return _line([row.cell, row.tests, *versions, *numbers, row.date])
+
+
+def _line(columns: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, columns))} |"
+
+
+def keep(row: Row, document: Path) -> None:
+    """Puts a row into the table of a document, in the place of an earlier one of the same cell and tests."""
+    before, rest = document.read_text().split(BEGIN)
+    table, after = rest.split(END, 1)
+    lines = table.strip().splitlines()[2:]
+    name = _line([row.cell, row.tests]).removesuffix("|")
+    lines = [each for each in lines if not each.startswith(name)] + [line(row)]
+    lines.sort(key=lambda each: KINDS.index(each.strip("| ").split(",")[0]))
+    table = "\n".join([_line(COLUMNS), _line(["---"] * len(COLUMNS)), *lines])
+    _write(document, f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+def _write(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as aside:
+        aside.write(text)
+    os.chmod(aside.name, 0o644)
+    os.replace(aside.name, path)
+
+
+def main() -> None:
+    """Runs the cells one after the other; ends with status 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pythons = [f"3.{minor}" for minor in range(10, 15) if shutil.which(f"python3.{minor}")]
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="default: all")
+    parser.add_argument("--pythons", nargs="+", default=pythons, metavar="3.N", help=f"default: {' '.join(pythons)}")
+    parser.add_argument("--with", nargs="+", default=[], dest="pins", metavar="NAME==VERSION", help="other versions")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="default: the whole suite")
+    parser.add_argument(
+        "--make", nargs="+", default=[], metavar="NAME=VALUE", help="for make, such as DETECTRON2=FOLDER"
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix", help="default: %(default)s")
+    parser.add_argument("--document", type=Path, help="keep the rows in the table of this file (docs/environments.md)")
+    options = parser.parse_args()
+    failed = False
+    for python in options.pythons:
+        for kind in options.kinds:
+            if kind == "oldest" and python != options.pythons[0]:
+                continue
+            cell = Cell(kind, python, tuple(options.pins))
+            folder = options.folder / re.sub(r"[^\w.]+", "-", str(cell))
+            row = run_cell(cell, folder, options.tests, options.make)
+            print(line(row), flush=True)
+            failed |= not row.passed
+            if options.document:
+                keep(row, options.document)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
