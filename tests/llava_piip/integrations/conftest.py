@@ -54,10 +54,10 @@ VLLM_TEXT_SIZES = TEXT_SIZES | dict(hidden_size=128, intermediate_size=128, voca
 
 def _save_for_vllm(folder, entry, text_config, tokenizer_folder, randomize):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.add_tokens([f"<extra_{i}>" for i in range(text_config.vocab_size - len(tokenizer))])
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(VLLM_TEXT_SIZES["vocab_size"] - len(tokenizer))])
     tokenizer = add_image_token(tokenizer)
     config = assemble_config(entry, text_config, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-    assert config.image_token_index == text_config.vocab_size
+    assert config.image_token_index == VLLM_TEXT_SIZES["vocab_size"]
     torch.manual_seed(0)
     model = randomize(PIIPLlavaForConditionalGeneration(config)).eval()
     _sharpen(model)
@@ -77,9 +77,10 @@ def vllm_folder(tiny_entry, tokenizer_folder, randomize, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vllm_qwen_folder(tiny_entry, tokenizer_folder, randomize, tmp_path_factory):
-    """One around a Qwen whose output layer is the embedding table."""
+    """One around a Qwen: its output layer is the embedding table, which has a row for the image token."""
     folder = tmp_path_factory.mktemp("vllm") / "qwen"
-    text_config = Qwen2Config(**VLLM_TEXT_SIZES, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    sizes = VLLM_TEXT_SIZES | dict(vocab_size=1024)
+    text_config = Qwen2Config(**sizes, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     return _save_for_vllm(folder, tiny_entry(image_size=128), text_config, tokenizer_folder, randomize)
 
 

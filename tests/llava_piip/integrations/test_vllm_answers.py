@@ -84,7 +84,7 @@ def assert_same(found, expected):
     for (ids, tokens, logprobs), (expected_ids, expected_tokens, expected_logprobs) in zip(
         found, expected, strict=True
     ):
-        assert ids == in_table(expected_ids)
+        assert in_table(ids) == in_table(expected_ids)
         torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-4, rtol=0)
         assert tokens == expected_tokens
 
