@@ -78,6 +78,7 @@ def assemble(
         logger.info(load_pyramid(tower.pyramid, read_checkpoint(path).state, source=path).summary())
     elif pretrained_vision:
         load_pretrained(tower.pyramid)
+    _check_padding(tokenizer, decoder.get_input_embeddings().num_embeddings)
     model = join(config, tower.to(decoder.dtype), decoder)
     processor = assemble_processor(config, tokenizer, chat_template=chat_template, pad_to_square=pad_to_square)
     return model, processor
@@ -128,6 +129,16 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
         # Padding never counts: attention masks and labels are made by length
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _check_padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Batches look padding up like any other token, though nothing attends to it."""
+    if tokenizer.pad_token_id >= rows:
+        raise ConfigError(
+            f"language_model: the padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the "
+            f"embedding has {rows} rows: set tokenizer.pad_token to one that has a row, such as "
+            f"{tokenizer.eos_token!r}, and save the tokenizer"
+        )
 
 
 def _load(kind: Any, source: str, **options: Any) -> Any:

@@ -10,8 +10,8 @@ from piip_core.errors import ConfigError
 
 __all__ = ["CHAT_TEMPLATES", "marks_answers", "resolve_chat_template"]
 
-# Text of a message: its string, or its parts with the images in front as LLaVA puts them. A macro, which is fine for
-# the text; `{% generation %}` has to stay outside, because inside of one transformers gets the positions wrong.
+# Text of a message: its string, or its parts in their order, each on a line of its own. A macro, which is fine for the
+# text; `{% generation %}` has to stay outside, because inside of one transformers gets the positions wrong.
 _TEXT_OF = """
 {%- macro text_of(message) -%}
   {%- set content = message['content'] -%}
@@ -20,17 +20,17 @@ _TEXT_OF = """
   {%- elif content is mapping or content is number -%}
     {{- raise_exception('a message has the content ' ~ content ~ ': expected text or a list of parts') -}}
   {%- elif content -%}
-    {%- set found = namespace(images=[], text='') -%}
+    {%- set found = namespace(lines=[]) -%}
     {%- for part in content -%}
       {%- if part['type'] == 'image' -%}
-        {%- set found.images = found.images + ['<image>'] -%}
+        {%- set found.lines = found.lines + ['<image>'] -%}
       {%- elif part['type'] == 'text' -%}
-        {%- set found.text = found.text + part['text'] -%}
+        {%- set found.lines = found.lines + ([part['text']] if part['text'] else []) -%}
       {%- else -%}
         {{- raise_exception("a content part has type '" ~ part['type'] ~ "': expected 'image' or 'text'") -}}
       {%- endif -%}
     {%- endfor -%}
-    {{- (found.images + ([found.text] if found.text else [])) | join('\\n') -}}
+    {{- found.lines | join('\\n') -}}
   {%- endif -%}
 {%- endmacro -%}
 """
@@ -141,7 +141,8 @@ turns by "###".
 
 Supervised is an answer with the space in front of it and the end token (`plain`: the caption with its newline).
 Messages are user and assistant in turns, with at most one system message in front, which replaces the built-in one;
-content is a string or a list of parts. An empty message leaves its role alone. `plain` takes one question and one
+content is a string, or a list of parts (images and texts) which stand in their order, each on a line of its own; LLaVA
+was trained with images in front of the text. An empty message leaves its role alone. `plain` takes one question and one
 answer, and drops the words of the question as LLaVA does, except when it renders a question by itself.
 """
 

@@ -20,16 +20,22 @@ from .tokenization import bos_ids, encode_text
 __all__ = [
     "IGNORE_INDEX",
     "IMAGE_TAG",
+    "TEXT_TAG",
     "ConversationError",
     "EncodedConversation",
+    "assistant_mask",
     "encode_conversation",
     "encode_prompt",
+    "has_image_parts",
     "messages_from_llava",
+    "protect_text",
     "render_conversation",
 ]
 
 IGNORE_INDEX = -100
 IMAGE_TAG = "<image>"
+# Stands for the tag where it is text: of the same length, with a character that Unicode keeps for such inner uses
+TEXT_TAG = "\ufdd0image>"
 
 _RENDERING = threading.Lock()  # transformers notes the spans of answers in the template, which all threads share
 
@@ -95,6 +101,44 @@ def messages_from_llava(conversations: Sequence[Mapping[str, str]], *, has_image
     return messages
 
 
+def protect_text(messages: Messages) -> Messages:
+    """Makes sure that only image parts of messages become placeholders.
+
+    Where messages have image parts, `<image>` in any text (of a user, or of a model that answered) is text; it is
+    written so that `encode_prompt` and `encode_conversation` know. Messages of strings alone stay as they are: in
+    LLaVA's data the tag in a string is the placeholder.
+
+    Args:
+        messages: {"role": ..., "content": text or parts}.
+    """
+
+    def protected(content: Any) -> Any:
+        if isinstance(content, str):
+            return content.replace(IMAGE_TAG, TEXT_TAG)
+        if isinstance(content, (list, tuple)):
+            return [
+                {**part, "text": protected(part["text"])} if isinstance(part, Mapping) and "text" in part else part
+                for part in content
+            ]
+        return content
+
+    if not has_image_parts(messages):
+        return messages
+    return [
+        {**message, "content": protected(message["content"])}
+        if isinstance(message, Mapping) and "content" in message
+        else message
+        for message in messages
+    ]
+
+
+def has_image_parts(messages: Messages) -> bool:
+    """Whether any message has an image among its parts."""
+    contents = (message.get("content") for message in messages if isinstance(message, Mapping))
+    parts = (part for content in contents if isinstance(content, (list, tuple)) for part in content)
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+
+
 def render_conversation(
     messages: Messages,
     *,
@@ -105,7 +149,8 @@ def render_conversation(
     """The prompt of a conversation, and which of its characters are supervised.
 
     Args:
-        messages: {"role": "system", "user" or "assistant", "content": text}; images are `<image>` in the text.
+        messages: {"role": "system", "user" or "assistant", "content": text or parts}; images are parts {"type":
+            "image"}, or `<image>` in strings; see `protect_text`.
         chat_template: A name in `CHAT_TEMPLATES` or a Jinja template with `{% generation %}` blocks.
         tokenizer: Gives its special tokens to the template; without it a template uses those of Llama.
         add_generation_prompt: Whether the prompt ends where the next answer starts.
@@ -126,7 +171,7 @@ def render_conversation(
     try:
         with _RENDERING:
             (text,), (spans,) = render_jinja_template(
-                [list(messages)],
+                [list(protect_text(messages))],
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=add_generation_prompt,
@@ -216,6 +261,28 @@ def encode_conversation(
     return encoded
 
 
+def assistant_mask(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    chat_template: str,
+    image_token_id: int,
+    image_seq_length: int,
+    has_images: bool = True,
+    add_generation_prompt: bool = False,
+) -> list[int]:
+    """1 for each id of a conversation that `encode_conversation` supervises, 0 for the others.
+
+    The arguments and errors are those of `encode_conversation` and `render_conversation`, but no token need be
+    supervised.
+    """
+    expand = _Expansion(tokenizer, image_token_id, image_seq_length, has_images)
+    rendered = render_conversation(
+        messages, chat_template=chat_template, tokenizer=tokenizer, add_generation_prompt=add_generation_prompt
+    )
+    return [int(label != IGNORE_INDEX) for label in expand(*rendered).labels]
+
+
 @dataclass(frozen=True)
 class _Expansion:
     """Encodes rendered text, with images expanded."""
@@ -235,13 +302,14 @@ class _Expansion:
             input_ids = []
         labels = [IGNORE_INDEX] * len(input_ids)
         chunks = text.split(IMAGE_TAG) if self.has_images else [text]
+        chunks = [chunk.replace(TEXT_TAG, IMAGE_TAG) for chunk in chunks]
         position = 0
         for index, chunk in enumerate(chunks):
             if index:
                 input_ids += [self.image_token_id] * self.image_seq_length
                 labels += [IGNORE_INDEX] * self.image_seq_length
                 position += len(IMAGE_TAG)
-            ids, offsets = encode_text(self.tokenizer, chunk, literals=() if self.has_images else (IMAGE_TAG,))
+            ids, offsets = encode_text(self.tokenizer, chunk, literals=(IMAGE_TAG,))
             self._check_text(ids)
             input_ids += ids
             labels += [

@@ -1,4 +1,4 @@
-"""The processor: prompts and pictures to what the model takes."""
+"""The processor: prompts and images to what the model takes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from .chat_templates import resolve_chat_template
 from .conversation import (
     IMAGE_TAG,
     EncodedConversation,
+    Messages,
+    assistant_mask,
     encode_conversation,
     encode_prompt,
+    has_image_parts,
+    protect_text,
 )
 from .image_processing import ImageError
 from .tokenization import keep_legacy_setting
@@ -67,9 +71,9 @@ class PIIPLlavaProcessor(ProcessorMixin):
         """Inputs for the model, for generation by default: padded on the left.
 
         Args:
-            images: One picture, a list, or a list of lists (one per text); as many as `<image>` in the texts, in order.
-                A string is the address or the file of a picture. In a prompt with an empty list, `<image>` is
-                ordinary text.
+            images: One image, a list, or a list of lists (one per text); as many as `<image>` in the texts, in order.
+                A string is the address or the file of an image. In a prompt without images, `<image>` is ordinary
+                text.
             text: One prompt or several.
             padding: Pad to the longest; False needs prompts of equal length.
             padding_side: "left" or "right".
@@ -81,10 +85,15 @@ class PIIPLlavaProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` (B, N), and with images `pixel_values` (number of images, 3, S, S).
 
         Raises:
-            UserError: If images and places do not match, or a prompt is too long.
-            ImageError: If a picture cannot be used.
+            UserError: If images and placeholders do not match, a prompt is too long, or `truncation` is asked for.
+            ImageError: If an image cannot be used.
             TypeError: For an unknown setting.
         """
+        if kwargs.pop("truncation", None):
+            raise UserError(
+                "truncation=True: prompts are not cut, because half an image cannot be given to the model; shorten the "
+                "text, or give max_length alone to refuse longer prompts"
+            )
         if text is None:
             raise UserError("text=None: expected a prompt, with <image> where the images are")
         known = set(self.image_processor.valid_kwargs.__annotations__)
@@ -108,6 +117,44 @@ class PIIPLlavaProcessor(ProcessorMixin):
         if pixels:
             data["pixel_values"] = self.image_processor(images=pixels, return_tensors="pt", **kwargs)["pixel_values"]
         return BatchFeature(dict(data), tensor_type=return_tensors)
+
+    def apply_chat_template(
+        self, conversation: Sequence[Any], chat_template: str | None = None, **options: Any
+    ) -> str | list[str] | BatchFeature:
+        """As transformers' processors do, with `<image>` in texts as text where messages have image parts.
+
+        Args:
+            conversation: Messages, or several lists of them; see `llava_piip.conversation.protect_text`.
+            chat_template: Another one than the processor's.
+            **options: Those of transformers: add_generation_prompt, tokenize, return_dict ...
+
+        Returns:
+            The prompt; with `tokenize` its ids, with `return_dict` what a call returns; `assistant_masks` (B, N) with
+            `return_assistant_tokens_mask`.
+        """
+        is_batch = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
+        conversations = [protect_text(messages) for messages in (conversation if is_batch else [conversation])]
+        has_masks = all(map(options.get, ("return_assistant_tokens_mask", "tokenize", "return_dict")))
+        if has_masks:
+            del options["return_assistant_tokens_mask"]  # transformers' way differs from version to version
+        result = super().apply_chat_template(conversations if is_batch else conversations[0], chat_template, **options)
+        if has_masks:
+            masks = [self._assistant_mask(messages, chat_template, options) for messages in conversations]
+            rows = [_spread(mask, row) for mask, row in zip(masks, result["attention_mask"], strict=True)]
+            is_tensor = isinstance(result["input_ids"], torch.Tensor)
+            result["assistant_masks"] = torch.tensor(rows) if is_tensor else rows
+        return result
+
+    def _assistant_mask(self, messages: Messages, chat_template: str | None, options: Mapping[str, Any]) -> list[int]:
+        return assistant_mask(
+            self.tokenizer,
+            messages,
+            chat_template=chat_template or self.chat_template,
+            image_token_id=self.image_token_id,
+            image_seq_length=self.image_seq_length,
+            has_images=has_image_parts(messages),
+            add_generation_prompt=options.get("add_generation_prompt", False),
+        )
 
     def encode_conversation(
         self,
@@ -134,19 +181,19 @@ class PIIPLlavaProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, **kwargs)
 
     def encode_prompt(self, prompt: str, num_images: int) -> list[int]:
-        """Ids of one prompt, for the case that its pictures need no processing; a call gives the same.
+        """Ids of one prompt, for the case that its images need no processing; a call gives the same.
 
         Args:
             prompt: With `<image>` where the images are.
             num_images: How many there are; with none, `<image>` is ordinary text.
 
         Raises:
-            UserError: If images and places do not match.
+            UserError: If images and placeholders do not match.
         """
-        places = prompt.count(IMAGE_TAG) if num_images else 0
-        if places != num_images:
+        placeholders = prompt.count(IMAGE_TAG) if num_images else 0
+        if placeholders != num_images:
             raise UserError(
-                f"a prompt has {places} {IMAGE_TAG} for {num_images} images: write one where each image belongs"
+                f"a prompt has {placeholders} {IMAGE_TAG} for {num_images} images: write one where each image belongs"
             )
         return encode_prompt(
             self.tokenizer,
@@ -163,7 +210,7 @@ class PIIPLlavaProcessor(ProcessorMixin):
 
 
 def fetch_image(image: Any) -> Any:
-    """The picture behind an address or a file name; anything else as it is.
+    """The image behind an address or a file name; anything else as it is.
 
     Raises:
         ImageError: If there is none.
@@ -172,8 +219,14 @@ def fetch_image(image: Any) -> Any:
         return image
     try:
         return load_image(os.fspath(image))
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{os.fspath(image)[:200]}: no picture could be read from there ({error})") from error
+    except Exception as error:  # readers and clients meet what is broken with errors of many types
+        raise ImageError(f"{os.fspath(image)[:200]}: no image could be read from there ({error})") from error
+
+
+def _spread(mask: Sequence[int], attended: Sequence[Any]) -> list[int]:
+    """A mask of a prompt with zeros for its padding."""
+    values = iter(mask)
+    return [next(values) if is_token else 0 for is_token in attended]
 
 
 def _image_token_id(tokenizer: Any) -> int:
@@ -186,9 +239,9 @@ def _image_token_id(tokenizer: Any) -> int:
 
 
 def _images_per_prompt(images: Any, prompts: Sequence[str]) -> list[list[Any]]:
-    """Images of each prompt; a flat list is dealt out by the places."""
-    if images is None:
-        images = []
+    """Images of each prompt; a flat list is dealt out by the placeholders."""
+    if images is None or (isinstance(images, (list, tuple)) and not images):
+        return [[] for _ in prompts]
     flat = list(images) if isinstance(images, (list, tuple)) else [images]
     if flat and isinstance(flat[0], (list, tuple)):
         if len(flat) != len(prompts):

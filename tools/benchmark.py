@@ -8,7 +8,7 @@ Examples:
     python tools/benchmark.py backbone --json backbone.json --picture backbone.png
     python tools/benchmark.py backbone --models piip_sbl_1568_1120_672 --peer vitdet_l --precisions bf16 --breakdown
     python tools/benchmark.py train --scale 0.5
-    python tools/benchmark.py chat --device cuda --compile --picture chat.png
+    python tools/benchmark.py chat --device cuda --picture chat.png
     python tools/benchmark.py chat --divide-widths 4 --json chat.json
     python tools/benchmark.py chat --vision-only --row piip_llava_convnext_b_clip_l_1024_336_7b
     python tools/benchmark.py chat --model output/piip_llava --baseline output/llava_1_5
@@ -122,7 +122,6 @@ def add_chat_command(commands: Any) -> None:
     parser.add_argument("--text-tokens", type=int, default=64, help="of the first question, the template included")
     parser.add_argument("--new-tokens", type=int, default=32, help="of the first answer")
     parser.add_argument("--question-tokens", type=int, default=24, help="of the second question")
-    parser.add_argument("--compile", action="store_true", help="also measure compiled generation (CUDA graphs on GPUs)")
     parser.add_argument("--vision-only", action="store_true", help="the vision encoders alone")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw the results")
     parser.set_defaults(run=run_chat)
@@ -156,7 +155,6 @@ def run_chat(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
         ),
         repeats=args.repeats,
         threads=args.threads,
-        compiled=args.compile,
         vision_only=args.vision_only,
     )
     place = (

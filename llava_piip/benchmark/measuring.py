@@ -19,11 +19,12 @@ from piip_core.errors import UserError
 from piip_core.memory import AliveStorages
 from piip_core.timing import limited_threads, now_for
 
-from ..serve.prompt_cache import PromptCache
+from ..conversation_cache import ConversationCache
 from .sides import Side
 
 __all__ = ["SideResult", "Workload", "compare"]
 
+_NOTHING, _KEPT = "nothing", "keys and values"
 _FRONT = 5 / 8  # part of the text in front of the picture: the template's system message is longer than most questions
 
 
@@ -66,10 +67,8 @@ class SideResult:
         vision_s: Vision tower and projectors.
         first_token_s: From a decoded picture and token ids to the first token: preparation, vision, language model.
         tokens_per_s: Behind the first token.
-        second_s: To the first token of the second answer, by what is kept of the first one: "nothing", "visual tokens",
-            "keys and values".
-        compiled_first_token_s: As `first_token_s`, with a static cache.
-        compiled_tokens_per_s: As `tokens_per_s`, with compiled steps.
+        second_s: To the first token of the second answer, by what is kept of the first one: "nothing", "keys and
+            values".
     """
 
     name: str
@@ -83,8 +82,6 @@ class SideResult:
     first_token_s: float | None = None
     tokens_per_s: float | None = None
     second_s: dict[str, float] | None = None
-    compiled_first_token_s: float | None = None
-    compiled_tokens_per_s: float | None = None
 
     @property
     def vision_share(self) -> float | None:
@@ -102,7 +99,6 @@ def compare(
     *,
     repeats: int = 5,
     threads: int = 1,
-    compiled: bool = False,
     vision_only: bool = False,
 ) -> list[SideResult]:
     """Measures all sides, in turn within each of the repetitions and in changing order.
@@ -115,7 +111,6 @@ def compare(
         workload: What is asked.
         repeats: The medians are over so many.
         threads: CPU threads.
-        compiled: Also measure compiled generation.
         vision_only: Leave the language model out.
 
     Raises:
@@ -124,7 +119,7 @@ def compare(
     if repeats < 1 or threads < 1:
         raise UserError(f"repeats={repeats}, threads={threads}: expected 1 or more")
     with limited_threads(threads):
-        measured = [_Measured(side, workload or Workload(), threads, compiled, vision_only) for side in sides]
+        measured = [_Measured(side, workload or Workload(), threads, vision_only) for side in sides]
         for repetition in tqdm(range(-1, repeats), desc="benchmark", leave=False):
             for one in measured[:: -1 if repetition % 2 else 1]:
                 found = one.once()
@@ -134,7 +129,7 @@ def compare(
 
 
 class _Answer(NamedTuple):
-    ids: Tensor
+    ids: list[int]
     first: float
     rest: float
 
@@ -155,7 +150,7 @@ class _Stamps(BaseStreamer):
 class _Measured:
     """One side while it is measured."""
 
-    def __init__(self, side: Side, workload: Workload, threads: int, compiled: bool, vision_only: bool) -> None:
+    def __init__(self, side: Side, workload: Workload, threads: int, vision_only: bool) -> None:
         self.side, self.workload, self.vision_only = side, workload, vision_only
         self.found: list[dict[str, float]] = []
         self._now = now_for(side.model.device, threads)
@@ -169,21 +164,12 @@ class _Measured:
         front = round(_FRONT * workload.text_tokens)
         visual = np.full(model.config.image_seq_length, model.config.image_token_id)
         words = self._words[: workload.text_tokens]
-        self._prompt = self._tensor(np.concatenate((words[:front], visual, words[front:])))
+        self._prompt = np.concatenate((words[:front], visual, words[front:])).tolist()
         room = model.config.get_text_config().max_position_embeddings
-        needed = self._prompt.shape[1] + workload.new_tokens + workload.question_tokens + 1
+        needed = len(self._prompt) + workload.new_tokens + workload.question_tokens + 1
         if needed > room:
             raise UserError(f"the conversation has {needed} tokens, the context of {side.name} is {room}: ask for less")
-
-        def cache(**options: Any) -> PromptCache:
-            return PromptCache(model, side.image_processor, **options)
-
-        self._caches = {
-            "nothing": cache(kept_tokens=0, kept_pictures=0),
-            "visual tokens": cache(kept_tokens=0),
-            "keys and values": cache(kept_tokens=room),
-        }
-        self._compiled = cache(kept_tokens=0, kept_pictures=0, compiled=True) if compiled else None
+        self._cache = ConversationCache(model)
 
     @torch.inference_mode()
     def once(self) -> dict[str, float]:
@@ -198,29 +184,26 @@ class _Measured:
         if self.vision_only:
             return found
         new = self.workload.new_tokens
-        kept = self._caches["keys and values"]
-        kept.clear()
-        answer = self._ask(kept, self._prompt, new)
+        self._cache.clear()
+        answer = self._ask(self._prompt, new)
         found |= {"first_token_s": answer.first, "tokens_per_s": (new - 1) / answer.rest}
-        question = self._tensor(self._words[-self.workload.question_tokens :])
-        second = torch.cat((answer.ids, question), dim=1)
-        found |= {name: self._ask(cache, second, 1).first for name, cache in self._caches.items()}
-        if self._compiled is not None:
-            answer = self._ask(self._compiled, self._prompt, new)
-            found |= {"compiled_first_token_s": answer.first, "compiled_tokens_per_s": (new - 1) / answer.rest}
+        second = [*answer.ids, *self._words[-self.workload.question_tokens :].tolist()]
+        found[_KEPT] = self._ask(second, 1).first
+        self._cache.clear()
+        found[_NOTHING] = self._ask(second, 1).first
         return found
 
     def result(self) -> SideResult:
         """Medians, with what need not be measured more than once."""
         model = self.side.model
         median = {name: statistics.median(found[name] for found in self.found) for name in self.found[0]}
-        second = {name: median.pop(name) for name in self._caches if name in median}
+        second = {name: median.pop(name) for name in (_NOTHING, _KEPT) if name in median}
         vision = torch.nn.ModuleList((model.model.vision_tower, model.model.multi_modal_projector))
         counted = vision if self.vision_only else model
         return SideResult(
             name=self.side.name,
             visual_tokens=model.config.image_seq_length,
-            prompt_tokens=self._prompt.shape[1],
+            prompt_tokens=len(self._prompt),
             vision_parameters=sum(parameter.numel() for parameter in vision.parameters()),
             weight_bytes=sum(tensor.nbytes for tensor in (*counted.parameters(), *counted.buffers())),
             working_bytes=self._working_bytes(),
@@ -231,7 +214,6 @@ class _Measured:
     def _working_bytes(self) -> int:
         """Of an answer in eager mode, with nothing kept from before."""
         device = self.side.model.device
-        cache = self._caches["nothing"]
 
         @torch.inference_mode()
         def run() -> None:
@@ -239,10 +221,9 @@ class _Measured:
                 pixels = self.side.image_processor(images=[self._image], return_tensors="pt")["pixel_values"]
                 self.side.model.get_image_features(pixels.to(device))
             else:
-                self._ask(cache, self._prompt, self.workload.new_tokens)
+                self._ask(self._prompt, self.workload.new_tokens)
 
-        for kept in self._caches.values():
-            kept.clear()
+        self._cache.clear()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -252,7 +233,7 @@ class _Measured:
             run()
         return tracker.peak
 
-    def _ask(self, cache: PromptCache, ids: Tensor, new_tokens: int) -> _Answer:
+    def _ask(self, ids: list[int], new_tokens: int) -> _Answer:
         config = GenerationConfig(
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,  # whatever the end tokens of a trained model are
@@ -260,10 +241,7 @@ class _Measured:
             pad_token_id=0,
         )
         stamps, start = _Stamps(self._now), self._now()
-        pictures = cache.pictures([self._image])
-        ids = cache.generate(ids, pictures=pictures, generation_config=config, streamer=stamps)
+        pixels = self.side.image_processor(images=[self._image], return_tensors="pt")["pixel_values"]
+        output = self._cache.generate(ids, pixels, config, streamer=stamps)
         _, first, *_ = times = stamps.times  # the prompt comes in front
-        return _Answer(ids, first - start, times[-1] - first)
-
-    def _tensor(self, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(ids.astype(np.int64)).unsqueeze(0).to(self.side.model.device)
+        return _Answer(output[0].tolist(), first - start, times[-1] - first)

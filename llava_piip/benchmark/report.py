@@ -30,8 +30,6 @@ def format_results(results: Sequence[SideResult]) -> str:
             (f"second question, first token, {kept} kept, ms", _second(kept), ".1f")
             for kept in (results[0].second_s or ())
         ),
-        ("compiled: first token, ms", lambda r: _milliseconds(r.compiled_first_token_s), ".1f"),
-        ("compiled: further tokens per second", lambda r: r.compiled_tokens_per_s, ".2f"),
     ]
     table = []
     for title, read, digits in rows:

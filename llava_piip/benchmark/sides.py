@@ -16,8 +16,8 @@ from piip_core.errors import ConfigError
 
 from ..assembly import assemble_config, join
 from ..image_processing import PIIPImageProcessor
+from ..inference import ChatModel
 from ..modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel
-from ..serve.generation import ChatModel
 
 __all__ = ["LANGUAGE_MODELS", "Side", "load_pair", "published_pair"]
 

@@ -67,6 +67,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         on_error: "raise" stops at an unusable sample. "skip" counts it and takes the next usable one of the same kind
             (with images or without) instead; equal in every run.
         follow_links: Whether links below the image folder may lead out of it; see `ImageFolder`.
+        as_viewed: Whether images are taken as viewers show them; see `llava_piip.data.images.viewed_image`.
 
     Raises:
         ConfigError: If there are no records, a folder does not exist or a setting is unknown.
@@ -82,6 +83,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         max_length: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         follow_links: bool = False,
+        as_viewed: bool = False,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"ConversationDataset.on_error is {on_error!r}: expected 'raise' or 'skip'")
@@ -91,6 +93,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             raise ConfigError(f"ConversationDataset.max_length is {max_length}: expected a number of ids or None")
         self.records, self.processor = records, processor
         self.chat_template, self.max_length, self.on_error = chat_template, max_length, on_error
+        self._as_viewed = as_viewed
         roots = image_root if isinstance(image_root, Mapping) else {None: image_root} if image_root is not None else {}
         self._folders = {
             source and str(Path(source)): ImageFolder(root, follow_links=follow_links) for source, root in roots.items()
@@ -213,7 +216,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             known = ", ".join(map(repr, self._folders)) or "none"
             raise ConfigError(f"{record.where} has images, but no image_root was given for its file (given: {known})")
         try:
-            return folder.open(name)
+            return folder.open(name, as_viewed=self._as_viewed)
         except DataError as error:
             raise DataError(f"{record.where}: {error}", error.problem) from error
 

@@ -8,14 +8,14 @@ import warnings
 from io import BytesIO
 from pathlib import Path, PurePath
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from piip_core.errors import ConfigError
 
 from ..image_processing import ImageError, rgb_image
 from .problems import DataError, Problem
 
-__all__ = ["ImageFolder", "read_image"]
+__all__ = ["ImageFolder", "read_image", "viewed_image"]
 
 # What image sets consist of. Others are refused: some of Pillow's readers start programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -63,17 +63,18 @@ class ImageFolder:
             raise DataError(f"image {name!r} is an empty file: load it again", Problem.EMPTY)
         return path
 
-    def open(self, name: str, *, convert: bool = True) -> Image.Image:
+    def open(self, name: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:
         """Reads an image, by content whatever its name ends in; see `read_image`.
 
         Args:
             name: As for `locate`.
             convert: Make it RGB.
+            as_viewed: As `read_image`.
 
         Raises:
             DataError: As `locate` and `read_image`.
         """
-        return read_image(self.locate(name), f"image {name!r}", convert=convert)
+        return read_image(self.locate(name), f"image {name!r}", convert=convert, as_viewed=as_viewed)
 
     def _inside(self, name: str) -> Path:
         fix = "expected a path below it without '..'; correct the entry"
@@ -108,15 +109,16 @@ class ImageFolder:
         return ": add it, or remove the entry"
 
 
-def read_image(source: Path | bytes, what: str, *, convert: bool = True) -> Image.Image:
-    """Reads an image, and makes it RGB.
+def read_image(source: Path | bytes, what: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:
+    """Reads an image (of an animation the first frame), and makes it RGB.
 
-    As in the published training: transparency dropped, the first frame of an animation, orientation tags ignored.
+    As in the published training, unless `as_viewed`: transparency dropped, orientation tags ignored.
 
     Args:
         source: The file, or its content.
         what: Its name in messages.
         convert: Make it RGB; otherwise it stays in the mode of the file.
+        as_viewed: As `viewed_image` does.
 
     Raises:
         DataError: If the content is no complete image, is larger than Pillow's limit `PIL.Image.MAX_IMAGE_PIXELS`, or
@@ -128,6 +130,8 @@ def read_image(source: Path | bytes, what: str, *, convert: bool = True) -> Imag
         try:
             with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
                 image.load()
+                if as_viewed:
+                    return viewed_image(image)
                 return rgb_image(image) if convert else image.copy()
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise DataError(
@@ -145,6 +149,21 @@ def read_image(source: Path | bytes, what: str, *, convert: bool = True) -> Imag
                 raise DataError(f"{what} cannot be read: {error.strerror}", Problem.UNREADABLE) from error
             reason = f"{what} is broken ({type(error).__name__}: {error}): load it again"
             raise DataError(reason, Problem.BROKEN) from error
+
+
+def viewed_image(image: Image.Image) -> Image.Image:
+    """An image as RGB as a viewer shows it: turned as its orientation tag says, transparency on white.
+
+    For chat and own data; what the published models were trained and measured with is `rgb_image`.
+
+    Raises:
+        ImageError: As `rgb_image`.
+    """
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return rgb_image(image)
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _no_image(source: Path | bytes) -> str:

@@ -9,10 +9,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..conversation import IMAGE_TAG
+from ..inference import ChatModel
 from ..modeling import PIIPLlavaForConditionalGeneration
 from ..processing import PIIPLlavaProcessor
-from ..serve.dialogue import open_picture
-from ..serve.generation import ChatModel
+from ..serve.dialogue import open_image
 from ..serve.terminal import Terminal
 from .questions import Question
 
@@ -49,8 +49,8 @@ def chat(
     pictures: Sequence[Path],
 ) -> None:
     """Talks about one picture after the other, until `/exit`, the end of the input or the last picture."""
-    opened = (open_picture(str(path)) for path in pictures)
-    Terminal(ChatModel(model, processor), settings={"max_new_tokens": _MOST_TOKENS}, more_pictures=opened).run()
+    opened = (open_image(str(path)) for path in pictures)
+    Terminal(ChatModel(model, processor), settings={"max_new_tokens": _MOST_TOKENS}, more_images=opened).run()
 
 
 def _generate(

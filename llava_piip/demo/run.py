@@ -31,9 +31,9 @@ from piip_core.errors import UserError
 from piip_core.files import publish_folder, write_atomically
 
 from ..assembly import assemble
+from ..loading import FINAL
 from ..modeling import PIIPLlavaForConditionalGeneration
 from ..processing import PIIPLlavaProcessor
-from ..train.checkpointing import FINAL
 from .answering import answer_all, chat
 from .dataset import ChatDataset, prepare_chat_dataset
 from .drawing import Dialogue, draw_dialogues

@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from piip_core.errors import UserError
 
-from ..serve.generation import DTYPES
+from ..inference import DTYPES
 from .benchmark import Benchmark, Score
 from .data_check import missing_files
 from .files import EvalError

@@ -15,8 +15,8 @@ from piip_core.errors import UserError
 
 from ..conversation import IMAGE_TAG, render_conversation
 from ..data.images import ImageFolder, read_image
+from ..inference import ChatModel
 from ..processing import PIIPLlavaProcessor
-from ..serve.generation import ChatModel
 from .benchmark import Benchmark, Question
 
 __all__ = ["Preparation", "answers_in_batches", "prompt_of"]

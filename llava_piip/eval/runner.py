@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..serve.generation import DTYPES, ChatModel
+from ..inference import DTYPES, ChatModel
 from .answering import Preparation, answers_in_batches
 from .answers import Part, check_complete, merge_parts, parts_of, read_answers, record
 from .benchmark import Benchmark, Question, Score

@@ -13,14 +13,14 @@ from transformers import GenerationConfig
 
 from piip_core.errors import UserError
 
-from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages, render_conversation
-from ..serve.generation import ChatModel, ContextLengthError
+from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages
+from ..inference import ChatModel, ContextLengthError, MemoryLimitError
 
-__all__ = ["AnswerSettings", "Conversation", "Likelihood", "answer_batch", "interleaved", "likelihood_batch"]
+__all__ = ["AnswerSettings", "Conversation", "Likelihood", "answer_batch", "likelihood_batch", "parts_message"]
 
 
 class Conversation(NamedTuple):
-    """Messages with `<image>` in their text, and the images of all of them, in order."""
+    """Messages with images among their parts, or as `<image>` in strings; and the images of all of them, in order."""
 
     messages: Messages
     images: Sequence[Any]
@@ -73,13 +73,10 @@ class AnswerSettings:
         return config
 
 
-def interleaved(parts: Sequence[str | None]) -> str:
-    """Text of a message whose images stand between its texts, each in a line of its own.
-
-    Args:
-        parts: Texts in order; None is an image.
-    """
-    return "\n".join(IMAGE_TAG if part is None else part for part in parts)
+def parts_message(role: str, parts: Sequence[str | None]) -> dict[str, Any]:
+    """A message of texts in order; None is an image."""
+    content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return {"role": role, "content": content}
 
 
 def answer_batch(model: ChatModel, conversations: Sequence[Conversation], settings: AnswerSettings) -> list[str]:
@@ -87,10 +84,11 @@ def answer_batch(model: ChatModel, conversations: Sequence[Conversation], settin
 
     Raises:
         ContextLengthError: If a conversation leaves no room for an answer.
-        UserError: If places and images do not match, the template does not take the messages, or memory is too small.
+        MemoryLimitError: If memory is too small.
+        UserError: If placeholders and images do not match, or the template does not take the messages.
     """
     processor = model.processor
-    prompts = [_prompt(model, conversation.messages) for conversation in conversations]
+    prompts = [model.prompt(conversation.messages) for conversation in conversations]
     inputs = processor(text=prompts, images=[list(conversation.images) for conversation in conversations])
     lengths = inputs["attention_mask"].sum(1).tolist()
     limits = [min(settings.max_new_tokens, model.context_length - length) for length in lengths]
@@ -111,7 +109,7 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
 
     Raises:
         ContextLengthError: If a conversation is longer than the context.
-        UserError: If places and images do not match, or an answer is empty.
+        UserError: If placeholders and images do not match, or an answer is empty.
     """
     processor = model.processor
     rows = [_encoded(model, conversation) for conversation in conversations]
@@ -129,11 +127,6 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
             return _likelihoods(logits, targets[:, -kept:])
     except torch.OutOfMemoryError as error:
         raise _too_large(conversations) from error
-
-
-def _prompt(model: ChatModel, messages: Messages) -> str:
-    template, tokenizer = model.processor.chat_template, model.processor.tokenizer
-    return render_conversation(messages, chat_template=template, tokenizer=tokenizer, add_generation_prompt=True)[0]
 
 
 def _encoded(model: ChatModel, conversation: Conversation) -> tuple[list[int], list[int]]:
@@ -172,5 +165,5 @@ def _too_long(model: ChatModel, length: int) -> ContextLengthError:
     )
 
 
-def _too_large(conversations: Sequence[Conversation]) -> UserError:
-    return UserError(f"{len(conversations)} conversations at once need too much memory: lower the batch size")
+def _too_large(conversations: Sequence[Conversation]) -> MemoryLimitError:
+    return MemoryLimitError(f"{len(conversations)} conversations at once need too much memory: lower the batch size")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -17,19 +20,27 @@ from piip_core.errors import UserError
 
 from ..conversation import IMAGE_TAG
 from ..eval.runner import default_dtype
-from ..serve.generation import ChatModel, Quantization
-from .answering import AnswerSettings, Conversation, Likelihood, answer_batch, interleaved, likelihood_batch
+from ..inference import ChatModel, MemoryLimitError, Quantization
+from .answering import AnswerSettings, Conversation, Likelihood, answer_batch, likelihood_batch, parts_message
 
 __all__ = ["PIIPLlava", "PIIPLlavaChat"]
 
 DEFAULT_NEW_TOKENS = 1024  # of lmms-eval's own LLaVA where a task says nothing
 
-_OWN_SETTINGS = ("max_new_tokens", "temperature", "top_p", "num_beams", "do_sample", "until")
+_OWN_SETTINGS = ("max_new_tokens", "temperature", "top_p", "num_beams", "do_sample", "until", "stop_sequences")
 _OTHER_SETTINGS = ("top_k", "repetition_penalty")
-# LLaVA-1.5 reads it from its own configuration, and pads; here the model's processor says it
-_IGNORED_SETTINGS = ("image_aspect_ratio",)
+# `image_aspect_ratio`: LLaVA-1.5 reads it from its own configuration, and pads; here the model's processor says it.
+# The others steer other programs or models: tasks that name them are asked as without
+_IGNORED_SETTINGS = ("image_aspect_ratio", "max_agentic_steps", "seed", "skip_special_tokens", "visual_cot")
 
-Make = Callable[[], Conversation]
+_log = logging.getLogger(__name__)
+
+
+class _Asked(NamedTuple):
+    """What makes the conversation of a document when its turn comes, for it holds images; and what to call it."""
+
+    where: str
+    make: Callable[[], Conversation]
 
 
 class _Value(tuple, GenerationResult):
@@ -47,9 +58,9 @@ class _Value(tuple, GenerationResult):
 
 
 class PIIPLlava(lmms):
-    """A model that gets a task's text and pictures ("simple" in lmms-eval), which covers all kinds of tasks.
+    """A model that gets a task's text and images ("simple" in lmms-eval), which covers all kinds of tasks.
 
-    Pictures stand in front of the text, each in a line of its own, unless the text says `<image>` where they belong.
+    Images stand in front of the text, each in a line of its own, unless the text says `<image>` where they belong.
 
     Args:
         pretrained: Folder of a trained or converted model.
@@ -100,8 +111,8 @@ class PIIPLlava(lmms):
         return self.chat.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers to requests with the arguments (text, settings, pictures of a document, document, task, split)."""
-        made = [(_maker(self._conversation, *request.args), request.args[1]) for request in requests]
+        """Answers to requests with the arguments (text, settings, images of a document, document, task, split)."""
+        made = [(_asked_later(self._conversation, request), request.args[1]) for request in requests]
         answers = self._answers(made)
         self._remember("generate_until", requests, answers)
         return answers
@@ -109,22 +120,26 @@ class PIIPLlava(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answers of all rounds, each in a conversation of its own, as the task makes it from the answers before.
 
-        The arguments are (text, settings, pictures of a document, text of a round, document, task, split).
+        The arguments are (text, settings, images of a document, text of a round, document, task, split).
         """
         starts = []
-        for text, settings, to_visuals, to_text, doc_id, task, split in (request.args for request in requests):
-            start = _maker(self._conversation, text, settings, to_visuals, doc_id, task, split)
-            starts.append((start, settings, _maker(self._next_round, to_text, doc_id, task, split)))
+        for request in requests:
+            text, settings, to_visuals, to_text, *document = request.args
+            start = _asked_later(self._conversation, request, text, settings, to_visuals, *document)
+            starts.append((start, settings, partial(self._next_round, to_text, *document)))
         return self._rounds(requests, starts)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """How probable given answers are, and whether greedy generation gives them; see `likelihood`.
 
-        The arguments are (text, answer or how to get it, pictures of a document, document, task, split), or
+        The arguments are (text, answer or how to get it, images of a document, document, task, split), or
         (text, answer). An answer counts as the training has it: after the role, with its end token.
         """
-        makers = [_maker(self._answered, *request.args) for request in requests]
-        found = self._batched(makers, lambda batch: likelihood_batch(self.chat, batch), "lmms-eval: likelihoods")
+        asked = [_asked_later(self._answered, request) for request in requests]
+        impossible = Likelihood(-math.inf, 1, is_greedy=False)
+        found = self._batched(
+            asked, lambda batch: likelihood_batch(self.chat, batch), impossible, "lmms-eval: likelihoods"
+        )
         values = [_Value(self._number(likelihood), likelihood.is_greedy) for likelihood in found]
         self._remember("loglikelihood", requests, values)
         return values
@@ -135,31 +150,30 @@ class PIIPLlava(lmms):
     def _conversation(
         self, text: str, _: Any, to_visuals: Callable[[Any], Any], doc_id: int, task: str, split: str
     ) -> Conversation:
-        return _asked(text, to_visuals(self.task_dict[task][split][doc_id]), f"{task}, document {doc_id}")
+        return _asked(text, to_visuals(self.task_dict[task][split][doc_id]))
 
     def _answered(self, text: str, answer: Any, to_visuals: Any = None, *document: Any) -> Conversation:
-        where, visuals = "a request without a document", None
+        visuals = None
         if document:
             doc_id, task, split = document
             doc = self.task_dict[task][split][doc_id]
-            where, visuals = f"{task}, document {doc_id}", to_visuals(doc)
+            visuals = to_visuals(doc)
             answer = answer if isinstance(answer, str) else answer(doc)
-        messages, images = _asked(text, visuals, where)
+        messages, images = _asked(text, visuals)
         # The template puts the blank in front of an answer where it needs one
         return Conversation([*messages, {"role": "assistant", "content": answer.strip()}], images)
 
     def _next_round(
         self, to_text: Callable[..., Any], doc_id: int, task: str, split: str, index: int, answers: list[str], info: Any
-    ) -> tuple[Make | None, list[str], Any]:
+    ) -> tuple[Callable[[], Conversation] | None, list[str], Any]:
         visuals, text, finished, answers, info = to_text(
             self.task_dict[task][split][doc_id], previous_output=answers, round_idx=index, previous_round_info=info
         )
-        where = f"{task}, document {doc_id}, round {index}"
-        return None if finished else (lambda: _asked(text, visuals, where)), list(answers), info
+        return None if finished else partial(_asked, text, visuals), list(answers), info
 
-    def _rounds(self, requests: Sequence[Instance], starts: Sequence[tuple[Make, Any, Callable]]) -> list[list[str]]:
+    def _rounds(self, requests: Sequence[Instance], starts: Sequence[tuple[_Asked, Any, Callable]]) -> list[list[str]]:
         """All rounds of requests, whose tasks say after each round what comes next; a round is answered in batches."""
-        current: dict[int, Make] = {i: make for i, (make, *_) in enumerate(starts)}
+        current = {i: asked for i, (asked, *_) in enumerate(starts)}
         answers: list[list[str]] = [[] for _ in starts]
         infos: list[Any] = [None] * len(starts)
         index = 0
@@ -172,11 +186,11 @@ class PIIPLlava(lmms):
                 if following is None:
                     del current[i]
                 else:
-                    current[i] = following
+                    current[i] = _Asked(f"{starts[i][0].where}, round {index}", following)
         self._remember("generate_until_multi_round", requests, answers)
         return answers
 
-    def _answers(self, made: Sequence[tuple[Make, Mapping[str, Any]]]) -> list[str]:
+    def _answers(self, made: Sequence[tuple[_Asked, Mapping[str, Any]]]) -> list[str]:
         """Answers to conversations, those with the same settings together."""
         settings = [_settings(values) for _, values in made]
         answers: dict[int, str] = {}
@@ -190,18 +204,40 @@ class PIIPLlava(lmms):
             def answer(batch: list[Conversation], kind: AnswerSettings = kind) -> list[str]:
                 return answer_batch(self.chat, batch, kind)
 
-            texts = self._batched([made[i][0] for i in numbers], answer, "lmms-eval: answers")
+            texts = self._batched([made[i][0] for i in numbers], answer, "", "lmms-eval: answers")
             answers |= zip(numbers, texts, strict=True)
         return [answers[i] for i in range(len(made))]
 
-    def _batched(self, makers: Sequence[Make], work: Callable[[list[Conversation]], list[Any]], title: str) -> list:
-        """Results of batches; conversations are made when their turn comes, for they hold pictures."""
-        results = []
-        with tqdm(total=len(makers), desc=title, unit="request", disable=self.rank != 0) as bar:
-            for start in range(0, len(makers), self.batch_size):
-                batch = [make() for make in makers[start : start + self.batch_size]]
-                results += work(batch)
-                bar.update(len(batch))
+    def _batched(
+        self, asked: Sequence[_Asked], work: Callable[[list[Conversation]], list[Any]], failed: Any, title: str
+    ) -> list[Any]:
+        """Results of batches. A document that cannot be asked costs the others nothing: it gets `failed`, and the log
+        names it.
+
+        Raises:
+            UserError: If none can be asked, or memory is too small.
+        """
+        results, errors = [failed] * len(asked), {}
+        with tqdm(total=len(asked), desc=title, unit="request", disable=self.rank != 0) as bar:
+            for start in range(0, len(asked), self.batch_size):
+                numbers = range(start, min(start + self.batch_size, len(asked)))
+                conversations = {}
+                for i in numbers:
+                    try:
+                        conversations[i] = asked[i].make()
+                    except UserError as error:
+                        errors[i] = error
+                for i, result in _each(conversations, work):
+                    if isinstance(result, UserError):
+                        errors[i] = result
+                    else:
+                        results[i] = result
+                bar.update(len(numbers))
+        for i, error in errors.items():
+            message = f"{asked[i].where}: {error}"
+            if len(errors) == len(asked):
+                raise UserError(message) from error
+            _log.error("cannot be asked, and counts as %r: %s", failed, message)
         return results
 
     def _remember(self, kind: str, requests: Sequence[Instance], results: Sequence[Any]) -> None:
@@ -210,13 +246,13 @@ class PIIPLlava(lmms):
 
 
 class PIIPLlavaChat(PIIPLlava):
-    """A model that gets a task's messages ("chat" in lmms-eval): pictures and texts in the task's order."""
+    """A model that gets a task's messages ("chat" in lmms-eval): images and texts in the task's order."""
 
     is_simple = False
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers to requests with the arguments (text, messages of a document, settings, document, task, split)."""
-        made = [(_maker(self._messages, *request.args), request.args[2]) for request in requests]
+        made = [(_asked_later(self._messages, request), request.args[2]) for request in requests]
         answers = self._answers(made)
         self._remember("generate_until", requests, answers)
         return answers
@@ -224,47 +260,65 @@ class PIIPLlavaChat(PIIPLlava):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answers of all rounds, each in the conversation that the task makes from the answers before."""
         starts = []
-        for text, to_messages, settings, doc_id, task, split in (request.args for request in requests):
-            start = _maker(self._messages, text, to_messages, settings, doc_id, task, split)
-            starts.append((start, settings, _maker(self._next_messages, to_messages, doc_id, task, split)))
+        for request in requests:
+            _, to_messages, settings, *document = request.args
+            following = partial(self._next_messages, to_messages, *document)
+            starts.append((_asked_later(self._messages, request), settings, following))
         return self._rounds(requests, starts)
 
     def _messages(
         self, _: str, to_messages: Callable[[Any], Any], __: Any, doc_id: int, task: str, split: str
     ) -> Conversation:
-        return _chatted(to_messages(self.task_dict[task][split][doc_id]), f"{task}, document {doc_id}")
+        return _chatted(to_messages(self.task_dict[task][split][doc_id]))
 
     def _next_messages(
         self, to_messages: Callable, doc_id: int, task: str, split: str, index: int, answers: list[str], info: Any
-    ) -> tuple[Make | None, list[str], Any]:
+    ) -> tuple[Callable[[], Conversation] | None, list[str], Any]:
         following = to_messages(
             self.task_dict[task][split][doc_id], round_idx=index, previous_output=answers, previous_round_info=info
         )
         if not isinstance(following, tuple):  # a task with a single round
             return None, answers, info
         messages, finished, answers, info = following
-        where = f"{task}, document {doc_id}, round {index}"
-        return None if finished else (lambda: _chatted(messages, where)), list(answers), info
+        return None if finished else partial(_chatted, messages), list(answers), info
 
 
-def _maker(make: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    return lambda *more: make(*arguments, *more)
+def _asked_later(make: Callable[..., Conversation], request: Instance, *arguments: Any) -> _Asked:
+    """What asks a request, whose arguments end with document, task and split if it has any."""
+    *_, doc_id, task, _split = request.args if len(request.args) > 2 else ("without a document", "a request", None)
+    return _Asked(f"{task}, document {doc_id}", partial(make, *(arguments or request.args)))
 
 
-def _asked(text: str, visuals: Any, where: str) -> Conversation:
-    """A question with pictures in front of it, or where it says `<image>`."""
-    images = [_picture(visual, where) for visual in visuals or []]
+def _each(
+    conversations: Mapping[int, Conversation], work: Callable[[list[Conversation]], list[Any]]
+) -> Iterator[tuple[int, Any]]:
+    """Results of a batch, or of each for itself if one of them fails; an error in place of its result."""
+    try:
+        yield from zip(conversations, work(list(conversations.values())) if conversations else [], strict=True)
+        return
+    except MemoryLimitError:
+        raise
+    except UserError as error:
+        if len(conversations) == 1:
+            yield next(iter(conversations)), error
+            return
+    for i, conversation in conversations.items():
+        yield from _each({i: conversation}, work)
+
+
+def _asked(text: str, visuals: Any) -> Conversation:
+    """A question with images in front of it, or where it says `<image>`."""
+    images = [_image(visual) for visual in visuals or []]
     tags = text.count(IMAGE_TAG)
     if images and tags not in (0, len(images)):
-        raise UserError(
-            f"{where}: the text has {tags} {IMAGE_TAG} for {len(images)} pictures, expected none or as many"
-        )
-    content = text if tags or not images else interleaved([*[None] * len(images), text])
-    return Conversation([{"role": "user", "content": content}], images)
+        raise UserError(f"the text has {tags} {IMAGE_TAG} for {len(images)} images, expected none or as many")
+    if images and not tags:
+        return Conversation([parts_message("user", [*[None] * len(images), text])], images)
+    return Conversation([{"role": "user", "content": text}], images)
 
 
-def _chatted(messages: Any, where: str) -> Conversation:
-    """A conversation in lmms-eval's format, with pictures and texts in their order."""
+def _chatted(messages: Any) -> Conversation:
+    """A conversation in lmms-eval's format, with images and texts in their order."""
     checked, images, found = [], [], ChatMessages(messages=messages)
     for message in found.messages:
         parts: list[str | None] = []
@@ -272,17 +326,17 @@ def _chatted(messages: Any, where: str) -> Conversation:
             if part.type == "text":
                 parts.append(part.text)
             else:
-                images.append(_picture(part.url if part.type == "image" else f"{part.type} {part.url}", where))
+                images.append(_image(part.url if part.type == "image" else f"{part.type} {part.url}"))
                 parts.append(None)
-        checked.append({"role": message.role, "content": interleaved(parts)})
+        checked.append(parts_message(message.role, parts))
     return Conversation(checked, images)
 
 
-def _picture(visual: Any, where: str) -> Image.Image:
+def _image(visual: Any) -> Image.Image:
     if not isinstance(visual, Image.Image):
         raise UserError(
-            f"{where}: got {str(visual)[:100]!r} of type {type(visual).__name__}, expected a picture (PIL); the model "
-            "takes no video and no sound"
+            f"got {str(visual)[:100]!r} of type {type(visual).__name__}, expected an image (PIL); the model takes no "
+            "video and no sound"
         )
     return visual
 
@@ -302,7 +356,7 @@ def _settings(given: Mapping[str, Any]) -> AnswerSettings:
         sampled = bool(temperature)
     if temperature is None:
         temperature = 1.0
-    until = given.get("until") or []
+    until = given.get("until") or given.get("stop_sequences") or []
     until = [until] if isinstance(until, str) else list(until)
     if until == ["\n\n"]:  # what lmms-eval fills in where a task says nothing; its LLaVA does not stop there either
         until = []

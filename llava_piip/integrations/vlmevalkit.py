@@ -22,8 +22,8 @@ from piip_core.errors import UserError
 from ..data.images import read_image
 from ..eval.benchmark import LETTER
 from ..eval.runner import default_dtype
-from ..serve.generation import ChatModel, Quantization
-from .answering import AnswerSettings, Conversation, answer_batch, interleaved
+from ..inference import ChatModel, Quantization
+from .answering import AnswerSettings, Conversation, answer_batch, parts_message
 
 __all__ = ["PIIPLlava", "main", "register"]
 
@@ -156,7 +156,7 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
             if part["type"] == "image":
                 images.append(read_image(Path(part["value"]), f"image {part['value']!r}"))
             parts.append(None if part["type"] == "image" else part["value"])
-        turns.append({"role": message["role"], "content": interleaved(parts)})
+        turns.append(parts_message(message["role"], parts))
     return Conversation(turns, images)
 
 

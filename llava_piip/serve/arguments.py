@@ -1,4 +1,4 @@
-"""Options that the programs of this package share: which model, and how to load it."""
+"""Options that the programs of this package share: which model, and how to load or reach it."""
 
 from __future__ import annotations
 
@@ -6,54 +6,45 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from piip_core.errors import UserError
 
-from .generation import DTYPES, QUANTIZATIONS, ChatModel
+from ..inference import DTYPES, QUANTIZATIONS, ChatModel
+from .remote import RemoteModel
 
-__all__ = ["add_model_arguments", "add_prompt_cache_arguments", "exit_status", "load_model"]
+__all__ = ["add_model_arguments", "exit_status", "load_model"]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `load_model` reads."""
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder that training or the converter wrote, or of a run"
+        "--model",
+        metavar="DIR",
+        help="folder that training or the converter wrote, or of a run; with --server the model's name there",
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="ask an OpenAI-compatible server instead, such as http://127.0.0.1:8000/v1"
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: the first GPU, or the CPU)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="precision (default: the file's)")
     parser.add_argument(
         "--load-in", choices=list(QUANTIZATIONS), help="quantise the language model (needs bitsandbytes)"
     )
+    parser.add_argument("--system", metavar="TEXT", help="message in front, instead of the template's own")
 
 
-def add_prompt_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `PromptCache`, for programs that answer one question at a time."""
-    parser.add_argument(
-        "--kept-tokens",
-        type=int,
-        metavar="N",
-        help="tokens of conversations whose keys and values are kept between answers, 0 for none (default: as many as "
-        "the model's context has)",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the generation behind the first token, with CUDA graphs on a GPU; the first answer takes long",
-    )
-
-
-def load_model(args: argparse.Namespace, **options: Any) -> ChatModel:
-    """Loads the model that the options of `add_model_arguments` name.
-
-    Args:
-        args: With these options.
-        **options: Others of `ChatModel.load`.
+def load_model(args: argparse.Namespace) -> ChatModel | RemoteModel:
+    """Loads or reaches the model that the options of `add_model_arguments` name.
 
     Raises:
-        UserError: As `ChatModel.load`.
+        UserError: If neither a model nor a server is given, or as `ChatModel.load` and `RemoteModel`.
     """
-    return ChatModel.load(args.model, device=args.device, dtype=args.dtype, quantization=args.load_in, **options)
+    if args.server is not None:
+        return RemoteModel(args.server, name=args.model)
+    if args.model is None:
+        raise UserError("--model DIR: expected a model's folder, or --server URL")
+    print(f"loading {args.model} ...", file=sys.stderr, flush=True)
+    return ChatModel.load(args.model, device=args.device, dtype=args.dtype, quantization=args.load_in)
 
 
 def exit_status(run: Callable[[], int]) -> int:

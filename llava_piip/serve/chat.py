@@ -1,4 +1,4 @@
-"""Talks with a trained or converted model in the terminal.
+"""Talks in the terminal with a trained or converted model, or with one behind an OpenAI-compatible server.
 
 Answers appear as they are generated. Ctrl-C stops an answer, /exit or Ctrl-D ends the program, /help shows the
 commands. Questions may come from a pipe: then standard output has the answers and nothing else.
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .arguments import add_model_arguments, add_prompt_cache_arguments, exit_status, load_model
-from .dialogue import Conversation, open_picture
-from .generation import DEFAULT_NEW_TOKENS, check_sampling
+from ..inference import DEFAULT_NEW_TOKENS, check_sampling
+from .arguments import add_model_arguments, exit_status, load_model
+from .dialogue import Conversation, open_image
 from .terminal import Terminal
 
 __all__ = ["main"]
@@ -23,6 +23,7 @@ _EPILOG = """examples:
   python -m llava_piip.serve.chat --model output/chat_demo/stage2 --image photo.jpg
   echo "What is in the picture?" | python -m llava_piip.serve.chat --model output/piip_llava --image photo.jpg
   python -m llava_piip.serve.chat --model output/piip_llava --load-in 4bit --temperature 0.2
+  python -m llava_piip.serve.chat --server http://127.0.0.1:8000/v1 --image photo.jpg
 """
 
 
@@ -35,15 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
-    add_prompt_cache_arguments(parser)
     parser.add_argument(
         "--image",
         action="append",
         default=[],
         metavar="FILE|URL",
-        help="picture that goes with the first question; give it again for several",
+        help="image that goes with the first question; give it again for several",
     )
-    parser.add_argument("--system", metavar="TEXT", help="message in front, instead of the template's own")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most probable token")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the most probable (default 1: all)")
     parser.add_argument("--seed", type=int, help="makes sampled answers repeatable")
@@ -61,9 +60,8 @@ def _run(args: argparse.Namespace) -> int:
     settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
     check_sampling(**settings)
     conversation = Conversation(args.system)
-    conversation.pending = [open_picture(source) for source in args.image]
-    print(f"loading {args.model} ...", file=sys.stderr, flush=True)
-    chat = load_model(args, kept_tokens=args.kept_tokens, compiled=args.compile)
+    conversation.pending = [open_image(source) for source in args.image]
+    chat = load_model(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     return Terminal(chat, conversation, settings=settings).run()

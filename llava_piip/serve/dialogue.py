@@ -1,9 +1,11 @@
-"""A conversation with pictures as it grows: what the terminal and the web page keep between two answers."""
+"""A conversation with images as it grows: what the terminal and the web page keep between two answers."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,18 +15,17 @@ from PIL import Image
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
-from ..conversation import IMAGE_TAG, ConversationError
-from ..data.images import ImageFolder
+from ..conversation import ConversationError
+from ..data.images import read_image
 from ..image_processing import ImageError
-from .fetching import FetchPolicy, fetch_image
 
-__all__ = ["Conversation", "Picture", "open_picture"]
+__all__ = ["ChatImage", "Conversation", "open_image"]
 
 _TITLES = {"system": "System", "user": "You", "assistant": "Model"}
 
 
-class Picture(NamedTuple):
-    """A picture and where it came from."""
+class ChatImage(NamedTuple):
+    """An image and where it came from."""
 
     image: Image.Image
     source: str
@@ -32,47 +33,44 @@ class Picture(NamedTuple):
 
 @dataclass
 class Conversation:
-    """Questions, answers and pictures.
+    """Questions, answers and images.
 
     Attributes:
         system: A message in front that replaces the template's own.
-        turns: {"role": "user" or "assistant", "content": text with `<image>`}.
-        pictures: Those of `turns`, in order.
-        pending: Pictures that go with the next question.
+        turns: {"role": "user" or "assistant", "content": text, or parts: images, each with its `ChatImage`, and text}.
+        pending: Images that go with the next question.
     """
 
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    pending: list[Picture] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    pending: list[ChatImage] = field(default_factory=list)
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """For `ChatModel.stream`, with the system message."""
         return ([] if self.system is None else [{"role": "system", "content": self.system}]) + self.turns
 
     @property
+    def shown(self) -> list[ChatImage]:
+        """The images of all turns, in order."""
+        return [image for turn in self.turns for image in parts_of(turn)[0]]
+
+    @property
     def images(self) -> list[Image.Image]:
         """For `ChatModel.stream`."""
-        return [picture.image for picture in self.pictures]
+        return [shown.image for shown in self.shown]
 
     def ask(self, text: str) -> None:
-        """Adds a question, with the pending pictures in front of it, or where it says `<image>`.
+        """Adds a question after the pending images. `<image>` in it is text like any other.
 
         Raises:
-            ConversationError: If the text is empty, or says `<image>` more or less often than there are pictures.
+            ConversationError: If the text is empty.
         """
         if not text.strip():
             raise ConversationError("the question is empty: type a text")
-        tags, pictures = text.count(IMAGE_TAG), len(self.pending)
-        if tags not in (0, pictures):
-            raise ConversationError(
-                f"the question has {tags} {IMAGE_TAG} for {pictures} new pictures: write one where each belongs, or "
-                "none at all"
-            )
-        content = text.strip() if tags else "\n".join([IMAGE_TAG] * pictures + [text.strip()])
+        images = [{"type": "image", "image": image} for image in self.pending]
+        content = [*images, {"type": "text", "text": text.strip()}] if images else text.strip()
         self.turns.append({"role": "user", "content": content})
-        self.pictures += self.pending
         self.pending = []
 
     def answer(self, text: str) -> None:
@@ -80,7 +78,7 @@ class Conversation:
         self.turns.append({"role": "assistant", "content": text.strip()})
 
     def retract(self) -> str:
-        """Takes the last question back, with its answer if there is one; its pictures are pending again.
+        """Takes the last question back, with its answer if there is one; its images are pending again.
 
         Returns:
             The question.
@@ -93,20 +91,19 @@ class Conversation:
         question = self.turns.pop()
         if question["role"] == "assistant":
             question = self.turns.pop()
-        first = len(self.pictures) - question["content"].count(IMAGE_TAG)
-        self.pending = self.pictures[first:] + self.pending
-        del self.pictures[first:]
-        return question["content"]
+        images, text = parts_of(question)
+        self.pending = images + self.pending
+        return text
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
-        self.turns, self.pictures, self.pending = [], [], []
+        self.turns, self.pending = [], []
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes the conversation with the places of its pictures.
+        """Writes the conversation with the names of its images.
 
         Args:
-            path: "*.json" for messages and images as `ChatModel.stream` takes them, "*.md" to read.
+            path: "*.json" for messages as `PIIPLlavaProcessor.apply_chat_template` takes them, "*.md" to read.
             overwrite: Whether a file may be replaced.
 
         Raises:
@@ -125,35 +122,53 @@ class Conversation:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
     def _as_json(self) -> str:
-        saved: dict[str, Any] = {"messages": self.messages, "images": [picture.source for picture in self.pictures]}
-        return json.dumps(saved, indent=2, ensure_ascii=False) + "\n"
+        messages = []
+        for message in self.messages:
+            images, text = parts_of(message)
+            parts = [{"type": "image", "url": image.source} for image in images]
+            content = [*parts, {"type": "text", "text": text}] if parts else text
+            messages.append({"role": message["role"], "content": content})
+        return json.dumps({"messages": messages}, indent=2, ensure_ascii=False) + "\n"
 
     def _as_markdown(self) -> str:
-        sources = iter(self.pictures)
         parts = []
         for message in self.messages:
-            text = message["content"]
-            if message["role"] == "user":
-                first, *others = text.split(IMAGE_TAG)
-                text = first + "".join(f"![picture](<{next(sources).source}>){other}" for other in others)
-            parts.append(f"**{_TITLES[message['role']]}**\n\n{text}\n")
+            images, text = parts_of(message)
+            lines = [f"![image](<{image.source}>)" for image in images] + [text]
+            parts.append(f"**{_TITLES[message['role']]}**\n\n" + "\n".join(lines) + "\n")
         return "\n".join(parts)
 
 
-def open_picture(source: str) -> Picture:
-    """Opens a picture for somebody who may read every file here.
+def parts_of(turn: dict[str, Any]) -> tuple[list[ChatImage], str]:
+    """Images and text of a turn."""
+    content = turn["content"]
+    if isinstance(content, str):
+        return [], content
+    return [part["image"] for part in content if part["type"] == "image"], content[-1]["text"]
+
+
+def open_image(source: str) -> ChatImage:
+    """Opens an image as a viewer shows it, for somebody who may read every file here and connect to every address.
 
     Args:
-        source: Path of a file, or an address that starts with https://, http:// or data:. Addresses inside of private
-            networks are refused.
+        source: Path of a file, or an address that starts with https://, http:// or data:.
 
     Raises:
-        ImageError: If there is no such file.
-        UserError: If it is no picture, too large, or cannot be fetched.
+        UserError: If there is no image, or it is too large.
     """
     if source.startswith(("http://", "https://", "data:")):
-        return Picture(fetch_image(source, field=source[:100], policy=FetchPolicy(allow_http=True)), source)
+        return ChatImage(read_image(_fetched(source), source[:100], as_viewed=True), source)
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if not path.is_file():
-        raise ImageError(f"{source}: no such file; expected a picture, or an address that starts with https://")
-    return Picture(ImageFolder(path.parent, follow_links=True).open(path.name), str(path))
+        raise ImageError(f"{source}: no such file; expected an image, or an address that starts with https://")
+    return ChatImage(read_image(path, f"image {source!r}", as_viewed=True), str(path))
+
+
+def _fetched(address: str) -> bytes:
+    """What is behind an address; `urllib` reads data: as well."""
+    try:
+        request = urllib.request.Request(address, headers={"User-Agent": "piip-llava"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ImageError(f"{address[:100]}: no image could be read from there ({error})") from error

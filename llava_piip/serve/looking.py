@@ -1,28 +1,29 @@
-"""What the branches of a model look at in a picture: the panel of the web page."""
+"""What the branches of a model look at in an image: the panel of the web page."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from piip_core.errors import UserError
 from piip_core.visualization import draw_attention, draw_sampling, find_pyramid, prepare_scene, trace_pyramid
 
-from .generation import ChatModel
-from .pictures import prepare_picture
+from ..inference import ChatModel
 
-__all__ = ["Look", "look"]
+__all__ = ["Look", "look", "network_view"]
 
 
 @dataclass(frozen=True)
 class Look:
-    """Pictures of one look into the vision tower.
+    """Images of one look into the vision tower.
 
     Attributes:
-        attention: Self-attention of the query in a block of every branch, over the picture.
+        attention: Self-attention of the query in a block of every branch, over the image.
         sampling: What the query reads from the other branches; None for a single branch.
     """
 
@@ -31,7 +32,7 @@ class Look:
 
 
 def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = None, depth: float = 0.5) -> Look:
-    """Runs the vision tower on a picture and draws what one place of it attends to (paper section IV-G).
+    """Runs the vision tower on an image and draws what one place in it attends to (paper section IV-G).
 
     Not to be called while the same model answers: the blocks are watched meanwhile.
 
@@ -47,9 +48,9 @@ def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = No
     """
     if not 0 <= depth <= 1:
         raise UserError(f"depth={depth!r}: expected 0 to 1")
-    picture, pixels = prepare_picture(chat, image)
+    view, pixels = _prepare(chat, image)
     pyramid = find_pyramid(chat.model)
-    scene = prepare_scene(picture.shape[:2], picture, pixels.to(next(pyramid.parameters()).dtype), at)
+    scene = prepare_scene(view.shape[:2], view, pixels.to(next(pyramid.parameters()).dtype), at)
     blocks = [_share(depth, branch.num_blocks) for branch in pyramid.branches]
     interaction = _share(depth, len(pyramid.interactions)) if pyramid.interactions else None
     trace = trace_pyramid(pyramid, scene, blocks=blocks, interaction=interaction)
@@ -59,6 +60,20 @@ def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = No
         title = f"What it reads from other branches, interaction {interaction + 1} of {len(pyramid.interactions)}"
         sampling = _drawn(draw_sampling(scene, trace, title))
     return Look(_drawn(attention), sampling)
+
+
+def network_view(chat: ChatModel, image: Image.Image) -> Image.Image:
+    """An image as the vision tower gets it: a square of its size, which is the same to the model."""
+    return Image.fromarray(_prepare(chat, image)[0])
+
+
+def _prepare(chat: ChatModel, image: Image.Image) -> tuple[np.ndarray, torch.Tensor]:
+    """What the tower gets, as an image (S, S, 3) uint8 and as values (1, 3, S, S)."""
+    processor = chat.processor.image_processor
+    pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    shown = ((pixels[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return shown.permute(1, 2, 0).numpy(), pixels
 
 
 def _share(depth: float, count: int) -> int:

@@ -8,12 +8,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-
 from piip_core.errors import UserError
 
-from .dialogue import Conversation, Picture, open_picture
-from .generation import ChatModel
+from ..inference import ChatModel
+from .dialogue import ChatImage, Conversation, open_image
+from .remote import RemoteModel
 
 __all__ = ["Terminal"]
 
@@ -31,35 +30,35 @@ class Terminal:
         chat: Answers.
         conversation: Goes on with this one.
         settings: For `ChatModel.stream`: max_new_tokens, temperature, top_p.
-        more_pictures: Pictures that the command `/next` goes through, each with a new conversation.
+        more_images: Images that the command `/next` goes through, each with a new conversation.
     """
 
     def __init__(
         self,
-        chat: ChatModel,
+        chat: ChatModel | RemoteModel,
         conversation: Conversation | None = None,
         *,
         settings: Mapping[str, Any] | None = None,
-        more_pictures: Iterable[Picture] | None = None,
+        more_images: Iterable[ChatImage] | None = None,
     ) -> None:
         self.chat = chat
         self.conversation = conversation or Conversation()
         self._settings = dict(settings or {})
-        self._more: Iterator[Picture] | None = None if more_pictures is None else iter(more_pictures)
+        self._more: Iterator[ChatImage] | None = None if more_images is None else iter(more_images)
         self._interactive = sys.stdin.isatty()
         self._saved: set[str] = set()
         self._commands: dict[str, tuple[str, str, Callable[[str], bool]]] = {
-            "/image": ("FILE|URL", "adds a picture to the next question", self._add_image),
-            "/reset": ("", "forgets the conversation and its pictures", self._reset),
+            "/image": ("FILE|URL", "adds an image to the next question", self._add_image),
+            "/reset": ("", "forgets the conversation and its images", self._reset),
             "/save": ("FILE", "writes the conversation, as .json or .md", self._save),
             "/help": ("", "shows this", self._help),
             "/exit": ("", "ends, as the end of the input does", lambda _: False),
         }
         if self._more is not None:
-            self._commands["/next"] = ("", "goes on with another picture", self._next)
+            self._commands["/next"] = ("", "goes on with another image", self._next)
 
     def run(self) -> int:
-        """Talks until `/exit`, the end of the input, or the last of `more_pictures`.
+        """Talks until `/exit`, the end of the input, or the last of `more_images`.
 
         Returns:
             Exit status: 2 after a mistake in questions that do not come from a terminal, 130 after Ctrl-C in them.
@@ -121,12 +120,6 @@ class Terminal:
         self.conversation.ask(text)
         try:
             answer = self._answer()
-        except torch.OutOfMemoryError as error:
-            self.conversation.retract()
-            raise UserError(
-                "the device has too little memory for this conversation: /reset, fewer pictures, or a start with "
-                "--load-in 4bit"
-            ) from error
         except BaseException:
             self.conversation.retract()
             raise
@@ -161,9 +154,9 @@ class Terminal:
         return "".join(pieces).strip()
 
     def _add_image(self, source: str) -> bool:
-        self.conversation.pending.append(open_picture(source))
+        self.conversation.pending.append(open_image(source))
         count = len(self.conversation.pending)
-        self._say(f"({count} picture{'s' if count > 1 else ''} with the next question)")
+        self._say(f"({count} image{'s' if count > 1 else ''} with the next question)")
         return True
 
     def _reset(self, _: str) -> bool:
@@ -178,13 +171,13 @@ class Terminal:
         return True
 
     def _next(self, _: str) -> bool:
-        picture = next(self._more, None)
-        if picture is None:
-            self._say("These were all the pictures.")
+        image = next(self._more, None)
+        if image is None:
+            self._say("These were all the images.")
             return False
         self.conversation.reset()
-        self.conversation.pending.append(picture)
-        self._say(f"The picture is {picture.source} (open it beside this window).")
+        self.conversation.pending.append(image)
+        self._say(f"The image is {image.source} (open it beside this window).")
         return True
 
     def _help(self, _: str) -> bool:

@@ -1,33 +1,35 @@
-"""The web page: components, what they call, and how it is served."""
+"""The web page: its components, what they call, and how it is served."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+import ipaddress
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import gradio as gr
-from gradio import processing_utils
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse, Response
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from piip_core.errors import ConfigError, UserError
 
-from .fetching import FetchError, FetchPolicy, decode_image
-from .hosts import HostCheck, is_loopback
-from .web_session import View, WebChat, WebLimits, WebSession
+from ..inference import DEFAULT_NEW_TOKENS
+from .web_session import MAX_CHARACTERS, MAX_IMAGES, View, WebChat, WebSession
 
-__all__ = ["build_page", "find_examples", "serve_page"]
+__all__ = ["build_page", "serve_page"]
 
+MAX_BYTES = 10_000_000  # of an uploaded file
+_MAX_WAITING = 16  # questions that wait for their turn; more are refused
+_SESSION_SECONDS, _UPLOAD_SECONDS = 2 * 3600, 6 * 3600  # how long conversations and uploads are kept
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
-_MOST_EXAMPLES = 8
-_PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
-_QUESTION = "Describe the picture."
-_MODEL = "model"  # events with this concurrency_id wait for each other
+_LOOPBACK = ["localhost", "127.0.0.1", "::1", "[::1]"]
+# Events that run the model wait for each other
+_MODEL = dict(concurrency_id="model", concurrency_limit=1, api_visibility="private")
+_AT_ONCE = dict(queue=False, api_visibility="private", show_progress="hidden")
 
-# Gradio offers to send pictures of a conversation to a public site; texts keep their lines and indents
+# Gradio offers to send images of a conversation to a public site; texts keep their lines and indents
 _STYLE = """
 #log button[aria-label=Share], #log button[title=Share] { display: none }
 #log .message-content .md { white-space: pre-wrap }
@@ -45,151 +47,103 @@ _HEADERS = {
 }
 
 
-def find_examples(folder: Path | None, policy: FetchPolicy) -> list[Path]:
-    """Example pictures: those of a folder, or photographs that come with scikit-image.
-
-    Args:
-        folder: None for scikit-image's, without which there are none.
-        policy: What a visitor could upload; examples have to keep to it.
-
-    Raises:
-        ConfigError: If the folder does not exist, or has no picture or more than the page shows.
-        FetchError: If a picture is broken or too large.
-    """
-    if folder is None:
-        try:
-            from skimage import data
-        except ModuleNotFoundError:
-            return []
-        found = [Path(data.__file__).parent / f"{name}{suffix}" for name in _PHOTOGRAPHS for suffix in _SUFFIXES]
-        return [path for path in found if path.is_file()]
-    if not folder.is_dir():
-        raise ConfigError(f"--examples {folder}: no such folder")
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if not 1 <= len(pictures) <= _MOST_EXAMPLES:
-        raise ConfigError(f"--examples {folder}: has {len(pictures)} pictures, expected 1 to {_MOST_EXAMPLES}")
-    for path in pictures:
-        try:
-            decode_image(path.read_bytes(), field=str(path), policy=policy)
-        except OSError as error:
-            raise FetchError(str(path), f"cannot be read ({error.strerror})") from error
-    return pictures
-
-
-def build_page(chat: WebChat, *, examples: list[Path] | None = None, title: str = "PIIP-LLaVA") -> gr.Blocks:
+def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
     """The page of a model.
 
     Args:
         chat: Answers.
-        examples: Pictures to try.
         title: Of the page.
     """
-    limits = chat.limits
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, limits.upload_seconds)) as page:
-        session = gr.State(chat.session(), time_to_live=limits.session_seconds, delete_callback=chat.stop)
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, _UPLOAD_SECONDS)) as page:
+        session = gr.State(chat.session(), time_to_live=_SESSION_SECONDS, delete_callback=chat.stop)
         gr.Markdown(f"## {_plain(title)}", latex_delimiters=[])
         with gr.Row():
             with gr.Column(scale=3, min_width=360):
-                log = gr.Chatbot(
-                    label="Conversation",
-                    height=460,
-                    render_markdown=False,
-                    latex_delimiters=[],
-                    buttons=[],  # they would copy escaped text
-                    elem_id="log",
-                )
+                # Its buttons would copy escaped text
+                options = dict(height=460, render_markdown=False, latex_delimiters=[], buttons=[], elem_id="log")
+                log = gr.Chatbot(label="Conversation", **options)
                 notice = gr.Textbox(visible=False, show_label=False, container=False, elem_id="notice")
                 box = gr.MultimodalTextbox(
-                    placeholder=f"Ask; add up to {limits.pictures.max_images} pictures",
+                    placeholder=f"Ask; add up to {MAX_IMAGES} images",
                     file_types=list(_SUFFIXES),
                     file_count="multiple",
                     sources=["upload"],
-                    max_plain_text_length=limits.max_characters,
+                    max_plain_text_length=MAX_CHARACTERS,
                     show_label=False,
                     elem_id="question",
                 )
                 with gr.Row():
                     retry = gr.Button("Retry", size="sm", elem_id="retry")
                     clear = gr.Button("Clear", size="sm", elem_id="clear")
-                if examples:
-                    gr.Examples(
-                        [[{"text": _QUESTION, "files": [str(path)]}] for path in examples],
-                        inputs=[box],
-                        label="Examples",
-                        cache_examples=False,
-                    )
             with gr.Column(scale=2, min_width=320):
                 settings = _settings(chat)
-                choice = _choice(limits)
-        panel = _panel(chat, session, *choice)
-        shown = [log, notice, box, retry, clear, choice[0], session]
-        asking = dict(outputs=shown, concurrency_id=_MODEL, concurrency_limit=1, api_visibility="private")
-        at_once = dict(queue=False, api_visibility="private", show_progress="hidden")
+                show_latest, maps = _looking(chat, session) if chat.is_local else (None, [])
+        shown = [log, notice, box, retry, session]
 
-        visitors: dict[str, WebSession] = {}  # whose answer is on its way, by Gradio's number of the visit
+        visitors: dict[str | None, WebSession] = {}  # by Gradio's number of the visit
 
         def ask(
             question: dict[str, Any], kept: WebSession, warmth: float, top_p: float, most: float, visit: gr.Request
         ) -> Iterator[list[Any]]:
             visitors[visit.session_hash] = kept
-            views = chat.ask(kept, question["text"], question["files"], _read(warmth, top_p, most))
-            yield from _updates(views, kept, question)
-            visitors.pop(visit.session_hash, None)
+            for view in chat.ask(kept, question["text"], question["files"], _read(warmth, top_p, most)):
+                # A question leaves its box, and comes back if it was refused
+                value = None if view.refused and view.running else question if view.refused else _EMPTY
+                yield _update(view, kept, value)
 
-        def again(kept: WebSession, warmth: float, top_p: float, most: float, visit: gr.Request) -> Iterator[list[Any]]:
-            visitors[visit.session_hash] = kept
-            yield from _updates(chat.retry(kept, _read(warmth, top_p, most)), kept, None)
-            visitors.pop(visit.session_hash, None)
+        def again(kept: WebSession, warmth: float, top_p: float, most: float) -> Iterator[list[Any]]:
+            for view in chat.retry(kept, _read(warmth, top_p, most)):
+                yield _update(view, kept, None)
 
         def left(visit: gr.Request) -> None:
             if visit.session_hash in visitors:
                 chat.stop(visitors.pop(visit.session_hash))
 
         def forget(kept: WebSession) -> list[Any]:
-            return [*_update(chat.clear(kept), kept, {"text": "", "files": []}), *[None] * len(panel)]
+            return [*_update(chat.clear(kept), kept, _EMPTY), *[None] * len(maps)]
 
-        box.submit(ask, [box, session, *settings], show_progress="hidden", **asking)
-        retry.click(again, [session, *settings], show_progress="hidden", **asking)
-        box.stop(chat.stop, [session], **at_once)
-        clear.click(forget, [session], [*shown, *panel], **at_once)
+        asked = box.submit(ask, [box, session, *settings], shown, show_progress="hidden", **_MODEL)
+        if show_latest is not None:
+            show_latest(asked)
+        retry.click(again, [session, *settings], shown, show_progress="hidden", **_MODEL)
         page.unload(left)
-        log.clear(forget, [session], [*shown, *panel], **at_once)
-    return page.queue(max_size=limits.max_waiting, default_concurrency_limit=1)
+        box.stop(chat.stop, [session], **_AT_ONCE)
+        gr.on([clear.click, log.clear], forget, [session], [*shown, *maps], **_AT_ONCE)
+    return page.queue(max_size=_MAX_WAITING, default_concurrency_limit=1)
 
 
-def serve_page(
-    page: gr.Blocks, limits: WebLimits, *, host: str, port: int, share: bool = False, block: bool = True
-) -> str:
-    """Serves a page until Ctrl-C.
+def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> str:
+    """Serves a page until Ctrl-C, to requests from this machine alone if it listens at a loopback address.
+
+    A page from elsewhere can let its own name point to 127.0.0.1 and read what a server there says (DNS rebinding);
+    the browser still sends that name in the header Host.
 
     Args:
         page: As `build_page` makes it.
-        limits: Those of its visitors.
         host: Address to listen at.
-        port: Port, or 0 for a free one.
-        share: Ask Gradio's service for a public address.
+        port: Port.
         block: False returns at once.
 
     Returns:
         The local address.
 
     Raises:
-        ConfigError: If nothing can listen there.
+        ConfigError: If nothing can listen there, or the page does not answer.
     """
     middleware = [Middleware(_SafeHeaders)]
-    if is_loopback(host) and not share:
-        middleware.append(Middleware(HostCheck, names=(), refuse=_refused_host))
-    # Whoever sends a question by hand could name an address in place of an uploaded file
-    processing_utils.async_ssrf_protected_get = _fetch_nothing
+    if _is_loopback(host):
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK, www_redirect=False))
+    else:
+        print(f"warning: everybody who reaches {host} can use the page; it has no password", file=sys.stderr)
     try:
+        # `launch` and not `mount_gradio_app`, with which Gradio 6.31 opens any file that a request names
         _, address, _ = page.launch(
             server_name=host,
-            server_port=port or None,
-            share=share,
+            server_port=port,
+            share=False,
             inbrowser=False,
             show_error=False,
-            max_file_size=limits.pictures.max_bytes,
-            state_session_capacity=limits.sessions,
+            max_file_size=MAX_BYTES,
             footer_links=[],
             ssr_mode=False,
             mcp_server=False,
@@ -198,124 +152,16 @@ def serve_page(
             css=_STYLE,
             enable_monitoring=False,
             prevent_thread_lock=True,
-            _frontend=False,  # no check of its own whether the page answers within 3 seconds: busy machines need longer
             app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
         )
-    except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error}); give another") from error
+    except (OSError, ValueError) as error:  # a ValueError if the page does not answer itself within 3 seconds
+        page.close(verbose=False)
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot serve there ({error}); give another, or retry"
+        ) from error
     if block:
         page.block_thread()
     return address
-
-
-def _refused_host(status: int, _: str) -> Response:
-    return PlainTextResponse("this page is for this machine only", status)
-
-
-def _settings(chat: WebChat) -> list[gr.Slider]:
-    """Sampling settings, in the order of `_read`."""
-    most = chat.most_new_tokens
-    with gr.Accordion("Sampling", open=False):
-        return [
-            gr.Slider(0, 2, 0.0, step=0.05, label="Temperature", info="0: always the most probable token"),
-            gr.Slider(0.05, 1, 1.0, step=0.05, label="Top p", info="sample among the most probable tokens"),
-            gr.Slider(1, most, chat.default_new_tokens, step=1, label="Longest answer", info="in tokens"),
-        ]
-
-
-def _read(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, Any]:
-    return {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
-
-
-def _choice(limits: WebLimits) -> tuple[gr.Dropdown, gr.Slider, gr.Image, gr.Button]:
-    """Where to look: picture, depth, place, and a button for the middle."""
-    with gr.Accordion("What each branch looked at", open=True):
-        with gr.Row():
-            number = gr.Dropdown(
-                [(f"picture {n}", n) for n in range(1, limits.pictures.max_images + 1)],
-                value=None,
-                label="Picture",
-                info="of the conversation",
-                interactive=True,
-                elem_id="picture-number",
-                min_width=120,
-            )
-            depth = gr.Slider(0, 1, 0.5, step=0.05, label="Depth", info="0: first block, 1: last", min_width=160)
-        whole = gr.Image(
-            label="As the model sees it: click on a place",
-            format="png",
-            interactive=False,
-            buttons=[],
-            height=260,
-            elem_id="seen",
-        )
-        start = gr.Button("Look at the middle", size="sm", elem_id="look")
-    return number, depth, whole, start
-
-
-def _panel(
-    chat: WebChat, session: gr.State, number: gr.Dropdown, depth: gr.Slider, whole: gr.Image, start: gr.Button
-) -> list[gr.Image]:
-    """What each branch looked at; the pictures that go with the conversation when it is cleared."""
-    with gr.Tabs():
-        with gr.Tab("Attention of each branch"):
-            attention = gr.Image(show_label=False, format="png", interactive=False, buttons=[], elem_id="attention")
-        with gr.Tab("What the branches read from each other"):
-            sampling = gr.Image(show_label=False, format="png", interactive=False, buttons=[], elem_id="sampling")
-    maps = [attention, sampling]
-
-    def seen(kept: WebSession, chosen: int | None) -> list[Any]:
-        pictures = kept.conversation.pictures
-        return [pictures[chosen - 1].image if chosen and chosen <= len(pictures) else None, None, None]
-
-    def look(kept: WebSession, chosen: int | None, share: float, place: tuple[int, int] | None) -> list[Any]:
-        try:
-            found = chat.look(kept, chosen or 1, at=place, depth=share)
-        except UserError as error:
-            gr.Warning(_plain(str(error)))
-            return [None, None]
-        return [found.attention, found.sampling]
-
-    def middle(kept: WebSession, chosen: int | None, share: float) -> list[Any]:
-        return look(kept, chosen, share, None)
-
-    def clicked(kept: WebSession, chosen: int | None, share: float, event: gr.SelectData) -> list[Any]:
-        return look(kept, chosen, share, tuple(event.index))
-
-    inputs, turn = [session, number, depth], dict(concurrency_id=_MODEL, concurrency_limit=1, api_visibility="private")
-    number.change(seen, [session, number], [whole, *maps], queue=False, api_visibility="private")
-    start.click(middle, inputs, maps, **turn)
-    whole.select(clicked, inputs, maps, **turn)
-    return [whole, *maps]
-
-
-def _updates(views: Iterator[View], kept: WebSession, question: dict[str, Any] | None) -> Iterator[list[Any]]:
-    """Updates of the page; a question leaves its box, and comes back if it was refused."""
-    for view in views:
-        if question is None or (view.refused and view.running):
-            value = None
-        else:
-            value = question if view.refused else {"text": "", "files": []}
-        yield _update(view, kept, value)
-
-
-def _update(view: View, kept: WebSession, value: dict[str, Any] | None) -> list[Any]:
-    """In the order of the outputs of `build_page`."""
-    changed = {} if value is None else {"value": value}
-    count = len(kept.conversation.pictures)
-    return [
-        view.messages,
-        gr.Textbox(view.notice, visible=bool(view.notice)),
-        gr.MultimodalTextbox(submit_btn=not view.running, stop_btn=view.running, **changed),
-        gr.Button(interactive=not view.running),
-        gr.Button(interactive=True),
-        gr.Dropdown(value=count or None),
-        kept,
-    ]
-
-
-async def _fetch_nothing(url: str) -> NoReturn:
-    raise gr.Error("addresses are not fetched: upload the picture", print_exception=False)
 
 
 class _SafeHeaders:
@@ -327,12 +173,92 @@ class _SafeHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
+                MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _settings(chat: WebChat) -> list[gr.Slider]:
+    """Sampling settings, in the order of `_read`."""
+    most = chat.max_new_tokens
+    with gr.Accordion("Sampling", open=False):
+        return [
+            gr.Slider(0, 2, 0.0, step=0.05, label="Temperature", info="0: always the most probable token"),
+            gr.Slider(0.05, 1, 1.0, step=0.05, label="Top p", info="sample among the most probable tokens"),
+            gr.Slider(1, most, min(DEFAULT_NEW_TOKENS, most), step=1, label="Longest answer", info="in tokens"),
+        ]
+
+
+def _read(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, Any]:
+    return {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
+
+
+def _looking(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], list[gr.Image]]:
+    """The panel that shows what each branch looked at.
+
+    Returns:
+        What makes it show the latest image after an event, and its images, which go with the conversation.
+    """
+    image = dict(format="png", interactive=False, buttons=[])
+    with gr.Accordion("What each branch looked at", open=True):
+        with gr.Row():
+            number = gr.Number(1, label="Image", info="of the conversation", precision=0, minimum=1, maximum=MAX_IMAGES)
+            depth = gr.Slider(0, 1, 0.5, step=0.05, label="Depth", info="0: first block, 1: last", min_width=160)
+        whole = gr.Image(label="As the model sees it: click on it", height=260, elem_id="seen", **image)
+        start = gr.Button("Look at the middle", size="sm", elem_id="look")
+    with gr.Tabs():
+        with gr.Tab("Attention of each branch"):
+            attention = gr.Image(show_label=False, elem_id="attention", **image)
+        with gr.Tab("What the branches read from each other"):
+            sampling = gr.Image(show_label=False, elem_id="sampling", **image)
+    maps = [attention, sampling]
+
+    def seen(kept: WebSession, chosen: int) -> list[Any]:
+        images = kept.conversation.images
+        return [images[chosen - 1] if 1 <= chosen <= len(images) else None, None, None]
+
+    def latest(kept: WebSession) -> list[Any]:
+        chosen = max(1, len(kept.conversation.images))
+        return [chosen, *seen(kept, chosen)]
+
+    def look(kept: WebSession, chosen: int, share: float, at: tuple[int, int] | None = None) -> list[Any]:
+        try:
+            found = chat.look(kept, chosen, at=at, depth=share)
+        except UserError as error:
+            gr.Warning(_plain(str(error)))
+            return [None, None]
+        return [found.attention, found.sampling]
+
+    def clicked(kept: WebSession, chosen: int, share: float, event: gr.SelectData) -> list[Any]:
+        return look(kept, chosen, share, tuple(event.index))
+
+    number.input(seen, [session, number], [whole, *maps], **_AT_ONCE)
+    start.click(look, [session, number, depth], maps, **_MODEL)
+    whole.select(clicked, [session, number, depth], maps, **_MODEL)
+    return lambda event: event.then(latest, [session], [number, whole, *maps], **_AT_ONCE), [whole, *maps]
+
+
+_EMPTY = {"text": "", "files": []}
+
+
+def _update(view: View, kept: WebSession, value: dict[str, Any] | None) -> list[Any]:
+    """Log, notice, box, retry button and session of the page."""
+    changed = {} if value is None else {"value": value}
+    return [
+        view.messages,
+        gr.Textbox(view.notice, visible=bool(view.notice)),
+        gr.MultimodalTextbox(submit_btn=not view.running, stop_btn=view.running, **changed),
+        gr.Button(interactive=not view.running),
+        kept,
+    ]
 
 
 def _plain(text: str) -> str:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from piip_core.errors import ConfigError
 from piip_core.validation import check, check_choice
 
-from .parts import PARTS
+from ..loading import PARTS
 
 __all__ = ["DataArguments", "ModelArguments", "PIIPTrainingArguments", "accumulation_steps", "deepspeed_config"]
 
@@ -78,6 +78,13 @@ class DataArguments:
     )
     pad_to_square: bool = field(
         default=True, metadata=_help("pad images to a square; false cuts one out of their middle (stage 1)")
+    )
+    images_as_viewed: bool = field(
+        default=True,
+        metadata=_help(
+            "turn images as their orientation tag says and put transparent ones on white; false as published, as the "
+            "presets have it"
+        ),
     )
     group_by_modality: bool = field(
         default=True, metadata=_help("batches of similar length, text-only samples apart from those with images")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import set_seed
 from transformers.integrations.deepspeed import (
@@ -17,18 +16,15 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from piip_core.errors import CheckpointError, ConfigError
+from piip_core.errors import ConfigError
 
-from ..assembly import assemble
-from ..modeling import PIIPLlavaForConditionalGeneration
-from ..processing import PIIPLlavaProcessor
+from ..loading import ModelSource, build, load_projector
 from .arguments import ModelArguments, PIIPTrainingArguments
-from .checkpointing import FINAL, RunFolder
-from .lora import add_adapters, quantization_config
+from .checkpointing import RunFolder
+from .lora import add_adapters
 from .parts import freeze_except
-from .saving import ModelSource, is_trained_folder, load_projector, load_tensors, read_note
 
-__all__ = ["build_for_training", "load_trained"]
+__all__ = ["build_for_training"]
 
 
 def build_for_training(model: ModelArguments, training: PIIPTrainingArguments) -> tuple[nn.Module, Any, ModelSource]:
@@ -48,7 +44,7 @@ def build_for_training(model: ModelArguments, training: PIIPTrainingArguments) -
     if is_deepspeed_zero3_enabled() and not Path(source.model).is_dir():
         network, processor = _build_partitioned(source, training, **settings)
     else:
-        network, processor = _build(source, bits=training.bits, **settings)
+        network, processor = build(source, bits=training.bits, **settings)
     if model.projector is not None:
         load_projector(network, model.projector)
     if training.lora:
@@ -64,56 +60,9 @@ def build_for_training(model: ModelArguments, training: PIIPTrainingArguments) -
     return network, processor, source
 
 
-def load_trained(folder: str | Path, source: ModelSource | None = None, **settings: Any) -> tuple[nn.Module, Any]:
-    """Gives back the model and processor that a run saved: a whole model, trained parts, or adapters.
-
-    Args:
-        folder: A checkpoint or the `final` folder of a run, or the run.
-        source: Where the weights are that were not trained, if not where they were at the training.
-        **settings: `dtype` ("auto": that of the file), `attn_implementation`, `bits`, `device_map`.
-
-    Raises:
-        CheckpointError: If the folder holds none of them, or does not fit what it was trained from.
-    """
-    folder = Path(folder)
-    folder = folder / FINAL if (folder / FINAL).is_dir() else folder
-    if not is_trained_folder(folder):
-        return _build(ModelSource(str(folder)), **settings)
-    model, _ = _build(source or read_note(folder)[1], **settings)
-    if (folder / "adapter_config.json").is_file():
-        model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
-    load_tensors(model, folder)
-    return model.eval(), _load_processor(folder)  # new adapters would drop out
-
-
 def _absolute(name: str | None) -> str | None:
     """Folders so that they are found from anywhere; other names as they are."""
     return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
-
-
-def _build(
-    source: ModelSource,
-    *,
-    dtype: torch.dtype | str = torch.float32,
-    attn_implementation: str | None = None,
-    bits: int = 16,
-    device_map: dict[str, torch.device] | None = None,
-) -> tuple[nn.Module, Any]:
-    options = {"dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
-    options["quantization_config"] = quantization_config(bits, torch.bfloat16 if dtype == "auto" else dtype)
-    folder = Path(source.model)
-    if not folder.is_dir():
-        return assemble(
-            source.model, language_model=source.language_model, pretrained_vision=source.pretrained_vision, **options
-        )
-    folder = folder / FINAL if (folder / FINAL).is_dir() else folder
-    if is_trained_folder(folder):
-        raise CheckpointError(
-            f"model {folder}: holds trained parts and no whole model. To go on from its projector, give the row as "
-            f"--model and this folder as --projector; `python -m llava_piip.train.merge` makes a whole model of it"
-        )
-    model = PIIPLlavaForConditionalGeneration.from_pretrained(folder, **options)
-    return model, _load_processor(folder)
 
 
 def _build_partitioned(source: ModelSource, training: PIIPTrainingArguments, **settings: Any) -> tuple[nn.Module, Any]:
@@ -126,19 +75,15 @@ def _build_partitioned(source: ModelSource, training: PIIPTrainingArguments, **s
     if training.should_save:
         unset_hf_deepspeed_config()
         try:
-            model, processor = _build(source, **settings)
+            model, processor = build(source, **settings)
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
         finally:
             set_hf_deepspeed_config(training.hf_deepspeed_config)
         del model
     state.wait_for_everyone()
-    built = _build(ModelSource(str(folder)), **settings)
+    built = build(ModelSource(str(folder)), **settings)
     state.wait_for_everyone()
     if training.should_save:
         shutil.rmtree(folder)
     return built
-
-
-def _load_processor(folder: Path) -> Any:
-    return PIIPLlavaProcessor.from_pretrained(folder)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from piip_core.training_checkpoints import OutputFolderError, RunFolder, SaveError
 
+from ..loading import FINAL
+
 __all__ = [
-    "FINAL",
     "OutputFolderError",
     "RunFolder",
     "SaveError",
@@ -18,9 +19,6 @@ __all__ = [
     "prepare_output",
     "run_folder",
 ]
-
-# The trained model, beside the checkpoints
-FINAL = "final"
 
 
 def run_folder(run: str | os.PathLike[str]) -> RunFolder:

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available
 
 from piip_core.errors import ConfigError
 
 from .arguments import PIIPTrainingArguments
 from .parts import freeze_except
 
-__all__ = ["add_adapters", "language_model_linears", "quantization_config"]
-
-
-def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig | None:
-    """How to load the language model in 8 or 4 bits, everything else as it is; None for 16.
-
-    Raises:
-        ConfigError: If bitsandbytes is not installed.
-    """
-    if bits == 16:
-        return None
-    if not is_bitsandbytes_available():
-        raise ConfigError(f"bits={bits}: needs bitsandbytes, which is not installed: pip install 'piip[llava-qlora]'")
-    kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=kept,
-    )
+__all__ = ["add_adapters", "language_model_linears"]
 
 
 def language_model_linears(model: nn.Module, target: list[str] | None = None) -> list[str]:

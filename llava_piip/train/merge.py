@@ -15,7 +15,7 @@ from peft import PeftModel
 from piip_core.errors import UserError
 from piip_core.files import publish_folder
 
-from .building import load_trained
+from ..loading import load_trained
 
 __all__ = ["main", "merge"]
 

@@ -7,35 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from piip_core.validation import check_choice
+from ..loading import PARTS, part_parameters
 
-__all__ = ["PARTS", "freeze_except", "parameter_groups", "part_modules", "part_parameters", "trained_parts"]
-
-PARTS = ("projector", "language_model", "vision_tower")
-
-
-def part_modules(model: nn.Module, part: str) -> dict[str, nn.Module]:
-    """Modules that make up a part of a model in the layout of transformers' Llava, by their names in it.
-
-    Raises:
-        ConfigError: If there is no such part.
-    """
-    check_choice("part", part, PARTS)
-    names = {
-        "projector": ["model.multi_modal_projector"],
-        "language_model": ["model.language_model", "lm_head"],
-        "vision_tower": ["model.vision_tower"],
-    }
-    return {name: model.get_submodule(name) for name in names[part]}
-
-
-def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
-    """Parameters of a part by their names in the model, each once (the output layer may share the embedding)."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, module in part_modules(model, part).items():
-        for name, parameter in module.named_parameters(prefix=prefix):
-            found.setdefault(id(parameter), (name, parameter))
-    return dict(found.values())
+__all__ = ["freeze_except", "parameter_groups", "trained_parts"]
 
 
 def freeze_except(model: nn.Module, parts: Iterable[str]) -> None:

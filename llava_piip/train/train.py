@@ -78,6 +78,7 @@ def prepare(
         max_length=data.max_length,
         on_error=data.on_error,
         follow_links=data.follow_links,
+        as_viewed=data.images_as_viewed,
     )
     trainer = PIIPTrainer(
         model=network,

@@ -22,10 +22,11 @@ from llava_piip.data.sampler import ModalityLengthSampler
 from piip_core.errors import ConfigError
 from piip_core.files import write_atomically
 
+from ..loading import FINAL, ModelSource, base_model, load_tensors
 from .arguments import PIIPTrainingArguments
-from .checkpointing import FINAL, RunFolder, check_same_processes, run_folder
+from .checkpointing import RunFolder, check_same_processes, run_folder
 from .parts import parameter_groups, trained_parts
-from .saving import ModelSource, base_model, gathered_state, load_tensors, save_trained
+from .saving import gathered_state, save_trained
 
 __all__ = ["PIIPTrainer", "check_trainer"]
 

@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llava_piip import PIIPLlavaForConditionalGeneration
-from llava_piip.assembly import add_image_token, assemble_config, assemble_processor
+from llava_piip.assembly import add_image_token, assemble, assemble_config, assemble_processor
+from llava_piip.inference import ChatModel
 from piip_core import BranchConfig, ConvNeXtConfig, InteractionConfig, PIIPConfig, ViTConfig
 from piip_core.zoo import MultimodalEntry, MultimodalScores
 
@@ -102,3 +105,42 @@ def tiny_llava(tokenizer_folder, randomize):
     torch.manual_seed(0)
     model = randomize(PIIPLlavaForConditionalGeneration(config)).eval()
     return model, assemble_processor(config, tokenizer)
+
+
+def _sharpen(model):
+    """Makes the attention of a model with random weights sharp enough for pictures to matter."""
+    with torch.no_grad():
+        for projection in model.model.multi_modal_projector.projections.values():
+            projection.linear_2.weight.mul_(10)
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(5)
+            layer.self_attn.o_proj.weight.mul_(5)
+
+
+@pytest.fixture
+def tiny_chat(tiny_llava):
+    """A small model with random weights, ready to answer; its attention is sharp enough for pictures to matter."""
+    model, processor = tiny_llava
+    _sharpen(model)
+    return ChatModel(model, processor)
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Pictures that a model with random weights tells apart: blocks of strong colours."""
+    generator = np.random.default_rng(0)
+    blocks = (generator.integers(0, 2, (12, 3, 4, 3)) * 255).astype(np.uint8)
+    return [Image.fromarray(picture).resize((64, 48), Image.Resampling.NEAREST) for picture in blocks]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_entry, language_model_folder, tmp_path_factory):
+    """A model as the training saves it, in bfloat16."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    torch.manual_seed(0)
+    model, processor = assemble(
+        tiny_entry(), language_model=language_model_folder, pretrained_vision=False, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -1,11 +1,14 @@
 """Models from parts: any language model, pretrained vision, errors."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -18,6 +21,15 @@ from llava_piip.configuration import PIIPVisionConfig
 from llava_piip.modeling import PIIPVisionModel
 from piip_core import BranchConfig, PIIPConfig, ViTConfig, zoo
 from piip_core.errors import CheckpointError, ConfigError
+
+
+def test_padding_without_a_row_in_the_embedding_is_refused(tiny_entry, language_model_folder, tmp_path):
+    shutil.copytree(language_model_folder, tmp_path / "padded")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "padded")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    with pytest.raises(ConfigError, match=r"'\[PAD\]' has the id 909, and the embedding has 909 rows.*'</s>'"):
+        assemble(tiny_entry(), language_model=tmp_path / "padded", pretrained_vision=False)
 
 
 @pytest.fixture(scope="module")

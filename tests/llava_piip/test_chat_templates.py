@@ -96,9 +96,10 @@ def test_own_system_message(template, end):
     ("parts", "text"),
     [
         ([{"type": "image"}, {"type": "text", "text": "What?"}], "<image>\nWhat?"),
-        ([{"type": "text", "text": "What?"}, {"type": "image"}], "<image>\nWhat?"),
+        ([{"type": "text", "text": "What?"}, {"type": "image"}], "What?\n<image>"),
         ([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a"}], "<image>\n<image>\na"),
-        ([{"type": "text", "text": "a "}, {"type": "image"}, {"type": "text", "text": "b"}], "<image>\na b"),
+        ([{"type": "text", "text": "a "}, {"type": "image"}, {"type": "text", "text": "b"}], "a \n<image>\nb"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
         ([{"type": "image"}], "<image>"),
         ([{"type": "text", "text": "a"}], "a"),
         ([], ""),
@@ -106,7 +107,7 @@ def test_own_system_message(template, end):
     ],
 )
 @pytest.mark.parametrize("template", DIALOGUES)
-def test_parts_are_strings_with_images_in_front(template, parts, text):
+def test_parts_are_lines_in_their_order(template, parts, text):
     answer = assistant([{"type": "text", "text": "A"}])
     assert render(template, [user(parts), answer]) == render(template, [user(text), assistant("A")])
 

@@ -51,9 +51,10 @@ def test_flat_images_are_dealt_out_in_order(processor):
 
 
 def test_prompt_without_image_takes_the_tag_for_text(processor):
-    ids = processor(text="what does <image> mean?", images=[[]])["input_ids"][0].tolist()
-    assert processor.image_token_id not in ids
-    assert processor.decode(ids, skip_special_tokens=True) == "what does <image> mean?"
+    for images in ([[]], [], None):
+        ids = processor(text="what does <image> mean?", images=images)["input_ids"][0].tolist()
+        assert processor.image_token_id not in ids
+        assert processor.decode(ids, skip_special_tokens=True) == "what does <image> mean?"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,6 @@ def test_prompt_without_image_takes_the_tag_for_text(processor):
     [
         ("<image> <image>", [picture(0)], "2 <image> for 1 images"),
         ("none", [picture(0)], "0 <image> for 1 images"),
-        ("USER: <image>\nWhat is it?", None, "have 1 <image> for 0 images"),
         (["<image>", "<image>"], [[picture(0)]], "1 lists of images for 2 prompts"),
         (["<image>", "none"], [[], [picture(0)]], "0 <image> for 1 images"),
         (None, [picture(0)], "expected a prompt"),
@@ -77,8 +77,81 @@ def test_pictures_are_read_from_files(processor, tmp_path):
     expected = processor(text="<image>", images=picture(5))
     found = processor(text="<image>", images=str(tmp_path / "five.png"))
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
-    with pytest.raises(ImageError, match="no picture could be read"):
+    with pytest.raises(ImageError, match="no image could be read"):
         processor(text="<image>", images=str(tmp_path / "six.png"))
+
+
+def image_part(value):
+    return {"type": "image", "image": picture(value)}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+TAGGED = [
+    {"role": "system", "content": "You know <image> tags."},
+    {"role": "user", "content": [image_part(3), text_part("What is <image>?"), text_part("Say it.")]},
+    {"role": "assistant", "content": "The tag <image> stands for an image."},
+    {"role": "user", "content": [text_part("And\n<image>\nbefore"), image_part(200), text_part("or after it?")]},
+]
+
+
+def test_placeholders_are_the_image_parts_whatever_the_texts_say(processor):
+    batch = processor.apply_chat_template(TAGGED, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = torch.as_tensor(batch["input_ids"])[0].tolist()
+    assert ids.count(processor.image_token_id) == 2 * 4 and len(batch["pixel_values"]) == 2
+    marked = [token for i, token in enumerate(ids) if token != processor.image_token_id or ids[i - 1] != token]
+    assert (
+        processor.decode(marked, skip_special_tokens=False).replace("<s>", "").split()
+        == (
+            "You know <image> tags. USER: <image> What is <image>? Say it. ASSISTANT: The tag <image> stands for an "
+            "image.</s>USER: And <image> before <image> or after it? ASSISTANT:"
+        ).split()
+    )
+    # Prompt and images in two steps give the same
+    prompt = processor.apply_chat_template(TAGGED, add_generation_prompt=True)
+    again = processor(text=prompt, images=[picture(3), picture(200)])
+    assert again["input_ids"][0].tolist() == ids
+    assert torch.equal(again["pixel_values"], torch.as_tensor(batch["pixel_values"]))
+
+
+def test_text_parts_stay_apart_and_parts_keep_their_order(processor):
+    parts = [text_part("The sign says STOP"), text_part("What colour is it")]
+    prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    assert prompt.endswith("USER: The sign says STOP\nWhat colour is it ASSISTANT:")
+    parts = [text_part("Is"), image_part(1), text_part("like"), image_part(2), text_part("?"), text_part("")]
+    prompt = processor.apply_chat_template([{"role": "user", "content": parts}])
+    assert prompt.endswith("USER: Is\n<image>\nlike\n<image>\n? ")
+
+
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+def test_assistant_masks_are_the_answers(processor, add_generation_prompt):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "A cat."}]
+    longer = TAGGED if add_generation_prompt else TAGGED[:3]
+    if add_generation_prompt:
+        messages = [*messages, {"role": "user", "content": "why?"}]
+    batch = processor.apply_chat_template(
+        [messages, longer],
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+    )
+    masks = batch["assistant_masks"]
+    assert masks.shape == batch["input_ids"].shape and not (masks & ~batch["attention_mask"]).any()
+    for ids, mask, expected in zip(
+        batch["input_ids"], masks, ("A cat.</s>", "The tag <image> stands for an image.</s>"), strict=True
+    ):
+        assert processor.tokenizer.decode(ids[mask.bool()]) == expected
+
+
+def test_truncation_is_refused_with_the_reason(processor):
+    for options in ({"truncation": True, "max_length": 8}, {"truncation": "longest_first"}):
+        with pytest.raises(UserError, match=r"truncation=True: prompts are not cut"):
+            processor(text="a long prompt", **options)
+    assert processor(text="a long prompt", truncation=False)["input_ids"].shape[0] == 1
 
 
 def test_unknown_settings_are_refused(processor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -12,12 +12,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 from vllm.renderers.hf import HfRenderer
 
-from llava_piip.conversation import IMAGE_TAG
-from llava_piip.tokenization import bos_ids, encode_text
+from llava_piip.conversation import IMAGE_TAG, TEXT_TAG, encode_prompt
 
 __all__ = ["PIIPLlavaRenderer"]
-
-_LITERAL_TAG = "\ufffeimage\ufffe"  # noncharacters, which no text contains
 
 
 class PIIPLlavaRenderer(HfRenderer):
@@ -34,15 +31,15 @@ class PIIPLlavaRenderer(HfRenderer):
 
     def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
         """Messages and prompt of a conversation, by the chat template of the model's folder."""
-        conversation, prompt = super().render_messages(_swapped(messages, IMAGE_TAG, _LITERAL_TAG), _in_parts(params))
-        return _swapped(conversation, _LITERAL_TAG, IMAGE_TAG), prompt
+        conversation, prompt = super().render_messages(_swapped(messages, IMAGE_TAG, TEXT_TAG), _in_parts(params))
+        return _swapped(conversation, TEXT_TAG, IMAGE_TAG), prompt
 
     async def render_messages_async(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
         """See `render_messages`."""
         conversation, prompt = await super().render_messages_async(
-            _swapped(messages, IMAGE_TAG, _LITERAL_TAG), _in_parts(params)
+            _swapped(messages, IMAGE_TAG, TEXT_TAG), _in_parts(params)
         )
-        return _swapped(conversation, _LITERAL_TAG, IMAGE_TAG), prompt
+        return _swapped(conversation, TEXT_TAG, IMAGE_TAG), prompt
 
     def tokenize_prompt(self, prompt: Any, params: Any) -> Any:
         """A prompt with the ids of our processor, but one image token per image.
@@ -60,8 +57,14 @@ class PIIPLlavaRenderer(HfRenderer):
     def _encoded(self, prompt: Any) -> Any:
         if "prompt_token_ids" in prompt or "prompt_embeds" in prompt:
             return prompt
-        ids = self._encode(prompt["prompt"], has_images=self._count_images(prompt) > 0)
-        return {**prompt, "prompt": prompt["prompt"].replace(_LITERAL_TAG, IMAGE_TAG), "prompt_token_ids": ids}
+        ids = encode_prompt(
+            self.get_tokenizer(),
+            prompt["prompt"],
+            image_token_id=self.model_config.hf_config.image_token_index,
+            image_seq_length=1,
+            has_images=self._count_images(prompt) > 0,
+        )
+        return {**prompt, "prompt": prompt["prompt"].replace(TEXT_TAG, IMAGE_TAG), "prompt_token_ids": ids}
 
     def _checked(self, prompt: Any) -> Any:
         ids, images = prompt.get("prompt_token_ids") or [], self._count_images(prompt)
@@ -80,17 +83,6 @@ class PIIPLlavaRenderer(HfRenderer):
         data = prompt.get("multi_modal_data")
         return self.get_mm_processor().info.parse_mm_data(data).get_all_counts().get("image", 0) if data else 0
 
-    def _encode(self, text: str, has_images: bool) -> list[int]:
-        tokenizer, image_token = self.get_tokenizer(), self.model_config.hf_config.image_token_index
-        ids = bos_ids(tokenizer)
-        if ids and text.startswith(tokenizer.bos_token):  # the template has written it
-            ids = []
-        for index, chunk in enumerate(text.split(IMAGE_TAG) if has_images else [text]):
-            if index:
-                ids.append(image_token)
-            ids += encode_text(tokenizer, chunk.replace(_LITERAL_TAG, IMAGE_TAG), literals=(IMAGE_TAG,))[0]
-        return ids
-
 
 def _in_parts(params: ChatParams) -> ChatParams:
     """Our templates take lists of parts, which vLLM does not recognise by their text."""
@@ -99,20 +91,12 @@ def _in_parts(params: ChatParams) -> ChatParams:
     return replace(params, chat_template_kwargs={**params.chat_template_kwargs, "tokenize": False})
 
 
-def _swapped(messages: list[Any], old: str, new: str) -> list[Any]:
-    """Messages with another word in their texts."""
-
-    def swap(value: Any) -> Any:
-        return value.replace(old, new) if isinstance(value, str) else value
-
-    def part_swapped(part: Any) -> Any:
-        return {key: swap(value) for key, value in part.items()} if isinstance(part, Mapping) else swap(part)
-
-    found = []
-    for message in messages:
-        content = message.get("content")
-        if content is not None:
-            # Lists of parts may be pydantic's iterators, which can be read once
-            content = swap(content) if isinstance(content, str) else [part_swapped(part) for part in content]
-        found.append({**message, "content": content})
-    return found
+def _swapped(value: Any, old: str, new: str) -> Any:
+    """Messages with another word in all their texts."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, Mapping):
+        return {key: _swapped(item, old, new) for key, item in value.items()}
+    if isinstance(value, (list, tuple, Iterator)):  # parts may be pydantic's iterators, which can be read once
+        return [_swapped(item, old, new) for item in value]
+    return value

@@ -200,3 +200,49 @@ def test_transparency_needs_no_warning(tmp_path, recwarn):
 def test_no_such_folder(tmp_path):
     with pytest.raises(ConfigError, match="is no folder"):
         ImageFolder(tmp_path / "gone")
+
+
+def half_transparent(mode):
+    """Red on the left, on the right nothing: behind it lies blue."""
+    image = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    image.paste((0, 0, 255, 0), (2, 0, 4, 2))
+    return image if mode == "RGBA" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_is_white_as_viewed_and_dropped_as_published(tmp_path, mode):
+    if mode == "P":
+        image = Image.new("P", (4, 2), 0)
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        image.paste(1, (2, 0, 4, 2))
+        image.save(tmp_path / "a.png", transparency=1)
+    else:
+        half_transparent(mode).save(tmp_path / "a.tif" if mode == "PA" else tmp_path / "a.png")
+    (name,) = (path.name for path in tmp_path.iterdir())
+    folder = ImageFolder(tmp_path)
+    viewed, published = (folder.open(name, as_viewed=as_viewed) for as_viewed in (True, False))
+    assert viewed.mode == published.mode == "RGB"
+    assert viewed.getpixel((3, 1)) == (255, 255, 255) and published.getpixel((3, 1)) != (255, 255, 255)
+    assert viewed.getpixel((0, 0)) == published.getpixel((0, 0))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_tags_are_followed_as_viewed_alone(tmp_path, orientation):
+    upright = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
+    # How a camera stores it for each tag: the inverse of what a viewer does (Exif 2.3, 4.6.4 A)
+    stored = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    folder = ImageFolder(tmp_path)
+    assert folder.open("a.png", as_viewed=True).tobytes() == upright.tobytes()
+    assert folder.open("a.png").tobytes() == stored.tobytes()

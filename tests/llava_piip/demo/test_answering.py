@@ -7,7 +7,8 @@ from PIL import Image
 
 from llava_piip.demo.answering import answer_all, chat
 from llava_piip.demo.questions import Question
-from llava_piip.serve.generation import ChatModel
+from llava_piip.inference import ChatModel
+from llava_piip.serve.dialogue import parts_of
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def test_chat_goes_on_about_a_picture_and_starts_anew_with_the_next(tiny_llava, 
     asked = []
 
     def remember(self, messages, images, **settings):
-        asked.append(([message["content"] for message in messages[::2]], [image.getpixel((0, 0)) for image in images]))
+        asked.append(
+            ([parts_of(message)[1] for message in messages[::2]], [image.getpixel((0, 0)) for image in images])
+        )
         return stream(self, messages, images, **settings)
 
     stream = ChatModel.stream
@@ -53,9 +56,9 @@ def test_chat_goes_on_about_a_picture_and_starts_anew_with_the_next(tiny_llava, 
     monkeypatch.setattr("sys.stdin", Typed("Which digit?", "Where?", "/next", "What colour?", "/exit", "never read"))
     chat(*tiny_llava, pictures)
     assert asked == [
-        (["<image>\nWhich digit?"], [(0, 40, 200)]),
-        (["<image>\nWhich digit?", "Where?"], [(0, 40, 200)]),
-        (["<image>\nWhat colour?"], [(80, 40, 200)]),
+        (["Which digit?"], [(0, 40, 200)]),
+        (["Which digit?", "Where?"], [(0, 40, 200)]),
+        (["What colour?"], [(80, 40, 200)]),
     ]
     printed = capsys.readouterr().out
     assert str(pictures[0]) in printed and str(pictures[1]) in printed and str(pictures[2]) not in printed
@@ -65,7 +68,7 @@ def test_chat_goes_on_about_a_picture_and_starts_anew_with_the_next(tiny_llava, 
 def test_chat_ends_with_the_input_and_with_the_pictures(tiny_llava, pictures, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", Typed())
     chat(*tiny_llava, pictures)
-    assert "These were all the pictures." not in capsys.readouterr().out
+    assert "These were all the images." not in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", Typed("/next", "/next", "/next"))
     chat(*tiny_llava, pictures)
-    assert "These were all the pictures." in capsys.readouterr().out
+    assert "These were all the images." in capsys.readouterr().out

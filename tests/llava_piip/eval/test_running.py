@@ -15,7 +15,7 @@ from llava_piip.eval import __main__ as command
 from llava_piip.eval import answers as answers_module
 from llava_piip.eval.pope import POPE
 from llava_piip.eval.registry import BENCHMARKS
-from llava_piip.serve.generation import ChatModel
+from llava_piip.inference import ChatModel
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ pytest.importorskip("lmms_eval.api.model", exc_type=ImportError)
 from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
+from llava_piip.inference import ChatModel
 from llava_piip.integrations import lmms_eval_models
 from llava_piip.integrations.lmms_eval import PIIPLlava, PIIPLlavaChat
-from llava_piip.serve.generation import ChatModel, ContextLengthError
 from piip_core.errors import UserError
 
 QUESTIONS = ["What is it?", "Is there a cup in the picture, and a red one?", "Say it.", "Why?", "How many are there?"]
@@ -286,10 +286,50 @@ def test_what_cannot_work_is_named(adapter, docs, settings, visuals, error, word
         adapter().generate_until([request])
 
 
-def test_places_and_pictures_must_match(adapter):
+def test_a_document_that_cannot_be_asked_fails_alone_and_is_named(adapter, reference, docs, caplog):
+    bad = [
+        {"question": "<image> or <image>?", "pictures": docs[0]["pictures"]},
+        {"question": "very " * 200, "pictures": []},
+        {"question": "Why?", "pictures": ["a.mp4"]},
+    ]
+    for batch_size in (1, 3, 8):
+        caplog.clear()
+        mixed = [docs[0], bad[0], docs[1], bad[1], bad[2], docs[2]]
+        model = adapter(batch_size=batch_size)
+        model.task_dict["drawn"]["test"] = mixed
+        answers = model.generate_until(questions_for(mixed))
+        assert answers == ["" if doc in bad else alone(reference, doc) for doc in mixed]
+        named = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert [next(i for i in range(6) if f"document {i}:" in line) for line in sorted(named)] == [1, 3, 4]
+        assert any("2 <image> for 1 images" in line for line in named) and any("context is 224" in n for n in named)
+    requests = [
+        instance("loglikelihood", doc["question"], " A", visuals_of, i, "drawn", "test") for i, doc in enumerate(mixed)
+    ]
+    values = [value for value, _ in adapter_with(adapter, mixed).loglikelihood(requests)]
+    assert [value == float("inf") for value in values] == [doc in bad for doc in mixed]
+
+
+def adapter_with(adapter, docs):
+    model = adapter(batch_size=4)
+    model.task_dict["drawn"]["test"] = docs
+    return model
+
+
+def test_placeholders_and_images_must_match(adapter):
     request = instance("generate_until", "<image> or <image>?", SHORT, visuals_of, 0, "drawn", "test")
-    with pytest.raises(UserError, match="document 0: the text has 2 <image> for 1 pictures"):
+    with pytest.raises(UserError, match="document 0: the text has 2 <image> for 1 images"):
         adapter().generate_until([request])
+
+
+def test_a_literal_tag_in_messages_is_text(adapter, reference, pictures):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Is <image>"}, {"type": "image", "url": pictures[0]}]}
+    ]
+    request = instance("generate_until", "", lambda _: messages, SHORT, 0, "drawn", "test")
+    [answer] = adapter(PIIPLlavaChat).generate_until([request])
+    content = [{"type": "text", "text": "Is <image>"}, {"type": "image"}]
+    stream = reference.stream([{"role": "user", "content": content}], pictures[:1], max_new_tokens=8)
+    assert answer == "".join(stream).strip()
 
 
 def test_nothing_is_cut(adapter):
@@ -297,7 +337,7 @@ def test_nothing_is_cut(adapter):
     for kind in ("generate_until", "loglikelihood"):
         middle = SHORT if kind == "generate_until" else " A"
         request = instance(kind, "very " * 200, middle, visuals_of, 0, "drawn", "test")
-        with pytest.raises(ContextLengthError, match="context is 224"):
+        with pytest.raises(UserError, match=r"document 0: .*context is 224"):
             getattr(model, kind)([request])
 
 

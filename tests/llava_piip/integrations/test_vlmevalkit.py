@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from llava_piip.serve.generation import ChatModel
+from llava_piip.inference import ChatModel
 from piip_core.errors import UserError
 
 

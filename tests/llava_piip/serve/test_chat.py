@@ -1,9 +1,9 @@
 """The terminal chat: history and pictures, commands, pipes, and what Ctrl-C does."""
 
+import base64
 import io
 import json
 import os
-import re
 import sys
 
 import pytest
@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from llava_piip.conversation import ConversationError
+from llava_piip.inference import ChatModel
 from llava_piip.serve import terminal
 from llava_piip.serve.arguments import exit_status
 from llava_piip.serve.chat import main
-from llava_piip.serve.dialogue import Conversation, Picture, open_picture
-from llava_piip.serve.generation import ChatModel
+from llava_piip.serve.dialogue import ChatImage, Conversation, open_image, parts_of
 from llava_piip.serve.terminal import Terminal
 from piip_core.errors import UserError
 
@@ -78,18 +78,22 @@ def talk(monkeypatch, chat, *lines, terminal=True, **options):
 
 
 def contents(asked):
-    return [[message["content"] for message in messages] for messages, _, _ in asked]
+    """What was asked, with a mark for each image."""
+    return [
+        ["[image] " * len(parts_of(message)[0]) + parts_of(message)[1] for message in messages]
+        for messages, _, _ in asked
+    ]
 
 
 def test_history_and_pictures_go_with_every_question(monkeypatch, files, capsys):
     chat = Answers(["A", " cup."], ["Red."], ["No."], ["Hello."])
     lines = ["What?", "Which colour?", f"/image {files[1]}", "Like this?", "/reset", "Hi", "/exit", "never read"]
-    conversation = Conversation("Be brief.", pending=[open_picture(str(files[0]))])
+    conversation = Conversation("Be brief.", pending=[open_image(str(files[0]))])
     assert talk(monkeypatch, chat, *lines, conversation=conversation, settings={"temperature": 0.5}) == 0
     assert contents(chat.asked) == [
-        ["Be brief.", "<image>\nWhat?"],
-        ["Be brief.", "<image>\nWhat?", "A cup.", "Which colour?"],
-        ["Be brief.", "<image>\nWhat?", "A cup.", "Which colour?", "Red.", "<image>\nLike this?"],
+        ["Be brief.", "[image] What?"],
+        ["Be brief.", "[image] What?", "A cup.", "Which colour?"],
+        ["Be brief.", "[image] What?", "A cup.", "Which colour?", "Red.", "[image] Like this?"],
         ["Be brief.", "Hi"],
     ]
     assert [len(images) for _, images, _ in chat.asked] == [1, 1, 2, 0]
@@ -98,35 +102,33 @@ def test_history_and_pictures_go_with_every_question(monkeypatch, files, capsys)
     assert "model: A cup.\n" in capsys.readouterr().out
 
 
-def test_pictures_go_in_front_or_where_the_question_says(pictures):
-    first, second = (Picture(picture, name) for picture, name in zip(pictures, "ab", strict=False))
+def test_images_go_in_front_and_a_tag_is_text(pictures, tiny_chat):
+    first, second = (ChatImage(picture, name) for picture, name in zip(pictures, "ab", strict=False))
     conversation = Conversation(pending=[first, second])
-    conversation.ask("Is <image> like <image>?")
-    conversation.answer(" Yes. ")
-    conversation.pending = [second, first]
-    conversation.ask("And these?")
-    assert [turn["content"] for turn in conversation.turns] == [
-        "Is <image> like <image>?",
-        "Yes.",
-        "<image>\n<image>\nAnd these?",
-    ]
-    assert [picture.source for picture in conversation.pictures] == ["a", "b", "b", "a"]
-    for text, message in [("and <image>", "1 <image> for 0 new pictures"), ("  ", "empty")]:
-        with pytest.raises(ConversationError, match=message):
-            conversation.ask(text)
+    conversation.ask("What does <image> mean in HTML?")
+    conversation.answer(" It is no tag: use <image>. ")
+    conversation.pending = [second]
+    conversation.ask("And <image>\n<image>?")
+    assert [image.source for image in conversation.shown] == ["a", "b", "b"]
+    inputs = tiny_chat.encode(conversation.messages, conversation.images, max_new_tokens=8)
+    text = tiny_chat.processor.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    assert len(inputs["pixel_values"]) == 3 and text.endswith("And <image>\n<image>? ASSISTANT:")
+    assert (inputs["input_ids"] == tiny_chat.processor.image_token_id).sum() == 3 * 4
+    assert "".join(tiny_chat.stream(conversation.messages, conversation.images, max_new_tokens=3))
+    with pytest.raises(ConversationError, match="empty"):
+        conversation.ask("  ")
 
 
-def test_taking_back_gives_the_question_and_its_pictures(pictures):
+def test_taking_back_gives_the_question_and_its_images(pictures):
     conversation = Conversation()
     for number, name in enumerate("ab"):
-        conversation.pending.append(Picture(pictures[number], name))
+        conversation.pending.append(ChatImage(pictures[number], name))
         conversation.ask(f"Question {name}")
         conversation.answer("Answer")
-    before = Conversation(turns=conversation.turns[:2], pictures=conversation.pictures[:1])
-    conversation.pending.append(Picture(pictures[2], "c"))
-    assert conversation.retract() == "<image>\nQuestion b"
-    assert (conversation.turns, conversation.pictures) == (before.turns, before.pictures)
-    assert [picture.source for picture in conversation.pending] == ["b", "c"]
+    before = conversation.turns[:2]
+    conversation.pending.append(ChatImage(pictures[2], "c"))
+    assert conversation.retract() == "Question b"
+    assert conversation.turns == before and [image.source for image in conversation.pending] == ["b", "c"]
     conversation.retract()
     with pytest.raises(UserError, match="no question"):
         conversation.retract()
@@ -137,7 +139,7 @@ def test_a_pipe_gets_the_answers_and_nothing_else(monkeypatch, files, capsys):
     assert talk(monkeypatch, chat, f"/image '{files[0]}'", "First?", "", "Second?", terminal=False) == 0
     printed = capsys.readouterr()
     assert printed.out == "One.\nTwo lines\nhere.\n"
-    assert "1 picture with the next question" in printed.err
+    assert "1 image with the next question" in printed.err
 
 
 def test_the_first_mistake_ends_a_pipe_and_not_a_conversation(monkeypatch, tmp_path, capsys):
@@ -148,7 +150,6 @@ def test_the_first_mistake_ends_a_pipe_and_not_a_conversation(monkeypatch, tmp_p
         ("/load x", "/load: no such command; known: /image, /reset"),
         ("/save chat.txt", "chat.txt: expected a name that ends in .json or .md"),
         (f"/save {tmp_path}/none/chat.md", "cannot be written (No such file or directory)"),
-        ("What is <image>?", "1 <image> for 0 new pictures"),
     ]
     for line, message in wrong:
         assert talk(monkeypatch, Answers(), line, "Hello", terminal=False) == 2
@@ -209,19 +210,12 @@ def test_ctrl_c_at_the_prompt_says_how_to_end(monkeypatch, capsys):
     assert "/exit or Ctrl-D ends" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory.*--load-in"),
-        (UserError("too long"), "too long"),
-    ],
-)
-def test_a_question_that_fails_is_taken_back(monkeypatch, pictures, capsys, error, message):
-    chat = Answers(["Par", error], ["Yes."])
-    conversation = Conversation(pending=[Picture(pictures[0], "a")])
+def test_a_question_that_fails_is_taken_back(monkeypatch, pictures, capsys):
+    chat = Answers(["Par", UserError("too long")], ["Yes."])
+    conversation = Conversation(pending=[ChatImage(pictures[0], "a")])
     assert talk(monkeypatch, chat, "First", "Second", conversation=conversation) == 0
-    assert contents(chat.asked)[1] == ["<image>\nSecond"]
-    assert re.search(message, capsys.readouterr().out)
+    assert contents(chat.asked)[1] == ["[image] Second"]
+    assert "error: too long" in capsys.readouterr().out
 
 
 def test_a_cut_answer_is_said_and_control_characters_are_not_shown(monkeypatch, capsys):
@@ -235,17 +229,19 @@ def test_a_cut_answer_is_said_and_control_characters_are_not_shown(monkeypatch, 
 
 def test_saved_conversations_hold_everything(monkeypatch, files, tmp_path, tiny_chat):
     chat = Answers(["A cup."])
-    conversation = Conversation("Be brief.", pending=[open_picture(str(file)) for file in files])
-    lines = ["Is <image> like <image>?", f"/save {tmp_path}/chat.json", f"/save {tmp_path}/chat.md"]
+    conversation = Conversation("Be brief.", pending=[open_image(str(file)) for file in files])
+    lines = ["Are they alike?", f"/save {tmp_path}/chat.json", f"/save {tmp_path}/chat.md"]
     talk(monkeypatch, chat, *lines, conversation=conversation)
-    saved = json.loads((tmp_path / "chat.json").read_text())
-    assert saved["messages"] == conversation.messages and saved["images"] == [str(file) for file in files]
-    images = [open_picture(source).image for source in saved["images"]]
-    again = tiny_chat.encode(saved["messages"][:2], images, max_new_tokens=8)
-    assert torch.equal(again["pixel_values"], tiny_chat.encode(*chat.asked[0][:2], max_new_tokens=8)["pixel_values"])
+    saved = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    again = tiny_chat.processor.apply_chat_template(
+        saved[:2], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    expected = tiny_chat.encode(*chat.asked[0][:2], max_new_tokens=8)
+    assert all(torch.equal(again[name], expected[name]) for name in ("input_ids", "pixel_values"))
+    assert saved[2] == {"role": "assistant", "content": "A cup."}
     assert (tmp_path / "chat.md").read_text() == (
         "**System**\n\nBe brief.\n\n"
-        f"**You**\n\nIs ![picture](<{files[0]}>) like ![picture](<{files[1]}>)?\n\n"
+        f"**You**\n\n![image](<{files[0]}>)\n![image](<{files[1]}>)\nAre they alike?\n\n"
         "**Model**\n\nA cup.\n"
     )
 
@@ -266,18 +262,25 @@ def test_ctrl_c_before_the_first_piece_takes_the_question_back(monkeypatch, caps
     assert conversation.turns == [] and "(stopped)" in capsys.readouterr().out
 
 
-def test_pictures_are_opened_by_content_and_addresses_are_checked(files, tmp_path, monkeypatch):
+def test_images_are_opened_by_content(files, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_picture("~/a.png") == Picture(Image.open(files[0]).convert("RGB"), str(files[0]))
-    (tmp_path / "text.png").write_text("no picture")
+    assert open_image("~/a.png") == ChatImage(Image.open(files[0]).convert("RGB"), str(files[0]))
+    address = "data:image/png;base64," + base64.b64encode(files[0].read_bytes()).decode()
+    assert open_image(address).image == open_image(str(files[0])).image
+    half = Image.new("LA", (2, 1), (0, 255))
+    half.putpixel((1, 0), (0, 0))
+    half.save(tmp_path / "half.png")  # transparency is shown on white
+    assert open_image(str(tmp_path / "half.png")).image.tobytes() == bytes([0] * 3 + [255] * 3)
+    (tmp_path / "text.png").write_text("no image")
     for source, message in [
         (str(tmp_path / "text.png"), "is no image"),
         (str(tmp_path), "no such file"),
-        ("http://127.0.0.1:1/a.png", "not on the public internet"),
-        ("data:text/plain;base64,aGk=", "expected data:image"),
+        ("http://127.0.0.1:1/a.png", "no image could be read"),
+        ("data:image/png", "no image could be read"),
+        ("data:text/plain;base64,aGk=", "is no image"),
     ]:
         with pytest.raises(UserError, match=message):
-            open_picture(source)
+            open_image(source)
 
 
 def test_command_line_answers_questions_out_of_a_pipe(model_folder, files, monkeypatch, capsys):

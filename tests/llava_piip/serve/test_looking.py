@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_piip.serve.generation import ChatModel
+from llava_piip.inference import ChatModel
 from llava_piip.serve.looking import look
 from llava_piip.serve.web_session import WebChat
 from piip_core.errors import UserError
@@ -19,12 +19,12 @@ def test_look_draws_branches_and_leaves_the_model_as_it_was(tiny_chat, files):
     visitor = web.session()
     before = answer_of(web, visitor, files[0])
     middle, corner = (web.look(visitor, 1, at=place, depth=1.0) for place in (None, (0, 0)))
-    assert middle.attention.width > 2 * middle.attention.height  # the picture and two branches
+    assert middle.attention.width > 2 * middle.attention.height  # the image and two branches
     assert middle.sampling is not None and middle.attention.tobytes() != corner.attention.tobytes()
     assert middle.attention.tobytes() != web.look(visitor, 1, at=None, depth=0.0).attention.tobytes()
     assert answer_of(web, web.session(), files[0]) == before
     for number, options, expected in (
-        (2, {"at": None, "depth": 0.5}, "picture 2: the conversation has 1"),
+        (2, {"at": None, "depth": 0.5}, "image 2: the conversation has 1"),
         (1, {"at": (64, 0), "depth": 0.5}, "outside of the image of 64 x 64"),
         (1, {"at": None, "depth": 1.5}, "depth=1.5: expected 0 to 1"),
     ):

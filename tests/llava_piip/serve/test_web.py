@@ -1,23 +1,18 @@
 """The web page over HTTP, as anybody may ask it; its command line."""
 
 import json
-import socket
 import urllib.error
 import urllib.request
 
 import pytest
 
-from llava_piip.serve.fetching import FetchPolicy
 from llava_piip.serve.web import main
 
 
 def test_mistakes_of_the_command_line(capsys, tmp_path):
     pytest.importorskip("gradio", reason="the web page needs gradio")
-    (tmp_path / "empty").mkdir()
     for options, expected in (
-        (["--max-waiting", "0"], "--max-waiting 0: expected 1 or more"),
-        (["--examples", str(tmp_path / "none")], "none: no such folder"),
-        (["--examples", str(tmp_path / "empty")], "has 0 pictures, expected 1 to 8"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 or more"),
         ([], "is no folder"),
     ):
         assert main(["--model", str(tmp_path / "missing"), *options]) == 2
@@ -45,33 +40,31 @@ def send(address, question, session="by-hand"):
         return next(line.decode() for line in events if b"process_completed" in line)
 
 
-def test_questions_sent_by_hand_reach_no_file_and_no_address(prepared, served, free_port, tmp_path, monkeypatch):
+def test_questions_sent_by_hand_reach_no_file_and_no_address_inside(prepared, served, tmp_path):
+    """Gradio itself takes uploaded files alone, and fetches no address of a private network."""
     web, _ = prepared(["yes"])
-    address = served(web, int(free_port()))
+    address = served(web)
     (tmp_path / "private.png").write_bytes(b"secret")
-    asked, resolve = [], socket.getaddrinfo
-
-    def watched(host, *arguments, **options):
-        asked.append(host)
-        return resolve(host, *arguments, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", watched)
-    for path in ("http://192.0.2.1/a.png", "https://host.invalid/a.png", str(tmp_path / "private.png")):
+    for path in (f"{address}a.png", "http://192.168.0.1/a.png", str(tmp_path / "private.png")):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         said = send(address, {"text": "Well?", "files": [file]})
         assert '"success":false' in said and "Traceback" not in said and "cache dir" not in said
-    assert set(asked) <= {"127.0.0.1"} and web.chat.asked == []
-    assert '"success":true' in send(address, {"text": "Well?", "files": []}) and web.chat.asked == [["Well?"]]
+    assert web.model.asked == []
+    assert '"success":true' in send(address, {"text": "Well?", "files": []}) and web.model.asked == [["Well?"]]
 
 
-def test_the_page_is_for_this_machine_and_loads_nothing_from_elsewhere(prepared, served, free_port, tmp_path):
-    web, _ = prepared(pictures=FetchPolicy(max_bytes=2000))
-    address = served(web, int(free_port()))
+def test_the_page_is_for_this_machine_and_loads_nothing_from_elsewhere(prepared, served, tmp_path, monkeypatch):
+    monkeypatch.setattr("llava_piip.serve.web_page.MAX_BYTES", 2000)
+    web, _ = prepared()
+    address = served(web)
     assert address.startswith("http://127.0.0.1:")
     code, headers = status(address)
     assert code == 200 and "default-src 'self'" in headers["Content-Security-Policy"]
     assert "https:" not in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
-    assert status(address, Host="rebound.example:7860")[0] == 421
+    for host in ("rebound.example:7860", "127.0.0.1.example", "10.0.0.6", "localhost@example"):
+        assert status(address, Host=host)[0] == 400
+    for host in ("localhost:7860", "LocalHost", "127.0.0.1:1", "[::1]:7860"):
+        assert status(address, Host=host)[0] == 200
     body = (
         b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         + bytes(2001)

@@ -4,12 +4,10 @@ import html
 import itertools
 import threading
 
-import torch
 from PIL import Image
 
-from llava_piip.conversation import IMAGE_TAG
-from llava_piip.serve.fetching import FetchPolicy
-from llava_piip.serve.web_session import WebChat, shown_messages
+from llava_piip.serve.dialogue import parts_of
+from llava_piip.serve.web_session import MAX_CHARACTERS, MAX_IMAGES, WebChat, shown_messages
 
 SETTINGS = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0}
 MARKUP = "<img src=x onerror=\"document.title='owned'\"><b>**bold**</b> $x^2$ `code`"
@@ -27,51 +25,45 @@ def test_an_answer_is_streamed_and_the_next_question_knows_it(tiny_chat, files):
     views = list(web.ask(visitor, "What is it?", files[:1], SETTINGS))
     image = Image.open(files[0])
     expected = "".join(
-        tiny_chat.stream([{"role": "user", "content": f"{IMAGE_TAG}\nWhat is it?"}], [image], max_new_tokens=8)
+        tiny_chat.stream([{"role": "user", "content": "<image>\nWhat is it?"}], [image], max_new_tokens=8)
     ).strip()
     grown = [texts(view.messages)[-1][1] for view in views[1:-1]]
     assert expected and len(grown) > 1 and grown[-1].strip() == expected
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(grown))
     assert [view.running for view in views] == [True] * (len(views) - 1) + [False]
     assert texts(views[-1].messages) == [("user", "What is it?"), ("assistant", expected)]
-    assert views[-1].messages[0]["content"][0] == {"path": str(files[0]), "alt_text": "picture 1"}
+    assert views[-1].messages[0]["content"][0] == {"path": str(files[0]), "alt_text": "image 1"}
     assert views[-1].notice == "the answer was cut: raise the longest answer"  # random weights never end one
 
     list(web.ask(visitor, "And these?", files[1:], SETTINGS))
-    assert [turn["content"] for turn in visitor.conversation.turns[:3]] == [
-        f"{IMAGE_TAG}\nWhat is it?",
-        expected,
-        f"{IMAGE_TAG}\n{IMAGE_TAG}\nAnd these?",
+    assert [(len(parts_of(turn)[0]), parts_of(turn)[1]) for turn in visitor.conversation.turns[:3]] == [
+        (1, "What is it?"),
+        (0, expected),
+        (2, "And these?"),
     ]
     assert len(visitor.conversation.images) == 3
 
 
 def test_limits_are_said_and_leave_the_conversation_as_it_was(prepared, files, tmp_path):
-    policy = FetchPolicy(max_bytes=5000, max_pixels=10_000, max_images=2)
-    web, visitor = prepared(["yes"], pictures=policy, max_characters=50, max_new_tokens=16)
+    web, visitor = prepared(["yes"], max_new_tokens=16)
     list(web.ask(visitor, "Well?", files[:1], SETTINGS))
     before = shown_messages(visitor.conversation)
-    Image.new("RGB", (101, 100)).save(tmp_path / "many.png")
-    (tmp_path / "large.png").write_bytes(files[0].read_bytes() + bytes(5000))
     (tmp_path / "drawing.png").write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>1</script></svg>')
     (tmp_path / "half.png").write_bytes(files[0].read_bytes()[:90])
     for text, given, settings, expected in (
-        ("Well?", files[:2], {}, "would have 3 pictures: at most 2"),
-        ("Well?", [tmp_path / "many.png"], {}, "many.png: the picture has 101 x 100 pixels"),
-        ("Well?", [tmp_path / "large.png"], {}, "large.png: the picture has more than 5000 bytes"),
-        ("Well?", [tmp_path / "drawing.png"], {}, "drawing.png: not a complete picture: expected one of JPEG"),
-        ("Well?", [tmp_path / "half.png"], {}, "half.png: not a complete picture"),
-        ("Well?", [tmp_path / "gone.png"], {}, "gone.png: the uploaded file is gone"),
-        ("W" * 51, [], {}, "has 51 characters: at most 50"),
+        ("Well?", files[:1] * MAX_IMAGES, {}, "would have 9 images: at most 8"),
+        ("Well?", [tmp_path / "drawing.png"], {}, "is no image"),
+        ("Well?", [tmp_path / "half.png"], {}, "is broken"),
+        ("Well?", [tmp_path / "gone.png"], {}, "no such file"),
+        ("W" * (MAX_CHARACTERS + 1), [], {}, "has 20001 characters: at most 20000"),
         ("  ", [], {}, "the question is empty"),
-        (f"What is {IMAGE_TAG}?", [], {}, "the question has 1 <image> for 0 new pictures"),
         ("Well?", [], {"max_new_tokens": 17}, "max_new_tokens: is 17, expected at most 16"),
     ):
         [view] = web.ask(visitor, text, given, SETTINGS | settings)
         assert view.notice.startswith("error: ") and expected in view.notice, view.notice
         assert view.refused and not view.running and view.messages == before
         assert visitor.stop is None and not visitor.conversation.pending
-    assert len(web.chat.asked) == 1
+    assert len(web.model.asked) == 1
 
 
 def test_what_the_model_refuses_comes_back_too(tiny_chat):
@@ -84,9 +76,7 @@ def test_what_the_model_refuses_comes_back_too(tiny_chat):
 
 
 def test_the_longest_answer_leaves_room_in_the_context(tiny_chat):
-    assert tiny_chat.context_length == 512
-    web = WebChat(tiny_chat)
-    assert (web.most_new_tokens, web.default_new_tokens) == (256, 128)
+    assert tiny_chat.context_length == 512 and WebChat(tiny_chat).max_new_tokens == 256
 
 
 def test_stop_keeps_what_came(prepared):
@@ -106,7 +96,7 @@ def test_stop_before_the_first_word_takes_the_question_back(prepared, files):
     web.stop(visitor)
     last = list(views)[-1]
     assert last.notice == "stopped before the answer began" and last.refused
-    assert last.messages == [] and visitor.conversation.pictures == []
+    assert last.messages == [] and visitor.conversation.images == []
 
 
 def test_what_is_said_is_never_markup(prepared):
@@ -120,18 +110,17 @@ def test_retry_replaces_the_last_answer_or_leaves_it(prepared, files):
     assert "no question" in next(web.retry(visitor, SETTINGS)).notice
     list(web.ask(visitor, "Well?", files[:1], SETTINGS))
     assert texts(list(web.retry(visitor, SETTINGS))[-1].messages) == [("user", "Well?"), ("assistant", "two")]
-    assert web.chat.asked[0] == web.chat.asked[1] and len(visitor.conversation.pictures) == 1
+    assert web.model.asked[0] == web.model.asked[1] and len(visitor.conversation.images) == 1
     last = list(web.retry(visitor, SETTINGS))[-1]
     assert texts(last.messages) == [("user", "Well?"), ("assistant", "two")]
-    assert len(visitor.conversation.pictures) == 1
+    assert len(visitor.conversation.images) == 1
 
 
 def test_an_error_inside_is_logged_and_not_shown(prepared, caplog):
-    web, visitor = prepared(["par", RuntimeError("/secret/path")], [torch.OutOfMemoryError("0x7f")])
+    web, visitor = prepared(["par", RuntimeError("/secret/path")])
     last = list(web.ask(visitor, "Well?", [], SETTINGS))[-1]
     assert last.notice == "error: internal error" and last.refused and last.messages == []
     assert "/secret/path" in caplog.text
-    assert "too little memory" in list(web.ask(visitor, "Well?", [], SETTINGS))[-1].notice
 
 
 def test_clear_while_an_answer_comes(prepared):
@@ -143,7 +132,7 @@ def test_clear_while_an_answer_comes(prepared):
     last = list(views)[-1]
     assert (last.messages, last.notice, last.refused) == ([], "", False) and visitor.conversation.turns == []
     list(web.ask(visitor, "Again?", [], SETTINGS))
-    assert web.chat.asked[-1] == ["Again?"]
+    assert web.model.asked[-1] == ["Again?"]
 
 
 def test_a_visitor_who_leaves_ends_the_answer(prepared):
@@ -155,5 +144,5 @@ def test_a_visitor_who_leaves_ends_the_answer(prepared):
     views.close()
     other = list(web.ask(web.session(), "And me?", [], SETTINGS))[-1]  # the model is free again
     assert texts(other.messages)[-1] == ("assistant", "for others")
-    assert web.chat.streams[0].finish_reason == "cancelled" and visitor.stop is None
+    assert web.model.streams[0].finish_reason == "cancelled" and visitor.stop is None
     assert texts(shown_messages(visitor.conversation)) == [("user", "Well?"), ("assistant", "It")]

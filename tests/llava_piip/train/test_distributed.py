@@ -13,7 +13,7 @@ import torch
 import llava_piip
 from llava_piip import PIIPLlavaConfig
 from llava_piip.data import read_records
-from llava_piip.train.building import load_trained
+from llava_piip.loading import load_trained
 from llava_piip.train.checkpointing import RunFolder, run_folder
 from llava_piip.train.train import run as run_here
 from piip_core import zoo

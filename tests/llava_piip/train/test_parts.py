@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llava_piip.train.parts import PARTS, freeze_except, parameter_groups, part_parameters, trained_parts
+from llava_piip.loading import PARTS, part_parameters
+from llava_piip.train.parts import freeze_except, parameter_groups, trained_parts
 from piip_core.errors import ConfigError
 
 RATES = {"projector": 1e-3, "language_model": 2e-5, "vision_tower": 2e-6}

@@ -38,6 +38,7 @@ STAGES = {
         "deepspeed": "zero2",
         "chat_template": "plain",
         "pad_to_square": False,
+        "images_as_viewed": False,
         "train_parts": ["projector"],
         "group_by_modality": False,
     },
@@ -48,6 +49,7 @@ STAGES = {
         "deepspeed": "zero3",
         "chat_template": "vicuna_v1",
         "pad_to_square": True,
+        "images_as_viewed": False,
         "group_by_modality": True,
     },
 }
@@ -88,7 +90,7 @@ def test_presets_parse_into_arguments_and_given_keys_override_them(name):
     assert training.learning_rate == 3e-4 and training.learning_rate_of("vision_tower") == 1e-6
     assert training.learning_rate_of("language_model") == 3e-4
     assert training.get_warmup_steps(2181) == 66  # rounded up
-    assert training.optim == "adamw_torch"
+    assert training.optim == "adamw_torch" and not data.images_as_viewed
 
 
 def test_a_preset_of_ones_own_builds_on_one_of_the_package(tmp_path):

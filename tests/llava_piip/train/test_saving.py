@@ -9,13 +9,20 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from llava_piip.train import lora
+from llava_piip import loading
+from llava_piip.loading import (
+    ModelSource,
+    load_projector,
+    load_tensors,
+    load_trained,
+    part_parameters,
+    quantization_config,
+)
 from llava_piip.train.arguments import PIIPTrainingArguments
-from llava_piip.train.building import load_trained
-from llava_piip.train.lora import add_adapters, language_model_linears, quantization_config
+from llava_piip.train.lora import add_adapters, language_model_linears
 from llava_piip.train.merge import main, merge
-from llava_piip.train.parts import freeze_except, part_parameters
-from llava_piip.train.saving import ModelSource, load_projector, load_tensors, save_trained
+from llava_piip.train.parts import freeze_except
+from llava_piip.train.saving import save_trained
 from piip_core.errors import CheckpointError, ConfigError, UserError
 
 
@@ -190,6 +197,6 @@ def test_quantisation_leaves_vision_projector_and_head_alone(bits):
 
 
 def test_quantisation_without_bitsandbytes_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(lora, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(loading, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ConfigError, match=r"bits=4: needs bitsandbytes.*piip\[llava-qlora\]"):
         quantization_config(4)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_piip.data import ModalityLengthSampler
-from llava_piip.train.building import load_trained
+from llava_piip.loading import load_trained
 from llava_piip.train.checkpointing import run_folder
 from llava_piip.train.train import main, run
 

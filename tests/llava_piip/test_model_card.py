@@ -7,9 +7,9 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from llava_piip.serve.generation import ChatModel
+from llava_piip.inference import ChatModel
 
-TEMPLATE = Path(__file__).parents[3] / "docs" / "model_card.md"
+TEMPLATE = Path(__file__).parents[2] / "docs" / "model_card.md"
 
 
 @pytest.fixture

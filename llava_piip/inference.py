@@ -1,4 +1,4 @@
-"""A trained model that answers: loading it, prompts, sampling settings."""
+"""A trained model that answers: loading it, prompts, settings, batches of answers and streamed ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,21 +19,19 @@ from transformers import BatchFeature, GenerationConfig
 
 from piip_core.errors import CheckpointError, UserError
 
-from ..configuration import PIIPLlavaConfig
-from ..conversation import Messages, render_conversation
-from ..processing import PIIPLlavaProcessor
-from ..train.building import load_trained
-from ..train.checkpointing import FINAL
-from ..train.saving import is_trained_folder
-from .prompt_cache import PromptCache
-from .streaming import AnswerStream, AnswerText
+from .configuration import PIIPLlavaConfig
+from .conversation import Messages, render_conversation
+from .conversation_cache import ConversationCache
+from .loading import final_folder, is_trained_folder, load_trained
+from .processing import PIIPLlavaProcessor
+from .streaming import AnswerStream, answer_text
 
-__all__ = ["ChatModel", "ContextLengthError", "SamplingError", "check_sampling", "model_folder"]
+__all__ = ["ChatModel", "ContextLengthError", "MemoryLimitError", "SamplingError", "check_sampling", "model_folder"]
 
 Quantization = Literal["4bit", "8bit"]
 
 DEFAULT_NEW_TOKENS = 512
-_LEAST_TEMPERATURE = 1e-20  # scores divided by much less overflow, and one such request would end the engine of all
+_LEAST_TEMPERATURE = 1e-20  # scores divided by much less overflow
 QUANTIZATIONS: Mapping[str, int] = {"4bit": 4, "8bit": 8}
 DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -43,6 +42,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 class ContextLengthError(UserError):
     """Conversation and answer together are longer than the model's context."""
+
+
+class MemoryLimitError(UserError):
+    """The device has too little memory for what was asked."""
 
 
 class SamplingError(UserError):
@@ -59,27 +62,18 @@ class ChatModel:
     Args:
         model: A `PIIPLlavaForConditionalGeneration`.
         processor: Its processor.
-        kept_tokens: See `PromptCache`; None for as many as a conversation can have.
-        compiled: See `PromptCache`.
 
     Attributes:
         end_ids: Tokens that end an answer.
         end_texts: Texts that do, with templates that end answers with none of these tokens.
-        prompt_cache: What `stream` keeps of conversations.
+        cache: What `stream` keeps of the latest conversation.
     """
 
-    def __init__(
-        self, model: nn.Module, processor: PIIPLlavaProcessor, *, kept_tokens: int | None = None, compiled: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, processor: PIIPLlavaProcessor) -> None:
         self.model = model.eval()
         self.processor = processor
         self.end_ids, self.end_texts = _ends(model, processor)
-        self.prompt_cache = PromptCache(
-            model,
-            processor.image_processor,
-            kept_tokens=self.context_length if kept_tokens is None else kept_tokens,
-            compiled=compiled,
-        )
+        self.cache = ConversationCache(model)
 
     @classmethod
     def load(
@@ -89,8 +83,6 @@ class ChatModel:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         quantization: Quantization | None = None,
-        kept_tokens: int | None = None,
-        compiled: bool = False,
     ) -> ChatModel:
         """Loads what training saved or the converter wrote: a whole model, trained parts, or adapters.
 
@@ -99,8 +91,6 @@ class ChatModel:
             device: Where the model runs; None for the first GPU, or the CPU where there is none.
             dtype: A name in `DTYPES`, or "auto" for the precision of the file.
             quantization: Precision of the language model's linear layers; the vision tower keeps `dtype`.
-            kept_tokens: As for the class.
-            compiled: As for the class.
 
         Raises:
             CheckpointError: If the folder holds no such model.
@@ -109,21 +99,21 @@ class ChatModel:
         """
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise UserError(f"quantization={quantization!r}: expected one of {', '.join(QUANTIZATIONS)}, or none")
-        place, precision = _device(device), _dtype(dtype)
+        device, dtype = _device(device), _dtype(dtype)
         path = model_folder(Path(folder))
         bits = QUANTIZATIONS[quantization] if quantization else 16
         if bits == 8:  # it would say for every layer and token that it casts to float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         try:
-            model, processor = load_trained(path, dtype=precision, bits=bits, device_map={"": place})
+            model, processor = load_trained(path, dtype=dtype, bits=bits, device_map={"": device})
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{path}: cannot be loaded ({reason}): expected a complete save") from error
         if isinstance(model, PeftModel):  # on quantised weights the adapters stay beside them
             model = model.merge_and_unload() if quantization is None else model.get_base_model()
         if quantization is None:
-            model.to(place)  # vision tower and projector of trained parts are not placed by the loading
-        return cls(model, processor, kept_tokens=kept_tokens, compiled=compiled)
+            model.to(device)  # vision tower and projector of trained parts are not placed by the loading
+        return cls(model, processor)
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +124,15 @@ class ChatModel:
     def context_length(self) -> int:
         """Most tokens of a conversation with its answer, visual ones included."""
         return self.model.config.get_text_config().max_position_embeddings
+
+    def prompt(self, messages: Messages) -> str:
+        """The text of a conversation whose last message is a question, up to where the answer starts.
+
+        Raises:
+            UserError: If the template does not take the messages.
+        """
+        template, tokenizer = self.processor.chat_template, self.processor.tokenizer
+        return render_conversation(messages, chat_template=template, tokenizer=tokenizer, add_generation_prompt=True)[0]
 
     def encode(
         self, messages: Messages, images: Sequence[Any] = (), *, max_new_tokens: int = DEFAULT_NEW_TOKENS
@@ -151,31 +150,19 @@ class ChatModel:
         Raises:
             ContextLengthError: If conversation and answer do not fit into the context. Nothing is ever cut.
             SamplingError: If `max_new_tokens` is no positive number.
-            UserError: If places and images do not match, or the template does not take the messages.
+            UserError: If placeholders and images do not match, or the template does not take the messages.
         """
         check_sampling(max_new_tokens=max_new_tokens)
-        prompt = self._render(messages)
-        inputs = self.processor(text=[prompt], images=[list(images)])
-        self._check_length(inputs["input_ids"].shape[1], len(images), max_new_tokens)
-        return inputs.to(self.device)
-
-    def _render(self, messages: Messages) -> str:
-        prompt, _ = render_conversation(
-            messages,
-            chat_template=self.processor.chat_template,
-            tokenizer=self.processor.tokenizer,
-            add_generation_prompt=True,
-        )
-        return prompt
-
-    def _check_length(self, length: int, num_images: int, max_new_tokens: int) -> None:
+        inputs = self.processor(text=[self.prompt(messages)], images=[list(images)])
+        length = inputs["input_ids"].shape[1]
         if length + max_new_tokens > self.context_length:
-            visual = num_images * self.processor.image_seq_length
+            visual = len(images) * self.processor.image_seq_length
             raise ContextLengthError(
-                f"the conversation has {length} tokens ({visual} of {num_images} images) and the answer may have "
+                f"the conversation has {length} tokens ({visual} of {len(images)} images) and the answer may have "
                 f"{max_new_tokens}, the model's context is {self.context_length}: shorten the conversation, give "
                 "fewer images, or lower max_new_tokens; nothing is cut"
             )
+        return inputs.to(self.device)
 
     def generation_config(
         self, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0
@@ -210,7 +197,7 @@ class ChatModel:
         stop: Sequence[str] = (),
         limits: Sequence[int] | None = None,
     ) -> list[str]:
-        """Answers of a batch, all at once; each is what it would be alone, without blanks around it.
+        """Answers of a batch, all at once; each is what it would be alone, without white space around it.
 
         Args:
             inputs: Of the processor, for one or more conversations.
@@ -219,7 +206,7 @@ class ChatModel:
             limits: Most tokens of each answer, where they differ.
 
         Raises:
-            UserError: If the batch does not fit into memory.
+            MemoryLimitError: If the batch does not fit into memory.
         """
         ends = [*self.end_texts, *stop]
         if ends:
@@ -236,9 +223,14 @@ class ChatModel:
                 )
         except torch.OutOfMemoryError as error:
             count = len(inputs["input_ids"])
-            raise UserError(f"{count} conversations at once need too much memory: lower the batch size") from error
-        rows = ids[:, length:] if limits is None else [row[length:][:n] for row, n in zip(ids, limits, strict=True)]
-        return [_up_to(text, ends) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+            raise MemoryLimitError(
+                f"{count} conversations at once need too much memory: lower the batch size"
+            ) from error
+        rows = ids.tolist()
+        last = [None] * len(rows) if limits is None else [length + limit for limit in limits]
+        return [
+            answer_text(tokenizer, row[:length], row[length:end], ends) for row, end in zip(rows, last, strict=True)
+        ]
 
     def stream(
         self,
@@ -253,7 +245,7 @@ class ChatModel:
     ) -> AnswerStream:
         """Answers the last message. The generation starts at once, in a thread of its own.
 
-        Of a conversation that goes on, only what is new is computed; see `PromptCache`.
+        Of a conversation that goes on, only what is new is computed; see `ConversationCache`.
 
         Args:
             messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
@@ -271,17 +263,25 @@ class ChatModel:
             UserError: As `encode` and `generation_config`.
         """
         settings = self.generation_config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        ids = self.processor.encode_prompt(self._render(messages), len(images))
-        self._check_length(len(ids), len(images), max_new_tokens)
-        pictures = self.prompt_cache.pictures(images)
+        inputs = self.encode(messages, images, max_new_tokens=max_new_tokens)
+        ids = inputs["input_ids"][0].tolist()
         return AnswerStream(
-            self.prompt_cache,
-            self.processor.tokenizer,
-            {"input_ids": torch.tensor([ids], device=self.device), "pictures": pictures},
-            settings,
-            ends=(*self.end_texts, *stop),
-            stop_event=stop_event or threading.Event(),
+            partial(self._generate_one, ids, inputs.get("pixel_values"), settings),
+            tokenizer=self.processor.tokenizer,
+            prompt_ids=ids,
+            end_ids=self.end_ids,
+            end_texts=[*self.end_texts, *stop],
+            max_new_tokens=max_new_tokens,
+            stop_event=stop_event,
         )
+
+    def _generate_one(self, *inputs: Any, **options: Any) -> None:
+        try:
+            self.cache.generate(*inputs, **options)
+        except torch.OutOfMemoryError as error:
+            raise MemoryLimitError(
+                "too little memory for this conversation: begin a new one, give fewer images, or load the model in 4bit"
+            ) from error
 
 
 def check_sampling(*, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0) -> None:
@@ -304,13 +304,8 @@ def check_sampling(*, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: flo
             raise SamplingError(field, f"is {value!r}, expected {expected}")
 
 
-def _up_to(text: str, ends: Sequence[str]) -> str:
-    answer = AnswerText(ends)
-    return (answer.add(text) + answer.rest()).strip()
-
-
 def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], list[str]]:
-    """Ids and texts that end an answer: the model's end tokens, and what the template puts behind an answer."""
+    """Ids and texts that end an answer: the model's end tokens, and what the template puts after an answer."""
     tokenizer, mark = processor.tokenizer, "answer"
     ids = model.generation_config.eos_token_id
     ids = [ids] if isinstance(ids, int) else list(ids or [])
@@ -334,7 +329,7 @@ def model_folder(folder: Path) -> Path:
     Raises:
         CheckpointError: If it is not.
     """
-    folder = folder / FINAL if (folder / FINAL).is_dir() else folder
+    folder = final_folder(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no folder; expected one that training or the converter wrote")
     if is_trained_folder(folder):
@@ -357,12 +352,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device={device!r}: expected a device of PyTorch such as 'cuda', 'cuda:1' or 'cpu'") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={str(device)!r}: there are {torch.cuda.device_count()} GPUs that PyTorch can use")
-    return place
+    return found
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -1,0 +1,74 @@
+"""transformers' server answers about images, as a client of OpenAI's package asks."""
+
+import base64
+import io
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from llava_piip.inference import ChatModel
+from llava_piip.serve.remote import RemoteModel
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+
+@pytest.fixture(scope="module")
+def server(chat_folder, free_port, tmp_path_factory):
+    """Its address, while it runs."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "llava_piip.integrations.transformers_serve", str(chat_folder)]
+    options = ["--device", "cpu", "--dtype", "float32", "--port", port]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[3]
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment, cwd=root)
+        try:
+            while not answers(f"http://localhost:{port}/health"):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.2)
+            yield f"http://localhost:{port}/v1"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def answers(address):
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def content(image, text):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": text}]
+
+
+def test_answers_are_the_models_own(server, chat_folder, pictures):
+    chat = ChatModel.load(chat_folder, device="cpu", dtype="float32")
+    client = openai.OpenAI(base_url=server, api_key="none", max_retries=0)
+    found = []
+    for picture in pictures[:2]:
+        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is <image>?"}]}]
+        settings = chat.generation_config(max_new_tokens=8)
+        [expected] = chat.generate(chat.encode(asked, [picture], max_new_tokens=8), settings)
+        messages = [{"role": "user", "content": content(picture, "What is <image>?")}]
+        options = dict(model=str(chat_folder), messages=messages, max_tokens=8, temperature=0)
+        answer = client.chat.completions.create(**options).choices[0]
+        assert answer.message.content.strip() == expected and answer.finish_reason == "length"
+        found.append(expected)
+        # The terminal and the page as clients
+        with RemoteModel(server, name=str(chat_folder)).stream(asked, [picture], max_new_tokens=8) as stream:
+            pieces = list(stream)
+        assert "".join(pieces).strip() == expected and stream.finish_reason == "length" and len(pieces) > 2
+    assert found[0] != found[1]

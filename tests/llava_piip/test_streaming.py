@@ -1,0 +1,179 @@
+"""Pieces of an answer: joined they are what decoding at once gives, and an answer ends where it should."""
+
+import random
+import threading
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llava_piip.streaming import AnswerStream, AnswerText, TokenText, answer_text
+
+TEXTS = [
+    "A red cup.",
+    "Code:\n    def f():\n        return 1\n\nEnd.",
+    "Emoji 🔥🎉, Chinese 你好世界, Greek αβγ, and a\ttab.",
+    "  two  blanks   each ",
+]
+
+
+class Scripted:
+    """Generates given tokens as transformers' `generate` does: asks after each whether to go on."""
+
+    def __init__(self, tokens, fails_at=None):
+        self.tokens, self.fails_at, self.generated = tokens, fails_at, 0
+
+    def __call__(self, streamer, stopping_criteria):
+        streamer.put(torch.ones(1, 3, dtype=torch.long))
+        for number, token in enumerate(self.tokens):
+            if number == self.fails_at:
+                raise RuntimeError("the device is gone")
+            streamer.put(torch.tensor([token]))
+            self.generated += 1
+            if stopping_criteria(torch.ones(1, 3, dtype=torch.long), None).all():
+                break
+        streamer.end()
+
+
+@pytest.fixture
+def llama(tiny_llava):
+    return tiny_llava[1].tokenizer
+
+
+def byte_level():
+    """A tokenizer as Qwen's: every byte has a token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+def stream_of(tokenizer, tokens, ends=(), **options):
+    """A stream of given tokens after a colon, and what generates them."""
+    generate = Scripted(tokens, **options)
+    prompt = tokenizer("USER:", add_special_tokens=False).input_ids
+    return generate, AnswerStream(
+        generate, tokenizer=tokenizer, prompt_ids=prompt, end_ids=[2], end_texts=ends, max_new_tokens=len(tokens)
+    )
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_joined_pieces_are_the_text_and_none_ends_within_a_character(llama, text):
+    tokens = llama(text, add_special_tokens=False).input_ids
+    _, stream = stream_of(llama, [*tokens, 2])
+    pieces = list(stream)
+    assert "".join(pieces) == text.lstrip()
+    assert not any("\ufffd" in piece for piece in pieces) and len(pieces) > 3
+    assert stream.finish_reason == "stop" and stream.answer_tokens == len(tokens) + 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte-level"])
+def test_joined_pieces_of_any_tokens_are_what_decoding_at_once_gives(llama, kind):
+    tokenizer = llama if kind == "llama" else byte_level()
+    rng = random.Random(0)
+    vocabulary = tokenizer.get_vocab()
+    broken = [token for name, token in vocabulary.items() if name.startswith("<0x") or len(name) == 1]
+    special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+    whole = tokenizer("🔥 你 a", add_special_tokens=False).input_ids
+    prompt = tokenizer("USER:", add_special_tokens=False).input_ids
+    before = tokenizer.decode(prompt)
+    for _ in range(400):
+        tokens = [rng.choice(rng.choice((broken, whole, special, list(vocabulary.values())))) for _ in range(12)]
+        tokens[3:3] = whole  # a character made of bytes, between broken ones
+        text = TokenText(tokenizer, prompt[-1:])
+        pieces = [text.add([token]) for token in tokens] + [text.add([], finished=True)]
+        at_once = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert "".join(pieces) == at_once.removeprefix(before)
+        assert answer_text(tokenizer, prompt, tokens) == "".join(pieces).strip()
+
+
+def test_texts_that_end_an_answer_are_found_wherever_it_is_cut():
+    text, ends = "one ENtwo END three STOP four", ("END", "STOP")
+    for first in range(len(text)):
+        for second in range(first, len(text)):
+            found = AnswerText(ends)
+            pieces = [found.add(piece) for piece in (text[:first], text[first:second], text[second:])]
+            assert "".join([*pieces, found.rest()]) == "one ENtwo "
+            assert found.ended
+    unfinished = AnswerText(ends)
+    assert unfinished.add("  an EN") == "an " and unfinished.rest() == "EN" and not unfinished.ended
+
+
+def test_ends_agree_with_looking_at_every_start_of_the_text():
+    rng = random.Random(1)
+    for _ in range(2000):
+        text = "".join(rng.choice("ab ") for _ in range(rng.randint(0, 14)))
+        ends = ["".join(rng.choice("ab ") for _ in range(rng.randint(1, 5))) for _ in range(rng.randint(1, 3))]
+        stop = next((i for i in range(len(text) + 1) if text[:i].endswith(tuple(ends))), None)
+        if stop is not None:
+            found = max((end for end in ends if text[:stop].endswith(end)), key=len)
+        expected = text if stop is None else text[: stop - len(found)]
+        answer, shown, cut = AnswerText(ends), "", rng.randint(0, len(text))
+        for piece in (text[:cut], text[cut:]):
+            shown += answer.add(piece)
+            assert expected.lstrip().startswith(shown)  # nothing is shown that has to be taken back
+        assert shown + answer.rest() == expected.lstrip() and answer.ended == (stop is not None)
+
+
+def test_each_character_is_compared_a_few_times_however_long_the_end_is():
+    class Counted(str):
+        compared = 0
+
+        def __getitem__(self, index):
+            Counted.compared += 1
+            return super().__getitem__(index)
+
+    end, text = Counted("a" * 3000 + "b"), "a" * 2999 + "c"
+    answer = AnswerText([end])
+    Counted.compared = 0
+    for start in range(0, 30_000, 7):
+        answer.add((text * 10)[start : start + 7])
+    assert not answer.ended and Counted.compared < 5 * 30_000
+
+
+@pytest.mark.parametrize("end", [" END", "\n\nUSER:", "\n", "END"])
+def test_an_end_that_starts_with_white_space_is_found_at_the_start(llama, end):
+    tokens = llama(f"{end} more", add_special_tokens=False).input_ids
+    if end == " END":  # Llama's first token has the space in it, which decoding it alone drops
+        tokens = llama("END more", add_special_tokens=False).input_ids
+    _, stream = stream_of(llama, tokens, ends=(end,))
+    assert "".join(stream) == "" and stream.finish_reason == "stop"
+    assert answer_text(llama, llama("USER:").input_ids, tokens, (end,)) == ""
+
+
+def test_the_generation_ends_with_the_token_that_ends_the_text(llama):
+    tokens = llama("A dog ## and # a cat###Human: And", add_special_tokens=False).input_ids
+    generate, stream = stream_of(llama, tokens, ends=("###",))
+    assert "".join(stream) == "A dog ## and # a cat" and stream.finish_reason == "stop"
+    text = llama.decode(tokens[: generate.generated])
+    assert "###" in text and "###" not in llama.decode(tokens[: generate.generated - 1])
+
+
+def test_what_fails_in_the_thread_reaches_the_reader(llama):
+    tokens = llama(TEXTS[0], add_special_tokens=False).input_ids
+    _, stream = stream_of(llama, tokens, fails_at=4)
+    pieces = []
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        for piece in stream:
+            pieces.append(piece)
+    assert TEXTS[0].startswith("".join(pieces)) and pieces
+    assert list(stream) == []
+
+
+def test_an_event_or_closing_ends_the_generation(llama):
+    tokens = llama(TEXTS[1], add_special_tokens=False).input_ids * 500
+    prompt, event = llama("USER:").input_ids, threading.Event()
+    options = dict(tokenizer=llama, prompt_ids=prompt, end_ids=[2], end_texts=(), max_new_tokens=len(tokens))
+    generate = Scripted(tokens)
+    stream = AnswerStream(generate, **options, stop_event=event)
+    next(stream)
+    event.set()
+    list(stream)
+    assert stream.finish_reason == "cancelled" and stream.answer_tokens == generate.generated < len(tokens)
+    with AnswerStream(Scripted(tokens), **options) as stream:
+        next(stream)
+    assert stream.finish_reason == "cancelled" and list(stream) == []
