@@ -56,6 +56,7 @@ def _save_for_vllm(folder, entry, text_config, tokenizer_folder, randomize):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens([f"<extra_{i}>" for i in range(VLLM_TEXT_SIZES["vocab_size"] - len(tokenizer))])
     tokenizer = add_image_token(tokenizer)
+    tokenizer.add_tokens([f"<more_{i}>" for i in range(text_config.vocab_size - len(tokenizer))])
     config = assemble_config(entry, text_config, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
     assert config.image_token_index == VLLM_TEXT_SIZES["vocab_size"]
     torch.manual_seed(0)
