@@ -26,7 +26,7 @@ from piip_core.meta import on_meta
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
 from .conversation import IMAGE_TAG
 from .image_processing import PIIPImageProcessor
-from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel
+from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel, make_projector
 from .processing import PIIPLlavaProcessor
 
 __all__ = ["add_image_token", "assemble", "assemble_config", "assemble_processor", "join", "load_tokenizer"]
@@ -174,13 +174,7 @@ def join(
         )
     with on_meta():
         model = PIIPLlavaForConditionalGeneration(config)
-    projector = type(model.model.multi_modal_projector)(
-        tower.pyramid.dims,
-        config.text_config.hidden_size,
-        norm=config.projector_norm,
-        num_groups=config.projector_num_groups,
-        grid=config.projector_grid,
-    )
+    projector = make_projector(config, tower.pyramid.dims)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector.to(device=decoder.device, dtype=decoder.dtype)
     model.model.language_model = decoder.get_decoder()

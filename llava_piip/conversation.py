@@ -20,6 +20,7 @@ from .tokenization import bos_ids, encode_text
 __all__ = [
     "IGNORE_INDEX",
     "IMAGE_TAG",
+    "TEXT_TAG",
     "ConversationError",
     "EncodedConversation",
     "assistant_mask",
@@ -34,7 +35,7 @@ __all__ = [
 IGNORE_INDEX = -100
 IMAGE_TAG = "<image>"
 # Stands for the tag where it is text: of the same length, with a character that Unicode keeps for such inner uses
-_TEXT_TAG = "\ufdd0image>"
+TEXT_TAG = "\ufdd0image>"
 
 _RENDERING = threading.Lock()  # transformers notes the spans of answers in the template, which all threads share
 
@@ -113,7 +114,7 @@ def protect_text(messages: Messages) -> Messages:
 
     def protected(content: Any) -> Any:
         if isinstance(content, str):
-            return content.replace(IMAGE_TAG, _TEXT_TAG)
+            return content.replace(IMAGE_TAG, TEXT_TAG)
         if isinstance(content, (list, tuple)):
             return [
                 {**part, "text": protected(part["text"])} if isinstance(part, Mapping) and "text" in part else part
@@ -301,7 +302,7 @@ class _Expansion:
             input_ids = []
         labels = [IGNORE_INDEX] * len(input_ids)
         chunks = text.split(IMAGE_TAG) if self.has_images else [text]
-        chunks = [chunk.replace(_TEXT_TAG, IMAGE_TAG) for chunk in chunks]
+        chunks = [chunk.replace(TEXT_TAG, IMAGE_TAG) for chunk in chunks]
         position = 0
         for index, chunk in enumerate(chunks):
             if index:

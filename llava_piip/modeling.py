@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,7 +26,7 @@ from piip_core.merging import TokenMerging
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
 
-__all__ = ["PIIPLlavaForConditionalGeneration", "PIIPLlavaModel", "PIIPVisionModel"]
+__all__ = ["PIIPLlavaForConditionalGeneration", "PIIPLlavaModel", "PIIPVisionModel", "make_projector"]
 
 
 @dataclass
@@ -53,6 +54,17 @@ class PIIPVisionModel(PIIPPreTrainedModel):
         return PIIPVisionOutput(tuple(self.pyramid(pixel_values)))
 
 
+def make_projector(config: PIIPLlavaConfig, dims: Sequence[int]) -> TokenMerging:
+    """The projectors of a model, for final maps of `dims` channels."""
+    return TokenMerging(
+        dims,
+        config.text_config.hidden_size,
+        norm=config.projector_norm,
+        num_groups=config.projector_num_groups,
+        grid=config.projector_grid,
+    )
+
+
 class PIIPLlavaModel(LlavaModel):
     """Vision tower, projectors and decoder, without the language modelling head."""
 
@@ -62,13 +74,7 @@ class PIIPLlavaModel(LlavaModel):
     def __init__(self, config: PIIPLlavaConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = TokenMerging(
-            self.vision_tower.pyramid.dims,
-            config.text_config.hidden_size,
-            norm=config.projector_norm,
-            num_groups=config.projector_num_groups,
-            grid=config.projector_grid,
-        )
+        self.multi_modal_projector = make_projector(config, self.vision_tower.pyramid.dims)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
