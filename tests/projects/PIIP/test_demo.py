@@ -17,6 +17,7 @@ pytest.importorskip("detectron2")
 import av
 import torch
 from detectron2.config import instantiate
+from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -145,7 +146,8 @@ def test_drawing_leaves_an_image_without_detections_as_it_is(predictor, shared_c
     image = read_image(str(shared_coco.images / "001.png"))
     none = predictor(image, min_score=1.1)
     assert len(none) == 0
-    assert np.abs(draw_detections(image, none, predictor).astype(int) - image).max() <= 1
+    # Detectron2 draws the image itself through matplotlib, which moves pixels before version 3.11
+    np.testing.assert_array_equal(draw_detections(image, none, predictor), Visualizer(image).get_output().get_image())
     some = predictor(image)
     assert np.abs(draw_detections(image, some, predictor).astype(int) - image).max() > 50
 
