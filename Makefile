@@ -13,16 +13,20 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 CHAT_DEMO_ARGS ?=
 
+# an environment of the locked versions is none of the newest ones
+SUFFIX := $(if $(strip $(CONSTRAINTS)),,-newest)
+
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
-STAMP := build/setup.stamp
+STAMP := build/setup$(SUFFIX).stamp
 else
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/piip-setup.stamp
+STAMP := $(VENV)/piip-setup$(SUFFIX).stamp
 endif
 
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
+NEWEST := $(if $(strip $(CONSTRAINTS)),,--upgrade --upgrade-strategy eager)
 # run outside the checkout: the folder must not shadow an installed package
 HAS_DETECTRON2 := cd / && $(abspath $(PY)) -c "import detectron2._C" 2>/dev/null
 ifeq ($(strip $(VENV)),)
@@ -67,10 +71,11 @@ ifneq ($(strip $(VENV)),)
 endif
 	@mkdir -p build
 	@echo "Installing PyTorch and the build tools (several minutes and gigabytes the first time)"
-	$(PIP) "torch>=2.10" torchvision "setuptools>=80.9,<81" wheel ninja
+	$(PIP) $(NEWEST) "torch>=2.10" torchvision "setuptools>=80.9,<81" wheel ninja
 	@echo "Installing PIIP and compiling its operator"
-	$(PIP) --no-build-isolation -e ".[dev]"
+	$(PIP) $(NEWEST) --no-build-isolation -e ".[dev]"
 	@($(HAS_DETECTRON2)) || { echo "Installing Detectron2 from its repository"; \
 	  GIT_TERMINAL_PROMPT=0 $(PIP) --no-build-isolation $(DETECTRON2) > build/detectron2.log 2>&1; } || \
 	  echo "Detectron2 could not be installed (see build/detectron2.log): everything that does not need it goes on."
+	@rm -f $(dir $(STAMP))*setup*.stamp
 	@touch $(STAMP)

@@ -5,6 +5,12 @@ Importing this package registers the models with transformers' Auto classes.
 
 import warnings
 
+from piip_core.versions import untested
+
+# First of all: a library that is too old may not even be imported
+for _line in untested():
+    warnings.warn(f"{_line}; python -m piip_core.doctor says more", stacklevel=2)
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -13,8 +19,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
 )
-
-from piip_core.versions import untested
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
 from .image_processing import PIIPImageProcessor
@@ -30,9 +34,6 @@ __all__ = [
     "PIIPVisionConfig",
     "PIIPVisionModel",
 ]
-
-for _line in untested():
-    warnings.warn(f"{_line}; python -m piip_core.doctor says more", stacklevel=2)
 
 AutoConfig.register("piip_vision", PIIPVisionConfig)
 AutoConfig.register("piip_llava", PIIPLlavaConfig)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BatchFeature, GenerationConfig
 
@@ -106,8 +107,10 @@ class ChatModel:
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         try:
             model, processor = load_trained(path, dtype=dtype, bits=bits, device_map={"": device})
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
+        except UserError:
+            raise
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{path}: cannot be loaded ({reason}): expected a complete save") from error
         if isinstance(model, PeftModel):  # on quantised weights the adapters stay beside them
             model = model.merge_and_unload() if quantization is None else model.get_base_model()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 __all__ = ["TESTED", "installed_version", "untested"]
 
@@ -37,8 +37,13 @@ def untested() -> list[str]:
         found = installed_version(package)
         if found is None:
             continue
-        if Version(Version(found).public) > Version(newest):  # 2.14.1+cu130 is 2.14.1
+        try:
+            version = Version(Version(found).public)  # 2.14.1+cu130 is 2.14.1
+        except InvalidVersion:
+            lines.append(f"{package} {found} has no version that compares with those tested ({oldest} to {newest})")
+            continue
+        if version > Version(newest):
             lines.append(f"{package} {found} is newer than anything this release was tested with (up to {newest})")
-        elif Version(found) < Version(oldest):
+        elif version < Version(oldest):
             lines.append(f"{package} {found} is older than anything this release was tested with (from {oldest})")
     return lines

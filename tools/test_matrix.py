@@ -82,8 +82,23 @@ def constraints(cell: Cell) -> str:
         lines = floors(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
     else:
         lines = (ROOT / "constraints.txt").read_text().splitlines() if cell.kind == "locked" else []
-    pinned = {re.split(r"[=<>!~]", pin)[0] for pin in cell.pins}
-    return "\n".join([*cell.pins, *(line for line in lines if re.split(r"[=<>!~ ]", line)[0] not in pinned)]) + "\n"
+    pinned = {_name(pin) for pin in cell.pins}
+    return "\n".join([*cell.pins, *(line for line in lines if _name(line) not in pinned)]) + "\n"
+
+
+def _name(requirement: str) -> str:
+    """The package that a requirement is about, as the package index spells it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+def runnable_pythons() -> list[str]:
+    """The versions 3.10 to 3.14 of Python that start here; of pyenv's, a name alone says nothing."""
+    found = []
+    for version in (f"3.{minor}" for minor in range(10, 15)):
+        path = shutil.which(f"python{version}")
+        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
+            found.append(version)
+    return found
 
 
 def run_cell(cell: Cell, folder: Path, tests: Sequence[str], make_options: Sequence[str]) -> Row:
@@ -164,7 +179,7 @@ def _write(path: Path, text: str) -> None:
 def main() -> None:
     """Runs the cells one after the other; ends with status 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pythons = [f"3.{minor}" for minor in range(10, 15) if shutil.which(f"python3.{minor}")]
+    pythons = runnable_pythons()
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="default: all")
     parser.add_argument("--pythons", nargs="+", default=pythons, metavar="3.N", help=f"default: {' '.join(pythons)}")
     parser.add_argument("--with", nargs="+", default=[], dest="pins", metavar="NAME==VERSION", help="other versions")
@@ -175,13 +190,23 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix", help="default: %(default)s")
     parser.add_argument("--document", type=Path, help="keep the rows in the table of this file (docs/environments.md)")
     options = parser.parse_args()
+    if not options.pythons or not set(options.pythons) <= set(pythons):
+        parser.error(
+            f"--pythons {' '.join(options.pythons)}: expected some of {' '.join(pythons) or 'none'}, which run here"
+        )
+    if wrong := [pin for pin in options.pins if not re.fullmatch(r"[\w.-]+==\S+", pin)]:
+        parser.error(f"--with {wrong[0]}: expected NAME==VERSION")
+    if options.document and not (options.document.is_file() and BEGIN in options.document.read_text()):
+        parser.error(f"--document {options.document}: expected a file with the lines {BEGIN} and {END}")
+    if subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout:
+        print("Uncommitted changes are not tested: every environment has a clone.", flush=True)
     failed = False
     for python in options.pythons:
         for kind in options.kinds:
             if kind == "oldest" and python != options.pythons[0]:
                 continue
             cell = Cell(kind, python, tuple(options.pins))
-            folder = options.folder / re.sub(r"[^\w.]+", "-", str(cell))
+            folder = options.folder.resolve() / re.sub(r"[^\w.]+", "-", str(cell))
             row = run_cell(cell, folder, options.tests, options.make)
             print(line(row), flush=True)
             failed |= not row.passed

@@ -42,7 +42,7 @@ class RemoteModel:
         self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=0)
         try:
             self.name = name or next(iter(self._client.models.list())).id
-        except (openai.OpenAIError, StopIteration) as error:
+        except (openai.OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:  # whatever answers
             raise UserError(f"--server {url}: names no model ({error}); is it an OpenAI-compatible API?") from error
 
     def stream(
@@ -89,15 +89,16 @@ class RemoteStream(Iterator[str]):
                 break
             try:
                 chunk = next(self._chunks, None)
-            except openai.OpenAIError as error:
+            except (openai.OpenAIError, AttributeError, ValueError) as error:  # ValueError: no JSON
                 self.finish_reason = "cancelled"
                 raise UserError(f"the server says: {error}") from error
             if chunk is None:
                 self.close()
-            elif chunk.choices:
+                raise UserError("the server ended its answer before it was complete")
+            if chunk.choices:
                 choice = chunk.choices[0]
                 self.finish_reason = choice.finish_reason
-                if text := self._shown(choice.delta.content or ""):
+                if text := self._shown((choice.delta and choice.delta.content) or ""):
                     self.answer_tokens += 1
                     return text
         raise StopIteration

@@ -45,7 +45,7 @@ class Terminal:
         self.conversation = conversation or Conversation()
         self._settings = dict(settings or {})
         self._more: Iterator[ChatImage] | None = None if more_images is None else iter(more_images)
-        self._interactive = sys.stdin.isatty()
+        self._interactive = sys.stdin is not None and sys.stdin.isatty()
         self._saved: set[str] = set()
         self._commands: dict[str, tuple[str, str, Callable[[str], bool]]] = {
             "/image": ("FILE|URL", "adds an image to the next question", self._add_image),
@@ -82,7 +82,7 @@ class Terminal:
         """One line of the input; whether there may be another."""
         try:
             line = input("you: " if self._interactive else "").strip()
-        except EOFError:
+        except (EOFError, RuntimeError):  # RuntimeError: a closed standard input
             return False
         except KeyboardInterrupt:
             if not self._interactive:

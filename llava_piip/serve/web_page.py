@@ -154,7 +154,8 @@ def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> 
             prevent_thread_lock=True,
             app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
         )
-    except (OSError, ValueError) as error:  # a ValueError if the page does not answer itself within 3 seconds
+    # a ValueError if the page does not answer itself within 3 seconds
+    except (OSError, OverflowError, ValueError) as error:
         page.close(verbose=False)
         raise ConfigError(
             f"--host {host} --port {port}: cannot serve there ({error}); give another, or retry"

@@ -193,6 +193,11 @@ def test_what_cannot_be_loaded_is_named(model_folder, tmp_path):
     shutil.copy(model_folder / "config.json", tmp_path / "config.json")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         ChatModel.load(tmp_path, device="cpu")
+    weights = (model_folder / "model.safetensors").read_bytes()
+    for damaged in (b"", weights[: len(weights) // 2], weights):  # the last without the tokenizer's files
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"cannot be loaded .*expected a complete save"):
+            ChatModel.load(tmp_path, device="cpu")
     for settings, message in [
         ({"device": "abacus"}, "device='abacus': expected"),
         ({"device": "cuda:99"}, "device='cuda:99': there are"),

@@ -80,6 +80,8 @@ def test_newer_and_older_versions_are_named(transformers_version):
     transformers_version("4.57.6")
     (line,) = versions.untested()
     assert line.startswith("transformers 4.57.6 is older than anything this release was tested with")
+    transformers_version("unknown")
+    assert versions.untested()[0].startswith("transformers unknown has no version that compares")
     transformers_version(versions.TESTED["transformers"][1] + "+local")
     assert versions.untested() == []
 

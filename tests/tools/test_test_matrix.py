@@ -25,6 +25,8 @@ def test_every_kind_has_its_versions_and_pins_win(matrix):
     pinned = matrix.constraints(matrix.Cell("locked", "3.11", ("transformers==5.19.0",))).splitlines()
     assert [line for line in pinned if line.startswith("transformers")] == ["transformers==5.19.0"]
     assert len(pinned) == len(locked.splitlines())
+    other = matrix.constraints(matrix.Cell("locked", "3.11", ("Open_CLIP.torch==1",))).splitlines()
+    assert "Open_CLIP.torch==1" in other and not any(line.startswith("open-clip-torch") for line in other)
     oldest = matrix.constraints(matrix.Cell("oldest", "3.10")).splitlines()
     assert any(line.startswith("torch==2.") for line in oldest) and all("==" in line for line in oldest)
 
@@ -64,3 +66,19 @@ def test_table_replaces_the_row_of_the_same_cell(matrix, tmp_path):
     assert [line.split(", ")[0] for line in lines] == ["| oldest", "| newest"]
     assert "not installed" in lines[0] and "| 9 | 0 | 1 | 2.5 |" in lines[1]
     assert all(line.count("|") == len(matrix.COLUMNS) + 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--pythons", "2.7"], "expected some of 3.11"),
+        (["--with", "transformers"], "--with transformers: expected NAME==VERSION"),
+        (["--document", "missing.md"], "--document missing.md: expected a file with the lines"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(matrix, monkeypatch, capsys, options, said):
+    monkeypatch.setattr(matrix, "runnable_pythons", lambda: ["3.11"])
+    monkeypatch.setattr("sys.argv", ["test_matrix.py", *options])
+    with pytest.raises(SystemExit) as stopped:
+        matrix.main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err

@@ -22,16 +22,20 @@ class Server(BaseHTTPRequestHandler):
     """Streams prepared pieces, and remembers what it was sent."""
 
     pieces, reason, asked, status = ("  A", " cup."), "stop", [], 200
+    models = json.dumps({"object": "list", "data": [{"id": "far", "object": "model"}]})
+    stream = None  # instead of the pieces
 
     def do_GET(self):
-        self.reply("application/json", json.dumps({"object": "list", "data": [{"id": "far", "object": "model"}]}))
+        self.reply("application/json", self.models)
 
     def do_POST(self):
         self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         chunks = [{"delta": {"content": piece}, "finish_reason": None} for piece in self.pieces]
         chunks.append({"delta": {}, "finish_reason": self.reason})
         lines = [json.dumps({"id": "1", "object": "chat.completion.chunk", "choices": [chunk]}) for chunk in chunks]
-        if self.status == 200:
+        if self.stream is not None:
+            self.reply("text/event-stream", self.stream)
+        elif self.status == 200:
             self.reply("text/event-stream", "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]))
         else:
             self.reply("application/json", json.dumps({"error": {"message": "too many images"}}))
@@ -115,3 +119,19 @@ def test_the_terminal_and_the_page_ask_the_server(server, files, monkeypatch, ca
     assert last.messages[-1]["content"][0]["text"] == "A cup." and not web.is_local
     first, second = (sent["messages"][0]["content"] for sent in handler.asked)
     assert first == second and len(first) == 2
+
+
+@pytest.mark.parametrize("models", ["<html>Hello</html>", '["far"]', '{"data": 3}', "{", ""])
+def test_what_is_no_api_is_told_at_the_start(server, models):
+    handler, address = server
+    handler.models = models
+    with pytest.raises(UserError, match="is it an OpenAI-compatible API"):
+        RemoteModel(address)
+
+
+@pytest.mark.parametrize("stream", ["", "<html></html>", "data: {broken\n\n", "data: [DONE]\n\n"])
+def test_a_broken_answer_is_an_error(server, stream):
+    handler, address = server
+    handler.stream = stream
+    with pytest.raises(UserError, match="the server"):
+        list(RemoteModel(address).stream([{"role": "user", "content": "Well?"}]))
