@@ -1,7 +1,7 @@
 """Runs the tests in fresh clones and fresh environments, and keeps the table of what passed.
 
-    python tools/test_matrix.py                                    # every kind on every Python of this machine
-    python tools/test_matrix.py --kinds newest --pythons 3.11 --with transformers==5.23.0 --tests tests/llava_piip
+    python tools/environment_matrix.py                                    # every kind on every Python of this machine
+    python tools/environment_matrix.py --kinds newest --with transformers==5.23.0 --tests tests/llava_piip
 
 Kinds of environments: "oldest" has the floor of every range in pyproject.toml and is made with the oldest Python alone,
 "locked" is constraints.txt, "newest" is whatever the package index has today. What is committed is what is tested.
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("oldest", "locked", "newest")
 SHOWN = ("torch", "transformers", "timm", "deepspeed", "gradio")  # versions in the table
 COLUMNS = ("environment", "tests", *SHOWN, "passed", "failed", "skipped", "minutes, set-up included", "date")
-BEGIN, END = "<!-- begin: tools/test_matrix.py -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: tools/environment_matrix.py -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)

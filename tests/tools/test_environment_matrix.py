@@ -1,4 +1,4 @@
-"""tools/test_matrix.py: what its environments are made of, how tests are counted, and the table that it keeps."""
+"""tools/environment_matrix.py: what its environments are made of, how tests are counted, the table that it keeps."""
 
 import pytest
 
@@ -7,7 +7,7 @@ REPORT = """<testsuites><testsuite tests="7" failures="1" errors="2" skipped="1"
 
 @pytest.fixture(scope="module")
 def matrix(load_tool):
-    return load_tool("test_matrix")
+    return load_tool("environment_matrix")
 
 
 def test_floors_are_the_lower_bounds_of_all_extras(matrix):
@@ -78,7 +78,7 @@ def test_table_replaces_the_row_of_the_same_cell(matrix, tmp_path):
 )
 def test_wrong_options_are_refused_before_anything_runs(matrix, monkeypatch, capsys, options, said):
     monkeypatch.setattr(matrix, "runnable_pythons", lambda: ["3.11"])
-    monkeypatch.setattr("sys.argv", ["test_matrix.py", *options])
+    monkeypatch.setattr("sys.argv", ["environment_matrix.py", *options])
     with pytest.raises(SystemExit) as stopped:
         matrix.main()
     assert stopped.value.code == 2 and said in capsys.readouterr().err
