@@ -48,6 +48,8 @@ PACKAGES = {
     "peft": "extra: llava",
     "tensorboard": "extra: llava",
     "bitsandbytes": "extra: llava-qlora",
+    "gradio": "extra: web",
+    "openai": "extra: client",
     "onnx": "extra: export",
     "onnxscript": "extra: export",
     "onnxruntime": "extra: export",
