@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from jinja2.exceptions import TemplateError
 
+from checkers import find_cases
+from checkers.llava.text import llama_tokenizer, verify_prompts
 from llava_piip.chat_templates import CHAT_TEMPLATES, resolve_chat_template
 from llava_piip.conversation import ConversationError, encode_conversation, render_conversation
-from llava_piip.verification.text import llama_tokenizer, verify_prompts
 from piip_core.errors import ConfigError
-from piip_core.verification import find_cases
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 DIALOGUES = ["vicuna_v1", "llava_v1", "llava_v0"]

@@ -9,6 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from checkers import find_cases
+from checkers.llava.text import llama_tokenizer, verify_masks
 from llava_piip.chat_templates import CHAT_TEMPLATES
 from llava_piip.conversation import (
     IGNORE_INDEX,
@@ -19,9 +21,7 @@ from llava_piip.conversation import (
     messages_from_llava,
     render_conversation,
 )
-from llava_piip.verification.text import llama_tokenizer, verify_masks
 from piip_core.errors import ConfigError
-from piip_core.verification import find_cases
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 IMAGE_ID, IMAGE_LENGTH = 5000, 3

@@ -10,10 +10,10 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tvF
 from transformers import AutoImageProcessor
 
+from checkers import GoldenCase, find_cases
+from checkers.llava.images import verify_image_modes, verify_preprocess
 from llava_piip.image_processing import ImageError, PIIPImageProcessor, rgb_image
-from llava_piip.verification.images import verify_image_modes, verify_preprocess
 from piip_core.errors import ConfigError
-from piip_core.verification import GoldenCase, find_cases
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)

@@ -9,10 +9,10 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from checkers import find_cases
+from checkers.llava.text import llama_tokenizer, verify_tokenizer
 from llava_piip.tokenization import bos_ids, encode_text, keep_legacy_setting
-from llava_piip.verification.text import llama_tokenizer, verify_tokenizer
 from piip_core.errors import ConfigError
-from piip_core.verification import find_cases
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 TEXTS = ["", "a", " a", "  a", "\u2581a", "x y", "caf\u00e9 \U0001f436!", "\n", " \n "]

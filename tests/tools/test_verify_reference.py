@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,8 @@ def test_a_failure_gives_status_1_and_names_the_tensor(tool, capsys, tmp_path):
 
 
 def test_without_detectron2_its_cases_are_not_supported_yet(tool, capsys, monkeypatch):
-    find_spec = tool.importlib.util.find_spec
-    monkeypatch.setattr(
-        tool.importlib.util, "find_spec", lambda name: None if name == "detectron2" else find_spec(name)
-    )
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "detectron2" else find_spec(name))
     names = ("head_mask_rcnn_b", "pipe_det_1333", "msdeform_fp32")
     assert tool.main([str(GOLDENS / f"{name}.json") for name in names]) == 0
     lines = capsys.readouterr().out.splitlines()

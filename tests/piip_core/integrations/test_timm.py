@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
+from checkers import find_cases
 from piip_core import BranchConfig, ConvNeXtConfig, InteractionConfig, PIIPClassifier, zoo
 from piip_core.checkpoints import classifier_from_public, our_names, to_published
 from piip_core.errors import CheckpointError, ConfigError
@@ -26,7 +27,6 @@ from piip_core.integrations.timm import model_names, register_classifier
 from piip_core.integrations.timm import piip as integration
 from piip_core.meta import on_meta
 from piip_core.pyramid import resize_for_branch
-from piip_core.verification import find_cases
 
 SIDE = 96
 GOLDENS = Path(__file__).parents[2] / "data" / "goldens"

@@ -11,8 +11,8 @@ from detectron2.modeling import SemanticSegmentor
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from checkers.detection.segmentation import ToyEncoder
 from piip.modeling import FCNHead, PIIPBackbone, UperNetHead, feature_shapes
-from piip.verification.segmentation import ToyEncoder
 from piip_core.demo.model import demo_config
 from piip_core.meta import on_meta
 
