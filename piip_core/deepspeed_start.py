@@ -7,7 +7,12 @@ from types import ModuleType
 
 from .errors import ConfigError
 
-__all__ = ["import_deepspeed"]
+__all__ = ["BUCKET_SIZE", "LIVE_PARAMETERS", "import_deepspeed"]
+
+BUCKET_SIZE = 200_000_000
+"""Elements of DeepSpeed's buckets where nothing else is said: what is sent at a time."""
+LIVE_PARAMETERS = 1_000_000_000
+"""The most parameters that stage 3 keeps gathered (`stage3_max_live_parameters`)."""
 
 
 def import_deepspeed(device: str | None = None) -> ModuleType:

@@ -32,7 +32,9 @@ from tqdm import tqdm
 
 from piip_core import PIIPClassifier, zoo
 from piip_core.building import build_model
-from piip_core.flops import (
+from piip_core.deepspeed_start import BUCKET_SIZE
+from piip_core.meta import on_meta
+from piip_tools.flops import (
     ModelReport,
     analyze_backbone,
     analyze_model,
@@ -41,8 +43,7 @@ from piip_core.flops import (
     padded_size,
     zoo_table,
 )
-from piip_core.memory import BUCKET_SIZE, DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table
-from piip_core.meta import on_meta
+from piip_tools.memory import DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -132,7 +133,7 @@ def analyze_memory(args: argparse.Namespace) -> MemoryReport:
     config = load_lazy_config(args.config, args.overrides)
     from omegaconf import OmegaConf
 
-    from piip import training_memory
+    from piip_tools.memory import training_steps as training_memory
 
     model = build(config)
     size = args.input or training_memory.training_size(config)

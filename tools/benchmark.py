@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from piip_core import benchmark as backbone_benchmark
 from piip_core import zoo
 from piip_core.errors import ConfigError, UserError
 from piip_core.files import write_atomically
-from piip_core.ops import benchmark as op_benchmark
 from piip_core.ops import operator_status
+from piip_tools import backbone_benchmark as backbone_benchmark
+from piip_tools import operator_benchmark as op_benchmark
 
 PEERS = ("vitdet_b", "vitdet_l")
 
@@ -130,7 +130,7 @@ def add_chat_command(commands: Any) -> None:
 def run_chat(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     import torch
 
-    from llava_piip import benchmark as chat_benchmark
+    from piip_tools import chat_benchmark as chat_benchmark
 
     if (args.model is None) != (args.baseline is None):
         raise ConfigError("--model and --baseline: expected both or none")
@@ -221,7 +221,7 @@ def _add_backbone_arguments(
 def run_backbone(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     sides = _sides(args)
     if args.breakdown:
-        from piip.peers import VITDET_PARTS
+        from piip_tools.backbone_benchmark.detectron2_baselines import VITDET_PARTS
 
         names = {**backbone_benchmark.PARTS, **VITDET_PARTS}
         parts = backbone_benchmark.measure_parts(sides, args.precisions, parts=names, **_options(args))
@@ -236,7 +236,10 @@ def run_train(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _sides(args: argparse.Namespace) -> list[backbone_benchmark.Side]:
-    from piip.peers import piip_with_neck, vitdet_side  # the other commands need no Detectron2
+    from piip_tools.backbone_benchmark.detectron2_baselines import (  # the other commands need no Detectron2
+        piip_with_neck,
+        vitdet_side,
+    )
 
     options = {"wrap": piip_with_neck} if args.neck else {}
     sides = backbone_benchmark.piip_sides(args.models, args.forms, scale=args.scale, **options)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from piip_core import zoo
 from piip_core.files import atomic_path
-from piip_core.flops import (
+from piip_tools.flops import (
     ClassificationRow,
     MultimodalRow,
     ZooRow,

@@ -26,9 +26,9 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from piip_core import planner
 from piip_core.errors import ConfigError, UserError
 from piip_core.files import atomic_path, write_atomically
+from piip_tools import planner
 
 # Data, schedule and detector of the configs that are written; only the backbone differs
 BASE = "piip_tsb_1568_1120_672"
@@ -208,7 +208,7 @@ def write_picture(plan: Plan, path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        from piip_core.planner.drawing import draw_plan
+        from piip_tools.planner.drawing import draw_plan
     except ImportError as error:
         raise UserError(f"--picture needs matplotlib ({error}); see README.md") from None
     figure = draw_plan(plan.proposals, f"Pyramids of {plan.title}, and the published models")

@@ -30,8 +30,8 @@ from tabulate import tabulate
 
 from piip_core import zoo
 from piip_core.files import atomic_path
-from piip_core.flops import published_count
 from piip_core.zoo.ablations import ABLATIONS, TABLES
+from piip_tools.flops import published_count
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "projects/PIIP/configs"

@@ -23,7 +23,7 @@ class ClassificationNumbers:
 
     Args:
         top1: Accuracy on ImageNet-1K's validation set, in percent.
-        params_m: Parameters in millions, by the rule of `piip_core.flops.published_count`.
+        params_m: Parameters in millions, by the rule of the paper's tables (`piip_tools.flops.published_count`).
         flops_g: Multiply-accumulates in thousand millions, by the same rule.
     """
 

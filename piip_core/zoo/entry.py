@@ -31,7 +31,7 @@ class PublishedNumbers:
         box_ap: COCO box AP.
         mask_ap: COCO mask AP.
         miou: Mean intersection over union on ADE20K's validation set, one scale.
-        params_m: Parameters in millions, by the rule of `piip_core.flops.published_count`.
+        params_m: Parameters in millions, by the rule of the paper's tables (`piip_tools.flops.published_count`).
         flops_g: Multiply-accumulates in thousand millions, by the same rule.
     """
 

@@ -10,8 +10,8 @@ import pytest
 from piip_core import PIIPClassifier, zoo
 from piip_core.checkpoints import classifier_from_public
 from piip_core.errors import ConfigError
-from piip_core.flops import analyze_classifiers, classification_table, published_count
 from piip_core.meta import on_meta
+from piip_tools.flops import analyze_classifiers, classification_table, published_count
 
 DATA = Path(__file__).parents[1] / "data"
 SETTINGS = json.loads((DATA / "classification_settings.json").read_text())

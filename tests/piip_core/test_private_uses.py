@@ -12,10 +12,10 @@ from torch import nn
 from piip_core.branches.timm_model import positioned
 from piip_core.folding import is_bare, observer
 from piip_core.integrations.timm.piip import remember_argument
-from piip_core.memory import AliveStorages
-from piip_core.memory.dry_run import _fake_tensors
 from piip_core.ops.reference import _grid_sample_backward
 from piip_core.visualization.attention import watch_attention
+from piip_tools.memory import AliveStorages
+from piip_tools.memory.dry_run import _fake_tensors
 
 
 def test_torch_module_forward_hooks():

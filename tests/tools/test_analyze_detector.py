@@ -19,7 +19,7 @@ def tool(load_tool):
 
 def test_mask_rcnn_config(tool, capsys):
     from piip_core import zoo
-    from piip_core.flops import published_count
+    from piip_tools.flops import published_count
 
     entry = zoo.get("piip_tsb_1120_896_448")
     path = str(CONFIGS / entry.config_file)
@@ -52,10 +52,10 @@ def test_memory_runs_all_of_the_model(name):
     """Every parameter, the heads' too, gets a gradient in the step without data."""
     from detectron2.config import instantiate
 
-    from piip import training_memory
     from piip.lazy_config import load_config, skip_pretrained
-    from piip_core.flops import padded_size
-    from piip_core.memory import DryRun
+    from piip_tools.flops import padded_size
+    from piip_tools.memory import DryRun
+    from piip_tools.memory import training_steps as training_memory
 
     config = load_config(str(CONFIGS / f"demo/piip_digits_{name}.py"))
     skip_pretrained(config)

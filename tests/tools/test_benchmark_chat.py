@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llava_piip import benchmark
-from llava_piip.benchmark import SideResult
+from piip_tools import chat_benchmark as benchmark
+from piip_tools.chat_benchmark import SideResult
 
 
 @pytest.fixture(scope="module")

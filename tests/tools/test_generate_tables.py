@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from piip_core import zoo
-from piip_core.flops import analyze_multimodal, analyze_zoo, replace_block
+from piip_tools.flops import analyze_multimodal, analyze_zoo, replace_block
 
 
 @pytest.fixture(scope="module")

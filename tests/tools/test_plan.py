@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from piip_core import planner, zoo
-from piip_core.flops import published_count
+from piip_core import zoo
+from piip_tools import planner
+from piip_tools.flops import published_count
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,8 @@ from timm.optim import Lamb
 from torch import distributed, nn
 
 from piip.trainer import timed_batches
-from piip_core.deepspeed_start import import_deepspeed
+from piip_core.deepspeed_start import LIVE_PARAMETERS, import_deepspeed
 from piip_core.errors import ConfigError
-from piip_core.memory import LIVE_PARAMETERS
 
 __all__ = ["DeepSpeedTrainer", "build_engine", "deepspeed_config", "evaluation_model", "zero_stage"]
 

@@ -5,8 +5,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_piip import PIIPVisionModel
 from llava_piip.assembly import assemble_config, join
-from llava_piip.benchmark import Side
 from llava_piip.image_processing import PIIPImageProcessor
+from piip_tools.chat_benchmark import Side
 
 
 @pytest.fixture

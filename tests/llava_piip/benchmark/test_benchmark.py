@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from llava_piip.assembly import assemble
-from llava_piip.benchmark import (
+from piip_core import zoo
+from piip_core.errors import ConfigError, UserError
+from piip_tools.chat_benchmark import (
     Side,
     Workload,
     compare,
@@ -18,9 +20,7 @@ from llava_piip.benchmark import (
     measuring,
     published_pair,
 )
-from llava_piip.benchmark.sides import LANGUAGE_MODELS
-from piip_core import zoo
-from piip_core.errors import ConfigError, UserError
+from piip_tools.chat_benchmark.sides import LANGUAGE_MODELS
 
 ROW = "piip_llava_clip_bl_512_256_7b"
 PREPARE, SEE, TOKEN = 100.0, 10.0, 0.001  # what preparing a picture, seeing it and running a token take

@@ -12,7 +12,7 @@ from piip_core import PIIP
 from piip_core.checkpoints import load_pretrained
 from piip_core.demo.digit_composer import ABSENT, ComposedDigits
 from piip_core.demo.digit_scenes import NAMED_COLOURS
-from piip_core.timing import limited_threads
+from piip_tools.timing import limited_threads
 
 
 def test_the_pyramid_is_inverted_and_gives_16_tokens():

@@ -17,7 +17,7 @@ from llava_piip.loading import load_trained
 from llava_piip.train.checkpointing import RunFolder, run_folder
 from llava_piip.train.train import run as run_here
 from piip_core import zoo
-from piip_core.timing import limited_threads
+from piip_tools.timing import limited_threads
 
 ROOT = Path(llava_piip.__file__).parents[1]
 LAUNCHED = Path(__file__).with_name("launched.py")

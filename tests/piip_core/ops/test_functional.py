@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from piip_core.ops import ms_deform_attn, ms_deform_attn_reference, operator_status
-from piip_core.timing import limited_threads
+from piip_tools.timing import limited_threads
 
 SHAPES = ((5, 7), (3, 2), (1, 4))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}

@@ -14,7 +14,7 @@ from piip_core.ops import (
     ms_deform_attn,
     operator_status,
 )
-from piip_core.timing import limited_threads
+from piip_tools.timing import limited_threads
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)

@@ -3,7 +3,7 @@
 import torch
 from detectron2 import model_zoo
 
-from piip_core.memory import BUCKET_SIZE
+from piip_core.deepspeed_start import BUCKET_SIZE
 
 train = model_zoo.get_config("common/train.py").train
 train.device = "cuda" if torch.cuda.is_available() else "cpu"

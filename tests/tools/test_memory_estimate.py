@@ -1,0 +1,98 @@
+"""Estimates against what PyTorch's profiler saw small models allocate on this CPU.
+
+To repeat it for another model, change CONFIG and run `pytest -s tests/piip_core/memory/test_estimate.py`.
+"""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from piip_core import BranchConfig, InteractionConfig, PIIPConfig
+from piip_core.meta import on_meta
+from piip_core.networks import ViTConfig
+from piip_core.pyramid import DensePIIP
+from piip_tools.memory import DryRun, model_states, squares
+
+
+def vit(embed_dim, image_size, window_size, **options):
+    network = ViTConfig(embed_dim=embed_dim, depth=2, num_heads=embed_dim // 32, **options)
+    return BranchConfig(network=network, image_size=image_size, window_size=window_size, drop_path_rate=0.1)
+
+
+# windowed and global attention, and InternViT's norms
+CONFIG = PIIPConfig(
+    branches=(vit(192, 160, None, norm="rmsnorm", qk_norm=True), vit(96, 224, 7)),
+    interaction=InteractionConfig(num_interactions=2, num_heads=6),
+)
+LEAST, MOST = 0.95, 1.02  # of what was measured, as `piip_tools.memory.Estimate` says
+
+
+def step(model):
+    return squares(model(torch.zeros(2, 3, 224, 224)))
+
+
+def measured(precision, checkpointing, path):
+    """The most bytes alive in the life of a model that is made and trained for two steps."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model = DensePIIP(CONFIG).train()
+        model.set_grad_checkpointing(checkpointing)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = step(model)
+            optimizer.zero_grad()
+            loss.backward()
+            del loss
+            optimizer.step()
+    recorded.export_chrome_trace(str(path))
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    start = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in events) - start
+
+
+@pytest.fixture(scope="module")
+def dry_run():
+    with on_meta():
+        return DryRun(DensePIIP(CONFIG))
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_total_is_what_the_profiler_measures(dry_run, precision, checkpointing, tmp_path):
+    activations = dry_run.activations(step, precision=precision, checkpointing=checkpointing, kernels="cpu")
+    params = sum(parameter.numel() for parameter in dry_run.model.parameters())
+    states = model_states(params, stage=0, gpus=1)
+    estimated = states.total + max(activations.peak, states.step)
+    found = measured(precision, checkpointing, tmp_path / "trace.json")
+    print(f"{precision}, checkpointing {checkpointing}: {estimated / 1e6:.1f} MB estimated, {found / 1e6:.1f} measured")
+    gradients = 4 * params  # counted in full, and not all there when the activations are at their peak
+    assert estimated > LEAST * found
+    assert estimated - gradients < MOST * found
+    assert activations.peak > states.step  # or the activations would not have been tested
+
+
+def test_activations_are_those_of_the_mem_tracker(dry_run):
+    """PyTorch's own tracker, on real tensors."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    config = PIIPConfig(
+        branches=(vit(64, 32, None), vit(32, 64, None)), interaction=InteractionConfig(num_interactions=1, num_heads=4)
+    )
+
+    def small(model):
+        return squares(model(torch.zeros(2, 3, 64, 64)))
+
+    with on_meta():
+        run = DryRun(DensePIIP(config))
+    found = run.activations(small, precision="fp32", kernels="cpu")
+    model = DensePIIP(config).train()
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        loss = small(model)
+        (snapshot,) = tracker.get_tracker_snapshot("current").values()
+    del loss
+    assert found.saved == pytest.approx(snapshot["Total"] - held, rel=0.01)

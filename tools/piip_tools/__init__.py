@@ -1,0 +1,1 @@
+"""Analysis of PIIP models: FLOPs, memory, plans for a budget, and benchmarks."""

@@ -1,0 +1,155 @@
+"""What a model holds and computes: parameters and multiply-accumulates of every module for given inputs.
+
+Models and inputs may live on the meta device, so size is no limit. Counted are linear layers, convolutions, attention
+products and deformable sampling, as PyTorch runs them, window padding included; norms, activations, biases and
+resizing are not. Scaled dot product attention is counted from its shapes: PyTorch's own counter knows some of its
+kernels and not others, which differs from version to version.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from piip_core import ops  # noqa: F401  (registers the operator)
+from piip_core.folding import observer
+
+from .published import Count
+
+__all__ = ["ModuleCounts", "executed_count"]
+
+MACS_PER_SAMPLE = 5  # four corners of the bilinear interpolation and the attention weight
+
+
+@dataclass(frozen=True)
+class ModuleCounts:
+    """Counts of a model by module.
+
+    Attributes:
+        params: Parameters by their names.
+        macs: Multiply-accumulates by the name of the innermost module that ran them.
+    """
+
+    params: Mapping[str, int]
+    macs: Mapping[str, int]
+
+    @property
+    def total(self) -> Count:
+        """The whole model."""
+        return Count(sum(self.params.values()), sum(self.macs.values()))
+
+    def below(self, name: str) -> Count:
+        """The module of that name with everything inside it."""
+        return Count(
+            sum(n for key, n in self.params.items() if key.startswith(f"{name}.")),
+            sum(n for key, n in self.macs.items() if key == name or key.startswith(f"{name}.")),
+        )
+
+
+def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCounts:
+    """Runs a model once without gradients and counts.
+
+    Args:
+        model: All its parameters are counted.
+        inputs: Positional arguments of the forward.
+        run: Name of the submodule to run on them; "" for the model itself.
+    """
+    macs: Counter[str] = Counter()
+    formulas = {
+        torch.ops.piip.deform_attn_grid: _deformable_grid_flops,
+        torch.ops.piip.ms_deform_attn: _deformable_flops,
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with _Attention(counter) as attention, _attribution(model, attention.total_flops, macs):
+            model.get_submodule(run)(*inputs)
+    params = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return ModuleCounts(params, {name: flops // 2 for name, flops in macs.items()})
+
+
+class _Attention(TorchFunctionMode):
+    """Counts scaled dot product attention by its shapes instead of what `counter` makes of the kernel that runs it."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        super().__init__()
+        self._counter, self._correction = counter, 0
+
+    def total_flops(self) -> int:
+        return self._counter.get_total_flops() + self._correction
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # its attention is inside, where no mode sees it: as plain products
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        before = self._counter.get_total_flops()
+        result = func(*args, **kwargs)
+        counted = self._counter.get_total_flops() - before
+        self._correction += _attention_flops(result, *args, **kwargs) - counted
+        return result
+
+
+def _attention_flops(result: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """Queries (..., N, D) times keys (..., S, D), and weights times values, to (..., N, E); masks leave nothing out."""
+    *batch, queries, width = result.shape
+    return 2 * math.prod(batch) * queries * key.shape[-2] * (query.shape[-1] + width)
+
+
+@contextmanager
+def _attribution(model: nn.Module, total_flops: Callable[[], int], own: Counter[str]) -> Iterator[None]:
+    """Adds to `own` what each module of `model` computes outside the modules it calls.
+
+    Modules are followed by call and not by name, because branches are run block by block and never called themselves.
+    """
+    calls: list[list[int]] = []  # of each running module: total at its start, spent in the modules it called
+
+    @observer
+    def enter(*_: Any) -> None:
+        calls.append([total_flops(), 0])
+
+    def leave(name: str) -> None:
+        start, inner = calls.pop()
+        spent = total_flops() - start
+        own[name] += spent - inner
+        if calls:
+            calls[-1][1] += spent
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(_removed(module.register_forward_pre_hook(enter)))
+            stack.enter_context(_removed(module.register_forward_hook(observer(lambda *_, name=name: leave(name)))))
+        yield
+
+
+@contextmanager
+def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _deformable_flops(value: torch.Size, spatial_shapes: Any, locations: torch.Size, *_: Any, **__: Any) -> int:
+    """(B, S, heads, D) values sampled at (B, Q, heads, levels, points, 2) locations."""
+    batch, queries, heads, levels, points, _ = locations
+    return 2 * MACS_PER_SAMPLE * batch * queries * heads * levels * points * value[-1]
+
+
+def _deformable_grid_flops(
+    value: torch.Size, value_shapes: Any, query_shape: Any, sampling: torch.Size, *_: Any, **__: Any
+) -> int:
+    """(B, S, heads, D) values sampled as (B, Q, 3 * heads * levels * points) offsets and logits say."""
+    batch, queries, width = sampling
+    return 2 * MACS_PER_SAMPLE * batch * queries * (width // 3) * value[-1]

@@ -1,0 +1,26 @@
+"""How much memory a training takes on each GPU, without allocating it.
+
+Activations come from a training step on tensors without data (`DryRun`), parameters, gradients, optimizer state and
+communication from their number and the ZeRO stage (`model_states`).
+"""
+
+from .dry_run import Activations, AliveStorages, DryRun, Step, backbone_step, squares
+from .report import Estimate, MemoryReport, Setting, estimate_memory, memory_table
+from .states import STAGES, ModelStates, model_states
+
+__all__ = [
+    "STAGES",
+    "Activations",
+    "AliveStorages",
+    "DryRun",
+    "Estimate",
+    "MemoryReport",
+    "ModelStates",
+    "Setting",
+    "Step",
+    "backbone_step",
+    "estimate_memory",
+    "memory_table",
+    "model_states",
+    "squares",
+]
