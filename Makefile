@@ -36,7 +36,7 @@ endif
 .PHONY: demo chat-demo test lint tables setup doctor lock
 
 demo: $(STAMP)
-	$(PY) -m piip_core.demo $(DEMO_ARGS)
+	$(PY) -m piip.digit_demo $(DEMO_ARGS)
 
 chat-demo: $(STAMP)
 	$(PY) -m llava_piip.demo $(CHAT_DEMO_ARGS)

@@ -176,8 +176,13 @@ if __name__ == "__main__":
             *find_packages(include=["piip_core", "piip_core.*", "llava_piip", "llava_piip.*"]),
             *find_packages(project, include=["piip", "piip.*"]),
             *find_packages("tools", include=["piip_tools", "piip_tools.*"]),
+            *find_packages("datasets", include=["piip_digits"]),
         ],
-        package_dir={"piip": f"{project}/piip", "piip_tools": "tools/piip_tools"},
+        package_dir={
+            "piip": f"{project}/piip",
+            "piip_tools": "tools/piip_tools",
+            "piip_digits": "datasets/piip_digits",
+        },
         ext_modules=[operator_extension(cuda=False)],
         cmdclass={"build_ext": BuildOperator},
         # The library does not touch Python's C API at all: one wheel for every supported Python.

@@ -9,9 +9,9 @@ $ python datasets/prepare_digits.py --single             # the 1797 digits on th
 import argparse
 from pathlib import Path
 
-from piip_core.demo.digit_dataset import prepare_digits
-from piip_core.demo.digit_images import prepare_digit_images
-from piip_core.demo.digit_scenes import SceneConfig
+from piip_digits.coco import prepare_digits
+from piip_digits.folders import prepare_digit_images
+from piip_digits.scenes import SceneConfig
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from piip_core.demo.digit_scenes import SceneConfig
 from piip_core.errors import ConfigError, UserError
 from piip_core.files import publish_folder
+from piip_digits.scenes import SceneConfig
 
 from ..conversation import IMAGE_TAG
 from .questions import (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from string import ascii_lowercase
 
-from piip_core.demo.digit_scenes import NAMED_COLOURS, NUM_CLASSES, Scene, SceneConfig, render_scene
+from piip_digits.scenes import NAMED_COLOURS, NUM_CLASSES, Scene, SceneConfig, render_scene
 
 __all__ = [
     "CHAT_SCENES",

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from piip_core import BranchConfig, ConvNeXtConfig, InteractionConfig, PIIPConfig, TimmConfig
 from piip_core.branches import build_branch
 from piip_core.checkpoints import write_checkpoint
-from piip_core.demo.digit_composer import ABSENT, ComposedDigits, DigitComposer
-from piip_core.demo.digit_scenes import NAMED_COLOURS, NUM_CLASSES
-from piip_core.demo.model import demo_config
 from piip_core.pyramid import resize_for_branch
 from piip_core.zoo import MultimodalEntry, MultimodalScores
+from piip_digits.composer import ABSENT, ComposedDigits, DigitComposer
+from piip_digits.model import demo_config
+from piip_digits.scenes import NAMED_COLOURS, NUM_CLASSES
 
 from .questions import CHAT_SCENES
 

@@ -22,7 +22,7 @@ from llava_piip.demo.questions import (
     render_chat_scene,
     seen_digits,
 )
-from piip_core.demo.digit_scenes import NAMED_COLOURS, SceneConfig
+from piip_digits.scenes import NAMED_COLOURS, SceneConfig
 
 
 @pytest.fixture(scope="module")

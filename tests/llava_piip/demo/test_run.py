@@ -20,8 +20,8 @@ from llava_piip.demo.language import train_language_model
 from llava_piip.train.presets import parse_arguments
 from piip_core import ClassifierConfig, PIIPClassifier
 from piip_core.checkpoints import write_checkpoint
-from piip_core.demo.model import demo_config
 from piip_core.errors import CheckpointError, UserError
+from piip_digits.model import demo_config
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from llava_piip.demo.questions import CHAT_SCENES
 from llava_piip.image_processing import PIIPImageProcessor
 from piip_core import PIIP
 from piip_core.checkpoints import load_pretrained
-from piip_core.demo.digit_composer import ABSENT, ComposedDigits
-from piip_core.demo.digit_scenes import NAMED_COLOURS
+from piip_digits.composer import ABSENT, ComposedDigits
+from piip_digits.scenes import NAMED_COLOURS
 from piip_tools.timing import limited_threads
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from checkers.detection.segmentation import ToyEncoder
 from piip.modeling import FCNHead, PIIPBackbone, UperNetHead, feature_shapes
-from piip_core.demo.model import demo_config
 from piip_core.meta import on_meta
+from piip_digits.model import demo_config
 
 WIDTHS = (6, 8, 10, 12)
 SHAPES = {f"res{i + 2}": ShapeSpec(channels=width, stride=4 * 2**i) for i, width in enumerate(WIDTHS)}

@@ -18,7 +18,7 @@ from torchvision.transforms import Compose, InterpolationMode, PILToTensor, Rand
 
 from piip.lazy import lazy_dataclass
 from piip_core.classifier_config import ClassifierConfig
-from piip_core.demo.model import NUM_GROUPS, demo_config
+from piip_digits.model import NUM_GROUPS, demo_config
 
 from ..common.classifier import model
 from ..common.imagenet import data, dataloader

@@ -3,7 +3,7 @@
 From random weights boxes are learned long before classes, so it starts from the demo's classifier of single digits:
 
     python datasets/prepare_digits.py
-    python -m piip_core.demo --classifier
+    python -m piip.digit_demo --classifier
     OMP_NUM_THREADS=1 python tools/lazyconfig_train_net.py --num-gpus 2 \\
         --config-file projects/PIIP/configs/demo/piip_digits_dino.py
 
@@ -14,7 +14,7 @@ import dataclasses
 
 from piip.lazy import lazy_dataclass
 from piip_core import MergingConfig
-from piip_core.demo.model import NUM_GROUPS, demo_config
+from piip_digits.model import NUM_GROUPS, demo_config
 
 from ..common.dino import model
 from .piip_digits_mask_rcnn import data, dataloader, lr_multiplier, optimizer, train

@@ -4,7 +4,7 @@ As in the published hybrids, every stage of the ConvNeXt ends with a merging tha
 """
 
 from piip.lazy import lazy_dataclass
-from piip_core.demo.model import hybrid_config
+from piip_digits.model import hybrid_config
 
 from .piip_digits_mask_rcnn import data, dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,6 +1,6 @@
 """The demo: a small three-branch PIIP Mask R-CNN learns to find handwritten digits on photographs, on two CPU cores.
 
-`python -m piip_core.demo` builds the data set and starts this.
+`python -m piip.digit_demo` builds the data set and starts this.
 """
 
 import torch
@@ -11,7 +11,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from piip.lazy import lazy_dataclass
 from piip.modeling import PIIPFPN, PIIPBackbone, published_mask_rcnn
 from piip.solver import layer_decay_params
-from piip_core.demo.model import demo_config
+from piip_digits.model import demo_config
 
 from ..common.coco import data, dataloader
 from ..common.train import train

@@ -1,7 +1,7 @@
 """UperNet on the label maps of the digit scenes: ten digits and the background, by the published rules throughout.
 
     python datasets/prepare_digits.py
-    python -m piip_core.demo --classifier
+    python -m piip.digit_demo --classifier
     python tools/lazyconfig_train_net.py --config-file projects/PIIP/configs/demo/piip_digits_upernet.py --num-gpus 2
 
 With OMP_NUM_THREADS=1: two processes with a thread each are faster than one with two. The second command pretrains the
@@ -18,7 +18,7 @@ from piip.data.segmentation import IGNORE_LABEL
 from piip.lazy import lazy_dataclass
 from piip.solver import WarmupFactor
 from piip_core.config import MergingConfig
-from piip_core.demo.model import NUM_GROUPS, demo_config
+from piip_digits.model import NUM_GROUPS, demo_config
 
 from ..common.ade20k import data, dataloader
 from ..common.upernet import model

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ..files import atomic_path
+from piip_core.files import atomic_path
 
 __all__ = ["Curve", "draw_classified", "draw_confusion", "draw_curves", "draw_predictions", "read_metrics"]
 

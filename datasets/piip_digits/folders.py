@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data_folder import write_data_folder
-from .digit_scenes import SPLITS, load_samples, split_samples
+from .scenes import SPLITS, load_samples, split_samples
 
 __all__ = ["prepare_digit_images"]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from piip_core.demo import classifier
-from piip_core.demo.classifier import DigitClassifier, run_classifier
+from piip.digit_demo import classifier
+from piip.digit_demo.classifier import DigitClassifier, run_classifier
 
 
 def test_every_branch_learns():

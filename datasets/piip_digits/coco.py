@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from .data_folder import write_data_folder
-from .digit_scenes import NUM_CLASSES, SPLITS, Scene, SceneConfig, scenes
+from .scenes import NUM_CLASSES, SPLITS, Scene, SceneConfig, scenes
 
 __all__ = ["LABEL_NAMES", "label_map", "prepare_digits"]
 

@@ -9,8 +9,9 @@ from pycocotools.coco import COCO
 from scipy.ndimage import binary_dilation, binary_erosion
 from sklearn.datasets import load_digits
 
-from piip_core.demo import digit_dataset, digit_scenes
-from piip_core.demo.digit_scenes import NAMED_COLOURS, SceneConfig, digit_crops, render_scene, scenes
+from piip_digits import coco as digit_dataset
+from piip_digits import scenes as digit_scenes
+from piip_digits.scenes import NAMED_COLOURS, SceneConfig, digit_crops, render_scene, scenes
 
 
 @pytest.fixture(scope="module")

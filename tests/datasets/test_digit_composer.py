@@ -6,8 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from piip_core.demo.digit_composer import ABSENT, DigitComposer
-from piip_core.demo.digit_scenes import NAMED_COLOURS, split_samples
+from piip_digits.composer import ABSENT, DigitComposer
+from piip_digits.scenes import NAMED_COLOURS, split_samples
 
 
 @pytest.fixture(scope="module")

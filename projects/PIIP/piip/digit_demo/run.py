@@ -1,7 +1,7 @@
 """From nothing to pictures of a trained PIIP detector, on real images and without a download.
 
-    python -m piip_core.demo               # goes on where an earlier call stopped; a finished run is only drawn again
-    python -m piip_core.demo --restart     # trains from the beginning
+    python -m piip.digit_demo               # goes on where an earlier call stopped; a finished run is only drawn again
+    python -m piip.digit_demo --restart     # trains from the beginning
 
 Draws the data set of digits on photographs, trains a small three-branch PIIP Mask R-CNN on the CPU with
 tools/lazyconfig_train_net.py, evaluates it and draws what it finds. Without Detectron2 the same digits train a PIIP
@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
+from piip_digits.coco import prepare_digits
+
 from .classifier import run_classifier
-from .digit_dataset import prepare_digits
 from .drawing import Curve, draw_curves, draw_predictions, read_metrics
 
 __all__ = ["main"]
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[4]
 _TRAIN = _ROOT / "tools" / "lazyconfig_train_net.py"
 _STARTS = ("Starting training from iteration", "Nothing to train")  # what the training prints when it gets going
 _LOSSES = {"total_loss": "all", "loss_cls": "class", "loss_box_reg": "box", "loss_mask": "mask"}  # those drawn
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: command line; that of the process by default.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m piip_core.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m piip.digit_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=_ROOT / "output" / "demo", help="folder of everything written")
     parser.add_argument("--data", type=Path, default=_ROOT / "datasets" / "digits", help="folder of the data set")

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from piip_core.demo.digit_images import prepare_digit_images
-from piip_core.demo.digit_scenes import load_samples, split_samples
+from piip_digits.folders import prepare_digit_images
+from piip_digits.scenes import load_samples, split_samples
 
 
 def test_every_digit_is_in_one_split_below_its_class(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import publish_folder
+from piip_core.files import publish_folder
 
 __all__ = ["write_data_folder"]
 

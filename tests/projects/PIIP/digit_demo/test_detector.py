@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from piip_core.demo import run
+from piip.digit_demo import run
 
 pytest.importorskip("detectron2")
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .digit_scenes import PHOTOS, SPLITS, Palette, load_photo, load_samples, photo_crop, render_digit, split_samples
+from .scenes import PHOTOS, SPLITS, Palette, load_photo, load_samples, photo_crop, render_digit, split_samples
 
 __all__ = ["ABSENT", "ComposedDigits", "DigitComposer"]
 

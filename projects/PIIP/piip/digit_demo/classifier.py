@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints.head_names import HEADS
-from ..config import MergingConfig
-from ..files import atomic_path
-from ..pyramid import DensePIIP
-from .digit_scenes import NUM_CLASSES, digit_crops
+from piip_core.checkpoints.head_names import HEADS
+from piip_core.config import MergingConfig
+from piip_core.files import atomic_path
+from piip_core.pyramid import DensePIIP
+from piip_digits.model import NUM_GROUPS, demo_config
+from piip_digits.scenes import NUM_CLASSES, digit_crops
+
 from .drawing import Curve, draw_classified, draw_confusion, draw_curves
-from .model import NUM_GROUPS, demo_config
 
 __all__ = ["DigitClassifier", "run_classifier"]
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from piip_core.demo import run
+from piip.digit_demo import run
 
 
 @pytest.fixture
@@ -65,5 +65,5 @@ def test_foreign_data_folder_is_an_error(tmp_path, monkeypatch):
 
 
 def test_importing_the_demo_does_not_import_detectron2():
-    code = "import sys, piip_core.demo.run; assert 'detectron2' not in sys.modules"
+    code = "import sys, piip.digit_demo.run; assert 'detectron2' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from piip_core.demo import drawing
-from piip_core.demo.drawing import Curve, draw_classified, draw_confusion, draw_curves, draw_predictions, read_metrics
+from piip.digit_demo import drawing
+from piip.digit_demo.drawing import Curve, draw_classified, draw_confusion, draw_curves, draw_predictions, read_metrics
 
 
 def _entry(category: int, box: tuple[int, int, int, int], score: float | None = None, image_id: int = 1) -> dict:
