@@ -17,7 +17,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Replaces what MkDocs found in `docs` by pages and linked files of the whole repository."""
     pages = {path for pattern in PAGES for path in ROOT.glob(pattern)}
     linked = {(page.parent / link).resolve() for page in pages for link in LINK.findall(page.read_text("utf-8"))}
-    found = pages | {path for path in linked if path.is_file() and ROOT in path.parents}
+    found = pages | {ROOT / "docs/site.css"} | {path for path in linked if path.is_file() and ROOT in path.parents}
     theme = [file for file in files if Path(config.docs_dir) not in Path(file.abs_src_path).parents]
     return Files([*theme, *(_file(path, config) for path in sorted(found))])
 
