@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("*.md", "docs/**/*.md", "datasets/*.md", "llava_piip/**/*.md", "projects/*/*.md")
@@ -22,8 +23,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return Files([*theme, *(_file(path, config) for path in sorted(found))])
 
 
-def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) -> str:
-    """Leaves the text of links to folders, which a site does not list."""
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keeps of links to folders their text alone: a site does not list folders."""
     folder = ROOT.joinpath(page.file.src_uri).parent
     return re.sub(
         r"\[([^\]]+)\]\(([^)#:]+)\)", lambda link: link[1] if (folder / link[2]).is_dir() else link[0], markdown
