@@ -98,7 +98,7 @@ def test_wrong_folders_say_which_and_what_was_expected(files, tmp_path):
 
 def test_broken_headers_are_named_before_training(files):
     Image.fromarray(np.zeros((40, 56, 3), dtype=np.uint8)).save(files.labels / "1.png")
-    with pytest.raises(DatasetError, match=r"labels/1.png: a picture of mode RGB"):
+    with pytest.raises(DatasetError, match=r"labels/1.png: an image of mode RGB"):
         _load(files)
     (files.labels / "1.png").write_bytes(b"")
     with pytest.raises(UnreadableImageError, match=r"labels/1.png: the file is empty"):
