@@ -82,7 +82,7 @@ class ImageFolder:
 
     def _inside(self, name: str) -> Path:
         fix = "expected a path below it without '..'; correct the entry"
-        if ".." in PurePath(name).parts:
+        if ".." in PurePath(name.replace("\\", "/")).parts:
             raise DataError(f"image {name!r} may lead out of {self.root}: {fix}", Problem.OUTSIDE)
         path = self.root / name  # an absolute name replaces the root
         try:
