@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 from .errors import DatasetError, first_few
 
-__all__ = ["find_files", "leads_up", "warn_left_out"]
+__all__ = ["find_files", "leads_up", "named_endings", "warn_left_out"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,20 @@ def find_files(folder: str, endings: Collection[str], above: Sequence[str] = ())
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if not os.path.isdir(entry.path):
+        if not _is_folder(entry):
             (found if os.path.splitext(entry.name)[1].lower() in endings else others).append(entry.path)
         elif not leads_up(entry.path, above):
             for files, more in zip((found, others), find_files(entry.path, endings, above), strict=True):
                 files += more
     # Files of a folder before those of folders in it
     return sorted(found, key=os.path.split), others
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()  # asks the disk for links alone
+    except OSError:  # a link to itself
+        return False
 
 
 def leads_up(folder: str, above: Sequence[str]) -> bool:
@@ -55,6 +62,11 @@ def leads_up(folder: str, above: Sequence[str]) -> bool:
     if up:
         logger.warning("%s: is a link to a folder that it lies in, and is not followed", folder)
     return up
+
+
+def named_endings(endings: Sequence[str]) -> str:
+    """Endings in words."""
+    return endings[0] if len(endings) == 1 else ".jpg, .png or another ending of images that Pillow reads"
 
 
 def warn_left_out(folder: str, what: str, paths: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from piip_core.images import image_endings
 
 from ..categories import Category
 from ..errors import DatasetError, first_few
-from ..files import find_files, leads_up, warn_left_out
+from ..files import find_files, leads_up, named_endings, warn_left_out
 
 __all__ = [
     "check_same_classes",
@@ -190,7 +190,7 @@ def _read_classes(images: str, names: tuple[str, ...], changed: tuple[int, ...])
     if empty:
         raise DatasetError(
             f"{images}: {len(empty)} of {len(names)} classes (sub-folders) have no image: {first_few(empty)}: expected "
-            f"files that end in {', '.join(image_endings())}; remove such folders or fill them"
+            f"files that end in {named_endings(image_endings())}; remove such folders or fill them"
         )
     return found
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from piip_core.images import UnreadableImageError, image_endings
 
 from ..errors import DatasetError, first_few
-from ..files import find_files, warn_left_out
+from ..files import find_files, named_endings, warn_left_out
 from ..images import read_image_size
 from .classes import IGNORE_LABEL, LabelClasses, label_classes
 from .label_maps import LABEL_ENDING, check_label_header, read_label_map
@@ -212,7 +212,7 @@ def _files(folder: str, endings: Sequence[str], what: str) -> tuple[dict[str, st
     files, others = find_files(root, endings)
     if not files:
         seen = f"; there are {len(others)} other files, such as {others[0]}" if others else ""
-        raise DatasetError(f"{folder}: no {what}: expected files that end in {', '.join(endings)}{seen}")
+        raise DatasetError(f"{folder}: no {what}: expected files that end in {named_endings(endings)}{seen}")
     warn_left_out(folder, what, others)
     found: dict[str, str] = {}
     repeated = []
