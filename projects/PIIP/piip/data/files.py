@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import cache
 
 from .errors import DatasetError, first_few
 
@@ -57,11 +58,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def leads_up(folder: str, above: Sequence[str]) -> bool:
     """Whether a folder is a link to one of those above it, or to one that holds them; if so, a warning says it."""
+    if not os.path.islink(folder):
+        return False
     target = os.path.realpath(folder).rstrip(os.sep) + os.sep
-    up = os.path.islink(folder) and any(f"{place}{os.sep}".startswith(target) for place in above)
+    up = any(f"{place}{os.sep}".startswith(target) for place in above)
     if up:
-        logger.warning("%s: is a link to a folder that it lies in, and is not followed", folder)
+        _warn_of_link(folder)
     return up
+
+
+@cache  # folders are listed several times
+def _warn_of_link(folder: str) -> None:
+    logger.warning("%s: is a link to a folder that it lies in, and is not followed", folder)
 
 
 def named_endings(endings: Sequence[str]) -> str:

@@ -20,6 +20,8 @@ __all__ = ["CheckedDatasetMapper"]
 class CheckedDatasetMapper(DatasetMapper):
     """`DatasetMapper` that names the file when an image cannot be read or has another size than annotated.
 
+    It reads no label maps ("sem_seg_file_name").
+
     Args:
         is_train (bool): as in `DatasetMapper`.
         on_bad_image (str): "error" stops; "skip" (training only) returns None, which `build_train_loader` answers

@@ -25,7 +25,7 @@ _OTHER_COUNT = "number of images"
 _FOLDERS = "folders unusable"
 _NO_LABELS = "image without label map"
 _NO_IMAGE = "label map without image"
-_REPEATED = "several images of one name"
+_REPEATED = "several images or label maps of one name"
 _BAD_IMAGE = "image unreadable"
 _BAD_LABELS = "label map unusable"
 _OTHER_SIZE = "sizes differ"
@@ -145,7 +145,7 @@ def audit_label_maps(
     for kind, paths, advice in (
         (_NO_LABELS, found.without_labels, f"no label map of that name in {labels}"),
         (_NO_IMAGE, found.without_image, f"no image of that name in {images}"),
-        (_REPEATED, found.repeated, "expected one image of each name"),
+        (_REPEATED, found.repeated, "expected one image and one label map of each name"),
     ):
         result.problems += [(kind, path, f"{path}: {advice}") for path in paths]
     checked = read_all(lambda pair: _check(pair, classes), found.pairs, title=title, workers=workers, progress=progress)

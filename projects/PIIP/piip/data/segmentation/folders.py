@@ -54,7 +54,7 @@ class MatchedFiles:
         pairs: Images with their label maps, in the order of the names.
         without_labels: Images that have none.
         without_image: Label maps that have none.
-        repeated: Names of several images that differ only in the ending.
+        repeated: Names of several images, or of several label maps.
     """
 
     pairs: list[Pair]
@@ -76,14 +76,14 @@ def match_files(images: str, labels: str) -> MatchedFiles:
         DatasetError: If a folder is missing or empty, or both are the same.
     """
     pictures, repeated = _files(images, image_endings(), "images")
-    maps, _ = _files(labels, (LABEL_ENDING,), "labels")
+    maps, more = _files(labels, (LABEL_ENDING,), "labels")
     if os.path.realpath(images) == os.path.realpath(labels):
         raise DatasetError(f"{images}: images and label maps are in the same folder: expected two")
     return MatchedFiles(
         pairs=[Pair(name, pictures[name], maps[name]) for name in sorted(pictures) if name in maps],
         without_labels=[pictures[name] for name in sorted(pictures) if name not in maps],
         without_image=[maps[name] for name in sorted(maps) if name not in pictures],
-        repeated=repeated,
+        repeated=repeated + more,
     )
 
 
@@ -91,13 +91,13 @@ def find_pairs(images: str, labels: str) -> list[Pair]:
     """Images and their label maps, all of them; see `match_files`.
 
     Raises:
-        DatasetError: Also if an image has no label map, or two images have the same name.
+        DatasetError: Also if an image has no label map, or two images or label maps have the same name.
     """
     found = match_files(images, labels)
     if found.repeated:
         raise DatasetError(
-            f"{images}: {len(found.repeated)} names of several images that differ only in the ending: "
-            f"{first_few(found.repeated)}"
+            f"{images}, {labels}: {len(found.repeated)} names of several images, or of several label maps, that differ "
+            f"only in the ending or in how accents and folders are written: {first_few(found.repeated)}"
         )
     if found.without_labels:
         raise DatasetError(
