@@ -110,7 +110,17 @@ def protect_text(messages: Messages) -> Messages:
 
     Args:
         messages: {"role": ..., "content": text or parts}.
+
+    Raises:
+        ConversationError: For contents of another form.
     """
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if not isinstance(part, Mapping):
+                raise ConversationError(f"a content part is {part!r}: expected {{'type': 'text', 'text': ...}}")
+        if content is not None and not isinstance(content, (str, list, tuple)):
+            raise ConversationError(f"a message has the content {content!r}: expected text or a list of parts")
 
     def protected(content: Any) -> Any:
         if isinstance(content, str):

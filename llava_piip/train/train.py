@@ -65,7 +65,8 @@ def prepare(
         writes=training.should_save,
         wait=PartialState().wait_for_everyone,
     )
-    records = read_records(data.annotations, on_error=data.on_error)  # a mistake there is found before gigabytes are loaded
+    # a mistake there is found before gigabytes are loaded
+    records = read_records(data.annotations, on_error=data.on_error)
     set_seed(training.seed)
     network, processor, source = build_for_training(model, training)
     # in the processor, so that what is saved goes on as it was trained
