@@ -110,7 +110,17 @@ def protect_text(messages: Messages) -> Messages:
 
     Args:
         messages: {"role": ..., "content": text or parts}.
+
+    Raises:
+        ConversationError: For contents of another form.
     """
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if not isinstance(part, Mapping):
+                raise ConversationError(f"a content part is {part!r}: expected {{'type': 'text', 'text': ...}}")
+        if content is not None and not isinstance(content, (str, list, tuple)):
+            raise ConversationError(f"a message has the content {content!r}: expected text or a list of parts")
 
     def protected(content: Any) -> Any:
         if isinstance(content, str):
@@ -136,7 +146,8 @@ def has_image_parts(messages: Messages) -> bool:
     """Whether any message has an image among its parts."""
     contents = (message.get("content") for message in messages if isinstance(message, Mapping))
     parts = (part for content in contents if isinstance(content, (list, tuple)) for part in content)
-    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+    # image_url: OpenAI's word, which transformers translates
+    return any(isinstance(part, Mapping) and part.get("type") in ("image", "image_url") for part in parts)
 
 
 def render_conversation(
@@ -293,6 +304,12 @@ class _Expansion:
     has_images: bool
 
     def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedConversation:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConversationError(
+                f"the text has half of a character (a lone surrogate) after {text[: error.start][-30:]!r}: remove it"
+            ) from None
         supervised = bytearray(len(text))
         for start, end in spans:
             supervised[start:end] = b"\1" * (end - start)

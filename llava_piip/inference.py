@@ -21,7 +21,7 @@ from transformers import BatchFeature, GenerationConfig
 from piip_core.errors import CheckpointError, UserError
 
 from .configuration import PIIPLlavaConfig
-from .conversation import Messages, render_conversation
+from .conversation import ConversationError, Messages, render_conversation
 from .conversation_cache import ConversationCache
 from .loading import final_folder, is_trained_folder, load_trained
 from .processing import PIIPLlavaProcessor
@@ -116,7 +116,10 @@ class ChatModel:
             model = model.merge_and_unload() if quantization is None else model.get_base_model()
         if quantization is None:
             model.to(device)  # vision tower and projector of trained parts are not placed by the loading
-        return cls(model, processor)
+        try:
+            return cls(model, processor)
+        except ConversationError as error:  # renders a first conversation
+            raise CheckpointError(f"{path}: its chat template (chat_template.jinja) cannot be used: {error}") from error
 
     @property
     def device(self) -> torch.device:
@@ -240,7 +243,7 @@ class ChatModel:
         messages: Messages,
         images: Sequence[Any] = (),
         *,
-        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop: Sequence[str] = (),
@@ -253,7 +256,7 @@ class ChatModel:
         Args:
             messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
             images: Those of all messages, in order.
-            max_new_tokens: Most tokens of the answer.
+            max_new_tokens: Most tokens of the answer; None for 512, or fewer where the context has no room for them.
             temperature: See `generation_config`.
             top_p: See `generation_config`.
             stop: Texts that end the answer and are no part of it.
@@ -265,9 +268,13 @@ class ChatModel:
         Raises:
             UserError: As `encode` and `generation_config`.
         """
-        settings = self.generation_config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        inputs = self.encode(messages, images, max_new_tokens=max_new_tokens)
+        least = 1 if max_new_tokens is None else max_new_tokens
+        check_sampling(max_new_tokens=least, temperature=temperature, top_p=top_p)
+        inputs = self.encode(messages, images, max_new_tokens=least)
         ids = inputs["input_ids"][0].tolist()
+        if max_new_tokens is None:
+            max_new_tokens = min(DEFAULT_NEW_TOKENS, self.context_length - len(ids))
+        settings = self.generation_config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         return AnswerStream(
             partial(self._generate_one, ids, inputs.get("pixel_values"), settings),
             tokenizer=self.processor.tokenizer,

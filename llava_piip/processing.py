@@ -100,7 +100,9 @@ class PIIPLlavaProcessor(ProcessorMixin):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # such as audio=None
         if unknown := sorted(set(kwargs) - known):
             raise TypeError(f"{', '.join(unknown)}: no such setting; known: {', '.join(sorted(known))}")
-        prompts = [text] if isinstance(text, str) else list(text)
+        prompts = [text] if isinstance(text, str) else text
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(f"text={text!r}: expected a prompt or a list of prompts")
         per_prompt = _images_per_prompt(images, prompts)
         ids = [self.encode_prompt(prompt, len(found)) for prompt, found in zip(prompts, per_prompt, strict=True)]
         if max_length is not None:
@@ -132,11 +134,13 @@ class PIIPLlavaProcessor(ProcessorMixin):
             The prompt; with `tokenize` its ids, with `return_dict` what a call returns; `assistant_masks` (B, N) with
             `return_assistant_tokens_mask`.
         """
-        is_batch = len(conversation) > 0 and not isinstance(conversation[0], Mapping)
+        if not conversation:
+            raise UserError("conversation=[]: expected at least one message")
+        is_batch = isinstance(conversation[0], (list, tuple))
         conversations = [protect_text(messages) for messages in (conversation if is_batch else [conversation])]
-        has_masks = all(map(options.get, ("return_assistant_tokens_mask", "tokenize", "return_dict")))
-        if has_masks:
-            del options["return_assistant_tokens_mask"]  # transformers' way differs from version to version
+        # transformers' way to the masks differs from version to version
+        has_masks = options.pop("return_assistant_tokens_mask", False) and options.get("return_dict")
+        has_masks = has_masks and options.get("tokenize")
         result = super().apply_chat_template(conversations if is_batch else conversations[0], chat_template, **options)
         if has_masks:
             masks = [self._assistant_mask(messages, chat_template, options) for messages in conversations]

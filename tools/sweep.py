@@ -134,6 +134,7 @@ def write_config(setting: zoo.ZooEntry, path: str | os.PathLike[str], output_dir
         from detectron2.config import LazyConfig
 
         from piip.rows import apply_row
+        from piip.setting_types import unregister
     except ImportError as error:
         sys.exit(f"sweep: training needs Detectron2 ({error}); see README.md")
     cfg = LazyConfig.load(str(CONFIGS / zoo.get(BASES[setting.schedule]).config_file))
@@ -143,6 +144,7 @@ def write_config(setting: zoo.ZooEntry, path: str | os.PathLike[str], output_dir
     # What leads only to branches that are not merged gets no gradient
     cfg.train.ddp.find_unused_parameters = setting.config.merging.branches is not None
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    unregister()  # saving looks at every value
     with atomic_path(path) as aside:
         LazyConfig.save(cfg, str(aside))
 

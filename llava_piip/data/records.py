@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from tqdm import tqdm
 
 from .problems import DataError
 
 __all__ = ["Record", "Records", "parse_entry", "read_entries", "read_records"]
+
+_log = logging.getLogger(__name__)
+
+_NAMED = 3  # malformed entries that the log names
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -53,19 +58,24 @@ class Records(Sequence[Record]):
     Kept as the files' own text in one block and parsed when asked for: a million entries need little more than the
     size of their files, and forked workers share the block (lists of objects are copied, page by page, as soon as a
     worker looks at them).
+
+    Attributes:
+        malformed: How many entries were left out.
     """
 
-    def __init__(self, texts: Iterable[tuple[str, Iterable[str]]]) -> None:
-        """Takes over, per file, its name and the text of its entries."""
-        self._block, self._ends = bytearray(), array("Q", [0])
+    def __init__(self, texts: Iterable[tuple[str, Iterable[tuple[int, str]]]]) -> None:
+        """Takes over, per file, its name and its entries: the number and the text of each."""
+        self.malformed = 0
+        self._block, self._ends, self._numbers = bytearray(), array("Q", [0]), array("Q")
         self._sources: list[str] = []
         self._starts: list[int] = []  # number of the first entry of each source
         for source, entries in texts:
             self._sources.append(source)
             self._starts.append(len(self._ends) - 1)
-            for entry in entries:
+            for number, entry in entries:
                 self._block += entry.encode()
                 self._ends.append(len(self._block))
+                self._numbers.append(number)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -85,23 +95,45 @@ class Records(Sequence[Record]):
         number = range(len(self))[index]  # negative ones, and IndexError
         source = bisect_right(self._starts, number) - 1
         entry = json.loads(self._block[self._ends[number] : self._ends[number + 1]])
-        return parse_entry(entry, self._sources[source], number - self._starts[source])
+        return parse_entry(entry, self._sources[source], self._numbers[number])
 
 
-def read_records(paths: Paths) -> Records:
+def read_records(paths: Paths, *, on_error: Literal["raise", "skip"] = "raise") -> Records:
     """Reads conversation files: a list in .json, or one entry per line in .jsonl.
 
     Args:
         paths: One file or several; a mixture is the files one after the other.
+        on_error: "skip" leaves malformed entries out, counts them and names the first ones in the log.
 
     Raises:
-        DataError: If a file is missing, is not what its name says, has no entries, or an entry is malformed; with
-            file, entry and fix.
+        DataError: If a file is missing, is not what its name says or has no entries; if an entry is malformed and not
+            to be skipped, or all are; with file, entry and fix.
     """
     files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not files:
         raise DataError("no conversation file was given: name at least one .json or .jsonl file")
-    return Records((str(Path(file)), _checked(Path(file))) for file in files)
+    errors: list[DataError] = []
+
+    def checked(path: Path) -> Iterator[tuple[int, str]]:
+        for number, (entry, text) in enumerate(read_entries(path)):
+            try:
+                parse_entry(entry, str(path), number)
+            except DataError as error:
+                if on_error == "raise":
+                    raise
+                errors.append(error)
+                if len(errors) <= _NAMED:
+                    _log.warning("Entry left out: %s", error)
+                continue
+            yield number, text
+
+    records = Records((str(Path(file)), checked(Path(file))) for file in files)
+    records.malformed = len(errors)
+    if errors and not records:
+        raise DataError(f"{errors[0]}; none of {len(errors)} entries can be used")
+    if errors:
+        _log.warning("%d malformed entries left out, %d entries are used", len(errors), len(records))
+    return records
 
 
 def read_entries(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
@@ -148,7 +180,7 @@ def parse_entry(entry: Any, source: str, index: int) -> Record:
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {_short(entry)}, expected an object like {_EXAMPLE}")
     name = entry.get("id", index)
-    if not isinstance(name, (str, int)):
+    if not isinstance(name, (str, int)) or isinstance(name, bool):
         raise DataError(f"{where}: 'id' is {_short(name)}, expected a text or a number")
     where = f"{where} (id {str(name)!r})"
     turns = entry.get("conversations")
@@ -168,13 +200,6 @@ def parse_entry(entry: Any, source: str, index: int) -> Record:
     return Record(str(name), _images(entry, where), tuple(turns), source, index)
 
 
-def _checked(path: Path) -> Iterator[str]:
-    """The text of every entry, each of which makes a record."""
-    for number, (entry, text) in enumerate(read_entries(path)):
-        parse_entry(entry, str(path), number)
-        yield text
-
-
 def _entries_of_list(path: Path) -> Iterator[tuple[Any, str]]:
     """Entries and their text; one at a time, because the whole list as objects takes many times the file's size."""
     text = path.read_text(encoding="utf-8-sig")
@@ -191,7 +216,7 @@ def _entries_of_list(path: Path) -> Iterator[tuple[Any, str]]:
     for number in range(len(text)):
         try:
             entry, end = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: entry {number}: {_json_fault(error, text)}") from None
         yield entry, text[place:end]
         place = _skip(text, end)
@@ -215,7 +240,7 @@ def _entries_of_lines(path: Path) -> Iterator[tuple[Any, str]]:
                 continue
             try:
                 yield json.loads(line), line.strip()
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{path}: entry {number} (line {line_number}): {_json_fault(error, line)}; "
                     "a list over several lines must be named .json"
@@ -229,7 +254,9 @@ def _skip(text: str, place: int) -> int:
     return place
 
 
-def _json_fault(error: json.JSONDecodeError, text: str) -> str:
+def _json_fault(error: ValueError | RecursionError, text: str) -> str:
+    if not isinstance(error, json.JSONDecodeError):  # thousands of digits or brackets
+        return f"{error}; correct the file"
     if error.pos >= len(text.rstrip()):
         return f"the text ends inside of it ({error.msg}); an incomplete file must be loaded again"
     return f"{error.msg} at line {error.lineno}, column {error.colno}; correct the file"

@@ -28,7 +28,7 @@ def read_json(path: Path) -> Any:
     """
     with _reading(path):
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
             raise EvalError(f"{path}: no JSON ({error}); load it again") from None
 
@@ -52,7 +52,7 @@ def read_json_lines(
     Raises:
         EvalError: If the file is missing, or for such a line.
     """
-    with _reading(path), path.open(encoding="utf-8") as file:
+    with _reading(path), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if (broken is None and not line.strip()) or (only_ended and not line.endswith("\n")):
                 continue

@@ -6,11 +6,15 @@ python -m llava_piip.integrations.transformers_serve output/piip_llava --port 80
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from piip_core.errors import UserError
+
 from ..configuration import PIIPLlavaConfig
+from ..inference import model_folder
 from ..modeling import PIIPLlavaForConditionalGeneration
 
 __all__ = ["main", "make_known"]
@@ -28,10 +32,15 @@ def make_known() -> None:
 
 
 def main() -> None:
-    """`transformers serve` with the arguments of the command line."""
+    """`transformers serve` with the arguments of the command line, of which the first one is a model's folder."""
     from transformers.cli.transformers import main as run
 
     make_known()
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        try:
+            sys.argv[1] = str(model_folder(Path(sys.argv[1])))
+        except UserError as error:
+            sys.exit(f"error: {error}")
     sys.argv[:1] = ["transformers", "serve"]
     run()
 

@@ -12,7 +12,7 @@ from piip_core.errors import UserError
 from ..inference import DTYPES, QUANTIZATIONS, ChatModel
 from .remote import RemoteModel
 
-__all__ = ["add_model_arguments", "exit_status", "load_model"]
+__all__ = ["add_model_arguments", "check_text", "exit_status", "load_model"]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--server", metavar="URL", help="ask an OpenAI-compatible server instead, such as http://127.0.0.1:8000/v1"
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: the first GPU, or the CPU)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="precision (default: the file's)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="precision (default auto: the file's)")
     parser.add_argument(
         "--load-in", choices=list(QUANTIZATIONS), help="quantise the language model (needs bitsandbytes)"
     )
@@ -37,14 +37,28 @@ def load_model(args: argparse.Namespace) -> ChatModel | RemoteModel:
     """Loads or reaches the model that the options of `add_model_arguments` name.
 
     Raises:
-        UserError: If neither a model nor a server is given, or as `ChatModel.load` and `RemoteModel`.
+        UserError: If neither a model nor a server is given, an option that belongs to the other, or a text that is no
+            UTF-8; or as `ChatModel.load` and `RemoteModel`.
     """
+    check_text(args.system or "", "--system")
     if args.server is not None:
+        for option in ("device", "dtype", "load_in", "seed"):
+            if getattr(args, option, None) is not None:
+                name = option.replace("_", "-")
+                raise UserError(f"--{name} with --server {args.server}: the server decides that; leave --{name} out")
         return RemoteModel(args.server, name=args.model)
     if args.model is None:
         raise UserError("--model DIR: expected a model's folder, or --server URL")
     print(f"loading {args.model} ...", file=sys.stderr, flush=True)
-    return ChatModel.load(args.model, device=args.device, dtype=args.dtype, quantization=args.load_in)
+    return ChatModel.load(args.model, device=args.device, dtype=args.dtype or "auto", quantization=args.load_in)
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises a `UserError` for a text with bytes that are no UTF-8, which Python reads as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is not UTF-8 text: convert it") from None
 
 
 def exit_status(run: Callable[[], int]) -> int:

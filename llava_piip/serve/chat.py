@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from piip_core.errors import UserError
+
 from ..inference import DEFAULT_NEW_TOKENS, check_sampling
 from .arguments import add_model_arguments, exit_status, load_model
 from .dialogue import Conversation, open_image
@@ -49,16 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=DEFAULT_NEW_TOKENS,
-        help=f"most tokens of an answer (default {DEFAULT_NEW_TOKENS})",
+        help=f"most tokens of an answer (default {DEFAULT_NEW_TOKENS}, or as many as the context has room for; "
+        "with --server as the server has it)",
     )
     args = parser.parse_args(arguments)
     return exit_status(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    settings = {"temperature": args.temperature, "top_p": args.top_p}
+    if args.max_new_tokens is not None:
+        settings["max_new_tokens"] = args.max_new_tokens
     check_sampling(**settings)
+    if args.seed is not None and not -(2**63) <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed}: expected a number of 64 bits")
     conversation = Conversation(args.system)
     conversation.pending = [open_image(source) for source in args.image]
     chat = load_model(args)

@@ -156,7 +156,7 @@ def open_image(source: str) -> ChatImage:
     Raises:
         UserError: If there is no image, or it is too large.
     """
-    if source.startswith(("http://", "https://", "data:")):
+    if source.lower().startswith(("http://", "https://", "data:")):
         return ChatImage(read_image(_fetched(source), source[:100], as_viewed=True), source)
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if not path.is_file():

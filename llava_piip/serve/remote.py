@@ -13,7 +13,6 @@ from PIL import Image
 
 from piip_core.errors import ConfigError, UserError
 
-from ..inference import DEFAULT_NEW_TOKENS
 from ..streaming import FinishReason
 
 try:
@@ -43,19 +42,20 @@ class RemoteModel:
         try:
             self.name = name or next(iter(self._client.models.list())).id
         except (openai.OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:  # whatever answers
-            raise UserError(f"--server {url}: names no model ({error}); is it an OpenAI-compatible API?") from error
+            reason = _reason(error)
+            raise UserError(f"--server {url}: names no model ({reason}); is it an OpenAI-compatible API?") from error
 
     def stream(
         self,
         messages: Sequence[Mapping[str, Any]],
         images: Sequence[Image.Image] = (),
         *,
-        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         stop_event: threading.Event | None = None,
     ) -> RemoteStream:
-        """Answers the last message; see `ChatModel.stream`.
+        """Answers the last message; see `ChatModel.stream`. Without `max_new_tokens` the server limits the answer.
 
         Raises:
             UserError: If the server refuses or does not answer.
@@ -64,13 +64,13 @@ class RemoteModel:
             chunks = self._client.chat.completions.create(
                 model=self.name,
                 messages=_with_images(messages, images),
-                max_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
                 stream=True,
+                **({} if max_new_tokens is None else {"max_tokens": max_new_tokens}),
             )
         except openai.OpenAIError as error:
-            raise UserError(f"the server says: {error}") from error
+            raise UserError(f"the server says: {_reason(error)}") from error
         return RemoteStream(chunks, stop_event or threading.Event())
 
 
@@ -91,7 +91,7 @@ class RemoteStream(Iterator[str]):
                 chunk = next(self._chunks, None)
             except (openai.OpenAIError, AttributeError, ValueError) as error:  # ValueError: no JSON
                 self.finish_reason = "cancelled"
-                raise UserError(f"the server says: {error}") from error
+                raise UserError(f"the server says: {_reason(error)}") from error
             if chunk is None:
                 self.close()
                 raise UserError("the server ended its answer before it was complete")
@@ -118,6 +118,12 @@ class RemoteStream(Iterator[str]):
         text = text if self._started else text.lstrip()
         self._started = self._started or bool(text)
         return text
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; openai says of every connection only that it failed."""
+    cause = error.__cause__
+    return f"{str(error).rstrip('.')}: {cause or type(cause).__name__}" if cause is not None else str(error)
 
 
 def _with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 from piip_core.errors import UserError
 
 from ..inference import ChatModel
+from .arguments import check_text
 from .dialogue import ChatImage, Conversation, open_image
 from .remote import RemoteModel
 
@@ -81,7 +82,7 @@ class Terminal:
     def _step(self) -> bool:
         """One line of the input; whether there may be another."""
         try:
-            line = input("you: " if self._interactive else "").strip()
+            line = input("you: " if self._interactive else "")
         except (EOFError, RuntimeError):  # RuntimeError: a closed standard input
             return False
         except KeyboardInterrupt:
@@ -92,8 +93,8 @@ class Terminal:
         except UnicodeDecodeError:
             line = _BROKEN
         try:
-            _check_text(line)
-            return self._command(line) if line.startswith("/") else self._question(line)
+            check_text(line, "the line")
+            return self._command(line.strip()) if line.startswith("/") else self._question(line.strip())
         except UserError as error:
             if not self._interactive:
                 raise
@@ -107,7 +108,10 @@ class Terminal:
     def _command(self, line: str) -> bool:
         name, _, argument = line.partition(" ")
         if name not in self._commands:
-            raise UserError(f"{name}: no such command; known: {', '.join(self._commands)}")
+            known = ", ".join(self._commands)
+            raise UserError(
+                f"{name}: no such command; known: {known}; put a space before a question that starts with /"
+            )
         expected, _, run = self._commands[name]
         argument = argument.strip().strip("\"'")
         if bool(expected) != bool(argument):
@@ -188,13 +192,6 @@ class Terminal:
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stdout if self._interactive else sys.stderr, flush=True)
-
-
-def _check_text(line: str) -> None:
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError("the line is not UTF-8 text: convert it") from None
 
 
 def _printable(text: str) -> str:

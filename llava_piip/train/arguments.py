@@ -67,7 +67,7 @@ class DataArguments:
     )
     on_error: str = field(
         default="raise",
-        metadata=_help("an image that cannot be used: 'raise' stops, 'skip' leaves its sample out and counts"),
+        metadata=_help("a malformed entry or an unusable image: 'raise' stops, 'skip' leaves it out and counts"),
     )
     follow_links: bool = field(default=False, metadata=_help("whether links below an image folder may lead out of it"))
     chat_template: str = field(

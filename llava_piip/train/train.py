@@ -65,7 +65,8 @@ def prepare(
         writes=training.should_save,
         wait=PartialState().wait_for_everyone,
     )
-    records = read_records(data.annotations)  # a mistake there is found before gigabytes are loaded
+    # a mistake there is found before gigabytes are loaded
+    records = read_records(data.annotations, on_error=data.on_error)
     set_seed(training.seed)
     network, processor, source = build_for_training(model, training)
     # in the processor, so that what is saved goes on as it was trained
@@ -106,7 +107,8 @@ def _report_data(trainer: PIIPTrainer) -> None:
     skipped, conversations, turns = trainer.accelerator.reduce(own).tolist()
     if trainer.is_world_process_zero():
         print(
-            f"data: {skipped} samples skipped; {conversations} conversations cut to max_length, by {turns} turns in all"
+            f"data: {dataset.records.malformed} malformed entries left out, {skipped} samples skipped; "
+            f"{conversations} conversations cut to max_length, by {turns} turns in all"
         )
 
 

@@ -1,5 +1,7 @@
 """The processor: ids, padding, images and their places, bad input."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,8 @@ def test_prompt_without_image_takes_the_tag_for_text(processor):
         (["<image>", "<image>"], [[picture(0)]], "1 lists of images for 2 prompts"),
         (["<image>", "none"], [[], [picture(0)]], "0 <image> for 1 images"),
         (None, [picture(0)], "expected a prompt"),
+        (3, None, "text=3: expected a prompt or a list of prompts"),
+        ([None], None, r"text=\[None\]: expected a prompt"),
     ],
 )
 def test_places_that_do_not_match_the_images_are_errors(processor, text, images, message):
@@ -87,6 +91,12 @@ def image_part(value):
 
 def text_part(text):
     return {"type": "text", "text": text}
+
+
+@dataclass
+class Message:
+    role: str
+    content: str
 
 
 TAGGED = [
@@ -145,6 +155,48 @@ def test_assistant_masks_are_the_answers(processor, add_generation_prompt):
         batch["input_ids"], masks, ("A cat.</s>", "The tag <image> stands for an image.</s>"), strict=True
     ):
         assert processor.tokenizer.decode(ids[mask.bool()]) == expected
+
+
+def test_masks_come_with_a_dictionary_only(processor):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "A cat."}]
+    ids = processor.apply_chat_template(messages, tokenize=True, return_assistant_tokens_mask=True)
+    batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert torch.equal(torch.as_tensor(ids), torch.as_tensor(batch["input_ids"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "audio"}], "type 'audio': expected 'image' or 'text'"),
+        (["a", "b"], "a content part is 'a'"),
+        ([None], "a content part is None"),
+        (3, "has the content 3"),
+        ("ab\ud83d", "half of a character .* after .*ab"),
+        ([text_part("ab\ud83d"), text_part("c")], "half of a character"),
+    ],
+)
+def test_contents_that_are_no_text_are_told(processor, content, message):
+    with pytest.raises(Exception, match=message):
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+
+
+def test_forms_of_openai_mean_the_same(processor):
+    answer = {"role": "assistant", "content": "b"}
+    messages = [{"role": "user", "content": "a"}, answer, {"role": "user", "content": "c"}]
+    expected = processor.apply_chat_template(messages, add_generation_prompt=True)
+    without_value = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls"))
+    dumped = [messages[0], {**answer, **without_value}, messages[2]]
+    assert processor.apply_chat_template(dumped, add_generation_prompt=True) == expected
+    objects = [Message(**message) for message in messages]
+    assert processor.apply_chat_template(objects, add_generation_prompt=True) == expected
+    address = {"type": "image_url", "image_url": {"url": "a.png"}}
+    prompts = [
+        processor.apply_chat_template([{"role": "user", "content": [image, text_part("<image>?")]}])
+        for image in (address, image_part(1))
+    ]
+    assert prompts[0] == prompts[1]
+    with pytest.raises(UserError, match="at least one message"):
+        processor.apply_chat_template([])
 
 
 def test_truncation_is_refused_with_the_reason(processor):

@@ -1,5 +1,7 @@
 """PIIP for Detectron2: backbone, published training settings, data, training and prediction."""
 
-from . import epochs
+from . import epochs, setting_types
 
-epochs.register()  # saved configurations use it, and importing anything of ours comes before
+# Saved configurations use them, and importing anything of ours comes before
+epochs.register()
+setting_types.register()

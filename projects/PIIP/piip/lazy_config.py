@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import LazyConfig
-from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from piip.data import Category, DatasetError, coco_categories
 from piip.data.classification.folders import check_same_classes, count_train_images, folder_categories
 from piip.data.segmentation import label_classes
+from piip.setting_types import arguments, check_settings, expected_type, fit, target_of, unregister
 from piip_core.errors import ConfigError
 
 __all__ = [
@@ -33,14 +34,15 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Loads a LazyConfig and applies `key=value` overrides, which must name things that exist.
+    """Loads a LazyConfig and applies `key=value` overrides, which must name things that exist and have their type.
 
     Args:
         config_file: Python or YAML LazyConfig.
         overrides: Such as "train.max_iter=100"; write "+a.b=1" to add a key.
 
     Raises:
-        ConfigError: If the file does not exist, or an override cannot be parsed or names no existing key.
+        ConfigError: If the file does not exist, or an override cannot be parsed, names no existing key or has a value
+            of another type.
     """
     if not os.path.isfile(config_file):
         raise ConfigError(f"--config-file {config_file!r}: no such file (looked from {os.getcwd()})")
@@ -54,9 +56,31 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
                 f"override {text!r}: expected key=value; quote values with special characters twice, "
                 f"as in 'key=\"a (b)\"' ({str(error).splitlines()[0]})"
             ) from error
-        if not override.is_add():
-            _check_exists(cfg, override.key_or_group, text)
-    return LazyConfig.apply_overrides(cfg, list(overrides))
+        if override.is_delete() or override.package or override.is_sweep_override():
+            raise ConfigError(
+                f"override {text!r}: expected key=value with one value; quote text with commas twice, as in "
+                "'key=\"a,b\"', write key=null for none"
+            )
+        adds = override.is_add() or override.is_force_add()
+        _set(cfg, override.key_or_group, override.value(), text, adds, text.partition("=")[2].strip())
+    unregister()
+    check_settings(cfg)
+    return cfg
+
+
+def _set(cfg: DictConfig, key: str, value: Any, override: str, adds: bool, written: str | None = None) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _set(cfg, f"{key}.{name}", inner, override, adds)
+        return
+    if not adds:
+        _check_exists(cfg, key, override)
+    try:
+        if not (isinstance(value, str) and "${" in value):  # checked when everything is known
+            value = fit(value, expected_type(cfg, key), key, text=written)
+        OmegaConf.update(cfg, key, value)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"override {override!r}: {str(error).splitlines()[0]}") from error
 
 
 def _check_exists(cfg: DictConfig, key: str, text: str) -> None:
@@ -71,28 +95,11 @@ def _check_exists(cfg: DictConfig, key: str, text: str) -> None:
         near = difflib.get_close_matches(top, [str(k) for k in cfg], n=1)
         hint = f"; did you mean {near[0]!r}?" if near and near[0] != top else ""
         raise ConfigError(f"override {text!r}: the configuration has no {parent_key!r}{hint}")
-    if name in parent or name in _arguments(parent):
+    if name in parent or ("_target_" in parent and name in arguments(target_of(parent))):
         return
     near = difflib.get_close_matches(name, [str(k) for k in parent], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"override {text!r}: {parent_key or 'the configuration'} has no {name!r}{hint} (+{text} adds it)")
-
-
-def _arguments(node: DictConfig) -> set[str]:
-    """Names of the arguments that a LazyCall's target takes, given in the configuration or not."""
-    target = node.get("_target_")
-    target = locate(target) if isinstance(target, str) else target
-    if target is None:
-        return set()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found: set[str] = set()
-    # a class that takes anything else hands it on to the next one
-    for taker in target.__mro__ if inspect.isclass(target) else (target,):
-        parameters = inspect.signature(taker).parameters.values()
-        found |= {parameter.name for parameter in parameters if parameter.kind in named}
-        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return found
 
 
 def check_device(device: str) -> torch.device:

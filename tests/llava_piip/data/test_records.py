@@ -91,6 +91,36 @@ def test_malformed_entries_are_named(write, entries, message):
     assert str(error.value).startswith(str(path))
 
 
+MALFORMED = [
+    3,
+    None,
+    [],
+    {"id": "x"},
+    {**GOOD, "id": None},
+    {**GOOD, "id": 1.0},
+    {**GOOD, "id": True},
+    {**GOOD, "conversations": None},
+    {**GOOD, "conversations": []},
+    {**GOOD, "conversations": [None]},
+    *[{**GOOD, "conversations": [*TURNS, {"from": "gpt", "value": v}]} for v in (None, 3, ["a"], "ab\ud83d")],
+    {**GOOD, "image": ["a.jpg", None]},
+    {**GOOD, "image": 3},
+]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_malformed_entries_are_left_out_and_counted(write, name, caplog):
+    path = write([GOOD, *MALFORMED, {**GOOD, "id": 7, "image": None}], name)
+    records = read_records([path, path], on_error="skip")
+    assert [(r.id, r.index, r.images) for r in records] == [("1", 0, ()), ("7", len(MALFORMED) + 1, ())] * 2
+    assert records.malformed == 2 * len(MALFORMED)
+    assert f"{path}: entry 1 is 3, expected an object" in caplog.text
+    assert f"{2 * len(MALFORMED)} malformed entries left out, 4 entries are used" in caplog.text
+    assert len(caplog.records) == 4
+    with pytest.raises(DataError, match=r"entry 0 is 3, .* none of \d+ entries can be used"):
+        read_records(write(MALFORMED, name), on_error="skip")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -106,6 +136,8 @@ def test_malformed_entries_are_named(write, entries, message):
         ("a.jsonl", json.dumps([GOOD], indent=1), r"entry 0 \(line 1\): .* must be named .json"),
         ("a.jsonl", json.dumps(GOOD) + "\n\n{oops}\n", r"entry 1 \(line 3\)"),
         ("a.jsonl", "\n \n", "has no entries"),
+        ("a.json", "[" * 100_000, "entry 0: .* correct the file"),
+        ("a.jsonl", '{"id": ' + "9" * 5000 + "}", "entry 0 .line 1.: .* correct the file"),
         ("a.txt", json.dumps([GOOD]), r"expected a file named .json .* or .jsonl"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from llava_piip.eval import BENCHMARKS, Answer, EvalError
+from llava_piip.eval.files import read_json, read_json_lines, read_table
 
 ASKED = {"image": "a.png", "text": "What?\nAnswer the question using a single word or phrase.", "category": "x"}
 LINES = {
@@ -80,3 +81,14 @@ def test_damaged_labels_are_told(name, file, tmp_path, write_lines):
         except EvalError as error:
             told.append(str(error))
     assert len(told) > 10 and sum(file.rpartition("/")[2] in message for message in told) > len(told) / 2
+
+
+def test_byte_order_marks_are_read_over(tmp_path):
+    """Editors and spreadsheets put them in front."""
+    file = tmp_path / "file"
+    file.write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8-sig")
+    assert list(read_json_lines(file)) == [(1, {"a": 1}), (2, {"a": 2})]
+    file.write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(file) == {"a": 1}
+    file.write_text("a\tb\n1\t2\n", encoding="utf-8-sig")
+    assert list(read_table(file)) == [(2, {"a": "1", "b": "2"})]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llava_piip.inference import ChatModel
+from llava_piip.integrations.transformers_serve import main
 from llava_piip.serve.remote import RemoteModel
 
 openai = pytest.importorskip("openai")
@@ -72,3 +73,9 @@ def test_answers_are_the_models_own(server, chat_folder, pictures):
             pieces = list(stream)
         assert "".join(pieces).strip() == expected and stream.finish_reason == "length" and len(pieces) > 2
     assert found[0] != found[1]
+
+
+def test_a_missing_folder_is_told_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["serve", str(tmp_path / "none"), "--port", "1"])
+    with pytest.raises(SystemExit, match="none: is no folder; expected one that training or the converter wrote"):
+        main()

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -148,17 +149,18 @@ def test_the_first_mistake_ends_a_pipe_and_not_a_conversation(monkeypatch, tmp_p
         ("/image", "expected: /image FILE|URL"),
         ("/reset now", "expected: /reset"),
         ("/load x", "/load: no such command; known: /image, /reset"),
+        ("/ is what?", "put a space before a question that starts with /"),
         ("/save chat.txt", "chat.txt: expected a name that ends in .json or .md"),
         (f"/save {tmp_path}/none/chat.md", "cannot be written (No such file or directory)"),
     ]
     for line, message in wrong:
         assert talk(monkeypatch, Answers(), line, "Hello", terminal=False) == 2
         assert message in capsys.readouterr().err
-    chat = Answers(["Fine."])
-    assert talk(monkeypatch, chat, *[line for line, _ in wrong], "How are you?") == 0
+    chat = Answers(["Fine."], ["A root."])
+    assert talk(monkeypatch, chat, *[line for line, _ in wrong], "How are you?", " / is what?") == 0
     printed = capsys.readouterr().out
     assert all(message in printed for _, message in wrong)
-    assert contents(chat.asked) == [["How are you?"]]
+    assert contents(chat.asked) == [["How are you?"], ["How are you?", "Fine.", "/ is what?"]]
 
 
 @pytest.mark.parametrize("broken", ["caf\udce9", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no text")])
@@ -278,6 +280,7 @@ def test_images_are_opened_by_content(files, tmp_path, monkeypatch):
         ("http://127.0.0.1:1/a.png", "no image could be read"),
         ("data:image/png", "no image could be read"),
         ("data:text/plain;base64,aGk=", "is no image"),
+        ("HTTP://127.0.0.1:1/a.png", "no image could be read from there"),
     ]:
         with pytest.raises(UserError, match=message):
             open_image(source)
@@ -302,6 +305,52 @@ def test_command_line_names_mistakes_before_the_first_question(model_folder, tmp
     ]:
         assert main(options) == 2
         assert message in capsys.readouterr().err
+
+
+SERVER = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--server", SERVER, "--device", "cpu"], f"--device with --server {SERVER}: the server decides that"),
+        (["--server", SERVER, "--dtype", "float32"], "--dtype with --server"),
+        (["--server", SERVER, "--load-in", "4bit"], "--load-in with --server"),
+        (["--server", SERVER, "--seed", "0"], "--seed with --server"),
+        (["--model", "none", "--seed", str(2**64)], f"--seed {2**64}: expected a number of 64 bits"),
+        (["--model", "none", "--seed", str(-(2**63) - 1)], "expected a number of 64 bits"),
+        (["--model", "none", "--system", "caf\udce9"], "--system is not UTF-8 text"),
+        (["--server", SERVER], "names no model (Connection error: "),
+    ],
+)
+def test_options_that_cannot_work_are_told_in_one_line(capsys, options, message):
+    if "Connection" in message:
+        pytest.importorskip("openai")
+    assert main(options) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+
+
+def test_without_a_limit_an_answer_ends_with_the_context(tiny_chat):
+    question = [{"role": "user", "content": "Hi"}]
+    room = tiny_chat.context_length - tiny_chat.encode(question, max_new_tokens=1)["input_ids"].shape[1]
+    stream = tiny_chat.stream(question)
+    whole = "".join(stream)
+    assert stream.finish_reason == "stop" or stream.answer_tokens == room
+    assert "".join(tiny_chat.stream(question, max_new_tokens=room)) == whole
+    for too_much in (
+        {"messages": question, "max_new_tokens": room + 1},
+        {"messages": [question[0] | {"content": "Hi " * 600}]},
+    ):
+        with pytest.raises(UserError, match="nothing is cut"):
+            tiny_chat.stream(**too_much)
+
+
+def test_a_broken_chat_template_names_its_file(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for x in %} {{ broken")
+    with pytest.raises(UserError, match=r"model: its chat template \(chat_template.jinja\) cannot be used: Expected"):
+        ChatModel.load(folder, device="cpu")
 
 
 def test_help_shows_examples_that_parse(capsys):

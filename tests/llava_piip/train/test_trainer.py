@@ -1,5 +1,6 @@
 """Runs of the trainer in one process: the log, the checkpoints, going on after an interruption, the adapters."""
 
+import json
 import math
 
 import bitsandbytes
@@ -187,8 +188,13 @@ def test_a_broken_image_in_a_worker_stops_with_its_name_or_is_skipped_and_counte
     assert main(files.command(tmp_path / "run", *more)) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert "error: " in error and "4.png" in error and "Traceback" not in error
+    entries = json.loads(files.annotations.read_text())
+    (tmp_path / "more.json").write_text(json.dumps([{"id": None}, *entries]))
+    more = (*more, "--annotations", str(tmp_path / "more.json"))
+    assert main(files.command(tmp_path / "third", *more)) == 2
+    assert "entry 0: 'id' is None" in capfd.readouterr().err.strip().splitlines()[-1]
     assert main(files.command(tmp_path / "other", *more, "--on_error", "skip")) == 0
-    assert "data: 1 samples skipped" in capfd.readouterr().out
+    assert "data: 1 malformed entries left out, 1 samples skipped" in capfd.readouterr().out
 
 
 def test_links_out_of_the_image_folder_are_followed_on_request(files, tmp_path, capfd):
