@@ -60,7 +60,7 @@ def _set(kind, index, key, value):
         (_set("annotations", 2, "image_id", 77), ["1 x annotation of an image", "annotation 3 (image_id 77)"]),
         (_set("annotations", 0, "bbox", [1, 2, 3]), ["four finite numbers", "annotation 1 (bbox [1, 2, 3])"]),
         (_set("annotations", 0, "bbox", [1, 2, 3, float("nan")]), ["four finite numbers", "annotation 1"]),
-        (_set("annotations", 3, "id", 1), ["annotation id used more than once: annotation 1"]),
+        (_set("categories", 1, "id", 40), ["category id used more than once: category 40"]),
         (_set("annotations", 3, "ignore", 1), ["'ignore'", "annotation 4"]),
         (_drop_key("annotations", 4, "category_id"), ["without a valid 'category_id'", "annotation 5"]),
         (_drop_key("annotations", 5, "segmentation"), ["without 'segmentation'", "annotation 6"]),
@@ -190,15 +190,6 @@ def test_evaluating_the_ground_truth_gives_full_marks(coco, tmp_path):
     results = evaluator.evaluate()
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert results["segm"]["AP"] == pytest.approx(100)
-
-
-def test_annotation_id_zero_is_warned_about(coco, caplog):
-    data = coco.read()
-    data["annotations"][0]["id"] = 0
-    coco.write(data)
-    with caplog.at_level(logging.WARNING, logger="piip"):
-        _load(coco)
-    assert any("number annotations from 1" in record.getMessage() for record in caplog.records)
 
 
 def test_real_or_synthetic_data_set_loads(real_coco):
