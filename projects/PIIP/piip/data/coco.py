@@ -139,7 +139,7 @@ class _Evaluator(COCOEvaluator):
         """As `COCOEvaluator`."""
         results = super().evaluate(*args, **kwargs)
         if results and self.unseen:
-            logger.warning("AP is NaN for the categories without an object, and the mean without them: %s", self.unseen)
+            logger.warning("AP is NaN for categories without an object, and the mean of the others: %s", self.unseen)
         return results
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import Findings
@@ -71,20 +72,16 @@ def check_annotations(
     return kept, changed or sum(map(len, kept.values())) < len(annotations)
 
 
+@dataclass
 class _Check:
-    """Checks and mends one annotation after the other."""
+    """Checks and mends one annotation after the other; the arguments of `check_annotations`."""
 
-    def __init__(
-        self,
-        images: Mapping[int, Mapping[str, Any]],
-        category_ids: Collection[int],
-        found: Findings,
-        training: bool,
-        require_masks: bool,
-    ) -> None:
-        self.images, self.category_ids, self.found = images, category_ids, found
-        self.training, self.require_masks = training, require_masks
-        self.changed = False
+    images: Mapping[int, Mapping[str, Any]]
+    category_ids: Collection[int]
+    found: Findings
+    training: bool
+    require_masks: bool
+    changed: bool = False
 
     def usable(self, annotation: dict[str, Any], number: int) -> bool:
         """Mends an annotation; False if it is to be left out, or an error was found."""
