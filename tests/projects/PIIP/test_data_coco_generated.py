@@ -47,7 +47,7 @@ class _Object:
     box: list[float]
     crowd: bool
     mask: np.ndarray  # (height, width) bool
-    area: float
+    has_area: bool
 
 
 _SAME_FLAG = {False: [0, 0, False, "0", None, 0.0, ...], True: [1, True, "1", 1.0]}
@@ -85,66 +85,66 @@ _BAD_MASKS = [
 
 
 @st.composite
+def _annotations(draw: st.DrawFn, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of an annotation but its ids, and of the `_Object` that it means."""
+    some = lambda values: draw(st.sampled_from(values))  # noqa: E731
+    whole = lambda low, high: draw(st.integers(low, high))  # noqa: E731
+    (height, width), crowd = size, some([False, False, False, True])
+    x, y = whole(0, 4 * width - 2) / 4, whole(0, 4 * height - 2) / 4
+    box = [x, y, whole(1, round(4 * (width - x))) / 4, whole(1, round(4 * (height - y))) / 4]
+    polygon = _polygon(box)
+    mask = _pixels([polygon], height, width)
+    encoded = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    ends = np.flatnonzero(np.diff(mask.flatten("F"), prepend=False, append=not mask[-1, -1]))
+    masks = [
+        [polygon],
+        polygon,
+        [polygon, [1, 1, 2, 2], []],
+        {"size": [height, width], "counts": encoded},
+        {"size": [float(height), width], "counts": np.diff(ends, prepend=0).tolist()},
+    ]
+    fields = {"bbox": box, "segmentation": some(masks), "iscrowd": some(_SAME_FLAG[crowd])}
+    fields |= {
+        "area": some([1, 99.5, 0, None, ..., "7", math.nan, -1, 1e11]),
+        "keypoints": some([..., None, [1, 2, 2], ["x"]]),
+    }
+    meaning = {"box": box, "crowd": crowd, "mask": mask, "has_area": fields["area"] != 0}
+    return fields, meaning
+
+
+@st.composite
 def _files(draw: st.DrawFn) -> tuple[dict[str, Any], bytes, list[_Object], str]:
     """A file, the bytes before it, what its objects are, and what it is to be refused for: "", "field" or "mask"."""
     some = lambda values: draw(st.sampled_from(values))  # noqa: E731
     whole = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     sizes = [(whole(8, 40), whole(41, 70)) for _ in range(whole(1, 3))]
     image_id, category_id = (some([lambda n: n, lambda n: 7 - 3 * n, lambda n: n * 10**15]) for _ in range(2))
-    new_id, may_float = some(_NEW_IDS), some([lambda n: n, float])
-    categories, annotations, objects = whole(1, 3), [], []
+    new_id, may_float, categories = some(_NEW_IDS), some([lambda n: n, float]), whole(1, 3)
+    annotations, objects = [], []
     for number in range(1, whole(1, 7) + 1):
         image, category = whole(0, len(sizes) - 1), whole(0, categories - 1)
-        (height, width), crowd = sizes[image], some([False, False, False, True])
-        x, y = whole(0, 4 * width - 2) / 4, whole(0, 4 * height - 2) / 4
-        box = [x, y, whole(1, round(4 * (width - x))) / 4, whole(1, round(4 * (height - y))) / 4]
-        annotation = {
-            "image_id": may_float(image_id(image)),
-            "category_id": may_float(category_id(category)),
-            "bbox": box,
-        }
-        annotation |= {"id": new_id(number), "iscrowd": some(_SAME_FLAG[crowd])}
-        area = some([1, 99.5, 0, None, ..., "7", math.nan, -1, 1e11])
-        polygons = [_polygon(box)]
-        mask = _pixels(polygons, height, width)
-        runs = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
-        steps = np.flatnonzero(np.diff(mask.flatten("F"), prepend=False, append=not mask[-1, -1]))
-        counts = np.diff(steps, prepend=0).tolist()
-        annotation |= {
-            "area": area,
-            "segmentation": some(
-                [
-                    polygons,
-                    polygons[0],
-                    [*polygons, [1, 1, 2, 2], []],
-                    {"size": [height, width], "counts": runs["counts"].decode()},
-                    {"size": [float(height), width], "counts": counts},
-                ]
-            ),
-            "keypoints": some([..., None, [1, 2, 2], ["x"]]),
-        }
-        annotations.append({key: value for key, value in annotation.items() if value is not ...})
-        real_area = 0 if type(area) is int and area == 0 else 1
-        objects.append(_Object(image, category, box, crowd, mask, real_area))
-    refusal = some(["", "", "", "field", "mask"])
+        fields, meaning = draw(_annotations(sizes[image]))
+        fields |= {"image_id": may_float(image_id(image)), "category_id": may_float(category_id(category))}
+        annotations.append(fields | {"id": new_id(number)})
+        objects.append(_Object(image, category, **meaning))
+    last, refusal = annotations[-1], some(["", "", "", "field", "mask"])
     if refusal == "field":
-        annotations[-1].update([some(_BAD_FIELDS)])
+        last.update([some(_BAD_FIELDS)])
     elif refusal == "mask":
-        last = objects[-1]
-        annotations[-1]["segmentation"] = some(_BAD_MASKS)(last.box, *sizes[last.image])
-        if annotations[-1]["segmentation"] is ...:
-            del annotations[-1]["segmentation"]
+        last["segmentation"] = some(_BAD_MASKS)(last["bbox"], *sizes[objects[-1].image])
     elif some([False, False, True]):
-        annotations[-1]["bbox"] = some([[3, 3, 0, 3], [3, 3, 3, -1], [99, 3, 3, 3], [-9, -9, 3, 3], [3, 3, 1e-5, 3]])
+        last["bbox"] = some([[3, 3, 0, 3], [3, 3, 3, -1], [99, 3, 3, 3], [-9, -9, 3, 3], [3, 3, 1e-5, 3]])
         objects.pop()
-    order = draw(st.permutations(range(len(annotations))))
     data = {
         "images": [
             {"id": may_float(image_id(n)), "file_name": f"{n}.png", "height": h, "width": may_float(w)}
             for n, (h, w) in enumerate(sizes)
         ],
         "categories": [{"id": may_float(category_id(n)), "name": f"Käfer {n}"} for n in range(categories)],
-        "annotations": [annotations[n] for n in order],
+        "annotations": [
+            {key: value for key, value in annotation.items() if value is not ...}
+            for annotation in draw(st.permutations(annotations))
+        ],
     }
     return data, some([b"", _BOM]), objects, refusal
 
@@ -162,7 +162,7 @@ def _read(records: list[dict[str, Any]], names: list[str], *, masks: bool) -> li
             a["bbox"],
             bool(a["iscrowd"]),
             _pixels(a["segmentation"], record["height"], record["width"]) if masks else np.zeros(0),
-            1,
+            True,
         )
         for record in records
         for a in record["annotations"]
@@ -200,7 +200,7 @@ def test_any_file_is_read_as_it_says_or_refused(perfect_ap, file, masks):
                     assert str(error).startswith(f"{path}: 1 x annotation")
             return
         trained = _read(get_coco_dicts(str(path), folder, **train), names, masks=masks)
-        usable = [o for o in objects if min(o.box[2:]) >= 1 and o.area]
+        usable = [o for o in objects if min(o.box[2:]) >= 1 and o.has_area]
         assert _described(trained, masks=masks) == _described(usable, masks=masks)
 
         tested = _read(get_coco_dicts(str(path), folder, drop_boxes=False, **train), names, masks=masks)
