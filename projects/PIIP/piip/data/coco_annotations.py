@@ -16,12 +16,10 @@ __all__ = ["check_annotations", "whole_number"]
 _NUMBERS = {int, float}
 _FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # also False, True, 0.0 and 1.0, which are equal to 0 and 1
 _FAR = 10**6  # pixels: single precision is too coarse beyond
-_NO_SIZE = 0.01  # pixels: a narrower box is lost in single precision
+_NO_SIZE = 2**-17  # of the longer side of the image: a narrower box is lost in the single precision of detections
 _LARGEST_ID = 2**53  # pycocotools keeps them in double precision
 _LARGEST_AREA = 1e10  # square pixels: pycocotools ignores larger objects, and those below 0
-_ADVICE = (
-    "correct it, or for boxes only use a model without mask head and dataloader.train.mapper.use_instance_mask=False"
-)
+_ADVICE = "for boxes only, use a model without mask head and dataloader.train.mapper.use_instance_mask=False"
 
 
 def whole_number(value: Any) -> int | None:
@@ -201,7 +199,10 @@ class _Check:
         x, y, w, h = annotation["bbox"]
         height, width = image["height"], image["width"]
         inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-        large = min(w, h) >= 1 and annotation["area"] > 0 if self.training else min(w, h) >= _NO_SIZE
+        if self.training:
+            large = min(w, h) >= 1 and annotation["area"] > 0
+        else:
+            large = min(w, h) >= _NO_SIZE * max(height, width)
         kind = ""
         if not (inside and large):
             kind = "boxes without usable area in the image are dropped"

@@ -151,10 +151,10 @@ def _read(path: str) -> tuple[dict[str, Any], bool]:
         )
     if os.path.getsize(local) == 0:
         raise DatasetError(f"{path}: the file is empty (0 bytes): expected COCO-format JSON")
+    with open(local, "rb") as file:
+        start = file.read(3)
     try:
-        with open(local, "rb") as file:  # as bytes, since json knows the byte order marks
-            start = file.read(4)
-            file.seek(0)
+        with open(local, encoding="utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig") as file:
             data = json.load(file)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise DatasetError(f"{path}: not valid JSON ({error}): is it cut off? Copy or export it again") from error
@@ -165,7 +165,7 @@ def _read(path: str) -> tuple[dict[str, Any], bool]:
             f"{path}: holds a JSON {type(data).__name__}: expected an object with 'images', 'annotations' and "
             "'categories' (a list of results is not a data set)"
         )
-    return data, not start.isascii() or b"\0" in start
+    return data, not start.isascii()
 
 
 def _check_lists(data: dict[str, Any], path: str, required: Sequence[str]) -> None:

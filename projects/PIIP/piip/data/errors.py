@@ -46,7 +46,7 @@ class Findings:
         """
         if self._errors:
             problems = (f"{len(found)} x {kind}: {first_few(found)}" for kind, found in self._errors.items())
-            raise DatasetError(f"{self.path}: " + "; ".join(problems))
+            raise DatasetError(f"{self.path}: {'; '.join(problems)}. Correct these entries or remove them")
 
     def log_notes(self, logger: logging.Logger) -> None:
         """Logs all notes as one warning."""
