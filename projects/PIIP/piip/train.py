@@ -142,6 +142,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     """
     seed, averaging = StepSeed(cfg.train.get("seed", -1)), average_settings(cfg)
     evaluate = build_evaluation(cfg)
+    loader = instantiate(cfg.dataloader.train)  # before the model, whose weights may take minutes
     zero = zero_stage(cfg) > 0
     last = prepare_output(cfg.train.output_dir, resume=resume) if zero else _earlier_checkpoint(cfg, resume)
     if cfg.train.init_checkpoint or (resume and last):
@@ -151,7 +152,6 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
     table = CategoryTable(categories) if categories else None
     average = None
     if averaging:

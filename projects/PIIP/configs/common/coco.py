@@ -80,6 +80,7 @@ dataloader.test = L(build_detection_test_loader)(
         num_classes="${data.num_classes}",
         filter_empty=False,
         drop_boxes=False,
+        require_masks="${...train.mapper.use_instance_mask}",
     ),
     mapper=L(CheckedDatasetMapper)(
         is_train=False,
@@ -92,4 +93,5 @@ dataloader.test = L(build_detection_test_loader)(
 dataloader.evaluator = L(build_coco_evaluator)(
     annotations="${data.test.annotations}",
     output_dir="${train.output_dir}/inference",
+    require_masks="${..train.mapper.use_instance_mask}",
 )
