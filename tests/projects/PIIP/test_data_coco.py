@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +114,27 @@ def test_many_problems_are_counted_and_the_first_ones_named(coco):
         annotation["category_id"] = 5
     coco.write(data)
     with pytest.raises(DatasetError, match=r"18 x annotation of a category .* and 15 more"):
+        _load(coco)
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png"), ("below\\x.png", "below/x.png")],
+)
+def test_a_name_that_looks_like_that_of_a_file_finds_it(coco, written, stored):
+    data = coco.read()
+    first = coco.images / data["images"][0]["file_name"]
+    (coco.images / stored).parent.mkdir(exist_ok=True)
+    first.rename(coco.images / stored)
+    data["images"][0]["file_name"] = written
+    coco.write(data)
+    (found,) = [record for record in _load(coco) if record["image_id"] == data["images"][0]["id"]]
+    assert Path(found["file_name"]).samefile(coco.images / stored)
+
+
+def test_an_image_beyond_the_limit_of_pixels_is_refused_at_the_start(coco, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DatasetError, match=r"more pixels than Pillow's limit of 200 .*image 1"):
         _load(coco)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from piip_core.images import spellings
 
 from .categories import Category
 from .coco_annotations import check_annotations, whole_number
@@ -124,7 +128,9 @@ def check_images_exist(data: dict[str, Any], path: str, images: str) -> None:
     names: dict[str, list[dict[str, Any]]] = defaultdict(list)
     found = Findings(path)
     for image in data["images"]:
-        full = os.path.normpath(os.path.join(root, image["file_name"]))
+        # With the back-slashes of Windows where this system has none
+        name = image["file_name"] if os.sep == "\\" else image["file_name"].replace("\\", "/")
+        full = os.path.normpath(os.path.join(root, name))
         if os.path.commonpath([root, full]) != root:
             found.error(f"image whose file_name points out of {images}", f"image {image['id']} ({image['file_name']})")
         names[os.path.dirname(full)].append(image)
@@ -132,9 +138,24 @@ def check_images_exist(data: dict[str, Any], path: str, images: str) -> None:
     for folder, entries in names.items():
         present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         for entry in entries:
+            _find_spelling(entry, folder, root, present)
             if os.path.basename(entry["file_name"]) not in present:
                 found.error(f"image that is not in {images}", f"image {entry['id']} ({entry['file_name']})")
+            if entry.get("width", 0) * entry.get("height", 0) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+                size = f"{entry['width']} x {entry['height']}"
+                kind = f"image with more pixels than Pillow's limit of {2 * Image.MAX_IMAGE_PIXELS} (cut it up)"
+                found.error(kind, f"image {entry['id']} ({entry['file_name']}, {size})")
     found.raise_errors()
+
+
+def _find_spelling(entry: dict[str, Any], folder: str, root: str, present: set[str]) -> None:
+    """Writes the name of the file that is there into an entry whose name merely looks like it."""
+    if os.path.basename(entry["file_name"]) in present:
+        return
+    for spelling in spellings(entry["file_name"]):
+        if os.path.basename(spelling) in present:
+            entry["file_name"] = os.path.relpath(os.path.join(folder, os.path.basename(spelling)), root)
+            return
 
 
 def _read(path: str) -> tuple[dict[str, Any], bool]:
