@@ -24,11 +24,10 @@ from piip_core import (
     ViTConfig,
     zoo,
 )
-from piip_core.branches import build_branch
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, build_branch
 from piip_core.checkpoints import model_shapes
 from piip_core.merging import ClassificationMerging
 from piip_core.meta import on_meta
-from piip_core.networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig
 from piip_core.ops import MSDeformAttn, make_reference_points
 from piip_tools.flops import (
     Count,
