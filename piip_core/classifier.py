@@ -218,7 +218,7 @@ class PIIPClassifier(nn.Module):
         Raises:
             ConfigError: If a map was removed by `prune_intermediate_layers`, or `norm` does not fit it.
         """
-        take = _take(len(self.feature_maps), indices)
+        take = _resolve_indices(len(self.feature_maps), indices)
         removed = sorted(set(take) - self._kept)
         check(not removed, "indices", removed, f"some of {sorted(self._kept)}, which prune_intermediate_layers kept")
         wanted = [self.feature_maps[i] for i in take]
@@ -254,7 +254,7 @@ class PIIPClassifier(nn.Module):
         Returns:
             The indices of the maps that are kept; they stay the same.
         """
-        take = _take(len(self.feature_maps), indices)
+        take = _resolve_indices(len(self.feature_maps), indices)
         points = [self.feature_maps[i].interaction for i in take]
         if None not in points and max(points) + 1 < len(self.pyramid.interactions):
             self.pyramid.truncate(max(points) + 1)
@@ -309,7 +309,7 @@ def head_inputs(config: ClassifierConfig, states: Sequence[BranchState]) -> list
     return [tokens[:, :1] for tokens in patches] if config.pooling == "first_patch" else patches
 
 
-def _take(count: int, indices: int | Sequence[int] | None) -> list[int]:
+def _resolve_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """The indices of some of `count` maps in timm's manner: None for all, an integer for the last ones."""
     if indices is None or isinstance(indices, int):
         last = count if indices is None else indices

@@ -185,7 +185,7 @@ def export_onnx(
 
     Args:
         model: As for `export_program`, on the CPU in float32.
-        path: File to write; the weights of a large model go to a second one beside it, `path` with ".data" behind.
+        path: File to write; the weights of a large model go to a second one beside it, `path` with ".data" at its end.
         image_size: As for `export_program`.
         batch_size: As for `export_program`.
         opset: ONNX operator set, 16 (the first with GridSample) or later.

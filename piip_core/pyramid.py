@@ -61,7 +61,7 @@ class PIIP(nn.Module):
         self.grad_checkpointing = False
 
     def set_interactions(self, config: PIIPConfig) -> None:
-        """Takes a configuration with other segments and fewer or more interactions behind the same first ones.
+        """Takes a configuration with other segments and fewer or more interactions after the same first ones.
 
         New ones pass features on unchanged until they are trained.
         """
@@ -75,7 +75,7 @@ class PIIP(nn.Module):
         self.interactions = nn.ModuleList([*kept, *new])
 
     def truncate(self, count: int) -> None:
-        """Drops everything behind the first `count` (at least 1) interactions; `config` still describes the whole."""
+        """Drops everything after the first `count` (at least 1) interactions; `config` still describes the whole."""
         for branch, segments in zip(self.branches, self.segments, strict=True):
             branch.truncate(segments[count - 1][1] + 1)
         self.interactions = self.interactions[:count]
@@ -95,7 +95,7 @@ class PIIP(nn.Module):
             after: Interactions, from 0.
 
         Returns:
-            The final map of every branch, and for each interaction in `after` the map of every branch behind it, all
+            The final map of every branch, and for each interaction in `after` the map of every branch after it, all
             (B, C_i, H_i, W_i).
         """
         states, intermediates = self.forward_states(image, after)
@@ -106,7 +106,7 @@ class PIIP(nn.Module):
     ) -> tuple[list[BranchState], dict[int, list[BranchState]]]:
         """As `forward_intermediates`, with what maps leave out: class tokens. Token maps are channels last.
 
-        With `stop_early` it ends behind the last interaction asked for.
+        With `stop_early` it ends after the last interaction asked for.
         """
         states = [
             branch.embed(resize_for_branch(image, factor))
@@ -124,7 +124,7 @@ class PIIP(nn.Module):
         return [self._finish(i, state) for i, state in enumerate(states)], intermediates
 
     def forward_blocks(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Maps of Branch 1 behind the named blocks, (B, C, H, W) each, in that order, without any interaction."""
+        """Maps of Branch 1 after the named blocks, (B, C, H, W) each, in that order, without any interaction."""
         branch, done, maps = self.branches[0], 0, {}
         state = branch.embed(resize_for_branch(image, self.factors[0]))
         for block in sorted(set(blocks)):
@@ -241,7 +241,7 @@ def dense_maps(
 
 
 class _MergingSet(nn.Module):
-    """The final merging and, for the regular form, those behind intermediate interactions."""
+    """The final merging and, for the regular form, those after intermediate interactions."""
 
     def __init__(self, pyramid: PIIP) -> None:
         super().__init__()

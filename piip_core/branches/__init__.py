@@ -1,4 +1,4 @@
-"""Branch networks: one thin adapter per family around a library's model, all behind the `Branch` contract.
+"""Branch networks: one thin adapter per family around a library's model, all with the `Branch` contract.
 
 A module has the configuration of its families beside their branches; `register_branch` makes them known.
 """

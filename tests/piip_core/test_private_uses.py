@@ -124,7 +124,7 @@ def test_transformers_datasets_cache():
 
 
 def test_deepspeed_init_context():
-    """deepspeed.runtime.zero.partition_parameters, in piip_core/integrations/transformers/partitioning.py."""
+    """deepspeed.runtime.zero.partition_parameters, in piip_core/integrations/transformers/modeling.py."""
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero import partition_parameters
 
