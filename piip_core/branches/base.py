@@ -171,10 +171,6 @@ class Branch(nn.Module, ABC):
         strides: Pixels of the branch's own image per feature cell after each block.
     """
 
-    config: BranchConfig
-    dims: tuple[int, ...]
-    strides: tuple[int, ...]
-
     def __init__(self, config: BranchConfig) -> None:
         super().__init__()
         self.config = config
@@ -244,9 +240,9 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register_branch(network: type[NetworkConfig]) -> Callable[[BuilderT], BuilderT]:
-    """Decorator: the `Branch`, or the function that makes one, is used for this type of network configuration.
+    """Decorator of the `Branch`, or the function that makes one, for networks of this configuration.
 
-    From then on its `network.family` is known in dictionaries and files, too.
+    It also makes the configuration known in dictionaries and files, by its `family`.
 
     Raises:
         ConfigError: If another family has that name.
