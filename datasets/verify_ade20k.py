@@ -5,7 +5,7 @@ $ python datasets/verify_ade20k.py /data                           # prepared by
 $ python datasets/verify_ade20k.py --images DIR --labels DIR --classes names.txt
 $ python datasets/verify_ade20k.py /data --report report.json
 
-The exit status is 0 if everything is in order, 1 if something is wrong.
+The exit status is 0 if no file is wrong, 1 if something is; a class that never occurs is a warning.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         tell(found, args)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    print("\nEverything is in order." if found.ok else "\nSomething is wrong, see above.")
+    fine = "No file is wrong, but see the warning above." if found.warned else "Everything is in order."
+    print(f"\n{fine if found.ok else 'Something is wrong, see above.'}")
     return 0 if found.ok else 1
 
 

@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, BatchFeature, TensorType
 from transformers.image_utils import ChannelDimension
 
 from piip_core.errors import ConfigError, UserError
+from piip_core.images import misread_values, plain_rgb
 
 __all__ = ["ImageError", "PIIPImageProcessor", "PIIPImageProcessorKwargs", "rgb_image"]
 
@@ -52,8 +53,9 @@ class PIIPImageProcessor(BaseImageProcessor):
 
     Pictures may be PIL images, uint8 numpy arrays (H, W, C), uint8 torch tensors (C, H, W), gray ones without the
     axis C, batches of those with a leading axis, or lists of all these. They become RGB first: transparency is dropped
-    and not blended, the first frame stands for an animation, an orientation tag is ignored. Arrays in the other order
-    of axes are recognised as long as it is clear; `input_data_format` ("channels_first", "channels_last") decides.
+    and not blended, the first frame stands for an animation, an orientation tag is ignored (but Pillow itself follows
+    that of TIFF files). Arrays in the other order of axes are recognised as long as it is clear; `input_data_format`
+    ("channels_first", "channels_last") decides.
 
     The result has `pixel_values` (N, 3, size, size), float32.
 
@@ -174,10 +176,12 @@ def rgb_image(image: Image.Image) -> Image.Image:
             f"an image of mode {image.mode!r} (32 bits per pixel) has no known range of values: "
             "scale it to 8 bits and convert it to mode 'L' or 'RGB' first"
         )
+    if reason := misread_values(image):
+        raise ImageError(f"an image file with {reason}, which is not read correctly: convert it to 8 bits first")
     _load(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return image.convert("RGB")
+    return plain_rgb(image)
 
 
 def _load(image: Image.Image) -> None:

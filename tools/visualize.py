@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from piip_core import zoo
 from piip_core.errors import UserError
+from piip_core.images import read_image
 from piip_core.pyramid import PIIP
 
 if TYPE_CHECKING:
@@ -123,13 +124,13 @@ def from_config(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        from piip_core.visualization import find_pyramid, read_picture, visualize
+        from piip_core.visualization import find_pyramid, visualize
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         sys.exit("visualize: drawing needs matplotlib: pip install matplotlib")
     try:
-        original = read_picture(args.image)
+        original = read_image(args.image)
         name, model, scene = (from_zoo if args.model else from_config)(args, original)
         total = sum(branch.num_blocks for branch in find_pyramid(model).branches)
         with tqdm(total=total, unit="block", disable=None) as bar:

@@ -8,9 +8,10 @@ import warnings
 from io import BytesIO
 from pathlib import Path, PurePath
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from piip_core.errors import ConfigError
+from piip_core.images import image_formats, spellings, upright
 
 from ..image_processing import ImageError, rgb_image
 from .problems import DataError, Problem
@@ -18,7 +19,7 @@ from .problems import DataError, Problem
 __all__ = ["ImageFolder", "read_image", "viewed_image"]
 
 # What image sets consist of. Others are refused: some of Pillow's readers start programs (EPS: Ghostscript).
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".JPG", ".JPEG", ".PNG", ".GIF")
 
 
@@ -45,12 +46,15 @@ class ImageFolder:
         """Path of a non-empty file inside of the folder.
 
         Args:
-            name: Path relative to the folder, or an absolute one that lies in it; without "..".
+            name: Path relative to the folder, or an absolute one that lies in it; without "..". Where there is no
+                such file, back-slashes count as slashes, and accents in Unicode's other form as these.
 
         Raises:
             DataError: If the name leads out of the folder, or there is no such file, or it is empty or no plain file.
         """
         path = self._inside(name)
+        if not os.path.lexists(path):
+            path = next((other for other in map(self._inside, spellings(name)) if os.path.isfile(other)), path)
         try:
             found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -78,7 +82,7 @@ class ImageFolder:
 
     def _inside(self, name: str) -> Path:
         fix = "expected a path below it without '..'; correct the entry"
-        if ".." in PurePath(name).parts:
+        if ".." in PurePath(name.replace("\\", "/")).parts:
             raise DataError(f"image {name!r} may lead out of {self.root}: {fix}", Problem.OUTSIDE)
         path = self.root / name  # an absolute name replaces the root
         try:
@@ -112,7 +116,8 @@ class ImageFolder:
 def read_image(source: Path | bytes, what: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:
     """Reads an image (of an animation the first frame), and makes it RGB.
 
-    As in the published training, unless `as_viewed`: transparency dropped, orientation tags ignored.
+    As in the published training, unless `as_viewed`: transparency dropped, orientation tags ignored (but those of TIFF
+    files, which Pillow itself follows).
 
     Args:
         source: The file, or its content.
@@ -128,7 +133,8 @@ def read_image(source: Path | bytes, what: str, *, convert: bool = True, as_view
         warnings.simplefilter("ignore")  # of transparency and metadata, neither of which is used
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+            formats = [name for name in _FORMATS if name in image_formats()]  # Pillow before 11.3 has no AVIF
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
                 image.load()
                 if as_viewed:
                     return viewed_image(image)
@@ -159,10 +165,10 @@ def viewed_image(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: As `rgb_image`.
     """
-    image = ImageOps.exif_transpose(image)
-    if not image.has_transparency_data:
+    image = upright(image)
+    if not image.has_transparency_data or image.mode[0] in "IF":  # 16 and 32 bits, which Pillow would cut at 255
         return rgb_image(image)
-    image = image.convert("RGBA")
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 

@@ -3,7 +3,7 @@
 from .attention import AttentionRow, attention_row
 from .drawing import draw_attention, draw_sampling, draw_spectra
 from .report import visualize
-from .scene import Scene, network_input, prepare_scene, read_picture
+from .scene import Scene, network_input, prepare_scene
 from .spectrum import Spectrum, feature_spectrum
 from .trace import Trace, find_pyramid, load_pyramid_weights, trace_pyramid
 
@@ -21,7 +21,6 @@ __all__ = [
     "load_pyramid_weights",
     "network_input",
     "prepare_scene",
-    "read_picture",
     "trace_pyramid",
     "visualize",
 ]

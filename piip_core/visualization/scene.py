@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["Cells", "Scene", "network_input", "prepare_scene", "read_picture"]
-
-
-# Converting these to RGB would clip the values to 255 without a word
-_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+__all__ = ["Cells", "Scene", "network_input", "prepare_scene"]
 
 
 @dataclass(frozen=True)
@@ -75,24 +69,6 @@ class Scene:
     def size(self) -> tuple[int, int]:
         """Height and width of the picture, without padding."""
         return self.picture.shape[:2]
-
-
-def read_picture(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image file, EXIF rotation applied, as (H, W, 3) uint8, RGB.
-
-    Raises:
-        UserError: If the file is missing, not an image, or has more than 8 bits per channel.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode in _DEEP_MODES:
-                raise UserError(f"{path}: image mode {image.mode}: expected 8 bits per channel; convert it")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, zlib and struct errors
-        reason = "no such file" if not os.path.exists(path) else f"cannot be decoded ({error})"
-        raise UserError(f"{path}: {reason}: expected a complete JPEG, PNG or other image file") from error
 
 
 def network_input(

@@ -11,11 +11,12 @@ pytest.importorskip("detectron2")
 
 @pytest.fixture
 def folders(tmp_path):
-    """One image and its label map with the values 0 and 2."""
+    """One image and its label map with the values 0, 1 and 2."""
     for kind in ("images", "labels"):
         (tmp_path / kind).mkdir()
     Image.new("RGB", (6, 4)).save(tmp_path / "images" / "1.jpg")
     labels = np.zeros((4, 6), dtype=np.uint8)
+    labels[:, 2:] = 1
     labels[:, 3:] = 2
     Image.fromarray(labels).save(tmp_path / "labels" / "1.png")
     return ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
@@ -28,6 +29,9 @@ def test_own_data_is_checked(load_script, folders, tmp_path, capsys):
     assert "Everything is in order" in capsys.readouterr().out and report.is_file()
     assert verify([*folders, "--classes", "2", "--reduce-zero-label"]) == 0
     capsys.readouterr()
+    assert verify([*folders, "--classes", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "class 'class 3' occurs in no label map" in out and "in order" not in out
     assert verify([*folders, "--classes", "2"]) == 1
     assert "label 2 (12 pixels): expected 0 to 1 for the classes, 255 to ignore" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: data.classes=nowhere.txt: no such file"):

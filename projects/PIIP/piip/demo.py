@@ -19,10 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from piip.bars import draw_bars
-from piip.data import UnreadableImageError, read_image
+from piip.data import read_image
 from piip.predict import Predictor
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
+from piip_core.images import image_endings, image_formats
 
 __all__ = ["InputError", "collect_inputs", "draw_classes", "draw_detections", "draw_segmentation", "run_demo"]
 
@@ -77,7 +78,7 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
             continue
         try:
             image = read_image(str(job.source))
-        except UnreadableImageError as error:
+        except UserError as error:
             errors.append(str(error))
             continue
         image_id += 1
@@ -188,8 +189,7 @@ def collect_inputs(inputs: Sequence[str], output: str) -> list[_Job]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            suffixes = Image.registered_extensions()
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in image_endings() and p.is_file())
             if not files:
                 raise InputError(f"{text}: no image file in this folder or below it")
             sources += [(file, file.relative_to(path)) for file in files]
@@ -213,10 +213,10 @@ def collect_inputs(inputs: Sequence[str], output: str) -> list[_Job]:
 def _is_video(path: Path) -> bool:
     """Whether a file is a video, decided by its content: what Pillow knows is an image, however badly it decodes."""
     try:
-        with Image.open(path):
+        with Image.open(path, formats=image_formats()):
             return False
     except Exception:  # Pillow has no common error for "not an image"
-        if path.suffix.lower() in Image.registered_extensions():
+        if path.suffix.lower() in image_endings():
             return False  # a broken image; reading it will say so
     av = _import_av(path)
     try:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from llava_piip.data import DataError, ImageFolder, Problem
+from llava_piip.data.images import viewed_image
+from llava_piip.image_processing import rgb_image
 from piip_core.errors import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "goldens" / "llava_image_modes.json").read_text())
@@ -67,11 +70,27 @@ def test_a_relative_and_a_linked_root(images, tmp_path, monkeypatch):
     assert linked.open(str(images / "red.png")).size == (8, 6)
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "sub/../red.png", "..", "a\0b", "a\ud83db"])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "sub/../../secret.png", "sub/../red.png", "..", "..\\secret.png", "a\0b", "a\ud83db"]
+)
 def test_names_with_dots(images, name):
     noise(images.parent / "secret.png")
     kind, text = problem(ImageFolder(images), name)
     assert kind is Problem.OUTSIDE and "correct the entry" in text
+
+
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [
+        ("sub/green.png", "sub\\green.png"),
+        ("sub/gre\u0301en.png", "sub/gr\u00e9en.png"),
+        ("sub/gr\u00e9en.png", ".\\sub\\gre\u0301en.png"),
+    ],
+)
+def test_names_written_in_another_way(images, stored, named):
+    """Back-slashes, and accents composed or apart."""
+    (images / "sub" / "green.png").rename(images / stored)
+    assert ImageFolder(images).open(named).getpixel((0, 0)) == (0, 255, 0)
 
 
 def test_absolute_names_outside(images):
@@ -187,6 +206,27 @@ def test_values_of_unknown_range(tmp_path):
     Image.fromarray(np.linspace(0, 1e6, 48, dtype=np.float32).reshape(6, 8)).save(tmp_path / "depth.tif")
     kind, text = problem(ImageFolder(tmp_path), "depth.tif")
     assert kind is Problem.UNUSABLE and "mode 'F'" in text
+
+
+def test_16_bits_are_scaled_by_the_file_or_refused(tmp_path):
+    """A plane for each channel is what Pillow reads the low bytes of."""
+    deep = np.random.default_rng(0).integers(0, 65536, (6, 8, 3), dtype=np.uint16)
+    (tmp_path / "a.ppm").write_bytes(b"P6 8 6 65535\n" + deep.astype(">u2").tobytes())
+    tifffile.imwrite(tmp_path / "a.tif", deep, photometric="rgb")
+    tifffile.imwrite(tmp_path / "grey.tif", deep[..., 0], photometric="minisblack")
+    folder = ImageFolder(tmp_path)
+    for name, expected in (("a.ppm", deep), ("a.tif", deep), ("grey.tif", deep[..., :1])):
+        assert np.abs(np.asarray(folder.open(name)) - expected / 257).max() <= 1
+    tifffile.imwrite(tmp_path / "planes.tif", deep.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+    kind, text = problem(folder, "planes.tif")
+    assert kind is Problem.UNUSABLE and "convert it to 8 bits" in text
+
+
+def test_premultiplied_transparency(tmp_path):
+    """Mode La, which Pillow converts to nothing but LA: 60 of 128 is 119.5 of 255."""
+    image = Image.new("La", (8, 6), (60, 128))
+    assert abs(rgb_image(image).getpixel((0, 0))[0] - 119.5) <= 1
+    assert abs(viewed_image(image).getpixel((0, 0))[0] - (60 + 127)) <= 1  # on white
 
 
 def test_transparency_needs_no_warning(tmp_path, recwarn):

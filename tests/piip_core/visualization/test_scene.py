@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from piip_core.errors import UserError
-from piip_core.visualization import network_input, prepare_scene, read_picture
+from piip_core.visualization import network_input, prepare_scene
 from piip_core.visualization.scene import Cells
 
 FRAME = {"long_side": 200, "short_side": 120, "pixel_mean": (1.0, 2.0, 3.0), "pixel_std": (2.0, 4.0, 8.0)}
@@ -49,21 +48,3 @@ def test_cells():
     assert cells.at(300, 300) == (3, 5)  # a border that the network cuts off
     assert cells.inside(40, 200) == (2, 6) and cells.inside(5, 5) == (1, 1)
     assert cells.extent == (96, 64)
-
-
-def test_read_picture(tmp_path):
-    pixels = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    assert (read_picture(tmp_path / "turned.png") == np.rot90(pixels, -1)).all()
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    assert read_picture(tmp_path / "grey.png").shape == (6, 8, 3)
-
-
-def test_unreadable_pictures(tmp_path):
-    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(tmp_path / "deep.png")
-    (tmp_path / "text.jpg").write_text("no image")
-    for name, message in (("deep.png", "8 bits"), ("text.jpg", "cannot be decoded"), ("gone.jpg", "no such file")):
-        with pytest.raises(UserError, match=rf"{name}.*{message}"):
-            read_picture(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 
@@ -26,6 +27,7 @@ from piip.data import (
     read_image,
 )
 from piip.data.loader import TrainBatchSampler
+from piip_core.images import ImageTooLargeError
 
 
 def _mapper(**kwargs):
@@ -197,12 +199,46 @@ def test_skipping_is_refused_in_evaluation():
         CheckedDatasetMapper(True, augmentations=[], image_format="RGB", on_bad_image="ignore")
 
 
-def test_good_images_are_mapped_as_by_detectron2(shared_coco):
-    settings = {"augmentations": [KeepRatioResize([(64, 48)])], "image_format": "RGB", "use_instance_mask": True}
+@pytest.mark.parametrize(
+    ("is_train", "image_format", "options"),
+    [
+        (True, "RGB", {"use_instance_mask": True, "recompute_boxes": True}),
+        (True, "BGR", {}),
+        (False, "RGB", {}),
+    ],
+)
+def test_good_images_are_mapped_as_by_detectron2(shared_coco, is_train, image_format, options):
+    """DatasetMapper._transform_annotations, in piip/data/mapper.py."""
+    settings = {"augmentations": [KeepRatioResize([(64, 48)])], "image_format": image_format, **options}
     record = get_coco_dicts(str(shared_coco.annotations), str(shared_coco.images))[0]
-    ours, theirs = CheckedDatasetMapper(True, **settings)(record), DatasetMapper(True, **settings)(record)
+    before = copy.deepcopy(record)
+    ours, theirs = (mapper(is_train, **settings)(record) for mapper in (CheckedDatasetMapper, DatasetMapper))
+    assert record == before and ours.keys() == theirs.keys()
     assert torch.equal(ours["image"], theirs["image"])
-    assert torch.equal(ours["instances"].gt_boxes.tensor, theirs["instances"].gt_boxes.tensor)
+    if is_train:
+        ours, theirs = ours["instances"].get_fields(), theirs["instances"].get_fields()
+        assert ours.keys() == theirs.keys()
+        assert torch.equal(ours["gt_boxes"].tensor, theirs["gt_boxes"].tensor)
+        assert ("gt_masks" in ours) == ("use_instance_mask" in options)
+
+
+def test_a_turned_tiff_file_is_mapped_as_the_image_that_it_shows(coco):
+    record = get_coco_dicts(str(coco.annotations), str(coco.images))[0]
+    mapper, path = CheckedDatasetMapper(True, augmentations=[], image_format="RGB"), coco.images / "001.png"
+    with Image.open(path) as image:
+        shown = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        exif = Image.Exif()
+        exif[274] = 6
+        image.transpose(Image.Transpose.ROTATE_90).save(path, "TIFF", exif=exif)  # read by its content
+    assert torch.equal(mapper(record)["image"], shown)
+
+
+def test_a_huge_image_is_never_skipped(coco, monkeypatch):
+    record = get_coco_dicts(str(coco.annotations), str(coco.images))[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9000)
+    for mode in ("error", "skip"):
+        with pytest.raises(ImageTooLargeError, match=r"001.png: .*19200 pixels.*limit of 18000 pixels"):
+            _mapper(on_bad_image=mode)(record)
 
 
 def test_order_is_that_of_detectron2s_sampler():

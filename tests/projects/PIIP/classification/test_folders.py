@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from piip.data import DatasetError, UnreadableImageError
 from piip.data.classification import ClassificationMapper, folder_categories, get_test_dicts, get_train_dicts
+from piip.data.classification.audit import audit_classes
 from piip.data.loader import TrainBatchSampler
 from piip.lazy_config import follow_annotations, has_test_set, load_config
 
@@ -129,3 +131,68 @@ def test_repeated_augmentation_gives_every_image_several_times_in_a_row():
     assert len({seed for batch in batches for _, seed in batch}) == len(repeated)  # each augmented anew
     sampler.start = 40
     assert [batch for batch, _ in zip(sampler, range(2), strict=False)] == batches[40:]
+
+
+def _names(records):
+    return [Path(record["file_name"]).name for record in records if record["label"] == 2]
+
+
+def test_every_format_that_is_read_counts_and_others_are_named(folders, caplog):
+    kept = _names(get_train_dicts(str(folders.train)))
+    assert not caplog.text
+    for ending, kind in {".gif": "GIF", ".jfif": "JPEG", ".JPE": "JPEG", ".jp2": "JPEG2000", ".tga": "TGA"}.items():
+        Image.new("RGB", (8, 8)).save(folders.train / "red" / f"image{ending}", kind)
+    for name in ("a.heic", "b.HEIC", "notes.txt", "LICENSE", "drawing.eps"):
+        (folders.train / "red" / name).write_bytes(b"x")
+    (folders.train / "loose.png").write_bytes(b"x")
+    records = get_train_dicts(str(folders.train))
+    assert _names(records) == [*kept, "image.JPE", "image.gif", "image.jfif", "image.jp2", "image.tga"]
+    for record in records:
+        assert ClassificationMapper(True, transform=np.asarray)(record)["image"].shape[2] == 3
+    assert "5 files do not end as images and are left out (" in caplog.text and "1 .eps" in caplog.text
+    assert "LICENSE" in caplog.text and "and 2 more" in caplog.text
+    assert "1 files lie in no class and are left out: " in caplog.text and "loose.png" in caplog.text
+
+
+def test_links_that_go_round_are_followed_once(folders, tmp_path, caplog):
+    before = get_train_dicts(str(folders.train))
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "more" / "9.png")
+    (tmp_path / "more" / "up").symlink_to(tmp_path)
+    (folders.train / "red" / "more").symlink_to(tmp_path / "more")
+    (folders.train / "red" / "round").symlink_to("..")  # would give this class the images of the others
+    (folders.train / "all").symlink_to(".")
+    (folders.train / "nothing").symlink_to("nothing")
+    found = get_train_dicts(str(folders.train))
+    more = {"file_name": str(folders.train / "red" / "more" / "9.png"), "label": 2}
+    assert found == [*before, more] and len(folder_categories(str(folders.train))) == 3
+    assert "round: is a link to a folder that it lies in" in caplog.text
+
+
+def test_classes_that_look_alike_are_one(folders):
+    composed, apart = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
+    (folders.train / "green").rename(folders.train / composed)
+    (folders.val / "green").rename(folders.val / apart)
+    categories = follow_annotations(load_config(CONFIG, folders.overrides()), training=True)
+    assert [category.name for category in categories] == ["blue", "red", composed]
+    assert [len(_names(get_train_dicts(str(folder)))) for folder in (folders.train, folders.val)] == [4, 3]
+    (folders.train / apart).mkdir()
+    with pytest.raises(DatasetError, match=r"1 sub-folders have the name of another one"):
+        get_train_dicts(str(folders.train))
+
+
+def test_other_classes_than_in_training_are_named(folders, caplog):
+    """Also where nothing but the data sets of a configuration is built, as Detectron2's own script does."""
+    settings = {"train_images": str(folders.train), "num_classes": 3}
+    assert get_test_dicts(str(folders.val), **settings) and not caplog.text
+    (folders.val / "red").rename(folders.val / "violet")
+    get_test_dicts(str(folders.val), **settings)
+    assert "only the first has violet, only the second has red" in caplog.text
+    parts = [(name, str(getattr(folders, name)), None, None) for name in ("train", "val")]
+    assert [kind for kind, _, _ in audit_classes(parts, progress=False).sets[1].problems] == ["classes differ"]
+
+
+def test_a_huge_image_is_a_problem_of_its_size(folders, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
+    (problem, *_) = audit_classes([("mine", str(folders.train), None, None)], progress=False).sets[0].problems
+    assert problem[0] == "image unreadable" and "1920 pixels) exceeds limit of 1800" in problem[2]

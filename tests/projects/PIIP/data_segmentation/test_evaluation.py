@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,3 +54,14 @@ def test_the_same_folders_with_other_classes_are_read_anew(folders):
     assert _evaluate(folders, PREDICTED, ["a", "b", "c"], True)["mIoU"] == pytest.approx(100 * 4 / 6)
     perfect = _evaluate(folders, LABELS, ["nothing", "a", "b"], False)
     assert perfect["mIoU"] == perfect["IoU-nothing"] == 100.0
+
+
+def test_masks_of_0_and_255_do_not_pass_for_a_perfect_model(folders, caplog):
+    for path in Path(folders[1]).iterdir():
+        Image.fromarray(np.array([[0, 0, 255], [0, 0, 255]], dtype=np.uint8)).save(path)
+    scores = _evaluate(folders, np.zeros((2, 2, 3), dtype=int), ["background", "object"], False)
+    assert scores["mIoU"] == 100.0 and scores["classes in mIoU"] == 1
+    assert "mIoU is the mean over 1 of 2 classes: class 'object' occurs in no label map; 255 = ignored" in caplog.text
+    caplog.clear()
+    assert _evaluate(folders, np.zeros((2, 2, 3), dtype=int), ["background"], False)["classes in mIoU"] == 1
+    assert "is the mean over" not in caplog.text

@@ -112,7 +112,7 @@ def test_a_value_that_stands_for_nothing_is_named(tmp_path, values, reduce_zero_
 
 def test_pictures_and_lossy_files_are_refused(tmp_path):
     path = _save(tmp_path / "a.png", np.zeros((4, 5, 3), dtype=np.uint8))
-    with pytest.raises(DatasetError, match=r"a.png: a picture of mode RGB \(3 channels\): expected one channel"):
+    with pytest.raises(DatasetError, match=r"a.png: an image of mode RGB \(3 channels\): expected one channel"):
         read_label_map(path, label_classes(3))
     Image.fromarray(np.zeros((4, 5), dtype=np.uint8)).save(tmp_path / "b.png", format="JPEG")
     with pytest.raises(DatasetError, match=r"b.png: is a JPEG file: expected PNG"):

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 
 from tabulate import tabulate
 
+from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
 from ..audit import Problem, list_problems, problems_as_dicts, read_all
 from ..errors import DatasetError, first_few
-from ..images import UnreadableImageError, read_image
+from ..images import read_image
 from .folders import folder_categories, list_images
 
 __all__ = ["ClassAudit", "SetAudit", "audit_classes"]
@@ -115,7 +116,7 @@ def _audit(
     except DatasetError as error:
         result.problems.append((_FOLDER, folder, str(error)))
         return result
-    found = list_images(folder, names)
+    found = list_images(folder)
     counts = Counter(label for _, label in found)
     result.images = {name: counts[label] for label, name in enumerate(names)}
     for name in (name for name, count in result.images.items() if not count):
@@ -134,6 +135,6 @@ def _audit(
 def _problem(path: str) -> Problem | None:
     try:
         read_image(path)
-    except UnreadableImageError as error:
+    except UserError as error:
         return _BAD_IMAGE, path, str(error)
     return None

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+import unicodedata
 from functools import lru_cache
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
+
+from piip_core.images import image_endings
 
 from ..categories import Category
 from ..errors import DatasetError, first_few
+from ..files import find_files, leads_up, named_endings, warn_left_out
 
 __all__ = [
     "check_same_classes",
@@ -33,11 +35,16 @@ _EXPECTED = "expected one sub-folder of images per class (FOLDER/dog/1.jpg, FOLD
 def folder_categories(images: str) -> tuple[Category, ...]:
     """Classes of a folder: its sub-folders in the order of their names, as torchvision's `ImageFolder` has them.
 
-    Hidden sub-folders are none.
+    Hidden sub-folders are none. Accents in names are composed, in whichever of Unicode's forms the folder has them.
 
     Raises:
-        DatasetError: If there is no such folder, or no class in it.
+        DatasetError: If there is no such folder, or no class in it, or two whose names look alike.
     """
+    return tuple(Category(number, name) for number, name in enumerate(_class_folders(images)))
+
+
+def _class_folders(images: str) -> dict[str, str]:
+    """Name and path of every class, in the order of the names."""
     root = PathManager.get_local_path(images) if images else ""
     if not os.path.isdir(root):
         kind = "is a file" if os.path.isfile(root) else "no such folder"
@@ -46,10 +53,18 @@ def folder_categories(images: str) -> tuple[Category, ...]:
             "or DETECTRON2_DATASETS for the standard layout"
         )
     with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
+        found = [entry for entry in entries if not entry.name.startswith(".") and os.path.isdir(entry.path)]
+    found = [entry for entry in found if not leads_up(entry.path, (os.path.realpath(root),))]
+    if not found:
         raise DatasetError(f"{images}: has no sub-folders: {_EXPECTED}")
-    return tuple(Category(number, name) for number, name in enumerate(names))
+    folders = {unicodedata.normalize("NFC", entry.name): entry.path for entry in found}
+    if len(folders) < len(found):
+        alike = [entry.path for entry in found if entry.path not in folders.values()]
+        raise DatasetError(
+            f"{images}: {len(alike)} sub-folders have the name of another one, with accents in Unicode's other form: "
+            f"{first_few(alike)}: expected one per class; put their images together"
+        )
+    return dict(sorted(folders.items()))
 
 
 def check_same_classes(images: str, others: str) -> None:
@@ -110,6 +125,11 @@ def get_test_dicts(
     """
     folder = train_images if share else images
     _check_number(folder, num_classes)
+    if not share and os.path.isdir(PathManager.get_local_path(train_images)):
+        try:
+            check_same_classes(train_images, images)
+        except DatasetError as error:  # the model may have been trained on others
+            logger.warning("%s", error)
     found = _divided(folder, share)[1] if share else _read(folder)
     return [{"file_name": path, "label": label} for path, label in found]
 
@@ -156,31 +176,38 @@ def _digest(path: str) -> bytes:
 
 def _read(images: str) -> list[tuple[str, int]]:
     """Path and class of every image."""
-    root = PathManager.get_local_path(images)
-    names = tuple(category.name for category in folder_categories(images))
-    changed = tuple(os.stat(os.path.join(root, name)).st_mtime_ns for name in names)
-    return _read_classes(root, names, changed)
+    folders = _class_folders(images)
+    changed = tuple(os.stat(path).st_mtime_ns for path in folders.values())
+    return _read_classes(images, tuple(folders), changed)
 
 
 @lru_cache(maxsize=4)  # asked for several times, and listing ImageNet on a network disk takes a while
-def _read_classes(root: str, names: tuple[str, ...], changed: tuple[int, ...]) -> list[tuple[str, int]]:
+def _read_classes(images: str, names: tuple[str, ...], changed: tuple[int, ...]) -> list[tuple[str, int]]:
     del changed  # part of the key
-    found = list_images(root, names)
+    found = list_images(images)
     labels = {label for _, label in found}
     empty = [name for label, name in enumerate(names) if label not in labels]
     if empty:
         raise DatasetError(
-            f"{root}: {len(empty)} of {len(names)} classes (sub-folders) have no image: {first_few(empty)}: expected "
-            f"files that end in {', '.join(IMG_EXTENSIONS)}; remove such folders or fill them"
+            f"{images}: {len(empty)} of {len(names)} classes (sub-folders) have no image: {first_few(empty)}: expected "
+            f"files that end in {named_endings(image_endings())}; remove such folders or fill them"
         )
     return found
 
 
-def list_images(root: str, names: Sequence[str]) -> list[tuple[str, int]]:
-    """Path and number of the class of every image in some sub-folders, hidden files left out."""
-    return [
-        (path, label)
-        for label, name in enumerate(tqdm(names, desc=f"Listing {root}", unit="class", delay=2, disable=None))
-        for path, _ in make_dataset(root, {name: label}, IMG_EXTENSIONS, allow_empty=True)
-        if not os.path.basename(path).startswith(".")
-    ]
+def list_images(images: str) -> list[tuple[str, int]]:
+    """Path and number of the class of every image in the sub-folders; hidden files are left out, others counted."""
+    folders, root = _class_folders(images), PathManager.get_local_path(images)
+    found, others = [], []
+    for label, folder in enumerate(
+        tqdm(folders.values(), desc=f"Listing {images}", unit="class", delay=2, disable=None)
+    ):
+        paths, more = find_files(folder, image_endings(), (os.path.realpath(root),))
+        found += [(path, label) for path in paths]
+        others += more
+    warn_left_out(images, "images", others)
+    with os.scandir(root) as entries:
+        loose = sorted(entry.path for entry in entries if not entry.name.startswith(".") and os.path.isfile(entry.path))
+    if loose:
+        logger.warning("%s: %d files lie in no class and are left out: %s", images, len(loose), first_few(loose))
+    return found

@@ -14,7 +14,7 @@ from piip_core.files import write_atomically
 
 from ..audit import Problem, list_problems, problems_as_dicts, read_all
 from ..errors import DatasetError
-from ..images import UnreadableImageError, read_image
+from ..images import read_image
 from .classes import IGNORE_LABEL, LabelClasses
 from .folders import Pair, match_files
 from .label_maps import read_label_map
@@ -25,7 +25,7 @@ _OTHER_COUNT = "number of images"
 _FOLDERS = "folders unusable"
 _NO_LABELS = "image without label map"
 _NO_IMAGE = "label map without image"
-_REPEATED = "several images of one name"
+_REPEATED = "several images or label maps of one name"
 _BAD_IMAGE = "image unreadable"
 _BAD_LABELS = "label map unusable"
 _OTHER_SIZE = "sizes differ"
@@ -42,6 +42,7 @@ class SetAudit:
         expected: Number that it is published with, if known.
         pixels: (256,) number of pixels of every class; the last one counts those to ignore.
         problems: Kind, path and message of everything that is wrong.
+        warning: Which classes never occur, if any.
     """
 
     title: str
@@ -50,6 +51,7 @@ class SetAudit:
     expected: int | None = None
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(IGNORE_LABEL + 1, dtype=np.int64))
     problems: list[Problem] = field(default_factory=list)
+    warning: str = ""
 
     @property
     def classes_seen(self) -> int:
@@ -73,6 +75,11 @@ class LabelAudit:
         """Whether nothing is wrong."""
         return not any(part.problems for part in self.sets)
 
+    @property
+    def warned(self) -> bool:
+        """Whether a class never occurs."""
+        return any(part.warning for part in self.sets)
+
     def summary(self, examples: int = 3) -> str:
         """A table of the sets, and of every kind of problem the first examples."""
         rows = [
@@ -90,6 +97,8 @@ class LabelAudit:
         lines = [tabulate(rows, header, "github")]
         for part in self.sets:
             lines += list_problems(part.title, part.problems, examples)
+            if part.warning:
+                lines.append(f"\nWARNING for {part.title}: {part.warning}")
         return "\n".join(lines)
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
@@ -136,13 +145,14 @@ def audit_label_maps(
     for kind, paths, advice in (
         (_NO_LABELS, found.without_labels, f"no label map of that name in {labels}"),
         (_NO_IMAGE, found.without_image, f"no image of that name in {images}"),
-        (_REPEATED, found.repeated, "expected one image of each name"),
+        (_REPEATED, found.repeated, "expected one image and one label map of each name"),
     ):
         result.problems += [(kind, path, f"{path}: {advice}") for path in paths]
     checked = read_all(lambda pair: _check(pair, classes), found.pairs, title=title, workers=workers, progress=progress)
     for pixels, problems in checked:
         result.pixels += pixels
         result.problems += problems
+    result.warning = classes.absent(result.pixels)
     return result
 
 
@@ -151,7 +161,7 @@ def _check(pair: Pair, classes: LabelClasses) -> tuple[np.ndarray, list[Problem]
     problems, image, labels = [], None, None
     try:
         image = read_image(pair.image)
-    except UnreadableImageError as error:
+    except UserError as error:
         problems.append((_BAD_IMAGE, pair.image, str(error)))
     try:
         labels = read_label_map(pair.labels, classes)

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
 
 from ..categories import Category
-from ..errors import DatasetError
+from ..errors import DatasetError, first_few
 
 __all__ = ["IGNORE_LABEL", "LabelClasses", "label_classes"]
 
@@ -62,6 +63,21 @@ class LabelClasses:
         if self.reduce_zero_label:
             return f"1 to {self.num_classes} for the classes, 0 or {IGNORE_LABEL} to ignore (reduce_zero_label)"
         return f"0 to {self.num_classes - 1} for the classes, {IGNORE_LABEL} to ignore"
+
+    def absent(self, pixels: np.ndarray) -> str:
+        """Which classes have no pixel, in words; an empty string if all have.
+
+        Args:
+            pixels: Number of pixels of every class (num_classes and more,), the last one those to ignore.
+        """
+        seen = pixels[: self.num_classes] > 0
+        if seen.all():
+            return ""
+        absent = [repr(name) for name, found in zip(self.names, seen, strict=True) if not found]
+        what = f"class {absent[0]} occurs" if len(absent) == 1 else f"{len(absent)} of {len(seen)} classes occur"
+        which = "" if len(absent) == 1 else f": {first_few(absent)}"
+        hint = f"; {IGNORE_LABEL} = ignored: masks of 0 and {IGNORE_LABEL}? Write 1 instead of {IGNORE_LABEL}"
+        return f"{what} in no label map{which}{hint if pixels[-1] and seen.sum() <= 1 else ''}"
 
     def check_number(self, num_classes: int | None) -> None:
         """Compares with the number of classes in a configuration, if there is one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,35 @@ from .classes import IGNORE_LABEL, LabelClasses, label_classes
 from .folders import find_pairs
 from .label_maps import read_label_map
 
-__all__ = ["build_sem_seg_evaluator"]
+__all__ = ["LabelMapEvaluator", "build_sem_seg_evaluator"]
+
+logger = logging.getLogger(__name__)
+
+
+class LabelMapEvaluator(SemSegEvaluator):
+    """Detectron2's evaluator, which also says of how many classes mIoU is the mean.
+
+    Args:
+        name: Of the data set in Detectron2's catalogs.
+        classes: The classes.
+        kwargs: Other arguments of `SemSegEvaluator`.
+    """
+
+    def __init__(self, name: str, classes: LabelClasses, **kwargs: Any) -> None:
+        super().__init__(name, **kwargs)
+        self._classes = classes
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """As `SemSegEvaluator`; "classes in mIoU" beside "mIoU" is the number of classes that label maps show."""
+        results = super().evaluate()
+        if results is None:  # not the first process
+            return None
+        scores = results["sem_seg"]
+        shown = [not np.isnan(scores[f"IoU-{name}"]) for name in self._classes.names]
+        absent = self._classes.absent(np.array([*shown, True]))
+        if absent:
+            logger.warning("mIoU is the mean over %d of %d classes: %s", sum(shown), len(shown), absent)
+        return {**results, "sem_seg": {"mIoU": scores["mIoU"], "classes in mIoU": float(sum(shown)), **scores}}
 
 
 def build_sem_seg_evaluator(
@@ -26,10 +55,10 @@ def build_sem_seg_evaluator(
     reduce_zero_label: bool | None = None,
     output_dir: str | None = None,
     **kwargs: Any,
-) -> SemSegEvaluator:
+) -> LabelMapEvaluator:
     """Detectron2's evaluator (mIoU, mean and overall pixel accuracy) for label maps, read as for training.
 
-    A class that no label map shows is left out of the means.
+    A class that no label map shows is left out of the means, and a warning says so.
 
     Args:
         images: Folder of images.
@@ -57,7 +86,7 @@ def build_sem_seg_evaluator(
         stuff_dataset_id_to_contiguous_id={category.id: k for k, category in enumerate(known.categories)},
     )
     load = functools.partial(_load, known)
-    return SemSegEvaluator(name, output_dir=output_dir, sem_seg_loading_fn=load, **kwargs)
+    return LabelMapEvaluator(name, known, output_dir=output_dir, sem_seg_loading_fn=load, **kwargs)
 
 
 def _load(classes: LabelClasses, path: str, dtype: Any = int) -> np.ndarray:

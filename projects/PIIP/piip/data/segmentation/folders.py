@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
+from piip_core.images import UnreadableImageError, image_endings
+
 from ..errors import DatasetError, first_few
+from ..files import find_files, named_endings, warn_left_out
 from ..images import read_image_size
-from .classes import label_classes
-from .label_maps import LABEL_ENDING, check_label_header
+from .classes import IGNORE_LABEL, LabelClasses, label_classes
+from .label_maps import LABEL_ENDING, check_label_header, read_label_map
 
 __all__ = ["MatchedFiles", "Pair", "find_pairs", "get_sem_seg_dicts", "match_files"]
 
 logger = logging.getLogger(__name__)
 
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 _READERS = 16  # threads: reading headers is waiting for the disk
+_LOOKED_AT = 2000  # label maps that are read for their classes, at most
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Pair:
     """An image and its label map.
 
     Attributes:
-        name: What both paths have in common: the path below their folder, without ending.
+        name: What both paths have in common: the path below their folder, without ending, accents composed, with
+            slashes.
         image: Path of the image.
         labels: Path of the label map.
     """
@@ -48,7 +54,7 @@ class MatchedFiles:
         pairs: Images with their label maps, in the order of the names.
         without_labels: Images that have none.
         without_image: Label maps that have none.
-        repeated: Names of several images that differ only in the ending.
+        repeated: Names of several images, or of several label maps.
     """
 
     pairs: list[Pair]
@@ -60,6 +66,8 @@ class MatchedFiles:
 def match_files(images: str, labels: str) -> MatchedFiles:
     """Looks for images and their label maps by equal names; subfolders count, hidden files do not.
 
+    Names that differ in Unicode's form of accents only are equal, and a back-slash is as good as a subfolder.
+
     Args:
         images: Folder of images.
         labels: Folder of label maps, named as the images but `.png`.
@@ -67,15 +75,15 @@ def match_files(images: str, labels: str) -> MatchedFiles:
     Raises:
         DatasetError: If a folder is missing or empty, or both are the same.
     """
-    pictures, repeated = _files(images, _IMAGE_ENDINGS, "images")
-    maps, _ = _files(labels, (LABEL_ENDING,), "labels")
+    pictures, repeated = _files(images, image_endings(), "images")
+    maps, more = _files(labels, (LABEL_ENDING,), "labels")
     if os.path.realpath(images) == os.path.realpath(labels):
         raise DatasetError(f"{images}: images and label maps are in the same folder: expected two")
     return MatchedFiles(
         pairs=[Pair(name, pictures[name], maps[name]) for name in sorted(pictures) if name in maps],
         without_labels=[pictures[name] for name in sorted(pictures) if name not in maps],
         without_image=[maps[name] for name in sorted(maps) if name not in pictures],
-        repeated=repeated,
+        repeated=repeated + more,
     )
 
 
@@ -83,13 +91,13 @@ def find_pairs(images: str, labels: str) -> list[Pair]:
     """Images and their label maps, all of them; see `match_files`.
 
     Raises:
-        DatasetError: Also if an image has no label map, or two images have the same name.
+        DatasetError: Also if an image has no label map, or two images or label maps have the same name.
     """
     found = match_files(images, labels)
     if found.repeated:
         raise DatasetError(
-            f"{images}: {len(found.repeated)} names of several images that differ only in the ending: "
-            f"{first_few(found.repeated)}"
+            f"{images}, {labels}: {len(found.repeated)} names of several images, or of several label maps, that differ "
+            f"only in the ending or in how accents and folders are written: {first_few(found.repeated)}"
         )
     if found.without_labels:
         raise DatasetError(
@@ -117,7 +125,8 @@ def get_sem_seg_dicts(
 ) -> list[dict[str, Any]]:
     """Loads a folder of images and a folder of label maps in Detectron2's standard form, after checking them.
 
-    Only the headers of the files are read; what the label maps hold is checked when they are used.
+    Of the images only the headers are read; label maps are read until every class was seen, at most 2000 of them. A
+    class that was not is warned about.
 
     Args:
         images: Folder of images; subfolders count.
@@ -130,10 +139,13 @@ def get_sem_seg_dicts(
         One dict per image with file_name, sem_seg_file_name, image_id, height and width, in the order of the names.
 
     Raises:
-        DatasetError: If a folder, the classes or a pair of files cannot be used.
+        DatasetError: If a folder, the classes or a pair of files cannot be used, or a value in one of the label maps
+            that are read stands for nothing.
         UnreadableImageError: If a file is empty or no image.
+        ImageTooLargeError: If an image has more pixels than Pillow's limit.
     """
-    label_classes(classes, reduce_zero_label).check_number(num_classes)
+    known = label_classes(classes, reduce_zero_label)
+    known.check_number(num_classes)
     pairs = find_pairs(images, labels)
     with ThreadPoolExecutor(_READERS) as readers:
         progress = tqdm(
@@ -150,6 +162,7 @@ def get_sem_seg_dicts(
             f"{labels}: {len(different)} label maps have another size (height, width, after EXIF rotation) than their "
             f"image: {first_few(different)}"
         )
+    _warn_absent(labels, pairs, known)
     return [
         {
             "file_name": pair.image,
@@ -166,6 +179,27 @@ def _sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
     return read_image_size(pair.image), check_label_header(pair.labels)
 
 
+def _warn_absent(labels: str, pairs: Sequence[Pair], classes: LabelClasses) -> None:
+    """Reads label maps, in an order that is random but the same every time, until every class was seen."""
+    order = np.random.default_rng(0).permutation(len(pairs))[:_LOOKED_AT]
+    pixels = np.zeros(IGNORE_LABEL + 1, dtype=np.int64)
+    with ThreadPoolExecutor(_READERS) as readers:
+        for start in range(0, len(order), 4 * _READERS):
+            some = [pairs[index] for index in order[start : start + 4 * _READERS]]
+            pixels += sum(readers.map(lambda pair: _count(pair, classes), some))
+            if pixels[: classes.num_classes].all():
+                return
+    looked = "all" if len(order) == len(pairs) else f"{len(order)} of"
+    logger.warning("%s: %s (%s %d were looked at)", labels, classes.absent(pixels), looked, len(pairs))
+
+
+def _count(pair: Pair, classes: LabelClasses) -> np.ndarray:
+    try:
+        return np.bincount(read_label_map(pair.labels, classes).reshape(-1), minlength=IGNORE_LABEL + 1)
+    except UnreadableImageError:  # which training stops at, or skips
+        return np.zeros(IGNORE_LABEL + 1, dtype=np.int64)
+
+
 def _files(folder: str, endings: Sequence[str], what: str) -> tuple[dict[str, str], list[str]]:
     """Name -> path of the files with one of the endings, and names that several of them have."""
     root = PathManager.get_local_path(folder) if folder else ""
@@ -175,25 +209,16 @@ def _files(folder: str, endings: Sequence[str], what: str) -> tuple[dict[str, st
             f"{folder}: {kind} (looked from {os.getcwd()}): expected a folder of {what}. Set data.train.{what} and "
             f"data.test.{what}, or DETECTRON2_DATASETS for the standard layout"
         )
-    found: dict[str, str] = {}
-    repeated, others = [], []
-    for place, _, files in os.walk(root, followlinks=True):
-        for file in files:
-            path = os.path.join(place, file)
-            if file.startswith("."):
-                continue
-            stem, ending = os.path.splitext(os.path.relpath(path, root))
-            if ending.lower() not in endings:
-                others.append(path)
-            elif stem in found:
-                repeated.append(stem)
-            else:
-                found[stem] = path
-    if not found:
+    files, others = find_files(root, endings)
+    if not files:
         seen = f"; there are {len(others)} other files, such as {others[0]}" if others else ""
-        raise DatasetError(f"{folder}: no {what}: expected files that end in {', '.join(endings)}{seen}")
-    if others:
-        logger.warning(
-            "%s: %d files do not end as %s and are left out: %s", folder, len(others), what, first_few(others)
-        )
+        raise DatasetError(f"{folder}: no {what}: expected files that end in {named_endings(endings)}{seen}")
+    warn_left_out(folder, what, others)
+    found: dict[str, str] = {}
+    repeated = []
+    for path in files:
+        stem = os.path.splitext(os.path.relpath(path, root))[0]
+        name = unicodedata.normalize("NFC", stem).replace("\\", "/")
+        if found.setdefault(name, path) != path:
+            repeated.append(name)
     return found, sorted(repeated)

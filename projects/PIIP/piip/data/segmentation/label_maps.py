@@ -6,8 +6,9 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from piip_core.images import image_size, opened_image, stored_values
+
 from ..errors import DatasetError
-from ..images import unreadable
 from .classes import IGNORE_LABEL, LabelClasses
 
 __all__ = ["LABEL_ENDING", "check_label_header", "read_label_map"]
@@ -22,27 +23,22 @@ def check_label_header(path: str) -> tuple[int, int]:
     """Reads only the header of a label map.
 
     Returns:
-        Height and width.
+        Height and width, after EXIF rotation.
 
     Raises:
         UnreadableImageError: If the file is missing, empty or no image.
         DatasetError: If it is no PNG file or has several channels.
     """
-    try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            _check_kind(path, image)
-            return image.height, image.width
-    except DatasetError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, zlib and struct errors
-        raise unreadable(path, error) from error
+    with opened_image(path, PathManager.open) as image:
+        _check_kind(path, image)
+        return image_size(image)
 
 
 def read_label_map(path: str, classes: LabelClasses) -> np.ndarray:
     """Reads a label map and turns its values into the model's classes.
 
     Args:
-        path: PNG file of one channel: 8 or 16 bits, or a palette, whose indices count.
+        path: PNG file of one channel: 1 to 16 bits, or a palette, whose indices count. EXIF rotation is applied.
         classes: What its values mean.
 
     Returns:
@@ -52,14 +48,9 @@ def read_label_map(path: str, classes: LabelClasses) -> np.ndarray:
         UnreadableImageError: If the file is missing, empty, truncated or no image.
         DatasetError: If it is no PNG file, has several channels, or holds a value that stands for nothing.
     """
-    try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            _check_kind(path, image)
-            values = np.asarray(image)
-    except DatasetError:
-        raise
-    except Exception as error:  # as above
-        raise unreadable(path, error) from error
+    with opened_image(path, PathManager.open) as image:
+        _check_kind(path, image)
+        values = stored_values(image)
     return _to_classes(path, values, classes)
 
 
@@ -90,6 +81,8 @@ def _check_kind(path: str, image: Image.Image) -> None:
         )
     if image.mode not in _MODES:
         raise DatasetError(
-            f"{path}: a picture of mode {image.mode} ({len(image.getbands())} channels): expected one channel (or a "
+            f"{path}: an image of mode {image.mode} ({len(image.getbands())} channels): expected one channel (or a "
             "palette) of class numbers, not of colours"
         )
+    if getattr(image, "n_frames", 1) > 1:
+        raise DatasetError(f"{path}: is an animation of {image.n_frames} images: expected one image of class numbers")
