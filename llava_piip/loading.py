@@ -22,8 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 from piip_core.checkpoints import read_checkpoint
-from piip_core.errors import CheckpointError, ConfigError
-from piip_core.validation import check_choice
+from piip_core.errors import CheckpointError, ConfigError, check_choice
 
 from .assembly import assemble
 from .modeling import PIIPLlavaForConditionalGeneration

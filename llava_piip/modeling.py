@@ -21,7 +21,7 @@ from transformers.models.llava.modeling_llava import (
 from piip_core import PIIP
 from piip_core.errors import UserError
 from piip_core.integrations.transformers import PIIPPreTrainedModel
-from piip_core.integrations.transformers.partitioning import make_whole
+from piip_core.integrations.transformers.modeling import build_then_partition
 from piip_core.merging import TokenMerging
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
@@ -44,7 +44,7 @@ class PIIPVisionModel(PIIPPreTrainedModel):
 
     def __init__(self, config: PIIPVisionConfig) -> None:
         super().__init__(config)
-        self.pyramid = make_whole(lambda: PIIP(config.piip))
+        self.pyramid = build_then_partition(lambda: PIIP(config.piip))
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> PIIPVisionOutput:

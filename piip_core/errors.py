@@ -1,8 +1,10 @@
-"""The errors that a user can cause and cure."""
+"""The errors that a user can cause and cure, and checks of configuration values that raise them."""
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "NotSupportedYet", "UserError"]
+from collections.abc import Sequence
+
+__all__ = ["CheckpointError", "ConfigError", "NotSupportedYet", "UserError", "check", "check_choice"]
 
 
 class UserError(ValueError):
@@ -23,3 +25,14 @@ class NotSupportedYet(NotImplementedError):
     def __init__(self, feature: str) -> None:
         super().__init__(feature)
         self.feature = feature
+
+
+def check(condition: bool, field: str, value: object, expected: str) -> None:
+    """Raises ConfigError, which names field, value and what was expected, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{field}={value!r}: expected {expected}")
+
+
+def check_choice(field: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ConfigError unless the value is one of the choices."""
+    check(value in choices, field, value, "one of " + ", ".join(repr(c) for c in choices))

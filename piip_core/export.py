@@ -26,11 +26,18 @@ from torch.export import Dim, ExportedProgram
 from .classifier import PIIPClassifier
 from .errors import UserError
 from .files import flush, rename_durably
-from .nested import tensors_in
 from .ops import deform_attn_grid_reference, ms_deform_attn_reference
 from .pyramid import DensePIIP
 
-__all__ = ["ExportCheck", "ExportError", "export_onnx", "export_program", "save_program", "without_operator"]
+__all__ = [
+    "ExportCheck",
+    "ExportError",
+    "export_onnx",
+    "export_program",
+    "save_program",
+    "tensors_in",
+    "without_operator",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +185,7 @@ def export_onnx(
 
     Args:
         model: As for `export_program`, on the CPU in float32.
-        path: File to write; the weights of a large model go to a second one beside it, `path` with ".data" behind.
+        path: File to write; the weights of a large model go to a second one beside it, `path` with ".data" at its end.
         image_size: As for `export_program`.
         batch_size: As for `export_program`.
         opset: ONNX operator set, 16 (the first with GridSample) or later.
@@ -315,3 +322,11 @@ def _require(package: str) -> ModuleType:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """All tensors of a nested output, in order; anything else in it is left out."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]

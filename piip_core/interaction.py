@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from .config import InteractionConfig
+from .config import InteractionConfig, UnitSpec
 from .errors import ConfigError
 from .folding import is_bare, scaled_linear
-from .interaction_graph import UnitSpec
 from .ops import MSDeformAttn, deform_attn_grid, make_reference_points
 
 __all__ = ["ConvFFN", "CrossAttention", "DeformableCrossAttention", "Injection", "Interaction", "InteractionUnit"]

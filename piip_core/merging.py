@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, check_choice
 from .folding import Deconvolution
-from .validation import check_choice
 
 __all__ = ["BranchMerging", "ClassificationHeads", "ClassificationMerging", "FeaturePyramid", "TokenMerging"]
 

@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from piip_core import PIIPClassifier, zoo
-from piip_core.building import build_model
+from piip_core.classifier import build_model
 from piip_core.deepspeed_start import BUCKET_SIZE
 from piip_core.meta import on_meta
 from piip_tools.flops import (

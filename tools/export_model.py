@@ -27,8 +27,8 @@ from typing import Any
 from torch import nn
 
 from piip_core import ClassifierConfig, DensePIIP, PIIPClassifier, PIIPConfig, zoo
-from piip_core.building import build_model
 from piip_core.checkpoints import build_trained
+from piip_core.classifier import build_model
 from piip_core.errors import UserError
 from piip_core.export import DEFAULT_OPSET, export_onnx, save_program
 from piip_core.meta import on_meta

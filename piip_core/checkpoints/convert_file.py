@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import zoo
-from ..classifier_config import ClassifierConfig
-from ..config import PIIPConfig
+from ..config import ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError
 from .convert import from_published, our_names, published_names, to_published
 from .files import CheckpointFile, read_checkpoint, write_checkpoint

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from .. import zoo
-from ..classifier_config import ClassifierConfig
-from ..config import PIIPConfig
+from ..branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from ..config import ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError, NotSupportedYet
-from ..networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 from .branch_names import default_branch_class
 from .convert import PUBLISHED_BACKBONE, detector_of, from_published, published_names
 

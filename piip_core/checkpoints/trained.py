@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..building import build_model
-from ..classifier_config import ClassifierConfig
-from ..config import PIIPConfig
+from ..classifier import build_model
+from ..config import ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError
 from .convert import from_published, model_shapes
 from .files import read_checkpoint

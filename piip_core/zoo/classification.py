@@ -6,9 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..classifier_config import ClassifierConfig
-from ..config import BranchConfig, InteractionConfig, PIIPConfig
-from ..networks import ViTConfig
+from ..branches import ViTConfig
+from ..config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
 from .branches import with_own_grid
 from .networks import VIT
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from ..networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from ..branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 
 __all__ = [
     "AUGREG_384",

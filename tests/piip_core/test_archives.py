@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from piip_core import archives
-from piip_core.archives import ArchiveError, unpack_images
-from piip_core.download import DownloadError, download
+from piip_core.archives import ArchiveError, DownloadError, download, unpack_images
 
 FILES = {"train2017/1.jpg": b"one" * 900, "train2017/deep/2.jpg": b"two" * 700, "train2017/3.jpg": b""}
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from piip_core import PIIP, BranchConfig, ConfigError, InteractionConfig, PIIPConfig, ViTConfig
-from piip_core.branches import build_branch
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, build_branch
 from piip_core.checkpoints.branch_names import BRANCH_CLASSES
 from piip_core.checkpoints.rules import RuleTable
-from piip_core.networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig
 
 FAMILIES = {
     "rmsnorm": ViTConfig(embed_dim=32, depth=2, num_heads=4, pos_grid=4, norm="rmsnorm", qk_norm=True, qkv_bias=False),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from piip_core import DensePIIP, InteractionConfig, UserError, prepare_for_inference
-from piip_core.onednn import OneDNNLinear, use_onednn_linears
+from piip_core.prepared import OneDNNLinear, use_onednn_linears
 
 
 @pytest.mark.parametrize("attention", ["deformable", "regular"])

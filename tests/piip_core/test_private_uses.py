@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from piip_core.branches.timm_model import positioned
+from piip_core.branches.timm_model import embed_positions
 from piip_core.folding import is_bare, observer
 from piip_core.integrations.timm.piip import remember_argument
 from piip_core.ops.reference import _grid_sample_backward
@@ -73,7 +73,7 @@ def test_timm_pos_embed(name):
     )
     model.forward_features(image)
     hook.remove()
-    sequence, rotary = positioned(model, model.patch_embed(image))
+    sequence, rotary = embed_positions(model, model.patch_embed(image))
     assert torch.equal(model.norm_pre(sequence), seen["args"][0])
     assert (rotary is None) == (seen.get("rope") is None)
     assert rotary is None or torch.equal(rotary, seen["rope"])
@@ -124,7 +124,7 @@ def test_transformers_datasets_cache():
 
 
 def test_deepspeed_init_context():
-    """deepspeed.runtime.zero.partition_parameters, in piip_core/integrations/transformers/partitioning.py."""
+    """deepspeed.runtime.zero.partition_parameters, in piip_core/integrations/transformers/modeling.py."""
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero import partition_parameters
 

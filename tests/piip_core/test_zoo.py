@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from piip_core import ConfigError, InteractionConfig, zoo
-from piip_core.networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 
 SETTINGS = json.loads((Path(__file__).parents[1] / "data/zoo_settings.json").read_text())
 

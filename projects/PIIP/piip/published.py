@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from piip.lazy import lazy_dataclass
 from piip_core.checkpoints import PublishedNames, read_checkpoint
-from piip_core.classifier_config import ClassifierConfig
+from piip_core.config import ClassifierConfig
 from piip_core.errors import ConfigError
 
 __all__ = ["follow_published"]

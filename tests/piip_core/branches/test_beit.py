@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 
 from piip_core import BranchConfig
-from piip_core.branches import build_branch
+from piip_core.branches import BEiTConfig, build_branch
 from piip_core.branches.beit import RelativeBiasAttention
 from piip_core.errors import ConfigError
-from piip_core.networks import BEiTConfig
 
 NETWORK = BEiTConfig(embed_dim=32, depth=2, num_heads=4, layer_scale=1.0, bias_window=4)
 SIDE = NETWORK.bias_window

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from piip_core.nested import tensors_in
+from piip_core.export import tensors_in
 
 from ..memory import AliveStorages
 from ..timing import Clock, clock_for, limited_threads

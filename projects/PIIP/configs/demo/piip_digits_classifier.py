@@ -17,7 +17,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler
 from torchvision.transforms import Compose, InterpolationMode, PILToTensor, RandomAffine
 
 from piip.lazy import lazy_dataclass
-from piip_core.classifier_config import ClassifierConfig
+from piip_core.config import ClassifierConfig
 from piip_digits.model import NUM_GROUPS, demo_config
 
 from ..common.classifier import model
