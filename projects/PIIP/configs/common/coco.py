@@ -23,6 +23,7 @@ _coco = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datase
 
 data = OmegaConf.create(
     {
+        "kind": "coco",  # annotation files in COCO's format
         "train": {
             "annotations": f"{_coco}/annotations/instances_train2017.json",
             "images": f"{_coco}/train2017",
