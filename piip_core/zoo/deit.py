@@ -7,7 +7,7 @@ import dataclasses
 from ..config import InteractionConfig, MergingConfig, PIIPConfig
 from ..errors import ConfigError
 from .branches import deit_branch
-from .entry import DetectionEntry, PublishedNumbers
+from .entry import PublishedNumbers, ZooEntry
 from .networks import VIT
 
 __all__ = ["ENTRIES", "baseline", "deit_pyramid", "tsbl_as_released"]
@@ -54,8 +54,8 @@ def tsbl_as_released(config: PIIPConfig) -> PIIPConfig:
     return dataclasses.replace(config, branches=(*rest, third, fourth))
 
 
-def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper: PublishedNumbers) -> DetectionEntry:
-    return DetectionEntry(
+def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper: PublishedNumbers) -> ZooEntry:
+    return ZooEntry(
         name=f"vit_{size.lower()}_{image_size}",
         title=f"ViT-{size}",
         table=TABLE,
@@ -63,7 +63,6 @@ def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper
         published=published,
         paper=paper,
         pad_divisor=64,
-        layer_decay=0.95,
     )
 
 
@@ -72,8 +71,8 @@ def _pyramid_row(
     image_sizes: tuple[int, ...],
     published: PublishedNumbers,
     paper: PublishedNumbers | None = None,
-) -> DetectionEntry:
-    return DetectionEntry(
+) -> ZooEntry:
+    return ZooEntry(
         name="_".join(["piip", sizes.lower(), *map(str, image_sizes)]),
         title=f"PIIP-{sizes}",
         table=TABLE,
