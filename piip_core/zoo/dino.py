@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..config import MergingConfig, PIIPConfig
+from ..config import BranchConfig, MergingConfig, PIIPConfig
 from .branches import deit_branch, internvit_6b, mae_h
 from .entry import IMAGENET_MEAN, IMAGENET_STD, PublishedNumbers, ZooEntry
 from .large import lh6b_speedup
@@ -19,7 +19,7 @@ _MERGING = MergingConfig(out_strides=(8, 16, 32))
 _WINDOWS = (24, 24, None)  # repeated
 
 
-def _deit3_384(size: str, image_size: int, depth: int) -> Any:
+def _deit3_384(size: str, image_size: int, depth: int) -> BranchConfig:
     return deit_branch(size, image_size, _WINDOWS * (depth // len(_WINDOWS)), pretrained_at=384)
 
 

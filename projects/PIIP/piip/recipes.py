@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from piip.lazy import lazy_dataclass
 from piip.solver import CosineToMinimum, WarmupFactor, classifier_params, layer_decay_params
 from piip_core import ClassifierConfig
+from piip_core.validation import check_choice
 from piip_core.zoo import ZooEntry
 
 __all__ = ["Nodes", "classifier", "detector", "segmentor"]
@@ -52,8 +53,11 @@ def detector(
             weight decay on all parameters.
         epochs: Passes over the training images.
         lr_drops: Epochs after which the learning rate falls to a tenth.
+
+    Raises:
+        ConfigError: If the head of `entry` is no detector.
     """
-    model = _dense_model(entry)
+    model = _dense_model(entry, "mask_rcnn", "cascade_mask_rcnn", "dino")
     data, dataloader = _common("coco" if crop is None else "coco_ms", "data", "dataloader")
     if crop is None:
         data.train.scales = [scale]  # also the test scale
@@ -86,8 +90,11 @@ def segmentor(entry: ZooEntry, *, crop: int, batch_size: int, lr: float, layer_d
         lr: Learning rate of heads and interactions at that batch size.
         layer_decay: Factor of the learning rate per layer, from the last layer down.
         max_iter: Iterations.
+
+    Raises:
+        ConfigError: If the head of `entry` is no segmentor.
     """
-    model = _dense_model(entry)
+    model = _dense_model(entry, "upernet")
     data, dataloader = _common("ade20k", "data", "dataloader")
     data.train.scale, data.train.crop = [4 * crop, crop], [crop, crop]
     data.test.short_side = model.train_size = model.window = crop
@@ -164,7 +171,8 @@ def _common(file: str, *names: str) -> tuple[DictConfig, ...]:
     return LazyConfig.load(str(COMMON / f"{file}.py"), names)
 
 
-def _dense_model(entry: ZooEntry) -> DictConfig:
+def _dense_model(entry: ZooEntry, *heads: str) -> DictConfig:
+    check_choice(f"{entry.name}: head", entry.head, heads)
     (model,) = _common(entry.head, "model")
     backbone = model.backbone.get("bottom_up", model.backbone)  # below an FPN, or alone
     backbone.config = lazy_dataclass(entry.config)

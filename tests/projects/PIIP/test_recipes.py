@@ -10,7 +10,7 @@ pytest.importorskip("detectron2")
 from detectron2.config import instantiate
 
 from piip.lazy_config import load_config
-from piip.recipes import detector
+from piip.recipes import detector, segmentor
 from piip_core import ConfigError, zoo
 
 COMMON = Path(__file__).parents[3] / "projects" / "PIIP" / "configs" / "common"
@@ -45,6 +45,13 @@ def test_multi_scale_training_has_a_crop_and_no_scales():
     _, data, dataloader, _, _, _ = train(scale=(1999, 1200), crop=1536)
     assert data.train.crop == 1536 and data.test.scales == [[1999, 1200]] and "scales" not in data.train
     assert [a._target_ for a in dataloader.train.mapper.augmentations][1].__name__ == "MultiScaleCrop"
+
+
+def test_heads_of_the_other_kind_are_refused():
+    with pytest.raises(ConfigError, match=r"piip_h6b_512_192_upernet: head='upernet'.*'mask_rcnn'"):
+        detector(zoo.get("piip_h6b_512_192_upernet"), **GIVEN)
+    with pytest.raises(ConfigError, match=r"vit_b_1024: head='mask_rcnn'.*'upernet'"):
+        segmentor(zoo.get("vit_b_1024"), crop=512, batch_size=16, lr=4e-5, layer_decay=0.95, max_iter=80_000)
 
 
 def test_crop_and_test_scale_can_be_overridden_on_the_command_line():
