@@ -33,7 +33,7 @@ ifeq ($(strip $(VENV)),)
 HAS_DETECTRON2 := cd / && $(PY) -c "import detectron2._C" 2>/dev/null
 endif
 
-.PHONY: demo chat-demo test lint tables setup doctor lock
+.PHONY: demo chat-demo test lint tables docs setup doctor lock
 
 demo: $(STAMP)
 	$(PY) -m piip.digit_demo $(DEMO_ARGS)
@@ -42,7 +42,7 @@ chat-demo: $(STAMP)
 	$(PY) -m llava_piip.demo $(CHAT_DEMO_ARGS)
 
 test: $(STAMP)
-	@($(HAS_DETECTRON2)) || echo "Detectron2 is not installed: the detection tests are left out (README.md, Detectron2)."
+	@($(HAS_DETECTRON2)) || echo "Detectron2 is not installed: the detection tests are left out (docs/install.md)."
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -52,6 +52,10 @@ lint: $(STAMP)
 # fails if the tables of published models in the READMEs are out of date
 tables: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) tools/generate_tables.py --check
+
+# the documentation as a site in build/site; fails on a broken link
+docs: $(STAMP)
+	$(PY) -m mkdocs build --strict --quiet
 
 doctor: $(STAMP)
 	$(PY) -m piip_core.doctor

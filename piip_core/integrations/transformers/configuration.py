@@ -25,7 +25,7 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
     The number of classes and their names are transformers' `num_labels`, `id2label` and `label2id`; which of its maps a
     backbone returns, `out_features` or `out_indices` ("stage1" ... from the finest; all of them by default).
 
-    Args:
+    Attributes:
         pyramid: `PIIPConfig.to_dict()`; None for that of the smallest published classifier. Where its `merging` is
             None, a backbone gets the usual `MergingConfig()`; classifiers leave it out.
         head: As in `ClassifierConfig`.
