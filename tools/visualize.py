@@ -82,8 +82,8 @@ def from_zoo(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn.Mo
     entry = zoo.get(args.model)
     picture, image = network_input(
         original,
-        long_side=entry.long_side,
-        short_side=entry.short_side,
+        long_side=entry.image_size,
+        short_side=entry.image_size * 800 // 1333,  # COCO's usual shape
         pixel_mean=entry.pixel_mean,
         pixel_std=entry.pixel_std,
         pad_divisor=entry.pad_divisor,
