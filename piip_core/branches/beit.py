@@ -124,6 +124,11 @@ class BEiTBranch(TransformerBranch):
                     f"BranchConfig.window_size={window}: expected BEiTConfig.bias_window={net.bias_window}, for which "
                     "the blocks have relative positions"
                 )
+        if config.window_padding != "before_qkv":
+            raise ConfigError(
+                f"BranchConfig.window_padding={config.window_padding!r}: expected 'before_qkv' with BEiTConfig, whose "
+                "blocks pad no other way"
+            )
         model = Beit(
             img_size=net.patch_size,  # no tables of timm's are used
             patch_size=net.patch_size,

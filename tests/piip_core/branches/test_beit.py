@@ -91,6 +91,8 @@ def test_without_biases_of_queries_and_values(randomize):
 def test_windows_other_than_the_tables_are_an_error():
     with pytest.raises(ConfigError, match=r"window_size=3.*bias_window=4"):
         branch_of(window_size=3)
+    with pytest.raises(ConfigError, match=r"window_padding='after_qkv'"):
+        branch_of(window_size=4, window_padding="after_qkv")
 
 
 def test_global_blocks_need_images_of_the_tables_size():
