@@ -75,7 +75,7 @@ def operator_extension(cuda: bool):
     cxx.append(f"-fmacro-prefix-map={ROOT}{os.sep}=")  # no absolute path of this machine in error messages
     arguments = {
         "name": LIBRARY,
-        "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        "sources": sorted(glob("csrc/cpu/*.cpp")),
         "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         "define_macros": macros,
         "include_dirs": [str(ROOT / "csrc")],
