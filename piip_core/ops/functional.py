@@ -31,9 +31,12 @@ def ms_deform_attn(
 
     Precision: locations and weights are used in float32 (float64 when `value` is), the sum is accumulated in the same,
     and the result has the dtype of `value`. Autocast changes nothing here: float16 or bfloat16 values stay what they
-    are. Gradients have the dtypes of the inputs; there is no second derivative. On CUDA the gradient of `value` is
-    added up with atomics, in an order that changes from run to run; with `torch.use_deterministic_algorithms(True)` it
-    is added up in 64-bit fixed point, which is slower and always the same.
+    are. Gradients have the dtypes of the inputs. On CUDA the gradient of `value` is added up with atomics, in an order
+    that changes from run to run; with `torch.use_deterministic_algorithms(True)` it is added up in 64-bit fixed point,
+    which is slower and always the same.
+
+    `torch.func.grad`, `vjp`, `jacrev` and `vmap` work. There is no second and no forward-mode derivative: an error, but
+    for `torch.func.jvp` inside torch.compile, where PyTorch takes tangents of custom operators for zero.
 
     Args:
         value: (B, S, M, D) float64, float32, float16 or bfloat16; S = sum of H * W, levels one after the other, each
@@ -49,6 +52,7 @@ def ms_deform_attn(
     Raises:
         TypeError: for an argument of the wrong kind or dtype.
         ValueError: for shapes that do not fit each other, or tensors on different devices.
+        NotImplementedError: for a derivative that there is not.
     """
     shapes = flatten_spatial_shapes(spatial_shapes)
     _check(value, shapes, sampling_locations, attention_weights)
