@@ -83,7 +83,7 @@ def _load_library() -> OperatorStatus:
         library.define(schema)
     _KEEP_ALIVE.append(library)
     build = _read_build_record()
-    path = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
+    path = next(iter(sorted(_PACKAGE.glob("_kernels*.so"))), None)
     if os.environ.get("PIIP_DISABLE_EXTENSION", "0") not in ("", "0"):
         reason = "switched off by the environment variable PIIP_DISABLE_EXTENSION"
     elif path is None:
