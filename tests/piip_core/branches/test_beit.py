@@ -16,9 +16,10 @@ NETWORK = BEiTConfig(embed_dim=32, depth=2, num_heads=4, layer_scale=1.0, bias_w
 SIDE = NETWORK.bias_window
 
 
-def branch_of(window_size=None, **options):
+def branch_of(window_size=None, window_padding="before_qkv", **options):
     network = dataclasses.replace(NETWORK, **options)
-    return build_branch(BranchConfig(network=network, image_size=64, window_size=window_size))
+    config = BranchConfig(network=network, image_size=64, window_size=window_size, window_padding=window_padding)
+    return build_branch(config)
 
 
 def run_all(branch, image):
