@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import BatchFeature, GenerationConfig
 
@@ -105,13 +104,7 @@ class ChatModel:
         bits = QUANTIZATIONS[quantization] if quantization else 16
         if bits == 8:  # it would say for every layer and token that it casts to float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        try:
-            model, processor = load_trained(path, dtype=dtype, bits=bits, device_map={"": device})
-        except UserError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path}: cannot be loaded ({reason}): expected a complete save") from error
+        model, processor = load_trained(path, dtype=dtype, bits=bits, device_map={"": device})
         if isinstance(model, PeftModel):  # on quantised weights the adapters stay beside them
             model = model.merge_and_unload() if quantization is None else model.get_base_model()
         if quantization is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "NotSupportedYet", "UserError"]
+__all__ = ["CheckpointError", "ConfigError", "NotSupportedYet", "OutputFolderError", "SaveError", "UserError"]
 
 
 class UserError(ValueError):
@@ -15,6 +15,14 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A file cannot be read or does not fit the model; the message names the file, the keys and the fix."""
+
+
+class SaveError(UserError):
+    """Something could not be written; the message says what, why and what helps."""
+
+
+class OutputFolderError(UserError):
+    """The folder of a run cannot be used as it is; the message names the fix."""
 
 
 class NotSupportedYet(NotImplementedError):

@@ -1,7 +1,9 @@
 """What tests of several packages share."""
 
 import importlib.util
+import os
 import random
+import signal
 import socket
 import sys
 from functools import partial
@@ -10,6 +12,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from piip_core.files import lock_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,3 +67,21 @@ def _free_port() -> str:
 def free_port():
     """Finds a port below those that the system itself hands out, which others may get before the launcher binds it."""
     return _free_port
+
+
+@pytest.fixture
+def held_folder(tmp_path):
+    """A folder that another process has locked as its own, and the id of that process, which has a child."""
+    folder = tmp_path / "held"
+    reading, writing = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        os.setpgid(0, 0)
+        with lock_folder(folder, "wait"):
+            if os.fork() != 0:  # the child is as a worker of a data loader
+                os.write(writing, b"x")
+            signal.pause()
+    os.read(reading, 1)
+    yield folder, holder
+    os.killpg(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)

@@ -23,7 +23,7 @@ from piip_core.errors import CheckpointError
 from piip_core.files import publish_folder, write_atomically
 from piip_core.meta import on_meta
 
-from ..assembly import add_image_token, assemble_processor
+from ..assembly import add_image_token, assemble_processor, load_part
 from ..configuration import PIIPLlavaConfig, PIIPVisionConfig
 from ..modeling import PIIPLlavaForConditionalGeneration
 from .names import PUBLISHED_PROJECTOR, PUBLISHED_TOWER, LlavaNames
@@ -134,7 +134,7 @@ def export_folder(
         CheckpointError: If the source is not complete, or the target exists.
     """
     source, target = Path(source), Path(target)
-    config = PIIPLlavaConfig.from_pretrained(source)
+    config = load_part(PIIPLlavaConfig, source, "the folder of a model of ours")
     vision = config.vision_config.piip
     if len(vision.branches) < 2:
         raise CheckpointError(f"{source}: a model with a single branch has no published layout of its own")
@@ -222,18 +222,12 @@ def _tokenizer(source: Path) -> Any:
     settings = source / "tokenizer_config.json"
     # The transformers that made these folders took a missing setting for True, today's takes it for False
     legacy = {} if not settings.is_file() or "legacy" in _read_json(settings) else {"legacy": True}
-    try:
-        return AutoTokenizer.from_pretrained(source, **legacy)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{source}: has no tokenizer that can be loaded ({str(error).splitlines()[0]}); expected tokenizer.model "
-            "and tokenizer_config.json beside the weights"
-        ) from error
+    return load_part(AutoTokenizer, source, "tokenizer.model and tokenizer_config.json beside the weights", **legacy)
 
 
 def _generation_config(source: Path, config: PIIPLlavaConfig) -> GenerationConfig:
     if (source / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source)
+        return GenerationConfig.from_dict(_read_json(source / "generation_config.json"))
     return GenerationConfig.from_model_config(config.text_config)
 
 

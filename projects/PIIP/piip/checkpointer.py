@@ -87,7 +87,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.strict = strict
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes `<save_dir>/<name>.pth` and then points `last_checkpoint` to it; each appears whole or not at all."""
+        """Writes `<save_dir>/<name>.pth` and then points `last_checkpoint` to it; each appears whole or not at all.
+
+        Raises:
+            SaveError: If the system refuses to write; what was there before stays.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
