@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import threading
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import BatchFeature, GenerationConfig
 
 from piip_core.errors import CheckpointError, UserError
+from piip_core.files import read_json
 
 from .configuration import PIIPLlavaConfig
 from .conversation import Messages, render_conversation
@@ -330,12 +330,7 @@ def model_folder(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: is no folder; expected one that training or the converter wrote")
     if is_trained_folder(folder):
         return folder
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        raise CheckpointError(
-            f"{folder}: has no readable config.json; expected a folder that training or the converter wrote"
-        ) from None
+    kind = read_json(folder / "config.json", CheckpointError).get("model_type")
     if kind != PIIPLlavaConfig.model_type:
         raise CheckpointError(
             f"{folder}: holds a model of type {kind!r}, expected {PIIPLlavaConfig.model_type!r}; published checkpoints "

@@ -7,7 +7,6 @@ processor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from piip_core.checkpoints import read_checkpoint
 from piip_core.errors import CheckpointError, ConfigError
+from piip_core.files import read_json
 from piip_core.validation import check_choice
 
 from .assembly import assemble, load_part
@@ -200,9 +200,9 @@ def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no {NOTE}; expected the folder that a training stage saved, RUN/{FINAL}")
     try:
-        note = json.loads(file.read_text())
+        note = read_json(file, CheckpointError)
         version, parts, source = note["format"], note["parts"], ModelSource(**note["source"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error!r}); save the stage again, or take another checkpoint"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,8 @@ from torch import Tensor
 from .. import zoo
 from ..classifier_config import ClassifierConfig
 from ..config import PIIPConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from ..files import read_json
 from .convert import from_published, our_names, published_names, to_published
 from .files import CheckpointFile, read_checkpoint, write_checkpoint
 from .lazy import LazyState, LazyTensor
@@ -79,7 +79,7 @@ def convert_file(
             of `dtype`.
         NotSupportedYet: If the model has parts that this version does not know.
     """
-    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights, ema=ema)
+    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights, ema=ema, verify=True)
     if to_public:
         names, model = _names_of_ours(file, config, branch_classes)
         state, report = to_published(file.state, names, source=str(source))
@@ -130,7 +130,7 @@ def read_config(text: str) -> PIIPConfig | ClassifierConfig:
     """
     if not text.endswith(".json"):
         return zoo.find(text).config
-    data = json.loads(Path(text).read_text())
+    data = read_json(text, ConfigError)
     return (ClassifierConfig if "pyramid" in data else PIIPConfig).from_dict(data)
 
 

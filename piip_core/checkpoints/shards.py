@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import read_json
 from .lazy import LazyState, LazyTensor
 from .single import DESCRIPTION, CheckpointFile, listed, read_single
 
@@ -44,11 +44,8 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     Raises:
         CheckpointError: If it is not an index, names a tensor twice or files outside its folder.
     """
-    try:
-        content = json.loads(path.read_text(), object_pairs_hook=_without_duplicates)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable index ({error}). Download it again") from None
-    places = content.get("weight_map") if isinstance(content, dict) else None
+    content = read_json(path, CheckpointError, object_pairs_hook=_without_duplicates)
+    places = content.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{path}: not an index: expected names of files by names of tensors under 'weight_map'")
     outside = sorted({file for file in places.values() if Path(file).name != file})
@@ -66,7 +63,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def read_sharded(path: Path, unsafe_pickle: bool) -> CheckpointFile:
+def read_sharded(path: Path, unsafe_pickle: bool, *, verify: bool = False) -> CheckpointFile:
     """Reads the state dict that an index describes; each tensor from its file when it is asked for.
 
     Raises:
@@ -83,7 +80,7 @@ def read_sharded(path: Path, unsafe_pickle: bool) -> CheckpointFile:
     entries: dict[str, LazyTensor] = {}
     extras: dict[str, None] = {}
     for name in names:
-        shard = read_single(path.parent / name, unsafe_pickle)
+        shard = read_single(path.parent / name, unsafe_pickle, verify=verify)
         _check_shard(path, shard, places, entries)
         entries |= shard.state.entries
         extras |= dict.fromkeys(shard.extras)
