@@ -274,3 +274,10 @@ def test_zero_checkpoints_of_another_number_of_processes_are_refused(tmp_path):
     check_same_processes(tmp_path / "checkpoint-5", 8)
     with pytest.raises(OutputFolderError, match="is of a run with 8 processes, this one has 4"):
         check_same_processes(tmp_path / "checkpoint-5", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_killed_at_eight_points_of_a_save_under_deepspeed_a_run_goes_on_bit_by_bit(stage, files, kill_saves):
+    arguments = files.command(Path("run"), "--deepspeed", stage, "--max_steps", "6", "--save_steps", "2")
+    kill_saves(program="chat", arguments=arguments)

@@ -266,3 +266,11 @@ def test_gradients_are_clipped_over_all_groups():
         weight.grad[0] = value
     hook.after_backward()  # norm 5
     assert [weight.grad[0].item() for weight in weights] == pytest.approx([1.2, 1.6], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_at_eight_points_of_a_save_a_run_goes_on_bit_by_bit(stage, shared_coco, kill_saves):
+    opts = [*shared_coco.overrides("train"), "data.test.annotations=null", f"train.deepspeed.stage={stage}"]
+    opts += ["train.max_iter=6", "train.checkpointer.period=2", "dataloader.train.num_workers=0"]
+    kill_saves(program="detection", config=CONFIG, arguments=[*opts, "train.log_period=1"])
