@@ -330,6 +330,8 @@ def model_folder(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: is no folder; expected one that training or the converter wrote")
     if is_trained_folder(folder):
         return folder
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json; expected a folder that training or the converter wrote")
     kind = read_json(folder / "config.json", CheckpointError).get("model_type")
     if kind != PIIPLlavaConfig.model_type:
         raise CheckpointError(
