@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import check_regular
-from .files import read_checkpoint
+from .read import read_checkpoint
 
 __all__ = ["read_source"]
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..files import atomic_path, write_atomically
 from .lazy import LazyState
-from .shards import INDEX_SUFFIX, read_index
+from .read import INDEX_SUFFIX, read_index
 from .single import CHECKSUM, DESCRIPTION, checksum
 
 __all__ = ["write_checkpoint"]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from piip.data import Category, DatasetError
 from piip_core.checkpoints import find_pyramid, load_pyramid, pyramid_prefix, read_checkpoint
-from piip_core.checkpoints.files import load_torch_file
-from piip_core.checkpoints.single import listed
+from piip_core.checkpoints.single import listed, load_torch_file
 from piip_core.errors import CheckpointError
 from piip_core.files import write_atomically
 

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 
 from piip.checkpointer import RUN_STATE, CategoryTable, read_categories
 from piip_core.checkpoints import read_checkpoint, write_checkpoint
-from piip_core.checkpoints.files import load_torch_file
+from piip_core.checkpoints.single import load_torch_file
 from piip_core.deepspeed_start import save_engine
 from piip_core.errors import CheckpointError, SaveError
 from piip_core.files import write_atomically
