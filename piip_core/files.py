@@ -76,34 +76,37 @@ def read_json(path: str | os.PathLike[str], error: type[UserError] = UserError, 
 
 
 @contextmanager
-def explain_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+def explain_write_errors(path: str | os.PathLike[str], *, full_disk_only: bool = False) -> Iterator[None]:
     """Says in one line why `path` could not be written, and what helps.
+
+    Args:
+        path: What is written inside.
+        full_disk_only: Where much else is done inside, and other refusals may be about other files.
 
     Raises:
         SaveError: Instead of what the system refuses: a full disk, a folder that may not be written ...
     """
     try:
         yield
-    except SaveError:
+    except UserError:
         raise
     except Exception as error:
         found = find_refusal(error)
-        if found is None:
+        if found is None or (full_disk_only and found[1] != _FULL):
             raise
-        reason, remedy = found
-        raise SaveError(f"{os.fspath(path)}: could not be written ({reason}): {remedy}") from None
+        raise SaveError(f"{os.fspath(path)}: could not be written ({found[0]}): {found[1]}") from None
 
 
 def find_refusal(error: BaseException | None) -> tuple[str, str] | None:
     """The system's reason not to write and the remedy, also where a library hides it behind an error of its own."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _REMEDIES:
-            return os.strerror(error.errno), _REMEDIES[error.errno]
-        if isinstance(error, SafetensorError):  # in its text alone, as "... (os error 28)"
-            number = next((n for n in _REMEDIES if f"(os error {n})" in str(error)), None)
-            if number is not None:
-                return os.strerror(number), _REMEDIES[number]
+    while isinstance(error, RuntimeError | SafetensorError | SaveError):
+        # In safetensors' text alone, as "... (os error 28)"; torch.save raises another error on that of the file
+        number = next((n for n in _REMEDIES if f"(os error {n})" in str(error)), None)
+        if number is not None:
+            return os.strerror(number), _REMEDIES[number]
         error = error.__cause__ or error.__context__
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return os.strerror(error.errno), _REMEDIES[error.errno]
     return None
 
 
@@ -132,7 +135,7 @@ def lock_folder(path: str | os.PathLike[str], otherwise: str) -> Iterator[None]:
             # A record lock, which goes with its process however that ends. One of flock would stay as long as the
             # workers of a data loader, which inherit it. Over NFS it needs lockd (version 3), or version 4
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # depends on the system
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise OutputFolderError(f"{folder}: {holder} is writing to it: wait for its end, or {otherwise}") from None

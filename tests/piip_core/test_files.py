@@ -10,7 +10,7 @@ import torch
 from piip_core import files
 from piip_core.checkpoints import write_checkpoint
 from piip_core.errors import OutputFolderError, SaveError, UserError
-from piip_core.files import atomic_path, lock_folder, publish_folder, read_json, write_atomically
+from piip_core.files import atomic_path, explain_write_errors, lock_folder, publish_folder, read_json, write_atomically
 
 STATE = {"a": torch.zeros(100_000)}
 
@@ -63,6 +63,19 @@ def test_a_place_that_cannot_be_written_is_named(place, words, tmp_path):
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     with pytest.raises(SaveError, match=f"{place}.*{words}"):
         write_text(tmp_path / place)
+
+
+def test_errors_that_are_not_of_the_writing_stay_what_they_are(tmp_path):
+    for error in (KeyError("a"), UserError("b"), FileNotFoundError(2, "c"), RuntimeError("d")):
+        with pytest.raises(type(error)) as raised, write_atomically(tmp_path / "x"):
+            raise error
+        assert raised.value is error
+    with pytest.raises(KeyError), explain_write_errors(tmp_path):
+        try:
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x").mkdir()
+        except FileExistsError as error:
+            raise KeyError from error
 
 
 def in_child(action) -> None:

@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         if not args.eval_only:
             stack.enter_context(lock_run(output_dir, "give another train.output_dir"))
-        stack.enter_context(explain_write_errors(output_dir))
+        stack.enter_context(explain_write_errors(output_dir, full_disk_only=True))
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name="piip")
         categories = follow_annotations(cfg, training=not args.eval_only)
         default_setup(cfg, args)  # after the line above: it saves the configuration

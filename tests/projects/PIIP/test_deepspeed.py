@@ -230,7 +230,7 @@ def test_checkpoints_that_were_divided_otherwise_are_refused(state, words, tmp_p
         (["train.deepspeed.stage=4"], "stage=4: expected 1, 2 or 3, or 0"),
         (["train.deepspeed.stage=2", "train.amp.enabled=True", "train.amp.precision=float16"], "expected bfloat16"),
         (["train.deepspeed.stage=2", "train.deepspeed.offload_parameters=True"], "expected train.deepspeed.stage=3"),
-        (["train.deepspeed.stage=1", "train.deepspeed.config=nowhere.json"], "train.deepspeed.config=nowhere.json: no such file"),
+        (["train.deepspeed.stage=1", "train.deepspeed.config=nowhere.json"], "config=nowhere.json: no such file"),
     ],
 )
 def test_settings_that_cannot_be_meant(opts, words):
