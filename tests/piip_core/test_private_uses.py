@@ -1,6 +1,7 @@
 """What is used of other libraries and documented by none: each test names it, and fails when it is gone or changed."""
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -125,3 +126,12 @@ def test_deepspeed_compatible_operators():
     """deepspeed.ops.__compatible_ops__, in piip_core/deepspeed_start.py."""
     deepspeed = pytest.importorskip("deepspeed")
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+
+
+def test_deepspeed_writes_checkpoints_where_save_engine_expects_it():
+    """DeepSpeedEngine.checkpoint_engine and ._copy_recovery_script, in piip_core/deepspeed_start.py."""
+    engine = pytest.importorskip("deepspeed").DeepSpeedEngine
+    assert callable(getattr(engine, "_copy_recovery_script", None)), "DeepSpeedEngine._copy_recovery_script is gone"
+    assert {"tag", "save_latest"} <= inspect.signature(engine.save_checkpoint).parameters.keys()
+    source = inspect.getsource(engine)
+    assert "self.checkpoint_engine.save(" in source, "DeepSpeedEngine.checkpoint_engine does not write any more"
