@@ -51,23 +51,30 @@ class BranchMerging(nn.Module):
         self.out_dim = dims[0]
         _check_groups(self.out_dim, num_groups)
         self.projections = nn.ModuleDict()
-        self.weights = nn.ParameterDict()
+        self.weights = nn.Parameter(torch.ones(len(self.branches)))
+        self.register_load_state_dict_pre_hook(_join_scalar_weights)
         for number in self.branches:
             count = 0 if convs == 1 and number == 1 else convs
             self.projections[str(number)] = _projection(dims[number - 1], self.out_dim, count, num_groups)
-            self.weights[str(number)] = nn.Parameter(torch.ones(()))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps of all branches, (B, C_i, H_i, W_i), to (B, C_1, H, W) on the chosen grid."""
         size = maps[self.grid - 1].shape[-2:]
         merged = None
-        for number in self.branches:
+        for number, weight in zip(self.branches, self.weights.unbind(), strict=True):
             x = self.projections[str(number)](maps[number - 1])
             if x.shape[-2:] != size:
                 x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-            x = x * self.weights[str(number)]
+            x = x * weight
             merged = x if merged is None else merged + x
         return merged
+
+
+def _join_scalar_weights(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Reads files in which the weights were a scalar for each branch."""
+    names = [f"{prefix}weights.{number}" for number in module.projections]
+    if all(name in state_dict for name in names):
+        state_dict[f"{prefix}weights"] = torch.stack([state_dict.pop(name) for name in names])
 
 
 def _projection(in_dim: int, out_dim: int, convs: int, num_groups: int) -> nn.Sequential:
@@ -215,7 +222,8 @@ class ClassificationMerging(nn.Module):
         for number, dim in enumerate(dims, 1):
             project = [nn.Conv2d(dim, dims[0], 1), nn.GroupNorm(num_groups, dims[0])] if number > 1 else []
             self.projections[str(number)] = nn.Sequential(nn.GroupNorm(num_groups, dim), *project)
-        self.weights = nn.ParameterDict({number: nn.Parameter(torch.ones(())) for number in self.projections})
+        self.weights = nn.Parameter(torch.ones(len(dims)))
+        self.register_load_state_dict_pre_hook(_join_scalar_weights)
         self.norm = LayerNorm2d(dims[0], eps=LAYER_NORM_EPS)
         self.drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
@@ -231,8 +239,8 @@ class ClassificationMerging(nn.Module):
         """
         size = maps[self.grid - 1].shape[-2:]
         merged = None
-        for (number, projection), x in zip(self.projections.items(), maps, strict=True):
-            x = F.interpolate(projection(x), size=size, mode="bilinear", align_corners=False) * self.weights[number]
+        for projection, weight, x in zip(self.projections.values(), self.weights.unbind(), maps, strict=True):
+            x = F.interpolate(projection(x), size=size, mode="bilinear", align_corners=False) * weight
             merged = x if merged is None else merged + x
         pooled = self.drop(self.norm(merged).mean(dim=(-2, -1)))
         return pooled if pre_logits else self.classifier(pooled)

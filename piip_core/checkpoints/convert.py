@@ -20,7 +20,7 @@ from .head_names import HEADS
 from .names import PublishedNames
 from .public_config import branch_shapes
 from .report import ConversionReport
-from .rules import PARTS, Change, Rule, RuleTable
+from .rules import Change, Rule, RuleTable
 
 __all__ = ["detector_of", "from_published", "model_shapes", "our_names", "published_names", "to_published"]
 
@@ -153,7 +153,7 @@ def from_published(
     names = names or published_names(config, state, backbone_only=backbone_only)
     table, unused, shapes = names.table(), names.unused_tensors(), _our_shapes(names)
     converted: dict[str, Tensor] = {}
-    parts: dict[str, dict[int, Tensor]] = {}
+    parts: dict[str, list[Tensor | None]] = {}
     for key, tensor in state.items():
         found = table.to_ours(key)
         if key in unused:
@@ -169,7 +169,7 @@ def from_published(
                 converted[name] = rule.change.to_ours(tensor)
                 _account(report, name, rule, converted[name].shape, shapes[name])
             else:
-                parts.setdefault(name, {})[rule.part] = tensor
+                parts.setdefault(name, [None] * rule.parts)[rule.part] = rule.change.to_ours(tensor)
     for name, found in parts.items():
         _join(converted, report, name, found, shapes[name])
     report.missing = [name for name in shapes if name not in converted]
@@ -220,17 +220,17 @@ def _join(
     converted: dict[str, Tensor],
     report: ConversionReport,
     name: str,
-    parts: Mapping[int, Tensor],
+    parts: Sequence[Tensor | None],
     want: torch.Size,
 ) -> None:
     """Puts a tensor together that is published in parts; one of which some are missing stays missing."""
-    if len(parts) < PARTS:
+    if any(part is None for part in parts):
         return
-    shapes = {tuple(part.shape) for part in parts.values()}
+    shapes = {tuple(part.shape) for part in parts}
     if len(shapes) > 1:
         report.mismatched[name] = f"shapes {', '.join(map(str, shapes))} of its parts in the file, expected equal ones"
         return
-    converted[name] = torch.cat([parts[i] for i in range(PARTS)])
+    converted[name] = torch.cat(parts)
     if converted[name].shape != want:
         report.mismatched[name] = f"shape {tuple(converted[name].shape)} in the file, {tuple(want)} in the model"
 

@@ -37,11 +37,10 @@ _DIRECTIONS = {"into_low": "branch2to1", "into_high": "branch1to2"}
 _HEADS = {
     "separate": rename_parts(("head.norms.*.*", "branch*.norm.*"), ("head.classifiers.*.*", "branch*.head.*")),
     "merged": (
-        *rename_parts(("head.projections.1.0.*", "merge_branch1.*"), ("head.weights.1", "w1")),
+        *rename_parts(("head.projections.1.0.*", "merge_branch1.*")),
         *rename_parts(*((f"head.projections.*.{i}.*", f"merge_branch*.{2 * i}.*") for i in (0, 2))),
         Rule("head.projections.*.1.weight", "merge_branch*.2.weight", Change.POINTWISE_KERNEL),
         *rename_parts(("head.projections.*.1.bias", "merge_branch*.2.bias")),
-        *(Rule(f"head.weights.{number}", f"w{number}") for number in range(2, 5)),
         *rename_parts(("head.norm.*", "cls_norm.*"), ("head.classifier.*", "cls_head.*")),
     ),
 }
@@ -164,6 +163,8 @@ class PublishedNames:
                 )
         if isinstance(self.config, ClassifierConfig):
             yield from _HEADS[self.config.head]
+            if self.config.head == "merged":
+                yield from _weight_rules("head.weights", "w", range(1, len(self.pyramid.branches) + 1))
         elif self.config.merging is not None:
             yield from _merging_rules(self.config.merging, self.config.merging_branches, single)
 
@@ -177,11 +178,17 @@ def _merging_rules(merging: MergingConfig, branches: Sequence[int], single: bool
     if not single:
         for number in branches:
             yield Rule(f"merging.final.projections.{number}.*.*", f"merge_branch{number}.*.*")
-            yield Rule(f"merging.final.weights.{number}", f"w{number}")
             for j, k in enumerate(merging.intermediate_after):
                 ours, published = f"merging.intermediate.{j}", f"intermediate_merging_{k}"
                 yield Rule(f"{ours}.projections.{number}.*.*", f"{published}_branch{number}.*.*")
-                yield Rule(f"{ours}.weights.{number}", f"{published}_w{number}")
+        yield from _weight_rules("merging.final.weights", "w", branches)
+        for j, k in enumerate(merging.intermediate_after):
+            yield from _weight_rules(f"merging.intermediate.{j}.weights", f"intermediate_merging_{k}_w", branches)
     module = "up" if single else "fpn"
     for stride, name in _PYRAMID_MODULES.items():
         yield Rule(f"feature_pyramid.levels.{stride}.*.*", f"{module}{name}.*.*")
+
+
+def _weight_rules(ours: str, published: str, branches: Sequence[int]) -> Iterator[Rule]:
+    for part, number in enumerate(branches):
+        yield Rule(ours, f"{published}{number}", Change.SCALAR, part=part, parts=len(branches))

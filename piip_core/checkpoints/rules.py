@@ -31,6 +31,7 @@ class Change(Enum):
     )
     POINTWISE_KERNEL = "a linear there is a convolution of one position here"
     CLASS_TOKEN = "the published class token has no batch and sequence axes"
+    SCALAR = "one vector here is a scalar per branch there"
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         match self:
@@ -44,6 +45,8 @@ class Change(Enum):
                 return tensor[..., None, None]
             case Change.CLASS_TOKEN:
                 return tensor[None, None]
+            case Change.SCALAR:
+                return tensor.reshape(1)
         return tensor
 
     def to_published(self, tensor: Tensor) -> Tensor:
@@ -58,6 +61,8 @@ class Change(Enum):
                 return tensor[..., 0, 0]
             case Change.CLASS_TOKEN:
                 return tensor[0, 0]
+            case Change.SCALAR:
+                return tensor.reshape(())
         return tensor
 
 
@@ -69,14 +74,16 @@ class Rule:
         ours: Our name.
         published: The published name.
         change: What besides the name differs.
-        part: Which of the three equal parts of our tensor, along its first axis, the published one is (queries, keys
-            and values of one linear); None if it is all of it.
+        part: Which of the equal parts of our tensor, along its first axis, the published one is (queries, keys and
+            values of one linear); None if it is all of it.
+        parts: How many there are.
     """
 
     ours: str
     published: str
     change: Change = Change.NONE
     part: int | None = None
+    parts: int = PARTS
 
     def __post_init__(self) -> None:
         if self.ours.count("*") != self.published.count("*"):
@@ -88,7 +95,7 @@ class Rule:
 
     def take(self, tensor: Tensor) -> Tensor:
         """The published tensor, from ours."""
-        return self.change.to_published(tensor if self.part is None else tensor.chunk(PARTS)[self.part])
+        return self.change.to_published(tensor if self.part is None else tensor.chunk(self.parts)[self.part])
 
     @cached_property
     def _ours(self) -> re.Pattern[str]:

@@ -16,7 +16,7 @@ def test_is_the_weighted_sum_of_equation_4(randomize):
     merging = randomize(BranchMerging(DIMS, (1, 2, 3), convs=2, num_groups=8))
     maps = branch_maps()
     expected = sum(
-        merging.weights[str(n)]
+        merging.weights[n - 1]
         * F.interpolate(merging.projections[str(n)](maps[n - 1]), size=(8, 9), mode="bilinear", align_corners=False)
         for n in (1, 2, 3)
     )
@@ -29,7 +29,7 @@ def test_only_chosen_branches_take_part():
     merged = merging(maps)
     maps[1] = maps[1] + 1
     assert torch.equal(merging(maps), merged) and merged.shape == (2, 32, 8, 9)
-    assert set(merging.weights) == {"1", "3"}
+    assert list(merging.projections) == ["1", "3"] and merging.weights.shape == (2,)
 
 
 def test_regular_form_has_no_convolution_for_branch_1():
@@ -92,3 +92,18 @@ def test_growing_maps_are_projected_on_their_own_grid():
         projection.linear_1.register_forward_hook(lambda module, args, output: cells.append(output[0, ..., 0].numel()))
     merging([torch.randn(1, 8, side, side) for side in (3, 6, 12)])
     assert cells == [9, 36, 36]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [BranchMerging([32, 16, 8], (1, 3), convs=2, num_groups=4), ClassificationMerging([32, 16], 5, num_groups=4)],
+)
+def test_weights_that_were_a_scalar_for_each_branch_are_read(module):
+    state = module.state_dict()
+    weights = torch.arange(2.0) + 3
+    del state["weights"]
+    state |= {f"weights.{number}": weight for number, weight in zip(module.projections, weights, strict=True)}
+    module.load_state_dict(state)
+    assert torch.equal(module.weights.detach(), weights)
+    with pytest.raises(RuntimeError, match="weights"):
+        module.load_state_dict({name: x for name, x in state.items() if name != "weights.1"})

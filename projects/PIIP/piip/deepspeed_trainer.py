@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,31 +120,7 @@ def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optim
     if cfg.train.amp.enabled:
         _autocast_in_training(model, device.type)
     config = deepspeed_config(cfg, batch_size)
-    with _scalars_kept_whole(model, zero_stage(cfg)):
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-@contextmanager
-def _scalars_kept_whole(model: nn.Module, stage: int) -> Iterator[None]:
-    """While DeepSpeed takes over the model, keeps parameters without dimensions from what it cannot do.
-
-    By marks of its own on parameters, which it does not document. Seen needed, and working, with DeepSpeed 0.19.8.
-    It views a parameter as bytes to send it to all processes, an error without dimensions. In stages 1 and 2 it does
-    not send what bears the mark below; in stage 3 it sends all, so they have one dimension meanwhile.
-    """
-    scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
-    for scalar in scalars:
-        distributed.broadcast(scalar.data, 0)
-        if stage == 3:
-            scalar.data = scalar.data.view(1)
-        else:
-            scalar.ds_optim_param = True
-    yield
-    for scalar in scalars:
-        if stage == 3:
-            scalar.ds_shape = torch.Size(())  # which it has whenever it is gathered
-        else:
-            del scalar.ds_optim_param
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def _describe_group() -> None:

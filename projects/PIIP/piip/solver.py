@@ -9,7 +9,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
 from piip_core import PIIP
-from piip_core.merging import ClassificationHeads
+from piip_core.merging import BranchMerging, ClassificationHeads
 from piip_core.pyramid import ParameterLayers
 
 __all__ = ["CosineToMinimum", "WarmupFactor", "classifier_params", "layer_decay_params"]
@@ -134,7 +134,7 @@ def layer_decay_params(
     """Optimizer groups as in the published training: deeper layers learn faster, heads and interactions fastest.
 
     `ParameterLayers` numbers the layers. The learning rate of one is `base_lr * decay_rate ** (last - layer)`. Vectors
-    and biases do not decay; position embeddings and the scalar merging weights do, as published.
+    and biases do not decay; position embeddings and merging weights do, as published.
 
     Two details of the published groups are kept: a fractional layer joins the group of its integer part, and the
     group takes the rate of its first member.
@@ -158,12 +158,13 @@ def layer_decay_params(
     for pyramid in pyramids:
         layer_of = ParameterLayers(pyramid)
         layers, last = {p: layer_of(name) for name, p in pyramid.named_parameters()}, layer_of.last
+    merging_weights = {module.weights for module in model.modules() if isinstance(module, BranchMerging)}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = layers.get(parameter, last)
-        decays = parameter.ndim != 1 and not name.endswith(".bias")
+        decays = parameter in merging_weights or (parameter.ndim != 1 and not name.endswith(".bias"))
         group = groups.setdefault(
             (int(layer), decays),
             {
