@@ -36,10 +36,6 @@ class ConversationCache:
         self._lock = threading.Lock()
         self._kept: tuple[list[int | bytes], DynamicCache] | None = None
 
-    def clear(self) -> None:
-        """Forgets the conversation."""
-        self._take()
-
     @torch.inference_mode()
     def generate(
         self, ids: Sequence[int], pixel_values: Tensor | None, generation_config: GenerationConfig, **options: Any

@@ -56,7 +56,7 @@ def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
     """
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, _UPLOAD_SECONDS)) as page:
         session = gr.State(chat.session(), time_to_live=_SESSION_SECONDS, delete_callback=chat.stop)
-        gr.Markdown(f"## {_plain(title)}", latex_delimiters=[])
+        gr.Markdown(f"## {_escape(title)}", latex_delimiters=[])
         with gr.Row():
             with gr.Column(scale=3, min_width=360):
                 # Its buttons would copy escaped text
@@ -232,11 +232,10 @@ def _looking(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], li
 
     def look(kept: WebSession, chosen: int, share: float, at: tuple[int, int] | None = None) -> list[Any]:
         try:
-            found = chat.look(kept, chosen, at=at, depth=share)
+            return list(chat.look(kept, chosen, at=at, depth=share))
         except UserError as error:
-            gr.Warning(_plain(str(error)))
+            gr.Warning(_escape(str(error)))
             return [None, None]
-        return [found.attention, found.sampling]
 
     def clicked(kept: WebSession, chosen: int, share: float, event: gr.SelectData) -> list[Any]:
         return look(kept, chosen, share, tuple(event.index))
@@ -262,7 +261,7 @@ def _update(view: View, kept: WebSession, value: dict[str, Any] | None) -> list[
     ]
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     """Text where Gradio expects Markdown or HTML."""
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{char}" if char in "\\`*_[]!$" else char for char in escaped)

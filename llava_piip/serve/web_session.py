@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from piip_core.errors import UserError
+from PIL import Image
 
-from ..inference import DEFAULT_NEW_TOKENS, ChatModel, SamplingError
+from piip_core.errors import UserError, check
+
+from ..inference import DEFAULT_NEW_TOKENS, ChatModel
 from .dialogue import ChatImage, Conversation, open_image, parts_of
-from .looking import Look, look, network_view
+from .looking import look, network_view
 from .remote import RemoteModel
 
 __all__ = ["MAX_CHARACTERS", "MAX_IMAGES", "View", "WebChat", "WebSession", "shown_messages"]
@@ -106,14 +108,8 @@ class WebChat:
         session.conversation = Conversation(self._system)
         return View([])
 
-    def look(self, session: WebSession, number: int, *, at: tuple[int, int] | None, depth: float) -> Look:
-        """What the branches look at in an image of the conversation; see `llava_piip.serve.looking.look`.
-
-        Args:
-            session: Of the visitor.
-            number: Which image, from 1.
-            at: As `look`.
-            depth: As `look`.
+    def look(self, session: WebSession, number: int, **options: Any) -> tuple[Image.Image, Image.Image | None]:
+        """What the branches look at in an image, counted from 1, of the conversation; see `looking.look`.
 
         Raises:
             UserError: If there is no such image, or as `look`.
@@ -121,7 +117,7 @@ class WebChat:
         images = session.conversation.images
         if not 1 <= number <= len(images):
             raise UserError(f"image {number}: the conversation has {len(images)}; ask about an image first")
-        return look(self.model, images[number - 1], at=at, depth=depth)
+        return look(self.model, images[number - 1], **options)
 
     def _open(self, path: Path) -> ChatImage:
         """An uploaded image, as the model sees it where it runs here: decoded files can be a hundred times larger."""
@@ -139,10 +135,8 @@ class WebChat:
         session.stop = stop = threading.Event()
         before, text, notice = list(conversation.turns), "", ""
         try:
-            if settings.get("max_new_tokens", 1) > self.max_new_tokens:
-                raise SamplingError(
-                    "max_new_tokens", f"is {settings['max_new_tokens']}, expected at most {self.max_new_tokens}"
-                )
+            most, asked = self.max_new_tokens, settings.get("max_new_tokens", 1)
+            check(asked <= most, "max_new_tokens", asked, f"at most {most}")
             change(conversation)
             yield View(shown_messages(conversation), running=True)
             messages, images = conversation.messages, conversation.images
@@ -153,7 +147,7 @@ class WebChat:
                         yield View(shown_messages(conversation, text), running=True)
             notice = _ending(stream.finish_reason, text)
         except Exception as error:
-            text, notice = "", _complaint(error)
+            text, notice = "", _describe(error)
         finally:  # also when nobody reads on
             session.stop, conversation.pending = None, []
             if text.strip():
@@ -195,7 +189,7 @@ def _ending(finish_reason: str | None, text: str) -> str:
     return {"length": "the answer was cut: raise the longest answer", "cancelled": "stopped"}.get(finish_reason, "")
 
 
-def _complaint(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """What to say about a failure; nothing about the inside of the program."""
     if isinstance(error, UserError):
         return f"error: {error}"

@@ -161,7 +161,7 @@ def test_bad_parameters_are_named():
         SceneConfig(max_digits=11, all_different=True)
     with pytest.raises(ValueError, match=r"middle_margin=0.3"):
         SceneConfig(middle_margin=0.3)
-    with pytest.raises(ValueError, match="colours of the palette=.*: expected different"):
+    with pytest.raises(ValueError, match=r"colours of the palette=.*: expected different"):
         SceneConfig(palette=())
     with pytest.raises(ValueError, match="at least max_digits=7"):
         SceneConfig(max_digits=7, palette=NAMED_COLOURS)

@@ -110,7 +110,7 @@ def test_images_go_in_front_and_a_tag_is_text(pictures, tiny_chat):
     conversation.answer(" It is no tag: use <image>. ")
     conversation.pending = [second]
     conversation.ask("And <image>\n<image>?")
-    assert [image.source for image in conversation.shown] == ["a", "b", "b"]
+    assert [image.source for turn in conversation.turns for image in parts_of(turn)[0]] == ["a", "b", "b"]
     inputs = tiny_chat.encode(conversation.messages, conversation.images, max_new_tokens=8)
     text = tiny_chat.processor.decode(inputs["input_ids"][0], skip_special_tokens=True)
     assert len(inputs["pixel_values"]) == 3 and text.endswith("And <image>\n<image>? ASSISTANT:")
