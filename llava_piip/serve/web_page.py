@@ -48,12 +48,7 @@ _HEADERS = {
 
 
 def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
-    """The page of a model.
-
-    Args:
-        chat: Answers.
-        title: Of the page.
-    """
+    """The page of a model."""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, _UPLOAD_SECONDS)) as page:
         session = gr.State(chat.session(), time_to_live=_SESSION_SECONDS, delete_callback=chat.stop)
         gr.Markdown(f"## {_escape(title)}", latex_delimiters=[])
@@ -113,16 +108,10 @@ def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
 
 
 def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> str:
-    """Serves a page until Ctrl-C, to requests from this machine alone if it listens at a loopback address.
+    """Serves a page until Ctrl-C (or without waiting), to this machine alone if it listens at a loopback address.
 
     A page from elsewhere can let its own name point to 127.0.0.1 and read what a server there says (DNS rebinding);
     the browser still sends that name in the header Host.
-
-    Args:
-        page: As `build_page` makes it.
-        host: Address to listen at.
-        port: Port.
-        block: False returns at once.
 
     Returns:
         The local address.
@@ -157,9 +146,8 @@ def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> 
     # a ValueError if the page does not answer itself within 3 seconds
     except (OSError, OverflowError, ValueError) as error:
         page.close(verbose=False)
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot serve there ({error}); give another, or retry"
-        ) from error
+        message = f"--host {host} --port {port}: cannot serve there ({error}); give another, or retry"
+        raise ConfigError(message) from error
     if block:
         page.block_thread()
     return address
@@ -203,11 +191,7 @@ def _read(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, 
 
 
 def _looking(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], list[gr.Image]]:
-    """The panel that shows what each branch looked at.
-
-    Returns:
-        What makes it show the latest image after an event, and its images, which go with the conversation.
-    """
+    """The panel that shows what each branch looked at: what updates it after an event, and its images."""
     image = dict(format="png", interactive=False, buttons=[])
     with gr.Accordion("What each branch looked at", open=True):
         with gr.Row():

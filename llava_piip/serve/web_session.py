@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,14 +30,9 @@ MAX_CHARACTERS = 20_000  # of a question
 
 @dataclass
 class WebSession:
-    """What is kept for one visitor.
+    """What is kept for one visitor; `stop` ends the answer that is on its way, and is None between answers."""
 
-    Attributes:
-        conversation: Ends with an answer, unless one is on its way.
-        stop: Ends the answer that is on its way; None between answers.
-    """
-
-    conversation: Conversation = field(default_factory=Conversation)
+    conversation: Conversation
     stop: threading.Event | None = None
 
 
@@ -59,11 +55,7 @@ class WebChat:
     """
 
     def __init__(
-        self,
-        model: ChatModel | RemoteModel,
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 2 * DEFAULT_NEW_TOKENS,
+        self, model: ChatModel | RemoteModel, system: str | None = None, max_new_tokens: int = 2 * DEFAULT_NEW_TOKENS
     ) -> None:
         self.model, self._system = model, system
         self.is_local = not isinstance(model, RemoteModel)
@@ -74,13 +66,9 @@ class WebChat:
         return WebSession(Conversation(self._system))
 
     def ask(self, session: WebSession, text: str, files: Sequence[str], settings: Mapping[str, Any]) -> Iterator[View]:
-        """Adds a question and streams its answer. A mistake becomes a notice, and leaves the conversation as it was.
+        """Adds a question with uploaded images and streams its answer, with settings of `ChatModel.stream`.
 
-        Args:
-            session: Of the visitor.
-            text: The question.
-            files: Uploaded images that go with it.
-            settings: For `ChatModel.stream`: max_new_tokens, temperature, top_p.
+        A mistake becomes a notice, and leaves the conversation as it was.
         """
 
         def add(conversation: Conversation) -> None:
@@ -162,24 +150,16 @@ def shown_messages(conversation: Conversation, answer: str | None = None) -> lis
     """A conversation as Gradio's chatbot takes it: images by their files, everything else as escaped text.
 
     The chatbot inserts texts as HTML even where it renders no Markdown, and images can make a model say anything.
-
-    Args:
-        conversation: The conversation.
-        answer: As far as it came, after a question at the end.
+    `answer` is what came so far of the answer to a question at the end.
     """
-    number, shown = 0, []
-    for turn in conversation.turns:
+    numbers, shown = itertools.count(1), []
+    answers = [] if answer is None else [{"role": "assistant", "content": answer}]
+    for turn in [*conversation.turns, *answers]:
         images, text = parts_of(turn)
-        files = [{"path": image.source, "alt_text": f"image {number + i}"} for i, image in enumerate(images, 1)]
-        number += len(images)
-        shown.append({"role": turn["role"], "content": [*files, _text(text)]})
-    if answer is not None:
-        shown.append({"role": "assistant", "content": [_text(answer)]})
+        files = [{"path": image.source, "alt_text": f"image {next(numbers)}"} for image in images]
+        escaped = {"type": "text", "text": html.escape(text, quote=False)}
+        shown.append({"role": turn["role"], "content": [*files, escaped]})
     return shown
-
-
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": html.escape(text, quote=False)}
 
 
 def _ending(finish_reason: str | None, text: str) -> str:

@@ -64,6 +64,6 @@ def test_foreign_data_folder_is_an_error(tmp_path, monkeypatch):
         run.main(["--output", str(tmp_path / "out"), "--data", str(tmp_path)])
 
 
-def test_importing_the_demo_does_not_import_detectron2():
-    code = "import sys, piip.digit_demo.run; assert 'detectron2' not in sys.modules"
+def test_importing_the_demo_needs_no_detectron2():
+    code = "import sys; sys.modules['detectron2'] = None; import piip.digit_demo.run"
     subprocess.run([sys.executable, "-c", code], check=True)
