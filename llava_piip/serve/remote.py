@@ -51,23 +51,20 @@ class RemoteModel:
         images: Sequence[Image.Image] = (),
         *,
         max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
         stop_event: threading.Event | None = None,
+        **sampling: float,
     ) -> RemoteStream:
         """Answers the last message; see `ChatModel.stream`. Without `max_new_tokens` the server limits the answer.
 
         Raises:
             UserError: If the server refuses or does not answer.
         """
+        options = {"temperature": 0.0, "top_p": 1.0, **sampling}
+        if max_new_tokens is not None:
+            options["max_tokens"] = max_new_tokens
         try:
             chunks = self._client.chat.completions.create(
-                model=self.name,
-                messages=_with_images(messages, images),
-                temperature=temperature,
-                top_p=top_p,
-                stream=True,
-                **({} if max_new_tokens is None else {"max_tokens": max_new_tokens}),
+                model=self.name, messages=_with_images(messages, images), stream=True, **options
             )
         except openai.OpenAIError as error:
             raise UserError(f"the server says: {_describe(error)}") from error

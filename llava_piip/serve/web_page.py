@@ -71,8 +71,8 @@ def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
                     retry = gr.Button("Retry", size="sm", elem_id="retry")
                     clear = gr.Button("Clear", size="sm", elem_id="clear")
             with gr.Column(scale=2, min_width=320):
-                settings = _settings(chat)
-                show_latest, maps = _looking(chat, session) if chat.is_local else (None, [])
+                settings = _add_settings(chat)
+                show_latest, maps = _add_looking_panel(chat, session) if chat.is_local else (None, [])
         shown = [log, notice, box, retry, session]
 
         visitors: dict[str | None, WebSession] = {}  # by Gradio's number of the visit
@@ -81,13 +81,13 @@ def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
             question: dict[str, Any], kept: WebSession, warmth: float, top_p: float, most: float, visit: gr.Request
         ) -> Iterator[list[Any]]:
             visitors[visit.session_hash] = kept
-            for view in chat.ask(kept, question["text"], question["files"], _read(warmth, top_p, most)):
+            for view in chat.ask(kept, question["text"], question["files"], _as_settings(warmth, top_p, most)):
                 # A question leaves its box, and comes back if it was refused
                 value = None if view.refused and view.running else question if view.refused else _EMPTY
                 yield _update(view, kept, value)
 
         def again(kept: WebSession, warmth: float, top_p: float, most: float) -> Iterator[list[Any]]:
-            for view in chat.retry(kept, _read(warmth, top_p, most)):
+            for view in chat.retry(kept, _as_settings(warmth, top_p, most)):
                 yield _update(view, kept, None)
 
         def left(visit: gr.Request) -> None:
@@ -175,8 +175,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _settings(chat: WebChat) -> list[gr.Slider]:
-    """Sampling settings, in the order of `_read`."""
+def _add_settings(chat: WebChat) -> list[gr.Slider]:
+    """Sampling settings, in the order of `_as_settings`."""
     most = chat.max_new_tokens
     with gr.Accordion("Sampling", open=False):
         return [
@@ -186,11 +186,11 @@ def _settings(chat: WebChat) -> list[gr.Slider]:
         ]
 
 
-def _read(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, Any]:
+def _as_settings(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, Any]:
     return {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
 
 
-def _looking(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], list[gr.Image]]:
+def _add_looking_panel(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], list[gr.Image]]:
     """The panel that shows what each branch looked at: what updates it after an event, and its images."""
     image = dict(format="png", interactive=False, buttons=[])
     with gr.Accordion("What each branch looked at", open=True):

@@ -301,7 +301,7 @@ def test_command_line_names_mistakes_before_the_first_question(model_folder, tmp
     for options, message in [
         (["--model", str(tmp_path / "none")], "none: is no folder"),
         (["--model", str(model_folder), "--image", "none.png"], "none.png: no such file"),
-        (["--model", str(model_folder), "--device", "cpu", "--temperature", "-1"], "temperature: is -1.0, expected"),
+        (["--model", str(model_folder), "--device", "cpu", "--temperature", "-1"], "temperature=-1.0: expected"),
     ]:
         assert main(options) == 2
         assert message in capsys.readouterr().err

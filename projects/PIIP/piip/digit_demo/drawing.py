@@ -100,7 +100,7 @@ def draw_predictions(path: Path, title: str, annotations: Path, images: Path, re
         for axes, entries, caption in zip(pair, (expected, predicted), titles, strict=True):
             with Image.open(images / image["file_name"]) as opened:
                 axes.imshow(opened.convert("RGB"), interpolation="bilinear")
-            axes.set_title(caption, fontsize=10)
+            axes.set_title(caption, fontsize=9)
             for entry in entries:
                 score = f"  {entry['score']:.0%}" if "score" in entry else ""
                 _draw_instance(axes, entry, names[entry["category_id"]] + score)
