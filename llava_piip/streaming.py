@@ -21,11 +21,14 @@ _INCOMPLETE = "\ufffd"  # what bytes that are no whole character decode to
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's tokens for single bytes
 
 
-class AnswerStream(Iterator[str]):
+class AnswerStream(BaseStreamer, Iterator[str]):
     """The pieces of one answer, as they are generated; `ChatModel.stream` makes it.
 
     What goes wrong in the generation is raised by the iteration. `close` (or the end of a `with` block) ends the answer
     early. Joined, the pieces are the answer without white space at its start; no piece ends within a character.
+
+    transformers' `TextStreamer` decodes each line for itself, which loses the spaces in front of it, and knows no end
+    texts.
 
     Args:
         generate: Generates one answer, given `streamer` and `stopping_criteria` as transformers' `generate` takes them.
@@ -55,22 +58,37 @@ class AnswerStream(Iterator[str]):
     ) -> None:
         self.prompt_tokens = len(prompt_ids)
         self.finish_reason: FinishReason | None = None
-        self._streamer = _Streamer(TokenText(tokenizer, prompt_ids[-1:]), AnswerText(end_texts))
+        self._text, self._answer = TokenText(tokenizer, prompt_ids[-1:]), AnswerText(end_texts)
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._tokens: list[int] | None = None  # before the prompt has come
         self._end_ids, self._max_new_tokens = end_ids, max_new_tokens
         self._closed = threading.Event()
         self._error: BaseException | None = None
-        stops = StoppingCriteriaList([_Ended(self._streamer.answer, self._closed, stop_event or self._closed)])
+        stops = StoppingCriteriaList([_Ended(self._answer, self._closed, stop_event or self._closed)])
         self._thread = threading.Thread(target=self._run, args=(generate, stops), daemon=True)
         self._thread.start()
 
     @property
     def answer_tokens(self) -> int:
         """Tokens generated so far, the end token among them."""
-        return len(self._streamer.tokens)
+        return len(self._tokens or ())
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt and then the tokens of the answer, from `generate`."""
+        if self._tokens is None:
+            self._tokens = []
+            return
+        tokens = value.flatten().tolist()
+        self._tokens += tokens
+        self._pieces.put(self._answer.add(self._text.add(tokens)))
+
+    def end(self) -> None:
+        """Takes the end of the generation, from `generate`."""
+        self._pieces.put(self._answer.add(self._text.add([], finished=True)) + self._answer.rest())
 
     def __next__(self) -> str:
         while self.finish_reason is None:
-            piece = self._streamer.pieces.get()
+            piece = self._pieces.get()
             if piece:
                 return piece
             if piece is None:
@@ -91,22 +109,21 @@ class AnswerStream(Iterator[str]):
 
     def _finish(self) -> None:
         self._thread.join()
-        tokens = self._streamer.tokens
         if self._error is not None:
             self.finish_reason = "cancelled"
             raise self._error
-        if self._streamer.answer.ended or (tokens and tokens[-1] in self._end_ids):
+        if self._answer.ended or (self._tokens and self._tokens[-1] in self._end_ids):
             self.finish_reason = "stop"
         else:
-            self.finish_reason = "length" if len(tokens) >= self._max_new_tokens else "cancelled"
+            self.finish_reason = "length" if self.answer_tokens >= self._max_new_tokens else "cancelled"
 
     def _run(self, generate: Callable[..., Any], stops: StoppingCriteriaList) -> None:
         try:
-            generate(streamer=self._streamer, stopping_criteria=stops)
+            generate(streamer=self, stopping_criteria=stops)
         except BaseException as error:  # raised again in the thread that reads the answer
             self._error = error
         finally:
-            self._streamer.pieces.put(None)
+            self._pieces.put(None)
 
 
 class AnswerText:
@@ -162,12 +179,12 @@ class TokenText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._tokens = self._plain(before)
+        self._tokens = self._drop_special(before)
         self._start, self._read = 0, len(self._tokens)  # where the tokens shown last start and end
 
     def add(self, tokens: Sequence[int], *, finished: bool = False) -> str:
         """What these tokens add to the text; while a character may not be whole nothing, unless finished."""
-        self._tokens += self._plain(tokens)
+        self._tokens += self._drop_special(tokens)
         if self._read == len(self._tokens) or (not finished and self._is_byte(self._tokens[-1])):
             return ""
         # Decoded with the tokens shown last in front: by itself a token loses its space
@@ -177,7 +194,7 @@ class TokenText:
         self._start, self._read = self._read, len(self._tokens)
         return text[len(shown) :]
 
-    def _plain(self, tokens: Sequence[int]) -> list[int]:
+    def _drop_special(self, tokens: Sequence[int]) -> list[int]:
         return [token for token in tokens if token not in self._special]
 
     def _is_byte(self, token: int) -> bool:
@@ -195,30 +212,6 @@ def answer_text(
     answer = AnswerText(ends)
     text = TokenText(tokenizer, prompt_ids[-1:]).add(answer_ids, finished=True)
     return (answer.add(text) + answer.rest()).strip()
-
-
-class _Streamer(BaseStreamer):
-    """Puts the pieces of an answer into a queue.
-
-    transformers' `TextStreamer` decodes each line for itself, which loses the spaces in front of it, and knows no end
-    texts.
-    """
-
-    def __init__(self, text: TokenText, answer: AnswerText) -> None:
-        self.answer, self.tokens = answer, []
-        self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._text, self._is_prompt = text, True
-
-    def put(self, value: Tensor) -> None:
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        tokens = value.flatten().tolist()
-        self.tokens += tokens
-        self.pieces.put(self.answer.add(self._text.add(tokens)))
-
-    def end(self) -> None:
-        self.pieces.put(self.answer.add(self._text.add([], finished=True)) + self.answer.rest())
 
 
 class _Ended(StoppingCriteria):

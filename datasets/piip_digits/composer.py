@@ -103,25 +103,25 @@ class DigitComposer:
             contrast: Brightness of the photographs, from 0 (black) to 1. From scratch, networks learn the digits
                 soonest if the photographs come up gradually.
         """
-        height = _uniform((count, self.max_digits), *np.log(self.digit_sizes), generator).exp()
+        height = _draw_uniform((count, self.max_digits), *np.log(self.digit_sizes), generator).exp()
         # From -1 to 1, such that the whole digit stays in the image
         reach = (1 - height * _MARGIN / self.image_size).clamp_min(0)
-        centre = _uniform((count, self.max_digits, 2), -1, 1, generator) * reach[..., None]
-        present = self._present(centre, height, generator)
+        centre = _draw_uniform((count, self.max_digits, 2), -1, 1, generator) * reach[..., None]
+        present = self._choose_present(centre, height, generator)
         samples = torch.randint(len(self.labels), present.shape, generator=generator)
         if self.palette is None:
-            colours, paints = None, _random_colours(present.shape, generator)
+            colours, paints = None, _draw_colours(present.shape, generator)
         else:
             colours = torch.randint(len(self.palette), present.shape, generator=generator)
             paints = self.palette[colours]
 
         index = present.nonzero()[:, 0]
         size = (len(index), 2, self.image_size, self.image_size)
-        placements = self._placements(centre[present], height[present], generator)
+        placements = self._draw_placements(centre[present], height[present], generator)
         grid = F.affine_grid(placements, size, align_corners=False)
         layers = F.grid_sample(self.opacity[samples[present]], grid, align_corners=False)
         ink, covered = layers.split(1, dim=1)
-        images = self._photographs(count, generator) * contrast
+        images = self._choose_photographs(count, generator) * contrast
         images = images * (1 - torch.zeros_like(images[:, :1]).index_add_(0, index, covered))
         # Digits do not overlap, so they can be added; their outlines stay black
         images = images * (1 - torch.zeros_like(images[:, :1]).index_add_(0, index, ink))
@@ -133,7 +133,7 @@ class DigitComposer:
             None if colours is None else colours.where(present, ABSENT),
         )
 
-    def _present(self, centre: Tensor, height: Tensor, generator: Generator) -> Tensor:
+    def _choose_present(self, centre: Tensor, height: Tensor, generator: Generator) -> Tensor:
         """Which digits are in the images (N, K): a random number of them, without those that would touch another."""
         count, most = height.shape
         wanted = torch.randint(1, most + 1, (count,), generator=generator)
@@ -144,17 +144,17 @@ class DigitComposer:
             present[:, k] = (free | ~present[:, :k]).all(dim=1) & (wanted > k)
         return present
 
-    def _photographs(self, count: int, generator: Generator) -> Tensor:
+    def _choose_photographs(self, count: int, generator: Generator) -> Tensor:
         photos = self.photos[torch.randint(len(self.photos), (count,), generator=generator)]
         mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-        brightness = _uniform((count, 1, 1, 1), *_BRIGHTNESS, generator)
+        brightness = _draw_uniform((count, 1, 1, 1), *_BRIGHTNESS, generator)
         return (torch.where(mirrored, photos.flip(3), photos) * brightness).clamp_(0, 1)
 
-    def _placements(self, centre: Tensor, height: Tensor, generator: Generator) -> Tensor:
+    def _draw_placements(self, centre: Tensor, height: Tensor, generator: Generator) -> Tensor:
         """Affine maps (count, 2, 3) from points of the image to points of the sprite."""
-        angle = _uniform(height.shape, -_MAX_ROTATION, _MAX_ROTATION, generator)
-        stretch = _uniform(height.shape, -_STRETCH, _STRETCH, generator).exp()
-        shear = _uniform(height.shape, -_SHEAR, _SHEAR, generator)
+        angle = _draw_uniform(height.shape, -_MAX_ROTATION, _MAX_ROTATION, generator)
+        stretch = _draw_uniform(height.shape, -_STRETCH, _STRETCH, generator).exp()
+        shear = _draw_uniform(height.shape, -_SHEAR, _SHEAR, generator)
         # A sprite is as high as the largest digit and a margin
         scale = self.image_size / (self.opacity.shape[-1] * height / self.digit_sizes[1])
         cos, sin = angle.cos(), angle.sin()
@@ -173,14 +173,14 @@ def _draw_opacity(samples: np.ndarray, height: float) -> Tensor:
     return torch.from_numpy(opacity)
 
 
-def _random_colours(shape: Sequence[int], generator: Generator) -> Tensor:
+def _draw_colours(shape: Sequence[int], generator: Generator) -> Tensor:
     """Bright random colours (*shape, 3), from hue, saturation and value."""
-    hue = _uniform(shape, 0, 6, generator)[..., None]
-    saturation = _uniform(shape, 0, _MAX_SATURATION, generator)[..., None]
-    value = _uniform(shape, _MIN_VALUE, 1, generator)[..., None]
+    hue = _draw_uniform(shape, 0, 6, generator)[..., None]
+    saturation = _draw_uniform(shape, 0, _MAX_SATURATION, generator)[..., None]
+    value = _draw_uniform(shape, _MIN_VALUE, 1, generator)[..., None]
     sector = (torch.tensor([5.0, 3.0, 1.0]) + hue) % 6
     return value * (1 - saturation * torch.minimum(sector, 4 - sector).clamp(0, 1))
 
 
-def _uniform(shape: Sequence[int], low: float, high: float, generator: Generator) -> Tensor:
+def _draw_uniform(shape: Sequence[int], low: float, high: float, generator: Generator) -> Tensor:
     return torch.rand(tuple(shape), generator=generator) * (high - low) + low

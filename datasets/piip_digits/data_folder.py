@@ -25,10 +25,14 @@ def write_data_folder(root: Path, settings: dict[str, Any], write: Callable[[Pat
         UserError: If the folder holds something else.
     """
     found, manifest = root / "manifest.json", json.dumps(settings, indent=1) + "\n"
-    old = found.read_text() if found.is_file() else None
-    if root.exists() and (old is None or json.loads(old).keys() != settings.keys()):
+    try:
+        old = json.loads(found.read_text())
+    except (OSError, ValueError):
+        old = None
+    ours = isinstance(old, dict) and old.keys() == settings.keys()
+    if root.is_dir() and any(root.iterdir()) and not ours:
         raise UserError(f"{root} exists and is not a digit data set of this kind: move it away or name another folder")
-    if old == manifest:
+    if old == json.loads(manifest):
         return False
     with publish_folder(root, overwrite=True, durable=False) as aside:
         write(aside)

@@ -212,7 +212,7 @@ def render_scene(config: SceneConfig, split: str, index: int) -> Scene:
         digits.append(Digit(int(target[sample]), sample, mask, colour))
         if config.all_different:
             samples = samples[target[samples] != target[sample]]
-    return Scene(_to_bytes(image), digits, photo)
+    return Scene(_as_uint8(image), digits, photo)
 
 
 def scenes(config: SceneConfig, split: str, count: int) -> Iterator[Scene]:
@@ -249,7 +249,7 @@ def digit_crops(split: str, count: int, size: int = 64, seed: int = 0) -> tuple[
         shift = rng.uniform(-0.06, 0.06, size=2) * size
         position = np.clip(np.round((size - np.array((height, width))) / 2 + shift), 0, (size - height, size - width))
         _paint(image, position.astype(int), fill[:height, :width], outline[:height, :width], _pick_colour([], rng))
-        images[index] = _to_bytes(image)
+        images[index] = _as_uint8(image)
         labels[index] = load_samples().target[sample]
     return images, labels
 
@@ -337,7 +337,7 @@ def _paint(
     return window
 
 
-def _to_bytes(image: np.ndarray) -> np.ndarray:
+def _as_uint8(image: np.ndarray) -> np.ndarray:
     return (image * 255 + 0.5).astype(np.uint8)
 
 

@@ -42,7 +42,7 @@ class RemoteModel:
         try:
             self.name = name or next(iter(self._client.models.list())).id
         except (openai.OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:  # whatever answers
-            reason = _describe(error)
+            reason = _describe_error(error)
             raise UserError(f"--server {url}: names no model ({reason}); is it an OpenAI-compatible API?") from error
 
     def stream(
@@ -67,7 +67,7 @@ class RemoteModel:
                 model=self.name, messages=_with_images(messages, images), stream=True, **options
             )
         except openai.OpenAIError as error:
-            raise UserError(f"the server says: {_describe(error)}") from error
+            raise UserError(f"the server says: {_describe_error(error)}") from error
         return RemoteStream(chunks, stop_event or threading.Event())
 
 
@@ -88,7 +88,7 @@ class RemoteStream(Iterator[str]):
                 chunk = next(self._chunks, None)
             except (openai.OpenAIError, AttributeError, ValueError) as error:  # ValueError: no JSON
                 self.finish_reason = "cancelled"
-                raise UserError(f"the server says: {_describe(error)}") from error
+                raise UserError(f"the server says: {_describe_error(error)}") from error
             if chunk is None:
                 self.close()
                 raise UserError("the server ended its answer before it was complete")
@@ -112,7 +112,7 @@ class RemoteStream(Iterator[str]):
         self.close()
 
 
-def _describe(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """What went wrong; openai says of every connection only that it failed."""
     cause = error.__cause__
     return f"{str(error).rstrip('.')}: {cause or type(cause).__name__}" if cause is not None else str(error)

@@ -133,9 +133,9 @@ class WebChat:
                     text += piece
                     if session.conversation is conversation:
                         yield View(shown_messages(conversation, text), running=True)
-            notice = _ending(stream.finish_reason, text)
+            notice = _describe_end(stream.finish_reason, text)
         except Exception as error:
-            text, notice = "", _describe(error)
+            text, notice = "", _describe_error(error)
         finally:  # also when nobody reads on
             session.stop, conversation.pending = None, []
             if text.strip():
@@ -162,14 +162,14 @@ def shown_messages(conversation: Conversation, answer: str | None = None) -> lis
     return shown
 
 
-def _ending(finish_reason: str | None, text: str) -> str:
+def _describe_end(finish_reason: str | None, text: str) -> str:
     """What to say about the end of an answer."""
     if not text.strip():
         return "stopped before the answer began" if finish_reason == "cancelled" else "the model said nothing"
     return {"length": "the answer was cut: raise the longest answer", "cancelled": "stopped"}.get(finish_reason, "")
 
 
-def _describe(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """What to say about a failure; nothing about the inside of the program."""
     if isinstance(error, UserError):
         return f"error: {error}"

@@ -146,10 +146,11 @@ def test_an_interrupted_build_leaves_the_old_data_set(tmp_path, monkeypatch):
 
 
 def test_foreign_folders_are_not_touched(tmp_path):
-    (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="not a digit data set"):
-        digit_dataset.prepare_digits(tmp_path, num_train=1, num_val=1)
-    assert (tmp_path / "mine.txt").read_text() == "keep"
+    for name, text in (("mine.txt", "keep"), ("manifest.json", "[{}]"), ("manifest.json", "{")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="not a digit data set"):
+            digit_dataset.prepare_digits(tmp_path, num_train=1, num_val=1)
+        assert (tmp_path / name).read_text() == text
 
 
 def test_bad_parameters_are_named():
