@@ -8,15 +8,15 @@ import stat
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from .errors import UserError
+from .errors import SaveError, UserError
+from .files import find_refusal
 
 __all__ = ["ArchiveError", "DownloadError", "Unpacked", "check_space", "download", "unpack_images"]
 
@@ -155,13 +155,14 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
     if not archive.is_file():
         raise ArchiveError(f"{archive}: no such file; expected a downloaded .zip archive")
     try:
-        with zipfile.ZipFile(archive) as opened:
-            yield opened
-    except zipfile.BadZipFile as error:
+        opened = zipfile.ZipFile(archive)
+    except Exception as error:  # of any type, depending on which bytes are wrong
         raise ArchiveError(
             f"{archive}: not a complete zip archive ({error}; {archive.stat().st_size} bytes): continue or repeat its "
             "download"
         ) from error
+    with opened:
+        yield opened
 
 
 def _plan(opened: zipfile.ZipFile, archive: Path, folder_name: str) -> tuple[dict[str, zipfile.ZipInfo], int]:
@@ -171,7 +172,9 @@ def _plan(opened: zipfile.ZipFile, archive: Path, folder_name: str) -> tuple[dic
     for info in opened.infolist():
         path = PurePosixPath(info.filename)
         # zipfile has replaced the system's other separators; a drive letter or a backslash never is an image of ours
-        if path.is_absolute() or ".." in path.parts or any(c in info.filename for c in "\\:"):
+        if not path.parts:
+            bad.append(f"{info.filename!r} is no name")
+        elif path.is_absolute() or ".." in path.parts or any(c in info.filename for c in "\\:"):
             bad.append(f"{info.filename!r} leads out of the folder")
         elif info.is_dir():
             continue
@@ -228,19 +231,22 @@ def _write(
     with bar:
         for name, info in entries.items():
             path = target / name
-            path.parent.mkdir(parents=True, exist_ok=True)
             # No sync per file as in piip_core.files: half a million of them would take hours on a hard disk
             aside = path.with_name(f".{path.name}.{_INCOMPLETE}")
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(info) as source, open(aside, "wb") as file:
                     shutil.copyfileobj(source, file, _CHUNK)
                 os.replace(aside, path)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            except Exception as error:  # of any type, depending on which bytes are wrong
+                if refusal := find_refusal(error):
+                    raise SaveError(f"{path}: could not be written ({refusal[0]}): {refusal[1]}") from None
                 raise ArchiveError(
                     f"{archive}: entry {info.filename!r} is damaged ({error}): download it again"
                 ) from error
             finally:
-                aside.unlink(missing_ok=True)
+                with suppress(OSError):
+                    aside.unlink(missing_ok=True)
             bar.update(info.file_size)
 
 
@@ -248,5 +254,5 @@ def _size(path: Path) -> int:
     """The size of a file; -1 if there is none."""
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except (OSError, ValueError):  # a name that cannot be one, too: writing it says why
         return -1

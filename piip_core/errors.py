@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["CheckpointError", "ConfigError", "NotSupportedYet", "UserError", "check", "check_choice"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "NotSupportedYet",
+    "OutputFolderError",
+    "SaveError",
+    "UserError",
+    "check",
+    "check_choice",
+]
 
 
 class UserError(ValueError):
@@ -17,6 +26,14 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A file cannot be read or does not fit the model; the message names the file, the keys and the fix."""
+
+
+class SaveError(UserError):
+    """Something could not be written; the message says what, why and what helps."""
+
+
+class OutputFolderError(UserError):
+    """The folder of a run cannot be used as it is; the message names the fix."""
 
 
 class NotSupportedYet(NotImplementedError):

@@ -5,6 +5,7 @@ Everything here is exact but for the rounding of the new weights, which are comp
 
 from __future__ import annotations
 
+import operator
 from typing import TypeVar
 
 import torch
@@ -23,12 +24,21 @@ __all__ = ["OneDNNLinear", "PreparedDeformableAttention", "PreparedInjection", "
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_FOLDED = {  # linears whose weights become others
+    DeformableCrossAttention: ("sampling_offsets", "attention_weights", "output_proj"),
+    CrossAttention: ("proj",),
+    ConvFFN: ("fc2",),
+    MapAttention: ("proj",),
+    Mlp: ("fc2",),
+}
+
 
 def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     """Makes a trained model faster, in place. It cannot be trained any more, and its state dict has other names.
 
     - Offsets and logits of deformable attention come from one linear; the residual scales of interactions
-      (`attn_gamma`, `ffn_gamma`) and of blocks (layer scale) are part of the weights before them.
+      (`attn_gamma`, `ffn_gamma`) and of blocks (layer scale) are part of the weights before them; so are the lateral
+      convolutions of a `PIIPFPN`, whose widest maps then never exist.
     - Position embeddings are resized once per image size.
     - On CPUs, float32 linears run on oneDNN. PyTorch's own choice is MKL, which takes twice the time on processors of
       other makers than Intel.
@@ -38,22 +48,44 @@ def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> 
             and its parameters need no gradients any more. A second time changes nothing more.
         dtype: To cast floating parameters and buffers to afterwards; folding before a cast loses less.
 
+    Linears are replaced by others, without their hooks.
+
     Returns:
         The model.
 
     Raises:
-        UserError: If there is no PIIP in the model.
+        UserError: If there is no PIIP in the model, or something has replaced one of its linears or what that computes
+            (adapters that are not merged, parametrisations, offloading, sharding).
     """
     pyramids = [module for module in model.modules() if isinstance(module, PIIP)]
     if not pyramids:
         raise UserError(f"prepare_for_inference: expected a model with a PIIP inside, got a {type(model).__name__}")
+    pyramids = [pyramid for pyramid in pyramids if not pyramid.inference_only]
+    for pyramid in pyramids:
+        _check_linears(pyramid)
     model.requires_grad_(False)
     for pyramid in pyramids:
-        if not pyramid.inference_only:
-            _fold(pyramid)
-            use_onednn_linears(pyramid)
-            pyramid.inference_only = True
+        _fold(pyramid)
+        use_onednn_linears(pyramid)
+        pyramid.inference_only = True
+    for module in model.modules():
+        if hasattr(module, "fold_for_inference"):
+            module.fold_for_inference()
     return model.eval() if dtype is None else model.eval().to(dtype)
+
+
+def _check_linears(pyramid: PIIP) -> None:
+    for name, module in pyramid.named_modules():
+        for path in next((paths for kind, paths in _FOLDED.items() if isinstance(module, kind)), ()):
+            linear = operator.attrgetter(path)(module)
+            weight = getattr(linear, "weight", None)
+            replaced = type(linear) is not nn.Linear or "forward" in vars(linear)
+            if replaced or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+                raise UserError(
+                    f"prepare_for_inference: {name}.{path} is a {type(linear).__name__} whose weights are not all that "
+                    "it computes with: expected a plain linear. Merge adapters, remove parametrisations and hooks of "
+                    "other libraries, or load the whole model on one device first"
+                )
 
 
 def _fold(pyramid: PIIP) -> None:
@@ -107,7 +139,8 @@ class PreparedDeformableAttention(DeformableCrossAttention):
         self.num_points = attention.num_points
         for name, module in attention.named_children():
             setattr(self, name, module)
-        weight, bias = attention.joint_sampling()
+        both = self.sampling_offsets, self.attention_weights
+        weight, bias = torch.cat([linear.weight for linear in both]), torch.cat([linear.bias for linear in both])
         self.sampling_linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         self.sampling_linear.weight = nn.Parameter(weight, requires_grad=False)
         self.sampling_linear.bias = nn.Parameter(bias, requires_grad=False)

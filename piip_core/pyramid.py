@@ -209,13 +209,9 @@ class DensePIIP(nn.Module):
         self.out_dims = self.feature_pyramid.out_dims
         self.out_strides = self.feature_pyramid.out_strides
 
-    def forward(self, image: Tensor, laterals: Sequence[nn.Conv2d | None] | None = None) -> list[Tensor]:
-        """One map (B, C_l, H_l, W_l) per output stride for an image (B, 3, H, W).
-
-        With `laterals`, plain 1x1 convolutions per map or None, a map is what its convolution makes of it, in less time
-        and memory than if that followed.
-        """
-        return dense_maps(self.pyramid, self.merging, self.feature_pyramid, image, laterals)
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """One map (B, C_l, H_l, W_l) per output stride for an image (B, 3, H, W)."""
+        return dense_maps(self.pyramid, self.merging, self.feature_pyramid, image)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
@@ -223,21 +219,17 @@ class DensePIIP(nn.Module):
 
 
 def dense_maps(
-    pyramid: PIIP,
-    merging: nn.Module | None,
-    feature_pyramid: FeaturePyramid,
-    image: Tensor,
-    laterals: Sequence[nn.Conv2d | None] | None = None,
+    pyramid: PIIP, merging: nn.Module | None, feature_pyramid: FeaturePyramid, image: Tensor
 ) -> list[Tensor]:
     """What a `DensePIIP` of these parts computes: one map (B, C_l, H_l, W_l) per output stride."""
     config, levels = pyramid.config.merging, len(feature_pyramid.out_strides)
     if config.out_blocks is not None:
-        return feature_pyramid(pyramid.forward_blocks(image, config.out_blocks), laterals)
+        return feature_pyramid(pyramid.forward_blocks(image, config.out_blocks))
     final, intermediates = pyramid.forward_intermediates(image, config.intermediate_after)
     if merging is None:
-        return feature_pyramid(final * levels, laterals)
+        return feature_pyramid(final * levels)
     merged = merging(final, intermediates)
-    return feature_pyramid(merged if len(merged) > 1 else merged * levels, laterals)
+    return feature_pyramid(merged if len(merged) > 1 else merged * levels)
 
 
 class _MergingSet(nn.Module):

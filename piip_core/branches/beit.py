@@ -100,9 +100,10 @@ class RelativeBiasAttention(Attention):
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, N, head width) of a sequence (B, N, C)."""
-        bias = None if self.q_bias is None else torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x)
+        if self.q_bias is not None:
+            qkv = qkv + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(qkv.dtype)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def bias(self) -> Tensor:
@@ -124,6 +125,11 @@ class BEiTBranch(TransformerBranch):
                     f"BranchConfig.window_size={window}: expected BEiTConfig.bias_window={net.bias_window}, for which "
                     "the blocks have relative positions"
                 )
+        if config.window_padding != "before_qkv":
+            raise ConfigError(
+                f"BranchConfig.window_padding={config.window_padding!r}: expected 'before_qkv' with BEiTConfig, whose "
+                "blocks pad no other way"
+            )
         model = Beit(
             img_size=net.patch_size,  # no tables of timm's are used
             patch_size=net.patch_size,

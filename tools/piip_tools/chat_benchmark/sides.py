@@ -80,7 +80,7 @@ def published_pair(
     text_config = _language_model(entry.language_model, divide_widths, layers=None if language else 0)
     sides = []
     with torch.device(device):
-        decoder = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+        decoder = AutoModelForCausalLM.from_config(text_config, dtype=dtype, trust_remote_code=False)
         for one, grid in ((entry, projector_grid), (_baseline(entry), None)):
             narrow = dataclasses.replace(one, vision=_narrower(one.vision, divide_widths))
             config = assemble_config(narrow, text_config, image_token_id=text_config.vocab_size, projector_grid=grid)

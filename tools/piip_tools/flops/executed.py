@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from piip_core import ops  # noqa: F401  (registers the operator)
-from piip_core.folding import observer
 
 from .published import Count
 
@@ -115,7 +114,6 @@ def _attribution(model: nn.Module, total_flops: Callable[[], int], own: Counter[
     """
     calls: list[list[int]] = []  # of each running module: total at its start, spent in the modules it called
 
-    @observer
     def enter(*_: Any) -> None:
         calls.append([total_flops(), 0])
 
@@ -129,7 +127,7 @@ def _attribution(model: nn.Module, total_flops: Callable[[], int], own: Counter[
     with ExitStack() as stack:
         for name, module in model.named_modules():
             stack.enter_context(_removed(module.register_forward_pre_hook(enter)))
-            stack.enter_context(_removed(module.register_forward_hook(observer(lambda *_, name=name: leave(name)))))
+            stack.enter_context(_removed(module.register_forward_hook(lambda *_, name=name: leave(name))))
         yield
 
 
