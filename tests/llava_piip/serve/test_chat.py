@@ -151,7 +151,7 @@ def test_the_first_mistake_ends_a_pipe_and_not_a_conversation(monkeypatch, tmp_p
         ("/load x", "/load: no such command; known: /image, /reset"),
         ("/ is what?", "put a space before a question that starts with /"),
         ("/save chat.txt", "chat.txt: expected a name that ends in .json or .md"),
-        (f"/save {tmp_path}/none/chat.md", "cannot be written (No such file or directory)"),
+        (f"/save {tmp_path}/none/chat.md", "could not be written (no such folder)"),
     ]
     for line, message in wrong:
         assert talk(monkeypatch, Answers(), line, "Hello", terminal=False) == 2
