@@ -9,6 +9,7 @@ $ python datasets/prepare_digits.py --single             # the 1797 digits on th
 import argparse
 from pathlib import Path
 
+from piip_core.errors import UserError
 from piip_digits.coco import prepare_digits
 from piip_digits.folders import prepare_digit_images
 from piip_digits.scenes import SceneConfig
@@ -33,7 +34,7 @@ def main() -> None:
         else:
             config = SceneConfig(image_size=args.image_size, max_digits=args.max_digits, seed=args.seed)
             written = prepare_digits(root, num_train=args.num_train, num_val=args.num_val, config=config)
-    except (ValueError, FileExistsError) as error:
+    except UserError as error:
         parser.error(str(error))
     print(f"{root}: {'written' if written else 'already there'}")
 

@@ -36,10 +36,6 @@ class ConversationCache:
         self._lock = threading.Lock()
         self._kept: tuple[list[int | bytes], DynamicCache] | None = None
 
-    def clear(self) -> None:
-        """Forgets the conversation."""
-        self._take()
-
     @torch.inference_mode()
     def generate(
         self, ids: Sequence[int], pixel_values: Tensor | None, generation_config: GenerationConfig, **options: Any
@@ -56,9 +52,9 @@ class ConversationCache:
             Prompt and answer, (1, M).
         """
         config, device = self._model.config, self._model.device
-        tokens = self._named(ids, pixel_values)
+        tokens = self._name_tokens(ids, pixel_values)
         kept, cache = self._take() or ([], None)
-        shared = _shared_start(kept, tokens)
+        shared = _count_shared(kept, tokens)
         shared -= sum(isinstance(token, bytes) for token in tokens[:shared]) % config.image_seq_length  # whole images
         images = sum(isinstance(token, bytes) for token in tokens[:shared]) // config.image_seq_length
         if not shared:
@@ -81,7 +77,7 @@ class ConversationCache:
             self._kept = tokens[: int(cache.get_seq_length())], cache  # the last token was not run
         return output
 
-    def _named(self, ids: Sequence[int], pixel_values: Tensor | None) -> list[int | bytes]:
+    def _name_tokens(self, ids: Sequence[int], pixel_values: Tensor | None) -> list[int | bytes]:
         """The prompt's tokens, those of an image replaced by what tells it from others."""
         images = [] if pixel_values is None else pixel_values.cpu()
         keys = (hashlib.sha256(image.numpy().tobytes()).digest() for image in images)
@@ -95,7 +91,7 @@ class ConversationCache:
         return kept
 
 
-def _shared_start(kept: Sequence[int | bytes], tokens: Sequence[int | bytes]) -> int:
+def _count_shared(kept: Sequence[int | bytes], tokens: Sequence[int | bytes]) -> int:
     """How many tokens from the start are the same; never all of a prompt, because one must be run."""
     shared = min(len(kept), len(tokens) - 1)
     return next((i for i in range(shared) if kept[i] != tokens[i]), shared)

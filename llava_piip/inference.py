@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import BatchFeature, GenerationConfig
 
-from piip_core.errors import CheckpointError, UserError
+from piip_core.errors import CheckpointError, UserError, check
 from piip_core.files import read_json
 
 from .configuration import PIIPLlavaConfig
@@ -26,7 +26,7 @@ from .loading import final_folder, is_trained_folder, load_trained
 from .processing import PIIPLlavaProcessor
 from .streaming import AnswerStream, answer_text
 
-__all__ = ["ChatModel", "ContextLengthError", "MemoryLimitError", "SamplingError", "check_sampling", "model_folder"]
+__all__ = ["ChatModel", "ContextLengthError", "MemoryLimitError", "check_sampling", "model_folder"]
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -46,14 +46,6 @@ class ContextLengthError(UserError):
 
 class MemoryLimitError(UserError):
     """The device has too little memory for what was asked."""
-
-
-class SamplingError(UserError):
-    """A sampling setting that cannot work; `field` names it."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
 
 
 class ChatModel:
@@ -148,7 +140,7 @@ class ChatModel:
 
         Raises:
             ContextLengthError: If conversation and answer do not fit into the context. Nothing is ever cut.
-            SamplingError: If `max_new_tokens` is no positive number.
+            ConfigError: If `max_new_tokens` is no positive number.
             UserError: If placeholders and images do not match, or the template does not take the messages.
         """
         check_sampling(max_new_tokens=max_new_tokens)
@@ -174,7 +166,7 @@ class ChatModel:
             top_p: Sample among the most probable tokens that together have this probability.
 
         Raises:
-            SamplingError: For a value that cannot work.
+            ConfigError: For a value that cannot work.
         """
         check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         sampled = temperature > 0
@@ -291,20 +283,13 @@ def check_sampling(*, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: flo
     """Checks settings of `ChatModel.generation_config`, without a model.
 
     Raises:
-        SamplingError: For a value that cannot work.
+        ConfigError: For a value that cannot work.
     """
-    for field, value, right, expected in (
-        ("max_new_tokens", max_new_tokens, isinstance(max_new_tokens, int) and max_new_tokens > 0, "1 or more"),
-        (
-            "temperature",
-            temperature,
-            temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf,
-            f"0, or {_LEAST_TEMPERATURE:g} or more",
-        ),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
-    ):
-        if not right:
-            raise SamplingError(field, f"is {value!r}, expected {expected}")
+    right = isinstance(max_new_tokens, int) and max_new_tokens > 0
+    check(right, "max_new_tokens", max_new_tokens, "1 or more")
+    right = temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf
+    check(right, "temperature", temperature, f"0, or {_LEAST_TEMPERATURE:g} or more")
+    check(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
 
 
 def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], list[str]]:

@@ -81,7 +81,7 @@ def load_trained(folder: str | Path, source: ModelSource | None = None, **settin
     if not is_trained_folder(folder):
         return build(ModelSource(str(folder)), **settings)
     model, _ = build(source or read_note(folder)[1], **settings)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / _ADAPTER).is_file():
         model = get_peft_model(model, _load(PeftConfig, str(folder)))
     load_tensors(model, folder)
     return model.eval(), _load(PIIPLlavaProcessor, folder)  # new adapters would drop out
@@ -182,11 +182,8 @@ def part_modules(model: nn.Module, part: str) -> dict[str, nn.Module]:
 
 def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
     """Parameters of a part by their names in the model, each once (the output layer may share the embedding)."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, module in part_modules(model, part).items():
-        for name, parameter in module.named_parameters(prefix=prefix):
-            found.setdefault(id(parameter), (name, parameter))
-    return dict(found.values())
+    prefixes = tuple(f"{name}." for name in part_modules(model, part))
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
 
 
 def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:

@@ -21,11 +21,14 @@ _INCOMPLETE = "\ufffd"  # what bytes that are no whole character decode to
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's tokens for single bytes
 
 
-class AnswerStream(Iterator[str]):
+class AnswerStream(BaseStreamer, Iterator[str]):
     """The pieces of one answer, as they are generated; `ChatModel.stream` makes it.
 
     What goes wrong in the generation is raised by the iteration. `close` (or the end of a `with` block) ends the answer
     early. Joined, the pieces are the answer without white space at its start; no piece ends within a character.
+
+    transformers' `TextStreamer` decodes each line for itself, which loses the spaces in front of it, and knows no end
+    texts.
 
     Args:
         generate: Generates one answer, given `streamer` and `stopping_criteria` as transformers' `generate` takes them.
@@ -55,22 +58,37 @@ class AnswerStream(Iterator[str]):
     ) -> None:
         self.prompt_tokens = len(prompt_ids)
         self.finish_reason: FinishReason | None = None
-        self._streamer = _Streamer(TokenText(tokenizer, prompt_ids[-1:]), AnswerText(end_texts))
+        self._text, self._answer = TokenText(tokenizer, prompt_ids[-1:]), AnswerText(end_texts)
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._tokens: list[int] | None = None  # before the prompt has come
         self._end_ids, self._max_new_tokens = end_ids, max_new_tokens
         self._closed = threading.Event()
         self._error: BaseException | None = None
-        stops = StoppingCriteriaList([_Ended(self._streamer.answer, self._closed, stop_event or self._closed)])
+        stops = StoppingCriteriaList([_Ended(self._answer, self._closed, stop_event or self._closed)])
         self._thread = threading.Thread(target=self._run, args=(generate, stops), daemon=True)
         self._thread.start()
 
     @property
     def answer_tokens(self) -> int:
         """Tokens generated so far, the end token among them."""
-        return len(self._streamer.tokens)
+        return len(self._tokens or ())
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt and then the tokens of the answer, from `generate`."""
+        if self._tokens is None:
+            self._tokens = []
+            return
+        tokens = value.flatten().tolist()
+        self._tokens += tokens
+        self._pieces.put(self._answer.add(self._text.add(tokens)))
+
+    def end(self) -> None:
+        """Takes the end of the generation, from `generate`."""
+        self._pieces.put(self._answer.add(self._text.add([], finished=True)) + self._answer.rest())
 
     def __next__(self) -> str:
         while self.finish_reason is None:
-            piece = self._streamer.pieces.get()
+            piece = self._pieces.get()
             if piece:
                 return piece
             if piece is None:
@@ -91,29 +109,28 @@ class AnswerStream(Iterator[str]):
 
     def _finish(self) -> None:
         self._thread.join()
-        tokens = self._streamer.tokens
         if self._error is not None:
             self.finish_reason = "cancelled"
             raise self._error
-        if self._streamer.answer.ended or (tokens and tokens[-1] in self._end_ids):
+        if self._answer.ended or (self._tokens and self._tokens[-1] in self._end_ids):
             self.finish_reason = "stop"
         else:
-            self.finish_reason = "length" if len(tokens) >= self._max_new_tokens else "cancelled"
+            self.finish_reason = "length" if self.answer_tokens >= self._max_new_tokens else "cancelled"
 
     def _run(self, generate: Callable[..., Any], stops: StoppingCriteriaList) -> None:
         try:
-            generate(streamer=self._streamer, stopping_criteria=stops)
+            generate(streamer=self, stopping_criteria=stops)
         except BaseException as error:  # raised again in the thread that reads the answer
             self._error = error
         finally:
-            self._streamer.pieces.put(None)
+            self._pieces.put(None)
 
 
 class AnswerText:
     """Finds the end of an answer in its pieces, and holds back what may be the start of one.
 
     The text that ends first counts, and of several that end at once the longest: however the answer is cut into
-    pieces, the result is the same. Each character is looked at once for each text (Knuth, Morris, Pratt).
+    pieces, the result is the same.
 
     Args:
         ends: Texts that end the answer and are no part of it.
@@ -124,8 +141,7 @@ class AnswerText:
 
     def __init__(self, ends: Sequence[str]) -> None:
         self.ended = False
-        self._ends = [(end, _borders(end)) for end in dict.fromkeys(ends) if end]
-        self._matched = [0] * len(self._ends)
+        self._ends = [end for end in ends if end]
         self._held, self._blank = "", True
 
     def add(self, piece: str) -> str:
@@ -133,33 +149,19 @@ class AnswerText:
         if self.ended:
             return ""
         text = self._held + piece
-        for stop, character in enumerate(piece, len(self._held) + 1):
-            if length := self._longest_end(character):
-                self.ended, self._held = True, ""
-                return self._shown(text[: stop - length])
-        shown = len(text) - max(self._matched, default=0)
-        self._held = text[shown:]
-        return self._shown(text[:shown])
+        found = [(start + len(end), start) for end in self._ends if (start := text.find(end)) >= 0]
+        self.ended = bool(found)
+        starts = (n for end in self._ends for n in range(len(end)) if text.endswith(end[:n]))
+        shown = min(found)[1] if found else len(text) - max(starts, default=0)
+        self._held = "" if found else text[shown:]
+        return self._without_blank(text[:shown])
 
     def rest(self) -> str:
         """What was held back, when nothing more comes."""
         text, self._held = self._held, ""
-        return self._shown(text)
+        return self._without_blank(text)
 
-    def _longest_end(self, character: str) -> int:
-        """Length of the longest text that this character completes; 0 for none."""
-        longest = 0
-        for i, (end, borders) in enumerate(self._ends):
-            matched = self._matched[i]
-            while matched and end[matched] != character:
-                matched = borders[matched - 1]
-            matched += end[matched] == character
-            self._matched[i] = matched
-            if matched == len(end):
-                longest = max(longest, matched)
-        return longest
-
-    def _shown(self, text: str) -> str:
+    def _without_blank(self, text: str) -> str:
         if self._blank:
             text = text.lstrip()
             self._blank = not text
@@ -171,18 +173,18 @@ class TokenText:
 
     Args:
         tokenizer: Of the model.
-        before: Tokens in front: behind them the first token keeps the space it begins with.
+        before: Tokens in front: after them the first token keeps the space it begins with.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._tokens = self._plain(before)
+        self._tokens = self._drop_special(before)
         self._start, self._read = 0, len(self._tokens)  # where the tokens shown last start and end
 
     def add(self, tokens: Sequence[int], *, finished: bool = False) -> str:
         """What these tokens add to the text; while a character may not be whole nothing, unless finished."""
-        self._tokens += self._plain(tokens)
+        self._tokens += self._drop_special(tokens)
         if self._read == len(self._tokens) or (not finished and self._is_byte(self._tokens[-1])):
             return ""
         # Decoded with the tokens shown last in front: by itself a token loses its space
@@ -192,7 +194,7 @@ class TokenText:
         self._start, self._read = self._read, len(self._tokens)
         return text[len(shown) :]
 
-    def _plain(self, tokens: Sequence[int]) -> list[int]:
+    def _drop_special(self, tokens: Sequence[int]) -> list[int]:
         return [token for token in tokens if token not in self._special]
 
     def _is_byte(self, token: int) -> bool:
@@ -212,30 +214,6 @@ def answer_text(
     return (answer.add(text) + answer.rest()).strip()
 
 
-class _Streamer(BaseStreamer):
-    """Puts the pieces of an answer into a queue.
-
-    transformers' `TextStreamer` decodes each line for itself, which loses the spaces in front of it, and knows no end
-    texts.
-    """
-
-    def __init__(self, text: TokenText, answer: AnswerText) -> None:
-        self.answer, self.tokens = answer, []
-        self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._text, self._is_prompt = text, True
-
-    def put(self, value: Tensor) -> None:
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        tokens = value.flatten().tolist()
-        self.tokens += tokens
-        self.pieces.put(self.answer.add(self._text.add(tokens)))
-
-    def end(self) -> None:
-        self.pieces.put(self.answer.add(self._text.add([], finished=True)) + self.answer.rest())
-
-
 class _Ended(StoppingCriteria):
     """Ends the generation once its text has ended or an event is set."""
 
@@ -245,15 +223,3 @@ class _Ended(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         ended = self._answer.ended or any(event.is_set() for event in self._events)
         return torch.full((len(input_ids),), ended, dtype=torch.bool, device=input_ids.device)
-
-
-def _borders(text: str) -> list[int]:
-    """Of each start of a text, how long the longest shorter start is that it also ends with."""
-    borders = [0] * len(text)
-    matched = 0
-    for i in range(1, len(text)):
-        while matched and text[matched] != text[i]:
-            matched = borders[matched - 1]
-        matched += text[matched] == text[i]
-        borders[i] = matched
-    return borders

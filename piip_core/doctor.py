@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,36 +25,21 @@ from piip_core.ops import ms_deform_attn, ms_deform_attn_reference, operator_sta
 
 __all__ = ["DETECTRON2_HINT", "LLAVA_HINT", "TESTED", "collect", "format_report", "installed_version", "untested"]
 
-# Name on the package index and what it is needed for.
+# Names on the package index by what they are needed for
 PACKAGES = {
-    "piip": "this project",
-    "torch": "required",
-    "torchvision": "required",
-    "timm": "required",
-    "numpy": "required",
-    "safetensors": "required",
-    "pillow": "required",
-    "setuptools": "below 81 for detectron2.model_zoo",
-    "ninja": "to compile the operator",
-    "detectron2": "extra: detection",
-    "fvcore": "comes with detectron2",
-    "pycocotools": "extra: detection",
-    "transformers": "extra: transformers, llava",
-    "jinja2": "extra: llava",
-    "sentencepiece": "extra: llava",
-    "open_clip_torch": "extra: llava",
-    "accelerate": "extra: transformers, llava",
-    "deepspeed": "extra: deepspeed, llava",
-    "peft": "extra: llava",
-    "tensorboard": "extra: llava",
-    "bitsandbytes": "extra: llava-qlora",
-    "gradio": "extra: web",
-    "openai": "extra: client",
-    "onnx": "extra: export",
-    "onnxscript": "extra: export",
-    "onnxruntime": "extra: export",
-    "scikit-image": "extra: demo",
-    "scikit-learn": "extra: demo",
+    "this project": ("piip",),
+    "required": ("torch", "torchvision", "timm", "numpy", "safetensors", "pillow"),
+    "below 81 for detectron2.model_zoo": ("setuptools",),
+    "to compile the operator": ("ninja",),
+    "extra: detection": ("detectron2", "fvcore", "pycocotools"),
+    "extra: transformers, llava": ("transformers", "accelerate"),
+    "extra: deepspeed, llava": ("deepspeed",),
+    "extra: llava": ("jinja2", "sentencepiece", "open_clip_torch", "peft", "tensorboard"),
+    "extra: llava-qlora": ("bitsandbytes",),
+    "extra: web": ("gradio",),
+    "extra: client": ("openai",),
+    "extra: export": ("onnx", "onnxscript", "onnxruntime"),
+    "extra: demo": ("scikit-image", "scikit-learn"),
 }
 
 # Oldest and newest release that the tests passed with, docs/environments.md; those of pyproject.toml in between.
@@ -100,13 +86,13 @@ def collect() -> dict[str, Any]:
             "executable": sys.executable,
             "cpu_count": os.cpu_count(),
         },
-        "packages": {name: installed_version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for names in PACKAGES.values() for name in names},
         "untested": untested(),
         "torch": _torch_facts(),
         "build_tools": {
-            "c++": _tool(os.environ.get("CXX", "c++"), r".+"),
-            "ninja": _tool("ninja", r".+"),
-            "nvcc": _tool("nvcc", r"release [\d.]+, V[\d.]+"),
+            "c++": _find_tool(os.environ.get("CXX", "c++")),
+            "ninja": _find_tool("ninja"),
+            "nvcc": _find_tool("nvcc", r"release [\d.]+, V[\d.]+"),
         },
         "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},
         "operator": _operator_facts(),
@@ -115,7 +101,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _tool(program: str, pattern: str) -> str | None:
+def _find_tool(program: str, pattern: str = ".+") -> str | None:
     """Path and version of a program, None if it is not on the PATH or does not run."""
     path = shutil.which(program)
     if path is None:
@@ -130,28 +116,23 @@ def _tool(program: str, pattern: str) -> str | None:
 
 def _torch_facts() -> dict[str, Any]:
     available = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() * available)]
     return {
         "cuda_build": torch.version.cuda,
         "cuda_available": available,
-        "gpus": [
-            f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
-            for i in range(torch.cuda.device_count())
-        ]
-        if available
-        else [],
+        "gpus": [f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus],
         "threads": torch.get_num_threads(),
     }
 
 
 def _operator_facts() -> dict[str, Any]:
-    status = operator_status
+    status, none = operator_status, "none: PyTorch reference"
+    major, minor = divmod(status.cuda_version or 0, 1000)
     return {
         "compiled": status.compiled,
         "reason": status.reason,
-        "cpu_kernels": status.cpu_capability or "none: PyTorch reference",
-        "cuda_kernels": f"CUDA {status.cuda_version // 1000}.{status.cuda_version % 1000 // 10}"
-        if status.cuda_version
-        else "none: PyTorch reference",
+        "cpu_kernels": status.cpu_capability or none,
+        "cuda_kernels": f"CUDA {major}.{minor // 10}" if major else none,
         "build": status.build,
         "self_test": {device: _self_test(device) for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()},
     }
@@ -230,42 +211,34 @@ def untested() -> list[str]:
     lines = []
     for package, (oldest, newest) in TESTED.items():
         found = installed_version(package)
-        if found is None:
-            continue
         try:
-            version = Version(Version(found).public)  # 2.14.1+cu130 is 2.14.1
+            version = found and Version(Version(found).public)  # 2.14.1+cu130 is 2.14.1
         except InvalidVersion:
             lines.append(f"{package} {found} has no version that compares with those tested ({oldest} to {newest})")
             continue
-        if version > Version(newest):
+        if version and version > Version(newest):
             lines.append(f"{package} {found} is newer than anything this release was tested with (up to {newest})")
-        elif version < Version(oldest):
+        elif version and version < Version(oldest):
             lines.append(f"{package} {found} is older than anything this release was tested with (from {oldest})")
     return lines
 
 
 def format_report(report: dict[str, Any]) -> str:
     """The report as indented text."""
-    lines: list[str] = []
+    needed_for = {name: need for need, names in PACKAGES.items() for name in names}
+    packages = {name: f"{found or 'not installed'}  ({needed_for[name]})" for name, found in report["packages"].items()}
+    note = "; ".join(report["untested"]) or "all versions are among those tested"
+    return "\n".join(_indent(report | {"packages": packages, "untested": {"NOTE": note}}))
 
-    def add(entries: dict[str, Any], indent: int) -> None:
-        for key, entry in entries.items():
-            if isinstance(entry, dict):
-                lines.append(f"{' ' * indent}{key}:")
-                add(entry, indent + 2)
-            else:
-                text = ", ".join(map(str, entry)) or "none" if isinstance(entry, list) else entry
-                lines.append(f"{' ' * indent}{key}: {'not found' if text is None else text}")
 
-    for section, entries in report.items():
-        if section == "packages":
-            lines.append("packages:")
-            lines += [f"  {name}: {found or 'not installed'}  ({PACKAGES[name]})" for name, found in entries.items()]
-        elif section == "untested":
-            lines += [f"  NOTE: {line}" for line in entries or ["all versions are among those tested"]]
+def _indent(entries: dict[str, Any], indent: str = "") -> Iterator[str]:
+    for key, entry in entries.items():
+        if isinstance(entry, dict):
+            yield f"{indent}{key}:"
+            yield from _indent(entry, indent + "  ")
         else:
-            add({section: entries}, 0)
-    return "\n".join(lines)
+            text = ", ".join(map(str, entry)) or "none" if isinstance(entry, list) else entry
+            yield f"{indent}{key}: {'not found' if text is None else text}"
 
 
 def main() -> None:

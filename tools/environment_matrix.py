@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -46,23 +45,6 @@ class Cell:
 
     def __str__(self) -> str:
         return ", ".join([self.kind, f"Python {self.python}", *self.pins])
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came out of one cell; `counts` is None where the environment could not be made."""
-
-    cell: str
-    date: str
-    tests: str
-    versions: dict[str, str]
-    counts: dict[str, int] | None
-    minutes: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether tests ran and none failed."""
-        return self.counts is not None and not self.counts["failed"] and self.counts["passed"] > 0
 
 
 def floors(project: dict) -> list[str]:
@@ -101,8 +83,12 @@ def runnable_pythons() -> list[str]:
     return found
 
 
-def run_cell(cell: Cell, folder: Path, tests: Sequence[str], make_options: Sequence[str]) -> Row:
-    """Clones the project into `folder`, makes the environment as the README says, and runs the tests there."""
+def run_cell(cell: Cell, folder: Path, tests: Sequence[str], make_options: Sequence[str]) -> tuple[str, bool]:
+    """Clones the project into `folder`, makes the environment as the README says, and runs the tests there.
+
+    Returns:
+        A row of the table, and whether tests ran and none failed.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     checkout, log, results = folder / "checkout", folder / "log", folder / "results.xml"
@@ -116,14 +102,19 @@ def run_cell(cell: Cell, folder: Path, tests: Sequence[str], make_options: Seque
     environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     with log.open("w") as output:
         subprocess.run(command, cwd=checkout, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    return Row(
-        cell=str(cell),
-        date=datetime.date.today().isoformat(),
-        tests=" ".join(tests) or "all",
-        versions=_versions(checkout / ".venv" / "bin" / "python"),
-        counts=_counts(results),
-        minutes=round((time.monotonic() - start) / 60, 1),
-    )
+    versions = _versions(checkout / ".venv" / "bin" / "python")
+    counts = _counts(results)
+    minutes = round((time.monotonic() - start) / 60, 1)
+    return table_row(cell, tests, versions, counts, minutes), bool(counts and counts["passed"] and not counts["failed"])
+
+
+def table_row(
+    cell: Cell, tests: Sequence[str], versions: dict[str, str], counts: dict[str, int] | None, minutes: float
+) -> str:
+    """A row of the table; `counts` is None where the environment could not be made."""
+    shown = [versions.get(name, "none") for name in SHOWN]
+    numbers = counts or dict.fromkeys(("passed", "failed", "skipped"), "not installed")
+    return _line([cell, " ".join(tests) or "all", *shown, *numbers.values(), minutes, datetime.date.today()])
 
 
 def _counts(results: Path) -> dict[str, int] | None:
@@ -145,35 +136,21 @@ def _versions(python: Path) -> dict[str, str]:
     return json.loads(done.stdout) if done.returncode == 0 else {}
 
 
-def line(row: Row) -> str:
-    """A row of the table, in Markdown."""
-    counts = row.counts or dict.fromkeys(("passed", "failed", "skipped"), "not installed")
-    versions = [row.versions.get(name, "none") for name in SHOWN]
-    numbers = [counts["passed"], counts["failed"], counts["skipped"], row.minutes]
-    return _line([row.cell, row.tests, *versions, *numbers, row.date])
-
-
 def _line(columns: Sequence[object]) -> str:
     return f"| {' | '.join(map(str, columns))} |"
 
 
-def keep(row: Row, document: Path) -> None:
+def keep(row: str, document: Path) -> None:
     """Puts a row into the table of a document, in the place of an earlier one of the same cell and tests."""
     before, rest = document.read_text().split(BEGIN)
     table, after = rest.split(END, 1)
     lines = table.strip().splitlines()[2:]
-    name = _line([row.cell, row.tests]).removesuffix("|")
-    lines = [each for each in lines if not each.startswith(name)] + [line(row)]
-    lines.sort(key=lambda each: KINDS.index(each.strip("| ").split(",")[0]))
+    lines = [line for line in lines if line.split("|")[:3] != row.split("|")[:3]] + [row]
+    lines.sort(key=lambda line: KINDS.index(line.strip("| ").split(",")[0]))
     table = "\n".join([_line(COLUMNS), _line(["---"] * len(COLUMNS)), *lines])
-    _write(document, f"{before}{BEGIN}\n{table}\n{END}{after}")
-
-
-def _write(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as aside:
-        aside.write(text)
-    os.chmod(aside.name, 0o644)
-    os.replace(aside.name, path)
+    aside = document.with_name(f".{document.name}.incomplete")
+    aside.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    aside.replace(document)
 
 
 def main() -> None:
@@ -184,16 +161,12 @@ def main() -> None:
     parser.add_argument("--pythons", nargs="+", default=pythons, metavar="3.N", help=f"default: {' '.join(pythons)}")
     parser.add_argument("--with", nargs="+", default=[], dest="pins", metavar="NAME==VERSION", help="other versions")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="default: the whole suite")
-    parser.add_argument(
-        "--make", nargs="+", default=[], metavar="NAME=VALUE", help="for make, such as DETECTRON2=FOLDER"
-    )
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix", help="default: %(default)s")
+    parser.add_argument("--make", nargs="+", default=[], metavar="NAME=VALUE", help="such as DETECTRON2=FOLDER")
     parser.add_argument("--document", type=Path, help="keep the rows in the table of this file (docs/environments.md)")
     options = parser.parse_args()
     if not options.pythons or not set(options.pythons) <= set(pythons):
-        parser.error(
-            f"--pythons {' '.join(options.pythons)}: expected some of {' '.join(pythons) or 'none'}, which run here"
-        )
+        expected = f"expected some of {' '.join(pythons) or 'none'}, which run here"
+        parser.error(f"--pythons {' '.join(options.pythons)}: {expected}")
     if wrong := [pin for pin in options.pins if not re.fullmatch(r"[\w.-]+==\S+", pin)]:
         parser.error(f"--with {wrong[0]}: expected NAME==VERSION")
     if options.document and not (options.document.is_file() and BEGIN in options.document.read_text()):
@@ -206,10 +179,10 @@ def main() -> None:
             if kind == "oldest" and python != options.pythons[0]:
                 continue
             cell = Cell(kind, python, tuple(options.pins))
-            folder = options.folder.resolve() / re.sub(r"[^\w.]+", "-", str(cell))
-            row = run_cell(cell, folder, options.tests, options.make)
-            print(line(row), flush=True)
-            failed |= not row.passed
+            folder = ROOT / "build" / "matrix" / re.sub(r"[^\w.]+", "-", str(cell))
+            row, passed = run_cell(cell, folder, options.tests, options.make)
+            print(row, flush=True)
+            failed |= not passed
             if options.document:
                 keep(row, options.document)
     sys.exit(failed)

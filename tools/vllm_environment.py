@@ -47,15 +47,12 @@ sys.meta_path.insert(0, DefineOperators())
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the environment, made if it is not there")
-    parser.add_argument("--no-tests", action="store_true", help="make the environment alone")
     options, pytest_arguments = parser.parse_known_args()
     python = options.folder.absolute() / "bin" / "python"
     ready = options.folder / "piip-vllm.ready"
     if not ready.is_file():
         make(options.folder, python)
         ready.touch()
-    if options.no_tests:
-        return 0
     tests = sorted(str(path) for path in (ROOT / "tests/llava_piip/integrations").glob("test_vllm*.py"))
     return subprocess.call([python, "-m", "pytest", "-p", "no:xdist", *tests, *pytest_arguments], cwd=ROOT)
 

@@ -9,13 +9,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from piip_core.errors import check
+
 from .data_folder import write_data_folder
-from .scenes import NUM_CLASSES, SPLITS, Scene, SceneConfig, scenes
+from .scenes import NUM_CLASSES, Scene, SceneConfig, scenes
 
-__all__ = ["LABEL_NAMES", "label_map", "prepare_digits"]
-
-LABEL_NAMES = ("background", *(str(digit) for digit in range(NUM_CLASSES)))
-"""What the values of the label maps mean."""
+__all__ = ["prepare_digits"]
 
 _FORMAT = 2  # raise it when the same parameters would give other files: data sets already there are then rebuilt
 
@@ -23,61 +22,50 @@ _FORMAT = 2  # raise it when the same parameters would give other files: data se
 def prepare_digits(
     root: Path | str, *, num_train: int = 2000, num_val: int = 200, config: SceneConfig | None = None
 ) -> bool:
-    """Writes the digit scenes below a folder, unless they are there already.
+    """Writes the digit scenes below a folder, unless they are there already; returns whether it wrote them.
 
-    The folder then holds ``annotations/instances_{train,val}.json``, the pictures in ``train`` and ``val``, a label map
-    for each in ``labels/train`` and ``labels/val`` with the names of their values in ``labels/names.txt``, and a
-    manifest with the parameters. It is built under another name and renamed when complete; a data set made with
-    other parameters is replaced. Masks are run-length encoded (digits have holes, which COCO polygons cannot say).
+    The folder then holds `annotations/instances_{train,val}.json`, the images in `train` and `val`, a label map for
+    each in `labels/train` and `labels/val` (0 for the background, 1 + d for what is in sight of a digit d) with the
+    names of their values in `labels/names.txt`, and a manifest with the parameters. Masks are run-length encoded
+    (digits have holes, which COCO polygons cannot say).
 
     Args:
-        root: folder of the data set, commonly ``datasets/digits``.
-        num_train: number of training scenes.
-        num_val: number of validation scenes.
-        config: look of the scenes.
-
-    Returns:
-        True if it was written, False if it was there.
+        root: Folder of the data set, commonly `datasets/digits`.
+        num_train: Number of training scenes.
+        num_val: Number of validation scenes.
+        config: Look of the scenes.
 
     Raises:
-        ValueError: a number of scenes is not positive.
-        FileExistsError: the folder holds something that this function did not write.
+        UserError: If a number of scenes is not positive, or the folder holds something that this did not write.
     """
-    root, config = Path(root), config or SceneConfig()
-    counts = dict(zip(SPLITS, (num_train, num_val), strict=True))
+    config = config or SceneConfig()
+    counts = {"train": num_train, "val": num_val}
     for split, count in counts.items():
-        if count < 1:
-            raise ValueError(f"num_{split}={count}: expected at least 1")
+        check(count >= 1, f"num_{split}", count, "at least 1")
 
     def write(folder: Path) -> None:
         (folder / "annotations").mkdir()
-        (folder / "labels").mkdir()
-        (folder / "labels" / "names.txt").write_text("\n".join(LABEL_NAMES) + "\n")
         for split, count in counts.items():
             _write_split(folder, split, count, config)
+        (folder / "labels" / "names.txt").write_text("\n".join(["background", *map(str, range(NUM_CLASSES))]) + "\n")
 
-    return write_data_folder(root, {"format": _FORMAT, "scenes": counts, "config": asdict(config)}, write)
-
-
-def label_map(scene: Scene) -> np.ndarray:
-    """The scene as (H, W) uint8 of `LABEL_NAMES`: 0 for the background, 1 + d for what is in sight of a digit d."""
-    labels = np.zeros(scene.image.shape[:2], dtype=np.uint8)
-    for digit in scene.digits:
-        labels[digit.mask] = digit.label + 1
-    return labels
+    return write_data_folder(Path(root), {"format": _FORMAT, "scenes": counts, "config": asdict(config)}, write)
 
 
 def _write_split(root: Path, split: str, count: int, config: SceneConfig) -> None:
-    """Writes the pictures, the label maps and the annotation file of a split."""
-    (root / split).mkdir()
-    (root / "labels" / split).mkdir()
+    """Writes the images, the label maps and the annotation file of a split."""
+    for folder in (root / split, root / "labels" / split):
+        folder.mkdir(parents=True)
     images, annotations = [], []
     drawn = tqdm(scenes(config, split, count), total=count, desc=f"Drawing {split} scenes", unit="scene")
     for image_id, scene in enumerate(drawn, start=1):
         name = f"{image_id:06d}.jpg"
         Image.fromarray(scene.image).save(root / split / name, quality=92)
-        Image.fromarray(label_map(scene)).save(root / "labels" / split / f"{image_id:06d}.png")
-        height, width = scene.image.shape[:2]
+        labels = np.zeros(scene.image.shape[:2], dtype=np.uint8)
+        for digit in scene.digits:
+            labels[digit.mask] = digit.label + 1
+        Image.fromarray(labels).save(root / "labels" / split / f"{image_id:06d}.png")
+        height, width = labels.shape
         images.append({"id": image_id, "file_name": name, "height": height, "width": width, "photo": scene.photo})
         annotations += _annotations(scene, image_id, first_id=len(annotations) + 1)
     # Category ids start at 1, as in COCO; the digit is the name.

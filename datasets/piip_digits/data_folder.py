@@ -1,21 +1,18 @@
 """Data sets that are written once, and again only when they would come out different."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from piip_core.errors import UserError
 from piip_core.files import publish_folder
 
 __all__ = ["write_data_folder"]
 
-_MANIFEST = "manifest.json"
-
 
 def write_data_folder(root: Path, settings: dict[str, Any], write: Callable[[Path], None]) -> bool:
-    """Writes a data set with a manifest of its settings, unless it is there already.
+    """Writes a data set with a manifest of its settings, unless it is there already; returns whether it was written.
 
     It is built under another name and renamed when complete; one made with other settings is replaced.
 
@@ -24,21 +21,20 @@ def write_data_folder(root: Path, settings: dict[str, Any], write: Callable[[Pat
         settings: Everything that its content depends on, ready for JSON.
         write: Writes the content into an empty folder.
 
-    Returns:
-        True if it was written, False if it was there.
-
     Raises:
-        FileExistsError: If the folder holds something else.
+        UserError: If the folder holds something else.
     """
-    found = root / _MANIFEST
-    manifest = json.dumps(settings, indent=1) + "\n"
-    if root.exists() and not (found.is_file() and json.loads(found.read_text()).keys() == settings.keys()):
-        raise FileExistsError(
-            f"{root} exists and is not a digit data set of this kind: move it away or choose another folder"
-        )
-    if found.is_file() and found.read_text() == manifest:
+    found, manifest = root / "manifest.json", json.dumps(settings, indent=1) + "\n"
+    try:
+        old = json.loads(found.read_text())
+    except (OSError, ValueError):
+        old = None
+    ours = isinstance(old, dict) and old.keys() == settings.keys()
+    if root.is_dir() and any(root.iterdir()) and not ours:
+        raise UserError(f"{root} exists and is not a digit data set of this kind: move it away or name another folder")
+    if old == json.loads(manifest):
         return False
     with publish_folder(root, overwrite=True, durable=False) as aside:
         write(aside)
-        (aside / _MANIFEST).write_text(manifest)
+        (aside / found.name).write_text(manifest)
     return True

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from piip_core.branches import ConvNeXtConfig, ViTConfig
 from piip_core.config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
+from piip_core.errors import check
 
 __all__ = ["NUM_GROUPS", "demo_config", "hybrid_config"]
 
@@ -20,17 +21,22 @@ def demo_config(pretrained: Sequence[str | None] = (None, None, None), *, image_
     """Configuration of the demo's backbone.
 
     Args:
-        pretrained: file of the pretrained weights of each branch, Branch 1 first; None for random ones.
-        image_size: side of the images in pixels, a multiple of 32; that of the scenes by default.
+        pretrained: File of the pretrained weights of each branch, Branch 1 first; None for random ones.
+        image_size: Side of the images in pixels, a multiple of 32; that of the scenes by default.
 
     Raises:
-        ValueError: `image_size` is not as described.
+        ConfigError: If `image_size` is not as described.
     """
-    if image_size < 32 or image_size % 32:  # all branches have whole patches
-        raise ValueError(f"image_size={image_size}: expected a positive multiple of 32")
-    branches = zip(_BRANCHES, pretrained, strict=True)
+    # All branches have whole patches
+    check(image_size >= 32 and image_size % 32 == 0, "image_size", image_size, "a positive multiple of 32")
+    branches = []
+    for (dim, heads, part, window_size), weights in zip(_BRANCHES, pretrained, strict=True):
+        size = round(image_size * part)
+        sizes = dict(embed_dim=dim, num_heads=heads, patch_size=_PATCH_SIZE, pos_grid=size // _PATCH_SIZE)
+        network = ViTConfig(depth=4, layer_scale=None, **sizes)
+        branches.append(BranchConfig(network=network, image_size=size, window_size=window_size, pretrained=weights))
     return PIIPConfig(
-        branches=tuple(_vit_branch(*settings, image_size, pretrained=weights) for settings, weights in branches),
+        branches=tuple(branches),
         interaction=_interaction(2),
         merging=MergingConfig(out_strides=(4, 8, 16), num_groups=NUM_GROUPS),
     )
@@ -39,33 +45,12 @@ def demo_config(pretrained: Sequence[str | None] = (None, None, None), *, image_
 def hybrid_config() -> PIIPConfig:
     """The same with a ConvNeXt at the largest image, and intermediate merging: one map per stage of the ConvNeXt."""
     network = ConvNeXtConfig(depths=(1, 1, 2, 1), stage_dims=(32, 64, 96, 128), layer_scale=None)
+    # The downsampling before a stage runs in the segment of the stage
+    convnext = BranchConfig(network=network, image_size=_SCENE_SIZE, segments=((0, 0), (1, 2), (3, 5), (6, 7)))
     return PIIPConfig(
-        branches=(
-            *(_vit_branch(*settings, _SCENE_SIZE) for settings in _BRANCHES[:2]),
-            # the downsampling before a stage runs in the segment of the stage
-            BranchConfig(network=network, image_size=_SCENE_SIZE, segments=((0, 0), (1, 2), (3, 5), (6, 7))),
-        ),
+        branches=(*demo_config().branches[:2], convnext),
         interaction=_interaction(4),
         merging=MergingConfig(kind="regular", intermediate_after=(0, 1, 2), num_groups=NUM_GROUPS),
-    )
-
-
-def _vit_branch(
-    dim: int, heads: int, part: float, window_size: int | None, largest: int, *, pretrained: str | None = None
-) -> BranchConfig:
-    size = round(largest * part)
-    return BranchConfig(
-        network=ViTConfig(
-            embed_dim=dim,
-            depth=4,
-            num_heads=heads,
-            patch_size=_PATCH_SIZE,
-            pos_grid=size // _PATCH_SIZE,
-            layer_scale=None,
-        ),
-        image_size=size,
-        window_size=window_size,
-        pretrained=pretrained,
     )
 
 

@@ -7,11 +7,11 @@ Nothing is downloaded. The training and the validation split share no digit and 
 * photographs: each belongs to one split as a whole (:data:`PHOTOS`), so no crop can occur in both.
 
 The division does not depend on the seed of the scenes. Every scene has its own random generator, made from the seed,
-the split and the scene's number: scene 17 is the same picture whether 100 or 2000 are asked for.
+the split and the scene's index: scene 17 is the same image whether 100 or 2000 are asked for.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -20,6 +20,8 @@ from skimage import color, data, morphology, transform
 from sklearn.datasets import load_digits, load_sample_image
 from sklearn.utils import Bunch
 from tqdm import tqdm
+
+from piip_core.errors import check, check_choice
 
 __all__ = [
     "NAMED_COLOURS",
@@ -63,7 +65,7 @@ _INK_LEVEL = 0.45  # ink (0 to 1) from which a point belongs to the digit
 _MIN_BRIGHTNESS = 0.5  # grey level of the digits; their outlines are dark, so they stand out from any photograph
 _OUTLINE = 0.04  # width of the outline over the height of the digit
 _MIN_DISTANCE = 0.5  # smallest distance in RGB between the colours of two digits in a scene
-_MAX_DRAWS = 30  # tries to find a free place or a visible colour
+_MAX_DRAWS = 30  # tries to find a free position or a visible colour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +83,11 @@ class SceneConfig:
         palette: named colours (RGB, 0 to 1), such as `NAMED_COLOURS`, of which every digit of a scene gets another one;
             None for random colours without a name.
         all_different: no two digits of a scene are the same.
-        middle_margin: part of the picture by which the middle of every digit stays away from both middle lines.
+        middle_margin: part of the image by which the middle of every digit stays away from both middle lines.
         seed: seed of everything random but the split.
 
     Raises:
-        ValueError: a value makes no scene possible; the message names it.
+        ConfigError: a value makes no scene possible; the message names it.
     """
 
     image_size: int = 192
@@ -101,31 +103,20 @@ class SceneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_digits <= self.max_digits:
-            raise ValueError(f"min_digits={self.min_digits}, max_digits={self.max_digits}: expected 1 <= min <= max")
-        if not 8 <= self.min_digit_size <= self.max_digit_size:
-            raise ValueError(
-                f"min_digit_size={self.min_digit_size}, max_digit_size={self.max_digit_size}: expected 8 <= min <= max"
-            )
+        digits, smallest, largest = self.max_digits, self.min_digit_size, self.max_digit_size
+        check(1 <= self.min_digits <= digits, "min_digits", self.min_digits, f"1 to max_digits={digits}")
+        check(8 <= smallest <= largest, "min_digit_size", smallest, f"8 to max_digit_size={largest}")
         # A turned digit is at most sqrt(2) times its size.
-        if self.max_digit_size * 1.5 > self.image_size:
-            raise ValueError(
-                f"max_digit_size={self.max_digit_size} does not fit into image_size={self.image_size}: "
-                f"expected at most {int(self.image_size / 1.5)}"
-            )
-        if not 0.0 < self.min_visible <= 1.0:
-            raise ValueError(f"min_visible={self.min_visible}: expected a value in (0, 1]")
-        if self.all_different and self.max_digits > NUM_CLASSES:
-            raise ValueError(f"max_digits={self.max_digits}: expected at most {NUM_CLASSES} that are all different")
-        if not 0.0 <= self.middle_margin <= 0.2:
-            raise ValueError(f"middle_margin={self.middle_margin}: expected a value from 0 to 0.2")
+        room = int(self.image_size / 1.5)
+        check(largest <= room, "max_digit_size", largest, f"at most {room} for image_size={self.image_size}")
+        check(0.0 < self.min_visible <= 1.0, "min_visible", self.min_visible, "a value in (0, 1]")
+        most = NUM_CLASSES if self.all_different else digits
+        check(digits <= most, "max_digits", digits, f"at most {most} that are all different")
+        check(0.0 <= self.middle_margin <= 0.2, "middle_margin", self.middle_margin, "a value from 0 to 0.2")
         if self.palette is not None:
             names = [name for name, _ in self.palette]
-            if len(set(names)) < max(len(names), self.max_digits):
-                raise ValueError(
-                    f"palette has the colours {', '.join(names) or 'none'}: expected different names, and at least "
-                    f"max_digits={self.max_digits} of them"
-                )
+            right = len(set(names)) >= max(len(names), digits)
+            check(right, "colours of the palette", names, f"different names, and at least max_digits={digits} of them")
 
 
 @dataclass(frozen=True)
@@ -170,7 +161,7 @@ class Scene:
 @cache
 def split_samples(split: str) -> np.ndarray:
     """Indices into :func:`sklearn.datasets.load_digits` that belong to a split, sorted."""
-    _check_split(split)
+    check_choice("split", split, SPLITS)
     target = load_samples().target
     rng = np.random.default_rng(_SPLIT_SEED)
     chosen = []
@@ -187,43 +178,41 @@ def render_scene(config: SceneConfig, split: str, index: int) -> Scene:
     Args:
         config: look of the scenes.
         split: "train" or "val".
-        index: number of the scene in the split.
+        index: index of the scene in the split.
 
     Returns:
         The scene; the masks of its digits do not overlap.
     """
-    _check_split(split)
+    check_choice("split", split, SPLITS)
     rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
     photo = PHOTOS[split][rng.integers(len(PHOTOS[split]))]
     image = photo_crop(load_photo(photo), config.image_size, rng)
-    masks: list[np.ndarray] = []
-    paints: list[np.ndarray] = []
+    digits: list[Digit] = []
     areas: list[int] = []
-    digits: list[tuple[int, int, str | None]] = []
-    samples, colours = split_samples(split), list(config.palette or ())
+    paints: list[np.ndarray] = []
+    samples, colours, target = split_samples(split), list(config.palette or ()), load_samples().target
     for _ in range(rng.integers(config.min_digits, config.max_digits + 1)):
         # Even in the logarithm: as many digits between 30 and 45 pixels as between 60 and 90.
         size = np.exp(rng.uniform(np.log(config.min_digit_size), np.log(config.max_digit_size)))
         sample = int(rng.choice(samples))
         fill, outline = render_digit(sample, size, rng.uniform(-config.max_rotation, config.max_rotation))
-        place = _find_place(outline > 0.5, masks, areas, config, rng)
-        if place is None:  # the scene is full
+        position = _find_position(outline > 0.5, digits, areas, config, rng)
+        if position is None:  # the scene is full
             continue
         if config.palette is None:
             colour, paint = None, _pick_colour(paints, rng)
         else:
             colour, paint = colours.pop(rng.integers(len(colours)))
         paints.append(np.asarray(paint))
-        window = _paint(image, place, fill, outline, paints[-1])
+        window = _paint(image, position, fill, outline, paints[-1])
         mask = np.zeros(image.shape[:2], dtype=bool)
         mask[window] = outline > 0.5
-        masks = [below & ~mask for below in masks] + [mask]
         areas.append(int(mask.sum()))
-        digits.append((int(load_samples().target[sample]), sample, colour))
+        digits = [replace(below, mask=below.mask & ~mask) for below in digits]
+        digits.append(Digit(int(target[sample]), sample, mask, colour))
         if config.all_different:
-            samples = samples[load_samples().target[samples] != load_samples().target[sample]]
-    scene = [Digit(label, sample, mask, colour) for (label, sample, colour), mask in zip(digits, masks, strict=True)]
-    return Scene(_to_bytes(image), scene, photo)
+            samples = samples[target[samples] != target[sample]]
+    return Scene(_as_uint8(image), digits, photo)
 
 
 def scenes(config: SceneConfig, split: str, count: int) -> Iterator[Scene]:
@@ -232,23 +221,22 @@ def scenes(config: SceneConfig, split: str, count: int) -> Iterator[Scene]:
 
 
 def digit_crops(split: str, count: int, size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of one digit each, about in the middle, for classification.
+    """Images of one digit each, about in the middle, for classification.
 
     Args:
         split: "train" or "val"; digits and photographs are divided exactly as for the scenes.
-        count: number of pictures.
-        size: side of the pictures in pixels, at least 16.
+        count: number of images.
+        size: side of the images in pixels, at least 16.
         seed: seed of everything random but the split.
 
     Returns:
         Images (count, size, size, 3) uint8 RGB and labels (count,) int64.
 
     Raises:
-        ValueError: `split` or `size` is not as described.
+        ConfigError: `split` or `size` is not as described.
     """
-    _check_split(split)
-    if size < 16:
-        raise ValueError(f"size={size}: expected at least 16 pixels")
+    check_choice("split", split, SPLITS)
+    check(size >= 16, "size", size, "at least 16 pixels")
     images = np.empty((count, size, size, 3), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)
     for index in tqdm(range(count), desc=f"Drawing {split} digits", unit="digit"):
@@ -256,19 +244,14 @@ def digit_crops(split: str, count: int, size: int = 64, seed: int = 0) -> tuple[
         image = photo_crop(load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))]), size, rng)
         sample = int(rng.choice(split_samples(split)))
         fill, outline = render_digit(sample, rng.uniform(0.55, 0.7) * size, rng.uniform(-20.0, 20.0))
-        # Turned digits may come out larger than the picture: what sticks out is cut off.
+        # Turned digits may come out larger than the image: what sticks out is cut off.
         height, width = (min(length, size) for length in fill.shape)
         shift = rng.uniform(-0.06, 0.06, size=2) * size
-        place = np.clip(np.round((size - np.array((height, width))) / 2 + shift), 0, (size - height, size - width))
-        _paint(image, place.astype(int), fill[:height, :width], outline[:height, :width], _pick_colour([], rng))
-        images[index] = _to_bytes(image)
+        position = np.clip(np.round((size - np.array((height, width))) / 2 + shift), 0, (size - height, size - width))
+        _paint(image, position.astype(int), fill[:height, :width], outline[:height, :width], _pick_colour([], rng))
+        images[index] = _as_uint8(image)
         labels[index] = load_samples().target[sample]
     return images, labels
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
 
 
 @cache
@@ -283,7 +266,7 @@ def load_photo(name: str) -> np.ndarray:
     if name.endswith(".jpg"):
         return load_sample_image(name)
     photo = getattr(data, name)()
-    if isinstance(photo, tuple):  # the stereo pair: both pictures show the same scene, the left one will do
+    if isinstance(photo, tuple):  # the stereo pair: both images show the same scene, the left one will do
         photo = photo[0]
     if photo.ndim == 2:
         photo = color.gray2rgb(photo)
@@ -326,35 +309,35 @@ def render_digit(sample: int, size: float, angle: float) -> tuple[np.ndarray, np
     return fill[seen], outline[seen]
 
 
-def _find_place(
-    mask: np.ndarray, masks: list[np.ndarray], areas: list[int], config: SceneConfig, rng: np.random.Generator
+def _find_position(
+    mask: np.ndarray, digits: list[Digit], areas: list[int], config: SceneConfig, rng: np.random.Generator
 ) -> tuple[int, int] | None:
-    """A random place (y, x), off the middle, where no digit below is hidden more than allowed, or None."""
+    """A random position (y, x), off the middle, where no digit below is hidden more than allowed, or None."""
     height, width = mask.shape
     for _ in range(_MAX_DRAWS):
         y, x = int(rng.integers(config.image_size - height + 1)), int(rng.integers(config.image_size - width + 1))
         window = np.s_[y : y + height, x : x + width]
         off_middle = min(abs(y + height / 2 - config.image_size / 2), abs(x + width / 2 - config.image_size / 2))
         if off_middle >= config.middle_margin * config.image_size and all(
-            below.sum() - (below[window] & mask).sum() >= config.min_visible * area
-            for below, area in zip(masks, areas, strict=True)
+            digit.mask.sum() - (digit.mask[window] & mask).sum() >= config.min_visible * area
+            for digit, area in zip(digits, areas, strict=True)
         ):
             return y, x
     return None
 
 
 def _paint(
-    image: np.ndarray, place: Sequence[int], fill: np.ndarray, outline: np.ndarray, paint: np.ndarray
+    image: np.ndarray, position: Sequence[int], fill: np.ndarray, outline: np.ndarray, paint: np.ndarray
 ) -> tuple[slice, slice]:
-    """Paints a digit on the image at place (y, x) and returns the window that it fills."""
-    y, x = place
+    """Paints a digit on the image at position (y, x) and returns the window that it fills."""
+    y, x = position
     window = np.s_[y : y + fill.shape[0], x : x + fill.shape[1]]
     image[window] *= 1.0 - outline[..., None]
     image[window] += fill[..., None] * (paint - image[window])
     return window
 
 
-def _to_bytes(image: np.ndarray) -> np.ndarray:
+def _as_uint8(image: np.ndarray) -> np.ndarray:
     return (image * 255 + 0.5).astype(np.uint8)
 
 

@@ -47,7 +47,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 DESCRIBE = "Describe the picture."
 
 _NUMBERS = (1, 2, 1, 2, 3)  # digits of one scene after the other
-_CELLS = 4  # along each side of a picture in words
+_CELLS = 4  # along each side of an image in words
 _MAX_DRAWS = 8  # scenes drawn for one with room for all of its digits
 
 _WORDINGS = {
@@ -59,7 +59,7 @@ _WORDINGS = {
     "text": ("What is {sum}?", "How much is {sum}?"),
 }
 QUESTION_TYPES = tuple(_WORDINGS)
-"""All types of questions: about one digit, about all digits, and (`text`) about no picture."""
+"""All types of questions: about one digit, about all digits, and (`text`) about no image."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Question:
         type: One of `QUESTION_TYPES`.
         text: The question.
         answer: The only right answer: a number in digits, a place or a colour.
-        image: File name of the picture, relative to the data set; None for a question without a picture.
+        image: File name of the image, relative to the data set; None for a question without an image.
     """
 
     type: str
@@ -81,32 +81,21 @@ class Question:
 
 @dataclass(frozen=True)
 class SeenDigit:
-    """What can be said about a digit of a scene.
-
-    Attributes:
-        label: The digit.
-        colour: Name of its colour.
-        place: One of `PLACES`, where the centre of its box is.
-    """
+    """What can be said about a digit of a scene; `place` is the one of `PLACES` where the centre of its box is."""
 
     label: int
     colour: str
     place: str
 
 
-def render_chat_scene(split: str, index: int, config: SceneConfig = CHAT_SCENES) -> Scene:
+def render_chat_scene(split: str, index: int) -> Scene:
     """Draws a scene of the chat: of five in a row, two have one digit, two have two and one has three.
-
-    Args:
-        split: "train" or "val"; they share no digit sample and no photograph.
-        index: Number of the scene.
-        config: Look of the scenes, which also limits the number of digits.
 
     Raises:
         RuntimeError: If the digits do not fit into a scene.
     """
-    number = min(max(_NUMBERS[index % len(_NUMBERS)], config.min_digits), config.max_digits)
-    config = replace(config, min_digits=number, max_digits=number)
+    number = _NUMBERS[index % len(_NUMBERS)]
+    config = replace(CHAT_SCENES, min_digits=number, max_digits=number)
     for attempt in range(_MAX_DRAWS):
         scene = render_scene(config, split, index * _MAX_DRAWS + attempt)
         if len(scene.digits) == number:  # fewer where there was no room for all
@@ -115,11 +104,7 @@ def render_chat_scene(split: str, index: int, config: SceneConfig = CHAT_SCENES)
 
 
 def seen_digits(scene: Scene) -> list[SeenDigit]:
-    """What there is to say about a scene, in reading order: the upper half from left to right, then the lower one.
-
-    Args:
-        scene: One with a palette.
-    """
+    """What there is to say about a scene, in reading order: the upper half from left to right, then the lower one."""
     height, width = scene.image.shape[:2]
     found = []
     for digit in scene.digits:
@@ -146,14 +131,10 @@ def caption(digits: Sequence[SeenDigit]) -> str:
 
 
 def in_words(digits: Sequence[SeenDigit], rng: Random) -> str:
-    """The scene as a picture in words, of 4 x 4 cells row by row: "a b c d e red7 g h ... p".
+    """The scene as an image in words, of 4 x 4 cells row by row: "a b c d e red7 g h ... p".
 
     The language model learns to read these, and later the projector to write what it reads. Letters name the empty
-    cells, for a small model cannot count.
-
-    Args:
-        digits: Of `seen_digits` or `imagine`.
-        rng: Chooses the cell of each within its quarter.
+    cells, for a small model cannot count. Each digit is in a random cell of its quarter.
     """
     cells = list(ascii_lowercase[: _CELLS**2])
     for digit in digits:
@@ -165,18 +146,15 @@ def in_words(digits: Sequence[SeenDigit], rng: Random) -> str:
     return " ".join(cells)
 
 
-def ask_round_by_round(digits: Sequence[SeenDigit], rng: Random, rounds: int | None = None) -> list[Question]:
-    """Questions for one conversation, none of which gives away the answer of a later one.
+def ask_round_by_round(digits: Sequence[SeenDigit], rng: Random) -> list[Question]:
+    """Four or five questions (fewer where a scene gives no more) for one conversation.
+
+    None of them gives away the answer of a later one.
 
     Questions such as "Where is the 7?" tell that there is a 7, and others whether there are several digits. So "how
     many" is asked first and the sum next, if they are asked at all, and a single digit is named by no question.
-
-    Args:
-        digits: Of `seen_digits` or `imagine`.
-        rng: Chooses questions and wordings.
-        rounds: Number of questions; 4 or 5 by default. Fewer where a scene gives no more.
     """
-    rounds = rng.choice((4, 5)) if rounds is None else rounds
+    rounds = rng.choice((4, 5))
     single = len(digits) == 1
     asked = [
         _ask(kind, digits, rng) for kind in (["count", "sum"] if len(digits) == 2 else ["count"]) if rng.random() < 0.5
@@ -186,19 +164,14 @@ def ask_round_by_round(digits: Sequence[SeenDigit], rng: Random, rounds: int | N
         details.append(("which", digits[0]))
     rng.shuffle(details)
     named = not single
-    for kind, digit in details[: max(rounds - len(asked), 0)]:
+    for kind, digit in details[: rounds - len(asked)]:
         asked.append(_ask(kind, [digit], rng, named=named))
         named |= kind == "which"
-    return asked[:rounds]
+    return asked
 
 
 def ask_all(digits: Sequence[SeenDigit], rng: Random) -> list[Question]:
-    """One question of every type that suits the scene, each for a conversation of its own.
-
-    Args:
-        digits: Of `seen_digits` or `imagine`.
-        rng: Chooses wordings, and the digit that is asked for.
-    """
+    """One question of every type that suits the scene, each for a conversation of its own."""
     single = len(digits) == 1
     kinds = {1: ("which", "count"), 2: ("count", "sum")}.get(len(digits), ("count",))
     about_all = [_ask(kind, digits, rng) for kind in kinds]
@@ -206,12 +179,7 @@ def ask_all(digits: Sequence[SeenDigit], rng: Random) -> list[Question]:
 
 
 def ask_sums(rng: Random, count: int) -> list[Question]:
-    """Questions without a picture, such as "What is 3 + 4?", for one conversation.
-
-    Args:
-        rng: Chooses the numbers, of one digit each, and the wordings.
-        count: Number of questions.
-    """
+    """Questions without an image, such as "What is 3 + 4?", for one conversation."""
     asked = []
     for _ in range(count):
         first, second = rng.randrange(NUM_CLASSES), rng.randrange(NUM_CLASSES)

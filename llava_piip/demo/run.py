@@ -1,4 +1,4 @@
-"""From nothing to a small PIIP-LLaVA that answers questions about pictures it never saw, without a download.
+"""From nothing to a small PIIP-LLaVA that answers questions about images it never saw, without a download.
 
     python -m llava_piip.demo               # goes on where an earlier call stopped
     python -m llava_piip.demo --restart     # starts from the beginning
@@ -6,7 +6,7 @@
 
 Draws scenes of digits on photographs with questions about them, trains two vision branches as digit classifiers, and a
 tokenizer and a small Llama on text. Joins them, and trains in two stages with llava_piip/train/train.py under the
-deepspeed launcher, two processes on the CPU. Then the model answers questions about new pictures; in a terminal it
+deepspeed launcher, two processes on the CPU. Then the model answers questions about new images; in a terminal it
 stays to chat.
 """
 
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +30,15 @@ from piip_core.errors import UserError
 from piip_core.files import publish_folder, write_atomically
 
 from ..assembly import assemble
+from ..inference import ChatModel
 from ..loading import FINAL
-from ..modeling import PIIPLlavaForConditionalGeneration
-from ..processing import PIIPLlavaProcessor
-from .answering import answer_all, chat
+from .answering import answer_all, chat_about
 from .dataset import ChatDataset, prepare_chat_dataset
-from .drawing import Dialogue, draw_dialogues
+from .drawing import draw_dialogues
 from .language import train_language_model
 from .questions import Question
 from .scoring import format_scores, is_right, score
-from .vision import (
-    CLASSIFIER_TOKENS,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    chat_entry,
-    chat_pyramid,
-    classifier_pyramid,
-    train_branches,
-)
+from .vision import PIXEL_MEAN, PIXEL_STD, chat_entry, chat_pyramid, classifier_pyramid, train_branches
 
 __all__ = ["main"]
 
@@ -95,18 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     data = prepare_chat_dataset(args.data)
-    _say("Scenes and questions", str(args.data))
+    _print_step("Scenes and questions", str(args.data))
     start = _make_start(args.output, data, args.classifier)
     common = ["--model", str(start), "--image_root", str(data.image_root), *args.overrides]
-    projector = _train("stage1", args.output, [*common, "--annotations", str(data.captions)])
+    projector = _train_stage("stage1", args.output, [*common, "--annotations", str(data.captions)])
     own = ["--annotations", str(data.conversations), "--projector", str(projector)]
-    final = _train("stage2", args.output, [*common, *own])
-    model = PIIPLlavaForConditionalGeneration.from_pretrained(final, trust_remote_code=False)
-    processor = PIIPLlavaProcessor.from_pretrained(final, trust_remote_code=False)
-    _evaluate(args.output, model, processor, data)
-    _say("Done", f"in {(time.monotonic() - began) / 60:.1f} minutes")
+    final = _train_stage("stage2", args.output, [*common, *own])
+    chat = ChatModel.load(final, device="cpu")
+    _evaluate(args.output, chat, data)
+    _print_step("Done", f"in {(time.monotonic() - began) / 60:.1f} minutes")
     if sys.stdin.isatty() and not args.no_chat:
-        chat(model, processor, data.pictures())
+        chat_about(chat, data.images())
 
 
 def _make_start(output: Path, data: ChatDataset, classifier: Path | None) -> Path:
@@ -118,18 +107,18 @@ def _make_start(output: Path, data: ChatDataset, classifier: Path | None) -> Pat
         return start
     if classifier:
         read_checkpoint(classifier)  # a wrong path shows before the language model is trained
-        vision: dict[str, Any] = {"vision_checkpoint": classifier, "projector_grid": CLASSIFIER_TOKENS}
-        entry = chat_entry(classifier_pyramid())
+        # Tokens: the grid of Branch 1, a quarter of all cells
+        vision: dict[str, Any] = {"vision_checkpoint": classifier, "projector_grid": 8}
+        pyramid = classifier_pyramid()
     else:
-        _say("Branches", "two networks learn to tell single digits")
-        results = train_branches(branches)
-        for number, result in results.items():
-            print(f"Branch {number}: {result.accuracy:.1%} of unseen digits")
-        vision, entry = {}, chat_entry(chat_pyramid(results))
-    _say("Language", "a tokenizer and a small Llama learn from text")
+        _print_step("Branches", "two networks learn to tell single digits")
+        for number, accuracy in enumerate(train_branches(branches), 1):
+            print(f"Branch {number}: {accuracy:.1%} of unseen digits")
+        vision, pyramid = {}, chat_pyramid(branches)
+    _print_step("Language", "a tokenizer and a small Llama learn from text")
     loss = train_language_model(language, data.texts())
-    print(f"Language model: {loss:.2f} per token of answers about pictures in words")
-    model, processor = assemble(entry, language_model=language, **vision)
+    print(f"Language model: {loss:.2f} per token of answers about images in words")
+    model, processor = assemble(chat_entry(pyramid), language_model=language, **vision)
     processor.image_processor.image_mean, processor.image_processor.image_std = PIXEL_MEAN, PIXEL_STD
     with publish_folder(start) as aside:
         model.save_pretrained(aside)
@@ -137,15 +126,15 @@ def _make_start(output: Path, data: ChatDataset, classifier: Path | None) -> Pat
     return start
 
 
-def _train(stage: str, output: Path, arguments: Sequence[str]) -> Path:
+def _train_stage(stage: str, output: Path, arguments: Sequence[str]) -> Path:
     """Runs a stage, or goes on with it, under the deepspeed launcher; the folder of what it trained."""
     run = output / stage
     if not (run / FINAL).is_dir():
-        _say(stage, f"deepspeed {_TRAIN.relative_to(_ROOT)} on {_PROCESSES} processes, in {run}")
+        _print_step(stage, f"deepspeed {_TRAIN.relative_to(_ROOT)} on {_PROCESSES} processes, in {run}")
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(_PROCESSES), "-q"]
         preset, deepspeed = (str(_FOLDER / name) for name in (f"{stage}.yaml", "zero2.json"))
         settings = ["--preset", preset, "--deepspeed", deepspeed, "--output_dir", str(run), "--resume", "true"]
-        command = [*launcher, "--master_port", str(_free_port()), str(_TRAIN), *settings, *arguments]
+        command = [*launcher, "--master_port", str(_find_free_port()), str(_TRAIN), *settings, *arguments]
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         status = subprocess.run(command, env=environment).returncode
         if status:
@@ -153,34 +142,27 @@ def _train(stage: str, output: Path, arguments: Sequence[str]) -> Path:
     return run / FINAL
 
 
-def _evaluate(
-    output: Path, model: PIIPLlavaForConditionalGeneration, processor: PIIPLlavaProcessor, data: ChatDataset
-) -> None:
+def _evaluate(output: Path, chat: ChatModel, data: ChatDataset) -> None:
     questions = data.validation_questions()
-    answers = answer_all(model, processor, questions, data.image_root)
+    answers = answer_all(chat, questions, data.image_root)
     scores = score(questions, answers, data.training_questions())
     with write_atomically(output / "scores.json", "w") as file:
-        json.dump([asdict(entry) for entry in scores], file, indent=2)
-    picture = output / "dialogues.png"
-    dialogues = _dialogues(questions, answers, data)
-    draw_dialogues(picture, dialogues, "Questions and pictures never seen in training")
-    for dialogue in dialogues[:_PRINTED]:
-        print(f"\n{dialogue.image or 'no picture'}")
-        for question, answer in dialogue.rounds:
+        json.dump([entry._asdict() for entry in scores], file, indent=2)
+    rounds: dict[Path, list[tuple[Question, str]]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        rounds.setdefault(data.image_root / str(question.image), []).append((question, answer))
+    dialogues = list(rounds.items())[:_DRAWN]
+    drawing = output / "dialogues.png"
+    draw_dialogues(drawing, dialogues, "Questions and images never seen in training")
+    for image, asked in dialogues[:_PRINTED]:
+        print(f"\n{image}")
+        for question, answer in asked:
             print(f"  {question.text}  ->  {answer}" + ("" if is_right(question, answer) else f"  ({question.answer})"))
     print(f"\n{format_scores(scores)}")
-    _say("Picture to open", str(picture))
+    _print_step("Image to open", str(drawing))
 
 
-def _dialogues(questions: Sequence[Question], answers: Sequence[str], data: ChatDataset) -> list[Dialogue]:
-    """The questions about the first pictures, and their answers."""
-    rounds: dict[str, list[tuple[Question, str]]] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        rounds.setdefault(str(question.image), []).append((question, answer))
-    return [Dialogue(data.image_root / image, asked) for image, asked in list(rounds.items())[:_DRAWN]]
-
-
-def _free_port() -> int:
+def _find_free_port() -> int:
     """A port below those that the system itself hands out, which somebody else may get before the launcher binds it."""
     for port in random.SystemRandom().sample(range(20000, 32000), 100):
         with socket.socket() as probe:
@@ -189,5 +171,5 @@ def _free_port() -> int:
     raise UserError("no free port between 20000 and 32000 for the two processes to meet at")
 
 
-def _say(title: str, text: str) -> None:
+def _print_step(title: str, text: str) -> None:
     print(f"== {title}: {text}", flush=True)

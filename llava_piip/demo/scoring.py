@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from .questions import QUESTION_TYPES, Question
 
 __all__ = ["TypeScore", "format_scores", "is_right", "score"]
 
 
-@dataclass(frozen=True)
-class TypeScore:
-    """How the questions of one type were answered.
-
-    Attributes:
-        type: One of `QUESTION_TYPES`.
-        count: Number of questions.
-        accuracy: Part of them with exactly the right answer.
-        baseline: The same part for the best answers that need no picture; see `score`.
-    """
+class TypeScore(NamedTuple):
+    """How many questions of a type were asked, and the parts that model and baseline answered exactly right."""
 
     type: str
     count: int
@@ -34,18 +26,10 @@ def is_right(question: Question, answer: str) -> bool:
 
 
 def score(questions: Sequence[Question], answers: Sequence[str], training: Iterable[Question]) -> list[TypeScore]:
-    """Compares answers with the right ones, per type of question.
+    """Compares answers with the right ones, for each type that was asked.
 
     The baseline always gives the most frequent answer of training: to the same words, where training asked them, or to
     all questions of the type. Whichever of the two comes out better counts.
-
-    Args:
-        questions: What was asked.
-        answers: One for each question.
-        training: The questions that the model was trained with.
-
-    Returns:
-        One score for each type that was asked, in the order of `QUESTION_TYPES`.
 
     Raises:
         ValueError: If there are not as many answers as questions.
@@ -57,17 +41,14 @@ def score(questions: Sequence[Question], answers: Sequence[str], training: Itera
     by_words = _most_frequent(training, lambda question: question.text)
     scores = []
     for kind in QUESTION_TYPES:
-        asked = [
-            (question, answer) for question, answer in zip(questions, answers, strict=True) if question.type == kind
-        ]
-        if not asked:
-            continue
+        asked = [pair for pair in zip(questions, answers, strict=True) if pair[0].type == kind]
         constant = by_type.get(kind, "")
         guesses = (
             [(question, constant) for question, _ in asked],
             [(question, by_words.get(question.text, constant)) for question, _ in asked],
         )
-        scores.append(TypeScore(kind, len(asked), _accuracy(asked), max(map(_accuracy, guesses))))
+        if asked:
+            scores.append(TypeScore(kind, len(asked), _accuracy(asked), max(map(_accuracy, guesses))))
     return scores
 
 
@@ -83,9 +64,9 @@ def _accuracy(answered: Sequence[tuple[Question, str]]) -> float:
     return sum(is_right(question, answer) for question, answer in answered) / len(answered)
 
 
-def _most_frequent(questions: Iterable[Question], key: Callable[[Question], str]) -> Mapping[str, str]:
+def _most_frequent(questions: Iterable[Question], key: Callable[[Question], str]) -> dict[str, str]:
     """The most frequent answer per key; of equally frequent ones, the first in the alphabet."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    counts: dict[str, Counter[str]] = {}
     for question in questions:
-        counts[key(question)][question.answer] += 1
+        counts.setdefault(key(question), Counter())[question.answer] += 1
     return {name: min(counter, key=lambda answer: (-counter[answer], answer)) for name, counter in counts.items()}

@@ -64,7 +64,7 @@ class AnswerSettings:
         """Settings for `model.generate`.
 
         Raises:
-            SamplingError: For a value that cannot work.
+            ConfigError: For a value that cannot work.
         """
         config = model.generation_config(
             max_new_tokens=max_new_tokens, temperature=self.temperature, top_p=self.top_p if self.temperature else 1.0

@@ -12,11 +12,17 @@ from piip_core.errors import UserError
 from ..inference import DTYPES, QUANTIZATIONS, ChatModel
 from .remote import RemoteModel
 
-__all__ = ["add_model_arguments", "check_text", "exit_status", "load_model"]
+__all__ = ["check_text", "exit_status", "load_model", "make_parser"]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `load_model` reads."""
+def make_parser(program: str, description: str | None, examples: str) -> argparse.ArgumentParser:
+    """A parser with the options that `load_model` reads."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m llava_piip.serve.{program}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--model",
         metavar="DIR",
@@ -31,10 +37,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-in", choices=list(QUANTIZATIONS), help="quantise the language model (needs bitsandbytes)"
     )
     parser.add_argument("--system", metavar="TEXT", help="message in front, instead of the template's own")
+    return parser
 
 
 def load_model(args: argparse.Namespace) -> ChatModel | RemoteModel:
-    """Loads or reaches the model that the options of `add_model_arguments` name.
+    """Loads or reaches the model that the options of `make_parser` name.
 
     Raises:
         UserError: If neither a model nor a server is given, an option that belongs to the other, or a text that is no

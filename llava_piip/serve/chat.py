@@ -15,13 +15,13 @@ import torch
 from piip_core.errors import UserError
 
 from ..inference import DEFAULT_NEW_TOKENS, check_sampling
-from .arguments import add_model_arguments, exit_status, load_model
+from .arguments import exit_status, load_model, make_parser
 from .dialogue import Conversation, open_image
 from .terminal import Terminal
 
 __all__ = ["main"]
 
-_EPILOG = """examples:
+_EXAMPLES = """\
   python -m llava_piip.serve.chat --model output/chat_demo/stage2 --image photo.jpg
   echo "What is in the picture?" | python -m llava_piip.serve.chat --model output/piip_llava --image photo.jpg
   python -m llava_piip.serve.chat --model output/piip_llava --load-in 4bit --temperature 0.2
@@ -31,13 +31,7 @@ _EPILOG = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_piip.serve.chat",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_arguments(parser)
+    parser = make_parser("chat", __doc__, _EXAMPLES)
     parser.add_argument(
         "--image",
         action="append",

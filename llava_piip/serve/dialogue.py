@@ -51,14 +51,9 @@ class Conversation:
         return ([] if self.system is None else [{"role": "system", "content": self.system}]) + self.turns
 
     @property
-    def shown(self) -> list[ChatImage]:
-        """The images of all turns, in order."""
-        return [image for turn in self.turns for image in parts_of(turn)[0]]
-
-    @property
     def images(self) -> list[Image.Image]:
-        """For `ChatModel.stream`."""
-        return [shown.image for shown in self.shown]
+        """The images of all turns in order, for `ChatModel.stream`."""
+        return [image.image for turn in self.turns for image in parts_of(turn)[0]]
 
     def ask(self, text: str) -> None:
         """Adds a question after the pending images. `<image>` in it is text like any other.
@@ -78,10 +73,7 @@ class Conversation:
         self.turns.append({"role": "assistant", "content": text.strip()})
 
     def retract(self) -> str:
-        """Takes the last question back, with its answer if there is one; its images are pending again.
-
-        Returns:
-            The question.
+        """Takes the last question back and returns it; its answer goes, and its images are pending again.
 
         Raises:
             UserError: If there is none.
@@ -110,14 +102,13 @@ class Conversation:
             UserError: For another name, or if the file exists or cannot be written.
         """
         path = Path(path).expanduser()
-        writers = {".json": self._as_json, ".md": self._as_markdown}
-        if path.suffix not in writers:
-            raise UserError(f"{path}: expected a name that ends in {' or '.join(writers)}")
+        if path.suffix not in (".json", ".md"):
+            raise UserError(f"{path}: expected a name that ends in .json or .md")
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists; expected the name of a new file")
         try:
             with write_atomically(path, "w") as file:
-                file.write(writers[path.suffix]())
+                file.write(self._as_json() if path.suffix == ".json" else self._as_markdown())
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -157,15 +148,15 @@ def open_image(source: str) -> ChatImage:
         UserError: If there is no image, or it is too large.
     """
     if source.lower().startswith(("http://", "https://", "data:")):
-        return ChatImage(read_image(_fetched(source), source[:100], as_viewed=True), source)
+        return ChatImage(read_image(_fetch(source), source[:100], as_viewed=True), source)
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if not path.is_file():
         raise ImageError(f"{source}: no such file; expected an image, or an address that starts with https://")
     return ChatImage(read_image(path, f"image {source!r}", as_viewed=True), str(path))
 
 
-def _fetched(address: str) -> bytes:
-    """What is behind an address; `urllib` reads data: as well."""
+def _fetch(address: str) -> bytes:
+    """What an address holds; `urllib` reads data: as well."""
     try:
         request = urllib.request.Request(address, headers={"User-Agent": "piip-llava"})
         with urllib.request.urlopen(request, timeout=30) as answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,35 +14,28 @@ from piip_core.visualization import draw_attention, draw_sampling, find_pyramid,
 
 from ..inference import ChatModel
 
-__all__ = ["Look", "look", "network_view"]
+__all__ = ["look", "network_view"]
 
 
-@dataclass(frozen=True)
-class Look:
-    """Images of one look into the vision tower.
-
-    Attributes:
-        attention: Self-attention of the query in a block of every branch, over the image.
-        sampling: What the query reads from the other branches; None for a single branch.
-    """
-
-    attention: Image.Image
-    sampling: Image.Image | None
-
-
-def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = None, depth: float = 0.5) -> Look:
-    """Runs the vision tower on an image and draws what one place in it attends to (paper section IV-G).
+def look(
+    chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = None, depth: float = 0.5
+) -> tuple[Image.Image, Image.Image | None]:
+    """Runs the vision tower on an image and draws what one point of it attends to (paper section IV-G).
 
     Not to be called while the same model answers: the blocks are watched meanwhile.
 
     Args:
         chat: The model.
         image: RGB.
-        at: The place, (x, y) in pixels of `network_view`; None for the middle.
+        at: The point, (x, y) in pixels of `network_view`; None for the middle.
         depth: Which block of each branch, and which interaction: 0 the first, 1 the last.
 
+    Returns:
+        Self-attention of the point in a block of every branch, over the image; and what the point reads from the other
+        branches, None for a single branch.
+
     Raises:
-        UserError: If place or depth are out of range.
+        UserError: If point or depth are out of range.
         ConfigError: If the model has no PIIP as its vision tower.
     """
     if not 0 <= depth <= 1:
@@ -51,15 +43,15 @@ def look(chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = No
     view, pixels = _prepare(chat, image)
     pyramid = find_pyramid(chat.model)
     scene = prepare_scene(view.shape[:2], view, pixels.to(next(pyramid.parameters()).dtype), at)
-    blocks = [_share(depth, branch.num_blocks) for branch in pyramid.branches]
-    interaction = _share(depth, len(pyramid.interactions)) if pyramid.interactions else None
+    blocks = [round(depth * (branch.num_blocks - 1)) for branch in pyramid.branches]
+    count = len(pyramid.interactions)
+    interaction = round(depth * (count - 1)) if count else None
     trace = trace_pyramid(pyramid, scene, blocks=blocks, interaction=interaction)
     attention = draw_attention(scene, trace, "What the marked place attends to, mean over the heads")
-    sampling = None
-    if trace.readings:
-        title = f"What it reads from other branches, interaction {interaction + 1} of {len(pyramid.interactions)}"
-        sampling = _drawn(draw_sampling(scene, trace, title))
-    return Look(_drawn(attention), sampling)
+    if not trace.readings:
+        return _as_image(attention), None
+    title = f"What it reads from other branches, interaction {interaction + 1} of {count}"
+    return _as_image(attention), _as_image(draw_sampling(scene, trace, title))
 
 
 def network_view(chat: ChatModel, image: Image.Image) -> Image.Image:
@@ -76,11 +68,7 @@ def _prepare(chat: ChatModel, image: Image.Image) -> tuple[np.ndarray, torch.Ten
     return shown.permute(1, 2, 0).numpy(), pixels
 
 
-def _share(depth: float, count: int) -> int:
-    return round(depth * (count - 1))
-
-
-def _drawn(figure: Figure) -> Image.Image:
+def _as_image(figure: Figure) -> Image.Image:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return Image.open(file).convert("RGB")

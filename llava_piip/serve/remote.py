@@ -13,7 +13,7 @@ from PIL import Image
 
 from piip_core.errors import ConfigError, UserError
 
-from ..streaming import FinishReason
+from ..streaming import AnswerText, FinishReason
 
 try:
     import openai
@@ -42,7 +42,7 @@ class RemoteModel:
         try:
             self.name = name or next(iter(self._client.models.list())).id
         except (openai.OpenAIError, StopIteration, AttributeError, TypeError, ValueError) as error:  # whatever answers
-            reason = _reason(error)
+            reason = _describe_error(error)
             raise UserError(f"--server {url}: names no model ({reason}); is it an OpenAI-compatible API?") from error
 
     def stream(
@@ -51,26 +51,23 @@ class RemoteModel:
         images: Sequence[Image.Image] = (),
         *,
         max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
         stop_event: threading.Event | None = None,
+        **sampling: float,
     ) -> RemoteStream:
         """Answers the last message; see `ChatModel.stream`. Without `max_new_tokens` the server limits the answer.
 
         Raises:
             UserError: If the server refuses or does not answer.
         """
+        options = {"temperature": 0.0, "top_p": 1.0, **sampling}
+        if max_new_tokens is not None:
+            options["max_tokens"] = max_new_tokens
         try:
             chunks = self._client.chat.completions.create(
-                model=self.name,
-                messages=_with_images(messages, images),
-                temperature=temperature,
-                top_p=top_p,
-                stream=True,
-                **({} if max_new_tokens is None else {"max_tokens": max_new_tokens}),
+                model=self.name, messages=_with_images(messages, images), stream=True, **options
             )
         except openai.OpenAIError as error:
-            raise UserError(f"the server says: {_reason(error)}") from error
+            raise UserError(f"the server says: {_describe_error(error)}") from error
         return RemoteStream(chunks, stop_event or threading.Event())
 
 
@@ -80,7 +77,7 @@ class RemoteStream(Iterator[str]):
     def __init__(self, chunks: Any, stop_event: threading.Event) -> None:
         self.finish_reason: FinishReason | None = None
         self.answer_tokens = 0  # as many as pieces came
-        self._chunks, self._stop, self._started = chunks, stop_event, False
+        self._chunks, self._stop, self._text = chunks, stop_event, AnswerText(())
 
     def __next__(self) -> str:
         while self.finish_reason is None:
@@ -91,14 +88,14 @@ class RemoteStream(Iterator[str]):
                 chunk = next(self._chunks, None)
             except (openai.OpenAIError, AttributeError, ValueError) as error:  # ValueError: no JSON
                 self.finish_reason = "cancelled"
-                raise UserError(f"the server says: {_reason(error)}") from error
+                raise UserError(f"the server says: {_describe_error(error)}") from error
             if chunk is None:
                 self.close()
                 raise UserError("the server ended its answer before it was complete")
             if chunk.choices:
                 choice = chunk.choices[0]
                 self.finish_reason = choice.finish_reason
-                if text := self._shown((choice.delta and choice.delta.content) or ""):
+                if text := self._text.add((choice.delta and choice.delta.content) or ""):
                     self.answer_tokens += 1
                     return text
         raise StopIteration
@@ -114,13 +111,8 @@ class RemoteStream(Iterator[str]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _shown(self, text: str) -> str:
-        text = text if self._started else text.lstrip()
-        self._started = self._started or bool(text)
-        return text
 
-
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """What went wrong; openai says of every connection only that it failed."""
     cause = error.__cause__
     return f"{str(error).rstrip('.')}: {cause or type(cause).__name__}" if cause is not None else str(error)

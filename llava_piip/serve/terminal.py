@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from piip_core.errors import UserError
@@ -45,7 +45,7 @@ class Terminal:
         self.chat = chat
         self.conversation = conversation or Conversation()
         self._settings = dict(settings or {})
-        self._more: Iterator[ChatImage] | None = None if more_images is None else iter(more_images)
+        self._more = None if more_images is None else iter(more_images)
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
         self._saved: set[str] = set()
         self._commands: dict[str, tuple[str, str, Callable[[str], bool]]] = {
@@ -88,7 +88,7 @@ class Terminal:
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
-            self._say("\n(/exit or Ctrl-D ends the program)")
+            self._print("\n(/exit or Ctrl-D ends the program)")
             return True
         except UnicodeDecodeError:
             line = _BROKEN
@@ -98,20 +98,18 @@ class Terminal:
         except UserError as error:
             if not self._interactive:
                 raise
-            self._say(f"error: {error}")
+            self._print(f"error: {error}")
         except KeyboardInterrupt:  # before the first piece, or once more while an answer ends
             if not self._interactive:
                 raise
-            self._say("(stopped)")
+            self._print("(stopped)")
         return True
 
     def _command(self, line: str) -> bool:
         name, _, argument = line.partition(" ")
         if name not in self._commands:
-            known = ", ".join(self._commands)
-            raise UserError(
-                f"{name}: no such command; known: {known}; put a space before a question that starts with /"
-            )
+            hint = f"known: {', '.join(self._commands)}; put a space before a question that starts with /"
+            raise UserError(f"{name}: no such command; {hint}")
         expected, _, run = self._commands[name]
         argument = argument.strip().strip("\"'")
         if bool(expected) != bool(argument):
@@ -122,19 +120,19 @@ class Terminal:
         if not text:
             return True
         self.conversation.ask(text)
+        answer = ""
         try:
-            answer = self._answer()
-        except BaseException:
-            self.conversation.retract()
-            raise
-        if answer:
-            self.conversation.answer(answer)
-        else:
-            self.conversation.retract()
-            self._say("(no answer; the question is taken back)")
+            answer = self._stream_answer()
+        finally:
+            if answer:
+                self.conversation.answer(answer)
+            else:
+                self.conversation.retract()
+        if not answer:
+            self._print("(no answer; the question is taken back)")
         return True
 
-    def _answer(self) -> str:
+    def _stream_answer(self) -> str:
         """The answer, as far as it came when Ctrl-C stopped it."""
         pieces: list[str] = []
         conversation = self.conversation
@@ -152,45 +150,45 @@ class Terminal:
             finally:
                 print(flush=True)
         if stream.finish_reason == "length":
-            self._say(f"(the answer was cut after {stream.answer_tokens} tokens, see --max-new-tokens)")
+            self._print(f"(the answer was cut after {stream.answer_tokens} tokens, see --max-new-tokens)")
         elif stream.finish_reason == "cancelled":
-            self._say("(stopped)")
+            self._print("(stopped)")
         return "".join(pieces).strip()
 
     def _add_image(self, source: str) -> bool:
         self.conversation.pending.append(open_image(source))
         count = len(self.conversation.pending)
-        self._say(f"({count} image{'s' if count > 1 else ''} with the next question)")
+        self._print(f"({count} image{'s' if count > 1 else ''} with the next question)")
         return True
 
     def _reset(self, _: str) -> bool:
         self.conversation.reset()
-        self._say("(a new conversation)")
+        self._print("(a new conversation)")
         return True
 
     def _save(self, path: str) -> bool:
         self.conversation.save(path, overwrite=path in self._saved)
         self._saved.add(path)
-        self._say(f"(written to {path})")
+        self._print(f"(written to {path})")
         return True
 
     def _next(self, _: str) -> bool:
         image = next(self._more, None)
         if image is None:
-            self._say("These were all the images.")
+            self._print("These were all the images.")
             return False
         self.conversation.reset()
         self.conversation.pending.append(image)
-        self._say(f"The image is {image.source} (open it beside this window).")
+        self._print(f"The image is {image.source} (open it beside this window).")
         return True
 
     def _help(self, _: str) -> bool:
-        self._say("Type a question, or a command; Ctrl-C stops an answer.")
+        self._print("Type a question, or a command; Ctrl-C stops an answer.")
         for name, (argument, meaning, _run) in self._commands.items():
-            self._say(f"  {f'{name} {argument}':<16} {meaning}")
+            self._print(f"  {f'{name} {argument}':<16} {meaning}")
         return True
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(text, file=sys.stdout if self._interactive else sys.stderr, flush=True)
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from piip_core.errors import ConfigError, UserError
 
 from ..inference import DEFAULT_NEW_TOKENS
-from .arguments import add_model_arguments, exit_status, load_model
+from .arguments import exit_status, load_model, make_parser
 
 __all__ = ["main"]
 
-_EPILOG = """examples:
+_EXAMPLES = """\
   python -m llava_piip.serve.web --model output/chat_demo/stage2
   python -m llava_piip.serve.web --model output/piip_llava --load-in 4bit
   python -m llava_piip.serve.web --server http://127.0.0.1:8000/v1
@@ -27,13 +27,7 @@ _EPILOG = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_piip.serve.web",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_arguments(parser)
+    parser = make_parser("web", __doc__, _EXAMPLES)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default %(default)s")
     parser.add_argument(

@@ -48,15 +48,10 @@ _HEADERS = {
 
 
 def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
-    """The page of a model.
-
-    Args:
-        chat: Answers.
-        title: Of the page.
-    """
+    """The page of a model."""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, _UPLOAD_SECONDS)) as page:
         session = gr.State(chat.session(), time_to_live=_SESSION_SECONDS, delete_callback=chat.stop)
-        gr.Markdown(f"## {_plain(title)}", latex_delimiters=[])
+        gr.Markdown(f"## {_escape(title)}", latex_delimiters=[])
         with gr.Row():
             with gr.Column(scale=3, min_width=360):
                 # Its buttons would copy escaped text
@@ -76,8 +71,8 @@ def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
                     retry = gr.Button("Retry", size="sm", elem_id="retry")
                     clear = gr.Button("Clear", size="sm", elem_id="clear")
             with gr.Column(scale=2, min_width=320):
-                settings = _settings(chat)
-                show_latest, maps = _looking(chat, session) if chat.is_local else (None, [])
+                settings = _add_settings(chat)
+                show_latest, maps = _add_looking_panel(chat, session) if chat.is_local else (None, [])
         shown = [log, notice, box, retry, session]
 
         visitors: dict[str | None, WebSession] = {}  # by Gradio's number of the visit
@@ -86,13 +81,13 @@ def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
             question: dict[str, Any], kept: WebSession, warmth: float, top_p: float, most: float, visit: gr.Request
         ) -> Iterator[list[Any]]:
             visitors[visit.session_hash] = kept
-            for view in chat.ask(kept, question["text"], question["files"], _read(warmth, top_p, most)):
+            for view in chat.ask(kept, question["text"], question["files"], _as_settings(warmth, top_p, most)):
                 # A question leaves its box, and comes back if it was refused
                 value = None if view.refused and view.running else question if view.refused else _EMPTY
                 yield _update(view, kept, value)
 
         def again(kept: WebSession, warmth: float, top_p: float, most: float) -> Iterator[list[Any]]:
-            for view in chat.retry(kept, _read(warmth, top_p, most)):
+            for view in chat.retry(kept, _as_settings(warmth, top_p, most)):
                 yield _update(view, kept, None)
 
         def left(visit: gr.Request) -> None:
@@ -113,16 +108,10 @@ def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
 
 
 def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> str:
-    """Serves a page until Ctrl-C, to requests from this machine alone if it listens at a loopback address.
+    """Serves a page until Ctrl-C (or without waiting), to this machine alone if it listens at a loopback address.
 
     A page from elsewhere can let its own name point to 127.0.0.1 and read what a server there says (DNS rebinding);
     the browser still sends that name in the header Host.
-
-    Args:
-        page: As `build_page` makes it.
-        host: Address to listen at.
-        port: Port.
-        block: False returns at once.
 
     Returns:
         The local address.
@@ -157,9 +146,8 @@ def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> 
     # a ValueError if the page does not answer itself within 3 seconds
     except (OSError, OverflowError, ValueError) as error:
         page.close(verbose=False)
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot serve there ({error}); give another, or retry"
-        ) from error
+        message = f"--host {host} --port {port}: cannot serve there ({error}); give another, or retry"
+        raise ConfigError(message) from error
     if block:
         page.block_thread()
     return address
@@ -187,8 +175,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _settings(chat: WebChat) -> list[gr.Slider]:
-    """Sampling settings, in the order of `_read`."""
+def _add_settings(chat: WebChat) -> list[gr.Slider]:
+    """Sampling settings, in the order of `_as_settings`."""
     most = chat.max_new_tokens
     with gr.Accordion("Sampling", open=False):
         return [
@@ -198,16 +186,12 @@ def _settings(chat: WebChat) -> list[gr.Slider]:
         ]
 
 
-def _read(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, Any]:
+def _as_settings(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, Any]:
     return {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
 
 
-def _looking(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], list[gr.Image]]:
-    """The panel that shows what each branch looked at.
-
-    Returns:
-        What makes it show the latest image after an event, and its images, which go with the conversation.
-    """
+def _add_looking_panel(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], list[gr.Image]]:
+    """The panel that shows what each branch looked at: what updates it after an event, and its images."""
     image = dict(format="png", interactive=False, buttons=[])
     with gr.Accordion("What each branch looked at", open=True):
         with gr.Row():
@@ -232,11 +216,10 @@ def _looking(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], li
 
     def look(kept: WebSession, chosen: int, share: float, at: tuple[int, int] | None = None) -> list[Any]:
         try:
-            found = chat.look(kept, chosen, at=at, depth=share)
+            return list(chat.look(kept, chosen, at=at, depth=share))
         except UserError as error:
-            gr.Warning(_plain(str(error)))
+            gr.Warning(_escape(str(error)))
             return [None, None]
-        return [found.attention, found.sampling]
 
     def clicked(kept: WebSession, chosen: int, share: float, event: gr.SelectData) -> list[Any]:
         return look(kept, chosen, share, tuple(event.index))
@@ -262,7 +245,7 @@ def _update(view: View, kept: WebSession, value: dict[str, Any] | None) -> list[
     ]
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     """Text where Gradio expects Markdown or HTML."""
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{char}" if char in "\\`*_[]!$" else char for char in escaped)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import html
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from piip_core.errors import UserError
+from PIL import Image
 
-from ..inference import DEFAULT_NEW_TOKENS, ChatModel, SamplingError
+from piip_core.errors import UserError, check
+
+from ..inference import DEFAULT_NEW_TOKENS, ChatModel
 from .dialogue import ChatImage, Conversation, open_image, parts_of
-from .looking import Look, look, network_view
+from .looking import look, network_view
 from .remote import RemoteModel
 
 __all__ = ["MAX_CHARACTERS", "MAX_IMAGES", "View", "WebChat", "WebSession", "shown_messages"]
@@ -27,14 +30,9 @@ MAX_CHARACTERS = 20_000  # of a question
 
 @dataclass
 class WebSession:
-    """What is kept for one visitor.
+    """What is kept for one visitor; `stop` ends the answer that is on its way, and is None between answers."""
 
-    Attributes:
-        conversation: Ends with an answer, unless one is on its way.
-        stop: Ends the answer that is on its way; None between answers.
-    """
-
-    conversation: Conversation = field(default_factory=Conversation)
+    conversation: Conversation
     stop: threading.Event | None = None
 
 
@@ -57,11 +55,7 @@ class WebChat:
     """
 
     def __init__(
-        self,
-        model: ChatModel | RemoteModel,
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 2 * DEFAULT_NEW_TOKENS,
+        self, model: ChatModel | RemoteModel, system: str | None = None, max_new_tokens: int = 2 * DEFAULT_NEW_TOKENS
     ) -> None:
         self.model, self._system = model, system
         self.is_local = not isinstance(model, RemoteModel)
@@ -72,13 +66,9 @@ class WebChat:
         return WebSession(Conversation(self._system))
 
     def ask(self, session: WebSession, text: str, files: Sequence[str], settings: Mapping[str, Any]) -> Iterator[View]:
-        """Adds a question and streams its answer. A mistake becomes a notice, and leaves the conversation as it was.
+        """Adds a question with uploaded images and streams its answer, with settings of `ChatModel.stream`.
 
-        Args:
-            session: Of the visitor.
-            text: The question.
-            files: Uploaded images that go with it.
-            settings: For `ChatModel.stream`: max_new_tokens, temperature, top_p.
+        A mistake becomes a notice, and leaves the conversation as it was.
         """
 
         def add(conversation: Conversation) -> None:
@@ -106,14 +96,8 @@ class WebChat:
         session.conversation = Conversation(self._system)
         return View([])
 
-    def look(self, session: WebSession, number: int, *, at: tuple[int, int] | None, depth: float) -> Look:
-        """What the branches look at in an image of the conversation; see `llava_piip.serve.looking.look`.
-
-        Args:
-            session: Of the visitor.
-            number: Which image, from 1.
-            at: As `look`.
-            depth: As `look`.
+    def look(self, session: WebSession, number: int, **options: Any) -> tuple[Image.Image, Image.Image | None]:
+        """What the branches look at in an image, counted from 1, of the conversation; see `looking.look`.
 
         Raises:
             UserError: If there is no such image, or as `look`.
@@ -121,7 +105,7 @@ class WebChat:
         images = session.conversation.images
         if not 1 <= number <= len(images):
             raise UserError(f"image {number}: the conversation has {len(images)}; ask about an image first")
-        return look(self.model, images[number - 1], at=at, depth=depth)
+        return look(self.model, images[number - 1], **options)
 
     def _open(self, path: Path) -> ChatImage:
         """An uploaded image, as the model sees it where it runs here: decoded files can be a hundred times larger."""
@@ -139,10 +123,8 @@ class WebChat:
         session.stop = stop = threading.Event()
         before, text, notice = list(conversation.turns), "", ""
         try:
-            if settings.get("max_new_tokens", 1) > self.max_new_tokens:
-                raise SamplingError(
-                    "max_new_tokens", f"is {settings['max_new_tokens']}, expected at most {self.max_new_tokens}"
-                )
+            most, asked = self.max_new_tokens, settings.get("max_new_tokens", 1)
+            check(asked <= most, "max_new_tokens", asked, f"at most {most}")
             change(conversation)
             yield View(shown_messages(conversation), running=True)
             messages, images = conversation.messages, conversation.images
@@ -151,9 +133,9 @@ class WebChat:
                     text += piece
                     if session.conversation is conversation:
                         yield View(shown_messages(conversation, text), running=True)
-            notice = _ending(stream.finish_reason, text)
+            notice = _describe_end(stream.finish_reason, text)
         except Exception as error:
-            text, notice = "", _complaint(error)
+            text, notice = "", _describe_error(error)
         finally:  # also when nobody reads on
             session.stop, conversation.pending = None, []
             if text.strip():
@@ -168,34 +150,26 @@ def shown_messages(conversation: Conversation, answer: str | None = None) -> lis
     """A conversation as Gradio's chatbot takes it: images by their files, everything else as escaped text.
 
     The chatbot inserts texts as HTML even where it renders no Markdown, and images can make a model say anything.
-
-    Args:
-        conversation: The conversation.
-        answer: As far as it came, after a question at the end.
+    `answer` is what came so far of the answer to a question at the end.
     """
-    number, shown = 0, []
-    for turn in conversation.turns:
+    numbers, shown = itertools.count(1), []
+    answers = [] if answer is None else [{"role": "assistant", "content": answer}]
+    for turn in [*conversation.turns, *answers]:
         images, text = parts_of(turn)
-        files = [{"path": image.source, "alt_text": f"image {number + i}"} for i, image in enumerate(images, 1)]
-        number += len(images)
-        shown.append({"role": turn["role"], "content": [*files, _text(text)]})
-    if answer is not None:
-        shown.append({"role": "assistant", "content": [_text(answer)]})
+        files = [{"path": image.source, "alt_text": f"image {next(numbers)}"} for image in images]
+        escaped = {"type": "text", "text": html.escape(text, quote=False)}
+        shown.append({"role": turn["role"], "content": [*files, escaped]})
     return shown
 
 
-def _text(text: str) -> dict[str, str]:
-    return {"type": "text", "text": html.escape(text, quote=False)}
-
-
-def _ending(finish_reason: str | None, text: str) -> str:
+def _describe_end(finish_reason: str | None, text: str) -> str:
     """What to say about the end of an answer."""
     if not text.strip():
         return "stopped before the answer began" if finish_reason == "cancelled" else "the model said nothing"
     return {"length": "the answer was cut: raise the longest answer", "cancelled": "stopped"}.get(finish_reason, "")
 
 
-def _complaint(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """What to say about a failure; nothing about the inside of the program."""
     if isinstance(error, UserError):
         return f"error: {error}"

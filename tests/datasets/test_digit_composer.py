@@ -118,7 +118,7 @@ def test_photographs_come_up_with_the_contrast(composers):
 
 
 def test_splits_share_no_digit_and_no_photograph(composers):
-    sprites = {split: composer.sprites.opacity.flatten(1).double() for split, composer in composers.items()}
+    sprites = {split: composer.opacity.flatten(1).double() for split, composer in composers.items()}
     assert [len(sprites[split]) for split in ("train", "val")] == [len(split_samples(s)) for s in ("train", "val")]
     assert sum(map(len, sprites.values())) == len(load_digits().target)
     assert torch.cdist(sprites["train"], sprites["val"]).min() > 1

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from piip_core.errors import UserError
 from piip_digits.folders import prepare_digit_images
 from piip_digits.scenes import load_samples, split_samples
 
@@ -30,7 +31,7 @@ def test_every_digit_is_in_one_split_below_its_class(tmp_path):
 
 def test_another_kind_of_data_set_is_kept(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 2, "scenes": {}, "config": {}}')
-    with pytest.raises(FileExistsError, match="not a digit data set of this kind"):
+    with pytest.raises(UserError, match="not a digit data set of this kind"):
         prepare_digit_images(tmp_path)
     with pytest.raises(ValueError, match="image_size=7: expected at least 8"):
         prepare_digit_images(tmp_path / "new", image_size=7)

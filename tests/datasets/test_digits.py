@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 from scipy.ndimage import binary_dilation, binary_erosion
 from sklearn.datasets import load_digits
 
+from piip_core.errors import UserError
 from piip_digits import coco as digit_dataset
 from piip_digits import scenes as digit_scenes
 from piip_digits.scenes import NAMED_COLOURS, SceneConfig, digit_crops, render_scene, scenes
@@ -145,14 +146,15 @@ def test_an_interrupted_build_leaves_the_old_data_set(tmp_path, monkeypatch):
 
 
 def test_foreign_folders_are_not_touched(tmp_path):
-    (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="not a digit data set"):
-        digit_dataset.prepare_digits(tmp_path, num_train=1, num_val=1)
-    assert (tmp_path / "mine.txt").read_text() == "keep"
+    for name, text in (("mine.txt", "keep"), ("manifest.json", "[{}]"), ("manifest.json", "{")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="not a digit data set"):
+            digit_dataset.prepare_digits(tmp_path, num_train=1, num_val=1)
+        assert (tmp_path / name).read_text() == text
 
 
 def test_bad_parameters_are_named():
-    with pytest.raises(ValueError, match="max_digit_size=84 does not fit into image_size=64"):
+    with pytest.raises(ValueError, match="max_digit_size=84: expected at most 42 for image_size=64"):
         SceneConfig(image_size=64)
     with pytest.raises(ValueError, match="min_visible=0"):
         SceneConfig(min_visible=0)
@@ -160,11 +162,11 @@ def test_bad_parameters_are_named():
         SceneConfig(max_digits=11, all_different=True)
     with pytest.raises(ValueError, match=r"middle_margin=0.3"):
         SceneConfig(middle_margin=0.3)
-    with pytest.raises(ValueError, match="palette has the colours none"):
+    with pytest.raises(ValueError, match=r"colours of the palette=.*: expected different"):
         SceneConfig(palette=())
     with pytest.raises(ValueError, match="at least max_digits=7"):
         SceneConfig(max_digits=7, palette=NAMED_COLOURS)
-    with pytest.raises(ValueError, match="red, red: expected different names"):
+    with pytest.raises(ValueError, match=r"\['red', 'red'\]: expected different names"):
         SceneConfig(min_digits=1, max_digits=2, palette=(("red", (1.0, 0.0, 0.0)), ("red", (0.9, 0.0, 0.0))))
     with pytest.raises(ValueError, match="split='test'"):
         render_scene(SceneConfig(), "test", 0)

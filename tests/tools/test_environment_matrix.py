@@ -38,28 +38,36 @@ def test_errors_count_as_failures(matrix, tmp_path):
     assert matrix._counts(tmp_path / "missing.xml") is None
 
 
-def make_row(matrix, cell, counts, minutes=1.0):
-    return matrix.Row(cell, "2026-11-30", "all", {"torch": "2.14.1"}, counts, minutes)
+@pytest.mark.parametrize(
+    ("attributes", "passes"),
+    [
+        ('tests="6" failures="0" errors="0" skipped="1"', True),
+        ('tests="6" failures="1" errors="0" skipped="0"', False),
+        ('tests="1" failures="0" errors="0" skipped="1"', False),
+        (None, False),
+    ],
+)
+def test_nothing_that_failed_or_never_ran_passes(matrix, tmp_path, monkeypatch, attributes, passes):
+    def make(command, **_):
+        if command[0] == "make" and attributes:
+            (tmp_path / "results.xml").write_text(f"<testsuites><testsuite {attributes}/></testsuites>")
 
-
-def test_nothing_that_failed_or_never_ran_passes(matrix):
-    counts = {"passed": 5, "failed": 0, "skipped": 1}
-    assert make_row(matrix, "locked", counts).passed
-    assert not make_row(matrix, "locked", counts | {"failed": 1}).passed
-    assert not make_row(matrix, "locked", counts | {"passed": 0}).passed
-    assert not make_row(matrix, "locked", None).passed
+    monkeypatch.setattr(matrix.subprocess, "run", make)
+    row, passed = matrix.run_cell(matrix.Cell("newest", "3.11"), tmp_path, [], [])
+    assert passed == passes and row.startswith("| newest, Python 3.11 | all | none |")
 
 
 def test_table_replaces_the_row_of_the_same_cell(matrix, tmp_path):
     document = tmp_path / "page.md"
     document.write_text(f"before\n{matrix.BEGIN}\n{matrix.END}\nafter\n")
     counts = {"passed": 5, "failed": 0, "skipped": 1}
-    for row in (
-        make_row(matrix, "newest, Python 3.11", counts),
-        make_row(matrix, "oldest, Python 3.10", None),
-        make_row(matrix, "newest, Python 3.11", counts | {"passed": 9}, 2.5),
+    newest, oldest = matrix.Cell("newest", "3.11"), matrix.Cell("oldest", "3.10")
+    for cell, found, minutes in (
+        (newest, counts, 1.0),
+        (oldest, None, 1.0),
+        (newest, counts | {"passed": 9}, 2.5),
     ):
-        matrix.keep(row, document)
+        matrix.keep(matrix.table_row(cell, [], {"torch": "2.14.1"}, found, minutes), document)
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     lines = [line for line in text.splitlines() if "Python" in line]

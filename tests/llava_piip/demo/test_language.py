@@ -27,7 +27,7 @@ def test_ten_updates_learn_something_and_are_saved(trained):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     unseen = imagine_conversations(64, seed=1)
-    samples = [language._sample(tokenizer, messages, "vicuna_v1") for messages in unseen]
+    samples = [language._encode(tokenizer, messages) for messages in unseen]
     with torch.inference_mode():
         found = model(**language.Collator.from_tokenizer(tokenizer)(samples)).loss
     uniform = torch.tensor(float(len(tokenizer))).log()

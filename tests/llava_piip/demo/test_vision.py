@@ -1,4 +1,4 @@
-"""The branches of the small chat model: they learn on pictures like those of the chat, and their weights arrive."""
+"""The branches of the small chat model: they learn on images like those of the chat, and their weights arrive."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from llava_piip.demo.questions import CHAT_SCENES
 from llava_piip.image_processing import PIIPImageProcessor
 from piip_core import PIIP
 from piip_core.checkpoints import load_pretrained
-from piip_digits.composer import ABSENT, ComposedDigits
+from piip_digits.composer import ABSENT, ComposedDigits, DigitComposer
 from piip_digits.scenes import NAMED_COLOURS
 from piip_tools.timing import limited_threads
 
@@ -25,21 +25,22 @@ def test_the_pyramid_is_inverted_and_gives_16_tokens():
 
 
 def test_trained_weights_reach_the_pyramid_as_any_pretrained_ones(trained):
-    assert sorted(trained) == [1, 2] and all(0 <= result.accuracy <= 1 for result in trained.values())
-    pyramid = PIIP(vision.chat_pyramid(trained))
+    folder, accuracies = trained
+    assert len(accuracies) == 2 and all(0 <= accuracy <= 1 for accuracy in accuracies)
+    pyramid = PIIP(vision.chat_pyramid(folder))
     reports = load_pretrained(pyramid)
     for number, branch in enumerate(pyramid.branches, 1):
         assert not reports[number].missing and not reports[number].ignored and not reports[number].unexplained
-        state, saved = branch.model.state_dict(), load_file(trained[number].file)
+        state, saved = branch.model.state_dict(), load_file(folder / f"branch{number}.safetensors")
         assert state.keys() == saved.keys()
         assert all(torch.equal(state[name], saved[name]) for name in saved)
 
 
 def test_training_starts_and_ends_the_same_every_time(trained, tmp_path):
     with limited_threads(1):  # the order of sums depends on it
-        again = vision._train(2, tmp_path / "again.safetensors", 3, 32)
-    assert again.accuracy == trained[2].accuracy
-    first, second = load_file(trained[2].file), load_file(again.file)
+        again = vision._train_branch(tmp_path, 2, 3, num_val=32)
+    assert again == trained[1][1]
+    first, second = (load_file(folder / "branch2.safetensors") for folder in (trained[0], tmp_path))
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
@@ -63,7 +64,7 @@ def test_every_digit_is_taught_to_the_cell_with_its_centre():
 
 @pytest.mark.parametrize("loss", [vision._loss_alone, vision._loss_of_cells])
 def test_losses_vanish_for_right_answers_alone(loss):
-    composer = vision._alone("val") if loss is vision._loss_alone else vision._several("val")
+    composer = DigitComposer("val", **(vision._ALONE if loss is vision._loss_alone else vision._SEVERAL))
     batch = composer.batch(8, torch.Generator().manual_seed(0))
     digits, colours = vision._cell_targets(batch, 4)
     digit = 30 * torch.nn.functional.one_hot(digits, vision._NO_DIGIT + 1).float()

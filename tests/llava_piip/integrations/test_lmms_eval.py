@@ -277,7 +277,7 @@ def test_rounds_follow_the_task(adapter, reference, docs, chat, batch_size):
     [
         ({"beams": 3}, None, UserError, "beams: no such setting"),
         (SHORT, ["a.mp4"], UserError, r"drawn, document 0.*'a.mp4'.*no video"),
-        ({"top_p": 2.0, "temperature": 1.0}, None, UserError, "top_p: is 2.0"),
+        ({"top_p": 2.0, "temperature": 1.0}, None, UserError, "top_p=2.0: expected"),
     ],
 )
 def test_what_cannot_work_is_named(adapter, docs, settings, visuals, error, words):

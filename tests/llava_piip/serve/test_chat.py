@@ -110,7 +110,7 @@ def test_images_go_in_front_and_a_tag_is_text(pictures, tiny_chat):
     conversation.answer(" It is no tag: use <image>. ")
     conversation.pending = [second]
     conversation.ask("And <image>\n<image>?")
-    assert [image.source for image in conversation.shown] == ["a", "b", "b"]
+    assert [image.source for turn in conversation.turns for image in parts_of(turn)[0]] == ["a", "b", "b"]
     inputs = tiny_chat.encode(conversation.messages, conversation.images, max_new_tokens=8)
     text = tiny_chat.processor.decode(inputs["input_ids"][0], skip_special_tokens=True)
     assert len(inputs["pixel_values"]) == 3 and text.endswith("And <image>\n<image>? ASSISTANT:")
@@ -151,7 +151,7 @@ def test_the_first_mistake_ends_a_pipe_and_not_a_conversation(monkeypatch, tmp_p
         ("/load x", "/load: no such command; known: /image, /reset"),
         ("/ is what?", "put a space before a question that starts with /"),
         ("/save chat.txt", "chat.txt: expected a name that ends in .json or .md"),
-        (f"/save {tmp_path}/none/chat.md", "cannot be written (No such file or directory)"),
+        (f"/save {tmp_path}/none/chat.md", "could not be written (no such folder)"),
     ]
     for line, message in wrong:
         assert talk(monkeypatch, Answers(), line, "Hello", terminal=False) == 2
@@ -301,7 +301,7 @@ def test_command_line_names_mistakes_before_the_first_question(model_folder, tmp
     for options, message in [
         (["--model", str(tmp_path / "none")], "none: is no folder"),
         (["--model", str(model_folder), "--image", "none.png"], "none.png: no such file"),
-        (["--model", str(model_folder), "--device", "cpu", "--temperature", "-1"], "temperature: is -1.0, expected"),
+        (["--model", str(model_folder), "--device", "cpu", "--temperature", "-1"], "temperature=-1.0: expected"),
     ]:
         assert main(options) == 2
         assert message in capsys.readouterr().err

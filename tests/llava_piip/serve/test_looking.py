@@ -19,9 +19,10 @@ def test_look_draws_branches_and_leaves_the_model_as_it_was(tiny_chat, files):
     visitor = web.session()
     before = answer_of(web, visitor, files[0])
     middle, corner = (web.look(visitor, 1, at=place, depth=1.0) for place in (None, (0, 0)))
-    assert middle.attention.width > 2 * middle.attention.height  # the image and two branches
-    assert middle.sampling is not None and middle.attention.tobytes() != corner.attention.tobytes()
-    assert middle.attention.tobytes() != web.look(visitor, 1, at=None, depth=0.0).attention.tobytes()
+    (attention, sampling), (other, _) = middle, corner
+    assert attention.width > 2 * attention.height  # the image and two branches
+    assert sampling is not None and attention.tobytes() != other.tobytes()
+    assert attention.tobytes() != web.look(visitor, 1, at=None, depth=0.0)[0].tobytes()
     assert answer_of(web, web.session(), files[0]) == before
     for number, options, expected in (
         (2, {"at": None, "depth": 0.5}, "image 2: the conversation has 1"),
@@ -33,4 +34,4 @@ def test_look_draws_branches_and_leaves_the_model_as_it_was(tiny_chat, files):
 
 
 def test_look_takes_models_in_bfloat16(model_folder, pictures):
-    assert look(ChatModel.load(model_folder, device="cpu"), pictures[0]).attention.width > 0
+    assert look(ChatModel.load(model_folder, device="cpu"), pictures[0])[0].width > 0

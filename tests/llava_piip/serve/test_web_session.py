@@ -57,7 +57,7 @@ def test_limits_are_said_and_leave_the_conversation_as_it_was(prepared, files, t
         ("Well?", [tmp_path / "gone.png"], {}, "no such file"),
         ("W" * (MAX_CHARACTERS + 1), [], {}, "has 20001 characters: at most 20000"),
         ("  ", [], {}, "the question is empty"),
-        ("Well?", [], {"max_new_tokens": 17}, "max_new_tokens: is 17, expected at most 16"),
+        ("Well?", [], {"max_new_tokens": 17}, "max_new_tokens=17: expected at most 16"),
     ):
         [view] = web.ask(visitor, text, given, SETTINGS | settings)
         assert view.notice.startswith("error: ") and expected in view.notice, view.notice
@@ -72,7 +72,7 @@ def test_what_the_model_refuses_comes_back_too(tiny_chat):
     last = list(web.ask(visitor, "word " * 600, [], SETTINGS))[-1]
     assert "the model's context is 512" in last.notice and last.refused and last.messages == []
     last = list(web.ask(visitor, "Hi", [], SETTINGS | {"temperature": -1.0}))[-1]
-    assert "temperature: is -1.0, expected 0, or 1e-20 or more" in last.notice and visitor.conversation.turns == []
+    assert "temperature=-1.0: expected 0, or 1e-20 or more" in last.notice and visitor.conversation.turns == []
 
 
 def test_the_longest_answer_leaves_room_in_the_context(tiny_chat):

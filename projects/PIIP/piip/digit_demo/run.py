@@ -1,4 +1,4 @@
-"""From nothing to pictures of a trained PIIP detector, on real images and without a download.
+"""From nothing to images of a trained PIIP detector, on real images and without a download.
 
     python -m piip.digit_demo               # goes on where an earlier call stopped; a finished run is only drawn again
     python -m piip.digit_demo --restart     # trains from the beginning
@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
+from piip_core.errors import UserError
 from piip_digits.coco import prepare_digits
 
 from .classifier import run_classifier
-from .drawing import Curve, draw_curves, draw_predictions, read_metrics
+from .drawing import draw_curves, draw_predictions, read_metrics
 
 __all__ = ["main"]
 
@@ -30,15 +31,12 @@ _ROOT = Path(__file__).resolve().parents[4]
 _TRAIN = _ROOT / "tools" / "lazyconfig_train_net.py"
 _STARTS = ("Starting training from iteration", "Nothing to train")  # what the training prints when it gets going
 _LOSSES = {"total_loss": "all", "loss_cls": "class", "loss_box_reg": "box", "loss_mask": "mask"}  # those drawn
+_SCORES = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
 _CONFIG = _ROOT / "projects" / "PIIP" / "configs" / "demo" / "piip_digits_mask_rcnn.py"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the demo.
-
-    Args:
-        arguments: command line; that of the process by default.
-    """
+    """Runs the demo; see `--help`."""
     parser = argparse.ArgumentParser(
         prog="python -m piip.digit_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
             _detector(args)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
-    except (ValueError, FileExistsError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     if missing:
         print(f"Left out: the Mask R-CNN detector, because {missing}.")
@@ -72,14 +70,14 @@ def _why_no_detector() -> str | None:
 
 
 def _detector(args: argparse.Namespace) -> None:
-    """Data set, training with evaluation, pictures."""
+    """Data set, training with evaluation, images."""
     start = time.monotonic()
     output = args.output / "detector"
-    _say(f"Data set: {args.data}", "written" if prepare_digits(args.data) else "already there")
+    _print_step(f"Data set: {args.data}", "written" if prepare_digits(args.data) else "already there")
     if args.restart:
         shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    _say("Training a three-branch PIIP Mask R-CNN", f"everything it writes is in {output}")
+    _print_step("Training a three-branch PIIP Mask R-CNN", f"everything it writes is in {output}")
     # On small images two processes with one thread each are much faster than one process with two threads.
     cores = len(os.sched_getaffinity(0))
     processes = min(cores, 2)
@@ -98,7 +96,7 @@ def _detector(args: argparse.Namespace) -> None:
     overrides = [f'{key}="{Path(path).resolve()}"' for key, path in values.items()]
     status = _run_and_show([*command, *overrides, *args.overrides], environment)
     if status:
-        raise ValueError(f"training stopped with exit status {status}, see above and {output / 'log.txt'}")
+        raise UserError(f"training stopped with exit status {status}, see above and {output / 'log.txt'}")
     _draw_detector(args, output, time.monotonic() - start)
 
 
@@ -128,39 +126,29 @@ def _draw_detector(args: argparse.Namespace, output: Path, seconds: float) -> No
     """Draws curves and predictions of a finished run and prints its numbers."""
     curves = read_metrics(output / "metrics.json")
     if "segm/AP" not in curves:
-        raise ValueError(f"{output / 'metrics.json'} holds no evaluation: expected one with bbox/AP and segm/AP")
-    scores = [
-        Curve(name, curves[key].steps, curves[key].values)
-        for key, name in (("bbox/AP", "box AP"), ("segm/AP", "mask AP"))
-    ]
-    box, mask = (curve.values[-1] for curve in scores)
-    box50, mask50 = (curves[key].values[-1] for key in ("bbox/AP50", "segm/AP50"))
-    losses = [Curve(name, curves[key].steps, curves[key].values) for key, name in _LOSSES.items()]
-    pictures = [args.output / "predictions.png", args.output / "curves.png"]
+        raise UserError(f"{output / 'metrics.json'} holds no evaluation: expected one with bbox/AP and segm/AP")
+    box, mask, box50, mask50 = (curves[key][1][-1] for key in ("bbox/AP", "segm/AP", "bbox/AP50", "segm/AP50"))
+    drawings = [args.output / "predictions.png", args.output / "curves.png"]
     title = f"PIIP Mask R-CNN on digits and photographs never seen in training: box AP {box:.1f}, mask AP {mask:.1f}"
-    draw_predictions(
-        pictures[0],
-        title,
-        args.data / "annotations" / "instances_val.json",
-        args.data / "val",
-        output / "inference" / "coco_instances_results.json",
-    )
-    draw_curves(pictures[1], "PIIP Mask R-CNN on digit scenes", losses, scores, "COCO AP on validation scenes")
-    _say(f"Done in {seconds / 60:.1f} minutes", "pictures to open:")
-    print(*(f"  {path}" for path in pictures), sep="\n")
+    annotations, results = "annotations/instances_val.json", output / "inference" / "coco_instances_results.json"
+    draw_predictions(drawings[0], title, args.data / annotations, args.data / "val", results)
+    losses, scores = ({name: curves[key] for key, name in shown.items()} for shown in (_LOSSES, _SCORES))
+    draw_curves(drawings[1], "PIIP Mask R-CNN on digit scenes", losses, scores, "COCO AP on validation scenes")
+    _print_step(f"Done in {seconds / 60:.1f} minutes", "images to open:")
+    print(*(f"  {path}" for path in drawings), sep="\n")
     print(f"box AP {box:.1f} (AP50 {box50:.1f}), mask AP {mask:.1f} (AP50 {mask50:.1f}) on the validation scenes")
 
 
 def _classifier(args: argparse.Namespace) -> None:
-    """The classifier and its pictures."""
+    """The classifier and its images."""
     output = args.output / "classifier"
     if args.restart:
         shutil.rmtree(output, ignore_errors=True)
     torch.set_num_threads(1)  # the tensors are small: a second thread brings little and waits a lot on a busy machine
-    pictures = run_classifier(output)
-    _say("Done", "pictures to open:")
-    print(*(f"  {path}" for path in pictures), sep="\n")
+    drawings = run_classifier(output)
+    _print_step("Done", "images to open:")
+    print(*(f"  {path}" for path in drawings), sep="\n")
 
 
-def _say(title: str, text: str) -> None:
+def _print_step(title: str, text: str) -> None:
     print(f"== {title}: {text}", flush=True)

@@ -24,21 +24,21 @@ def test_an_interrupted_run_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
     run_classifier(tmp_path / "whole", epochs=2, **sizes)
     whole = torch.load(tmp_path / "whole" / "classifier.pth", weights_only=True)
 
-    def stop(self):
-        save(self)
+    def stop(*state):
+        save(*state)
         raise KeyboardInterrupt
 
-    save = classifier._Training.save
-    monkeypatch.setattr(classifier._Training, "save", stop)
+    save = classifier._save
+    monkeypatch.setattr(classifier, "_save", stop)
     with pytest.raises(KeyboardInterrupt):
         run_classifier(tmp_path / "parts", epochs=2, **sizes)
     monkeypatch.undo()
-    pictures = run_classifier(tmp_path / "parts", epochs=2, **sizes)
+    drawings = run_classifier(tmp_path / "parts", epochs=2, **sizes)
     parts = torch.load(tmp_path / "parts" / "classifier.pth", weights_only=True)
 
     assert [entry["loss"] for entry in parts["history"]] == [entry["loss"] for entry in whole["history"]]
     torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
-    assert all(path.is_file() for path in pictures) and len(pictures) == 3
+    assert all(path.is_file() for path in drawings) and len(drawings) == 2
 
     state = load_file(tmp_path / "parts" / "backbone.safetensors")
     names = {name: name.replace("backbone.", "backbone.features.", 1) for name in parts["model"]}
@@ -48,7 +48,7 @@ def test_an_interrupted_run_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
 
 def test_learns_a_few_digits_by_heart():
     torch.manual_seed(0)
-    images, labels = classifier._as_tensors(classifier.digit_crops("train", 16, 64))
+    images, labels = classifier._make_crops("train", 16)
     model = DigitClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(60):

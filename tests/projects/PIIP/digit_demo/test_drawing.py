@@ -1,4 +1,4 @@
-"""Reading of training logs, matching of predictions, and that pictures show what they are given."""
+"""Reading of training logs, matching of predictions, and that drawings show what they are given."""
 
 import json
 
@@ -8,7 +8,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from piip.digit_demo import drawing
-from piip.digit_demo.drawing import Curve, draw_classified, draw_confusion, draw_curves, draw_predictions, read_metrics
+from piip.digit_demo.drawing import draw_classified, draw_curves, draw_predictions, read_metrics
 
 
 def _entry(category: int, box: tuple[int, int, int, int], score: float | None = None, image_id: int = 1) -> dict:
@@ -36,19 +36,19 @@ def test_metrics_of_a_resumed_run_keep_the_last_value(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     curves = read_metrics(path)
     assert set(curves) == {"total_loss", "bbox/AP"}
-    assert (curves["total_loss"].steps, curves["total_loss"].values) == ([9, 19], [3.0, 1.5])
-    assert (curves["bbox/AP"].steps, curves["bbox/AP"].values) == ([19, 29], [10.0, 20.0])
+    assert curves["total_loss"] == ([9, 19], [3.0, 1.5])
+    assert curves["bbox/AP"] == ([19, 29], [10.0, 20.0])
 
 
 @pytest.mark.parametrize(
     ("predicted", "result"),
     [
-        ([], (0, 0)),
-        ([_entry(3, (4, 4, 20, 20), 0.9)], (1, 0)),
-        ([_entry(4, (4, 4, 20, 20), 0.9)], (0, 1)),  # another class
-        ([_entry(3, (4, 4, 20, 9), 0.9)], (0, 1)),  # IoU 0.45
-        ([_entry(3, (4, 4, 20, 10), 0.9)], (1, 0)),  # IoU 0.5
-        ([_entry(3, (4, 4, 20, 20), 0.9), _entry(3, (4, 4, 20, 19), 0.8)], (1, 1)),  # found twice
+        ([], 0),
+        ([_entry(3, (4, 4, 20, 20), 0.9)], 1),
+        ([_entry(4, (4, 4, 20, 20), 0.9)], 0),  # another class
+        ([_entry(3, (4, 4, 20, 9), 0.9)], 0),  # IoU 0.45
+        ([_entry(3, (4, 4, 20, 10), 0.9)], 1),  # IoU 0.5
+        ([_entry(3, (4, 4, 20, 20), 0.9), _entry(3, (4, 4, 20, 19), 0.8)], 1),  # found twice
     ],
 )
 def test_matches_need_class_and_overlap_and_count_once(predicted, result):
@@ -64,27 +64,26 @@ def test_predictions_are_drawn_beside_the_ground_truth(tmp_path):
         "annotations": [_entry(1, (4, 4, 30, 30))],
     }
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    pictures = {}
+    drawn = {}
     for name, score in (("none", None), ("weak", 0.4), ("sure", 0.9)):
         results = [] if score is None else [_entry(1, (4, 4, 30, 30), score)]
         (tmp_path / "results.json").write_text(json.dumps(results))
         path = tmp_path / "out" / f"{name}.png"
         draw_predictions(path, "title", tmp_path / "truth.json", tmp_path / "images", tmp_path / "results.json")
-        pictures[name] = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    assert np.array_equal(pictures["none"], pictures["weak"])
+        drawn[name] = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.array_equal(drawn["none"], drawn["weak"])
     # Below the headline, a sure prediction changes the right half only.
-    changed = np.abs(pictures["sure"] - pictures["none"]).max(axis=(0, 2)) > 30
+    changed = np.abs(drawn["sure"] - drawn["none"]).max(axis=(0, 2)) > 30
     half = len(changed) // 2
     assert changed[half:].any() and not changed[: half - 5].any()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["none.png", "sure.png", "weak.png"]
 
 
-def test_all_other_pictures_are_written_whole(tmp_path):
-    curve = Curve("a", [0, 10], [2.0, 1.0])
-    draw_curves(tmp_path / "curves.png", "title", [curve], [Curve("AP", [10], [50.0])], "AP")
-    draw_confusion(tmp_path / "confusion.png", "title", np.eye(3, dtype=int), "abc")
+def test_all_other_drawings_are_written_whole(tmp_path):
+    losses, scores = {"a": ([0, 10], [2.0, 1.0])}, {"AP": ([10], [50.0])}
+    draw_curves(tmp_path / "curves.png", "title", losses, scores, "AP")
     draw_classified(tmp_path / "classified.png", "title", np.zeros((3, 8, 8, 3), np.uint8), [0, 1, 2], [0, 1, 1])
-    for name in ("curves", "confusion", "classified"):
+    for name in ("curves", "classified"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             picture.load()
             assert min(picture.size) > 100
