@@ -170,7 +170,7 @@ def test_regular_merging_has_the_names_of_the_hybrid_models(listing):
     table = PublishedNames(config, ("deit",) * 3, published_prefix="backbone.").table()
     ours = {name for name in model_shapes(config) if name.startswith("merging.")}
     expected = {key for key in published if key.split(".")[1].startswith(("merge_branch", "intermediate", "w"))}
-    assert {table.to_published(name)[0] for name in ours} == expected
+    assert {key for name in ours for key, _ in table.all_published(name)} == expected
 
 
 @pytest.mark.parametrize("interaction", [{"projection": False, "norm": "none"}, {"attention": "regular"}])
