@@ -113,7 +113,7 @@ class AnswerText:
     """Finds the end of an answer in its pieces, and holds back what may be the start of one.
 
     The text that ends first counts, and of several that end at once the longest: however the answer is cut into
-    pieces, the result is the same. Each character is looked at once for each text (Knuth, Morris, Pratt).
+    pieces, the result is the same.
 
     Args:
         ends: Texts that end the answer and are no part of it.
@@ -124,8 +124,7 @@ class AnswerText:
 
     def __init__(self, ends: Sequence[str]) -> None:
         self.ended = False
-        self._ends = [(end, _borders(end)) for end in dict.fromkeys(ends) if end]
-        self._matched = [0] * len(self._ends)
+        self._ends = [end for end in ends if end]
         self._held, self._blank = "", True
 
     def add(self, piece: str) -> str:
@@ -133,31 +132,18 @@ class AnswerText:
         if self.ended:
             return ""
         text = self._held + piece
-        for stop, character in enumerate(piece, len(self._held) + 1):
-            if length := self._longest_end(character):
-                self.ended, self._held = True, ""
-                return self._shown(text[: stop - length])
-        shown = len(text) - max(self._matched, default=0)
-        self._held = text[shown:]
-        return self._shown(text[:shown])
+        found = [(start + len(end), start) for end in self._ends if (start := text.find(end)) >= 0]
+        if found:
+            self.ended, self._held = True, ""
+            return self._shown(text[: min(found)[1]])
+        starts = (end[:length] for end in self._ends for length in range(1, min(len(end), len(text) + 1)))
+        self._held = max((start for start in starts if text.endswith(start)), key=len, default="")
+        return self._shown(text[: len(text) - len(self._held)])
 
     def rest(self) -> str:
         """What was held back, when nothing more comes."""
         text, self._held = self._held, ""
         return self._shown(text)
-
-    def _longest_end(self, character: str) -> int:
-        """Length of the longest text that this character completes; 0 for none."""
-        longest = 0
-        for i, (end, borders) in enumerate(self._ends):
-            matched = self._matched[i]
-            while matched and end[matched] != character:
-                matched = borders[matched - 1]
-            matched += end[matched] == character
-            self._matched[i] = matched
-            if matched == len(end):
-                longest = max(longest, matched)
-        return longest
 
     def _shown(self, text: str) -> str:
         if self._blank:
@@ -171,7 +157,7 @@ class TokenText:
 
     Args:
         tokenizer: Of the model.
-        before: Tokens in front: behind them the first token keeps the space it begins with.
+        before: Tokens in front: after them the first token keeps the space it begins with.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
@@ -245,15 +231,3 @@ class _Ended(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         ended = self._answer.ended or any(event.is_set() for event in self._events)
         return torch.full((len(input_ids),), ended, dtype=torch.bool, device=input_ids.device)
-
-
-def _borders(text: str) -> list[int]:
-    """Of each start of a text, how long the longest shorter start is that it also ends with."""
-    borders = [0] * len(text)
-    matched = 0
-    for i in range(1, len(text)):
-        while matched and text[matched] != text[i]:
-            matched = borders[matched - 1]
-        matched += text[matched] == text[i]
-        borders[i] = matched
-    return borders

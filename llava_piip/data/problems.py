@@ -57,9 +57,9 @@ class SharedCounts:
         """Adds to one count and returns what this worker or process has counted of it."""
         worker = get_worker_info()
         row = 0 if worker is None else 1 + worker.id % _MAX_WORKERS
-        place = self._rows[row, self._names.index(name)]
-        place += number
-        return int(place)
+        count = self._rows[row, self._names.index(name)]
+        count += number
+        return int(count)
 
     def __getitem__(self, name: str) -> int:
         """The sum over the process and its workers."""

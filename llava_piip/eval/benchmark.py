@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .files import EvalError, read_json_lines
-from .files import field as get
 
 __all__ = ["LETTER", "Answer", "Benchmark", "Question", "Score", "last_answers", "percent", "read_llava_questions"]
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+_QUESTION = {"question_id": (int, str), "text": str, "image": str}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Question:
         id: Its id in the question file; of TextVQA several questions have the same.
         text: What is asked, after the image.
         image: Name of the image below the benchmark's image folder, the bytes of an image file, or None.
-        recorded: The question as answers files have it (`prompt`), where that is not `text`.
+        recorded: The question as answers files have it, where that is not `text`.
         category: Group that scores are told by.
         fields: More fields of the record in answers files.
     """
@@ -43,14 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A line of an answers file.
-
-    Attributes:
-        id: Id of the question.
-        prompt: The question.
-        text: The answer.
-        fields: The other fields.
-    """
+    """A line of an answers file: id and text of the question, the answer, and the other fields."""
 
     id: int | str
     prompt: str
@@ -66,20 +59,11 @@ class Score:
         value: The published kind of number, in percent; None where there is nothing to divide by.
         lines: The numbers as text to print.
         details: The numbers for programs.
-        public: What the public script gives where it differs by a mistake of its own; None where it gives the same.
-        note: What the difference is.
     """
 
     value: float | None
     lines: Sequence[str]
     details: Mapping[str, Any]
-    public: float | None = None
-    note: str = ""
-
-
-Reader = Callable[[Path], list[Question]]
-Scorer = Callable[[Path, Sequence[Answer]], Score]
-Exporter = Callable[[Path, Path, Sequence[Answer]], None]
 
 
 @dataclass(frozen=True)
@@ -111,13 +95,13 @@ class Benchmark:
     folder: str
     questions: str
     images: str | None
-    read: Reader
+    read: Callable[[Path], list[Question]]
     labels: tuple[str, ...] = ()
     published: int | None = None
     max_new_tokens: int = 128
     convert_before_padding: bool = True
-    score: Scorer | None = None
-    export: tuple[str, Exporter] | None = None
+    score: Callable[[Path, Sequence[Answer]], Score] | None = None
+    export: tuple[str, Callable[[Path, Path, Sequence[Answer]], None]] | None = None
     needs: tuple[str, ...] = ()
     remote: str = ""
 
@@ -136,17 +120,10 @@ def read_llava_questions(path: Path) -> list[Question]:
     Raises:
         EvalError: If the file or a line cannot be used.
     """
-    questions = []
-    for number, entry in read_json_lines(path):
-        where = f"{path}: line {number}"
-        questions.append(
-            Question(
-                id=get(entry, "question_id", (int, str), where),
-                text=get(entry, "text", str, where),
-                image=get(entry, "image", str, where),
-                category=str(entry.get("category", "")),
-            )
-        )
+    questions = [
+        Question(entry["question_id"], entry["text"], entry["image"], category=str(entry.get("category", "")))
+        for _, entry in read_json_lines(path, _QUESTION)
+    ]
     if not questions:
         raise EvalError(f"{path}: has no questions; load it again")
     return questions

@@ -9,8 +9,8 @@ from tabulate import tabulate
 
 from piip_core import zoo
 
+from . import EIGHT
 from .files import EvalError, read_json
-from .registry import EIGHT
 from .runner import SCORES
 
 __all__ = ["measured_scores", "score_table"]
