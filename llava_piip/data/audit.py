@@ -100,12 +100,7 @@ def audit(
 
 
 def write_clean(report: AuditReport, annotations: AnyPath, output: AnyPath) -> int:
-    """Writes a conversation file without the entries that have a problem, and returns how many it has.
-
-    Args:
-        report: The audit of the file.
-        annotations: The file.
-        output: File to write, `.json` or `.jsonl`; not `annotations`.
+    """Writes a file without the entries that have a problem, `.json` or `.jsonl`, and returns how many it has.
 
     Raises:
         UserError: If the file was not audited or could not be read to its end, would be overwritten, or no entry is
@@ -200,8 +195,8 @@ def image_findings(
         summary: Of the file with the entries; takes the numbers of images.
         users: Index and id of the entries that name each image.
         folder: Where the images are.
-        decode: How far they are read; see `audit`.
-        workers: Number of processes; None for one per core.
+        decode: See `audit`, as for `workers`.
+        workers: Number of processes.
         folder_of: The folder that an image counts for.
 
     Raises:

@@ -13,16 +13,7 @@ from piip_core.files import write_atomically
 
 from .problems import Problem
 
-__all__ = [
-    "EMPTY_ANSWER",
-    "OTHER_FORMAT",
-    "REPEATED_ID",
-    "UNUSABLE_FILE",
-    "AuditReport",
-    "Count",
-    "FileSummary",
-    "Finding",
-]
+__all__ = ["AuditReport", "Count", "FileSummary", "Finding"]
 
 UNUSABLE_FILE = "file unusable"
 EMPTY_ANSWER = "answer empty or missing"
@@ -35,23 +26,14 @@ _ORDER = (UNUSABLE_FILE, *(problem.value for problem in Problem), EMPTY_ANSWER, 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about an entry.
-
-    Attributes:
-        file: The conversation file.
-        entry: Index of the entry; None for what concerns the file.
-        id: The entry's id, if it could be read.
-        kind: A value of `Problem`, or one of this module's names.
-        image: The image, if it is about one.
-        message: What was found, with the fix.
-    """
+    """Something about an entry of a conversation file."""
 
     file: str
-    entry: int | None
-    id: str | None
-    kind: str
-    image: str | None
-    message: str
+    entry: int | None  # its index; None for what concerns the file
+    id: str | None  # if it could be read
+    kind: str  # a value of `Problem`, or one of this module's names
+    image: str | None  # if it is about one
+    message: str  # what was found, with the fix
 
     @property
     def is_problem(self) -> bool:
@@ -70,44 +52,26 @@ class Count:
 
 @dataclass
 class FileSummary:
-    """Numbers of one conversation file.
-
-    Attributes:
-        file: The file.
-        image_root: Folder that its image names are relative to.
-        entries: Number of entries, malformed ones too.
-        with_image: Number of entries with an image.
-        text_only: Number of entries without one.
-        entries_by_folder: Number of entries by the folder of their first image.
-        images_by_folder: Number of different images by folder.
-        unusable_by_folder: How many of these are missing or unusable.
-        counts: Comparison with the published sizes, if there are any.
-    """
+    """Numbers of one conversation file."""
 
     file: str
     image_root: str
-    entries: int = 0
+    entries: int = 0  # malformed ones too
     with_image: int = 0
     text_only: int = 0
-    entries_by_folder: Counter[str] = field(default_factory=Counter)
-    images_by_folder: Counter[str] = field(default_factory=Counter)
-    unusable_by_folder: Counter[str] = field(default_factory=Counter)
-    counts: list[Count] = field(default_factory=list)
+    entries_by_folder: Counter[str] = field(default_factory=Counter)  # of their first image
+    images_by_folder: Counter[str] = field(default_factory=Counter)  # each image once
+    unusable_by_folder: Counter[str] = field(default_factory=Counter)  # of these, or missing
+    counts: list[Count] = field(default_factory=list)  # beside the published ones
 
 
 @dataclass
 class AuditReport:
-    """The result of an audit.
+    """The result of an audit."""
 
-    Attributes:
-        decode: How images were read: "none", "header" or "full".
-        files: Numbers per conversation file.
-        findings: Everything found, in the order of files and entries.
-    """
-
-    decode: str
+    decode: str  # how images were read
     files: list[FileSummary] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)  # in the order of files and entries
 
     @property
     def problems(self) -> list[Finding]:
@@ -144,12 +108,7 @@ class AuditReport:
             file.write("\n")
 
     def summary(self, *, examples: int = 3, max_folders: int = 20) -> str:
-        """Tables for people.
-
-        Args:
-            examples: How many findings of each kind are shown.
-            max_folders: How many image folders of a file are shown.
-        """
+        """Tables for people, with so many findings of each kind and so many image folders of each file."""
         files = [(s.file, s.entries, s.with_image, s.text_only, s.image_root) for s in self.files]
         parts = [tabulate(files, ["file", "entries", "with image", "text only", "image folder"], "github")]
         parts += [_folder_table(summary, max_folders) for summary in self.files]

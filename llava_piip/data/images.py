@@ -43,11 +43,9 @@ class ImageFolder:
         self._real_root = Path(os.path.realpath(self.root))
 
     def locate(self, name: str) -> Path:
-        """Path of a non-empty file inside of the folder.
+        """Path of a non-empty file inside of the folder, relative to it or absolute, without "..".
 
-        Args:
-            name: Path relative to the folder, or an absolute one that lies in it; without "..". Where there is no
-                such file, back-slashes count as slashes, and accents in Unicode's other form as these.
+        Where there is no such file, back-slashes count as slashes, and accents in Unicode's other form as these.
 
         Raises:
             DataError: If the name leads out of the folder, or there is no such file, or it is empty or no plain file.
@@ -68,12 +66,7 @@ class ImageFolder:
         return path
 
     def open(self, name: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:
-        """Reads an image, by content whatever its name ends in; see `read_image`.
-
-        Args:
-            name: As for `locate`.
-            convert: Make it RGB.
-            as_viewed: As `read_image`.
+        """Reads an image, by content whatever its name ends in; see `locate` and `read_image`.
 
         Raises:
             DataError: As `locate` and `read_image`.

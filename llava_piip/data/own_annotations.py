@@ -35,14 +35,10 @@ def records_from_table(
     prompt: str = DEFAULT_PROMPT,
     follow_links: bool = False,
 ) -> list[dict[str, Any]]:
-    """Makes LLaVA records of a table: one per row.
+    """Makes LLaVA records of a table, `.csv` with a header line or `.jsonl` with an object per line: one per row.
 
-    Args:
-        table: `.csv` with a header line, or `.jsonl` with an object per line. Columns: `file` (image, relative to
-            `image_root`), and either `caption` or `question` and `answer`; optionally `id`.
-        image_root: Folder with the images.
-        prompt: What the user says where there is a caption.
-        follow_links: Whether links below the folder may lead out of it.
+    Columns: `file` (image, relative to `image_root`), and either `caption`, to which `prompt` is the question, or
+    `question` and `answer`; optionally `id`.
 
     Raises:
         TableError: If the table or a row cannot be used, or an image is missing or broken; the message lists the first
@@ -71,11 +67,9 @@ def records_from_table(
 
 
 def write_entries(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
-    """Writes a conversation file, an entry per line, and returns their number; an interruption leaves the old file.
+    """Writes entries, given as JSON, to a conversation file, one per line, and returns their number.
 
-    Args:
-        path: File to write: a list for `.json`, entries alone for `.jsonl`.
-        texts: The entries as JSON.
+    A list for `.json`, the entries alone for `.jsonl`; an interruption leaves the old file.
 
     Raises:
         TableError: If the name ends in something else.

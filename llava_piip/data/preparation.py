@@ -34,36 +34,22 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass
 class NameRepair:
-    """What `provide_expected_names` found and did; paths are relative to the image root.
+    """What `provide_expected_names` found and did; paths are relative to the image root."""
 
-    Attributes:
-        present: Number of images that were there.
-        provided: Expected name -> the file that now also has it, or that it was converted from.
-        unreadable: Expected name -> why the files of the same stem are of no use.
-        missing: Expected names without any file of the same stem.
-    """
-
-    present: int = 0
-    provided: dict[str, str] = field(default_factory=dict)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    present: int = 0  # images that were there
+    provided: dict[str, str] = field(default_factory=dict)  # name -> the file that now also has it, or was converted
+    unreadable: dict[str, str] = field(default_factory=dict)  # name -> why the files of the same stem are of no use
+    missing: list[str] = field(default_factory=list)  # names without any file of the same stem
 
 
 @dataclass
 class Preparation:
-    """What was done for a data set and what it still lacks.
+    """What was done for a data set and what it still lacks."""
 
-    Attributes:
-        done: What was done, for people.
-        sources: What is missing -> where to get it and where to put it.
-        names: What became of images under other names than expected; None if that was not looked at.
-        report: The audit of annotation file and images, without reading these; None without the annotation file.
-    """
-
-    done: list[str] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)
-    names: NameRepair | None = None
-    report: AuditReport | None = None
+    done: list[str] = field(default_factory=list)  # what was unpacked, for people
+    sources: dict[str, str] = field(default_factory=dict)  # what is missing -> where to get it and where to put it
+    names: NameRepair | None = None  # of images under other names than expected; None if that was not looked at
+    report: AuditReport | None = None  # without reading the images; None without the annotation file
 
     @property
     def complete(self) -> bool:
@@ -145,13 +131,8 @@ def provide_expected_names(
 
     The tuning set names every OCR-VQA image `.jpg`; the download script keeps the endings of the addresses, so that
     some lie there as `.gif` or `.png`. They stay as they are: the expected name becomes a hard link (on file systems
-    without links a copy), which keeps the pixels; the ending does not matter for reading.
-
-    Args:
-        names: Expected paths, relative to `image_root`.
-        image_root: Folder.
-        convert: Write a JPEG of the first frame instead of a link.
-        follow_links: Whether links below the folder may lead out of it.
+    without links a copy), which keeps the pixels; the ending does not matter for reading. With `convert` it becomes a
+    JPEG of the first frame. `follow_links` is that of `ImageFolder`.
     """
     images, repair = ImageFolder(image_root, follow_links=follow_links), NameRepair()
     by_folder: dict[PurePosixPath, list[PurePosixPath]] = defaultdict(list)

@@ -14,19 +14,12 @@ _LLAVA = "https://huggingface.co/datasets/liuhaotian"
 
 @dataclass(frozen=True)
 class PublishedFolder:
-    """A folder of images of a published data set. Paths are relative to the folder that holds all data sets.
+    """A folder of images of a published data set. Paths are relative to the folder that holds all data sets."""
 
-    Attributes:
-        part: Short name.
-        folder: Where its images belong.
-        url: Public address of the archive.
-        note: What to know about the source.
-    """
-
-    part: str
-    folder: str
-    url: str
-    note: str = ""
+    part: str  # short name
+    folder: str  # where its images belong
+    url: str  # public address of the archive
+    note: str = ""  # what to know about the source
 
     @property
     def archive(self) -> str:
@@ -36,24 +29,14 @@ class PublishedFolder:
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """A published annotation file with its images. Paths are relative to the folder that holds all data sets.
+    """A published annotation file with its images. Paths are relative to the folder that holds all data sets."""
 
-    Attributes:
-        title: Name in the literature.
-        annotations: The annotation file.
-        url: Public address of the annotation file.
-        image_root: Folder that the image names in it are relative to.
-        records: Published number of records.
-        records_by_folder: Published number of records by the first folder of their image, "" for none, where known.
-        folders: The image folders.
-    """
-
-    title: str
+    title: str  # in the literature
     annotations: str
-    url: str
-    image_root: str
+    url: str  # public address of the annotation file
+    image_root: str  # that the image names in it are relative to
     records: int
-    records_by_folder: Mapping[str, int]
+    records_by_folder: Mapping[str, int]  # by the first folder of their image, "" for none; empty if not known
     folders: tuple[PublishedFolder, ...]
 
     def relative_folders(self) -> list[str]:

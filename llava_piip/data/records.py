@@ -161,12 +161,7 @@ def read_entries(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
 
 
 def parse_entry(entry: Any, source: str, index: int) -> Record:
-    """Makes a record of what a file lists.
-
-    Args:
-        entry: The JSON value.
-        source: Name of the file.
-        index: Index of the entry.
+    """Makes a record of a JSON value that a file lists.
 
     Raises:
         DataError: If it is no record; names file, entry, what was expected and the fix.

@@ -57,14 +57,7 @@ class ModalityLengthSampler(Sampler[int]):
 def group_by_length(
     lengths: Sequence[int], batch_size: int, batches_per_step: int, generator: Generator | None = None
 ) -> list[int]:
-    """Indices of all samples in steps of similar lengths.
-
-    Args:
-        lengths: Length of each sample.
-        batch_size: Samples in a batch.
-        batches_per_step: Batches in a step.
-        generator: Source of the shuffle; torch's own if None.
-    """
+    """Indices of all samples in steps of similar lengths, shuffled by a generator, or torch's own."""
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     order = []
     for step in _chunks(shuffled, batch_size * batches_per_step):
@@ -84,13 +77,8 @@ def group_by_modality(
     """Indices of all samples in steps of similar lengths which are all positive or all negative.
 
     What fills no step, or just one, comes last: the last step of each kind, together and in the order of the samples.
-
-    Args:
-        lengths: Length of each sample, negative for the second kind; no zeros.
-        batch_size: Samples in a batch.
-        batches_per_step: Batches in a step.
-        generator: Source of the order of steps; torch's own if None.
-        shuffle_generator: Source of the shuffles before the cut into steps; `generator` if None.
+    `generator` (torch's own if None) orders the steps, `shuffle_generator` (if None the same) shuffles the samples
+    before they are cut into steps.
     """
     _check(lengths)
     kinds = [[i for i, length in enumerate(lengths) if (length > 0) == positive] for positive in (True, False)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ from .answering import default_dtype
 from .benchmark import Benchmark
 from .data_check import missing_files
 from .files import EvalError
-from .runner import answer_benchmark, image_folder, question_file, score_answers
+from .runner import answer_benchmark, score_answers
 from .table import measured_scores, score_table
 
 __all__ = ["main"]
@@ -91,6 +92,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     if args.model is not None and not args.model.is_dir():
         parser.error(f"--model {args.model}: is no folder")
+    for name in ("questions", "images"):  # absolute paths stay what they are below --data
+        if path := getattr(args, name):
+            args.benchmarks = [replace(args.benchmarks[0], **{name: str(path.resolve())})]
     if args.output is None:
         args.output = Path("output", "eval", args.model.resolve().name if args.model else args.answers.stem)
     return args
@@ -121,8 +125,7 @@ def _check_files(args: argparse.Namespace) -> None:
     for benchmark in args.benchmarks:
         if absent := [name for name in benchmark.needs if find_spec(name) is None]:
             raise EvalError(f"{benchmark.title} needs {' '.join(absent)}: pip install {' '.join(absent)}")
-        images = image_folder(benchmark, args) if args.answers is None else None
-        missing += missing_files(benchmark, question_file(benchmark, args), images)
+        missing += missing_files(benchmark, args.data, with_images=args.answers is None)
     if missing:
         listed = "\n  ".join(map(str, missing))
         raise EvalError(f"files or folders are missing (docs/evaluation.md says where they come from):\n  {listed}")

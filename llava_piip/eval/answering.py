@@ -38,12 +38,9 @@ def prompt_of(question: Question, *, chat_template: str, tokenizer: Any = None) 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Makes batches of questions what the model takes; runs in worker processes.
+    """Makes batches of a benchmark's questions what the model takes; runs in worker processes.
 
-    Attributes:
-        benchmark: Whose questions they are.
-        processor: The model's.
-        images: The benchmark's images; None where questions hold them.
+    `images` is None where the questions hold them.
     """
 
     benchmark: Benchmark
@@ -90,17 +87,7 @@ def answers_in_batches(
     *,
     workers: int = 0,
 ) -> Iterator[list[str]]:
-    """Answers batches of questions one after the other, greedily.
-
-    Args:
-        model: The model.
-        benchmark: Whose questions they are.
-        image_folder: Where its images are; None where questions hold them.
-        batches: Questions to answer together.
-        workers: Number of processes that read images meanwhile; 0 for none.
-
-    Yields:
-        The answers of a batch.
+    """Answers batches of questions one after the other, greedily; images are read by worker processes meanwhile.
 
     Raises:
         ConfigError: If there is no such folder of images.

@@ -24,7 +24,7 @@ _ANSWER = {"question_id": (int, str), "prompt": str, "text": str}
 
 @contextmanager
 def appending(path: Path) -> Iterator[int]:
-    """Opens a file to add answers, for one process at a time; half a line of a killed process goes.
+    """Opens a file to add answers, and yields its descriptor; half a line of a killed process goes.
 
     Raises:
         EvalError: If another run writes to it.
@@ -83,14 +83,10 @@ def merge(questions: Sequence[Question], folder: Path, target: Path) -> None:
 
 
 def read_answers(path: Path, *, skip_broken: bool = False) -> tuple[list[Answer], int]:
-    """The answers of a file, and the number of lines that were skipped.
-
-    Args:
-        path: A file in LLaVA-1.5's format, of this program or another one.
-        skip_broken: Whether lines that are no JSON are skipped; they are an error otherwise.
+    """The answers of a file in LLaVA-1.5's format, and how many lines were skipped because they are no JSON.
 
     Raises:
-        EvalError: If the file or a line cannot be used.
+        EvalError: If the file or a line cannot be used, or skipped.
     """
     broken: list[int] | None = [] if skip_broken else None
     answers = [_answer(entry) for _, entry in read_json_lines(path, _ANSWER, broken=broken)]

@@ -18,34 +18,29 @@ from .files import EvalError
 __all__ = ["check_benchmarks", "missing_files"]
 
 
-def missing_files(benchmark: Benchmark, question_file: Path, image_folder: Path | None) -> list[Path]:
+def missing_files(benchmark: Benchmark, data: Path, *, with_images: bool = True) -> list[Path]:
     """Files and folders that a benchmark needs and that are not there."""
-    files = [question_file, *(question_file.parent / name for name in benchmark.labels)]
-    folders = [] if image_folder is None else [image_folder]
-    return [path for path in files if not path.is_file()] + [path for path in folders if not path.is_dir()]
+    questions, images = benchmark.question_file(data), benchmark.image_folder(data)
+    files = [questions, *(questions.parent / name for name in benchmark.labels)]
+    missing = [path for path in files if not path.is_file()]
+    return missing + [images] if with_images and images is not None and not images.is_dir() else missing
 
 
 def check_benchmarks(
     benchmarks: Sequence[Benchmark], data: Path, *, decode: Decode = "header", workers: int | None = None
 ) -> AuditReport:
-    """Checks questions, labels and images of benchmarks.
+    """Checks questions, labels and images of benchmarks below a folder; `decode` and `workers` are those of `audit`.
 
     Files are there and can be read, the number of questions is the published one, no question is asked twice, the
     labels belong to the questions (a trial answer to every question is scored, and written to send in), and images
     exist and can be read.
-
-    Args:
-        benchmarks: What to check.
-        data: Folder of all benchmarks.
-        decode: How far images are read; see `llava_piip.data.audit.audit`.
-        workers: Number of processes for the images; by default one per core.
     """
     report = AuditReport(decode)
     for benchmark in benchmarks:
         file, folder = benchmark.question_file(data), benchmark.image_folder(data)
         summary = FileSummary(str(file), str(folder or file))
         report.files.append(summary)
-        missing = missing_files(benchmark, file, folder)
+        missing = missing_files(benchmark, data)
         report.findings += [
             _unusable(file, f"{path}: missing; docs/evaluation.md says where it comes from") for path in missing
         ]

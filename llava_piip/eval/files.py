@@ -64,16 +64,13 @@ def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
 def read_json_lines(
     path: Path, form: Any = dict, *, broken: list[int] | None = None, only_ended: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file with one per line, whatever its name ends in, and for messages where they are.
+    """The objects of a file with one per line, of a form that `checked` takes, and for messages where they are.
 
     Args:
-        path: The file.
-        form: Of each, as `checked` takes it.
+        path: The file, whatever its name ends in.
+        form: Of each object.
         broken: Takes the numbers of lines that are no JSON object; without it they are an error, except for empty ones.
         only_ended: Leave out a last line without a line break, which somebody may still be writing.
-
-    Raises:
-        EvalError: If the file is missing, or for such a line.
     """
     with _reading(path), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):

@@ -23,19 +23,9 @@ from .answers import add_records, appending, check_complete, merge, read_answers
 from .benchmark import Benchmark, Question, Score
 from .files import EvalError, read_json, write_json
 
-__all__ = ["SCORES", "answer_benchmark", "image_folder", "question_file", "score_answers"]
+__all__ = ["SCORES", "answer_benchmark", "score_answers"]
 
 ANSWERS, SCORES, _SETTINGS, _PARTS = "answers.jsonl", "scores.json", "run.json", "parts"
-
-
-def question_file(benchmark: Benchmark, args: argparse.Namespace) -> Path:
-    """The question file that was asked for, or the benchmark's own."""
-    return args.questions or benchmark.question_file(args.data)
-
-
-def image_folder(benchmark: Benchmark, args: argparse.Namespace) -> Path | None:
-    """The image folder that was asked for, or the benchmark's own."""
-    return args.images or benchmark.image_folder(args.data)
 
 
 def answer_benchmark(benchmark: Benchmark, args: argparse.Namespace, state: PartialState, model: ChatModel) -> Path:
@@ -47,7 +37,7 @@ def answer_benchmark(benchmark: Benchmark, args: argparse.Namespace, state: Part
     """
     folder = args.output / benchmark.name
     parts, model_id = folder / _PARTS, args.model.resolve().name
-    questions = benchmark.read(question_file(benchmark, args))[: args.limit]
+    questions = benchmark.read(benchmark.question_file(args.data))[: args.limit]
     if state.is_main_process:
         _begin(folder, _identity(benchmark, args, questions), restart=args.restart)
     _wait(state)
@@ -62,7 +52,7 @@ def answer_benchmark(benchmark: Benchmark, args: argparse.Namespace, state: Part
                 left.append(question)
         own = left[state.process_index :: state.num_processes]
         batches = [own[start : start + args.batch_size] for start in range(0, len(own), args.batch_size)]
-        images = image_folder(benchmark, args)
+        images = benchmark.image_folder(args.data)
         texts = answers_in_batches(model, benchmark, images, batches, workers=args.workers)
         # Of several processes the first one tells its own progress, which is that of all
         among = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
@@ -85,11 +75,8 @@ def score_answers(
 ) -> tuple[Score | None, Path | None]:
     """Scores an answers file, and writes what is to be sent in or handed to official scripts.
 
-    Args:
-        benchmark: The benchmark.
-        args: With `partial`, lines that are no JSON are skipped, and missing answers are treated by the benchmark's own
-            rule. With `limit`, questions beyond it may be missing.
-        answers_file: In LLaVA-1.5's format, of this program or another one.
+    With `--partial`, lines that are no JSON are skipped, and missing answers are treated by the benchmark's own rule.
+    With `--limit`, questions beyond it may be missing.
 
     Returns:
         The score, None where it comes from elsewhere; the written file, if the benchmark has one.
@@ -97,7 +84,7 @@ def score_answers(
     Raises:
         EvalError: If the answers are incomplete or cannot be used.
     """
-    questions_file, folder = question_file(benchmark, args), args.output / benchmark.name
+    questions_file, folder = benchmark.question_file(args.data), args.output / benchmark.name
     answers, skipped = read_answers(answers_file, skip_broken=args.partial)
     questions = benchmark.read(questions_file)
     if not args.partial:
@@ -155,7 +142,7 @@ def _identity(benchmark: Benchmark, args: argparse.Namespace, questions: Sequenc
     for path in sorted(args.model.rglob("*.safetensors")):
         found = path.stat()
         weights.update(f"{path.relative_to(args.model)} {found.st_size} {found.st_mtime_ns}\n".encode())
-    digest = hashlib.sha256(question_file(benchmark, args).read_bytes())
+    digest = hashlib.sha256(benchmark.question_file(args.data).read_bytes())
     return {
         "benchmark": benchmark.name,
         "model": args.model.resolve().name,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from piip_core.errors import UserError
 
@@ -25,17 +26,11 @@ class Conversation(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """How probable an answer is.
+    """How probable an answer with its end token is."""
 
-    Attributes:
-        log_probability: Of the whole answer with its end, natural logarithm.
-        num_tokens: Its tokens, with the end.
-        is_greedy: Whether each of them is the most probable one.
-    """
-
-    log_probability: float
+    log_probability: float  # of the whole answer, natural logarithm
     num_tokens: int
-    is_greedy: bool
+    is_greedy: bool  # whether each token is the most probable one
 
 
 def parts_message(role: str, parts: Sequence[str | None]) -> dict[str, Any]:
@@ -57,7 +52,7 @@ def answer_batch(
     """Answers the last messages of conversations, all at once; each answer is what it would be alone.
 
     Args:
-        model: The model.
+        model: Answers.
         conversations: What to answer.
         max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
         temperature: 0 takes the most probable token each time.
@@ -91,20 +86,17 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
 
     Tokens are those of the training: the text after the role, with the end token of the template.
 
-    Args:
-        model: The model.
-        conversations: A question and its answer each; a system message may stand in front.
-
     Raises:
         ContextLengthError: If a conversation is longer than the context.
         UserError: If placeholders and images do not match, or an answer is empty.
     """
     rows = [_encoded(model, conversation) for conversation in conversations]
-    ids, labels = ([row[i] for row in rows] for i in (0, 1))
     # Padded on the left: the answers are then in the last columns, the only ones whose logits are needed
-    input_ids, mask = _padded(ids, 0, model.device), _padded([[1] * len(row) for row in ids], 0, model.device)
-    targets = _padded(labels, IGNORE_INDEX, model.device)
-    kept = max(len(row) - next(i for i, label in enumerate(row) if label != IGNORE_INDEX) for row in labels)
+    input_ids, targets, mask = (
+        pad_sequence([row[i] for row in rows], True, value, "left").to(model.device)
+        for i, value in enumerate((0, IGNORE_INDEX, 0))
+    )
+    kept = int((targets != IGNORE_INDEX).sum(0).ne(0).flip(0).nonzero().max()) + 1
     inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     if images := [image for conversation in conversations for image in conversation.images]:
         inputs["pixel_values"] = model.processor.image_processor(images, return_tensors="pt").to(model.device)[
@@ -119,8 +111,8 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
         raise MemoryLimitError(f"{count} conversations at once need too much memory: lower the batch size") from error
 
 
-def _encoded(model: ChatModel, conversation: Conversation) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation; labels are those of the answer."""
+def _encoded(model: ChatModel, conversation: Conversation) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels (those of the answer) and mask of a conversation, each (N,)."""
     messages, images = conversation
     encoded = model.processor.encode_conversation(messages, has_images=bool(images))
     if encoded.num_images != len(images):
@@ -130,12 +122,8 @@ def _encoded(model: ChatModel, conversation: Conversation) -> tuple[list[int], l
         )
     if len(encoded.input_ids) > model.context_length:
         raise _too_long(model, len(encoded.input_ids))
-    return encoded.input_ids, encoded.labels
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([[value] * (length - len(row)) + list(row) for row in rows], device=device)
+    ids = torch.tensor(encoded.input_ids)
+    return ids, torch.tensor(encoded.labels), torch.ones_like(ids)
 
 
 def _likelihoods(logits: Tensor, targets: Tensor) -> list[Likelihood]:
