@@ -31,7 +31,7 @@ from .audit_report import (
     Finding,
 )
 from .dataset import count_placeholders
-from .images import ImageFolder
+from .images import FORMAT_OF_SUFFIX, ImageFolder
 from .own_annotations import write_entries
 from .problems import DataError, Problem
 from .published import PublishedSet
@@ -43,16 +43,6 @@ Decode = Literal["none", "header", "full"]
 AnyPath = str | os.PathLike[str]
 
 _CHUNK = 256  # images a worker process is handed at a time
-_FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".gif": "GIF",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
 
 
 def audit(
@@ -212,7 +202,7 @@ def image_findings(
             for (name, entries), (problem, found) in zip(users.items(), bar, strict=True):
                 summary.images_by_folder[folder_of(name)] += 1
                 summary.unusable_by_folder[folder_of(name)] += problem is not None
-                expected = _FORMATS.get(PurePosixPath(name).suffix.lower())
+                expected = FORMAT_OF_SUFFIX.get(PurePosixPath(name).suffix.lower())
                 if problem is not None:
                     kind, message = problem, found
                 elif None not in (found, expected) and found != expected:
@@ -251,7 +241,7 @@ def _format(path: Path) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=sorted(set(_FORMATS.values()))) as image:
+            with Image.open(path, formats=sorted(set(FORMAT_OF_SUFFIX.values()))) as image:
                 # A phone's JPEG with a second image inside
                 return "JPEG" if image.format == "MPO" else image.format
     except Exception:  # readers meet broken content with errors of many types

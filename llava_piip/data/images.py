@@ -16,11 +16,13 @@ from piip_core.images import image_formats, spellings, upright
 from ..image_processing import ImageError, rgb_image
 from .problems import DataError, Problem
 
-__all__ = ["ImageFolder", "read_image", "viewed_image"]
+__all__ = ["FORMAT_OF_SUFFIX", "ImageFolder", "read_image", "viewed_image"]
 
 # What image sets consist of. Others are refused: some of Pillow's readers start programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".JPG", ".JPEG", ".PNG", ".GIF")
+# The formats that their names promise, the likeliest first
+FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF"}
+FORMAT_OF_SUFFIX |= {".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 
 
 class ImageFolder:
@@ -100,9 +102,9 @@ class ImageFolder:
     def _hint(path: Path) -> str:
         if not path.parent.is_dir():
             return f": there is no folder {path.parent}; is the image folder the right one?"
-        others = [path.with_suffix(suffix).name for suffix in _SUFFIXES if path.with_suffix(suffix).is_file()]
-        if others:
-            return f", but {others[0]!r} exists: rename it (images are read by content), or correct the entry"
+        for suffix in (*FORMAT_OF_SUFFIX, *map(str.upper, FORMAT_OF_SUFFIX)):
+            if (other := path.with_suffix(suffix)).is_file():
+                return f", but {other.name!r} exists: rename it (images are read by content), or correct the entry"
         return ": add it, or remove the entry"
 
 

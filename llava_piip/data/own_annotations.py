@@ -16,7 +16,7 @@ from piip_core.files import write_atomically
 
 from ..conversation import IMAGE_TAG
 from .images import ImageFolder
-from .problems import DataError
+from .problems import DataError, reading
 
 __all__ = ["DEFAULT_PROMPT", "TableError", "records_from_table", "write_entries"]
 
@@ -93,9 +93,9 @@ def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     suffix = table.suffix.lower()
     if suffix not in (".csv", ".jsonl"):
         raise TableError(f"{table}: expected a name that ends in .csv or .jsonl")
-    try:
-        # Spreadsheet programs put a byte order mark in front
-        with open(table, encoding="utf-8-sig", newline="") as file:
+    # Spreadsheet programs put a byte order mark in front
+    with reading(table, TableError), open(table, encoding="utf-8-sig", newline="") as file:
+        try:
             if suffix == ".jsonl":
                 yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
                 return
@@ -105,12 +105,8 @@ def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
                 found = ", ".join(columns) or "none"
                 raise TableError(f"{table}: columns {found}: expected file, and caption or question and answer")
             yield from ((reader.line_num, row) for row in reader)
-    except FileNotFoundError as error:
-        raise TableError(f"{table}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise TableError(f"{table}: not UTF-8 ({error}): save it with that encoding") from error
-    except csv.Error as error:
-        raise TableError(f"{table}: line {reader.reader.line_num}: {error}") from error
+        except csv.Error as error:
+            raise TableError(f"{table}: line {reader.reader.line_num}: {error}") from error
 
 
 def _record(row: Mapping[str, Any] | str, index: int, images: ImageFolder, prompt: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from piip_core.files import atomic_path
 
 from .audit import audit
 from .audit_report import AuditReport
-from .images import ImageFolder
+from .images import FORMAT_OF_SUFFIX, ImageFolder
 from .problems import DataError
 from .published import PublishedFolder, PublishedSet
 from .records import read_records
@@ -28,8 +28,6 @@ __all__ = ["NameRepair", "Preparation", "prepare_published", "provide_expected_n
 
 # The only folder whose files are published under other names than the annotation file uses
 _RENAMED = "ocr_vqa"
-# In this order if there are several
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass
@@ -156,8 +154,8 @@ def _names_by_stem(folder: Path) -> dict[str, list[str]]:
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for entry in os.scandir(folder) if folder.is_dir() else ():
         stem, suffix = os.path.splitext(entry.name)
-        if suffix.lower() in _SUFFIXES and entry.is_file() and entry.stat().st_size:
-            found[stem].append((_SUFFIXES.index(suffix.lower()), entry.name))
+        if suffix.lower() in FORMAT_OF_SUFFIX and entry.is_file() and entry.stat().st_size:
+            found[stem].append((list(FORMAT_OF_SUFFIX).index(suffix.lower()), entry.name))
     return {stem: [name for _, name in sorted(names)] for stem, names in found.items()}
 
 

@@ -7,16 +7,15 @@ import logging
 import os
 import re
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from .problems import DataError
+from .problems import DataError, reading
 
 __all__ = ["Record", "Records", "parse_entry", "read_entries", "read_records"]
 
@@ -58,40 +57,32 @@ class Records(Sequence[Record]):
 
     Kept as the files' own text in one block and parsed when asked for: a million entries need little more than the
     size of their files, and forked workers share the block (lists of objects are copied, page by page, as soon as a
-    worker looks at them).
+    worker looks at them). `read_records` makes it.
 
     Attributes:
         malformed: How many entries were left out.
     """
 
-    def __init__(self, texts: Iterable[tuple[str, Iterable[tuple[int, str]]]]) -> None:
-        """Takes over, per file, its name and its entries: the index and the text of each."""
+    def __init__(self, sources: Sequence[str]) -> None:
         self.malformed = 0
-        self._block, self._ends, self._indices = bytearray(), array("Q", [0]), array("Q")
-        self._sources: list[str] = []
-        self._starts: list[int] = []  # index of the first entry of each source
-        for source, entries in texts:
-            self._sources.append(source)
-            self._starts.append(len(self._ends) - 1)
-            for index, entry in entries:
-                self._block += entry.encode()
-                self._ends.append(len(self._block))
-                self._indices.append(index)
+        self._sources = sources
+        self._block, self._ends = bytearray(), array("Q", [0])
+        self._indices, self._source_of = array("I"), array("H")
+
+    def add(self, source: int, index: int, text: str) -> None:
+        """Adds an entry: the number of its source, its index there, and its text."""
+        self._block += text.encode()
+        self._ends.append(len(self._block))
+        self._indices.append(index)
+        self._source_of.append(source)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]  # negative ones, and IndexError
-        source = bisect_right(self._starts, index) - 1
         entry = json.loads(self._block[self._ends[index] : self._ends[index + 1]])
-        return parse_entry(entry, self._sources[source], self._indices[index])
+        return parse_entry(entry, self._sources[self._source_of[index]], self._indices[index])
 
 
 def read_records(paths: Paths, *, on_error: Literal["raise", "skip"] = "raise") -> Records:
@@ -109,20 +100,19 @@ def read_records(paths: Paths, *, on_error: Literal["raise", "skip"] = "raise") 
     if not files:
         raise DataError("no conversation file was given: name at least one .json or .jsonl file")
     errors: list[DataError] = []
-
-    def checked(path: Path) -> Iterator[tuple[int, str]]:
-        for index, (entry, text) in enumerate(read_entries(path)):
+    records = Records([str(Path(file)) for file in files])
+    for number, file in enumerate(files):
+        for index, (entry, text) in enumerate(read_entries(file)):
             try:
-                parse_entry(entry, str(path), index)
-                yield index, text
+                parse_entry(entry, str(Path(file)), index)
             except DataError as error:
                 if on_error == "raise":
                     raise
                 errors.append(error)
                 if len(errors) <= _NAMED:
                     _log.warning("Entry left out: %s", error)
-
-    records = Records((str(Path(file)), checked(Path(file))) for file in files)
+            else:
+                records.add(number, index, text)
     records.malformed = len(errors)
     if errors and not records:
         raise DataError(f"{errors[0]}; none of {len(errors)} entries can be used")
@@ -142,20 +132,14 @@ def read_entries(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
     if path.suffix.lower() not in readers:
         raise DataError(f"{path}: expected a file named .json (a list of entries) or .jsonl (an entry per line)")
     empty = True
-    try:
-        with tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=3, leave=False) as bar:
-            for entry, text in readers[path.suffix.lower()](path):
-                empty = False
-                bar.update(len(text))
-                yield entry, text
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the path of a conversation file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert or reload it"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    with (
+        reading(path, DataError, "give the path of a conversation file"),
+        tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=3, leave=False) as bar,
+    ):
+        for entry, text in readers[path.suffix.lower()](path):
+            empty = False
+            bar.update(len(text))
+            yield entry, text
     if empty:
         raise DataError(f"{path}: has no entries; expected some like {_EXAMPLE}")
 

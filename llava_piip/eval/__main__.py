@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if arguments[:1] == [_TABLE]:
-            _table(_parse_table(arguments[1:]))
+            _table(arguments[1:])
         else:
             _evaluate(_parse(arguments))
     except KeyboardInterrupt:
@@ -143,34 +143,30 @@ def _report(benchmark: Benchmark, args: argparse.Namespace, answers: Path) -> No
         print(f"  {f'to send to {benchmark.remote}' if benchmark.remote else 'for the official script'}: {written}")
 
 
-def _parse_table(arguments: Sequence[str]) -> argparse.Namespace:
+def _table(arguments: Sequence[str]) -> None:
+    """Prints the published scores and measured ones."""
     parser = argparse.ArgumentParser(
         prog=f"python -m llava_piip.eval {_TABLE}", description="Prints the published scores, and yours below them."
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="DIR", help="--output of evaluations")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=SCORE", help="scores of one run that came from a server"
-    )
+    scores = parser.add_argument("--set", nargs="+", default=[], type=_named_score, metavar="NAME=SCORE")
+    scores.help = "scores of one run that came from a server"
     parser.add_argument("--row", nargs="+", metavar="NAME", help="published rows to show, such as that of your model")
     args = parser.parse_args(arguments)
     if args.set and len(args.runs) != 1:
         parser.error("--set: expected one run that the scores belong to")
-    remote = {benchmark.name for benchmark in EIGHT}
-    args.remote = {}
-    for setting in args.set:
-        name, _, value = setting.partition("=")
-        try:
-            args.remote[name] = float(value)
-        except ValueError:
-            parser.error(f"--set {setting}: expected NAME=SCORE, such as vqav2=79.1")
-        if name not in remote:
-            parser.error(f"--set {setting}: expected one of {', '.join(sorted(remote))}")
-    return args
-
-
-def _table(args: argparse.Namespace) -> None:
-    measured = {run.resolve().name: measured_scores(run) | args.remote for run in args.runs}
+    measured = {run.resolve().name: measured_scores(run) | dict(args.set) for run in args.runs}
     print(score_table(measured or None, args.row))
+
+
+def _named_score(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    names = [benchmark.name for benchmark in EIGHT]
+    try:
+        return names[names.index(name)], float(value)
+    except ValueError:
+        message = f"{text!r}: expected NAME=SCORE, such as vqav2=79.1, with one of {', '.join(names)}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 if __name__ == "__main__":

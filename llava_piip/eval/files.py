@@ -6,14 +6,17 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
+from ..data.problems import reading
+
 __all__ = ["EvalError", "checked", "read_json", "read_json_lines", "read_table", "write_json"]
+
+_SOURCES = "docs/evaluation.md says where each file comes from"
 
 
 class EvalError(UserError):
@@ -47,7 +50,7 @@ def read_json(path: Path, form: Any = object) -> Any:
     Raises:
         EvalError: If it is missing, is no JSON or has not the form that `checked` takes.
     """
-    with _reading(path):
+    with reading(path, EvalError, _SOURCES):
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
@@ -72,7 +75,7 @@ def read_json_lines(
         broken: Takes the numbers of lines that are no JSON object; without it they are an error, except for empty ones.
         only_ended: Leave out a last line without a line break, which somebody may still be writing.
     """
-    with _reading(path), path.open(encoding="utf-8-sig") as file:
+    with reading(path, EvalError, _SOURCES), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if (broken is None and not line.strip()) or (only_ended and not line.endswith("\n")):
                 continue
@@ -97,7 +100,7 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """
     previous = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # cells hold images
     try:
-        with _reading(path), path.open(encoding="utf-8-sig", newline="") as file:
+        with reading(path, EvalError, _SOURCES), path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             if not reader.fieldnames:
                 raise EvalError(f"{path}: empty; expected a header line")
@@ -112,15 +115,3 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise EvalError(f"{path}: no table with tabs ({error}); load it again") from None
     finally:
         csv.field_size_limit(previous)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise EvalError(f"{path}: no such file; docs/evaluation.md says where each file comes from") from None
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); load it again") from None
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror})") from error
