@@ -51,7 +51,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         records: The entries, of `read_records`.
         processor: Turns messages into ids and images into pixels.
         image_root: The folder that image names are relative to, or one per source file of the records.
-        chat_template: Name or text of the template; None for the processor's own.
+        chat_template: Name or text of a template, instead of the processor's own.
         max_length: Most ids of a sample, those of its images included; None for any number.
         on_error: "raise" stops at an unusable sample. "skip" counts it and takes the next usable one of the same kind
             (with images or without) instead; equal in every run.
@@ -205,12 +205,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def _count_cut(self, record: Record, turns: int) -> None:
         self._counts.add(_TURNS_CUT, turns)
         if self._counts.add(_CONVERSATIONS_CUT) == 1:
-            _log.warning(
-                "%s: longer than %s ids, %d rounds cut from its end (further ones are only counted)",
-                record.where,
-                self.max_length,
-                turns,
-            )
+            message = "%s: longer than %s ids, %d rounds cut from its end (further ones are only counted)"
+            _log.warning(message, record.where, self.max_length, turns)
 
 
 def count_placeholders(messages: Iterable[Mapping[str, str]], *, has_images: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path, PurePath
 
@@ -16,7 +17,7 @@ from piip_core.images import image_formats, spellings, upright
 from ..image_processing import ImageError, rgb_image
 from .problems import DataError, Problem
 
-__all__ = ["FORMAT_OF_SUFFIX", "ImageFolder", "read_image", "viewed_image"]
+__all__ = ["FORMAT_OF_SUFFIX", "ImageFolder", "read_image", "same_stem", "viewed_image"]
 
 # What image sets consist of. Others are refused: some of Pillow's readers start programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -102,10 +103,15 @@ class ImageFolder:
     def _hint(path: Path) -> str:
         if not path.parent.is_dir():
             return f": there is no folder {path.parent}; is the image folder the right one?"
-        for suffix in (*FORMAT_OF_SUFFIX, *map(str.upper, FORMAT_OF_SUFFIX)):
-            if (other := path.with_suffix(suffix)).is_file():
-                return f", but {other.name!r} exists: rename it (images are read by content), or correct the entry"
+        if other := next(same_stem(path), None):
+            return f", but {other.name!r} exists: rename it (images are read by content), or correct the entry"
         return ": add it, or remove the entry"
+
+
+def same_stem(path: Path) -> Iterator[Path]:
+    """The files that are not empty and differ from a path in the ending alone, the likeliest first."""
+    others = (path.with_suffix(suffix) for suffix in (*FORMAT_OF_SUFFIX, *map(str.upper, FORMAT_OF_SUFFIX)))
+    return (other for other in others if other.is_file() and other.stat().st_size)
 
 
 def read_image(source: Path | bytes, what: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:

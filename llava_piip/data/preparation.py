@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from piip_core.files import atomic_path
 
 from .audit import audit
 from .audit_report import AuditReport
-from .images import FORMAT_OF_SUFFIX, ImageFolder
+from .images import ImageFolder, same_stem
 from .problems import DataError
 from .published import PublishedFolder, PublishedSet
 from .records import read_records
@@ -133,49 +132,27 @@ def provide_expected_names(
     JPEG of the first frame. `follow_links` is that of `ImageFolder`.
     """
     images, repair = ImageFolder(image_root, follow_links=follow_links), NameRepair()
-    by_folder: dict[PurePosixPath, list[PurePosixPath]] = defaultdict(list)
-    for name in dict.fromkeys(names):
-        by_folder[PurePosixPath(name).parent].append(PurePosixPath(name))
-    with tqdm(total=sum(map(len, by_folder.values())), desc="Names", unit="image", disable=None) as bar:
-        for folder, expected in by_folder.items():
-            present = _names_by_stem(images.root / folder)
-            for name in expected:
-                others = present.get(name.stem, [])
-                if name.name in others:
-                    repair.present += 1
-                else:
-                    _provide(repair, images, name, others, convert)
-                bar.update()
-    return repair
-
-
-def _names_by_stem(folder: Path) -> dict[str, list[str]]:
-    """The image files of a folder that are not empty, in the order of preference."""
-    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for entry in os.scandir(folder) if folder.is_dir() else ():
-        stem, suffix = os.path.splitext(entry.name)
-        if suffix.lower() in FORMAT_OF_SUFFIX and entry.is_file() and entry.stat().st_size:
-            found[stem].append((list(FORMAT_OF_SUFFIX).index(suffix.lower()), entry.name))
-    return {stem: [name for _, name in sorted(names)] for stem, names in found.items()}
-
-
-def _provide(repair: NameRepair, images: ImageFolder, name: PurePosixPath, others: list[str], convert: bool) -> None:
-    """Makes one image available from files of the same stem."""
-    reasons = []
-    for other in others:
-        source = str(name.parent / other)
-        try:
-            image = images.open(source)
-        except DataError as error:
-            reasons.append(str(error))
+    for name in tqdm(list(dict.fromkeys(names)), "Names", unit=" images", disable=None):
+        path, reasons = images.root / name, []
+        if path.is_file() and path.stat().st_size:
+            repair.present += 1
             continue
-        _write(image if convert else None, images.locate(source), images.root / name)
-        repair.provided[str(name)] = source
-        return
-    if reasons:
-        repair.unreadable[str(name)] = "; ".join(reasons)
-    else:
-        repair.missing.append(str(name))
+        for other in same_stem(path):
+            source = str(PurePosixPath(name).with_name(other.name))
+            try:
+                image = images.open(source)
+            except DataError as error:
+                reasons.append(str(error))
+                continue
+            _write(image if convert else None, images.locate(source), path)
+            repair.provided[name] = source
+            break
+        else:
+            if reasons:
+                repair.unreadable[name] = "; ".join(reasons)
+            else:
+                repair.missing.append(name)
+    return repair
 
 
 def _write(image: Image.Image | None, source: Path, path: Path) -> None:

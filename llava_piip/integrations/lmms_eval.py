@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -216,21 +216,25 @@ class PIIPLlava(lmms):
         Raises:
             UserError: If none can be asked, or memory is too small.
         """
-        results, errors = dict.fromkeys(asked, failed), {}
+        results, errors, numbers = dict.fromkeys(asked, failed), {}, list(asked)
+
+        def attempt(batch: list[int]) -> None:
+            try:
+                results.update(zip(batch, work([asked[i].make() for i in batch]), strict=True))
+            except MemoryLimitError:
+                raise
+            except UserError as error:
+                if len(batch) == 1:
+                    errors[batch[0]] = error
+                else:
+                    for i in batch:
+                        attempt([i])
+
         with tqdm(total=len(asked), desc=title, unit="request", disable=self.rank != 0) as bar:
             for start in range(0, len(asked), self.batch_size):
-                conversations = {}
-                for i in list(asked)[start : start + self.batch_size]:
-                    bar.update()
-                    try:
-                        conversations[i] = asked[i].make()
-                    except UserError as error:
-                        errors[i] = error
-                for i, result in _each(conversations, work):
-                    if isinstance(result, UserError):
-                        errors[i] = result
-                    else:
-                        results[i] = result
+                batch = numbers[start : start + self.batch_size]
+                attempt(batch)
+                bar.update(len(batch))
         for i, error in errors.items():
             message = f"{asked[i].where}: {error}"
             if len(errors) == len(asked):
@@ -269,23 +273,6 @@ def _where(request: Instance) -> str:
         return "a request without a document"
     *_, doc_id, task, _split = request.args
     return f"{task}, document {doc_id}"
-
-
-def _each(
-    conversations: Mapping[int, Conversation], work: Callable[[list[Conversation]], list[Any]]
-) -> Iterator[tuple[int, Any]]:
-    """Results of a batch, or of each for itself if one of them fails; an error in place of its result."""
-    try:
-        yield from zip(conversations, work(list(conversations.values())) if conversations else [], strict=True)
-        return
-    except MemoryLimitError:
-        raise
-    except UserError as error:
-        if len(conversations) == 1:
-            yield next(iter(conversations)), error
-            return
-    for i, conversation in conversations.items():
-        yield from _each({i: conversation}, work)
 
 
 def _asked(text: str, visuals: Any) -> Conversation:

@@ -73,12 +73,7 @@ class PIIPLlava(BaseModel):
         return DATASET_TYPE(dataset) == "MCQ"
 
     def build_prompt(self, line: Mapping[str, Any], dataset: str | None = None) -> list[dict[str, str]]:
-        """A question with choices in LLaVA-1.5's words.
-
-        Args:
-            line: A row of the data set's table.
-            dataset: Its name.
-        """
+        """A question with choices, a row of the data set's table, in LLaVA-1.5's words."""
         words = [line["question"]] if _is_empty(line, "hint") else [line["hint"], line["question"]]
         words += [f"{letter}. {line[letter]}" for letter in string.ascii_uppercase if not _is_empty(line, letter)]
         paths = self.dump_image(line, dataset)
@@ -87,31 +82,17 @@ class PIIPLlava(BaseModel):
         return [{"type": "image", "value": path} for path in paths] + [{"type": "text", "value": text}]
 
     def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
-        """Answers one message.
-
-        Args:
-            message: {"type": "image" or "text", "value": path or text} in order.
-            dataset: Its data set's name.
-        """
+        """Answers one message: {"type": "image" or "text", "value": path or text} in order."""
         return self.chat_inner([{"role": "user", "content": message}], dataset)
 
     def chat_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
-        """Answers the last of several messages.
-
-        Args:
-            message: {"role": "user" or "assistant", "content": as for `generate_inner`} in turns.
-            dataset: Its data set's name.
-        """
+        """Answers the last of several {"role": "user" or "assistant", "content": as for `generate_inner`}."""
         return answer_batch(self.chat_model, [_conversation(message)], **self.settings)[0]
 
 
 def register(name: str, folder: str, **settings: Any) -> None:
-    """Makes a model known to VLMEvalKit's programs, under a name of your own, and the class to its JSON files.
-
-    Args:
-        name: What `--model` takes.
-        folder: Folder of the model.
-        **settings: Of `PIIPLlava`.
+    """Makes a folder's model known to VLMEvalKit's `--model`, with settings of `PIIPLlava`, and the class to its JSON
+    files.
 
     Raises:
         UserError: If VLMEvalKit has a model of that name.
