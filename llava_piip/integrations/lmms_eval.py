@@ -143,11 +143,9 @@ class PIIPLlava(lmms):
         asked = {i: _Asked(_where(each), partial(self._answered, each)) for i, each in enumerate(requests)}
         impossible = Likelihood(-math.inf, 1, is_greedy=False)
         found = self._batched(asked, partial(likelihood_batch, self.chat), impossible, "lmms-eval: likelihoods")
-        scale = (lambda n: 1) if self.likelihood == "logprob" else (lambda n: -1 / n)
-        values = [
-            _Value(log_probability * scale(num_tokens), is_greedy)
-            for log_probability, num_tokens, is_greedy in found.values()
-        ]
+        values = []
+        for total, num_tokens, is_greedy in found.values():
+            values.append(_Value(total if self.likelihood == "logprob" else -total / num_tokens, is_greedy))
         return self._remembered("loglikelihood", requests, values)
 
     def _plan(self, text: str, settings: Any, to_visuals: Any, to_text: Any = None) -> _Plan:
