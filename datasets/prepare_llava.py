@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lays out the data sets that PIIP-LLaVA is trained on, and makes one of your own pictures and texts.
+"""Lays out the data sets that PIIP-LLaVA is trained on, and makes one of your own images and texts.
 
 $ python datasets/prepare_llava.py pretrain /data              # stage 1, LCS-558K: unpack, and say what is missing
 $ python datasets/prepare_llava.py finetune /data              # stage 2, mix665k
@@ -7,7 +7,7 @@ $ python datasets/prepare_llava.py finetune /data --archive gqa=~/Downloads/imag
 $ python datasets/prepare_llava.py finetune /data --download   # fetch what is missing first; goes on if interrupted
 $ python datasets/prepare_llava.py own /data/mine captions.csv /data/mine.json
 
-Archives are looked for at their places below the folder (see `Get` in the output) and are not removed. Every step can
+Archives are looked for below the folder (see `Get` in the output) and are not removed. Every step can
 be repeated; what is done is not done again. The exit status is 0 if nothing is missing.
 
 The paper's "Plus" model saw about 1.6 million samples more. That mixture is not published in detail, so no command
@@ -39,31 +39,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, title in SETS.items():
         command = commands.add_parser(name, help=title, description=f"Lays out {title}.")
         command.add_argument("root", type=Path, help="folder that holds all data sets")
-        command.add_argument(
-            "--archive",
-            type=_part,
-            action="append",
-            default=[],
-            metavar="PART=FILE",
-            help="an archive at another place",
-        )
+        archive = command.add_argument("--archive", type=_part, action="append", default=[], metavar="PART=FILE")
+        archive.help = "an archive that lies elsewhere"
         command.add_argument("--download", action="store_true", help="download what is missing (tens of gigabytes)")
         command.add_argument("--follow-links", action="store_true", help="allow links that lead out of the folder")
         command.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-        if name == "finetune":
-            command.add_argument(
-                "--convert",
-                action="store_true",
-                help="write JPEGs for OCR-VQA images that came as .gif or .png; by default they get a second name, "
-                "which keeps their pixels (images are read by content)",
-            )
+        command.add_argument(
+            "--convert",
+            action="store_true",
+            help="write JPEGs for OCR-VQA images that came as .gif or .png; by default they get a second name, which "
+            "keeps their pixels (images are read by content)",
+        )
     own = commands.add_parser(
         "own",
-        help="a conversation file from a table of your pictures",
+        help="a conversation file from a table of your images",
         description="Writes a conversation file. The table is .csv with a header line or .jsonl; its columns are "
         "`file` (relative to IMAGES), and `caption` or `question` and `answer`; `id` may be there.",
     )
-    own.add_argument("images", type=Path, help="folder with the pictures")
+    own.add_argument("images", type=Path, help="folder with the images")
     own.add_argument("table", type=Path, help=".csv or .jsonl")
     own.add_argument("output", type=Path, help=".json or .jsonl file to write")
     own.add_argument("--prompt", metavar="TEXT", help="what the user says where there is a caption")
@@ -94,28 +87,23 @@ def _published(args: argparse.Namespace) -> int:
     from llava_piip.data.preparation import prepare_published
     from llava_piip.data.published import PUBLISHED
 
+    options = {"fetch": args.download, "convert": args.convert, "follow_links": args.follow_links}
     preparation = prepare_published(
-        PUBLISHED[args.what],
-        args.root,
-        archives=dict(args.archive),
-        fetch=args.download,
-        convert=getattr(args, "convert", False),
-        follow_links=args.follow_links,
-        workers=args.workers,
+        PUBLISHED[args.what], args.root, archives=dict(args.archive), workers=args.workers, **options
     )
-    _print(preparation)
+    _print(preparation, args.convert)
     if preparation.complete:
         print(f"\nNo image is missing. Next: python datasets/verify_llava.py {args.what} {args.root}")
     return 0 if preparation.complete else 1
 
 
-def _print(preparation: Preparation) -> None:
+def _print(preparation: Preparation, convert: bool) -> None:
     print("\n".join(preparation.done) or "Nothing to unpack.")
     if (names := preparation.names) is not None:
         print(
-            f"OCR-VQA: {names.present} images under their names, {len(names.linked)} got a second name, "
-            f"{len(names.converted)} were converted, {len(names.missing)} are missing, {len(names.unreadable)} are "
-            "there under another name but broken"
+            f"OCR-VQA: {names.present} images under their names, {len(names.provided)} "
+            f"{'were converted' if convert else 'got a second name'}, {len(names.missing)} are missing, "
+            f"{len(names.unreadable)} are there under another name but broken"
         )
         for name, reason in list(names.unreadable.items())[:LISTED]:
             print(f"  {name}: {reason}")

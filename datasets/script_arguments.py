@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_report_options", "add_root", "check_report_options", "tell"]
+__all__ = ["add_decode", "add_report_options", "add_root", "check_report_options", "tell"]
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,17 @@ def add_root(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser(),
         help="folder that holds all data sets (default: $DETECTRON2_DATASETS, here %(default)s)",
+    )
+
+
+def add_decode(parser: argparse.ArgumentParser) -> None:
+    """Adds how far images are read."""
+    parser.add_argument(
+        "--decode",
+        choices=("none", "header", "full"),
+        default="header",
+        help="how far images are read: not at all (they exist, are not empty and lie in their folder), their header "
+        "(default; finds files that are no images), or to the end (finds truncated ones)",
     )
 
 

@@ -16,26 +16,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_report_options, check_report_options, tell
+from script_arguments import add_decode, add_report_options, check_report_options, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--decode",
-        choices=("none", "header", "full"),
-        default="header",
-        help="how far images are read: not at all (they exist, are not empty and lie in their folder), their header "
-        "(default; finds files that are no images), or to the end (finds truncated ones)",
-    )
+    add_decode(common)
     add_report_options(common)
-    common.add_argument(
-        "--clean", type=Path, metavar="FILE", help="write the entries without a problem (.json, .jsonl)"
-    )
-    common.add_argument(
-        "--follow-links", action="store_true", help="allow links that lead out of the image folder (that you made)"
-    )
+    common.add_argument("--clean", type=Path, metavar="FILE", help="write entries without a problem (.json, .jsonl)")
+    common.add_argument("--follow-links", action="store_true", help="allow links that lead out of the image folder")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True, metavar="{pretrain,finetune,files}")
     for name, title in (("pretrain", "LCS-558K"), ("finetune", "mix665k of LLaVA-1.5")):
@@ -43,14 +33,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("root", type=Path, help="folder that holds all data sets")
     files = commands.add_parser("files", parents=[common], help="any conversation files")
     files.add_argument("--annotations", nargs="+", required=True, metavar="FILE", help=".json or .jsonl")
-    files.add_argument(
-        "--image-root",
-        "--image_root",
-        nargs="+",
-        required=True,
-        metavar="FOLDER",
-        help="one for all files, or one for each",
-    )
+    roots = files.add_argument("--image-root", "--image_root", nargs="+", required=True, metavar="FOLDER")
+    roots.help = "one for all files, or one for each"
     args = parser.parse_args(argv)
     if args.clean and args.what == "files" and len(args.annotations) > 1:
         parser.error(f"--clean {args.clean}: expected a single file in --annotations, not {len(args.annotations)}")
@@ -72,14 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             published = PUBLISHED[args.what]
             annotations, roots = [args.root / published.annotations], [args.root / published.image_root]
-        report = audit(
-            annotations,
-            roots,
-            decode=args.decode,
-            published=published,
-            workers=args.workers,
-            follow_links=args.follow_links,
-        )
+        options = {"decode": args.decode, "workers": args.workers, "follow_links": args.follow_links}
+        report = audit(annotations, roots, published=published, **options)
         tell(report, args)
         if args.clean:
             number = write_clean(report, annotations[0], args.clean)

@@ -40,16 +40,13 @@ class ConversationCache:
     def generate(
         self, ids: Sequence[int], pixel_values: Tensor | None, generation_config: GenerationConfig, **options: Any
     ) -> Tensor:
-        """Generates the answer to one prompt.
+        """Prompt and answer (1, M), as of `model.generate`, which takes the settings and other options.
 
         Args:
             ids: The prompt, with `image_seq_length` image tokens for each image.
             pixel_values: Of all its images (N, 3, S, S); None for none.
             generation_config: Settings.
-            **options: For `model.generate`: streamer, stopping_criteria ...
-
-        Returns:
-            Prompt and answer, (1, M).
+            **options: Streamer, stopping criteria ...
         """
         config, device = self._model.config, self._model.device
         tokens = self._name_tokens(ids, pixel_values)

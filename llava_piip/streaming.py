@@ -35,7 +35,7 @@ class AnswerStream(BaseStreamer, Iterator[str]):
         tokenizer: Of the model.
         prompt_ids: The prompt.
         end_ids: Tokens that end an answer.
-        end_texts: Texts that end the answer and are no part of it.
+        end_texts: Texts that do, and are no part of it.
         max_new_tokens: Most tokens of the answer.
         stop_event: Ends the answer after the next token, once it is set.
 

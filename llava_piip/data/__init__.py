@@ -1,7 +1,7 @@
 """Training data: conversation files, images, samples, batches and their order."""
 
 from .collate import Collator
-from .dataset import ConversationDataset, SampleProcessor
+from .dataset import ConversationDataset
 from .images import ImageFolder
 from .problems import DataError, Problem
 from .records import Record, Records, read_records
@@ -16,6 +16,5 @@ __all__ = [
     "Problem",
     "Record",
     "Records",
-    "SampleProcessor",
     "read_records",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -29,44 +30,19 @@ from .audit_report import (
     FileSummary,
     Finding,
 )
-from .dataset import is_placeholder
-from .images import ImageFolder
+from .dataset import count_placeholders
+from .images import FORMAT_OF_SUFFIX, ImageFolder
 from .own_annotations import write_entries
 from .problems import DataError, Problem
 from .published import PublishedSet
 from .records import Record, parse_entry, read_entries
 
-__all__ = ["Decode", "ImageState", "audit", "image_findings", "image_states", "num_cores", "write_clean"]
+__all__ = ["Decode", "audit", "image_findings", "write_clean"]
 
 Decode = Literal["none", "header", "full"]
 AnyPath = str | os.PathLike[str]
 
 _CHUNK = 256  # images a worker process is handed at a time
-_FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".gif": "GIF",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
-
-
-@dataclass(frozen=True)
-class ImageState:
-    """What is known of an image file after looking at it.
-
-    Attributes:
-        problem: A value of `Problem`, None for a good image.
-        message: What is wrong, with the fix.
-        format: Its format by its content, where that was looked at.
-    """
-
-    problem: str | None = None
-    message: str = ""
-    format: str | None = None
 
 
 def audit(
@@ -77,7 +53,6 @@ def audit(
     published: PublishedSet | None = None,
     workers: int | None = None,
     follow_links: bool = False,
-    progress: bool = True,
 ) -> AuditReport:
     """Checks conversation files with their images and reports everything found.
 
@@ -92,7 +67,6 @@ def audit(
         published: A data set whose sizes to compare with; for a single file.
         workers: Number of processes for the images; by default one per core.
         follow_links: Whether links below an image folder may lead out of it.
-        progress: Show progress bars.
 
     Raises:
         ConfigError: If arguments do not fit together or there is no such image folder.
@@ -111,18 +85,12 @@ def audit(
         raise ConfigError(f"{len(files)} files to compare with the sizes of {published.title}: expected one")
     report = AuditReport(decode)
     for file, root in zip(files, roots, strict=True):
-        folder = ImageFolder(root, follow_links=follow_links)
-        _audit_file(report, Path(file), folder, published, workers or num_cores(), progress)
+        _audit_file(report, Path(file), ImageFolder(root, follow_links=follow_links), published, workers)
     return report
 
 
 def write_clean(report: AuditReport, annotations: AnyPath, output: AnyPath) -> int:
-    """Writes a conversation file without the entries that have a problem, and returns how many it has.
-
-    Args:
-        report: The audit of the file.
-        annotations: The file.
-        output: File to write, `.json` or `.jsonl`; not `annotations`.
+    """Writes a file without the entries that have a problem, `.json` or `.jsonl`, and returns how many it has.
 
     Raises:
         UserError: If the file was not audited or could not be read to its end, would be overwritten, or no entry is
@@ -131,12 +99,12 @@ def write_clean(report: AuditReport, annotations: AnyPath, output: AnyPath) -> i
     path, output = Path(annotations), Path(output)
     if str(path) not in [summary.file for summary in report.files]:
         raise UserError(f"{path}: is not one of the files of this audit")
-    if any(finding.file == str(path) and finding.entry is None for finding in report.findings):
+    bad = {finding.entry for finding in report.problems if finding.file == str(path)}
+    if None in bad:
         raise UserError(f"{path}: could not be read to its end, so what is good cannot be told; repair it first")
     if output.exists() and output.samefile(path):
         raise UserError(f"{output}: is the file that was audited; choose another name")
-    bad = report.bad_entries(path)
-    good = (text for number, (_, text) in enumerate(read_entries(path)) if number not in bad)
+    good = (text for index, (_, text) in enumerate(read_entries(path)) if index not in bad)
     first = next(good, None)
     if first is None:
         raise UserError(f"{path}: has no entry without a problem; is the image folder the right one?")
@@ -144,7 +112,7 @@ def write_clean(report: AuditReport, annotations: AnyPath, output: AnyPath) -> i
 
 
 def _audit_file(
-    report: AuditReport, path: Path, folder: ImageFolder, published: PublishedSet | None, workers: int, progress: bool
+    report: AuditReport, path: Path, folder: ImageFolder, published: PublishedSet | None, workers: int | None
 ) -> None:
     """Adds one file to a report."""
     summary = FileSummary(str(path), str(folder.root))
@@ -152,24 +120,19 @@ def _audit_file(
     users: dict[str, list[tuple[int, str]]] = {}  # image -> entries that name it
     findings: list[Finding] = []
     first_by_id: dict[str, int] = {}
-    known_folders = _known_folders(published)
+    folder_of = partial(_folder_of, known=[] if published is None else published.relative_folders())
     for record in _records(path, summary, findings):
         summary.with_image += bool(record.images)
         summary.text_only += not record.images
         for name in dict.fromkeys(record.images):
             users.setdefault(name, []).append((record.index, record.id))
         if record.images:
-            summary.entries_by_folder[_folder_of(record.images[0], known_folders)] += 1
+            summary.entries_by_folder[folder_of(record.images[0])] += 1
         findings += _text_findings(record)
         if (first := first_by_id.setdefault(record.id, record.index)) != record.index:
             findings.append(_finding(record, REPEATED_ID, f"{record.where}: entry {first} has the same id"))
-    for name, state in image_states(list(users), folder, report.decode, workers, progress):
-        group = _folder_of(name, known_folders)
-        summary.images_by_folder[group] += 1
-        summary.unusable_by_folder[group] += state.problem is not None
-        findings += image_findings(str(path), name, state, users[name])
-    findings.sort(key=lambda finding: -1 if finding.entry is None else finding.entry)
-    report.findings += findings
+    findings += image_findings(summary, users, folder, report.decode, workers, folder_of)
+    report.findings += sorted(findings, key=lambda finding: -1 if finding.entry is None else finding.entry)
     if published is not None and summary.entries:
         summary.counts += _counts(summary, published)
 
@@ -177,12 +140,12 @@ def _audit_file(
 def _records(path: Path, summary: FileSummary, findings: list[Finding]) -> Iterator[Record]:
     """The well-formed entries of a file; adds findings for the others."""
     try:
-        for number, (entry, _) in enumerate(read_entries(path)):
+        for index, (entry, _) in enumerate(read_entries(path)):
             summary.entries += 1
             try:
-                record = parse_entry(entry, str(path), number)
+                record = parse_entry(entry, str(path), index)
             except DataError as error:
-                findings.append(Finding(str(path), number, None, error.problem.value, None, str(error)))
+                findings.append(Finding(str(path), index, None, error.problem.value, None, str(error)))
             else:
                 yield record
     except DataError as error:
@@ -196,7 +159,7 @@ def _text_findings(record: Record) -> Iterator[Finding]:
     except ConversationError as error:
         yield _finding(record, Problem.CONVERSATION.value, f"{record.where}: {error}")
         return
-    found = _count_placeholders(messages, len(record.images))
+    found = count_placeholders(messages, has_images=bool(record.images))
     if found != len(record.images):
         message = f"{found} placeholders {IMAGE_TAG} for {len(record.images)} images; correct the entry"
         yield _finding(record, Problem.PLACEHOLDERS.value, f"{record.where}: {message}")
@@ -208,58 +171,59 @@ def _text_findings(record: Record) -> Iterator[Finding]:
         yield _finding(record, EMPTY_ANSWER, f"{record.where}: the last question has no answer: nothing to learn")
 
 
-def _count_placeholders(messages: Iterable[Mapping[str, str]], num_images: int) -> int:
-    """Placeholders by the rule of `ConversationDataset`: without images, the tag within a text is ordinary."""
-    texts = [message["content"] for message in messages]
-    return sum(text.count(IMAGE_TAG) for text in texts) if num_images else sum(map(is_placeholder, texts))
-
-
-def image_states(
-    names: list[str], folder: ImageFolder, decode: str, workers: int, progress: bool
-) -> Iterator[tuple[str, ImageState]]:
-    """Looks at images, in worker processes if there are many, and yields what is known of each.
+def image_findings(
+    summary: FileSummary,
+    users: Mapping[str, Sequence[tuple[int, str]]],
+    folder: ImageFolder,
+    decode: str,
+    workers: int | None,
+    folder_of: Callable[[str], str],
+) -> Iterator[Finding]:
+    """Looks at images, in worker processes if there are many, and yields what it means for the entries that name them.
 
     Args:
-        names: Names below the folder.
-        folder: The folder.
-        decode: How far images are read; see `audit`.
+        summary: Of the file with the entries; takes the numbers of images.
+        users: Index and id of the entries that name each image.
+        folder: Where the images are.
+        decode: See `audit`, as for `workers`.
         workers: Number of processes.
-        progress: Show a progress bar.
+        folder_of: The folder that an image counts for.
 
     Raises:
         UserError: If a process ends while it reads images.
     """
-    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
-    look = partial(_look_at_all, folder, decode)
-    bar = partial(tqdm, total=len(names), desc="Images", unit=" images", disable=None if progress else True)
-    if workers <= 1 or len(chunks) <= 1:
-        with bar() as done:
-            for name in names:
-                yield name, _look(folder, decode, name)
-                done.update()
-        return
-    with ProcessPoolExecutor(min(workers, len(chunks))) as pool:
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    alone = workers <= 1 or len(users) <= _CHUNK
+    with nullcontext() if alone else ProcessPoolExecutor(min(workers, -(-len(users) // _CHUNK))) as pool:
+        look = partial(_look, folder, decode)
         try:
-            results = pool.map(look, chunks)
-            with bar() as done:
-                for chunk, states in zip(chunks, results, strict=True):
-                    yield from zip(chunk, states, strict=True)
-                    done.update(len(chunk))
+            looks = map(look, users) if pool is None else pool.map(look, users, chunksize=_CHUNK)
+            bar = tqdm(looks, "Images", len(users), unit=" images", disable=None)
+            for (name, entries), (problem, found) in zip(users.items(), bar, strict=True):
+                summary.images_by_folder[folder_of(name)] += 1
+                summary.unusable_by_folder[folder_of(name)] += problem is not None
+                expected = FORMAT_OF_SUFFIX.get(PurePosixPath(name).suffix.lower())
+                if problem is not None:
+                    kind, message = problem, found
+                elif None not in (found, expected) and found != expected:
+                    kind, message = OTHER_FORMAT, f"image {name!r} is a {found} file"
+                else:
+                    continue
+                for index, record_id in entries:
+                    where = f"{summary.file}: entry {index} (id {record_id!r})"
+                    yield Finding(summary.file, index, record_id, kind, name, f"{where}: {message}")
         except BrokenProcessPool as error:
             raise UserError(
                 f"a process that read images of {folder.root} ended: too little memory, or an image that crashes the "
                 "reader; workers=1 shows which"
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _look_at_all(folder: ImageFolder, decode: str, names: list[str]) -> list[ImageState]:
-    return [_look(folder, decode, name) for name in names]
-
-
-def _look(folder: ImageFolder, decode: str, name: str) -> ImageState:
-    """Looks at one image, as far as asked for."""
+def _look(folder: ImageFolder, decode: str, name: str) -> tuple[str | None, str | None]:
+    """A value of `Problem` and the message; or None and the image's format, as far as it was looked at."""
     try:
         path = folder.locate(name)
         found = None if decode == "none" else _format(path)
@@ -267,8 +231,8 @@ def _look(folder: ImageFolder, decode: str, name: str) -> ImageState:
         if decode == "full" or (decode == "header" and found is None):
             folder.open(name)
     except DataError as error:
-        return ImageState(error.problem.value, str(error))
-    return ImageState(format=found)
+        return error.problem.value, str(error)
+    return None, found
 
 
 def _format(path: Path) -> str | None:
@@ -277,42 +241,15 @@ def _format(path: Path) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=sorted(set(_FORMATS.values()))) as image:
-                # A phone's JPEG with a second picture inside
+            with Image.open(path, formats=sorted(set(FORMAT_OF_SUFFIX.values()))) as image:
+                # A phone's JPEG with a second image inside
                 return "JPEG" if image.format == "MPO" else image.format
     except Exception:  # readers meet broken content with errors of many types
         return None
 
 
-def image_findings(file: str, name: str, state: ImageState, users: Iterable[tuple[int, str]]) -> Iterator[Finding]:
-    """What a look at an image means for the entries that name it.
-
-    Args:
-        file: The file that the entries stand in.
-        name: The image.
-        state: What is known of it.
-        users: Number and id of each entry that names it.
-    """
-    expected = _FORMATS.get(PurePosixPath(name).suffix.lower())
-    if state.problem is not None:
-        kind, message = state.problem, state.message
-    elif state.format is not None and expected is not None and state.format != expected:
-        kind, message = OTHER_FORMAT, f"image {name!r} is a {state.format} file"
-    else:
-        return
-    for entry, record_id in users:
-        yield Finding(file, entry, record_id, kind, name, f"{file}: entry {entry} (id {record_id!r}): {message}")
-
-
 def _finding(record: Record, kind: str, message: str) -> Finding:
     return Finding(record.source, record.index, record.id, kind, None, message)
-
-
-def _known_folders(published: PublishedSet | None) -> list[str]:
-    """The image folders of a published data set, relative to its image root."""
-    if published is None:
-        return []
-    return [str(PurePosixPath(os.path.relpath(f.folder, published.image_root))) for f in published.folders]
 
 
 def _folder_of(name: str, known: Sequence[str]) -> str:
@@ -320,25 +257,16 @@ def _folder_of(name: str, known: Sequence[str]) -> str:
     for folder in known:
         if folder == "." or name.startswith(f"{folder}/"):
             return folder
-    return _first_folder(name)
-
-
-def _first_folder(name: str) -> str:
     parts = PurePosixPath(name).parts
     return parts[0] if len(parts) > 1 else "."
 
 
 def _counts(summary: FileSummary, published: PublishedSet) -> list[Count]:
     """The comparison with the published sizes."""
-    found = {"": summary.text_only}
+    found = Counter({"": summary.text_only})
     for folder, number in summary.entries_by_folder.items():
-        first = PurePosixPath(folder).parts[0] if folder != "." else "."
-        found[first] = found.get(first, 0) + number
-    counts = [Count(f"{published.title}: all", summary.entries, published.records)]
-    for folder, number in published.records_by_folder.items():
-        counts.append(Count(f"images in {folder}" if folder else "text only", found.get(folder, 0), number))
-    return counts
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        found[folder.partition("/")[0]] += number
+    return [Count(f"{published.title}: all", summary.entries, published.records)] + [
+        Count(f"images in {folder}" if folder else "text only", found[folder], number)
+        for folder, number in published.records_by_folder.items()
+    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from tabulate import tabulate
@@ -14,16 +13,7 @@ from piip_core.files import write_atomically
 
 from .problems import Problem
 
-__all__ = [
-    "EMPTY_ANSWER",
-    "OTHER_FORMAT",
-    "REPEATED_ID",
-    "UNUSABLE_FILE",
-    "AuditReport",
-    "Count",
-    "FileSummary",
-    "Finding",
-]
+__all__ = ["AuditReport", "Count", "FileSummary", "Finding"]
 
 UNUSABLE_FILE = "file unusable"
 EMPTY_ANSWER = "answer empty or missing"
@@ -36,23 +26,14 @@ _ORDER = (UNUSABLE_FILE, *(problem.value for problem in Problem), EMPTY_ANSWER, 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about an entry.
-
-    Attributes:
-        file: The conversation file.
-        entry: Number of the entry, from 0; None for what concerns the file.
-        id: The entry's id, if it could be read.
-        kind: A value of `Problem`, or one of this module's names.
-        image: The image, if it is about one.
-        message: What was found, with the fix.
-    """
+    """Something about an entry of a conversation file."""
 
     file: str
-    entry: int | None
-    id: str | None
-    kind: str
-    image: str | None
-    message: str
+    entry: int | None  # its index; None for what concerns the file
+    id: str | None  # if it could be read
+    kind: str  # a value of `Problem`, or one of this module's names
+    image: str | None  # if it is about one
+    message: str  # what was found, with the fix
 
     @property
     def is_problem(self) -> bool:
@@ -71,44 +52,26 @@ class Count:
 
 @dataclass
 class FileSummary:
-    """Numbers of one conversation file.
-
-    Attributes:
-        file: The file.
-        image_root: Folder that its image names are relative to.
-        entries: Number of entries, malformed ones too.
-        with_image: Number of entries with an image.
-        text_only: Number of entries without one.
-        entries_by_folder: Number of entries by the folder of their first image.
-        images_by_folder: Number of different images by folder.
-        unusable_by_folder: How many of these are missing or unusable.
-        counts: Comparison with the published sizes, if there are any.
-    """
+    """Numbers of one conversation file."""
 
     file: str
     image_root: str
-    entries: int = 0
+    entries: int = 0  # malformed ones too
     with_image: int = 0
     text_only: int = 0
-    entries_by_folder: Counter[str] = field(default_factory=Counter)
-    images_by_folder: Counter[str] = field(default_factory=Counter)
-    unusable_by_folder: Counter[str] = field(default_factory=Counter)
-    counts: list[Count] = field(default_factory=list)
+    entries_by_folder: Counter[str] = field(default_factory=Counter)  # of their first image
+    images_by_folder: Counter[str] = field(default_factory=Counter)  # each image once
+    unusable_by_folder: Counter[str] = field(default_factory=Counter)  # of these, or missing
+    counts: list[Count] = field(default_factory=list)  # beside the published ones
 
 
 @dataclass
 class AuditReport:
-    """The result of an audit.
+    """The result of an audit."""
 
-    Attributes:
-        decode: How images were read: "none", "header" or "full".
-        files: Numbers per conversation file.
-        findings: Everything found, in the order of files and entries.
-    """
-
-    decode: str
+    decode: str  # how images were read
     files: list[FileSummary] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)  # in the order of files and entries
 
     @property
     def problems(self) -> list[Finding]:
@@ -116,13 +79,20 @@ class AuditReport:
         return [finding for finding in self.findings if finding.is_problem]
 
     @property
+    def other_counts(self) -> list[Count]:
+        """The numbers that are not the published ones."""
+        return [count for summary in self.files for count in summary.counts if count.found != count.published]
+
+    @property
     def ok(self) -> bool:
         """Whether there are no problems and every count is the published one."""
-        return not any(finding.is_problem for finding in self.findings) and not any(self._other_counts())
+        return not self.problems and not self.other_counts
 
-    def bad_entries(self, file: str | os.PathLike[str]) -> set[int]:
-        """Numbers of the entries of a file that have a problem."""
-        return {f.entry for f in self.findings if f.file == str(file) and f.is_problem and f.entry is not None}
+    @property
+    def totals(self) -> dict[str, int]:
+        """Number of findings by kind."""
+        totals = Counter(finding.kind for finding in self.findings)
+        return {kind: totals[kind] for kind in _ORDER if totals[kind]}
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
         """Writes everything as JSON; an interruption leaves the old file."""
@@ -130,7 +100,7 @@ class AuditReport:
             "ok": self.ok,
             "decode": self.decode,
             "files": [vars(summary) | {"counts": list(map(asdict, summary.counts))} for summary in self.files],
-            "totals": dict(self._totals()),
+            "totals": self.totals,
             "findings": [asdict(finding) | {"problem": finding.is_problem} for finding in self.findings],
         }
         with write_atomically(path, "w") as file:
@@ -138,21 +108,28 @@ class AuditReport:
             file.write("\n")
 
     def summary(self, *, examples: int = 3, max_folders: int = 20) -> str:
-        """Tables for people.
-
-        Args:
-            examples: How many findings of each kind are shown.
-            max_folders: How many image folders of a file are shown.
-        """
-        parts = [self._file_table(), *(self._folder_table(summary, max_folders) for summary in self.files)]
-        if any(summary.counts for summary in self.files):
-            parts.append(self._count_table())
-        parts.append(self._finding_table(examples))
-        return "\n\n".join(part for part in parts if part)
+        """Tables for people, with so many findings of each kind and so many image folders of each file."""
+        files = [(s.file, s.entries, s.with_image, s.text_only, s.image_root) for s in self.files]
+        parts = [tabulate(files, ["file", "entries", "with image", "text only", "image folder"], "github")]
+        parts += [_folder_table(summary, max_folders) for summary in self.files]
+        counts = [
+            (count.what, count.found, count.published, "as published" if count.found == count.published else "DIFFERS")
+            for summary in self.files
+            for count in summary.counts
+        ]
+        if counts:
+            parts.append(tabulate(counts, ["entries", "found", "published size", ""], "github"))
+        lines = []
+        for kind, number in self.totals.items():
+            lines.append(f"{'information' if kind in _INFORMATION else 'PROBLEM'}: {kind}: {number}")
+            found = [finding.message for finding in self.findings if finding.kind == kind]
+            lines += [f"  {message}" for message in found[:examples]]
+            if number > examples:
+                lines.append(f"  and {number - examples} more")
+        return "\n\n".join(filter(None, [*parts, "\n".join(lines)]))
 
     def verdict(self) -> str:
         """One line."""
-        bad = len({(f.file, f.entry) for f in self.problems if f.entry is not None})
         reading = {
             "none": "the images were not read, only looked up",
             "header": "of the images only the headers were read: decode=full finds truncated ones too",
@@ -161,7 +138,8 @@ class AuditReport:
         if self.ok:
             return f"Everything is in order ({reading})."
         files = len({finding.file for finding in self.problems if finding.entry is None})
-        other = sum(1 for _ in self._other_counts())
+        bad = len({(f.file, f.entry) for f in self.problems if f.entry is not None})
+        other = len(self.other_counts)
         found = [
             f"unusable files: {files}" if files else "",
             f"entries with problems: {bad} of {sum(summary.entries for summary in self.files)}" if bad else "",
@@ -169,46 +147,12 @@ class AuditReport:
         ]
         return f"{'; '.join(filter(None, found))} ({reading})."
 
-    def _totals(self) -> Counter[str]:
-        totals = Counter(finding.kind for finding in self.findings)
-        return Counter({kind: totals[kind] for kind in _ORDER if totals[kind]})
 
-    def _other_counts(self) -> Iterator[Count]:
-        return (count for summary in self.files for count in summary.counts if count.found != count.published)
-
-    def _file_table(self) -> str:
-        rows = [(s.file, s.entries, s.with_image, s.text_only, s.image_root) for s in self.files]
-        return tabulate(rows, ["file", "entries", "with image", "text only", "image folder"], "github")
-
-    def _folder_table(self, summary: FileSummary, max_folders: int) -> str:
-        shown = summary.images_by_folder.most_common(max_folders)
-        rows = [
-            (folder, summary.entries_by_folder[folder], images, summary.unusable_by_folder[folder])
-            for folder, images in sorted(shown)
-        ]
-        if hidden := summary.images_by_folder.total() - sum(images for _, images in shown):
-            left = [folder for folder in summary.images_by_folder if folder not in dict(shown)]
-            entries, unusable = (
-                sum(numbers[f] for f in left) for numbers in (summary.entries_by_folder, summary.unusable_by_folder)
-            )
-            rows.append((f"{len(left)} more folders", entries, hidden, unusable))
-        return tabulate(rows, ["images in", "entries", "images", "missing or unusable"], "github") if rows else ""
-
-    def _count_table(self) -> str:
-        rows = [
-            (count.what, count.found, count.published, "as published" if count.found == count.published else "DIFFERS")
-            for summary in self.files
-            for count in summary.counts
-        ]
-        return tabulate(rows, ["entries", "found", "published size", ""], "github")
-
-    def _finding_table(self, examples: int) -> str:
-        lines = []
-        for kind, number in self._totals().items():
-            label = "information" if kind in _INFORMATION else "PROBLEM"
-            lines.append(f"{label}: {kind}: {number}")
-            found = (finding for finding in self.findings if finding.kind == kind)
-            lines += [f"  {finding.message}" for finding, _ in zip(found, range(examples), strict=False)]
-            if number > examples:
-                lines.append(f"  and {number - examples} more")
-        return "\n".join(lines)
+def _folder_table(summary: FileSummary, max_folders: int) -> str:
+    shown = dict(summary.images_by_folder.most_common(max_folders))
+    numbers = (summary.entries_by_folder, summary.images_by_folder, summary.unusable_by_folder)
+    rows = [(folder, *(by_folder[folder] for by_folder in numbers)) for folder in sorted(shown)]
+    if left := [folder for folder in summary.images_by_folder if folder not in shown]:
+        sums = (sum(by_folder[folder] for folder in left) for by_folder in numbers)
+        rows.append((f"{len(left)} more folders", *sums))
+    return tabulate(rows, ["images in", "entries", "images", "missing or unusable"], "github") if rows else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ __all__ = ["Collator"]
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads samples to the longest of them and puts their images one behind the other.
+    """Pads samples on the right to the longest of them and puts their images one after the other.
 
     A batch has `input_ids` and `labels` (B, N) int64, `attention_mask` (B, N) int64, and `pixel_values`
     (images of the whole batch, 3, S, S) in the order of the samples, if there are images at all: text-only samples
@@ -28,19 +28,13 @@ class Collator:
     inside of a text.
 
     Attributes:
-        pad_token_id: Id at padded places; labels there are -100.
-        padding_side: "right" for training; "left" for generation.
+        pad_token_id: Id of the padding; labels there are -100.
     """
 
     pad_token_id: int
-    padding_side: Literal["left", "right"] = "right"
-
-    def __post_init__(self) -> None:
-        if self.padding_side not in ("left", "right"):
-            raise ConfigError(f"Collator.padding_side is {self.padding_side!r}: expected 'left' or 'right'")
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, *, padding_side: Literal["left", "right"] = "right") -> Collator:
+    def from_tokenizer(cls, tokenizer: Any) -> Collator:
         """A collator that pads with the tokenizer's padding id.
 
         Raises:
@@ -51,7 +45,7 @@ class Collator:
                 "the tokenizer has no padding token: set one, tokenizer.pad_token = tokenizer.unk_token "
                 "(Llama, Vicuna) or tokenizer.eos_token; padding is masked, so any will do"
             )
-        return cls(tokenizer.pad_token_id, padding_side)
+        return cls(tokenizer.pad_token_id)
 
     def __call__(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Makes a batch of items of `ConversationDataset`.
@@ -61,13 +55,11 @@ class Collator:
         """
         if not samples:
             raise DataError("a batch of no samples: expected at least one")
+        ids = [sample["input_ids"] for sample in samples]
         batch = {
-            "input_ids": self._padded([sample["input_ids"] for sample in samples], self.pad_token_id),
-            "labels": self._padded([sample["labels"] for sample in samples], IGNORE_INDEX),
-            "attention_mask": self._padded([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence([sample["labels"] for sample in samples], True, IGNORE_INDEX),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
         images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
         return batch | {"pixel_values": torch.cat(images)} if images else batch
-
-    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.padding_side)

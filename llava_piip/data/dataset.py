@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
@@ -22,7 +23,10 @@ from .images import ImageFolder
 from .problems import DataError, Problem, SharedCounts
 from .records import Record
 
-__all__ = ["ConversationDataset", "SampleProcessor", "is_placeholder"]
+if TYPE_CHECKING:
+    from ..processing import PIIPLlavaProcessor
+
+__all__ = ["ConversationDataset", "count_placeholders", "is_placeholder"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,21 +35,6 @@ _MOST_SKIPPED_IN_A_ROW = 100
 _TURNS_CUT, _CONVERSATIONS_CUT = "turns cut", "conversations cut"
 
 Folder = str | os.PathLike[str]
-
-
-class SampleProcessor(Protocol):
-    """What the dataset needs of a `PIIPLlavaProcessor`."""
-
-    image_processor: Any
-
-    def encode_conversation(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        chat_template: str | None = None,
-        max_length: int | None = None,
-        has_images: bool = True,
-    ) -> EncodedConversation: ...
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
@@ -62,7 +51,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         records: The entries, of `read_records`.
         processor: Turns messages into ids and images into pixels.
         image_root: The folder that image names are relative to, or one per source file of the records.
-        chat_template: Name or text of the template; None for the processor's own.
+        chat_template: Name or text of a template, instead of the processor's own.
         max_length: Most ids of a sample, those of its images included; None for any number.
         on_error: "raise" stops at an unusable sample. "skip" counts it and takes the next usable one of the same kind
             (with images or without) instead; equal in every run.
@@ -76,7 +65,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         records: Sequence[Record],
-        processor: SampleProcessor,
+        processor: PIIPLlavaProcessor,
         image_root: Folder | Mapping[str, Folder] | None = None,
         *,
         chat_template: str | None = None,
@@ -118,8 +107,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             try:
                 return self._sample(record)
             except DataError as error:
-                self._count(error)
                 errors.append(error)
+                if self._counts.add(error.problem.value) == 1:
+                    kind = error.problem.value
+                    _log.warning("Sample skipped (%s; further ones are only counted): %s", kind, error)
         raise DataError(
             f"{errors[0]}; none of {len(errors)} entries from this one on can be used; is the image folder right?",
             errors[0].problem,
@@ -162,16 +153,9 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
     def _stand_ins(self, number: int) -> Iterator[Record]:
         """The record, then those after it with images if it has some, without if not; around the end."""
-        record = self.records[number]
-        yield record
-        kind, found = bool(record.images), 1
-        for step in range(1, len(self)):
-            other = self.records[(number + step) % len(self)]
-            if bool(other.images) == kind:
-                yield other
-                found += 1
-            if found == _MOST_SKIPPED_IN_A_ROW:
-                return
+        kind = bool(self.records[number].images)
+        others = (self.records[(number + step) % len(self)] for step in range(len(self)))
+        return islice((other for other in others if bool(other.images) == kind), _MOST_SKIPPED_IN_A_ROW)
 
     def _sample(self, record: Record) -> dict[str, Tensor]:
         encoded = self._encoded(record)
@@ -180,10 +164,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         images = [self._image(record, name) for name in record.images[: encoded.num_images]]
         if images:
             try:
-                pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+                pixels = self.processor.image_processor(images=images, return_tensors="pt")
+                sample["pixel_values"] = pixels["pixel_values"]
             except ImageError as error:
                 raise DataError(f"{record.where}: {error}", Problem.UNUSABLE) from error
-            sample["pixel_values"] = pixels
         if encoded.turns_cut:
             self._count_cut(record, encoded.turns_cut)
         return sample
@@ -198,10 +182,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         except ConversationError as error:
             raise DataError(f"{record.where}: {error}", Problem.CONVERSATION) from error
         found = encoded.num_images
-        if encoded.turns_cut and num_images:
-            found = sum(message["content"].count(IMAGE_TAG) for message in messages)
-        elif not num_images:
-            found = sum(is_placeholder(message["content"]) for message in messages)
+        if encoded.turns_cut or not num_images:
+            found = count_placeholders(messages, has_images=num_images > 0)
         if found != num_images:
             raise DataError(
                 f"{record.where}: {found} placeholders {IMAGE_TAG} in the text and {num_images} images in the field "
@@ -220,19 +202,17 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         except DataError as error:
             raise DataError(f"{record.where}: {error}", error.problem) from error
 
-    def _count(self, error: DataError) -> None:
-        if self._counts.add(error.problem.value) == 1:
-            _log.warning("Sample skipped (%s; further ones are only counted): %s", error.problem.value, error)
-
     def _count_cut(self, record: Record, turns: int) -> None:
         self._counts.add(_TURNS_CUT, turns)
         if self._counts.add(_CONVERSATIONS_CUT) == 1:
-            _log.warning(
-                "%s: longer than %s ids, %d rounds cut from its end (further ones are only counted)",
-                record.where,
-                self.max_length,
-                turns,
-            )
+            message = "%s: longer than %s ids, %d rounds cut from its end (further ones are only counted)"
+            _log.warning(message, record.where, self.max_length, turns)
+
+
+def count_placeholders(messages: Iterable[Mapping[str, str]], *, has_images: bool) -> int:
+    """Placeholders of an entry; without images, the tag within a text is ordinary."""
+    texts = [message["content"] for message in messages]
+    return sum(text.count(IMAGE_TAG) for text in texts) if has_images else sum(map(is_placeholder, texts))
 
 
 def is_placeholder(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path, PurePath
 
@@ -16,11 +17,13 @@ from piip_core.images import image_formats, spellings, upright
 from ..image_processing import ImageError, rgb_image
 from .problems import DataError, Problem
 
-__all__ = ["ImageFolder", "read_image", "viewed_image"]
+__all__ = ["FORMAT_OF_SUFFIX", "ImageFolder", "read_image", "same_stem", "viewed_image"]
 
 # What image sets consist of. Others are refused: some of Pillow's readers start programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".JPG", ".JPEG", ".PNG", ".GIF")
+# The formats that their names promise, the likeliest first
+FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF"}
+FORMAT_OF_SUFFIX |= {".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
 
 
 class ImageFolder:
@@ -43,11 +46,9 @@ class ImageFolder:
         self._real_root = Path(os.path.realpath(self.root))
 
     def locate(self, name: str) -> Path:
-        """Path of a non-empty file inside of the folder.
+        """Path of a non-empty file inside of the folder, relative to it or absolute, without "..".
 
-        Args:
-            name: Path relative to the folder, or an absolute one that lies in it; without "..". Where there is no
-                such file, back-slashes count as slashes, and accents in Unicode's other form as these.
+        Where there is no such file, back-slashes count as slashes, and accents in Unicode's other form as these.
 
         Raises:
             DataError: If the name leads out of the folder, or there is no such file, or it is empty or no plain file.
@@ -68,12 +69,7 @@ class ImageFolder:
         return path
 
     def open(self, name: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:
-        """Reads an image, by content whatever its name ends in; see `read_image`.
-
-        Args:
-            name: As for `locate`.
-            convert: Make it RGB.
-            as_viewed: As `read_image`.
+        """Reads an image, by content whatever its name ends in; see `locate` and `read_image`.
 
         Raises:
             DataError: As `locate` and `read_image`.
@@ -107,10 +103,15 @@ class ImageFolder:
     def _hint(path: Path) -> str:
         if not path.parent.is_dir():
             return f": there is no folder {path.parent}; is the image folder the right one?"
-        others = [path.with_suffix(suffix).name for suffix in _SUFFIXES if path.with_suffix(suffix).is_file()]
-        if others:
-            return f", but {others[0]!r} exists: rename it (images are read by content), or correct the entry"
+        if other := next(same_stem(path), None):
+            return f", but {other.name!r} exists: rename it (images are read by content), or correct the entry"
         return ": add it, or remove the entry"
+
+
+def same_stem(path: Path) -> Iterator[Path]:
+    """The files that are not empty and differ from a path in the ending alone, the likeliest first."""
+    others = (path.with_suffix(suffix) for suffix in (*FORMAT_OF_SUFFIX, *map(str.upper, FORMAT_OF_SUFFIX)))
+    return (other for other in others if other.is_file() and other.stat().st_size)
 
 
 def read_image(source: Path | bytes, what: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:

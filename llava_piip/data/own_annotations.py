@@ -16,7 +16,7 @@ from piip_core.files import write_atomically
 
 from ..conversation import IMAGE_TAG
 from .images import ImageFolder
-from .problems import DataError
+from .problems import DataError, reading
 
 __all__ = ["DEFAULT_PROMPT", "TableError", "records_from_table", "write_entries"]
 
@@ -34,17 +34,11 @@ def records_from_table(
     *,
     prompt: str = DEFAULT_PROMPT,
     follow_links: bool = False,
-    progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Makes LLaVA records of a table: one per row.
+    """Makes LLaVA records of a table, `.csv` with a header line or `.jsonl` with an object per line: one per row.
 
-    Args:
-        table: `.csv` with a header line, or `.jsonl` with an object per line. Columns: `file` (image, relative to
-            `image_root`), and either `caption` or `question` and `answer`; optionally `id`.
-        image_root: Folder with the images.
-        prompt: What the user says where there is a caption.
-        follow_links: Whether links below the folder may lead out of it.
-        progress: Show a progress bar.
+    Columns: `file` (image, relative to `image_root`), and either `caption`, to which `prompt` is the question, or
+    `question` and `answer`; optionally `id`.
 
     Raises:
         TableError: If the table or a row cannot be used, or an image is missing or broken; the message lists the first
@@ -55,12 +49,12 @@ def records_from_table(
     if IMAGE_TAG in prompt:
         raise TableError(f"prompt {prompt!r}: {IMAGE_TAG} is put in front of it anyway; leave it out")
     records, problems = [], []
-    rows = tqdm(_rows(table), desc=f"Reading {table.name}", unit="row", disable=None if progress else True)
-    for number, (place, row) in enumerate(rows):
+    rows = tqdm(_rows(table), desc=f"Reading {table.name}", unit="row", disable=None)
+    for index, (line, row) in enumerate(rows):
         try:
-            records.append(_record(row, number, images, prompt))
+            records.append(_record(row, index, images, prompt))
         except (TableError, DataError) as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"line {line}: {error}")
     if problems:
         more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         listed = "\n  ".join(problems[:_LISTED])
@@ -73,11 +67,9 @@ def records_from_table(
 
 
 def write_entries(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
-    """Writes a conversation file, an entry per line, and returns their number; an interruption leaves the old file.
+    """Writes entries, given as JSON, to a conversation file, one per line, and returns their number.
 
-    Args:
-        path: File to write: a list for `.json`, entries alone for `.jsonl`.
-        texts: The entries as JSON.
+    A list for `.json`, the entries alone for `.jsonl`; an interruption leaves the old file.
 
     Raises:
         TableError: If the name ends in something else.
@@ -96,51 +88,37 @@ def write_entries(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
     return count
 
 
-def _rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields where a row is, and its cells."""
+def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """Yields the line of a row, and its cells, or JSON."""
     suffix = table.suffix.lower()
     if suffix not in (".csv", ".jsonl"):
         raise TableError(f"{table}: expected a name that ends in .csv or .jsonl")
-    try:
-        # Spreadsheet programs put a byte order mark in front
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            yield from _csv_rows(table, file) if suffix == ".csv" else _json_rows(table, file)
-    except FileNotFoundError as error:
-        raise TableError(f"{table}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise TableError(f"{table}: not UTF-8 ({error}): save it with that encoding") from error
-
-
-def _csv_rows(table: Path, file: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(file, strict=True)
-    try:
-        columns = reader.fieldnames or []
-        if "file" not in columns or not ("caption" in columns or {"question", "answer"} <= set(columns)):
-            raise TableError(
-                f"{table}: columns {', '.join(columns) or 'none'}: expected file, and caption or question and answer"
-            )
-        for row in reader:
-            yield f"line {reader.line_num}", row
-    except csv.Error as error:
-        raise TableError(f"{table}: line {reader.reader.line_num}: {error}") from error
-
-
-def _json_rows(table: Path, file: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
+    # Spreadsheet programs put a byte order mark in front
+    with reading(table, TableError), open(table, encoding="utf-8-sig", newline="") as file:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TableError(f"{table}: line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise TableError(f"{table}: line {number}: {type(row).__name__}; expected an object")
-        yield f"line {number}", row
+            if suffix == ".jsonl":
+                yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+                return
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or []
+            if "file" not in columns or not ("caption" in columns or {"question", "answer"} <= set(columns)):
+                found = ", ".join(columns) or "none"
+                raise TableError(f"{table}: columns {found}: expected file, and caption or question and answer")
+            yield from ((reader.line_num, row) for row in reader)
+        except csv.Error as error:
+            raise TableError(f"{table}: line {reader.reader.line_num}: {error}") from error
 
 
-def _record(row: Mapping[str, Any], number: int, images: ImageFolder, prompt: str) -> dict[str, Any]:
+def _record(row: Mapping[str, Any] | str, index: int, images: ImageFolder, prompt: str) -> dict[str, Any]:
     """A LLaVA record of a row, or an error that says what it lacks."""
-    if None in row:  # csv.DictReader's place for cells without a column
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except json.JSONDecodeError as error:
+            raise TableError(f"not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise TableError(f"{type(row).__name__}; expected an object")
+    if None in row:  # csv.DictReader's key for cells without a column
         raise TableError("more cells than columns: put texts with commas in quotes")
     name = _text(row, "file")
     if row.get("caption"):
@@ -153,7 +131,7 @@ def _record(row: Mapping[str, Any], number: int, images: ImageFolder, prompt: st
         raise TableError(f"{IMAGE_TAG} in the text: it stands for an image, of which a row has one; leave it out")
     images.open(name)
     return {
-        "id": str(row.get("id") or number),
+        "id": str(row.get("id") or index),
         "image": name,
         "conversations": [
             {"from": "human", "value": f"{IMAGE_TAG}\n{question}"},

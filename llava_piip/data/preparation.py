@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from PIL import Image
+from tqdm import tqdm
+
 from piip_core.archives import download, unpack_images
 from piip_core.errors import UserError
+from piip_core.files import atomic_path
 
 from .audit import audit
 from .audit_report import AuditReport
-from .expected_names import NameRepair, provide_expected_names
-from .published import ImageFolder, PublishedSet
+from .images import ImageFolder, same_stem
+from .problems import DataError
+from .published import PublishedFolder, PublishedSet
 from .records import read_records
 
-__all__ = ["Preparation", "prepare_published"]
+__all__ = ["NameRepair", "Preparation", "prepare_published", "provide_expected_names"]
 
 # The only folder whose files are published under other names than the annotation file uses
 _RENAMED = "ocr_vqa"
 
 
 @dataclass
+class NameRepair:
+    """What `provide_expected_names` found and did; paths are relative to the image root."""
+
+    present: int = 0  # images that were there
+    provided: dict[str, str] = field(default_factory=dict)  # name -> the file that now also has it, or was converted
+    unreadable: dict[str, str] = field(default_factory=dict)  # name -> why the files of the same stem are of no use
+    missing: list[str] = field(default_factory=list)  # names without any file of the same stem
+
+
+@dataclass
 class Preparation:
-    """What was done for a data set and what it still lacks.
+    """What was done for a data set and what it still lacks."""
 
-    Attributes:
-        done: What was done, for people.
-        sources: What is missing -> where to get it and where to put it.
-        names: What became of images under other names than expected; None if that was not looked at.
-        report: The audit of annotation file and images, without reading these; None without the annotation file.
-    """
-
-    done: list[str] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)
-    names: NameRepair | None = None
-    report: AuditReport | None = None
+    done: list[str] = field(default_factory=list)  # what was unpacked, for people
+    sources: dict[str, str] = field(default_factory=dict)  # what is missing -> where to get it and where to put it
+    names: NameRepair | None = None  # of images under other names than expected; None if that was not looked at
+    report: AuditReport | None = None  # without reading the images; None without the annotation file
 
     @property
     def complete(self) -> bool:
@@ -55,19 +64,17 @@ def prepare_published(
     convert: bool = False,
     follow_links: bool = False,
     workers: int | None = None,
-    progress: bool = True,
 ) -> Preparation:
-    """Prepares a published data set as far as its files are there; repeated, it goes on where it stopped.
+    """Lays out a published data set as far as its files are there; what is done already is not done again.
 
     Args:
         dataset: The data set.
         root: Folder that holds all data sets.
-        archives: Part -> its archive, where that is not at its usual place.
+        archives: Name of a part -> its archive, where that is not at its usual place.
         fetch: Download what is missing.
         convert: Write JPEGs where the annotation file expects them; otherwise files get a second name.
         follow_links: Whether links below `root` may lead out of it.
         workers: Number of processes that look for the images.
-        progress: Show progress bars.
 
     Raises:
         UserError: If an archive is damaged or unsafe, a download fails, or a part is unknown.
@@ -76,69 +83,87 @@ def prepare_published(
     parts = [folder.part for folder in dataset.folders]
     if unknown := sorted(set(archives) - set(parts)):
         raise UserError(f"archive for {', '.join(unknown)}: {dataset.title} consists of {', '.join(parts)}")
-    annotations = root / dataset.annotations
+    annotations, image_root = root / dataset.annotations, root / dataset.image_root
     if fetch:
-        download(dataset.url, annotations, progress=progress)
+        download(dataset.url, annotations)
     if not annotations.is_file():
         preparation.sources[dataset.annotations] = f"{dataset.url} -> {annotations}"
     for folder in dataset.folders:
-        _prepare_folder(preparation, folder, root, archives.get(folder.part), fetch, progress)
-    image_root = root / dataset.image_root
+        _prepare_folder(preparation, folder, root, archives.get(folder.part), fetch)
     if annotations.is_file() and image_root.is_dir():
-        _repair_names(preparation, dataset, annotations, image_root, convert, follow_links, progress)
+        for folder in dataset.folders:
+            if folder.part == _RENAMED and (image_root / folder.folder).is_dir():
+                images = (image for record in read_records(annotations) for image in record.images)
+                names = [image for image in images if str(PurePosixPath(image).parent) == folder.folder]
+                preparation.names = provide_expected_names(
+                    names, image_root, convert=convert, follow_links=follow_links
+                )
         preparation.report = audit(
-            annotations,
-            image_root,
-            decode="none",
-            published=dataset,
-            workers=workers,
-            follow_links=follow_links,
-            progress=progress,
+            annotations, image_root, decode="none", published=dataset, workers=workers, follow_links=follow_links
         )
     return preparation
 
 
 def _prepare_folder(
-    preparation: Preparation,
-    folder: ImageFolder,
-    root: Path,
-    given: str | os.PathLike[str] | None,
-    fetch: bool,
-    progress: bool,
+    preparation: Preparation, folder: PublishedFolder, root: Path, given: str | os.PathLike[str] | None, fetch: bool
 ) -> None:
     """Unpacks one archive if it is there, or notes where to get it."""
     archive, target = Path(given or root / folder.archive), root / folder.folder
     there = target.is_dir() and any(target.iterdir())
     if given is None and fetch and not there:
-        download(folder.url, archive, progress=progress)
+        download(folder.url, archive)
     if given is not None or archive.is_file():
-        done = unpack_images(archive, target, progress=progress)
+        done = unpack_images(archive, target)
         preparation.done.append(f"{archive}: {done.written} files unpacked into {target}, {done.present} were there")
     elif not there:
         note = f" ({folder.note})" if folder.note else ""
         preparation.sources[folder.folder] = f"{folder.url}{note} -> {archive}, or --archive {folder.part}=FILE"
 
 
-def _repair_names(
-    preparation: Preparation,
-    dataset: PublishedSet,
-    annotations: Path,
-    image_root: Path,
-    convert: bool,
-    follow_links: bool,
-    progress: bool,
-) -> None:
-    """Gives OCR-VQA's images the names that the tuning set expects."""
-    renamed = [folder for folder in dataset.folders if folder.part == _RENAMED]
-    if not renamed or not (image_root / renamed[0].folder).is_dir():
-        return
-    folder = PurePosixPath(renamed[0].folder)
-    names = [
-        image
-        for record in read_records(annotations)
-        for image in record.images
-        if PurePosixPath(image).parent == folder
-    ]
-    preparation.names = provide_expected_names(
-        names, image_root, convert=convert, follow_links=follow_links, progress=progress
-    )
+def provide_expected_names(
+    names: Iterable[str], image_root: str | os.PathLike[str], *, convert: bool = False, follow_links: bool = False
+) -> NameRepair:
+    """Makes images available under expected names when they lie beside them with another ending.
+
+    The tuning set names every OCR-VQA image `.jpg`; the download script keeps the endings of the addresses, so that
+    some lie there as `.gif` or `.png`. They stay as they are: the expected name becomes a hard link (on file systems
+    without links a copy), which keeps the pixels; the ending does not matter for reading. With `convert` it becomes a
+    JPEG of the first frame. `follow_links` is that of `ImageFolder`.
+    """
+    images, repair = ImageFolder(image_root, follow_links=follow_links), NameRepair()
+    for name in tqdm(list(dict.fromkeys(names)), "Names", unit=" images", disable=None):
+        path, reasons = images.root / name, []
+        if path.is_file() and path.stat().st_size:
+            repair.present += 1
+            continue
+        for other in same_stem(path):
+            source = str(PurePosixPath(name).with_name(other.name))
+            try:
+                image = images.open(source)
+            except DataError as error:
+                reasons.append(str(error))
+                continue
+            _write(image if convert else None, images.locate(source), path)
+            repair.provided[name] = source
+            break
+        else:
+            if reasons:
+                repair.unreadable[name] = "; ".join(reasons)
+            else:
+                repair.missing.append(name)
+    return repair
+
+
+def _write(image: Image.Image | None, source: Path, path: Path) -> None:
+    """Writes an image as JPEG, or links its file."""
+    try:
+        if image is None:
+            os.link(source, path)
+            return
+    except OSError:  # no links on this file system, or an empty file in the way
+        pass
+    with atomic_path(path) as aside:
+        if image is None:
+            shutil.copyfile(source, aside)
+        else:
+            image.save(aside, format="JPEG", quality=95)

@@ -1,16 +1,18 @@
-"""What can be wrong with a sample, and counts of it that survive worker processes."""
+"""What can be wrong with samples and their files, and counts of it that survive worker processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 
 import torch
 from torch.utils.data import get_worker_info
 
 from piip_core.errors import UserError
 
-__all__ = ["DataError", "Problem", "SharedCounts"]
+__all__ = ["DataError", "Problem", "SharedCounts", "reading"]
 
 _MAX_WORKERS = 128
 
@@ -42,6 +44,20 @@ class DataError(UserError):
         self.problem = problem
 
 
+@contextmanager
+def reading(path: Path, error_type: type[UserError], advice: str = "give the path of a file") -> Iterator[None]:
+    """Turns what makes a text file unreadable into an error that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise error_type(f"{path}: no such file; {advice}") from None
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise error_type(f"{path}: not UTF-8 text ({where}); convert it or load it again") from None
+    except OSError as error:
+        raise error_type(f"{path}: cannot be read ({error.strerror})") from error
+
+
 class SharedCounts:
     """Counts by name that the workers of a `DataLoader` add to and the process that owns them reads.
 
@@ -57,9 +73,9 @@ class SharedCounts:
         """Adds to one count and returns what this worker or process has counted of it."""
         worker = get_worker_info()
         row = 0 if worker is None else 1 + worker.id % _MAX_WORKERS
-        place = self._rows[row, self._names.index(name)]
-        place += number
-        return int(place)
+        count = self._rows[row, self._names.index(name)]
+        count += number
+        return int(count)
 
     def __getitem__(self, name: str) -> int:
         """The sum over the process and its workers."""

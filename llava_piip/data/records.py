@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from .problems import DataError
+from .problems import DataError, reading
 
 __all__ = ["Record", "Records", "parse_entry", "read_entries", "read_records"]
 
 _log = logging.getLogger(__name__)
 
 _NAMED = 3  # malformed entries that the log names
-
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _EXAMPLE = '{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nHi"}, ...]}'
-_WHITESPACE = " \t\r\n"
+_WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Record:
     """One entry of a conversation file, as it is written there.
 
     Attributes:
-        id: The entry's id; its number where it has none.
+        id: The entry's id; its index where it has none.
         images: Names of image files relative to the image folder, empty for text only.
         conversations: Turns {"from": ..., "value": ...}; who may speak when is checked by `messages_from_llava`.
         source: The file.
-        index: Number of the entry in the file, from 0.
+        index: Index of the entry in the file.
     """
 
     id: str
@@ -57,45 +57,32 @@ class Records(Sequence[Record]):
 
     Kept as the files' own text in one block and parsed when asked for: a million entries need little more than the
     size of their files, and forked workers share the block (lists of objects are copied, page by page, as soon as a
-    worker looks at them).
+    worker looks at them). `read_records` makes it.
 
     Attributes:
         malformed: How many entries were left out.
     """
 
-    def __init__(self, texts: Iterable[tuple[str, Iterable[tuple[int, str]]]]) -> None:
-        """Takes over, per file, its name and its entries: the number and the text of each."""
+    def __init__(self, sources: Sequence[str]) -> None:
         self.malformed = 0
-        self._block, self._ends, self._numbers = bytearray(), array("Q", [0]), array("Q")
-        self._sources: list[str] = []
-        self._starts: list[int] = []  # number of the first entry of each source
-        for source, entries in texts:
-            self._sources.append(source)
-            self._starts.append(len(self._ends) - 1)
-            for number, entry in entries:
-                self._block += entry.encode()
-                self._ends.append(len(self._block))
-                self._numbers.append(number)
+        self._sources = sources
+        self._block, self._ends = bytearray(), array("Q", [0])
+        self._indices, self._source_of = array("I"), array("H")
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The files."""
-        return tuple(self._sources)
+    def add(self, source: int, index: int, text: str) -> None:
+        """Adds an entry: the number of its source, its index there, and its text."""
+        self._block += text.encode()
+        self._ends.append(len(self._block))
+        self._indices.append(index)
+        self._source_of.append(source)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(len(self))[index]  # negative ones, and IndexError
-        source = bisect_right(self._starts, number) - 1
-        entry = json.loads(self._block[self._ends[number] : self._ends[number + 1]])
-        return parse_entry(entry, self._sources[source], self._numbers[number])
+    def __getitem__(self, index: int) -> Record:
+        index = range(len(self))[index]  # negative ones, and IndexError
+        entry = json.loads(self._block[self._ends[index] : self._ends[index + 1]])
+        return parse_entry(entry, self._sources[self._source_of[index]], self._indices[index])
 
 
 def read_records(paths: Paths, *, on_error: Literal["raise", "skip"] = "raise") -> Records:
@@ -113,21 +100,19 @@ def read_records(paths: Paths, *, on_error: Literal["raise", "skip"] = "raise") 
     if not files:
         raise DataError("no conversation file was given: name at least one .json or .jsonl file")
     errors: list[DataError] = []
-
-    def checked(path: Path) -> Iterator[tuple[int, str]]:
-        for number, (entry, text) in enumerate(read_entries(path)):
+    records = Records([str(Path(file)) for file in files])
+    for number, file in enumerate(files):
+        for index, (entry, text) in enumerate(read_entries(file)):
             try:
-                parse_entry(entry, str(path), number)
+                parse_entry(entry, str(Path(file)), index)
             except DataError as error:
                 if on_error == "raise":
                     raise
                 errors.append(error)
                 if len(errors) <= _NAMED:
                     _log.warning("Entry left out: %s", error)
-                continue
-            yield number, text
-
-    records = Records((str(Path(file)), checked(Path(file))) for file in files)
+            else:
+                records.add(number, index, text)
     records.malformed = len(errors)
     if errors and not records:
         raise DataError(f"{errors[0]}; none of {len(errors)} entries can be used")
@@ -147,31 +132,20 @@ def read_entries(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
     if path.suffix.lower() not in readers:
         raise DataError(f"{path}: expected a file named .json (a list of entries) or .jsonl (an entry per line)")
     empty = True
-    try:
-        with tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=3, leave=False) as bar:
-            for entry, text in readers[path.suffix.lower()](path):
-                empty = False
-                bar.update(len(text))
-                yield entry, text
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the path of a conversation file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert or reload it"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    with (
+        reading(path, DataError, "give the path of a conversation file"),
+        tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=3, leave=False) as bar,
+    ):
+        for entry, text in readers[path.suffix.lower()](path):
+            empty = False
+            bar.update(len(text))
+            yield entry, text
     if empty:
         raise DataError(f"{path}: has no entries; expected some like {_EXAMPLE}")
 
 
 def parse_entry(entry: Any, source: str, index: int) -> Record:
-    """Makes a record of what a file lists.
-
-    Args:
-        entry: The JSON value.
-        source: Name of the file.
-        index: Number of the entry, from 0.
+    """Makes a record of a JSON value that a file lists.
 
     Raises:
         DataError: If it is no record; names file, entry, what was expected and the fix.
@@ -192,11 +166,13 @@ def parse_entry(entry: Any, source: str, index: int) -> Record:
             raise DataError(
                 f"{where}: turn {number} is {_short(turn)}, expected an object with the texts 'from' and 'value'"
             )
-        if (place := _half_character(turn["value"])) is not None:
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError as error:  # JSON can write it (\\ud83d), and no tokenizer takes it
             raise DataError(
-                f"{where}: turn {number} has half of a character (a lone surrogate) at position {place} of its text; "
-                "remove it"
-            )
+                f"{where}: turn {number} has half of a character (a lone surrogate) at position {error.start} of its "
+                "text; remove it"
+            ) from None
     return Record(str(name), _images(entry, where), tuple(turns), source, index)
 
 
@@ -204,54 +180,52 @@ def _entries_of_list(path: Path) -> Iterator[tuple[Any, str]]:
     """Entries and their text; one at a time, because the whole list as objects takes many times the file's size."""
     text = path.read_text(encoding="utf-8-sig")
     decoder = json.JSONDecoder()
-    place = _skip(text, 0)
-    if place < len(text) and text[place] != "[":
+    position = _skip(text, 0)
+    if position == len(text):
+        return
+    if text[position] != "[":
         raise DataError(
-            f"{path}: starts with {text[place : place + 20]!r}, expected a list '[' of entries; "
+            f"{path}: starts with {text[position : position + 20]!r}, expected a list '[' of entries; "
             "a file with one entry per line must be named .jsonl"
         )
-    place = _skip(text, place + 1)
-    if place < len(text) and text[place] == "]":
+    position = _skip(text, position + 1)
+    if text[position : position + 1] == "]":
         return
-    for number in range(len(text)):
+    for index in count():
         try:
-            entry, end = decoder.raw_decode(text, place)
+            entry, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: entry {number}: {_json_fault(error, text)}") from None
-        yield entry, text[place:end]
-        place = _skip(text, end)
-        if text[place : place + 1] == "]":
+            raise DataError(f"{path}: entry {index}: {_json_fault(error, text)}") from None
+        yield entry, text[position:end]
+        position = _skip(text, end)
+        if text[position : position + 1] == "]":
             break
-        if text[place : place + 1] != ",":
-            found = f"{text[place : place + 20]!r} follows" if place < len(text) else "the file ends"
+        if text[position : position + 1] != ",":
+            found = f"{text[position : position + 20]!r} follows" if position < len(text) else "the file ends"
             raise DataError(
-                f"{path}: {found} after entry {number}, expected ',' or ']'; an incomplete file must be loaded again"
+                f"{path}: {found} after entry {index}, expected ',' or ']'; an incomplete file must be loaded again"
             )
-        place = _skip(text, place + 1)
-    if (place := _skip(text, place + 1)) < len(text):
-        raise DataError(f"{path}: {text[place : place + 20]!r} follows the list, expected its end; remove it")
+        position = _skip(text, position + 1)
+    if (position := _skip(text, position + 1)) < len(text):
+        raise DataError(f"{path}: {text[position : position + 20]!r} follows the list, expected its end; remove it")
 
 
 def _entries_of_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    number = 0
     with path.open(encoding="utf-8-sig") as file:
-        for line_number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for index, (number, line) in enumerate(lines):
             try:
                 yield json.loads(line), line.strip()
             except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{path}: entry {number} (line {line_number}): {_json_fault(error, line)}; "
+                    f"{path}: entry {index} (line {number}): {_json_fault(error, line)}; "
                     "a list over several lines must be named .json"
                 ) from None
-            number += 1
 
 
-def _skip(text: str, place: int) -> int:
-    while place < len(text) and text[place] in _WHITESPACE:
-        place += 1
-    return place
+def _skip(text: str, position: int) -> int:
+    """Where the white space ends that starts at a position."""
+    return _WHITESPACE.match(text, position).end()
 
 
 def _json_fault(error: ValueError | RecursionError, text: str) -> str:
@@ -260,15 +234,6 @@ def _json_fault(error: ValueError | RecursionError, text: str) -> str:
     if error.pos >= len(text.rstrip()):
         return f"the text ends inside of it ({error.msg}); an incomplete file must be loaded again"
     return f"{error.msg} at line {error.lineno}, column {error.colno}; correct the file"
-
-
-def _half_character(text: str) -> int | None:
-    """Where a text has half of a character, which JSON can write (\\ud83d) and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
 
 
 def _images(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:

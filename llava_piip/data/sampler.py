@@ -28,29 +28,19 @@ class ModalityLengthSampler(Sampler[int]):
         batch_size: Samples of one process in one forward pass.
         batches_per_step: Batches that make one update: processes times gradient accumulation steps.
         seed: With the epoch, decides the order.
-        by_modality: False groups by length alone.
 
     Raises:
         ConfigError: If a number is below one.
         DataError: If there are no lengths, or one is zero; names the first.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        batches_per_step: int,
-        *,
-        seed: int = 0,
-        by_modality: bool = True,
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, batches_per_step: int, *, seed: int = 0) -> None:
         for name, value in (("batch_size", batch_size), ("batches_per_step", batches_per_step)):
             if value < 1:
                 raise ConfigError(f"ModalityLengthSampler.{name} is {value}: expected at least 1")
         _check(lengths)
         self.lengths, self.batch_size, self.batches_per_step = lengths, batch_size, batches_per_step
-        self.seed, self.by_modality = seed, by_modality
-        self.epoch = 0
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of another epoch; training loops call it before each."""
@@ -61,23 +51,19 @@ class ModalityLengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = Generator().manual_seed(self.seed + self.epoch)
-        group = group_by_modality if self.by_modality else group_by_length
-        return iter(group(self.lengths, self.batch_size, self.batches_per_step, generator))
+        return iter(group_by_modality(self.lengths, self.batch_size, self.batches_per_step, generator))
 
 
 def group_by_length(
     lengths: Sequence[int], batch_size: int, batches_per_step: int, generator: Generator | None = None
 ) -> list[int]:
-    """Indices of all samples in steps of similar lengths.
-
-    Args:
-        lengths: Length of each sample.
-        batch_size: Samples in a batch.
-        batches_per_step: Batches in a step.
-        generator: Source of the shuffle; torch's own if None.
-    """
-    steps = _shuffled_steps(lengths, batch_size * batches_per_step, generator)
-    return [index for step in steps for index in _spread(step, lengths, batches_per_step)]
+    """Indices of all samples in steps of similar lengths, shuffled by a generator, or torch's own."""
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    order = []
+    for step in _chunks(shuffled, batch_size * batches_per_step):
+        step.sort(key=lambda i: lengths[i], reverse=True)
+        order += _spread(step, lengths, batches_per_step)
+    return order
 
 
 def group_by_modality(
@@ -91,19 +77,11 @@ def group_by_modality(
     """Indices of all samples in steps of similar lengths which are all positive or all negative.
 
     What fills no step, or just one, comes last: the last step of each kind, together and in the order of the samples.
-
-    Args:
-        lengths: Length of each sample, negative for the second kind; no zeros.
-        batch_size: Samples in a batch.
-        batches_per_step: Batches in a step.
-        generator: Source of the order of steps; torch's own if None.
-        shuffle_generator: Source of the shuffles before the cut into steps; `generator` if None.
+    `generator` (torch's own if None) orders the steps, `shuffle_generator` (if None the same) shuffles the samples
+    before they are cut into steps.
     """
     _check(lengths)
-    kinds = [
-        [i for i, length in enumerate(lengths) if length > 0],
-        [i for i, length in enumerate(lengths) if length < 0],
-    ]
+    kinds = [[i for i, length in enumerate(lengths) if (length > 0) == positive] for positive in (True, False)]
     if not all(kinds):  # one kind: nothing is left over to come last, and negative lengths sort by their sign
         return group_by_length(lengths, batch_size, batches_per_step, generator)
 
@@ -132,14 +110,8 @@ def _chunks(indices: list[int], size: int) -> list[list[int]]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def _shuffled_steps(lengths: Sequence[int], size: int, generator: Generator | None) -> list[list[int]]:
-    """All indices, shuffled and cut into steps; each step from long to short."""
-    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
-    return [sorted(step, key=lambda i: lengths[i], reverse=True) for step in _chunks(shuffled, size)]
-
-
 def _spread(step: list[int], lengths: Sequence[int], num_batches: int) -> list[int]:
-    """A step from long to short, one batch behind the other: each next sample joins the shortest batch with room."""
+    """A step from long to short, batch after batch: each next sample joins the shortest batch with room."""
     if len(step) % num_batches:  # only the last step of all
         return [index for batch in range(num_batches) for index in step[batch::num_batches]]
     room = len(step) // num_batches

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,24 +23,19 @@ from accelerate import PartialState
 
 from piip_core.errors import UserError
 
-from ..inference import DTYPES
-from .benchmark import Benchmark, Score
+from ..inference import DTYPES, ChatModel
+from . import BENCHMARKS, EIGHT, find_benchmarks
+from .answering import default_dtype
+from .benchmark import Benchmark
 from .data_check import missing_files
 from .files import EvalError
-from .registry import BENCHMARKS, EIGHT, find_benchmark
-from .runner import (
-    RunSettings,
-    answer_benchmark,
-    default_dtype,
-    load_model,
-    process_state,
-    score_answers,
-)
+from .runner import answer_benchmark, score_answers
 from .table import measured_scores, score_table
 
 __all__ = ["main"]
 
-_TABLE, _ALL = "table", "all"
+_TABLE = "table"
+_LONGEST_WAIT = timedelta(days=7)  # of a process for the others
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if arguments[:1] == [_TABLE]:
-            _table(_parse_table(arguments[1:]))
+            _table(arguments[1:])
         else:
             _evaluate(_parse(arguments))
     except KeyboardInterrupt:
@@ -62,8 +59,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m llava_piip.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ", ".join((*BENCHMARKS, _ALL))
-    parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help=f"{names} (the eight), or table")
+    parser.add_argument(
+        "benchmarks", nargs="+", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)}, all (the eight), or {_TABLE}"
+    )
     parser.add_argument("--model", type=Path, metavar="DIR", help="what training saved or the converter wrote")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of all benchmarks")
     parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: output/eval/NAME OF THE MODEL)")
@@ -80,8 +78,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--partial", action="store_true", help="score answers that are incomplete")
     parser.add_argument("--restart", action="store_true", help="forget earlier answers instead of going on with them")
     args = parser.parse_args(arguments)
-    chosen = [EIGHT if name == _ALL else (_known(name, parser),) for name in args.benchmarks]
-    args.benchmarks = list(dict.fromkeys(benchmark for group in chosen for benchmark in group))
+    try:
+        args.benchmarks = find_benchmarks(args.benchmarks)
+    except EvalError as error:
+        parser.error(f"{error}; or {_TABLE}")
     if len(args.benchmarks) > 1 and (args.answers or args.questions or args.images):
         parser.error("--answers, --questions and --images are for a single benchmark")
     if (args.model is None) == (args.answers is None):
@@ -92,102 +92,81 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     if args.model is not None and not args.model.is_dir():
         parser.error(f"--model {args.model}: is no folder")
+    for name in ("questions", "images"):  # absolute paths stay what they are below --data
+        if path := getattr(args, name):
+            args.benchmarks = [replace(args.benchmarks[0], **{name: str(path.resolve())})]
     if args.output is None:
         args.output = Path("output", "eval", args.model.resolve().name if args.model else args.answers.stem)
     return args
 
 
-def _known(name: str, parser: argparse.ArgumentParser) -> Benchmark:
-    try:
-        return find_benchmark(name)
-    except EvalError as error:
-        parser.error(f"{error}; or {_ALL}, or {_TABLE}")
-
-
 def _evaluate(args: argparse.Namespace) -> None:
-    names = ("data", "output", "questions", "images", "batch_size", "workers", "limit", "restart", "partial")
-    settings = RunSettings(**{name: getattr(args, name) for name in names})
-    _check_files(args.benchmarks, settings, with_images=args.answers is None)
+    _check_files(args)
     if args.answers is not None:
-        _report(args.benchmarks[0], settings, args.answers)
+        _report(args.benchmarks[0], args, args.answers)
         return
-    state = process_state(cpu=args.cpu)
+    state = PartialState(cpu=args.cpu, timeout=_LONGEST_WAIT)
     try:
-        _answer_and_report(args, settings, state)
+        args.dtype = args.dtype or default_dtype(state.device)
+        model = ChatModel.load(args.model, device=state.device, dtype=args.dtype)
+        for benchmark in args.benchmarks:
+            answers = answer_benchmark(benchmark, args, state, model)
+            if state.is_main_process:
+                _report(benchmark, args, answers)
+        if state.is_main_process and len(args.benchmarks) > 1 and args.limit is None:
+            print(f"\n{score_table({args.output.name: measured_scores(args.output)})}")
     finally:
         state.destroy_process_group()
 
 
-def _answer_and_report(args: argparse.Namespace, settings: RunSettings, state: PartialState) -> None:
-    dtype = args.dtype or default_dtype(state.device)
-    model = load_model(args.model, state, dtype)
-    for benchmark in args.benchmarks:
-        answers = answer_benchmark(benchmark, settings, state, model, model_folder=args.model, dtype=dtype)
-        if state.is_main_process:
-            _report(benchmark, settings, answers)
-    if state.is_main_process and len(args.benchmarks) > 1 and args.limit is None:
-        print(f"\n{score_table({settings.output.name: measured_scores(settings.output)})}")
-
-
-def _check_files(benchmarks: Sequence[Benchmark], settings: RunSettings, *, with_images: bool) -> None:
+def _check_files(args: argparse.Namespace) -> None:
     """Stops before hours of work if files or packages are missing."""
     missing: list[Path] = []
-    for benchmark in benchmarks:
+    for benchmark in args.benchmarks:
         if absent := [name for name in benchmark.needs if find_spec(name) is None]:
             raise EvalError(f"{benchmark.title} needs {' '.join(absent)}: pip install {' '.join(absent)}")
-        images = (settings.images or benchmark.image_folder(settings.data)) if with_images else None
-        missing += missing_files(benchmark, settings.question_file(benchmark), images)
+        missing += missing_files(benchmark, args.data, with_images=args.answers is None)
     if missing:
         listed = "\n  ".join(map(str, missing))
         raise EvalError(f"files or folders are missing (docs/evaluation.md says where they come from):\n  {listed}")
 
 
-def _report(benchmark: Benchmark, settings: RunSettings, answers: Path) -> None:
+def _report(benchmark: Benchmark, args: argparse.Namespace, answers: Path) -> None:
     """Scores, and says what came out."""
-    score, written = score_answers(benchmark, settings, answers)
+    score, written = score_answers(benchmark, args, answers)
     print(f"\n{benchmark.title}\n  answers: {answers}")
     if score is not None:
         print("\n".join(f"  {line}" for line in score.lines))
-        _print_value(benchmark, score)
+        if score.value is not None:
+            print(f"  {benchmark.title}: {score.value:.1f}")
     if written is not None:
         print(f"  {f'to send to {benchmark.remote}' if benchmark.remote else 'for the official script'}: {written}")
 
 
-def _print_value(benchmark: Benchmark, score: Score) -> None:
-    if score.value is not None:
-        print(f"  {benchmark.title}: {score.value:.1f}")
-    if score.public is not None and f"{score.public:.1f}" != f"{score.value or 0:.1f}":
-        print(f"  (the public script gives {score.public:.1f}: it {score.note})")
-
-
-def _parse_table(arguments: Sequence[str]) -> argparse.Namespace:
+def _table(arguments: Sequence[str]) -> None:
+    """Prints the published scores and measured ones."""
     parser = argparse.ArgumentParser(
         prog=f"python -m llava_piip.eval {_TABLE}", description="Prints the published scores, and yours below them."
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="DIR", help="--output of evaluations")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=SCORE", help="scores of one run that came from a server"
-    )
+    scores = parser.add_argument("--set", nargs="+", default=[], type=_named_score, metavar="NAME=SCORE")
+    scores.help = "scores of one run that came from a server"
     parser.add_argument("--row", nargs="+", metavar="NAME", help="published rows to show, such as that of your model")
     args = parser.parse_args(arguments)
     if args.set and len(args.runs) != 1:
         parser.error("--set: expected one run that the scores belong to")
-    remote = {benchmark.name for benchmark in EIGHT}
-    args.remote = {}
-    for setting in args.set:
-        name, _, value = setting.partition("=")
-        try:
-            args.remote[name] = float(value)
-        except ValueError:
-            parser.error(f"--set {setting}: expected NAME=SCORE, such as vqav2=79.1")
-        if name not in remote:
-            parser.error(f"--set {setting}: expected one of {', '.join(sorted(remote))}")
-    return args
-
-
-def _table(args: argparse.Namespace) -> None:
-    measured = {run.resolve().name: measured_scores(run) | args.remote for run in args.runs}
+    measured = {run.resolve().name: measured_scores(run) | dict(args.set) for run in args.runs}
     print(score_table(measured or None, args.row))
+
+
+def _named_score(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    names = [benchmark.name for benchmark in EIGHT]
+    try:
+        return names[names.index(name)], float(value)
+    except ValueError:
+        message = f"{text!r}: expected NAME=SCORE, such as vqav2=79.1, with one of {', '.join(names)}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 if __name__ == "__main__":

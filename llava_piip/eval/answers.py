@@ -1,114 +1,49 @@
-"""Answers files: parts that several processes write and a killed run goes on with, and the file made of them."""
+"""Answers files: those that processes write and a killed run goes on with, and the file made of them."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from piip_core.files import write_atomically
 
 from .benchmark import Answer, Question
-from .files import EvalError, field, read_json_lines
+from .files import EvalError, read_json_lines
 
-__all__ = ["Part", "PartWriter", "check_complete", "merge_parts", "parts_of", "read_answers", "record"]
+__all__ = ["add_records", "appending", "check_complete", "merge", "read_answers", "read_parts", "record"]
 
-# Parts are enough for many processes, and do not depend on their number: a run can go on with another one
-_SMALLEST_PART, _MOST_PARTS = 16, 256
+_ANSWER = {"question_id": (int, str), "prompt": str, "text": str}
 
 
-@dataclass(frozen=True)
-class Part:
-    """Consecutive questions, and the file that their answers go to, one line after the other.
+@contextmanager
+def appending(path: Path) -> Iterator[int]:
+    """Opens a file to add answers, and yields its descriptor; half a line of a killed process goes.
 
-    Attributes:
-        path: The file.
-        questions: The questions.
+    Raises:
+        EvalError: If another run writes to it.
     """
-
-    path: Path
-    questions: Sequence[Question]
-
-    def answered(self) -> int:
-        """Number of questions that have their answer in the file.
-
-        Raises:
-            EvalError: If the file has answers to other questions, or more of them.
-        """
-        if not self.path.exists():
-            return 0
-        lines = read_json_lines(self.path, only_ended=True)
-        answers = [_answer(entry, f"{self.path}: line {line}") for line, entry in lines]
-        for number, answer in enumerate(answers):
-            asked = self.questions[number] if number < len(self.questions) else None
-            if asked is None or (asked.id, asked.prompt) != (answer.id, answer.prompt):
-                raise EvalError(
-                    f"{self.path}: line {number + 1} answers the question {answer.id!r}, not the one of this place: "
-                    "the questions have changed since; name another --output, or --restart"
-                )
-        return len(answers)
-
-    @contextmanager
-    def appending(self, answered: int) -> Iterator[PartWriter]:
-        """Opens the file to add answers, for one process at a time; half a line of a killed process goes.
-
-        Args:
-            answered: Number of answers that are to be there.
-
-        Raises:
-            EvalError: If another process writes to it, or has done so meanwhile.
-        """
-        with open(self.path, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise EvalError(f"{self.path}: another run is writing answers here; wait for its end") from None
-            file.truncate(_whole_lines(self.path))
-            if self.answered() != answered:
-                raise EvalError(f"{self.path}: another run has written answers here meanwhile; start one at a time")
-            yield PartWriter(file.fileno())
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise EvalError(f"{path}: another run is writing answers here; wait for its end") from None
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        yield file.fileno()
 
 
-class PartWriter:
-    """Adds answers to an open file, which are on the disk when `write` returns."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def write(self, records: Iterable[dict[str, Any]]) -> None:
-        """Adds records at the end."""
-        content = memoryview("".join(json.dumps(entry) + "\n" for entry in records).encode())
-        while content:
-            content = content[os.write(self._descriptor, content) :]
-        os.fsync(self._descriptor)
-
-
-def _whole_lines(path: Path) -> int:
-    """Size of a file up to its last complete line."""
-    return path.read_bytes().rfind(b"\n") + 1
-
-
-def parts_of(questions: Sequence[Question], folder: Path, size: int | None = None) -> list[Part]:
-    """Divides questions into parts of a size, the last of which may be smaller.
-
-    Args:
-        questions: The questions.
-        folder: Where the files of the parts lie.
-        size: Questions per part; by default, what makes at most 256 parts of 16 or more.
-    """
-    size = size or max(_SMALLEST_PART, math.ceil(len(questions) / _MOST_PARTS))
-    starts = range(0, len(questions), size)
-    return [
-        Part(folder / f"part-{number:05}.jsonl", questions[start : start + size]) for number, start in enumerate(starts)
-    ]
+def add_records(descriptor: int, records: Iterable[Mapping[str, Any]]) -> None:
+    """Adds records at the end of an open file; they are on the disk when it returns."""
+    content = memoryview("".join(json.dumps(entry) + "\n" for entry in records).encode())
+    while content:
+        content = content[os.write(descriptor, content) :]
+    os.fsync(descriptor)
 
 
 def record(question: Question, text: str, model_id: str) -> dict[str, Any]:
@@ -121,40 +56,46 @@ def record(question: Question, text: str, model_id: str) -> dict[str, Any]:
     return start | fields | end
 
 
-def merge_parts(parts: Sequence[Part], target: Path) -> None:
-    """Writes the answers of complete parts into one file, in the order of the questions.
+def read_parts(folder: Path) -> dict[tuple[int | str, str], list[dict[str, Any]]]:
+    """The records in the files of a folder by id and prompt of their questions.
 
     Raises:
-        EvalError: If a part is not complete.
+        EvalError: If a file cannot be used.
     """
-    for part in parts:
-        if (found := part.answered()) != len(part.questions):
-            raise EvalError(f"{part.path}: {found} of {len(part.questions)} answers; run the same command to go on")
-    with write_atomically(target) as file:
-        for part in parts:
-            file.write(part.path.read_bytes())
+    found: dict[tuple[int | str, str], list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for _, entry in read_json_lines(path, _ANSWER, only_ended=True):
+            found.setdefault((entry["question_id"], entry["prompt"]), []).append(entry)
+    return found
+
+
+def merge(questions: Sequence[Question], folder: Path, target: Path) -> None:
+    """Writes the answers in the files of a folder into one, in the order of the questions.
+
+    Raises:
+        EvalError: If one is missing, or an answer is to no question.
+    """
+    found = read_parts(folder)
+    check_complete(questions, [_answer(entry) for entries in found.values() for entry in entries], str(folder))
+    with write_atomically(target, "w") as file:
+        for question in questions:
+            file.write(json.dumps(found[question.id, question.prompt].pop(0)) + "\n")
 
 
 def read_answers(path: Path, *, skip_broken: bool = False) -> tuple[list[Answer], int]:
-    """The answers of a file, and the number of lines that were skipped.
-
-    Args:
-        path: A file in LLaVA-1.5's format, of this program or another one.
-        skip_broken: Whether lines that are no JSON are skipped; they are an error otherwise.
+    """The answers of a file in LLaVA-1.5's format, and how many lines were skipped because they are no JSON.
 
     Raises:
-        EvalError: If the file or a line cannot be used.
+        EvalError: If the file or a line cannot be used, or skipped.
     """
     broken: list[int] | None = [] if skip_broken else None
-    lines = read_json_lines(path, broken=broken)
-    answers = [_answer(entry, f"{path}: line {line}") for line, entry in lines]
+    answers = [_answer(entry) for _, entry in read_json_lines(path, _ANSWER, broken=broken)]
     return answers, len(broken or [])
 
 
-def _answer(entry: dict[str, Any], where: str) -> Answer:
-    name, prompt = (field(entry, key, types, where) for key, types in (("question_id", (int, str)), ("prompt", str)))
-    others = {key: value for key, value in entry.items() if key not in ("question_id", "prompt", "text")}
-    return Answer(name, prompt, field(entry, "text", str, where), others)
+def _answer(entry: Mapping[str, Any]) -> Answer:
+    others = {key: value for key, value in entry.items() if key not in _ANSWER}
+    return Answer(entry["question_id"], entry["prompt"], entry["text"], others)
 
 
 def check_complete(questions: Sequence[Question], answers: Sequence[Answer], where: str) -> None:

@@ -8,32 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from .files import EvalError, read_json_lines
-from .files import field as get
 
 __all__ = ["LETTER", "Answer", "Benchmark", "Question", "Score", "last_answers", "percent", "read_llava_questions"]
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+_QUESTION = {"question_id": (int, str), "text": str, "image": str}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark.
+    """One question of a benchmark."""
 
-    Attributes:
-        id: Its id in the question file; of TextVQA several questions have the same.
-        text: What is asked, after the image.
-        image: Name of the image below the benchmark's image folder, the bytes of an image file, or None.
-        recorded: The question as answers files have it (`prompt`), where that is not `text`.
-        category: Group that scores are told by.
-        fields: More fields of the record in answers files.
-    """
-
-    id: int | str
-    text: str
-    image: str | bytes | None = None
-    recorded: str | None = None
-    category: str = ""
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    id: int | str  # of TextVQA several questions have the same
+    text: str  # what is asked, after the image
+    image: str | bytes | None = None  # a name below the benchmark's image folder, or the content of a file
+    recorded: str | None = None  # the question as answers files have it, where that is not `text`
+    category: str = ""  # group that scores are told by
+    fields: Mapping[str, Any] = field(default_factory=dict)  # more fields of the record in answers files
 
     @property
     def prompt(self) -> str:
@@ -43,14 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A line of an answers file.
-
-    Attributes:
-        id: Id of the question.
-        prompt: The question.
-        text: The answer.
-        fields: The other fields.
-    """
+    """A line of an answers file: id and text of the question, the answer, and the other fields."""
 
     id: int | str
     prompt: str
@@ -60,66 +44,33 @@ class Answer:
 
 @dataclass(frozen=True)
 class Score:
-    """How answers were scored.
+    """How answers were scored: the published number, all numbers as text to print, and for programs."""
 
-    Attributes:
-        value: The published kind of number, in percent; None where there is nothing to divide by.
-        lines: The numbers as text to print.
-        details: The numbers for programs.
-        public: What the public script gives where it differs by a mistake of its own; None where it gives the same.
-        note: What the difference is.
-    """
-
-    value: float | None
+    value: float | None  # in percent; None where there is nothing to divide by
     lines: Sequence[str]
     details: Mapping[str, Any]
-    public: float | None = None
-    note: str = ""
-
-
-Reader = Callable[[Path], list[Question]]
-Scorer = Callable[[Path, Sequence[Answer]], Score]
-Exporter = Callable[[Path, Path, Sequence[Answer]], None]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A row of the table of benchmarks.
+    """A row of the table of benchmarks."""
 
-    Attributes:
-        name: Name on the command line.
-        title: Name in the literature.
-        score_field: Field of `piip_core.zoo.MultimodalScores` that the score compares with; None for none.
-        folder: Its folder below that of all benchmarks, as in LLaVA-1.5's evaluation archive.
-        questions: Question file, relative to the folder.
-        images: Folder of the images, relative to the folder; None where the question file holds them.
-        read: Reads questions from the question file.
-        labels: Files beside the question file that scoring or exporting needs.
-        published: Number of questions of the published question file, where known.
-        max_new_tokens: Longest answer.
-        convert_before_padding: Setting of the image processor that the published results were made with.
-        score: Scores answers; None where that happens elsewhere. Both get the question file.
-        export: Name of a file to send in or to hand to the official script, and what writes it from the question file,
-            the path to write and the answers.
-        needs: Packages that the export needs beside those of the model.
-        remote: Where answers are scored instead, or too.
-    """
-
-    name: str
-    title: str
-    score_field: str | None
-    folder: str
-    questions: str
-    images: str | None
-    read: Reader
-    labels: tuple[str, ...] = ()
-    published: int | None = None
+    name: str  # on the command line
+    title: str  # in the literature
+    score_field: str | None  # of `piip_core.zoo.MultimodalScores`, that the score compares with
+    folder: str  # below that of all benchmarks, as in LLaVA-1.5's evaluation archive
+    questions: str  # the question file in it
+    images: str | None  # the folder of images in it; None where the question file holds them
+    read: Callable[[Path], list[Question]]  # of the question file, as are the next two
+    score: Callable[[Path, Sequence[Answer]], Score] | None = None  # None where that happens elsewhere
+    # The name of a file to send in or to hand to the official script, and what writes the answers to a path
+    export: tuple[str, Callable[[Path, Path, Sequence[Answer]], None]] | None = None
+    labels: tuple[str, ...] = ()  # files beside the question file that scoring or exporting needs
+    published: int | None = None  # number of questions of the published question file
     max_new_tokens: int = 128
-    convert_before_padding: bool = True
-    score: Scorer | None = None
-    export: tuple[str, Exporter] | None = None
-    needs: tuple[str, ...] = ()
-    remote: str = ""
+    convert_before_padding: bool = True  # of images, in the published results
+    needs: tuple[str, ...] = ()  # packages that the export needs beside those of the model
+    remote: str = ""  # where answers are scored instead, or too
 
     def question_file(self, data: Path) -> Path:
         """The question file below the folder of all benchmarks."""
@@ -136,17 +87,10 @@ def read_llava_questions(path: Path) -> list[Question]:
     Raises:
         EvalError: If the file or a line cannot be used.
     """
-    questions = []
-    for number, entry in read_json_lines(path):
-        where = f"{path}: line {number}"
-        questions.append(
-            Question(
-                id=get(entry, "question_id", (int, str), where),
-                text=get(entry, "text", str, where),
-                image=get(entry, "image", str, where),
-                category=str(entry.get("category", "")),
-            )
-        )
+    questions = [
+        Question(entry["question_id"], entry["text"], entry["image"], category=str(entry.get("category", "")))
+        for _, entry in read_json_lines(path, _QUESTION)
+    ]
     if not questions:
         raise EvalError(f"{path}: has no questions; load it again")
     return questions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from piip_core.errors import ConfigError, UserError
 
-from ..data.audit import Decode, image_findings, image_states, num_cores
+from ..data.audit import Decode, image_findings
 from ..data.audit_report import UNUSABLE_FILE, AuditReport, Count, FileSummary, Finding
 from ..data.images import ImageFolder, read_image
 from ..data.problems import DataError, Problem
@@ -18,58 +18,56 @@ from .files import EvalError
 __all__ = ["check_benchmarks", "missing_files"]
 
 
-def missing_files(benchmark: Benchmark, question_file: Path, image_folder: Path | None) -> list[Path]:
+def missing_files(benchmark: Benchmark, data: Path, *, with_images: bool = True) -> list[Path]:
     """Files and folders that a benchmark needs and that are not there."""
-    files = [question_file, *(question_file.parent / name for name in benchmark.labels)]
-    folders = [] if image_folder is None else [image_folder]
-    return [path for path in files if not path.is_file()] + [path for path in folders if not path.is_dir()]
+    questions, images = benchmark.question_file(data), benchmark.image_folder(data)
+    files = [questions, *(questions.parent / name for name in benchmark.labels)]
+    missing = [path for path in files if not path.is_file()]
+    return missing + [images] if with_images and images is not None and not images.is_dir() else missing
 
 
 def check_benchmarks(
-    benchmarks: Sequence[Benchmark],
-    data: Path,
-    *,
-    decode: Decode = "header",
-    workers: int | None = None,
-    progress: bool = True,
+    benchmarks: Sequence[Benchmark], data: Path, *, decode: Decode = "header", workers: int | None = None
 ) -> AuditReport:
-    """Checks questions, labels and images of benchmarks.
+    """Checks questions, labels and images of benchmarks below a folder; `decode` and `workers` are those of `audit`.
 
     Files are there and can be read, the number of questions is the published one, no question is asked twice, the
     labels belong to the questions (a trial answer to every question is scored, and written to send in), and images
     exist and can be read.
-
-    Args:
-        benchmarks: What to check.
-        data: Folder of all benchmarks.
-        decode: How far images are read; see `llava_piip.data.audit.audit`.
-        workers: Number of processes for the images; by default one per core.
-        progress: Show progress bars.
     """
     report = AuditReport(decode)
     for benchmark in benchmarks:
-        question_file, image_folder = benchmark.question_file(data), benchmark.image_folder(data)
-        summary = FileSummary(str(question_file), str(image_folder or question_file))
+        file, folder = benchmark.question_file(data), benchmark.image_folder(data)
+        summary = FileSummary(str(file), str(folder or file))
         report.files.append(summary)
-        if missing := missing_files(benchmark, question_file, image_folder):
-            kinds = ((path, "docs/evaluation.md says where it comes from") for path in missing)
-            report.findings += [_unusable(question_file, f"{path}: missing; {advice}") for path, advice in kinds]
+        missing = missing_files(benchmark, data)
+        report.findings += [
+            _unusable(file, f"{path}: missing; docs/evaluation.md says where it comes from") for path in missing
+        ]
         try:
-            questions = benchmark.read(question_file)
+            questions = benchmark.read(file)
         except (EvalError, DataError) as error:
-            if question_file not in missing:
-                report.findings.append(_unusable(question_file, str(error)))
+            if file not in missing:
+                report.findings.append(_unusable(file, str(error)))
             continue
         summary.entries = len(questions)
         summary.with_image = sum(question.image is not None for question in questions)
         summary.text_only = len(questions) - summary.with_image
         if benchmark.published is not None:
             summary.counts.append(Count(f"{benchmark.title}: questions", len(questions), benchmark.published))
-        report.findings += _repeated(question_file, questions)
+        report.findings += _repeated(file, questions)
         if not missing:
-            report.findings += _trial(benchmark, question_file, questions)
-        folder = ImageFolder(image_folder, follow_links=True) if image_folder and image_folder.is_dir() else None
-        report.findings += _image_problems(summary, questions, folder, decode, workers or num_cores(), progress)
+            report.findings += _trial(benchmark, file, questions)
+        report.findings += _embedded_images(summary, questions, decode)
+        if folder is not None and folder.is_dir():
+            users: dict[str, list[tuple[int, str]]] = {}
+            for index, question in enumerate(questions):
+                if isinstance(question.image, str):
+                    users.setdefault(question.image, []).append((index, str(question.id)))
+            for name, entries in users.items():
+                summary.entries_by_folder[str(Path(name).parent)] += len(entries)
+            images = ImageFolder(folder, follow_links=True)
+            report.findings += image_findings(summary, users, images, decode, workers, lambda n: str(Path(n).parent))
     return report
 
 
@@ -79,11 +77,11 @@ def _unusable(file: Path, message: str) -> Finding:
 
 def _repeated(file: Path, questions: Sequence[Question]) -> Iterator[Finding]:
     first: dict[tuple[int | str, str], int] = {}
-    for number, question in enumerate(questions):
-        before = first.setdefault((question.id, question.prompt), number)
-        if before != number:
-            message = f"{file}: question {number} (id {question.id!r}) is question {before} again: it would count twice"
-            yield Finding(str(file), number, str(question.id), Problem.RECORD.value, None, message)
+    for index, question in enumerate(questions):
+        before = first.setdefault((question.id, question.prompt), index)
+        if before != index:
+            message = f"{file}: question {index} (id {question.id!r}) is question {before} again: it would count twice"
+            yield Finding(str(file), index, str(question.id), Problem.RECORD.value, None, message)
 
 
 def _trial(benchmark: Benchmark, file: Path, questions: Sequence[Question]) -> Iterator[Finding]:
@@ -99,20 +97,10 @@ def _trial(benchmark: Benchmark, file: Path, questions: Sequence[Question]) -> I
         yield _unusable(file, f"labels do not fit the questions: {error}")
 
 
-def _image_problems(
-    summary: FileSummary,
-    questions: Sequence[Question],
-    folder: ImageFolder | None,
-    decode: Decode,
-    workers: int,
-    progress: bool,
-) -> Iterator[Finding]:
-    """Findings about images, and their numbers in the summary."""
-    users: dict[str, list[tuple[int, str]]] = {}
-    for number, question in enumerate(questions):
-        if isinstance(question.image, str):
-            users.setdefault(question.image, []).append((number, str(question.id)))
-        elif question.image is not None:
+def _embedded_images(summary: FileSummary, questions: Sequence[Question], decode: Decode) -> Iterator[Finding]:
+    """Findings about images that the question file holds, and their numbers in the summary."""
+    for index, question in enumerate(questions):
+        if isinstance(question.image, bytes):
             summary.images_by_folder["(in the file)"] += 1
             try:
                 if decode != "none":
@@ -120,12 +108,4 @@ def _image_problems(
             except DataError as error:
                 summary.unusable_by_folder["(in the file)"] += 1
                 message = f"{summary.file}: {error}"
-                yield Finding(summary.file, number, str(question.id), error.problem.value, None, message)
-    if folder is None:
-        return
-    for name, state in image_states(list(users), folder, decode, workers, progress):
-        parent = str(Path(name).parent)
-        summary.images_by_folder[parent] += 1
-        summary.unusable_by_folder[parent] += state.problem is not None
-        summary.entries_by_folder[parent] += len(users[name])
-        yield from image_findings(summary.file, name, state, users[name])
+                yield Finding(summary.file, index, str(question.id), error.problem.value, None, message)

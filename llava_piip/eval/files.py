@@ -5,32 +5,57 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
-__all__ = ["EvalError", "field", "read_json", "read_json_lines", "read_table", "write_json"]
+from ..data.problems import reading
+
+__all__ = ["EvalError", "checked", "read_json", "read_json_lines", "read_table", "write_json"]
+
+_SOURCES = "docs/evaluation.md says where each file comes from"
 
 
 class EvalError(UserError):
-    """Questions, labels or answers of a benchmark cannot be used; the message names the file, the place and the fix."""
+    """Questions, labels or answers of a benchmark cannot be used; the message names the file, the entry and the fix."""
 
 
-def read_json(path: Path) -> Any:
+def checked(value: Any, form: Any, where: str) -> Any:
+    """A JSON value, if it has a form: a type, several types, `[form of each]`, or `{"name": form, ...}` and more.
+
+    Raises:
+        EvalError: If it has not; says where.
+    """
+    kinds = (type(form),) if isinstance(form, (list, dict)) else form if isinstance(form, tuple) else (form,)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise EvalError(f"{where} is {str(value)[:60]!r}, expected {expected}; load the file again")
+    if isinstance(form, list):
+        for number, item in enumerate(value):
+            checked(item, form[0], f"{where}: item {number}")
+    elif isinstance(form, dict):
+        for name, inner in form.items():
+            if name not in value:
+                raise EvalError(f"{where}: {name!r} is missing (fields: {', '.join(value)})")
+            checked(value[name], inner, f"{where}: {name!r}")
+    return value
+
+
+def read_json(path: Path, form: Any = object) -> Any:
     """The content of a JSON file.
 
     Raises:
-        EvalError: If it is missing or is no JSON.
+        EvalError: If it is missing, is no JSON or has not the form that `checked` takes.
     """
-    with _reading(path):
+    with reading(path, EvalError, _SOURCES):
         try:
-            return json.loads(path.read_text(encoding="utf-8-sig"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
             raise EvalError(f"{path}: no JSON ({error}); load it again") from None
+    return checked(content, form, str(path))
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
@@ -40,19 +65,17 @@ def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
 
 
 def read_json_lines(
-    path: Path, *, broken: list[int] | None = None, only_ended: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file with one per line, whatever its name ends in, and their line numbers from 1.
+    path: Path, form: Any = dict, *, broken: list[int] | None = None, only_ended: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file with one per line, of a form that `checked` takes, and for messages where they are.
 
     Args:
-        path: The file.
+        path: The file, whatever its name ends in.
+        form: Of each object.
         broken: Takes the numbers of lines that are no JSON object; without it they are an error, except for empty ones.
         only_ended: Leave out a last line without a line break, which somebody may still be writing.
-
-    Raises:
-        EvalError: If the file is missing, or for such a line.
     """
-    with _reading(path), path.open(encoding="utf-8-sig") as file:
+    with reading(path, EvalError, _SOURCES), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if (broken is None and not line.strip()) or (only_ended and not line.endswith("\n")):
                 continue
@@ -61,7 +84,7 @@ def read_json_lines(
             except json.JSONDecodeError as error:
                 value = error
             if isinstance(value, dict):
-                yield number, value
+                yield f"{path}: line {number}", checked(value, form, f"{path}: line {number}")
             elif broken is None:
                 why = f"no JSON ({value})" if isinstance(value, json.JSONDecodeError) else "no object"
                 raise EvalError(f"{path}: line {number} is {why}: {line.strip()[:80]!r}; remove or repair it")
@@ -77,7 +100,7 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """
     previous = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # cells hold images
     try:
-        with _reading(path), path.open(encoding="utf-8-sig", newline="") as file:
+        with reading(path, EvalError, _SOURCES), path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             if not reader.fieldnames:
                 raise EvalError(f"{path}: empty; expected a header line")
@@ -92,31 +115,3 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise EvalError(f"{path}: no table with tabs ({error}); load it again") from None
     finally:
         csv.field_size_limit(previous)
-
-
-def field(entry: Any, name: str, types: type | tuple[type, ...], where: str) -> Any:
-    """A field of an entry.
-
-    Raises:
-        EvalError: If it is missing or of another type, or the entry is no object.
-    """
-    if not isinstance(entry, Mapping):
-        raise EvalError(f"{where}: is {str(entry)[:60]!r}, expected an object with {name!r}")
-    value = entry.get(name)
-    if not isinstance(value, types) or isinstance(value, bool):
-        expected = " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))
-        found = f"is {str(value)[:60]!r}" if name in entry else f"is missing (fields: {', '.join(map(str, entry))})"
-        raise EvalError(f"{where}: {name!r} {found}, expected {expected}")
-    return value
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise EvalError(f"{path}: no such file; docs/evaluation.md says where each file comes from") from None
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); load it again") from None
-    except OSError as error:
-        raise EvalError(f"{path}: cannot be read ({error.strerror})") from error

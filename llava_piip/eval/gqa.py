@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .benchmark import Answer, Benchmark, Score, percent, read_llava_questions
-from .files import EvalError, field, read_json, write_json
+from .files import EvalError, checked, read_json, write_json
 
-__all__ = ["GQA", "predictions", "verdicts"]
+__all__ = ["GQA", "predictions", "read_labels", "verdicts"]
 
-_QUESTIONS = "data/testdev_balanced_questions.json"
+_LABELS = "data/testdev_balanced_questions.json"
+_LABEL = {
+    "answer": str,
+    "question": str,
+    "types": {"structural": str, "semantic": str},
+    "semantic": [{"operation": str, "argument": str}],
+    "groups": {"global": (str, type(None))},
+}
 # Steps of a question's program that end it, and do not count among its steps
 _LAST_STEPS = ("exist", "query: name", "choose name")
+
+Labels = Mapping[str, Mapping[str, Any]]
+Counted = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def predictions(answers: Sequence[Answer]) -> list[dict[str, Any]]:
@@ -22,43 +32,25 @@ def predictions(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [{"questionId": answer.id, "prediction": answer.text.rstrip(".").lower()} for answer in answers]
 
 
-def verdicts(questions_file: Path, answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
-    """What became of each question: gold, prediction (None without an answer), correct, counted."""
-    found = _verdicts(_read(questions_file), answers)
-    return {name: {key: entry[key] for key in ("gold", "prediction", "correct", "counted")} for name, entry in found}
-
-
-def _read(questions_file: Path) -> Mapping[str, Mapping[str, Any]]:
-    path = questions_file.parent / _QUESTIONS
-    content = read_json(path)
-    if not isinstance(content, Mapping) or not content:
-        raise EvalError(f"{path}: expected an object with the questions by their ids; load it again")
-    for name, question in content.items():
-        _check(question, f"{path}: question {name!r}")
+def read_labels(questions_file: Path) -> Labels:
+    """The official questions by their ids, which lie beside LLaVA's question file."""
+    path = questions_file.parent / _LABELS
+    content = read_json(path, dict)
+    if not content:
+        raise EvalError(f"{path}: has no questions; load it again")
+    for name, label in content.items():
+        checked(label, _LABEL, f"{path}: question {name!r}")
     return content
 
 
-def _check(question: Any, where: str) -> None:
-    """Refuses a question without what the score needs."""
-    for name in ("answer", "question"):
-        field(question, name, str, where)
-    types = field(question, "types", dict, where)
-    for name in ("structural", "semantic"):
-        field(types, name, str, f"{where}: types")
-    for step in field(question, "semantic", list, where):
-        for name in ("operation", "argument"):
-            field(step, name, str, f"{where}: semantic")
-    field(field(question, "groups", dict, where), "global", (str, type(None)), f"{where}: groups")
-
-
-def _verdicts(questions: Mapping[str, Any], answers: Sequence[Answer]) -> list[tuple[str, dict[str, Any]]]:
+def verdicts(labels: Labels, answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """What became of each question: gold, prediction (None without an answer), correct, counted."""
     predicted = {entry["questionId"]: entry["prediction"] for entry in predictions(answers)}
-    found = []
-    for name, question in questions.items():
-        gold, prediction = question["answer"], predicted.get(name)
-        counted = bool(question.get("isBalanced"))
-        entry = {"gold": gold, "prediction": prediction, "correct": prediction == gold, "counted": counted}
-        found.append((name, entry | {"question": question}))
+    found = {}
+    for name, label in labels.items():
+        gold, prediction = label["answer"], predicted.get(name)
+        verdict = {"gold": gold, "prediction": prediction, "correct": prediction == gold}
+        found[name] = verdict | {"counted": bool(label.get("isBalanced"))}
     return found
 
 
@@ -68,70 +60,62 @@ def _score(questions_file: Path, answers: Sequence[Answer]) -> Score:
     Validity and plausibility need files that test-dev does not have, and are left out. Questions without an answer,
     at which the official script stops, are not counted.
     """
-    found = _verdicts(_read(questions_file), answers)
-    counted = [entry for _, entry in found if entry["counted"] and entry["prediction"] is not None]
-    kinds = _by(counted, lambda question: "Open" if question["types"]["structural"] == "query" else "Binary")
-    value = _accuracy(counted)
+    labels = read_labels(questions_file)
+    found = verdicts(labels, answers)
+    counted = [(labels[n], v) for n, v in found.items() if v["counted"] and v["prediction"] is not None]
+    kinds = _accuracies(counted, lambda label: "Open" if label["types"]["structural"] == "query" else "Binary")
+    value = percent(sum(verdict["correct"] for _, verdict in counted), len(counted))
     distribution = _distribution(counted)
-    lines = [f"{kind}: {_accuracy(kinds.get(kind, [])) or 0:.2f}%" for kind in ("Binary", "Open")]
+    lines = [f"{kind}: {kinds.get(kind, (0.0, 0))[0]:.2f}%" for kind in ("Binary", "Open")]
     lines.append(f"Accuracy: {value or 0:.2f}%")
     if distribution is not None:
         lines.append(f"Distribution: {distribution:.2f} (lower is better)")
     details = {"accuracy": value, "distribution": distribution}
     for title, key in _BREAKDOWN.items():
-        groups = _by(counted, key)
+        groups = _accuracies(counted, key)
         lines.append(f"Accuracy / {title}:")
-        lines += [
-            f"  {name}: {_accuracy(groups[name]):.2f}% ({len(groups[name])} questions)" for name in sorted(groups)
-        ]
-        details[title] = {str(name): _accuracy(group) for name, group in groups.items()}
+        lines += [f"  {name}: {groups[name][0]:.2f}% ({groups[name][1]} questions)" for name in sorted(groups)]
+        details[title] = {str(name): accuracy for name, (accuracy, _) in groups.items()}
     return Score(value, lines, details)
 
 
-def _steps(question: Mapping[str, Any]) -> int:
-    """Steps of the program behind a question, without those that only read off the result."""
-    steps = [f"{step['operation']}: {step['argument']}" for step in question["semantic"]]
+def _steps(label: Mapping[str, Any]) -> int:
+    """Steps of the program that a question stands for, without those that only read off the result."""
+    steps = [f"{step['operation']}: {step['argument']}" for step in label["semantic"]]
     return sum(not any(last in step for last in _LAST_STEPS) for step in steps)
 
 
 _BREAKDOWN = {
-    "structural type": lambda question: question["types"]["structural"],
-    "semantic type": lambda question: question["types"]["semantic"],
+    "structural type": lambda label: label["types"]["structural"],
+    "semantic type": lambda label: label["types"]["semantic"],
     "steps number": _steps,
-    "words number": lambda question: len(question["question"].split()),
+    "words number": lambda label: len(label["question"].split()),
 }
 
 
-def _by(entries: Iterable[Mapping[str, Any]], key: Any) -> dict[Any, list[Mapping[str, Any]]]:
+def _accuracies(counted: Counted, key: Callable[[Mapping[str, Any]], Any]) -> dict[Any, tuple[float, int]]:
+    """Accuracy and number of questions by what the key makes of their labels."""
     groups = defaultdict(list)
-    for entry in entries:
-        groups[key(entry["question"])].append(entry)
-    return dict(groups)
+    for label, verdict in counted:
+        groups[key(label)].append(verdict["correct"])
+    return {name: (percent(sum(right), len(right)), len(right)) for name, right in groups.items()}
 
 
-def _accuracy(entries: Sequence[Mapping[str, Any]]) -> float | None:
-    return percent(sum(entry["correct"] for entry in entries), len(entries))
-
-
-def _distribution(entries: Iterable[Mapping[str, Any]]) -> float | None:
+def _distribution(counted: Counted) -> float | None:
     """Chi-square between right and given answers of questions of one group, averaged by the groups' sizes."""
     gold: dict[str, Counter[str]] = defaultdict(Counter)
     given: dict[str, Counter[str]] = defaultdict(Counter)
-    for entry in entries:
-        group = entry["question"]["groups"].get("global")
+    for label, verdict in counted:
+        group = label["groups"]["global"]
         if group is not None:
-            gold[group][entry["gold"]] += 1
-            given[group][entry["prediction"]] += 1
+            gold[group][verdict["gold"]] += 1
+            given[group][verdict["prediction"]] += 1
     size = sum(counts.total() for counts in gold.values())
     chi = {
         group: sum((given[group][answer] - count) ** 2 / count for answer, count in counts.items())
         for group, counts in gold.items()
     }
     return sum(chi[group] * gold[group].total() for group in gold) / size / 100 if size else None
-
-
-def _export(questions_file: Path, target: Path, answers: Sequence[Answer]) -> None:
-    write_json(target, predictions(answers))
 
 
 GQA = Benchmark(
@@ -142,8 +126,11 @@ GQA = Benchmark(
     questions="llava_gqa_testdev_balanced.jsonl",
     images="data/images",
     read=read_llava_questions,
-    labels=(_QUESTIONS,),
+    labels=(_LABELS,),
     published=12578,
     score=_score,
-    export=("testdev_balanced_predictions.json", _export),
+    export=(
+        "testdev_balanced_predictions.json",
+        lambda questions_file, target, answers: write_json(target, predictions(answers)),
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from piip_core.files import atomic_path
 from .benchmark import LETTER, Answer, Benchmark, Question, Score, last_answers, percent
 from .files import EvalError, read_table
 
-__all__ = ["MMBENCH", "MMBENCH_CN", "MMBENCH_TEST", "chosen_letter", "read_mmbench", "submission_rows"]
+__all__ = ["MMBENCH", "MMBENCH_CN", "MMBENCH_TEST", "chosen_letter", "read_mmbench"]
 
 _LETTERS = "ABCD"
 _NEEDED = ("index", "question", "A", "B", "image")
@@ -41,8 +41,10 @@ def read_mmbench(path: Path, *, instruction: str = LETTER, all_rounds: bool = Fa
     images: dict[str, bytes] = {}
     for index, row in _rows(path):
         cell = row["image"]
-        image = images[cell] if cell in images else _decoded(cell, f"{path}: index {index}")
-        images[str(index)] = image
+        try:
+            image = images[str(index)] = images[cell] if cell in images else base64.b64decode(cell, validate=True)
+        except binascii.Error as error:
+            raise EvalError(f"{path}: index {index}: the image is no base64 ({error}); load the file again") from None
         hint = "" if _is_none(row.get("hint", "")) else row["hint"] + "\n"
         options = _options(row)
         for shift in range(len(options) if all_rounds else 1):
@@ -51,8 +53,7 @@ def read_mmbench(path: Path, *, instruction: str = LETTER, all_rounds: bool = Fa
             lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, texts, strict=False)]
             recorded = "\n".join([hint + row["question"], *lines])
             fields = {"round_id": shift, "options": texts, "option_char": letters}
-            asked = recorded + instruction
-            questions.append(Question(index, asked, image, recorded, row.get("category", ""), fields))
+            questions.append(Question(index, recorded + instruction, image, recorded, fields=fields))
     return questions
 
 
@@ -68,21 +69,6 @@ def chosen_letter(text: str, options: Mapping[str, str]) -> str | None:
         return letters[0]
     named = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return named[0] if len(named) == 1 else None
-
-
-def submission_rows(path: Path, answers: Sequence[Answer]) -> list[list[int | str | None]]:
-    """The table that the server takes, its header first; None is an empty cell."""
-    known = last_answers(answers)
-    rows: list[list[int | str | None]] = []
-    for index, row in _rows(path):
-        kept = [name for name in row if name not in _DROPPED]
-        if not rows:
-            rows.append([*kept[:_PREDICTION_COLUMN], "prediction", *kept[_PREDICTION_COLUMN:]])
-        cells = {name: None if row[name] in _MISSING else row[name] for name in kept}
-        cells["prediction"] = (known[index].text or None) if index in known else None
-        cells["index"] = index
-        rows.append([cells[name] for name in rows[0]])
-    return rows
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
@@ -112,13 +98,6 @@ def _options(row: Mapping[str, str]) -> dict[str, str]:
     return options
 
 
-def _decoded(cell: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(cell, validate=True)
-    except binascii.Error as error:
-        raise EvalError(f"{where}: the image is no base64 ({error}); load the file again") from None
-
-
 def _score(path: Path, answers: Sequence[Answer]) -> Score:
     """Circular accuracy (a question is right if all of its rotations are), and vanilla (the question as it is alone).
 
@@ -142,12 +121,10 @@ def _score(path: Path, answers: Sequence[Answer]) -> Score:
         meant = None if letter is None else shown[_LETTERS.index(letter)]
         rotation = (answer.id // _ROTATION, answer.fields.get("round_id", 0))
         right[answer.id % _ROTATION][rotation] = meant == row["answer"]
-    sizes: dict[int, int] = defaultdict(int)
-    for index in rows:
-        sizes[index % _ROTATION] += 1
-    whole = [found for index, found in right.items() if len(found) >= sizes[index]]
+    sizes = Counter(index % _ROTATION for index in rows)
+    whole = [all(found.values()) for index, found in right.items() if len(found) >= sizes[index]]
     plain = [found[0, 0] for found in right.values() if (0, 0) in found]
-    circular, vanilla = percent(sum(all(f.values()) for f in whole), len(whole)), percent(sum(plain), len(plain))
+    circular, vanilla = percent(sum(whole), len(whole)), percent(sum(plain), len(plain))
     lines = [
         f"Circular: {circular or 0:.2f}% of {len(whole)} questions",
         f"Vanilla: {vanilla or 0:.2f}% of {len(plain)} questions",
@@ -157,16 +134,25 @@ def _score(path: Path, answers: Sequence[Answer]) -> Score:
 
 
 def _export(path: Path, target: Path, answers: Sequence[Answer]) -> None:
+    """The table that the server takes: that of the questions, some columns left out, and the answers."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
+    rows, known = _rows(path), last_answers(answers)
+    columns = [name for name in rows[0][1] if name not in _DROPPED]
+    columns.insert(_PREDICTION_COLUMN, "prediction")
     book = Workbook()
     sheet = book.active
-    for number, row in enumerate(submission_rows(path, answers), 1):
-        for column, value in enumerate(row, 1):
+    sheet.append(columns)
+    for number, (index, row) in enumerate(rows, 2):
+        answer = known[index].text if index in known else ""
+        cells = {name: "" if text in _MISSING else text for name, text in row.items()} | {"prediction": answer}
+        for column, name in enumerate(columns, 1):
             cell = sheet.cell(number, column)
-            cell.value = ILLEGAL_CHARACTERS_RE.sub("", value) if isinstance(value, str) else value
-            if isinstance(value, str):
+            if name == "index":
+                cell.value = index
+            elif cells[name]:
+                cell.value = ILLEGAL_CHARACTERS_RE.sub("", cells[name])
                 cell.data_type = "s"  # an answer that starts with = is no formula
     with atomic_path(target) as aside:
         book.save(aside)

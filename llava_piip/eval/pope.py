@@ -1,25 +1,24 @@
-"""POPE: is an object in the picture? Three ways of choosing the objects that are not."""
+"""POPE: is an object in the image? Three ways of choosing the objects that are not."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .benchmark import Answer, Benchmark, Score, last_answers, read_llava_questions
-from .files import EvalError, field, read_json_lines
+from .files import EvalError, read_json_lines
 
 __all__ = ["POPE", "yes_or_no"]
 
-_CATEGORIES = ("adversarial", "popular", "random")
-_LABELS = {category: f"coco/coco_pope_{category}.json" for category in _CATEGORIES}
-_NO = ("No", "not", "no")
+_LABELS = {category: f"coco/coco_pope_{category}.json" for category in ("adversarial", "popular", "random")}
+_PRINTED = ("Accuracy", "Precision", "Recall", "F1 score", "Yes ratio")
 
 
 def yes_or_no(text: str) -> str:
     """What an answer says: "no" if its first sentence has the word No, not or no, otherwise "yes"."""
     words = text.partition(".")[0].replace(",", "").split(" ")
-    return "no" if any(word in _NO for word in words) else "yes"
+    return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
 
 
 def _score(questions_file: Path, answers: Sequence[Answer]) -> Score:
@@ -31,10 +30,10 @@ def _score(questions_file: Path, answers: Sequence[Answer]) -> Score:
     questions = read_llava_questions(questions_file)
     categories = {question.id: question.category for question in questions}
     known = last_answers(answers)
-    details, public_details = {}, {}
-    for category in dict.fromkeys(question.category for question in questions):
+    details, public = {}, {}
+    for category in dict.fromkeys(categories.values()):
         if category not in _LABELS:
-            raise EvalError(f"{questions_file}: category {category!r}; expected {', '.join(_CATEGORIES)}")
+            raise EvalError(f"{questions_file}: category {category!r}; expected {', '.join(_LABELS)}")
         labels = _read_labels(questions_file.parent / _LABELS[category])
         asked = [question for question in questions if question.category == category]
         if len(labels) != len(asked):
@@ -43,40 +42,38 @@ def _score(questions_file: Path, answers: Sequence[Answer]) -> Score:
                 f"{_LABELS[category]}: they belong to different versions of the benchmark"
             )
         pairs = zip(labels, asked, strict=True)
-        details[category] = _metrics(
-            (label.lower(), known[question.id].text) for label, question in pairs if question.id in known
-        )
+        details[category] = _metrics((label.lower(), known[q.id].text) for label, q in pairs if q.id in known)
         in_order = [answer.text for answer in answers if categories.get(answer.id) == category]
         public_labels = ("no" if label == "no" else "yes" for label in labels)
-        public_details[category] = _metrics(zip(public_labels, in_order, strict=False))
+        public[category] = _metrics(zip(public_labels, in_order, strict=False))
     value = 100 * sum(found["F1 score"] for found in details.values()) / len(details)
+    # The last character of each printed F1 is lost
+    printed = [round(float(str(found["F1 score"])[:-1] or 0) * 100, 1) for found in public.values()]
+    summary = round(sum(printed) / len(printed), 1)
     lines = []
     for category, found in details.items():
         numbers = ", ".join(f"{name} {found[name]:.3f}" for name in _PRINTED)
         lines.append(f"{category}: {found['n']} answers, {numbers}")
-    public = _public_summary([found["F1 score"] for found in public_details.values()])
-    note = "pairs answers with labels by their order, and rounds each F1 after dropping its last digit"
-    return Score(value, lines, {**details, "public": public_details}, public, note)
-
-
-_PRINTED = ("Accuracy", "Precision", "Recall", "F1 score", "Yes ratio")
+    if f"{summary:.1f}" != f"{value:.1f}":
+        lines.append(
+            f"the public script gives {summary:.1f}: it pairs answers with labels by their order, and rounds each F1 "
+            "after dropping its last digit"
+        )
+    return Score(value, lines, {**details, "public": public, "public summary": summary})
 
 
 def _read_labels(path: Path) -> list[str]:
     labels = []
-    for number, entry in read_json_lines(path):
-        label = field(entry, "label", str, f"{path}: line {number}")
-        if label.lower() not in ("yes", "no"):
-            raise EvalError(f"{path}: line {number}: label {label!r}, expected yes or no")
-        labels.append(label)
+    for where, entry in read_json_lines(path, {"label": str}):
+        if entry["label"].lower() not in ("yes", "no"):
+            raise EvalError(f"{where}: label {entry['label']!r}, expected yes or no")
+        labels.append(entry["label"])
     return labels
 
 
 def _metrics(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
     """Counts and measures of (label, text of the answer); yes is positive, and what cannot be divided is 0."""
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    for label, text in pairs:
-        counts[label, yes_or_no(text)] += 1
+    counts = Counter((label, yes_or_no(text)) for label, text in pairs)
     tp, fp, tn, fn = (counts[pair] for pair in (("yes", "yes"), ("no", "yes"), ("no", "no"), ("yes", "no")))
     n = tp + fp + tn + fn
     precision, recall = tp / max(tp + fp, 1), tp / max(tp + fn, 1)
@@ -92,11 +89,6 @@ def _metrics(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
         "F1 score": 2 * precision * recall / (precision + recall) if tp else 0.0,
         "Yes ratio": (tp + fp) / max(n, 1),
     }
-
-
-def _public_summary(scores: Sequence[float]) -> float:
-    """The number of the public summary: the last character of each printed F1 is lost."""
-    return round(sum(round(float(str(score)[:-1] or 0) * 100, 1) for score in scores) / len(scores), 1)
 
 
 POPE = Benchmark(

@@ -1,25 +1,26 @@
-"""ScienceQA: multiple choice from school books, with and without a picture."""
+"""ScienceQA: multiple choice from school books, with and without an image."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..conversation import IMAGE_TAG
 from .benchmark import LETTER, Answer, Benchmark, Question, Score, last_answers, percent
-from .files import EvalError, field, read_json, write_json
+from .files import EvalError, checked, read_json, write_json
 
-__all__ = ["SCIENCEQA", "answered_letter", "verdicts"]
+__all__ = ["SCIENCEQA", "verdicts"]
 
 _LETTERS = "ABCDE"
 _FAILED = "FAILED"
 _PROBLEMS, _SPLITS = "problems.json", "pid_splits.json"
+_QUESTION = {"id": str, "conversations": [{"value": str}]}
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 
-def answered_letter(text: str) -> str | None:
+def _letter(text: str) -> str | None:
     """The letter that an answer chooses, None if it has none of the forms that the official rule reads.
 
     These are the letter alone, the letter followed by a full stop and a space, and a single "The answer is X" that is
@@ -34,38 +35,38 @@ def answered_letter(text: str) -> str | None:
 
 
 def _read(path: Path) -> list[Question]:
-    entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
-        raise EvalError(f"{path}: expected a list of questions")
     questions = []
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(read_json(path, list)):
         where = f"{path}: entry {number}"
-        name, turns = field(entry, "id", str, where), field(entry, "conversations", list, where)
-        image = field(entry, "image", str, where) if entry.get("image") is not None else None
-        if not turns or not isinstance(turns[0], dict):
-            raise EvalError(f"{where} (id {name!r}): has no turn; expected the question as the first one")
-        asked = field(turns[0], "value", str, f"{where} (id {name!r}): turn 1")
-        text = asked.replace(IMAGE_TAG, "").strip() + LETTER
-        questions.append(Question(name, text, image, recorded=f"{IMAGE_TAG}\n{text}" if image else None))
+        turns = checked(entry, _QUESTION, where)["conversations"]
+        image = entry.get("image")
+        checked(image, (str, type(None)), f"{where}: 'image'")
+        if not turns:
+            raise EvalError(f"{where} (id {entry['id']!r}): has no turn; expected the question as the first one")
+        text = turns[0]["value"].replace(IMAGE_TAG, "").strip() + LETTER
+        recorded = None if image is None else f"{IMAGE_TAG}\n{text}"
+        questions.append(Question(entry["id"], text, image, recorded))
+    if not questions:
+        raise EvalError(f"{path}: has no questions; load it again")
     return questions
 
 
 def verdicts(questions_file: Path, answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     """What became of each question of the test split: pred, parsed, index, ground_truth, correct, is_multimodal."""
-    problems, split = (read_json(questions_file.parent / name) for name in (_PROBLEMS, _SPLITS))
-    if not isinstance(problems, Mapping):
-        raise EvalError(f"{questions_file.parent / _PROBLEMS}: expected an object with the problems by their ids")
+    problems = read_json(questions_file.parent / _PROBLEMS, dict)
+    split = read_json(questions_file.parent / _SPLITS, {"test": list})["test"]
     known, found = last_answers(answers), {}
-    for name in map(str, field(split, "test", list, str(questions_file.parent / _SPLITS))):
+    for name in map(str, split):
         where = f"{questions_file.parent / _PROBLEMS}: problem {name!r}"
         if name not in problems:
             raise EvalError(f"{where} is missing; load the file again")
-        choices, truth = field(problems[name], "choices", list, where), field(problems[name], "answer", int, where)
-        if not 0 <= truth < len(choices) <= len(_LETTERS):
-            raise EvalError(f"{where}: answer {truth} of {len(choices)} choices, expected at most {len(_LETTERS)}")
+        problem = checked(problems[name], {"choices": list, "answer": int}, where)
+        choices, truth = len(problem["choices"]), problem["answer"]
+        if not 0 <= truth < choices <= len(_LETTERS):
+            raise EvalError(f"{where}: answer {truth} of {choices} choices, expected at most {len(_LETTERS)}")
         answer = known.get(name)
-        parsed = None if answer is None else answered_letter(answer.text)
-        index = _LETTERS[: len(choices)].find(parsed) if parsed is not None else -1
+        parsed = None if answer is None else _letter(answer.text)
+        index = _LETTERS[:choices].find(parsed) if parsed is not None else -1
         found[name] = {
             "pred": _FAILED if answer is None else answer.text,
             "parsed": parsed or _FAILED,
@@ -78,12 +79,12 @@ def verdicts(questions_file: Path, answers: Sequence[Answer]) -> dict[str, dict[
 
 
 def _score(questions_file: Path, answers: Sequence[Answer]) -> Score:
-    """Accuracy, of all questions and of those with a picture; the second one is published."""
+    """Accuracy, of all questions and of those with an image; the second one is published."""
     found = list(verdicts(questions_file, answers).values())
-    pictured = [entry for entry in found if entry["is_multimodal"]]
-    right, right_pictured = (sum(entry["correct"] for entry in entries) for entries in (found, pictured))
-    total, value = percent(right, len(found)), percent(right_pictured, len(pictured))
-    image = "undefined (no question with a picture)" if value is None else f"{value:.2f}%"
+    right = sum(entry["correct"] for entry in found)
+    seen = [entry["correct"] for entry in found if entry["is_multimodal"]]
+    total, value = percent(right, len(found)), percent(sum(seen), len(seen))
+    image = "undefined (no question with an image)" if value is None else f"{value:.2f}%"
     line = f"Total: {len(found)}, Correct: {right}, Accuracy: {total or 0:.2f}%, IMG-Accuracy: {image}"
     unread = sum(entry["parsed"] == _FAILED and entry["pred"] != _FAILED for entry in found)
     details = {"accuracy": total, "image_accuracy": value, "correct": right, "count": len(found), "unread": unread}

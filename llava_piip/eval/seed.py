@@ -10,7 +10,7 @@ from typing import Any
 from piip_core.files import write_atomically
 
 from .benchmark import Answer, Benchmark, Question, Score, last_answers, percent, read_llava_questions
-from .files import EvalError, field, read_json
+from .files import EvalError, read_json
 
 __all__ = ["SEED"]
 
@@ -19,28 +19,21 @@ _LABELS = "SEED-Bench.json"
 
 def _read(path: Path) -> list[Question]:
     """The questions about images: which these are stands in the label file."""
-    kinds = {_id(entry["question_id"]): entry["data_type"] for entry in _labels(path)["questions"]}
+    kinds = {_id(entry): entry["data_type"] for entry in _labels(path)["questions"]}
     questions = read_llava_questions(path)
-    for question in questions:
-        if question.id not in kinds:
-            raise EvalError(
-                f"{path}: question {question.id!r} is not in {_LABELS}: the two files do not belong together"
-            )
+    if unknown := [question.id for question in questions if question.id not in kinds]:
+        raise EvalError(f"{path}: question {unknown[0]!r} is not in {_LABELS}: the two files do not belong together")
     return [question for question in questions if kinds[question.id] == "image"]
 
 
-def _labels(questions_file: Path) -> Mapping[str, Any]:
-    path = questions_file.parent / _LABELS
-    content = read_json(path)
-    field(content, "question_type", dict, str(path))
-    for number, entry in enumerate(field(content, "questions", list, str(path))):
-        for name in ("question_id", "answer", "data_type"):
-            field(entry, name, str, f"{path}: question {number}")
-    return content
+def _labels(questions_file: Path, **more: type) -> Mapping[str, Any]:
+    form = {"question_id": str, "answer": str, "data_type": str, **more}
+    return read_json(questions_file.parent / _LABELS, {"question_type": dict, "questions": [form]})
 
 
-def _id(name: str) -> int | str:
-    """Ids of images are numbers in question files and texts in the label file."""
+def _id(entry: Mapping[str, str]) -> int | str:
+    """The id that question files have: of images a number, which label files write as text."""
+    name = entry["question_id"]
     return int(name) if name.isdigit() else name
 
 
@@ -49,10 +42,8 @@ def _score(questions_file: Path, answers: Sequence[Answer]) -> Score:
 
     A question without an answer counts as wrong, but questions about videos only count if any of them was answered.
     """
-    labels, known = _labels(questions_file), last_answers(answers)
-    for entry in labels["questions"]:
-        field(entry, "question_type_id", int, f"{_LABELS}: question {entry['question_id']!r}")
-    kinds = {entry["data_type"] for entry in labels["questions"] if _id(entry["question_id"]) in known}
+    labels, known = _labels(questions_file, question_type_id=int), last_answers(answers)
+    kinds = {entry["data_type"] for entry in labels["questions"] if _id(entry) in known}
     counted = [entry for entry in labels["questions"] if entry["data_type"] in kinds]
 
     def accuracy(field_name: str, value: Any) -> float | None:
@@ -67,7 +58,7 @@ def _score(questions_file: Path, answers: Sequence[Answer]) -> Score:
 
 
 def _is_right(entry: Mapping[str, Any], known: Mapping[int | str, Answer]) -> bool:
-    answer = known.get(_id(entry["question_id"]))
+    answer = known.get(_id(entry))
     return answer is not None and answer.text == entry["answer"]
 
 
@@ -76,7 +67,7 @@ def _export(questions_file: Path, target: Path, answers: Sequence[Answer]) -> No
     known = last_answers(answers)
     with write_atomically(target, "w") as file:
         for entry in _labels(questions_file)["questions"]:
-            if (answer := known.get(_id(entry["question_id"]))) is not None:
+            if (answer := known.get(_id(entry))) is not None:
                 file.write(json.dumps({"question_id": entry["question_id"], "prediction": answer.text}) + "\n")
 
 

@@ -9,8 +9,8 @@ from tabulate import tabulate
 
 from piip_core import zoo
 
+from . import EIGHT
 from .files import EvalError, read_json
-from .registry import EIGHT
 from .runner import SCORES
 
 __all__ = ["measured_scores", "score_table"]
@@ -37,11 +37,7 @@ def measured_scores(output: Path) -> dict[str, float]:
 
 
 def score_table(measured: Mapping[str, Mapping[str, float]] | None = None, rows: Sequence[str] | None = None) -> str:
-    """The published rows, and those of models that were measured.
-
-    Args:
-        measured: Scores by benchmark, by the name of a model.
-        rows: Names of the published rows, `piip_core.zoo.multimodal_entries()`; all by default.
+    """The published rows (those named, or all of `piip_core.zoo.multimodal_entries()`), and those of measured models.
 
     Raises:
         ConfigError: For an unknown name.

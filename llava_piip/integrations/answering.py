@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from torch.nn.utils.rnn import pad_sequence
 
 from piip_core.errors import UserError
 
 from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages
 from ..inference import ChatModel, ContextLengthError, MemoryLimitError
 
-__all__ = ["AnswerSettings", "Conversation", "Likelihood", "answer_batch", "likelihood_batch", "parts_message"]
+__all__ = ["Conversation", "Likelihood", "answer_batch", "likelihood_batch", "parts_message"]
 
 
 class Conversation(NamedTuple):
@@ -27,50 +26,11 @@ class Conversation(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """How probable an answer is.
+    """How probable an answer with its end token is."""
 
-    Attributes:
-        log_probability: Of the whole answer with its end, natural logarithm.
-        num_tokens: Its tokens, with the end.
-        is_greedy: Whether each of them is the most probable one.
-    """
-
-    log_probability: float
+    log_probability: float  # of the whole answer, natural logarithm
     num_tokens: int
-    is_greedy: bool
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """How answers are generated.
-
-    Attributes:
-        max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
-        temperature: 0 takes the most probable token each time.
-        top_p: Sample among the most probable tokens that together have this probability.
-        num_beams: Width of the beam search; 1 for none.
-        until: Texts that end an answer and are no part of it.
-        others: More settings of transformers' `GenerationConfig`, by name.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    num_beams: int = 1
-    until: tuple[str, ...] = ()
-    others: Mapping[str, Any] = field(default_factory=dict)
-
-    def generation_config(self, model: ChatModel, max_new_tokens: int) -> GenerationConfig:
-        """Settings for `model.generate`.
-
-        Raises:
-            ConfigError: For a value that cannot work.
-        """
-        config = model.generation_config(
-            max_new_tokens=max_new_tokens, temperature=self.temperature, top_p=self.top_p if self.temperature else 1.0
-        )
-        config.update(num_beams=self.num_beams, **self.others)
-        return config
+    is_greedy: bool  # whether each token is the most probable one
 
 
 def parts_message(role: str, parts: Sequence[str | None]) -> dict[str, Any]:
@@ -79,23 +39,46 @@ def parts_message(role: str, parts: Sequence[str | None]) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def answer_batch(model: ChatModel, conversations: Sequence[Conversation], settings: AnswerSettings) -> list[str]:
+def answer_batch(
+    model: ChatModel,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    until: Sequence[str] = (),
+    **others: Any,
+) -> list[str]:
     """Answers the last messages of conversations, all at once; each answer is what it would be alone.
 
+    Args:
+        model: Answers.
+        conversations: What to answer.
+        max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
+        temperature: 0 takes the most probable token each time.
+        top_p: Sample among the most probable tokens that together have this probability.
+        until: Texts that end an answer and are no part of it.
+        **others: More settings of transformers' `GenerationConfig`, such as `num_beams`.
+
     Raises:
+        SamplingError: For a value that cannot work.
         ContextLengthError: If a conversation leaves no room for an answer.
         MemoryLimitError: If memory is too small.
-        UserError: If placeholders and images do not match, or the template does not take the messages.
+        UserError: If placeholders and images do not match, the template does not take the messages, or a setting is
+            unknown.
     """
-    processor = model.processor
     prompts = [model.prompt(conversation.messages) for conversation in conversations]
-    inputs = processor(text=prompts, images=[list(conversation.images) for conversation in conversations])
+    inputs = model.processor(text=prompts, images=[list(conversation.images) for conversation in conversations])
     lengths = inputs["attention_mask"].sum(1).tolist()
-    limits = [min(settings.max_new_tokens, model.context_length - length) for length in lengths]
+    limits = [min(max_new_tokens, model.context_length - length) for length in lengths]
     if min(limits) < 1:
         raise _too_long(model, max(lengths))
-    config = settings.generation_config(model, max(limits))
-    return model.generate(inputs, config, stop=settings.until, limits=limits)
+    config = model.generation_config(
+        max_new_tokens=max(limits), temperature=temperature, top_p=top_p if temperature else 1.0
+    )
+    if unknown := config.update(**others):
+        raise UserError(f"{', '.join(unknown)}: no setting of transformers' GenerationConfig")
+    return model.generate(inputs, config, stop=until, limits=limits)
 
 
 def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) -> list[Likelihood]:
@@ -103,34 +86,33 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
 
     Tokens are those of the training: the text after the role, with the end token of the template.
 
-    Args:
-        model: The model.
-        conversations: A question and its answer each; a system message may stand in front.
-
     Raises:
         ContextLengthError: If a conversation is longer than the context.
         UserError: If placeholders and images do not match, or an answer is empty.
     """
-    processor = model.processor
     rows = [_encoded(model, conversation) for conversation in conversations]
-    ids, labels = ([row[i] for row in rows] for i in (0, 1))
     # Padded on the left: the answers are then in the last columns, the only ones whose logits are needed
-    input_ids, mask = _padded(ids, 0, model.device), _padded([[1] * len(row) for row in ids], 0, model.device)
-    targets = _padded(labels, IGNORE_INDEX, model.device)
-    kept = max(len(row) - next(i for i, label in enumerate(row) if label != IGNORE_INDEX) for row in labels)
+    input_ids, targets, mask = (
+        pad_sequence([row[i] for row in rows], True, value, "left").to(model.device)
+        for i, value in enumerate((0, IGNORE_INDEX, 0))
+    )
+    kept = int((targets != IGNORE_INDEX).sum(0).ne(0).flip(0).nonzero().max()) + 1
     inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     if images := [image for conversation in conversations for image in conversation.images]:
-        inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
+        inputs["pixel_values"] = model.processor.image_processor(images, return_tensors="pt").to(model.device)[
+            "pixel_values"
+        ]
     try:
         with torch.inference_mode():
             logits = model.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
             return _likelihoods(logits, targets[:, -kept:])
     except torch.OutOfMemoryError as error:
-        raise _too_large(conversations) from error
+        count = len(conversations)
+        raise MemoryLimitError(f"{count} conversations at once need too much memory: lower the batch size") from error
 
 
-def _encoded(model: ChatModel, conversation: Conversation) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation; labels are those of the answer."""
+def _encoded(model: ChatModel, conversation: Conversation) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels (those of the answer) and mask of a conversation, each (N,)."""
     messages, images = conversation
     encoded = model.processor.encode_conversation(messages, has_images=bool(images))
     if encoded.num_images != len(images):
@@ -140,12 +122,8 @@ def _encoded(model: ChatModel, conversation: Conversation) -> tuple[list[int], l
         )
     if len(encoded.input_ids) > model.context_length:
         raise _too_long(model, len(encoded.input_ids))
-    return encoded.input_ids, encoded.labels
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([[value] * (length - len(row)) + list(row) for row in rows], device=device)
+    ids = torch.tensor(encoded.input_ids)
+    return ids, torch.tensor(encoded.labels), torch.ones_like(ids)
 
 
 def _likelihoods(logits: Tensor, targets: Tensor) -> list[Likelihood]:
@@ -163,7 +141,3 @@ def _too_long(model: ChatModel, length: int) -> ContextLengthError:
         f"a conversation has {length} tokens, visual ones included, and the model's context is "
         f"{model.context_length}: shorten it (fewer examples or images); nothing is cut"
     )
-
-
-def _too_large(conversations: Sequence[Conversation]) -> MemoryLimitError:
-    return MemoryLimitError(f"{len(conversations)} conversations at once need too much memory: lower the batch size")

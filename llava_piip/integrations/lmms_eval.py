@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,9 +19,9 @@ from tqdm import tqdm
 from piip_core.errors import UserError
 
 from ..conversation import IMAGE_TAG
-from ..eval.runner import default_dtype
+from ..eval.answering import default_dtype
 from ..inference import ChatModel, MemoryLimitError, Quantization
-from .answering import AnswerSettings, Conversation, Likelihood, answer_batch, likelihood_batch, parts_message
+from .answering import Conversation, Likelihood, answer_batch, likelihood_batch, parts_message
 
 __all__ = ["PIIPLlava", "PIIPLlavaChat"]
 
@@ -41,6 +41,18 @@ class _Asked(NamedTuple):
 
     where: str
     make: Callable[[], Conversation]
+
+
+# What makes the conversation of the next round if there is one, the answers so far, and what the task keeps
+_Following = tuple[Callable[[], Conversation] | None, list[str], Any]
+
+
+class _Plan(NamedTuple):
+    """The settings of a request, and what makes conversations of its document: the first one, and the following."""
+
+    settings: Mapping[str, Any]
+    first: Callable[[Any], Conversation]
+    following: Callable[..., _Following]
 
 
 class _Value(tuple, GenerationResult):
@@ -100,9 +112,9 @@ class PIIPLlava(lmms):
         self.likelihood = likelihood
         state = PartialState()
         self._rank, self._world_size = state.process_index, state.num_processes
-        place = torch.device(device) if device is not None and state.num_processes == 1 else state.device
+        target = torch.device(device) if device is not None and state.num_processes == 1 else state.device
         self.chat = ChatModel.load(
-            pretrained, device=place, dtype=dtype or default_dtype(place), quantization=quantization
+            pretrained, device=target, dtype=dtype or default_dtype(target), quantization=quantization
         )
 
     @property
@@ -112,22 +124,15 @@ class PIIPLlava(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers to requests with the arguments (text, settings, images of a document, document, task, split)."""
-        made = [(_asked_later(self._conversation, request), request.args[1]) for request in requests]
-        answers = self._answers(made)
-        self._remember("generate_until", requests, answers)
-        return answers
+        answers = [rounds[0] for rounds in self._rounds(requests, most=1)]
+        return self._remembered("generate_until", requests, answers)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answers of all rounds, each in a conversation of its own, as the task makes it from the answers before.
 
         The arguments are (text, settings, images of a document, text of a round, document, task, split).
         """
-        starts = []
-        for request in requests:
-            text, settings, to_visuals, to_text, *document = request.args
-            start = _asked_later(self._conversation, request, text, settings, to_visuals, *document)
-            starts.append((start, settings, partial(self._next_round, to_text, *document)))
-        return self._rounds(requests, starts)
+        return self._remembered("generate_until_multi_round", requests, self._rounds(requests, most=math.inf))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """How probable given answers are, and whether greedy generation gives them; see `likelihood`.
@@ -135,104 +140,99 @@ class PIIPLlava(lmms):
         The arguments are (text, answer or how to get it, images of a document, document, task, split), or
         (text, answer). An answer counts as the training has it: after the role, with its end token.
         """
-        asked = [_asked_later(self._answered, request) for request in requests]
+        asked = {i: _Asked(_where(each), partial(self._answered, each)) for i, each in enumerate(requests)}
         impossible = Likelihood(-math.inf, 1, is_greedy=False)
-        found = self._batched(
-            asked, lambda batch: likelihood_batch(self.chat, batch), impossible, "lmms-eval: likelihoods"
-        )
-        values = [_Value(self._number(likelihood), likelihood.is_greedy) for likelihood in found]
-        self._remember("loglikelihood", requests, values)
-        return values
+        found = self._batched(asked, partial(likelihood_batch, self.chat), impossible, "lmms-eval: likelihoods")
+        values = []
+        for total, num_tokens, is_greedy in found.values():
+            values.append(_Value(total if self.likelihood == "logprob" else -total / num_tokens, is_greedy))
+        return self._remembered("loglikelihood", requests, values)
 
-    def _number(self, found: Likelihood) -> float:
-        return found.log_probability if self.likelihood == "logprob" else -found.log_probability / found.num_tokens
+    def _plan(self, text: str, settings: Any, to_visuals: Any, to_text: Any = None) -> _Plan:
+        """How a request is asked, of its arguments in front of document, task and split."""
 
-    def _conversation(
-        self, text: str, _: Any, to_visuals: Callable[[Any], Any], doc_id: int, task: str, split: str
-    ) -> Conversation:
-        return _asked(text, to_visuals(self.task_dict[task][split][doc_id]))
+        def following(doc: Any, **before: Any) -> _Following:
+            visuals, question, finished, answers, info = to_text(doc, **before)
+            return None if finished else partial(_asked, question, visuals), list(answers), info
 
-    def _answered(self, text: str, answer: Any, to_visuals: Any = None, *document: Any) -> Conversation:
+        return _Plan(settings, lambda doc: _asked(text, to_visuals(doc)), following)
+
+    def _answered(self, request: Instance) -> Conversation:
+        text, answer, *document = request.args
         visuals = None
         if document:
-            doc_id, task, split = document
-            doc = self.task_dict[task][split][doc_id]
-            visuals = to_visuals(doc)
+            doc = self._document(request)
+            visuals = document[0](doc)
             answer = answer if isinstance(answer, str) else answer(doc)
         messages, images = _asked(text, visuals)
         # The template puts the blank in front of an answer where it needs one
         return Conversation([*messages, {"role": "assistant", "content": answer.strip()}], images)
 
-    def _next_round(
-        self, to_text: Callable[..., Any], doc_id: int, task: str, split: str, index: int, answers: list[str], info: Any
-    ) -> tuple[Callable[[], Conversation] | None, list[str], Any]:
-        visuals, text, finished, answers, info = to_text(
-            self.task_dict[task][split][doc_id], previous_output=answers, round_idx=index, previous_round_info=info
-        )
-        return None if finished else partial(_asked, text, visuals), list(answers), info
+    def _document(self, request: Instance) -> Any:
+        *_, doc_id, task, split = request.args
+        return self.task_dict[task][split][doc_id]
 
-    def _rounds(self, requests: Sequence[Instance], starts: Sequence[tuple[_Asked, Any, Callable]]) -> list[list[str]]:
-        """All rounds of requests, whose tasks say after each round what comes next; a round is answered in batches."""
-        current = {i: asked for i, (asked, *_) in enumerate(starts)}
-        answers: list[list[str]] = [[] for _ in starts]
-        infos: list[Any] = [None] * len(starts)
+    def _rounds(self, requests: Sequence[Instance], most: float) -> list[list[str]]:
+        """The answers of at most so many rounds. Tasks say after each round what comes next, and a round is answered
+        in batches."""
+        plans = [self._plan(*request.args[:-3]) for request in requests]
+        settings = [_settings(plan.settings) for plan in plans]
+        current = {
+            i: _Asked(_where(request), lambda i=i, request=request: plans[i].first(self._document(request)))
+            for i, request in enumerate(requests)
+        }
+        answers: list[list[str]] = [[] for _ in requests]
+        infos: list[Any] = [None] * len(requests)
         index = 0
         while current:
-            order = list(current)
-            texts = self._answers([(current[i], starts[i][1]) for i in order])
+            texts, current = self._answers(current, settings), {}
             index += 1
-            for i, text in zip(order, texts, strict=True):
-                following, answers[i], infos[i] = starts[i][2](index, [*answers[i], text], infos[i])
-                if following is None:
-                    del current[i]
-                else:
-                    current[i] = _Asked(f"{starts[i][0].where}, round {index}", following)
-        self._remember("generate_until_multi_round", requests, answers)
+            for i, text in texts.items():
+                answers[i] = [*answers[i], text]
+                if index < most:
+                    before = {"round_idx": index, "previous_output": answers[i], "previous_round_info": infos[i]}
+                    make, answers[i], infos[i] = plans[i].following(self._document(requests[i]), **before)
+                    if make is not None:
+                        current[i] = _Asked(f"{_where(requests[i])}, round {index}", make)
         return answers
 
-    def _answers(self, made: Sequence[tuple[_Asked, Mapping[str, Any]]]) -> list[str]:
+    def _answers(self, asked: Mapping[int, _Asked], settings: Sequence[dict[str, Any]]) -> dict[int, str]:
         """Answers to conversations, those with the same settings together."""
-        settings = [_settings(values) for _, values in made]
         answers: dict[int, str] = {}
-        kinds: list[AnswerSettings] = []
-        for each in settings:
-            if each not in kinds:
-                kinds.append(each)
-        for kind in kinds:
-            numbers = [i for i, each in enumerate(settings) if each == kind]
-
-            def answer(batch: list[Conversation], kind: AnswerSettings = kind) -> list[str]:
-                return answer_batch(self.chat, batch, kind)
-
-            texts = self._batched([made[i][0] for i in numbers], answer, "", "lmms-eval: answers")
-            answers |= zip(numbers, texts, strict=True)
-        return [answers[i] for i in range(len(made))]
+        while left := [i for i in asked if i not in answers]:
+            kind = settings[left[0]]
+            same = {i: asked[i] for i in left if settings[i] == kind}
+            answers |= self._batched(same, partial(answer_batch, self.chat, **kind), "", "lmms-eval: answers")
+        return answers
 
     def _batched(
-        self, asked: Sequence[_Asked], work: Callable[[list[Conversation]], list[Any]], failed: Any, title: str
-    ) -> list[Any]:
+        self, asked: Mapping[int, _Asked], work: Callable[[list[Conversation]], list[Any]], failed: Any, title: str
+    ) -> dict[int, Any]:
         """Results of batches. A document that cannot be asked costs the others nothing: it gets `failed`, and the log
         names it.
 
         Raises:
             UserError: If none can be asked, or memory is too small.
         """
-        results, errors = [failed] * len(asked), {}
+        results, errors, numbers = dict.fromkeys(asked, failed), {}, list(asked)
+
+        def attempt(batch: list[int]) -> None:
+            try:
+                results.update(zip(batch, work([asked[i].make() for i in batch]), strict=True))
+            except MemoryLimitError:
+                raise
+            except UserError as error:
+                if len(batch) == 1:
+                    errors[batch[0]] = error
+                else:
+                    for i in batch:
+                        attempt([i])
+
         with tqdm(total=len(asked), desc=title, unit="request", disable=self.rank != 0) as bar:
             for start in range(0, len(asked), self.batch_size):
-                numbers = range(start, min(start + self.batch_size, len(asked)))
-                conversations = {}
-                for i in numbers:
-                    try:
-                        conversations[i] = asked[i].make()
-                    except UserError as error:
-                        errors[i] = error
-                for i, result in _each(conversations, work):
-                    if isinstance(result, UserError):
-                        errors[i] = result
-                    else:
-                        results[i] = result
-                bar.update(len(numbers))
+                batch = numbers[start : start + self.batch_size]
+                attempt(batch)
+                bar.update(len(batch))
         for i, error in errors.items():
             message = f"{asked[i].where}: {error}"
             if len(errors) == len(asked):
@@ -240,70 +240,37 @@ class PIIPLlava(lmms):
             _log.error("cannot be asked, and counts as %r: %s", failed, message)
         return results
 
-    def _remember(self, kind: str, requests: Sequence[Instance], results: Sequence[Any]) -> None:
+    def _remembered(self, kind: str, requests: Sequence[Instance], results: list[Any]) -> list[Any]:
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial(kind, request.args, result)
+        return results
 
 
 class PIIPLlavaChat(PIIPLlava):
-    """A model that gets a task's messages ("chat" in lmms-eval): images and texts in the task's order."""
+    """A model that gets a task's messages ("chat" in lmms-eval): images and texts in the task's order.
+
+    The arguments of requests are (text, messages of a document, settings, document, task, split).
+    """
 
     is_simple = False
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers to requests with the arguments (text, messages of a document, settings, document, task, split)."""
-        made = [(_asked_later(self._messages, request), request.args[2]) for request in requests]
-        answers = self._answers(made)
-        self._remember("generate_until", requests, answers)
-        return answers
+    def _plan(self, text: str, to_messages: Any, settings: Any) -> _Plan:
+        def following(doc: Any, **before: Any) -> _Following:
+            found = to_messages(doc, **before)
+            if not isinstance(found, tuple):  # a task with a single round
+                return None, before["previous_output"], None
+            messages, finished, answers, info = found
+            return None if finished else partial(_chatted, messages), list(answers), info
 
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Answers of all rounds, each in the conversation that the task makes from the answers before."""
-        starts = []
-        for request in requests:
-            _, to_messages, settings, *document = request.args
-            following = partial(self._next_messages, to_messages, *document)
-            starts.append((_asked_later(self._messages, request), settings, following))
-        return self._rounds(requests, starts)
-
-    def _messages(
-        self, _: str, to_messages: Callable[[Any], Any], __: Any, doc_id: int, task: str, split: str
-    ) -> Conversation:
-        return _chatted(to_messages(self.task_dict[task][split][doc_id]))
-
-    def _next_messages(
-        self, to_messages: Callable, doc_id: int, task: str, split: str, index: int, answers: list[str], info: Any
-    ) -> tuple[Callable[[], Conversation] | None, list[str], Any]:
-        following = to_messages(
-            self.task_dict[task][split][doc_id], round_idx=index, previous_output=answers, previous_round_info=info
-        )
-        if not isinstance(following, tuple):  # a task with a single round
-            return None, answers, info
-        messages, finished, answers, info = following
-        return None if finished else partial(_chatted, messages), list(answers), info
+        return _Plan(settings, lambda doc: _chatted(to_messages(doc)), following)
 
 
-def _asked_later(make: Callable[..., Conversation], request: Instance, *arguments: Any) -> _Asked:
-    """What asks a request, whose arguments end with document, task and split if it has any."""
-    *_, doc_id, task, _split = request.args if len(request.args) > 2 else ("without a document", "a request", None)
-    return _Asked(f"{task}, document {doc_id}", partial(make, *(arguments or request.args)))
-
-
-def _each(
-    conversations: Mapping[int, Conversation], work: Callable[[list[Conversation]], list[Any]]
-) -> Iterator[tuple[int, Any]]:
-    """Results of a batch, or of each for itself if one of them fails; an error in place of its result."""
-    try:
-        yield from zip(conversations, work(list(conversations.values())) if conversations else [], strict=True)
-        return
-    except MemoryLimitError:
-        raise
-    except UserError as error:
-        if len(conversations) == 1:
-            yield next(iter(conversations)), error
-            return
-    for i, conversation in conversations.items():
-        yield from _each({i: conversation}, work)
+def _where(request: Instance) -> str:
+    """What to call a request."""
+    if len(request.args) <= 2:
+        return "a request without a document"
+    *_, doc_id, task, _split = request.args
+    return f"{task}, document {doc_id}"
 
 
 def _asked(text: str, visuals: Any) -> Conversation:
@@ -341,8 +308,8 @@ def _image(visual: Any) -> Image.Image:
     return visual
 
 
-def _settings(given: Mapping[str, Any]) -> AnswerSettings:
-    """Settings as tasks write them; none is changed in place, for all requests of a task share them.
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `answer_batch` as tasks write them; none is changed in place, for all requests of a task share them.
 
     Raises:
         UserError: For a setting that the model does not have.
@@ -351,20 +318,16 @@ def _settings(given: Mapping[str, Any]) -> AnswerSettings:
     if unknown := sorted(set(given) - set(known)):
         raise UserError(f"generation_kwargs: {', '.join(unknown)}: no such setting; known: {', '.join(known)}")
     temperature = given.get("temperature")
-    sampled = given.get("do_sample")
-    if sampled is None:
-        sampled = bool(temperature)
-    if temperature is None:
-        temperature = 1.0
+    sampled = bool(temperature) if given.get("do_sample") is None else given["do_sample"]
     until = given.get("until") or given.get("stop_sequences") or []
     until = [until] if isinstance(until, str) else list(until)
     if until == ["\n\n"]:  # what lmms-eval fills in where a task says nothing; its LLaVA does not stop there either
         until = []
-    return AnswerSettings(
-        max_new_tokens=int(given.get("max_new_tokens") or DEFAULT_NEW_TOKENS),
-        temperature=float(temperature) if sampled else 0.0,
-        top_p=1.0 if given.get("top_p") is None else float(given["top_p"]),
-        num_beams=int(given.get("num_beams") or 1),
-        until=tuple(until),
-        others={name: given[name] for name in _OTHER_SETTINGS if given.get(name) is not None},
-    )
+    settings = {
+        "max_new_tokens": int(given.get("max_new_tokens") or DEFAULT_NEW_TOKENS),
+        "temperature": (1.0 if temperature is None else float(temperature)) if sampled else 0.0,
+        "top_p": 1.0 if given.get("top_p") is None else float(given["top_p"]),
+        "num_beams": int(given.get("num_beams") or 1),
+        "until": until,
+    }
+    return settings | {name: given[name] for name in _OTHER_SETTINGS if given.get(name) is not None}

@@ -20,10 +20,10 @@ from vlmeval.vlm.base import BaseModel
 from piip_core.errors import UserError
 
 from ..data.images import read_image
+from ..eval.answering import default_dtype
 from ..eval.benchmark import LETTER
-from ..eval.runner import default_dtype
 from ..inference import ChatModel, Quantization
-from .answering import AnswerSettings, Conversation, answer_batch, parts_message
+from .answering import Conversation, answer_batch, parts_message
 
 __all__ = ["PIIPLlava", "main", "register"]
 
@@ -33,7 +33,7 @@ _KINDS = ("text", "image")
 
 
 class PIIPLlava(BaseModel):
-    """A model that answers VLMEvalKit's messages: pictures and texts in their order.
+    """A model that answers VLMEvalKit's messages: images and texts in their order.
 
     Args:
         model_path: Folder of a trained or converted model.
@@ -41,9 +41,7 @@ class PIIPLlava(BaseModel):
         dtype: See `llava_piip.integrations.lmms_eval.PIIPLlava`.
         quantization: 4bit or 8bit.
         max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
-        temperature: 0 takes the most probable token each time.
-        top_p: Sample among the most probable tokens that together have this probability.
-        num_beams: Width of the beam search; 1 for none.
+        **settings: Of `llava_piip.integrations.answering.answer_batch`: temperature, top_p, num_beams ...
 
     Raises:
         UserError: For a value that cannot work.
@@ -61,15 +59,13 @@ class PIIPLlava(BaseModel):
         dtype: str | None = None,
         quantization: Quantization | None = None,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        num_beams: int = 1,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.settings = AnswerSettings(max_new_tokens, temperature, top_p, num_beams)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.settings = {"max_new_tokens": max_new_tokens, **settings}
         self.chat_model = ChatModel.load(
-            model_path, device=place, dtype=dtype or default_dtype(place), quantization=quantization
+            model_path, device=target, dtype=dtype or default_dtype(target), quantization=quantization
         )
 
     def use_custom_prompt(self, dataset: str) -> bool:
@@ -77,45 +73,26 @@ class PIIPLlava(BaseModel):
         return DATASET_TYPE(dataset) == "MCQ"
 
     def build_prompt(self, line: Mapping[str, Any], dataset: str | None = None) -> list[dict[str, str]]:
-        """A question with choices in LLaVA-1.5's words.
-
-        Args:
-            line: A row of the data set's table.
-            dataset: Its name.
-        """
+        """A question with choices, a row of the data set's table, in LLaVA-1.5's words."""
         words = [line["question"]] if _is_empty(line, "hint") else [line["hint"], line["question"]]
         words += [f"{letter}. {line[letter]}" for letter in string.ascii_uppercase if not _is_empty(line, letter)]
-        pictures = self.dump_image(line, dataset)
-        pictures = [pictures] if isinstance(pictures, str) else pictures
+        paths = self.dump_image(line, dataset)
+        paths = [paths] if isinstance(paths, str) else paths
         text = "\n".join(map(str, words)) + LETTER
-        return [{"type": "image", "value": path} for path in pictures] + [{"type": "text", "value": text}]
+        return [{"type": "image", "value": path} for path in paths] + [{"type": "text", "value": text}]
 
     def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
-        """Answers one message.
-
-        Args:
-            message: {"type": "image" or "text", "value": path or text} in order.
-            dataset: Its data set's name.
-        """
+        """Answers one message: {"type": "image" or "text", "value": path or text} in order."""
         return self.chat_inner([{"role": "user", "content": message}], dataset)
 
     def chat_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
-        """Answers the last of several messages.
-
-        Args:
-            message: {"role": "user" or "assistant", "content": as for `generate_inner`} in turns.
-            dataset: Its data set's name.
-        """
-        return answer_batch(self.chat_model, [_conversation(message)], self.settings)[0]
+        """Answers the last of several {"role": "user" or "assistant", "content": as for `generate_inner`}."""
+        return answer_batch(self.chat_model, [_conversation(message)], **self.settings)[0]
 
 
 def register(name: str, folder: str, **settings: Any) -> None:
-    """Makes a model known to VLMEvalKit's programs, under a name of your own, and the class to its JSON files.
-
-    Args:
-        name: What `--model` takes.
-        folder: Folder of the model.
-        **settings: Of `PIIPLlava`.
+    """Makes a folder's model known to VLMEvalKit's `--model`, with settings of `PIIPLlava`, and the class to its JSON
+    files.
 
     Raises:
         UserError: If VLMEvalKit has a model of that name.
@@ -130,7 +107,7 @@ def register(name: str, folder: str, **settings: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Registers the models NAME=FOLDER, and runs the program behind them with the arguments that are left."""
+    """Registers the models NAME=FOLDER, and runs the program after them with the arguments that are left."""
     left = list(sys.argv[1:] if arguments is None else arguments)
     models = []
     while left and "=" in left[0]:

@@ -45,7 +45,7 @@ class PIIPLlavaRenderer(HfRenderer):
         """A prompt with the ids of our processor, but one image token per image.
 
         Raises:
-            VLLMValidationError: If images and their places do not match, or ids have no row in the embedding.
+            VLLMValidationError: If images and placeholders do not match, or ids have no row in the embedding.
         """
         return self._checked(super().tokenize_prompt(self._encoded(prompt), params))
 
@@ -70,9 +70,9 @@ class PIIPLlavaRenderer(HfRenderer):
         ids, images = prompt.get("prompt_token_ids") or [], self._count_images(prompt)
         config = self.model_config.hf_config
         image_token, rows = config.image_token_index, config.text_config.vocab_size
-        if (places := ids.count(image_token)) != images:
+        if (found := ids.count(image_token)) != images:
             raise VLLMValidationError(
-                f"the prompt has {places} {IMAGE_TAG} for {images} images: write one where each image belongs, and "
+                f"the prompt has {found} {IMAGE_TAG} for {images} images: write one where each image belongs, and "
                 "leave truncation off"
             )
         if outside := [token for token in ids if token >= rows and token != image_token]:

@@ -31,13 +31,6 @@ def test_right_padding():
     }
 
 
-def test_left_padding():
-    batch = Collator(PAD, padding_side="left")([sample([1, 2, 3]), sample([4, 5])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [PAD, 4, 5]]
-    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, -100, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
-
-
 def test_the_padding_id_inside_of_a_text_stays_visible():
     batch = Collator(PAD)([sample([1, PAD, 3, PAD]), sample([4])])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
@@ -55,7 +48,5 @@ def test_the_tokenizers_padding():
 
 
 def test_bad_input():
-    with pytest.raises(ConfigError, match="padding_side is 'up'"):
-        Collator(0, padding_side="up")
     with pytest.raises(DataError, match="a batch of no samples"):
         Collator(0)([])

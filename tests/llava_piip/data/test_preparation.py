@@ -12,9 +12,8 @@ from PIL import Image
 
 from llava_piip.data import own_annotations, preparation
 from llava_piip.data.audit import audit
-from llava_piip.data.expected_names import provide_expected_names
 from llava_piip.data.own_annotations import TableError, records_from_table, write_entries
-from llava_piip.data.preparation import prepare_published
+from llava_piip.data.preparation import prepare_published, provide_expected_names
 from llava_piip.data.published import PUBLISHED
 from piip_core.errors import ConfigError, UserError
 
@@ -70,21 +69,21 @@ def root(tmp_path, finetune) -> Path:
 
 
 def test_archives_become_a_complete_data_set(root, finetune):
-    done = prepare_published(finetune, root, progress=False)
+    done = prepare_published(finetune, root)
     assert done.complete and not done.sources and len(done.done) == 6
     assert all((root / name).is_file() for name in NAMES.values())
-    assert done.names.linked == {"ocr_vqa/images/1.jpg": "ocr_vqa/images/1.gif"} and done.names.complete
+    assert done.names.provided == {"ocr_vqa/images/1.jpg": "ocr_vqa/images/1.gif"} and not done.names.missing
     assert Image.open(root / "ocr_vqa/images/1.jpg").format == "GIF"
-    report = audit(root / finetune.annotations, root, published=finetune, decode="full", progress=False)
+    report = audit(root / finetune.annotations, root, published=finetune, decode="full")
     assert report.ok and [f.kind for f in report.findings] == ["format differs from the name"]
-    again = prepare_published(finetune, root, progress=False)
-    assert again.complete and again.names.present == 1 and not again.names.linked
+    again = prepare_published(finetune, root)
+    assert again.complete and again.names.present == 1 and not again.names.provided
     assert all(": 0 files unpacked" in line for line in again.done)
 
 
 def test_converted_images(root, finetune):
-    done = prepare_published(finetune, root, convert=True, progress=False)
-    assert done.complete and done.names.converted == {"ocr_vqa/images/1.jpg": "ocr_vqa/images/1.gif"}
+    done = prepare_published(finetune, root, convert=True)
+    assert done.complete and done.names.provided == {"ocr_vqa/images/1.jpg": "ocr_vqa/images/1.gif"}
     image = Image.open(root / "ocr_vqa/images/1.jpg")
     assert image.format == "JPEG"
     np.testing.assert_allclose(np.asarray(image).reshape(-1, 3).mean(0), (200, 30, 60), atol=4)
@@ -94,7 +93,7 @@ def test_converted_images(root, finetune):
 def test_what_is_missing_is_told_with_its_source(root, finetune, tmp_path):
     (root / "gqa/images.zip").rename(tmp_path / "elsewhere.zip")
     (root / finetune.annotations).rename(tmp_path / "mix.json")
-    lacking = prepare_published(finetune, root, progress=False)
+    lacking = prepare_published(finetune, root)
     assert not lacking.complete and lacking.report is None
     assert set(lacking.sources) == {finetune.annotations, "gqa/images"}
     source = lacking.sources["gqa/images"]
@@ -102,20 +101,20 @@ def test_what_is_missing_is_told_with_its_source(root, finetune, tmp_path):
     assert str(root / "gqa/images.zip") in source and "--archive gqa=FILE" in source
 
     (tmp_path / "mix.json").rename(root / finetune.annotations)
-    lacking = prepare_published(finetune, root, progress=False)
+    lacking = prepare_published(finetune, root)
     assert not lacking.complete
     assert +lacking.report.files[0].unusable_by_folder == {"gqa/images": 1}
 
-    done = prepare_published(finetune, root, archives={"gqa": tmp_path / "elsewhere.zip"}, progress=False)
+    done = prepare_published(finetune, root, archives={"gqa": tmp_path / "elsewhere.zip"})
     assert done.complete
     with pytest.raises(UserError, match=r"archive for vg: LLaVA-1\.5 mix665k consists of coco, gqa"):
-        prepare_published(finetune, root, archives={"vg": tmp_path / "elsewhere.zip"}, progress=False)
+        prepare_published(finetune, root, archives={"vg": tmp_path / "elsewhere.zip"})
 
 
 def test_an_unpacked_folder_without_its_archive_is_taken_as_it_is(root, finetune):
     picture(root / "coco/train2017/2.jpg")
     (root / "coco/train2017.zip").unlink()
-    lacking = prepare_published(finetune, root, progress=False)
+    lacking = prepare_published(finetune, root)
     assert not lacking.sources and not lacking.complete
     assert [f.image for f in lacking.report.problems] == ["coco/train2017/1.jpg"]
 
@@ -128,7 +127,7 @@ def test_pretraining_set(tmp_path):
     with zipfile.ZipFile(tmp_path / "LLaVA-Pretrain/images.zip", "w") as opened:
         for name in names:
             opened.writestr(name, picture(tmp_path / "picture.jpg").read_bytes())
-    done = prepare_published(pretrain, tmp_path, progress=False)
+    done = prepare_published(pretrain, tmp_path)
     assert done.complete and done.names is None
     assert done.report.ok and done.report.files[0].images_by_folder == {".": 2}
     assert (tmp_path / "LLaVA-Pretrain/images/00453/004539375.jpg").is_file()
@@ -137,7 +136,7 @@ def test_pretraining_set(tmp_path):
 def test_only_what_is_missing_is_downloaded(root, finetune, monkeypatch):
     wanted = []
 
-    def download(url, path, *, progress):
+    def download(url, path):
         wanted.append((url, path))
         return Path(path)
 
@@ -145,7 +144,7 @@ def test_only_what_is_missing_is_downloaded(root, finetune, monkeypatch):
     for part in ("gqa/images.zip", "vg/images2.zip"):
         (root / part).unlink()
     picture(root / "vg/VG_100K_2/1.jpg")
-    lacking = prepare_published(finetune, root, fetch=True, progress=False)
+    lacking = prepare_published(finetune, root, fetch=True)
     assert ("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", root / "gqa/images.zip") in wanted
     assert not any(path == root / "vg/images2.zip" for _, path in wanted)
     assert set(lacking.sources) == {"gqa/images"}
@@ -164,9 +163,9 @@ def test_names_that_are_expected(tmp_path):
     (folder / "text.txt").write_text("no image")
     stems = ("there", "gif", "both", "upper", "zero", "html", "text", "absent")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    repair = provide_expected_names([f"ocr/{stem}.jpg" for stem in stems], tmp_path, progress=False)
-    assert repair.present == 1 and not repair.converted and not repair.complete
-    assert repair.linked == {
+    repair = provide_expected_names([f"ocr/{stem}.jpg" for stem in stems], tmp_path)
+    assert repair.present == 1
+    assert repair.provided == {
         "ocr/gif.jpg": "ocr/gif.gif",
         "ocr/both.jpg": "ocr/both.png",
         "ocr/upper.jpg": "ocr/upper.PNG",
@@ -174,7 +173,7 @@ def test_names_that_are_expected(tmp_path):
     }
     assert repair.missing == ["ocr/text.jpg", "ocr/absent.jpg"]
     assert list(repair.unreadable) == ["ocr/html.jpg"] and "is no image" in repair.unreadable["ocr/html.jpg"]
-    for name, source in repair.linked.items():
+    for name, source in repair.provided.items():
         assert (tmp_path / name).read_bytes() == (tmp_path / source).read_bytes()
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name: after[name] for name in before if name != "zero.jpg"} == {
@@ -188,7 +187,7 @@ def test_names_where_there_are_no_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_links)
     picture(tmp_path / "a.gif")
-    assert provide_expected_names(["a.jpg"], tmp_path, progress=False).linked == {"a.jpg": "a.gif"}
+    assert provide_expected_names(["a.jpg"], tmp_path).provided == {"a.jpg": "a.gif"}
     assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "a.gif").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.jpg"]
 
@@ -203,7 +202,7 @@ def mine(tmp_path) -> Path:
 def test_captions_of_a_csv_file(mine, tmp_path):
     table = tmp_path / "captions.csv"
     table.write_text('file,caption\n1.jpg,"red, and flat"\nsub/2.png, red \u00e9 \n', encoding="utf-8-sig")
-    records = records_from_table(table, mine, prompt="What is it?", progress=False)
+    records = records_from_table(table, mine, prompt="What is it?")
     assert records == [
         {
             "id": str(number),
@@ -214,14 +213,14 @@ def test_captions_of_a_csv_file(mine, tmp_path):
     ]
     assert write_entries(tmp_path / "mine.json", map(json.dumps, records)) == 2
     assert json.loads((tmp_path / "mine.json").read_text()) == records
-    assert audit(tmp_path / "mine.json", mine, decode="full", progress=False).ok
+    assert audit(tmp_path / "mine.json", mine, decode="full").ok
 
 
 def test_questions_of_a_jsonl_file(mine, tmp_path):
     rows = [{"file": "1.jpg", "question": "Colour?", "answer": "Red", "id": "x"}, {"file": "1.jpg", "caption": "Flat"}]
     table = tmp_path / "qa.jsonl"
     table.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    first, second = records_from_table(table, mine, progress=False)
+    first, second = records_from_table(table, mine)
     assert first["id"] == "x" and first["conversations"][0]["value"] == "<image>\nColour?"
     assert second["id"] == "1" and second["conversations"][0]["value"] == "<image>\nDescribe this image."
 
@@ -246,7 +245,7 @@ def test_rows_that_cannot_be_used(mine, tmp_path, row, match):
     table = tmp_path / "a.jsonl"
     table.write_text(json.dumps({"file": "1.jpg", "caption": "fine"}) + "\n" + json.dumps(row))
     with pytest.raises(TableError, match=rf"a.jsonl: 1 of 2 rows cannot be used:\n  line 2: .*{match}"):
-        records_from_table(table, mine, progress=False)
+        records_from_table(table, mine)
 
 
 @pytest.mark.parametrize(
@@ -265,25 +264,25 @@ def test_rows_that_cannot_be_used(mine, tmp_path, row, match):
 def test_tables_that_cannot_be_used(mine, tmp_path, name, text, match):
     (tmp_path / name).write_text(text)
     with pytest.raises(TableError, match=match):
-        records_from_table(tmp_path / name, mine, progress=False)
+        records_from_table(tmp_path / name, mine)
 
 
 def test_other_arguments_that_cannot_be_used(mine, tmp_path):
     (tmp_path / "a.csv").write_bytes(b"file,caption\n1.jpg,\xff\n")
     with pytest.raises(TableError, match="not UTF-8"):
-        records_from_table(tmp_path / "a.csv", mine, progress=False)
+        records_from_table(tmp_path / "a.csv", mine)
     with pytest.raises(TableError, match="no such file"):
-        records_from_table(tmp_path / "absent.csv", mine, progress=False)
+        records_from_table(tmp_path / "absent.csv", mine)
     with pytest.raises(ConfigError, match="is no folder"):
-        records_from_table(tmp_path / "a.csv", tmp_path / "absent", progress=False)
+        records_from_table(tmp_path / "a.csv", tmp_path / "absent")
     with pytest.raises(TableError, match="put in front of it anyway"):
-        records_from_table(tmp_path / "a.csv", mine, prompt="<image> What?", progress=False)
+        records_from_table(tmp_path / "a.csv", mine, prompt="<image> What?")
 
 
 def test_only_the_first_bad_rows_are_listed(mine, tmp_path):
     (tmp_path / "a.csv").write_text("file,caption\n" + "1.jpg,\n" * 30)
     with pytest.raises(TableError) as error:
-        records_from_table(tmp_path / "a.csv", mine, progress=False)
+        records_from_table(tmp_path / "a.csv", mine)
     assert str(error.value).count("\n") == own_annotations._LISTED + 1 and "and 20 more" in str(error.value)
 
 

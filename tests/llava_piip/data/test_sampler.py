@@ -25,11 +25,10 @@ def chunks(values, size):
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 
-@pytest.mark.parametrize("by_modality", [True, False])
 @pytest.mark.parametrize(("images", "texts"), [(100, 60), (5, 3), (1, 40), (48, 24), (37, 0), (0, 37), (1, 0)])
-def test_every_sample_comes_once(images, texts, by_modality):
+def test_every_sample_comes_once(images, texts):
     values = lengths(images, texts)
-    sampler = ModalityLengthSampler(values, BATCH, PER_STEP, by_modality=by_modality)
+    sampler = ModalityLengthSampler(values, BATCH, PER_STEP)
     assert len(sampler) == len(values) and sorted(sampler) == list(range(len(values)))
 
 

@@ -10,7 +10,7 @@ import pytest
 from openpyxl import load_workbook
 from PIL import Image
 
-from llava_piip.eval import EIGHT
+from llava_piip.eval import BENCHMARKS, EIGHT
 from llava_piip.eval import __main__ as command
 from llava_piip.eval.data_check import check_benchmarks
 
@@ -84,8 +84,8 @@ def eval_data(pope_data, write_lines):
 
 @pytest.fixture
 def short_answers(monkeypatch):
-    short = tuple(replace(benchmark, max_new_tokens=3) for benchmark in EIGHT)
-    monkeypatch.setattr(command, "EIGHT", short)
+    for benchmark in EIGHT:
+        monkeypatch.setitem(BENCHMARKS, benchmark.name, replace(benchmark, max_new_tokens=3))
 
 
 @pytest.mark.usefixtures("short_answers")
@@ -114,7 +114,7 @@ def test_the_eight_in_one_command(eval_data, model_folder, tmp_path, capsys):
 
 def test_the_eight_are_in_order(eval_data):
     """But for the numbers of questions."""
-    report = check_benchmarks(EIGHT, eval_data, decode="full", workers=1, progress=False)
+    report = check_benchmarks(EIGHT, eval_data, decode="full", workers=1)
     assert not report.problems, [finding.message for finding in report.problems]
     assert [count.found for summary in report.files for count in summary.counts] == [2, 2, 2, 2, 2, 2, 2, 21]
 

@@ -87,7 +87,7 @@ def test_byte_order_marks_are_read_over(tmp_path):
     """Editors and spreadsheets put them in front."""
     file = tmp_path / "file"
     file.write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8-sig")
-    assert list(read_json_lines(file)) == [(1, {"a": 1}), (2, {"a": 2})]
+    assert list(read_json_lines(file)) == [(f"{file}: line 1", {"a": 1}), (f"{file}: line 2", {"a": 2})]
     file.write_text('{"a": 1}', encoding="utf-8-sig")
     assert read_json(file) == {"a": 1}
     file.write_text("a\tb\n1\t2\n", encoding="utf-8-sig")

@@ -17,7 +17,7 @@ def kinds(report):
 
 
 def test_good_data(pope_data):
-    report = check_benchmarks([SMALL], pope_data, decode="full", workers=1, progress=False)
+    report = check_benchmarks([SMALL], pope_data, decode="full", workers=1)
     assert report.ok and report.files[0].entries == 21 and report.files[0].images_by_folder == {".": 3}
 
 
@@ -29,7 +29,7 @@ def test_everything_wrong_is_found(pope_data):
     questions = folder / POPE.questions
     lines = questions.read_text().splitlines()
     questions.write_text("\n".join([*lines, lines[0]]) + "\n")
-    report = check_benchmarks([SMALL], pope_data, decode="full", workers=1, progress=False)
+    report = check_benchmarks([SMALL], pope_data, decode="full", workers=1)
     found = set(kinds(report))
     assert found == {"entry malformed", "image missing", "image broken", "file unusable"}
     assert not report.ok and report.files[0].unusable_by_folder == {".": 2}
@@ -42,7 +42,7 @@ def test_everything_wrong_is_found(pope_data):
 
 def test_missing_files_are_listed(pope_data):
     (pope_data / "pope" / "coco" / "coco_pope_popular.json").unlink()
-    report = check_benchmarks([SMALL, MMBENCH], pope_data, workers=1, progress=False)
+    report = check_benchmarks([SMALL, MMBENCH], pope_data, workers=1)
     assert kinds(report) == ["file unusable"] * 2
     assert "coco_pope_popular.json: missing" in report.problems[0].message
     assert MMBENCH.questions in report.problems[1].message

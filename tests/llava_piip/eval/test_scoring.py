@@ -12,12 +12,12 @@ import pytest
 from openpyxl import load_workbook
 from PIL import Image
 
-from llava_piip.eval import BENCHMARKS, EIGHT, Answer, EvalError, find_benchmark
+from llava_piip.eval import BENCHMARKS, EIGHT, Answer, EvalError, find_benchmarks
 from llava_piip.eval.mmbench import MMBENCH, chosen_letter, read_mmbench
 from llava_piip.eval.pope import POPE
 from llava_piip.eval.scienceqa import SCIENCEQA
 from llava_piip.eval.seed import SEED
-from llava_piip.eval.textvqa import answer_scores
+from llava_piip.eval.vqa import answer_scores
 from piip_core.zoo import MultimodalScores
 
 OPTIONS = {"A": "a red ball", "B": "cat", "C": "dog", "D": "the cat's tail"}
@@ -59,7 +59,7 @@ def test_the_eight_are_the_published_ones():
     assert [b.name for b in EIGHT if b.max_new_tokens == 1024] == ["mmbench", "mmvet", "scienceqa"]
     assert all(BENCHMARKS[name].name == name for name in BENCHMARKS)
     with pytest.raises(EvalError, match="textvqa"):
-        find_benchmark("text_vqa")
+        find_benchmarks(["text_vqa"])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,8 @@ def test_labels_of_another_version_are_refused(tmp_path, write_lines):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "expected a list"),
+        ("[]", "has no questions"),
+        ("{}", "expected list"),
         ("{", "no JSON"),
         ('[{"id": 4}]', "'id' is '4', expected str"),
         ('[{"id": "4", "conversations": []}]', "has no turn"),

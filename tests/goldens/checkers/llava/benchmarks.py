@@ -18,18 +18,15 @@ from checkers import Check, GoldenCase
 from llava_piip.conversation import IMAGE_TAG
 from llava_piip.data.images import ImageFolder
 from llava_piip.eval.answering import Preparation, prompt_of
-from llava_piip.eval.answers import check_complete, parts_of, read_answers, record
+from llava_piip.eval.answers import check_complete, read_answers, record
 from llava_piip.eval.benchmark import Answer, Benchmark, Question, last_answers
-from llava_piip.eval.gqa import GQA, predictions
+from llava_piip.eval.gqa import GQA, predictions, read_labels
 from llava_piip.eval.gqa import verdicts as gqa_verdicts
 from llava_piip.eval.mmbench import MMBENCH, MMBENCH_CN, read_mmbench
-from llava_piip.eval.mmvet import MM_VET
 from llava_piip.eval.pope import POPE, yes_or_no
 from llava_piip.eval.scienceqa import SCIENCEQA, verdicts
 from llava_piip.eval.seed import SEED
-from llava_piip.eval.textvqa import TEXTVQA, answer_scores, question_of_prompt
-from llava_piip.eval.vqa_text import normalized
-from llava_piip.eval.vqav2 import VQAV2
+from llava_piip.eval.vqa import MM_VET, TEXTVQA, VQAV2, answer_scores, normalized, question_of_prompt
 
 __all__ = [
     "verify_gqa",
@@ -98,7 +95,7 @@ def verify_questions(case: GoldenCase) -> Check:
             preparation = Preparation(benchmark, None, ImageFolder(folder))
             if _option(run, "--num-chunks"):
                 size = math.ceil(len(questions) / int(_option(run, "--num-chunks")))
-                questions = parts_of(questions, Path(), size)[int(_option(run, "--chunk-idx"))].questions
+                questions = questions[int(_option(run, "--chunk-idx")) * size :][:size]
             if run.get("exception") == "FileNotFoundError":
                 check.refuses(f"output.{name}.exception", partial(preparation.image_of, questions[len(run["calls"])]))
         if "exception" not in run:
@@ -119,8 +116,8 @@ def _verify_call(
     prompt = prompt_of(question, chat_template="vicuna_v1")  # of the public evaluation script
     check.same(f"{name}.prompt", prompt, call["prompt"])
     check.same(f"{name}.has_image", question.image is not None, call["image_shape"] is not None)
-    places = prompt.count(IMAGE_TAG) if question.image is not None else 0
-    check.same(f"{name}.n_placeholders", places, call["n_placeholders"])
+    placeholders = prompt.count(IMAGE_TAG) if question.image is not None else 0
+    check.same(f"{name}.n_placeholders", placeholders, call["n_placeholders"])
     settings = call["generate_kwargs"]
     check.same(f"{name}.max_new_tokens", preparation.benchmark.max_new_tokens, settings["max_new_tokens"])
     if isinstance(question.image, bytes):
@@ -158,7 +155,7 @@ def verify_pope(case: GoldenCase) -> Check:
             ours = score.details["public"][category]
             check.same(f"{name}.{category}", {key: ours[key] for key in metrics}, metrics)
         if run["exception"] is None:
-            check.same(f"{name}.summary", [f"POPE: {score.public}"], run["summary_line"])
+            check.same(f"{name}.summary", [f"POPE: {score.details['public summary']}"], run["summary_line"])
             public = [metrics["F1 score"] for metrics in score.details["public"].values()]
             check.same(f"{name}.average", round(sum(public) / len(public), 3), run["metrics"]["average_f1_rounded3"])
         check.same(f"{name}.order", score.value, in_order.value)
@@ -222,7 +219,7 @@ def verify_gqa(case: GoldenCase) -> Check:
         name = f"output.{number}"
         with _recorded(run["files"], GQA.labels, GQA.labels[0]) as (folder, file):
             answers, _ = read_answers(file)
-            found = gqa_verdicts(folder / GQA.questions, answers)
+            found = gqa_verdicts(read_labels(folder / GQA.questions), answers)
             score = GQA.score(folder / GQA.questions, answers)
             written = json.loads(_exported(GQA, folder, answers))
         check.same(f"{name}.converted", written, run["converted"])
