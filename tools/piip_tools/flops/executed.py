@@ -96,8 +96,7 @@ class _Attention(TorchFunctionMode):
             return func(*args, **kwargs)
         before = self._counter.get_total_flops()
         result = func(*args, **kwargs)
-        counted = self._counter.get_total_flops() - before
-        self._correction += _attention_flops(result, *args, **kwargs) - counted
+        self._correction += _attention_flops(result, *args, **kwargs) - (self._counter.get_total_flops() - before)
         return result
 
 
@@ -128,17 +127,9 @@ def _attribution(model: nn.Module, total_flops: Callable[[], int], own: Counter[
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            stack.enter_context(_removed(module.register_forward_pre_hook(enter)))
-            stack.enter_context(_removed(module.register_forward_hook(observer(lambda *_, name=name: leave(name)))))
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(observer(lambda *_, name=name: leave(name))).remove)
         yield
-
-
-@contextmanager
-def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _deformable_flops(value: torch.Size, spatial_shapes: Any, locations: torch.Size, *_: Any, **__: Any) -> int:
