@@ -2,13 +2,11 @@
 
 Models and inputs may live on the meta device, so size is no limit. Counted are linear layers, convolutions, attention
 products and deformable sampling, as PyTorch runs them, window padding included; norms, activations, biases and
-resizing are not. Scaled dot product attention is counted from its shapes: PyTorch's own counter knows some of its
-kernels and not others, which differs from version to version.
+resizing are not.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,10 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from piip_core import ops  # noqa: F401  (registers the operator)
@@ -70,40 +66,23 @@ def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCount
         torch.ops.piip.deform_attn_grid: _deformable_grid_flops,
         torch.ops.piip.ms_deform_attn: _deformable_flops,
     }
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        with _Attention(counter) as attention, _attribution(model, attention.total_flops, macs):
+    with torch.no_grad(), _plain_attention(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with _attribution(model, counter.get_total_flops, macs):
             model.get_submodule(run)(*inputs)
     params = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return ModuleCounts(params, {name: flops // 2 for name, flops in macs.items()})
 
 
-class _Attention(TorchFunctionMode):
-    """Counts scaled dot product attention by its shapes instead of what `counter` makes of the kernel that runs it."""
-
-    def __init__(self, counter: FlopCounterMode) -> None:
-        super().__init__()
-        self._counter, self._correction = counter, 0
-
-    def total_flops(self) -> int:
-        return self._counter.get_total_flops() + self._correction
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:  # its attention is inside, where no mode sees it: as plain products
-            with sdpa_kernel(SDPBackend.MATH):
-                return func(*args, **kwargs)
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        before = self._counter.get_total_flops()
-        result = func(*args, **kwargs)
-        self._correction += _attention_flops(result, *args, **kwargs) - (self._counter.get_total_flops() - before)
-        return result
-
-
-def _attention_flops(result: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    """Queries (..., N, D) times keys (..., S, D), and weights times values, to (..., N, E); masks leave nothing out."""
-    *batch, queries, width = result.shape
-    return 2 * math.prod(batch) * queries * key.shape[-2] * (query.shape[-1] + width)
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Runs attention as plain products, of which the counter knows all: it does not know every fused kernel."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
