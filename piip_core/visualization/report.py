@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,7 @@ def visualize(
     output: Path | str,
     *,
     name: str,
-    blocks: Sequence[int] | None = None,
-    interaction: int | None = None,
-    progress: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> list[Path]:
     """Draws attention.png, sampling.png (models with interactions) and spectra.png, and writes visualization.json.
 
@@ -35,9 +32,7 @@ def visualize(
         scene: The image and the query.
         output: Folder of the files.
         name: What the titles call the model; also say there where its weights are from.
-        blocks: See `choose_blocks`.
-        interaction: Index from 0; None for the middle one.
-        progress: Called after every block.
+        options: Of `trace_pyramid`.
 
     Returns:
         The files.
@@ -45,7 +40,7 @@ def visualize(
     Raises:
         UserError: If model, block or interaction are not as described.
     """
-    trace = trace_pyramid(find_pyramid(model), scene, blocks=blocks, interaction=interaction, progress=progress)
+    trace = trace_pyramid(find_pyramid(model), scene, **options)
     figures = {"attention.png": draw_attention(scene, trace, f"{name}: self-attention of the query, mean over heads")}
     if trace.readings:
         title = f"{name}: what the query reads in interaction {trace.interaction}"

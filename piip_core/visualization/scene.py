@@ -90,7 +90,7 @@ def network_input(
         short_side: Limit of the shorter side.
         pixel_mean: Per channel.
         pixel_std: Per channel.
-        pad_divisor: Both sides of the padded image are multiples of it.
+        pad_divisor: Height and width of the padded image are multiples of it.
 
     Returns:
         The resized image (h, w, 3) uint8, and the network's input (1, 3, h', w').
@@ -109,13 +109,7 @@ def network_input(
 def prepare_scene(
     original_size: tuple[int, int], image: np.ndarray, pixel_values: Tensor, query: tuple[int, int] | None = None
 ) -> Scene:
-    """Puts the query onto the resized image.
-
-    Args:
-        original_size: Height and width of the original image.
-        image: Resized, (H, W, 3) uint8, RGB.
-        pixel_values: The network's input (1, 3, H', W'), with `image` at its top left.
-        query: (x, y) in pixels of the original image; None for the centre.
+    """Puts the query, (x, y) in pixels of the original image or None for its centre, onto the resized image.
 
     Raises:
         UserError: If the query lies outside of the image.

@@ -5,64 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, singledispatch
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..branches import BranchState
 from ..errors import ConfigError, UserError
-from ..interaction import CrossAttention, DeformableCrossAttention, Interaction
+from ..interaction import DeformableCrossAttention, Interaction
 from ..pyramid import PIIP
 from .attention import AttentionCall, AttentionRow, attention_row, watch_attention
 from .scene import Cells, Scene
 from .spectrum import Spectrum, feature_spectrum
 
-__all__ = ["BlockView", "Reading", "Trace", "choose_blocks", "find_pyramid", "trace_pyramid"]
+__all__ = ["BlockView", "Reading", "Trace", "find_pyramid", "trace_pyramid"]
 
 
 @dataclass(frozen=True)
 class BlockView:
-    """What one block of a branch looks at.
-
-    Attributes:
-        branch: Number of the branch, from 1.
-        block: Index of the block, from 0.
-        cells: The feature map after the block.
-        cell: Row and column of the query.
-        window: Side of the attention windows in cells; None for global attention.
-        attention: Self-attention of the query; None for a block without attention.
-        energy: Root mean square of the features after the block over the channels, (H, W).
-    """
+    """What one block of a branch looks at. Branches count from 1, blocks from 0."""
 
     branch: int
     block: int
-    cells: Cells
-    cell: tuple[int, int]
-    window: int | None
-    attention: AttentionRow | None
-    energy: Tensor
+    cells: Cells  # of the feature map after the block
+    cell: tuple[int, int]  # row and column of the query
+    window: int | None  # side of the attention windows in cells; None for global attention
+    attention: AttentionRow | None  # of the query; None for a block without attention
+    energy: Tensor  # root mean square of the features over the channels, (H, W)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one cell of a branch reads from the map of another branch in an interaction.
-
-    Attributes:
-        reader: Number of the branch that asks.
-        source: Number of the branch that is read.
-        cells: The feature map that is read.
-        at: The middle of the asking cell, (x, y) in pixels of the network's input.
-        points: Sampling points (heads, P, 2), (x, y) in pixels of the network's input; None for regular attention.
-        weights: Weights of the points (heads, P), or of all cells (heads, H, W) for regular attention.
-    """
+    """What one cell of a branch reads from the map of another branch in an interaction. Branches count from 1."""
 
     reader: int
     source: int
-    cells: Cells
-    at: tuple[float, float]
-    points: Tensor | None
-    weights: Tensor
+    cells: Cells  # of the map that is read
+    at: tuple[float, float]  # middle of the asking cell, (x, y) in pixels of the network's input
+    points: Tensor | None  # sampling points (heads, P, 2) in the same pixels; None for regular attention
+    weights: Tensor  # of the points (heads, P), or of all cells (heads, H, W) for regular attention
 
 
 @dataclass
@@ -100,16 +81,8 @@ def find_pyramid(model: nn.Module) -> PIIP:
     return pyramids[0]
 
 
-def choose_blocks(pyramid: PIIP, blocks: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The block of each branch to look into.
-
-    Args:
-        pyramid: The pyramid.
-        blocks: Indices from 0: one for all branches, or one per branch from Branch 1 on; None for the middle ones.
-
-    Raises:
-        UserError: If a branch has no such block.
-    """
+def _choose_blocks(pyramid: PIIP, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    """The block of each branch to look into."""
     depths = [branch.num_blocks for branch in pyramid.branches]
     if blocks is None:
         return tuple(depth // 2 for depth in depths)
@@ -136,7 +109,8 @@ def trace_pyramid(
     Args:
         pyramid: In evaluation mode, on any device.
         scene: The image and the query.
-        blocks: See `choose_blocks`.
+        blocks: Indices from 0 of the blocks to look into: one for all branches, or one per branch from Branch 1 on;
+            None for the middle ones.
         interaction: Index from 0; None for the middle one.
         progress: Called after every block.
 
@@ -151,7 +125,7 @@ def trace_pyramid(
         expected = f"an index from 0 to {count - 1}" if count else "none: a single branch has no interactions"
         raise UserError(f"interaction {interaction}: the model has {count} interactions; expected {expected}")
     branches = pyramid.branches
-    chosen = choose_blocks(pyramid, blocks)
+    chosen = _choose_blocks(pyramid, blocks)
     trace = Trace(interaction, views=[None] * len(branches), depth=[[] for _ in branches], cells=[None] * len(branches))
     with ExitStack() as stack:
         for index, branch in enumerate(branches):
@@ -242,20 +216,12 @@ def _spectrum(scene: Scene, cells: Cells, tokens: Tensor) -> Spectrum:
     return feature_spectrum(tokens[0, :rows, :columns])
 
 
-@singledispatch
 def _read(attention: nn.Module, query: Tensor, value: Tensor, cell: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
     """Normalised points (heads, P, 2) and their weights, or None and the weights of all cells, of one query."""
-    raise TypeError(f"cannot tell what {type(attention).__name__} reads: register it with _read")
-
-
-@_read.register
-def _read_points(attention: DeformableCrossAttention, query: Tensor, value: Tensor, cell: tuple[int, int]):
-    locations, weights = attention.sampling_map(query, value)
-    return locations[0, cell[0], cell[1]], weights[0, cell[0], cell[1]]
-
-
-@_read.register
-def _read_everything(attention: CrossAttention, query: Tensor, value: Tensor, cell: tuple[int, int]):
+    row, column = cell
+    if isinstance(attention, DeformableCrossAttention):
+        locations, weights = attention.sampling_map(query, value)
+        return locations[0, row, column], weights[0, row, column]
     with watch_attention(attention) as calls:
         attention.forward(query, value)  # once more, without hooks
-    return None, calls[0].weights(0, cell[0] * query.shape[2] + cell[1]).unflatten(1, value.shape[1:3])
+    return None, calls[0].weights(0, row * query.shape[2] + column).unflatten(1, value.shape[1:3])

@@ -4,7 +4,6 @@ import torch
 
 from piip_core.errors import UserError
 from piip_core.visualization import network_input, prepare_scene
-from piip_core.visualization.scene import Cells
 
 FRAME = {"long_side": 200, "short_side": 120, "pixel_mean": (1.0, 2.0, 3.0), "pixel_std": (2.0, 4.0, 8.0)}
 
@@ -40,11 +39,3 @@ def test_query_outside_of_the_image(query):
     image, pixel_values = network_input(np.zeros((60, 100, 3), dtype=np.uint8), pad_divisor=32, **FRAME)
     with pytest.raises(UserError, match=r"outside of the image of 100 x 60.*x from 0 to 99 and y from 0 to 59"):
         prepare_scene((60, 100), image, pixel_values, query)
-
-
-def test_cells():
-    cells = Cells(4, 6, (16, 16))
-    assert cells.at(0.5, 63.9) == (3, 0) and cells.at(95.9, 16.0) == (1, 5)
-    assert cells.at(300, 300) == (3, 5)  # a border that the network cuts off
-    assert cells.inside(40, 200) == (2, 6) and cells.inside(5, 5) == (1, 1)
-    assert cells.extent == (96, 64)

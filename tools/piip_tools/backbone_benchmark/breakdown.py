@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 from tabulate import tabulate
 from timm.layers import Attention, Mlp
 from torch import nn
-from tqdm import tqdm
 
 from piip_core.branches.beit import RelativeBiasAttention
 from piip_core.interaction import DeformableCrossAttention, Injection
 from piip_core.merging import BranchMerging, FeaturePyramid
 
-from ..timing import clock_for, limited_threads
+from ..flops.executed import attribute_to_modules
+from ..timing import Clock, clock_for, limited_threads, take_turns
 from .measuring import autocast_for
 from .models import TimedModel
 
@@ -49,45 +48,35 @@ def measure_parts(
 ) -> list[dict[str, Any]]:
     """Medians of the time spent in each kind of module, in forward passes without gradients.
 
-    A GPU is waited for at every border of a part, which costs time that it would not take otherwise. `parts` says what
-    the time in modules of a type is called, without that in modules inside that are parts, too. Other time is `REST`.
+    A GPU is waited for at every border of a module, which costs time that it would not take otherwise. `parts` says
+    what the time in modules of a type is called, without that in modules inside that are parts, too. Other time is
+    `REST`.
     """
     results = []
     with limited_threads(threads):
         for precision in precisions:
-            for timed in tqdm(models, desc=f"parts in {precision}", leave=False):
+            for timed in models:
                 model, image = timed.load(precision, device, batch)
                 run = partial(_time_parts, model, image, parts, clock_for(device, threads))
                 with timed.context(model), autocast_for(precision, device), torch.no_grad():
-                    _, *runs = [run() for _ in range(1 + repeats)]
+                    (runs,) = take_turns([run], repeats)
                 seconds = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
                 results.append({"model": timed.name, "precision": precision, "seconds": seconds})
     return results
 
 
 def _time_parts(
-    model: nn.Module, image: torch.Tensor, parts: Mapping[type[nn.Module], str], clock: Callable[[], float]
+    model: nn.Module, image: torch.Tensor, parts: Mapping[type[nn.Module], str], clock: Clock
 ) -> Counter[str]:
-    spent: Counter[str] = Counter()
-    running, since = [REST], clock()
-
-    def switch(change: Callable[[], object]) -> None:
-        nonlocal since
-        now = clock()
-        spent[running[-1]] += now - since
-        since = now
-        change()
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            name = next((name for kind, name in parts.items() if isinstance(module, kind)), None)
-            if name is not None:
-                enter = module.register_forward_pre_hook(lambda *_, name=name: switch(lambda: running.append(name)))
-                leave = module.register_forward_hook(lambda *_: switch(running.pop))
-                stack.callback(enter.remove)
-                stack.callback(leave.remove)
+    own: Counter[str] = Counter()
+    with attribute_to_modules(model, clock, own):
         model(image)
-        switch(running.pop)
+    part_of: dict[str, str] = {}
+    spent: Counter[str] = Counter()
+    for name, module in model.named_modules():  # outer ones first
+        outer = part_of.get(name.rpartition(".")[0], REST)
+        part_of[name] = next((part for kind, part in parts.items() if isinstance(module, kind)), outer)
+        spent[part_of[name]] += own[name]
     return spent
 
 

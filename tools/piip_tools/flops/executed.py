@@ -23,7 +23,7 @@ from piip_core.folding import observer
 
 from .published import Count
 
-__all__ = ["ModuleCounts", "executed_count"]
+__all__ = ["ModuleCounts", "attribute_to_modules", "executed_count"]
 
 MACS_PER_SAMPLE = 5  # four corners of the bilinear interpolation and the attention weight
 
@@ -67,7 +67,7 @@ def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCount
         torch.ops.piip.ms_deform_attn: _deformable_flops,
     }
     with torch.no_grad(), _plain_attention(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        with _attribution(model, counter.get_total_flops, macs):
+        with attribute_to_modules(model, counter.get_total_flops, macs):
             model.get_submodule(run)(*inputs)
     params = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return ModuleCounts(params, {name: flops // 2 for name, flops in macs.items()})
@@ -86,20 +86,20 @@ def _plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _attribution(model: nn.Module, total_flops: Callable[[], int], own: Counter[str]) -> Iterator[None]:
-    """Adds to `own` what each module of `model` computes outside the modules it calls.
+def attribute_to_modules(model: nn.Module, total: Callable[[], float], own: Counter[str]) -> Iterator[None]:
+    """Adds to `own` how much each module of `model` raises a total outside the modules it calls.
 
     Modules are followed by call and not by name, because branches are run block by block and never called themselves.
     """
-    calls: list[list[int]] = []  # of each running module: total at its start, spent in the modules it called
+    calls: list[list[float]] = []  # of each running module: total at its start, spent in the modules it called
 
     @observer
     def enter(*_: Any) -> None:
-        calls.append([total_flops(), 0])
+        calls.append([total(), 0])
 
     def leave(name: str) -> None:
         start, inner = calls.pop()
-        spent = total_flops() - start
+        spent = total() - start
         own[name] += spent - inner
         if calls:
             calls[-1][1] += spent

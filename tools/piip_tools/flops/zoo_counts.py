@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from piip_core.pyramid import PIIP
 
 from .executed import executed_count
 from .published import Count, published_count
-from .report import ModelReport, ModuleRow, analyze_backbone
+from .report import ModuleRow, analyze_backbone
 
 __all__ = [
     "ClassificationRow",
@@ -82,11 +83,9 @@ class MultimodalRow:
 
 def analyze_zoo(entries: Iterable[zoo.ZooEntry] | None = None) -> Iterator[ZooRow]:
     """Counts published models one after the other; without `entries` all of them."""
-    known: dict[PIIPConfig, ModelReport] = {}
+    count = cache(analyze_backbone)  # several detectors share a backbone
     for entry in zoo.entries() if entries is None else entries:
-        if entry.config not in known:  # several detectors share a backbone
-            known[entry.config] = analyze_backbone(entry.config)
-        counted, published, paper = known[entry.config], entry.published, entry.paper
+        counted, published, paper = count(entry.config), entry.published, entry.paper
         params, flops = published.params_m or paper.params_m, published.flops_g or paper.flops_g
         yield ZooRow(
             **{name: getattr(entry, name) for name in ("name", "title", "table", "note", "resolution")},
@@ -113,13 +112,11 @@ def analyze_classifiers(entries: Iterable[zoo.ClassificationEntry] | None = None
 
 def analyze_multimodal(entries: Iterable[zoo.MultimodalEntry] | None = None) -> Iterator[MultimodalRow]:
     """Counts published multimodal models one after the other; without `entries` all of them."""
-    known: dict[tuple[PIIPConfig, int | None], Count] = {}
+    count = cache(_count_tower)  # language models of several sizes share a tower
     for entry in zoo.multimodal_entries() if entries is None else entries:
-        key = entry.vision, entry.feature_block
-        if key not in known:  # language models of several sizes share a tower
-            known[key] = _tower_count(entry)
         published = published_count(entry.vision, rule="vision tower").total
-        yield MultimodalRow(entry=entry, published_count=published, tower=known[key], projector=_projector_count(entry))
+        tower = count(entry.vision, entry.feature_block, entry.image_size)
+        yield MultimodalRow(entry=entry, published_count=published, tower=tower, projector=_count_projector(entry))
 
 
 class _Tower(nn.Module):
@@ -136,14 +133,14 @@ class _Tower(nn.Module):
         return self.pyramid.forward_blocks(image, [self.feature_block])
 
 
-def _tower_count(entry: zoo.MultimodalEntry) -> Count:
+def _count_tower(config: PIIPConfig, feature_block: int | None, size: int) -> Count:
     with on_meta():
-        tower = _Tower(entry.vision, entry.feature_block)
-        image = torch.empty(1, 3, entry.image_size, entry.image_size)
+        tower = _Tower(config, feature_block)
+        image = torch.empty(1, 3, size, size)
     return executed_count(tower, image).total
 
 
-def _projector_count(entry: zoo.MultimodalEntry) -> Count:
+def _count_projector(entry: zoo.MultimodalEntry) -> Count:
     """As executed: a map smaller than the grid is resized after the first linear."""
     config = entry.vision
     dims, strides = config.dims_after(None), config.strides_after(None)

@@ -76,8 +76,7 @@ def _load_mmcv() -> Attend:
         sizes, start = _level_tensors(tuple(value_shapes), value.device)
         if not value.is_cuda:
             return ops.multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
-        step = _step(value)
-        return ops.MultiScaleDeformableAttnFunction.apply(value, sizes, start, locations, weights, step)
+        return ops.MultiScaleDeformableAttnFunction.apply(value, sizes, start, locations, weights, len(value))
 
     return call
 
@@ -90,13 +89,13 @@ def _load_original() -> Attend:
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Tensor:
             ctx.save_for_backward(*inputs)
-            return extension.ms_deform_attn_forward(*inputs, _step(inputs[0]))
+            return extension.ms_deform_attn_forward(*inputs, len(inputs[0]))
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             inputs = ctx.saved_tensors
             value, locations, weights = extension.ms_deform_attn_backward(
-                *inputs, grad_output.contiguous(), _step(inputs[0])
+                *inputs, grad_output.contiguous(), len(inputs[0])
             )
             return value, None, None, locations, weights
 
@@ -107,11 +106,6 @@ def _load_original() -> Attend:
         return output.to(value.dtype)
 
     return call
-
-
-def _step(value: Tensor) -> int:
-    """How many images the CUDA extensions take at a time; it must divide the batch."""
-    return max(step for step in range(1, min(64, len(value)) + 1) if len(value) % step == 0)
 
 
 @cache
