@@ -33,7 +33,7 @@ ifeq ($(strip $(VENV)),)
 HAS_DETECTRON2 := cd / && $(PY) -c "import detectron2._C" 2>/dev/null
 endif
 
-.PHONY: demo chat-demo test lint tables docs setup doctor lock
+.PHONY: demo chat-demo test sanitize lint tables docs setup doctor lock
 
 demo: $(STAMP)
 	$(PY) -m piip.digit_demo $(DEMO_ARGS)
@@ -48,6 +48,17 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# the operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a library of their own
+SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer
+sanitize: $(STAMP)
+	mkdir -p build/sanitize && tar cf - --exclude=__pycache__ --exclude='*.so' setup.py pyproject.toml csrc piip_core projects \
+	  llava_piip tests/conftest.py tests/piip_core | tar xf - -C build/sanitize
+	cd build/sanitize && CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" PIIP_BUILD_EXTENSION=require \
+	  $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(abspath $(PY)) -m pytest -q \
+	  -p no:xdist tests/piip_core/ops/test_errors.py tests/piip_core/ops/test_grid.py tests/piip_core/ops/test_functional.py
 
 # fails if the tables of published models in the READMEs are out of date
 tables: $(STAMP)

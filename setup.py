@@ -30,7 +30,7 @@ except ImportError as error:
     ) from error
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY = "piip_core._C"
+LIBRARY = "piip_core._kernels"  # not _C, as older ones that define the operators themselves
 BUILD_INFO = Path("piip_core", "_build_info.json")
 # Only libtorch's stable C++ ABI of this release is used, so one binary serves torch 2.10 and everything after it.
 STABLE_ABI = "0x020A000000000000"
@@ -75,7 +75,7 @@ def operator_extension(cuda: bool):
     cxx.append(f"-fmacro-prefix-map={ROOT}{os.sep}=")  # no absolute path of this machine in error messages
     arguments = {
         "name": LIBRARY,
-        "sources": sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        "sources": sorted(glob("csrc/cpu/*.cpp")),
         "depends": sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         "define_macros": macros,
         "include_dirs": [str(ROOT / "csrc")],
@@ -140,7 +140,7 @@ class BuildOperator(cpp_extension.BuildExtension):
         package_root = ROOT if self.inplace else Path(self.build_lib)
         if not info["built"]:
             for stale in (Path(self.build_lib), ROOT) if self.inplace else (Path(self.build_lib),):
-                for path in stale.glob("piip_core/_C*.so"):
+                for path in stale.glob("piip_core/_kernels*.so"):
                     path.unlink()
             self.extensions = []
         for error in info["errors"]:

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
+#include <limits>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,20 +17,38 @@ namespace piip {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline int64_t product(std::initializer_list<int64_t> factors) {
+  int64_t result = 1;
+  for (const int64_t factor : factors) {
+    STD_TORCH_CHECK(
+        !__builtin_mul_overflow(result, factor, &result), "deformable attention: sizes whose product exceeds 63 bits");
+  }
+  return result;
+}
+
 // The public functions in Python explain what is wrong; this keeps direct callers of the operators from reading
 // outside the tensors.
 inline void check_levels(const std::vector<int64_t>& shapes, int64_t levels, int64_t values) {
   STD_TORCH_CHECK(
       levels > 0 && static_cast<int64_t>(shapes.size()) == 2 * levels,
       "deformable attention: the shapes must hold H and W of ", levels, " levels, got ", shapes.size(), " numbers");
+  constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();
   int64_t covered = 0;
   for (int64_t level = 0; level < levels; ++level) {
     const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
-    STD_TORCH_CHECK(height >= 0 && width >= 0, "deformable attention: negative size in the shapes of the levels");
-    covered += height * width;
+    STD_TORCH_CHECK(
+        height >= 0 && width >= 0 && height <= kLongest && width <= kLongest,
+        "deformable attention: expected sizes of levels from 0 to ", kLongest, ", got ", height, " x ", width);
+    const int64_t rows = height * width;
+    if (rows > values - covered) {  // a sum could overflow
+      covered = -1;
+      break;
+    }
+    covered += rows;
   }
   STD_TORCH_CHECK(
-      covered == values, "deformable attention: the shapes cover ", covered, " rows, value has ", values);
+      covered == values, "deformable attention: the shapes cover ", covered < 0 ? "more" : "fewer",
+      " rows than the ", values, " that value has");
 }
 
 inline Sizes check(
@@ -74,11 +94,11 @@ inline Sizes check_grid(
   STD_TORCH_CHECK(points >= 0, "deform_attn_grid: num_points is negative");
   const Sizes sizes{
       value.size(0), value.size(1), value.size(2), value.size(3),
-      query_shape[0] * query_shape[1], static_cast<int64_t>(value_shapes.size() / 2), points};
+      product({query_shape[0], query_shape[1]}), static_cast<int64_t>(value_shapes.size() / 2), points};
   check_levels(value_shapes, sizes.levels, sizes.values);
   STD_TORCH_CHECK(
       sampling.dim() == 3 && sampling.size(0) == sizes.batch && sampling.size(1) == sizes.queries &&
-          sampling.size(2) == 3 * sizes.heads * sizes.levels * points,
+          sampling.size(2) == product({3, sizes.heads, sizes.levels, points}),
       "deform_attn_grid: sampling must have the shape (B, Hq * Wq, 3 * M * L * P)");
   const ScalarType dtype = sampling.scalar_type();
   STD_TORCH_CHECK(
@@ -92,7 +112,7 @@ inline Sizes check_grid(
 inline void check_grad_output(const Tensor& grad_output, const Tensor& value, const Sizes& sizes) {
   STD_TORCH_CHECK(
       grad_output.dim() == 3 && grad_output.size(0) == sizes.batch && grad_output.size(1) == sizes.queries &&
-          grad_output.size(2) == sizes.heads * sizes.width && grad_output.scalar_type() == value.scalar_type(),
+          grad_output.size(2) == product({sizes.heads, sizes.width}) && grad_output.scalar_type() == value.scalar_type(),
       "deformable attention: grad_output must have the shape (B, Q, M * D) and dtype of the output");
 }
 

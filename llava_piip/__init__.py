@@ -5,7 +5,7 @@ Importing this package registers the models with transformers' Auto classes.
 
 import warnings
 
-from piip_core.versions import untested
+from piip_core.doctor import untested
 
 # First of all: a library that is too old may not even be imported
 for _line in untested():

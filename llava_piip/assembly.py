@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
@@ -20,7 +21,7 @@ from transformers import (
 
 from piip_core import zoo
 from piip_core.checkpoints import load_pretrained, load_pyramid, read_checkpoint
-from piip_core.errors import ConfigError
+from piip_core.errors import CheckpointError, ConfigError, UserError
 from piip_core.meta import on_meta
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
@@ -29,7 +30,15 @@ from .image_processing import PIIPImageProcessor
 from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel, make_projector
 from .processing import PIIPLlavaProcessor
 
-__all__ = ["add_image_token", "assemble", "assemble_config", "assemble_processor", "join", "load_tokenizer"]
+__all__ = [
+    "add_image_token",
+    "assemble",
+    "assemble_config",
+    "assemble_processor",
+    "join",
+    "load_part",
+    "load_tokenizer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +74,7 @@ def assemble(
     entry = zoo.multimodal(row) if isinstance(row, str) else row
     source = os.fspath(language_model or entry.language_model)
     tokenizer = load_tokenizer(source)
-    decoder = _load(AutoModelForCausalLM, source, **options)
+    decoder = _language_part(AutoModelForCausalLM, source, **options)
     config = assemble_config(
         entry,
         decoder.config,
@@ -115,7 +124,7 @@ def assemble_processor(
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a language model, with the image token."""
-    return add_image_token(_load(AutoTokenizer, os.fspath(source)))
+    return add_image_token(_language_part(AutoTokenizer, os.fspath(source)))
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -141,16 +150,32 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         )
 
 
-def _load(kind: Any, source: str, **options: Any) -> Any:
-    """A part from transformers, by name or folder; what it raises names neither the field nor the fix."""
+def load_part(
+    kind: Any, source: str | os.PathLike[str], expected: str, error: type[UserError] = CheckpointError, **options: Any
+) -> Any:
+    """What a class of transformers makes of a folder or name; never by running Python files that lie there.
+
+    Args:
+        kind: The class, such as `AutoTokenizer`.
+        source: Folder, or name on the hub.
+        expected: What it should be, for the message.
+        error: Raised if it cannot be loaded.
+        **options: For `kind.from_pretrained`.
+    """
     try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"language_model={source!r} cannot be loaded ({reason}): expected the name of a model on the Hugging Face "
-            "hub, or a folder with config.json, weights and tokenizer"
-        ) from error
+        # Said at every call: left out, transformers asks at the terminal, and one "y" runs the code
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as cause:  # of many types, bare Exception from tokenizers among them
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        name = f"language_model={source!r}" if error is ConfigError else f"{source}:"
+        raise error(f"{name} cannot be loaded ({reason}): expected {expected}") from cause
+
+
+def _language_part(kind: Any, source: str, **options: Any) -> Any:
+    expected = "the name of a model on the Hugging Face hub, or a folder with config.json, weights and tokenizer"
+    return load_part(kind, source, expected, ConfigError, **options)
 
 
 def join(

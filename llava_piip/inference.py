@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import threading
@@ -14,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import BatchFeature, GenerationConfig
 
 from piip_core.errors import CheckpointError, UserError
+from piip_core.files import read_json
 
 from .configuration import PIIPLlavaConfig
 from .conversation import ConversationError, Messages, render_conversation
@@ -105,13 +104,7 @@ class ChatModel:
         bits = QUANTIZATIONS[quantization] if quantization else 16
         if bits == 8:  # it would say for every layer and token that it casts to float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        try:
-            model, processor = load_trained(path, dtype=dtype, bits=bits, device_map={"": device})
-        except UserError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path}: cannot be loaded ({reason}): expected a complete save") from error
+        model, processor = load_trained(path, dtype=dtype, bits=bits, device_map={"": device})
         if isinstance(model, PeftModel):  # on quantised weights the adapters stay beside them
             model = model.merge_and_unload() if quantization is None else model.get_base_model()
         if quantization is None:
@@ -344,12 +337,9 @@ def model_folder(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: is no folder; expected one that training or the converter wrote")
     if is_trained_folder(folder):
         return folder
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        raise CheckpointError(
-            f"{folder}: has no readable config.json; expected a folder that training or the converter wrote"
-        ) from None
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json; expected a folder that training or the converter wrote")
+    kind = read_json(folder / "config.json", CheckpointError).get("model_type")
     if kind != PIIPLlavaConfig.model_type:
         raise CheckpointError(
             f"{folder}: holds a model of type {kind!r}, expected {PIIPLlavaConfig.model_type!r}; published checkpoints "

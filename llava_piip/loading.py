@@ -7,7 +7,6 @@ processor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 from piip_core.checkpoints import read_checkpoint
-from piip_core.errors import CheckpointError, ConfigError
-from piip_core.validation import check_choice
+from piip_core.errors import CheckpointError, ConfigError, check_choice
+from piip_core.files import read_json
 
-from .assembly import assemble
+from .assembly import assemble, load_part
 from .modeling import PIIPLlavaForConditionalGeneration
 from .processing import PIIPLlavaProcessor
 
@@ -83,9 +82,9 @@ def load_trained(folder: str | Path, source: ModelSource | None = None, **settin
         return build(ModelSource(str(folder)), **settings)
     model, _ = build(source or read_note(folder)[1], **settings)
     if (folder / "adapter_config.json").is_file():
-        model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+        model = get_peft_model(model, _load(PeftConfig, str(folder)))
     load_tensors(model, folder)
-    return model.eval(), PIIPLlavaProcessor.from_pretrained(folder)  # new adapters would drop out
+    return model.eval(), _load(PIIPLlavaProcessor, folder)  # new adapters would drop out
 
 
 def build(
@@ -121,8 +120,11 @@ def build(
             f"model {folder}: holds trained parts and no whole model. To go on from its projector, give the row as "
             f"--model and this folder as --projector; `python -m llava_piip.train.merge` makes a whole model of it"
         )
-    model = PIIPLlavaForConditionalGeneration.from_pretrained(folder, **options)
-    return model, PIIPLlavaProcessor.from_pretrained(folder)
+    return _load(PIIPLlavaForConditionalGeneration, folder, **options), _load(PIIPLlavaProcessor, folder)
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    return load_part(kind, folder, "a complete save", **options)
 
 
 def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig | None:
@@ -197,9 +199,9 @@ def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no {NOTE}; expected the folder that a training stage saved, RUN/{FINAL}")
     try:
-        note = json.loads(file.read_text())
+        note = read_json(file, CheckpointError)
         version, parts, source = note["format"], note["parts"], ModelSource(**note["source"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error!r}); save the stage again, or take another checkpoint"
         ) from None
@@ -286,11 +288,7 @@ def gathered(parameters: list[Tensor]) -> AbstractContextManager[Any]:
 
 
 def _check_fit(folder: Path, base: nn.Module) -> None:
-    try:
-        saved = type(base.config).from_pretrained(str(folder)).to_dict()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: cannot be read ({error}); take another checkpoint") from None
-    own = base.config.to_dict()
+    saved, own = _load(type(base.config), str(folder)).to_dict(), base.config.to_dict()
     for what, first, second in (
         ("vision tower", saved["vision_config"], own["vision_config"]),
         ("projector", *({field: config[field] for field in _PROJECTOR_FIELDS} for config in (saved, own))),

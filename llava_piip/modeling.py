@@ -21,7 +21,7 @@ from transformers.models.llava.modeling_llava import (
 from piip_core import PIIP
 from piip_core.errors import UserError
 from piip_core.integrations.transformers import PIIPPreTrainedModel
-from piip_core.integrations.transformers.partitioning import make_whole
+from piip_core.integrations.transformers.modeling import build_then_partition
 from piip_core.merging import TokenMerging
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
@@ -44,7 +44,7 @@ class PIIPVisionModel(PIIPPreTrainedModel):
 
     def __init__(self, config: PIIPVisionConfig) -> None:
         super().__init__(config)
-        self.pyramid = make_whole(lambda: PIIP(config.piip))
+        self.pyramid = build_then_partition(lambda: PIIP(config.piip))
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> PIIPVisionOutput:
@@ -73,9 +73,9 @@ class PIIPLlavaModel(LlavaModel):
 
     def __init__(self, config: PIIPLlavaConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = make_projector(config, self.vision_tower.pyramid.dims)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:

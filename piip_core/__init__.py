@@ -1,13 +1,11 @@
 """Parameter-Inverted Image Pyramid Networks: branches, interactions, merging and the operator that joins them."""
 
+from .branches import BEiTConfig, BranchConfig, ConvNeXtConfig, TimmConfig, UniPerceiverConfig, ViTConfig
 from .classifier import PIIPClassifier
-from .classifier_config import ClassifierConfig
-from .config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
+from .config import ClassifierConfig, InteractionConfig, MergingConfig, PIIPConfig
 from .errors import ConfigError, UserError
-from .networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 from .prepared import prepare_for_inference
 from .pyramid import PIIP, DensePIIP
-from .timm_network import TimmConfig
 
 __all__ = [
     "PIIP",

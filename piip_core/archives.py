@@ -1,29 +1,104 @@
-"""Unpacking archives of data sets: whole files only, none outside of its folder, and an interrupted run goes on."""
+"""Archives of data sets, downloaded and unpacked: whole files only, and an interrupted run goes on."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import stat
+import urllib.error
+import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from .errors import UserError
+from .errors import SaveError, UserError
+from .files import find_refusal
 
-__all__ = ["ArchiveError", "Unpacked", "check_space", "unpack_images"]
+__all__ = ["ArchiveError", "DownloadError", "Unpacked", "check_space", "download", "unpack_images"]
 
 _INCOMPLETE = "incomplete"
 _CHUNK = 1 << 20
+_TIMEOUT = 60  # seconds without a byte
+
+
+class DownloadError(UserError):
+    """A file cannot be downloaded; the message names the address and how to go on."""
 
 
 class ArchiveError(UserError):
     """An archive is damaged, incomplete or unsafe; the message names it and the entry."""
+
+
+def download(url: str, path: str | os.PathLike[str], *, progress: bool = True) -> Path:
+    """Downloads a file beside its place and renames it when it is complete; repeated, it goes on where it stopped.
+
+    Args:
+        url: Address.
+        path: File to write. If it exists, nothing is done.
+        progress: Show a progress bar.
+
+    Returns:
+        `path`.
+
+    Raises:
+        DownloadError: If the server refuses, or the connection ends before the file does.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        _fetch(url, aside, progress)
+    except urllib.error.HTTPError as error:
+        raise DownloadError(
+            f"{url}: the server answers {error.code} {error.reason}; get {path.name} otherwise"
+        ) from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise DownloadError(f"{url}: {error}; {aside} keeps what has come: repeat the command to go on") from error
+    os.replace(aside, path)
+    return path
+
+
+def _fetch(url: str, aside: Path, progress: bool) -> None:
+    """Appends to `aside` what it lacks."""
+    have = aside.stat().st_size if aside.exists() else 0
+    # An offset into compressed content would mean nothing
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        complete = f"bytes */{have}"
+        if have and error.code == 416 and error.headers.get("Content-Range") == complete:
+            return
+        raise
+    with response, open(aside, "ab") as file:
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if not resumed:  # the server sends everything again
+            have = 0
+            file.truncate(0)
+        length = response.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
+        bar = tqdm(
+            initial=have,
+            total=total,
+            desc=f"Downloading {aside.stem}",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        )
+        with bar:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    if total is not None and aside.stat().st_size != total:
+        raise ConnectionError(f"only {aside.stat().st_size} of {total} bytes have come")
 
 
 @dataclass(frozen=True)
@@ -80,13 +155,14 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
     if not archive.is_file():
         raise ArchiveError(f"{archive}: no such file; expected a downloaded .zip archive")
     try:
-        with zipfile.ZipFile(archive) as opened:
-            yield opened
-    except zipfile.BadZipFile as error:
+        opened = zipfile.ZipFile(archive)
+    except Exception as error:  # of any type, depending on which bytes are wrong
         raise ArchiveError(
             f"{archive}: not a complete zip archive ({error}; {archive.stat().st_size} bytes): continue or repeat its "
             "download"
         ) from error
+    with opened:
+        yield opened
 
 
 def _plan(opened: zipfile.ZipFile, archive: Path, folder_name: str) -> tuple[dict[str, zipfile.ZipInfo], int]:
@@ -96,7 +172,9 @@ def _plan(opened: zipfile.ZipFile, archive: Path, folder_name: str) -> tuple[dic
     for info in opened.infolist():
         path = PurePosixPath(info.filename)
         # zipfile has replaced the system's other separators; a drive letter or a backslash never is an image of ours
-        if path.is_absolute() or ".." in path.parts or any(c in info.filename for c in "\\:"):
+        if not path.parts:
+            bad.append(f"{info.filename!r} is no name")
+        elif path.is_absolute() or ".." in path.parts or any(c in info.filename for c in "\\:"):
             bad.append(f"{info.filename!r} leads out of the folder")
         elif info.is_dir():
             continue
@@ -153,19 +231,22 @@ def _write(
     with bar:
         for name, info in entries.items():
             path = target / name
-            path.parent.mkdir(parents=True, exist_ok=True)
             # No sync per file as in piip_core.files: half a million of them would take hours on a hard disk
             aside = path.with_name(f".{path.name}.{_INCOMPLETE}")
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(info) as source, open(aside, "wb") as file:
                     shutil.copyfileobj(source, file, _CHUNK)
                 os.replace(aside, path)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            except Exception as error:  # of any type, depending on which bytes are wrong
+                if refusal := find_refusal(error):
+                    raise SaveError(f"{path}: could not be written ({refusal[0]}): {refusal[1]}") from None
                 raise ArchiveError(
                     f"{archive}: entry {info.filename!r} is damaged ({error}): download it again"
                 ) from error
             finally:
-                aside.unlink(missing_ok=True)
+                with suppress(OSError):
+                    aside.unlink(missing_ok=True)
             bar.update(info.file_size)
 
 
@@ -173,5 +254,5 @@ def _size(path: Path) -> int:
     """The size of a file; -1 if there is none."""
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except (OSError, ValueError):  # a name that cannot be one, too: writing it says why
         return -1

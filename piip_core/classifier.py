@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import Format, RmsNorm, nchw_to
 from torch import Tensor, nn
 
 from .branches import BranchState
-from .classifier_config import ClassifierConfig
-from .config import BranchConfig, PIIPConfig
-from .errors import ConfigError
-from .feature_maps import FeatureMap, feature_maps
+from .config import BranchConfig, ClassifierConfig, PIIPConfig
+from .errors import ConfigError, check, check_choice
 from .merging import LAYER_NORM_EPS, ClassificationHeads, ClassificationMerging
-from .parameter_layers import ParameterLayers
-from .pyramid import PIIP
-from .validation import check, check_choice
+from .pyramid import PIIP, DensePIIP, ParameterLayers
 
-__all__ = ["PIIPClassifier", "head_inputs", "with_pooling"]
+__all__ = ["FeatureMap", "PIIPClassifier", "build_model", "feature_maps", "head_inputs", "with_pooling"]
 
 # timm's names of what a head reads; the first patch has none there
 _POOLINGS = {"token": "class_token", "avg": "average", "first_patch": "first_patch"}
@@ -37,6 +34,55 @@ def with_pooling(config: ClassifierConfig, global_pool: str) -> ClassifierConfig
         check(global_pool == "avg", "global_pool", global_pool, "'avg': a merged head averages")
         return config
     return dataclasses.replace(config, pooling=_POOLINGS[global_pool])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMap:
+    """A map that a branch has somewhere on its way.
+
+    Args:
+        branch: Number of the branch, from 1.
+        interaction: After this interaction, from 0; None for after the blocks that follow the last one.
+        dim: Channels.
+        reduction: Pixels of the input image per cell; fractional where the branch shrinks the image by a fraction.
+        final: Whether it is the last map of its branch.
+    """
+
+    branch: int
+    interaction: int | None
+    dim: int
+    reduction: float
+    final: bool
+
+
+def feature_maps(config: PIIPConfig) -> tuple[FeatureMap, ...]:
+    """All maps of a pyramid, from the finest to the coarsest.
+
+    For branches of one stride each, as ViTs are, that is branch by branch, the one with the largest image first, and
+    inside a branch from its first interaction to its end.
+    """
+    order = sorted(range(len(config.branches)), key=lambda i: -config.branches[i].image_size)
+    found = [feature for i in order for feature in _maps_of_branch(config, i)]
+    return tuple(sorted(found, key=lambda feature: feature.reduction))
+
+
+def _maps_of_branch(config: PIIPConfig, index: int) -> list[FeatureMap]:
+    branch, segments = config.branches[index], config.segments(index + 1)
+    points: list[int | None] = list(range(config.num_interactions))
+    if not segments or segments[-1][1] + 1 < branch.network.depth:
+        points.append(None)
+    shrunk = config.branches[config.largest_image - 1].image_size / branch.image_size
+    reductions = (config.strides_after(point)[index] * shrunk for point in points)
+    return [
+        FeatureMap(
+            branch=index + 1,
+            interaction=point,
+            dim=config.dims_after(point)[index],
+            reduction=int(reduction) if reduction.is_integer() else reduction,
+            final=point == points[-1],
+        )
+        for point, reduction in zip(points, reductions, strict=True)
+    ]
 
 
 class PIIPClassifier(nn.Module):
@@ -98,7 +144,7 @@ class PIIPClassifier(nn.Module):
         Args:
             num_classes: Number of classes.
             global_pool: What the heads read from now on, as in `with_pooling`; None for no change. The class tokens
-                never see an interaction behind the last blocks, so it goes, and comes (new) with other poolings.
+                never see an interaction after the last blocks, so it goes, and comes (new) with other poolings.
 
         Raises:
             ConfigError: If `global_pool` is unknown, or not possible for the branches or the head.
@@ -153,7 +199,7 @@ class PIIPClassifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | list[tuple[Tensor, Tensor | None]] | tuple[list[BranchState], list[Any]]:
-        """Maps of all branches behind the interactions, and the final states.
+        """Maps of all branches after the interactions, and the final states.
 
         The list has every map of the branch with the largest image first (see `feature_maps`).
 
@@ -162,7 +208,7 @@ class PIIPClassifier(nn.Module):
             indices: Which maps of the list, in that order; the last n for an integer; None for all.
             return_prefix_tokens: Give pairs of a map and its class tokens (B, P, C), None for a branch without any.
             norm: Apply the norm before the head of the map's branch.
-            stop_early: End behind the last interaction that is needed.
+            stop_early: End after the last interaction that is needed.
             output_fmt: "NCHW", "NHWC", "NCL" or "NLC".
             intermediates_only: Leave out the final states.
 
@@ -172,7 +218,7 @@ class PIIPClassifier(nn.Module):
         Raises:
             ConfigError: If a map was removed by `prune_intermediate_layers`, or `norm` does not fit it.
         """
-        take = _take(len(self.feature_maps), indices)
+        take = _resolve_indices(len(self.feature_maps), indices)
         removed = sorted(set(take) - self._kept)
         check(not removed, "indices", removed, f"some of {sorted(self._kept)}, which prune_intermediate_layers kept")
         wanted = [self.feature_maps[i] for i in take]
@@ -208,7 +254,7 @@ class PIIPClassifier(nn.Module):
         Returns:
             The indices of the maps that are kept; they stay the same.
         """
-        take = _take(len(self.feature_maps), indices)
+        take = _resolve_indices(len(self.feature_maps), indices)
         points = [self.feature_maps[i].interaction for i in take]
         if None not in points and max(points) + 1 < len(self.pyramid.interactions):
             self.pyramid.truncate(max(points) + 1)
@@ -246,6 +292,13 @@ class PIIPClassifier(nn.Module):
         self.pyramid.set_grad_checkpointing(enable)
 
 
+def build_model(config: PIIPConfig | ClassifierConfig) -> PIIP | DensePIIP | PIIPClassifier:
+    """A classifier, a dense backbone, or without `merging` the pyramid alone; weights are random."""
+    if isinstance(config, ClassifierConfig):
+        return PIIPClassifier(config)
+    return PIIP(config) if config.merging is None else DensePIIP(config)
+
+
 def head_inputs(config: ClassifierConfig, states: Sequence[BranchState]) -> list[Tensor]:
     """What the head reads of each branch: tokens (B, N, C) of separate heads, a map (B, C, H, W) of a merged one."""
     if config.head == "merged":
@@ -256,7 +309,7 @@ def head_inputs(config: ClassifierConfig, states: Sequence[BranchState]) -> list
     return [tokens[:, :1] for tokens in patches] if config.pooling == "first_patch" else patches
 
 
-def _take(count: int, indices: int | Sequence[int] | None) -> list[int]:
+def _resolve_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """The indices of some of `count` maps in timm's manner: None for all, an integer for the last ones."""
     if indices is None or isinstance(indices, int):
         last = count if indices is None else indices
@@ -274,7 +327,7 @@ def _pyramid_of(config: ClassifierConfig) -> PIIPConfig:
 
 
 def _without_idle_interaction(config: PIIPConfig) -> PIIPConfig:
-    """Without an interaction behind the last blocks: it changes patch tokens alone, and class tokens never see it."""
+    """Without an interaction after the last blocks: it changes patch tokens alone, and class tokens never see it."""
     count = config.num_interactions
     segments = [config.segments(number) for number in range(1, len(config.branches) + 1)]
     pairs = list(zip(config.branches, segments, strict=True))

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from .errors import ConfigError
-from .interaction_graph import UnitSpec, graph_presets
-from .networks import NetworkConfig
-from .validation import check, check_choice, freeze_sequences, is_sequence
+from .branches.base import FAMILIES, BranchConfig, NetworkConfig, freeze_sequences, is_sequence
+from .errors import ConfigError, check, check_choice
 
 __all__ = [
     "BranchConfig",
+    "ClassifierConfig",
     "InteractionConfig",
     "MergingConfig",
     "PIIPConfig",
+    "UnitSpec",
     "even_segments",
+    "graph_presets",
 ]
 
 
@@ -38,91 +40,42 @@ def even_segments(depth: int, count: int) -> tuple[tuple[int, int], ...]:
     return tuple((a, b - 1) for a, b in itertools.pairwise(bounds))
 
 
-@dataclass(frozen=True, kw_only=True)
-class BranchConfig:
-    """One branch of the pyramid.
+@dataclass(frozen=True)
+class UnitSpec:
+    """One interaction unit between branches `low` < `high` (numbers from 1): which of the two receive features."""
 
-    Args:
-        network: Architecture of the branch.
-        image_size: Image side in pixels the branch is meant for. Only ratios between branches matter: branch i sees
-            the input resized by `image_size_i / largest image_size`.
-        segments: First and last block (inclusive, from 0) that run before each interaction. None spreads the blocks
-            evenly. In order and without gaps; blocks behind the last segment run at the end.
-        window_size: Side of the attention windows in tokens; None for global attention; a sequence gives one entry
-            per block.
-        window_padding: Where token maps that are no multiple of the window are padded with zeros. "before_qkv" is
-            what every published model does: padded keys and values equal the qkv bias and take part in the softmax.
-            "after_qkv" gives zero keys and values (the public implementation without flash attention).
-        drop_path_rate: Stochastic depth rate.
-        drop_path_schedule: "constant" over the blocks (published DeiT branches) or "linear" from 0.
-        pretrained: Weights to start from: `timm:NAME` (downloaded by timm), or the path of a file in a published
-            format (.pth or .safetensors). None for random weights. Read by
-            `piip_core.checkpoints.load_pretrained`, not by the constructors of modules.
-    """
+    low: int
+    high: int
+    into_low: bool = True
+    into_high: bool = True
 
-    network: NetworkConfig
-    image_size: int
-    segments: tuple[tuple[int, int], ...] | None = None
-    window_size: int | tuple[int | None, ...] | None = None
-    window_padding: Literal["before_qkv", "after_qkv"] = "before_qkv"
-    drop_path_rate: float = 0.0
-    drop_path_schedule: Literal["constant", "linear"] = "constant"
-    pretrained: str | None = None
+    _PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"(\d+)\s*(<->|->|<-)\s*(\d+)")
 
-    def __post_init__(self) -> None:
-        check(
-            isinstance(self.network, NetworkConfig),
-            "BranchConfig.network",
-            self.network,
-            f"one of {', '.join(c.__name__ for c in NetworkConfig.families.values())}",
-        )
-        freeze_sequences(self, "segments", "window_size")
-        check(self.image_size > 0, "BranchConfig.image_size", self.image_size, "a positive number of pixels")
-        check(0 <= self.drop_path_rate < 1, "BranchConfig.drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
-        check_choice("BranchConfig.window_padding", self.window_padding, ("before_qkv", "after_qkv"))
-        check_choice("BranchConfig.drop_path_schedule", self.drop_path_schedule, ("constant", "linear"))
-        self._check_windows()
-        if self.segments is not None:
-            self._check_segments(self.segments)
+    @classmethod
+    def parse(cls, text: str) -> UnitSpec:
+        """Reads `"2<->3"` (both directions), `"3->2"` (features of Branch 3 into Branch 2) or `"2<-3"` (the same)."""
+        match = cls._PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
+        check(match is not None, "InteractionConfig.units", text, "a unit such as '2<->3' or '3->2'")
+        a, arrow, b = int(match[1]), match[2], int(match[3])
+        check(a != b, "InteractionConfig.units", text, "two different branches")
+        into_b, into_a = arrow != "<-", arrow != "->"
+        return cls(a, b, into_a, into_b) if a < b else cls(b, a, into_b, into_a)
 
-    def _check_windows(self) -> None:
-        windows, depth = self.window_sizes, self.network.depth
-        check(len(windows) == depth, "BranchConfig.window_size", windows, f"{depth} entries, one per block")
-        for w in windows:
-            check(w is None or w > 0, "BranchConfig.window_size", w, "a positive window side, or None for global")
-        check(
-            not self.network.no_windows or all(w is None for w in windows),
-            "BranchConfig.window_size",
-            self.window_size,
-            f"None: {self.network.no_windows}",
-        )
-        if getattr(self.network, "class_token", False):
-            check(
-                all(w is None for w in windows),
-                "BranchConfig.window_size",
-                self.window_size,
-                "None for a network with class_token=True (a class token belongs to no window)",
-            )
 
-    def _check_segments(self, segments: tuple[tuple[int, int], ...]) -> None:
-        expected = f"consecutive [first, last] pairs of blocks 0 to {self.network.depth - 1}"
-        start = 0
-        for pair in segments:
-            check(len(pair) == 2 and pair[0] == start and pair[1] >= start - 1, "segments", segments, expected)
-            start = pair[1] + 1
-        check(start <= self.network.depth, "BranchConfig.segments", segments, expected)
-
-    @property
-    def window_sizes(self) -> tuple[int | None, ...]:
-        """Window side of every block."""
-        w = self.window_size
-        return w if isinstance(w, tuple) else (w,) * self.network.depth
-
-    def drop_path_rates(self, count: int) -> tuple[float, ...]:
-        """Stochastic depth rate of each of `count` residual blocks."""
-        if self.drop_path_schedule == "constant":
-            return (self.drop_path_rate,) * count
-        return tuple(self.drop_path_rate * i / max(count - 1, 1) for i in range(count))
+def graph_presets(n: int) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Interaction graphs of the paper's Table XVII, each a cycle over consecutive interactions."""
+    adjacent = [(i, i + 1) for i in range(n - 1, 0, -1)]  # from the high-resolution end, as published
+    down = tuple(f"{b}->{a}" for a, b in adjacent)
+    up = tuple(f"{a}->{b}" for a, b in reversed(adjacent))
+    both = tuple(f"{a}<->{b}" for a, b in adjacent)
+    closing = n > 2
+    return {
+        "adjacent": (both,),
+        "alternating": (down, up),
+        "cycle_down": (down + ((f"1->{n}",) if closing else ()),),
+        "cycle_up": (up + ((f"{n}->1",) if closing else ()),),
+        "bidirectional_cycle": (both + ((f"1<->{n}",) if closing else ()),),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +155,7 @@ class MergingConfig:
         branches: Numbers of the branches that take part; None for all.
         intermediate_after: For "regular": the interactions (from 0) after which intermediate maps are merged, one
             fewer than `out_strides`.
-        out_blocks: For "single": the block behind which each level is taken; None makes all of them from the last.
+        out_blocks: For "single": the block after which each level is taken; None makes all of them from the last.
         out_strides: Strides of the output maps in input pixels.
         pyramid_norm: Norm inside the four-fold upsampling: "group" (PIIP), "layer" (channel-wise, single-branch
             baselines).
@@ -351,6 +304,73 @@ class PIIPConfig:
         return _build(cls, data | {"branches": branches})
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """A pyramid with a classification head (paper sections III-C and IV-D).
+
+    Args:
+        pyramid: Branches and interactions; `merging` is None, since the head takes its place.
+        num_classes: Number of classes; 0 gives the pooled features instead of class scores.
+        head: "separate": every branch has a head of its own, as its pretrained network has, and the scores are
+            averaged; "merged": one head on the merged branches (from-scratch training).
+        pooling: What a separate head reads of its branch. "class_token": its class token; an interaction after the
+            last blocks could not reach it and is left out. "first_patch": the token of the top left patch, which
+            the published classifiers read in place of the class token; their weights need it. "average": the mean of
+            the patch tokens. A merged head always averages.
+        num_groups: Groups of the group norms of a merged head; has to divide every branch's width.
+        drop_rate: Dropout before the classifier.
+
+    Raises:
+        ConfigError: If the parts do not fit together; the message names the field, its value and the fix.
+    """
+
+    pyramid: PIIPConfig
+    num_classes: int = 1000
+    head: Literal["separate", "merged"] = "separate"
+    pooling: Literal["class_token", "first_patch", "average"] = "class_token"
+    num_groups: int = 32
+    drop_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self.num_classes >= 0, "ClassifierConfig.num_classes", self.num_classes, "0 or more")
+        check(0 <= self.drop_rate < 1, "ClassifierConfig.drop_rate", self.drop_rate, "a rate in [0, 1)")
+        check_choice("ClassifierConfig.head", self.head, ("separate", "merged"))
+        check_choice("ClassifierConfig.pooling", self.pooling, ("class_token", "first_patch", "average"))
+        check(
+            self.pyramid.merging is None,
+            "ClassifierConfig.pyramid.merging",
+            self.pyramid.merging,
+            "None: the head of a classifier takes the place of merging",
+        )
+        if self.head == "separate" and self.pooling == "class_token":
+            without = [
+                n for n, b in enumerate(self.pyramid.branches, 1) if not getattr(b.network, "class_token", False)
+            ]
+            check(
+                not without,
+                "ClassifierConfig.pooling",
+                self.pooling,
+                f"'average' or 'first_patch', since branches {without} have no class token (network.class_token)",
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels: the largest image size of a branch."""
+        return self.pyramid.branches[self.pyramid.largest_image - 1].image_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and scalars, ready for JSON."""
+        return _to_plain(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ClassifierConfig:
+        """Inverse of `to_dict`. Unknown or missing fields raise ConfigError."""
+        data = dict(data)
+        if "pyramid" in data:
+            data["pyramid"] = PIIPConfig.from_dict(data["pyramid"])
+        return _build(cls, data)
+
+
 def _to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -361,8 +381,8 @@ def _to_plain(value: Any) -> Any:
 def _network_from_dict(data: Mapping[str, Any]) -> NetworkConfig:
     data = dict(data)
     family = data.pop("family", None)
-    check_choice("network.family", family, tuple(NetworkConfig.families))
-    return _build(NetworkConfig.families[family], data)
+    check_choice("network.family", family, tuple(FAMILIES))
+    return _build(FAMILIES[family].config, data)
 
 
 def _build(cls: type, data: Mapping[str, Any]) -> Any:

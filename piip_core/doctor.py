@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
 
 from piip_core.ops import ms_deform_attn, ms_deform_attn_reference, operator_status
-from piip_core.versions import installed_version as _version
-from piip_core.versions import untested
 
-__all__ = ["DETECTRON2_HINT", "LLAVA_HINT", "collect", "format_report"]
+__all__ = ["DETECTRON2_HINT", "LLAVA_HINT", "TESTED", "collect", "format_report", "installed_version", "untested"]
 
 # Name on the package index and what it is needed for.
 PACKAGES = {
@@ -57,6 +56,19 @@ PACKAGES = {
     "scikit-learn": "extra: demo",
 }
 
+# Oldest and newest release that the tests passed with, docs/environments.md; those of pyproject.toml in between.
+TESTED = {
+    "torch": ("2.10.0", "2.15.0"),
+    "torchvision": ("0.25.0", "0.29.2"),
+    "timm": ("1.0.31", "1.0.31"),
+    "transformers": ("5.16.1", "5.24.0"),
+    "accelerate": ("1.15.0", "1.15.0"),
+    "deepspeed": ("0.19.8", "0.19.8"),
+    "peft": ("0.21.0", "0.21.2"),
+    "open_clip_torch": ("3.3.0", "3.3.0"),
+    "gradio": ("6.31.0", "6.31.0"),
+}
+
 # Everything that each use of PIIP-LLaVA needs
 _CHAT = ("transformers", "jinja2")
 _TRAINING = (*_CHAT, "accelerate", "peft")
@@ -88,7 +100,7 @@ def collect() -> dict[str, Any]:
             "executable": sys.executable,
             "cpu_count": os.cpu_count(),
         },
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "untested": untested(),
         "torch": _torch_facts(),
         "build_tools": {
@@ -161,13 +173,13 @@ def _self_test(device: str) -> str:
 
 
 def _detectron2_facts() -> dict[str, Any]:
-    version = _version("detectron2")
+    version = installed_version("detectron2")
     if version is None:
         return {"found": False, "hint": DETECTRON2_HINT}
     origin = importlib.metadata.distribution("detectron2").read_text("direct_url.json")
     commit = json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
     facts = {"found": True, "version": version, "commit": commit or "unknown"}
-    setuptools = _version("setuptools")
+    setuptools = installed_version("setuptools")
     if setuptools and int(setuptools.split(".")[0]) >= 81:
         facts["hint"] = (
             f"detectron2.model_zoo needs setuptools below 81, found {setuptools}: pip install 'setuptools<81'"
@@ -182,7 +194,7 @@ def _llava_facts() -> dict[str, str]:
     for use, packages in LLAVA_NEEDS.items():
         lacking = []
         for name in packages:
-            requirement, version = wanted.get(name, Requirement(name)), _version(name)
+            requirement, version = wanted.get(name, Requirement(name)), installed_version(name)
             if version is None or not requirement.specifier.contains(version, prereleases=True):
                 lacking.append(f"{name}{requirement.specifier} ({version or 'not installed'})")
         facts[use] = f"needs {', '.join(lacking)}" if lacking else "ready"
@@ -203,6 +215,33 @@ def _wanted_versions() -> dict[str, Requirement]:
         for each in found
         if each.marker is not None and any(each.marker.evaluate({"extra": extra}) for extra in LLAVA_EXTRAS)
     }
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package by its name on the package index; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def untested() -> list[str]:
+    """One sentence for every installed library that is older or newer than all that this release was tested with."""
+    lines = []
+    for package, (oldest, newest) in TESTED.items():
+        found = installed_version(package)
+        if found is None:
+            continue
+        try:
+            version = Version(Version(found).public)  # 2.14.1+cu130 is 2.14.1
+        except InvalidVersion:
+            lines.append(f"{package} {found} has no version that compares with those tested ({oldest} to {newest})")
+            continue
+        if version > Version(newest):
+            lines.append(f"{package} {found} is newer than anything this release was tested with (up to {newest})")
+        elif version < Version(oldest):
+            lines.append(f"{package} {found} is older than anything this release was tested with (from {oldest})")
+    return lines
 
 
 def format_report(report: dict[str, Any]) -> str:

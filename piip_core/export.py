@@ -23,11 +23,10 @@ from torch.export import Dim, ExportedProgram
 from .classifier import PIIPClassifier
 from .errors import UserError
 from .files import flush, rename_durably
-from .nested import tensors_in
 from .ops import deform_attn_grid_reference, ms_deform_attn_reference
 from .pyramid import DensePIIP
 
-__all__ = ["ExportCheck", "ExportError", "export_onnx", "export_program", "save_program"]
+__all__ = ["ExportCheck", "ExportError", "export_onnx", "export_program", "save_program", "tensors_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -273,3 +272,11 @@ def _output_names(model: nn.Module) -> list[str] | None:
     if isinstance(model, PIIPClassifier):
         return ["logits" if model.num_classes else "features"]
     return None
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """All tensors of a nested output, in order; anything else in it is left out."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]

@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
-from .config import InteractionConfig
+from .config import InteractionConfig, UnitSpec
 from .errors import ConfigError
-from .folding import is_bare, scaled_linear
-from .interaction_graph import UnitSpec
 from .ops import MSDeformAttn, deform_attn_grid, make_reference_points
 
 __all__ = ["ConvFFN", "CrossAttention", "DeformableCrossAttention", "Injection", "Interaction", "InteractionUnit"]
@@ -30,28 +28,17 @@ class DeformableCrossAttention(MSDeformAttn):
     Queries at (y, x) of an H x W map look around ((x + 0.5) / W, (y + 0.5) / H) of the value map.
     """
 
-    def forward(self, query: Tensor, value: Tensor, scale: Tensor | None = None) -> Tensor:
-        """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C), times a scale (C,)."""
+    def forward(self, query: Tensor, value: Tensor) -> Tensor:
+        """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C)."""
         grid = query.shape[1:3]
         values = self.value_proj(value).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
         sampling = self.sampling_logits(query).flatten(1, 2)
         out = deform_attn_grid(values, [tuple(value.shape[1:3])], grid, sampling, self.num_points)
-        return scaled_linear(self.output_proj, out, scale).unflatten(1, grid)
+        return self.output_proj(out).unflatten(1, grid)
 
     def sampling_logits(self, query: Tensor) -> Tensor:
         """Offsets and attention logits of every query side by side, (..., C) to (..., 3 * num_heads * num_points)."""
-        linears = self.sampling_offsets, self.attention_weights
-        if all(is_bare(linear) for linear in linears):
-            return F.linear(query, *self.joint_sampling())
-        return torch.cat([linear(query) for linear in linears], dim=-1)
-
-    def joint_sampling(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one linear that `sampling_offsets` and `attention_weights` are together.
-
-        With it the query is read once; the concatenation costs a thousandth of what follows.
-        """
-        both = self.sampling_offsets, self.attention_weights
-        return torch.cat([linear.weight for linear in both]), torch.cat([linear.bias for linear in both])
+        return torch.cat((self.sampling_offsets(query), self.attention_weights(query)), dim=-1)
 
     def sampling_map(self, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Where every cell of the query map reads in the value map, and how much each point counts.
@@ -81,14 +68,14 @@ class CrossAttention(nn.Module):
         self.wv = nn.Linear(value_dim, embed_dim, bias=False)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, query: Tensor, value: Tensor, scale: Tensor | None = None) -> Tensor:
-        """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C), times a scale (C,)."""
+    def forward(self, query: Tensor, value: Tensor) -> Tensor:
+        """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C)."""
         q, k, v = (
             linear(x.flatten(1, 2)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for linear, x in ((self.wq, query), (self.wk, value), (self.wv, value))
         )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return scaled_linear(self.proj, out, scale).unflatten(1, query.shape[1:3])
+        return self.proj(out).unflatten(1, query.shape[1:3])
 
 
 class ConvFFN(nn.Module):
@@ -101,10 +88,10 @@ class ConvFFN(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """(B, H, W, C) to the same shape, times a scale (C,)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return scaled_linear(self.fc2, self.act(x), scale)
+        return self.fc2(self.act(x))
 
 
 def _build_attention(config: InteractionConfig, query_dim: int, value_dim: int) -> nn.Module:
@@ -147,9 +134,9 @@ class Injection(nn.Module):
     def forward(self, query: Tensor, value: Tensor) -> Tensor:
         """Updated query map (B, Hq, Wq, Cq) from the value map (B, Hv, Wv, Cv)."""
         value = self.value_norm(self.proj(value))
-        query = query + self.attn(self.query_norm(query), value, self.attn_gamma)
+        query = query + self.attn_gamma * self.attn(self.query_norm(query), value)
         if self.ffn is not None:
-            query = query + self.drop_path(self.ffn(self.ffn_norm(query), self.ffn_gamma))
+            query = query + self.drop_path(self.ffn_gamma * self.ffn(self.ffn_norm(query)))
         return query
 
 

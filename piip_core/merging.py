@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .errors import ConfigError
-from .folding import Deconvolution
-from .validation import check_choice
+from .deconvolution import Deconvolution
+from .errors import ConfigError, check_choice
 
 __all__ = ["BranchMerging", "ClassificationHeads", "ClassificationMerging", "FeaturePyramid", "TokenMerging"]
 
@@ -116,14 +115,9 @@ class FeaturePyramid(nn.Module):
             }
         )
 
-    def forward(self, maps: Sequence[Tensor], laterals: Sequence[nn.Conv2d | None] | None = None) -> list[Tensor]:
-        """One map (B, C_l, H_l, W_l) per level, before and after; odd sides lose their last row when pooled.
-
-        With `laterals`, plain 1x1 convolutions, a level is what its convolution makes of the map.
-        """
-        if laterals is None:
-            laterals = [None] * len(self.levels)
-        return [_run_level(*inputs) for inputs in zip(self.levels.values(), maps, laterals, strict=True)]
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """One map (B, C_l, H_l, W_l) per level, before and after; odd sides lose their last row when pooled."""
+        return [level(x) for level, x in zip(self.levels.values(), maps, strict=True)]
 
 
 def _level(dim: int, have: int, want: int, norm: str, num_groups: int) -> nn.Module:
@@ -144,17 +138,6 @@ def _level(dim: int, have: int, want: int, norm: str, num_groups: int) -> nn.Mod
         f"MergingConfig.out_strides: a map of stride {have} cannot be brought to stride {want}; "
         f"possible are {have // 4}, {have // 2}, {have} and multiples of it"
     )
-
-
-def _run_level(level: nn.Module, x: Tensor, lateral: nn.Conv2d | None) -> Tensor:
-    if lateral is None:
-        return level(x)
-    if not isinstance(level, nn.Sequential):
-        return lateral(level(x))
-    *layers, deconvolution = level
-    for layer in layers:
-        x = layer(x)
-    return deconvolution(x, lateral)
 
 
 def _check_groups(dim: int, num_groups: int) -> None:

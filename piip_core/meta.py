@@ -38,11 +38,11 @@ def on_meta() -> Iterator[None]:
     The same model comes out: in-place arithmetic changes nothing but numbers, and tensors on this device have none.
     Most of the time goes into it otherwise: 0.2 s instead of 0.8 s for PIIP-LH6B.
     """
-    with torch.device("meta"), _NothingInPlace():
+    with torch.device("meta"), _SkipInitialisation():
         yield
 
 
-class _NothingInPlace(TorchFunctionMode):
+class _SkipInitialisation(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _IN_PLACE:

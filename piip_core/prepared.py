@@ -5,9 +5,11 @@ Everything here is exact but for the rounding of the new weights, which are comp
 
 from __future__ import annotations
 
+import operator
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -16,19 +18,27 @@ from .branches.transformer import TransformerBranch
 from .branches.window import MapAttention
 from .errors import UserError
 from .interaction import ConvFFN, CrossAttention, DeformableCrossAttention, Injection
-from .onednn import use_onednn_linears
 from .pyramid import PIIP
 
-__all__ = ["PreparedDeformableAttention", "PreparedInjection", "prepare_for_inference"]
+__all__ = ["OneDNNLinear", "PreparedDeformableAttention", "PreparedInjection", "prepare_for_inference"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_FOLDED = {  # linears whose weights become others
+    DeformableCrossAttention: ("sampling_offsets", "attention_weights", "output_proj"),
+    CrossAttention: ("proj",),
+    ConvFFN: ("fc2",),
+    MapAttention: ("proj",),
+    Mlp: ("fc2",),
+}
 
 
 def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     """Makes a trained model faster, in place. It cannot be trained any more, and its state dict has other names.
 
     - Offsets and logits of deformable attention come from one linear; the residual scales of interactions
-      (`attn_gamma`, `ffn_gamma`) and of blocks (layer scale) are part of the weights before them.
+      (`attn_gamma`, `ffn_gamma`) and of blocks (layer scale) are part of the weights before them; so are the lateral
+      convolutions of a `PIIPFPN`, whose widest maps then never exist.
     - Position embeddings are resized once per image size.
     - On CPUs, float32 linears run on oneDNN. PyTorch's own choice is MKL, which takes twice the time on processors of
       other makers than Intel.
@@ -38,22 +48,44 @@ def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> 
             and its parameters need no gradients any more. A second time changes nothing more.
         dtype: To cast floating parameters and buffers to afterwards; folding before a cast loses less.
 
+    Linears are replaced by others, without their hooks.
+
     Returns:
         The model.
 
     Raises:
-        UserError: If there is no PIIP in the model.
+        UserError: If there is no PIIP in the model, or something has replaced one of its linears or what that computes
+            (adapters that are not merged, parametrisations, offloading, sharding).
     """
     pyramids = [module for module in model.modules() if isinstance(module, PIIP)]
     if not pyramids:
         raise UserError(f"prepare_for_inference: expected a model with a PIIP inside, got a {type(model).__name__}")
+    pyramids = [pyramid for pyramid in pyramids if not pyramid.inference_only]
+    for pyramid in pyramids:
+        _check_linears(pyramid)
     model.requires_grad_(False)
     for pyramid in pyramids:
-        if not pyramid.inference_only:
-            _fold(pyramid)
-            use_onednn_linears(pyramid)
-            pyramid.inference_only = True
+        _fold(pyramid)
+        use_onednn_linears(pyramid)
+        pyramid.inference_only = True
+    for module in model.modules():
+        if hasattr(module, "fold_for_inference"):
+            module.fold_for_inference()
     return model.eval() if dtype is None else model.eval().to(dtype)
+
+
+def _check_linears(pyramid: PIIP) -> None:
+    for name, module in pyramid.named_modules():
+        for path in next((paths for kind, paths in _FOLDED.items() if isinstance(module, kind)), ()):
+            linear = operator.attrgetter(path)(module)
+            weight = getattr(linear, "weight", None)
+            replaced = type(linear) is not nn.Linear or "forward" in vars(linear)
+            if replaced or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+                raise UserError(
+                    f"prepare_for_inference: {name}.{path} is a {type(linear).__name__} whose weights are not all that "
+                    "it computes with: expected a plain linear. Merge adapters, remove parametrisations and hooks of "
+                    "other libraries, or load the whole model on one device first"
+                )
 
 
 def _fold(pyramid: PIIP) -> None:
@@ -107,7 +139,8 @@ class PreparedDeformableAttention(DeformableCrossAttention):
         self.num_points = attention.num_points
         for name, module in attention.named_children():
             setattr(self, name, module)
-        weight, bias = attention.joint_sampling()
+        both = self.sampling_offsets, self.attention_weights
+        weight, bias = torch.cat([linear.weight for linear in both]), torch.cat([linear.bias for linear in both])
         self.sampling_linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         self.sampling_linear.weight = nn.Parameter(weight, requires_grad=False)
         self.sampling_linear.bias = nn.Parameter(bias, requires_grad=False)
@@ -132,3 +165,40 @@ def _scale_output(linear: nn.Linear, scale: Tensor) -> None:
     for parameter, factor in ((linear.weight, scale[:, None]), (linear.bias, scale)):
         if parameter is not None:
             parameter.copy_(parameter.double() * factor.double())
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear for inference: in float32 on oneDNN where PyTorch has it, as any other linear otherwise.
+
+    On its own PyTorch multiplies float32 matrices on CPUs with the BLAS it was built with, usually Intel's MKL. On one
+    core of an AMD EPYC (Zen 5) MKL reached 100 GFLOP/s and oneDNN 220; on an Intel Xeon both reach the same.
+    Convolutions run on oneDNN, and a linear is a convolution with 1x1 kernels. In bfloat16 PyTorch takes oneDNN anyway.
+
+    Args:
+        linear: Whose parameters it shares.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Like any linear, (..., C) to (..., D)."""
+        if torch.compiler.is_compiling():  # the compiler chooses for itself, and exported programs stay standard
+            return super().forward(input)
+        float32 = input.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        here = input.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if not here or not float32 or not input.numel():
+            return super().forward(input)
+        column = input.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # channels last in memory
+        result = F.conv2d(column, self.weight[:, :, None, None], self.bias)
+        return result.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+
+
+def use_onednn_linears(model: nn.Module) -> None:
+    """Replaces the linears of a model."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, OneDNNLinear(module))

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .branches import BranchState, build_branch
+from .branches import Branch, BranchState, build_branch
 from .config import PIIPConfig
 from .errors import ConfigError, UserError
 from .interaction import Interaction
 from .merging import BranchMerging, FeaturePyramid
 
-__all__ = ["DensePIIP", "PIIP", "dense_maps", "resize_for_branch"]
+__all__ = ["DensePIIP", "PIIP", "ParameterLayers", "dense_maps", "resize_for_branch"]
 
 
 def resize_for_branch(image: Tensor, factor: float) -> Tensor:
@@ -61,7 +61,7 @@ class PIIP(nn.Module):
         self.grad_checkpointing = False
 
     def set_interactions(self, config: PIIPConfig) -> None:
-        """Takes a configuration with other segments and fewer or more interactions behind the same first ones.
+        """Takes a configuration with other segments and fewer or more interactions after the same first ones.
 
         New ones pass features on unchanged until they are trained.
         """
@@ -75,7 +75,7 @@ class PIIP(nn.Module):
         self.interactions = nn.ModuleList([*kept, *new])
 
     def truncate(self, count: int) -> None:
-        """Drops everything behind the first `count` (at least 1) interactions; `config` still describes the whole."""
+        """Drops everything after the first `count` (at least 1) interactions; `config` still describes the whole."""
         for branch, segments in zip(self.branches, self.segments, strict=True):
             branch.truncate(segments[count - 1][1] + 1)
         self.interactions = self.interactions[:count]
@@ -95,7 +95,7 @@ class PIIP(nn.Module):
             after: Interactions, from 0.
 
         Returns:
-            The final map of every branch, and for each interaction in `after` the map of every branch behind it, all
+            The final map of every branch, and for each interaction in `after` the map of every branch after it, all
             (B, C_i, H_i, W_i).
         """
         states, intermediates = self.forward_states(image, after)
@@ -106,7 +106,7 @@ class PIIP(nn.Module):
     ) -> tuple[list[BranchState], dict[int, list[BranchState]]]:
         """As `forward_intermediates`, with what maps leave out: class tokens. Token maps are channels last.
 
-        With `stop_early` it ends behind the last interaction asked for.
+        With `stop_early` it ends after the last interaction asked for.
         """
         states = [
             branch.embed(resize_for_branch(image, factor))
@@ -124,7 +124,7 @@ class PIIP(nn.Module):
         return [self._finish(i, state) for i, state in enumerate(states)], intermediates
 
     def forward_blocks(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Maps of Branch 1 behind the named blocks, (B, C, H, W) each, in that order, without any interaction."""
+        """Maps of Branch 1 after the named blocks, (B, C, H, W) each, in that order, without any interaction."""
         branch, done, maps = self.branches[0], 0, {}
         state = branch.embed(resize_for_branch(image, self.factors[0]))
         for block in sorted(set(blocks)):
@@ -209,13 +209,9 @@ class DensePIIP(nn.Module):
         self.out_dims = self.feature_pyramid.out_dims
         self.out_strides = self.feature_pyramid.out_strides
 
-    def forward(self, image: Tensor, laterals: Sequence[nn.Conv2d | None] | None = None) -> list[Tensor]:
-        """One map (B, C_l, H_l, W_l) per output stride for an image (B, 3, H, W).
-
-        With `laterals`, plain 1x1 convolutions per map or None, a map is what its convolution makes of it, in less time
-        and memory than if that followed.
-        """
-        return dense_maps(self.pyramid, self.merging, self.feature_pyramid, image, laterals)
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """One map (B, C_l, H_l, W_l) per output stride for an image (B, 3, H, W)."""
+        return dense_maps(self.pyramid, self.merging, self.feature_pyramid, image)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
@@ -223,25 +219,21 @@ class DensePIIP(nn.Module):
 
 
 def dense_maps(
-    pyramid: PIIP,
-    merging: nn.Module | None,
-    feature_pyramid: FeaturePyramid,
-    image: Tensor,
-    laterals: Sequence[nn.Conv2d | None] | None = None,
+    pyramid: PIIP, merging: nn.Module | None, feature_pyramid: FeaturePyramid, image: Tensor
 ) -> list[Tensor]:
     """What a `DensePIIP` of these parts computes: one map (B, C_l, H_l, W_l) per output stride."""
     config, levels = pyramid.config.merging, len(feature_pyramid.out_strides)
     if config.out_blocks is not None:
-        return feature_pyramid(pyramid.forward_blocks(image, config.out_blocks), laterals)
+        return feature_pyramid(pyramid.forward_blocks(image, config.out_blocks))
     final, intermediates = pyramid.forward_intermediates(image, config.intermediate_after)
     if merging is None:
-        return feature_pyramid(final * levels, laterals)
+        return feature_pyramid(final * levels)
     merged = merging(final, intermediates)
-    return feature_pyramid(merged if len(merged) > 1 else merged * levels, laterals)
+    return feature_pyramid(merged if len(merged) > 1 else merged * levels)
 
 
 class _MergingSet(nn.Module):
-    """The final merging and, for the regular form, those behind intermediate interactions."""
+    """The final merging and, for the regular form, those after intermediate interactions."""
 
     def __init__(self, pyramid: PIIP) -> None:
         super().__init__()
@@ -260,3 +252,44 @@ class _MergingSet(nn.Module):
         """Merged maps, those of the intermediate interactions first."""
         merged = [merge(intermediates[k]) for k, merge in zip(self.after, self.intermediate, strict=True)]
         return [*merged, self.final(final)]
+
+
+class ParameterLayers:
+    """Layer of every parameter, as in the published training.
+
+    Let d be the number of blocks of the first branch that takes part, which ConvNeXt branches do not. There are d + 2
+    layers: embeddings are layer 0, block l of that branch is layer l + 1, block l of a branch with d' blocks is layer
+    (l + 1) * d / d', which may be fractional, and everything else is the last layer, d + 1.
+
+    Args:
+        pyramid: The pyramid.
+        coarse: Number the stages between interactions instead: embeddings are 0, the blocks before the first
+            interaction 1, and so on; everything else is the last.
+
+    Attributes:
+        last: The last layer, that of interactions and heads; 0 if no branch takes part.
+    """
+
+    def __init__(self, pyramid: PIIP, *, coarse: bool = False) -> None:
+        self.pyramid, self.coarse = pyramid, coarse
+        taking_part = [branch for branch in pyramid.branches if _takes_part(branch)]
+        self.depth = taking_part[0].num_blocks if taking_part else 0
+        stages = pyramid.config.num_interactions + 1 if coarse else self.depth
+        self.last = stages + 1 if taking_part else 0
+
+    def __call__(self, name: str) -> float:
+        """Layer of a parameter by its name relative to the pyramid."""
+        parts = name.split(".", 2)
+        if parts[0] != "branches":
+            return self.last
+        index, branch = int(parts[1]), self.pyramid.branches[int(parts[1])]
+        layer = branch.layer_of(parts[2])
+        if layer is None:
+            return self.last
+        if not self.coarse or layer == 0:
+            return layer * self.depth / branch.num_blocks
+        return 1 + sum(last < layer - 1 for _, last in self.pyramid.segments[index])
+
+
+def _takes_part(branch: Branch) -> bool:
+    return any(branch.layer_of(name) is not None for name, _ in branch.named_parameters())

@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
+from torch import distributed
 
-from .errors import UserError
-from .files import flush, rename_durably
+from .errors import OutputFolderError, SaveError
+from .files import LOCK_NAME, find_refusal, flush, lock_folder, rename_durably
 
-__all__ = ["OutputFolderError", "RunFolder", "SaveError"]
-
-
-class SaveError(UserError):
-    """Something could not be written; the message says what, why and what is still there."""
+__all__ = ["FailedSaves", "OutputFolderError", "RunFolder", "SaveError", "lock_run"]
 
 
-class OutputFolderError(UserError):
-    """The folder of a run cannot be used as it is; the message names the fix."""
+def _gathered(value: str | None) -> list[str]:
+    """What the processes of a run say, those that say anything."""
+    values = [value]
+    if distributed.is_initialized():
+        values = [None] * distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+    return [text for text in values if text]
+
+
+@contextmanager
+def lock_run(path: str | os.PathLike[str], otherwise: str) -> Iterator[None]:
+    """Keeps a second training out of a folder; all processes of the first one call it together.
+
+    Raises:
+        OutputFolderError: On all of them, if another process holds it, or it cannot be made or written; see
+            `lock_folder`.
+    """
+    message = None
+    with ExitStack() as stack:
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            try:
+                stack.enter_context(lock_folder(path, otherwise))
+            except OutputFolderError as error:
+                message = str(error)
+        for text in _gathered(message):
+            raise OutputFolderError(text)
+        yield
+
+
+class FailedSaves:
+    """Checkpoints that could not be written while the training went on; said in the log of the given logger."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger, self.messages = logger, []
+
+    def add(self, error: SaveError) -> None:
+        self.messages.append(str(error))
+        self.logger.error("%s. Training goes on (%d failed so far)", error, len(self.messages))
+
+    def report(self) -> None:
+        """Says at the end how many there were."""
+        if self.messages:
+            self.logger.error(
+                "%d saves failed during the training; the last: %s", len(self.messages), self.messages[-1]
+            )
 
 
 @dataclass(frozen=True)
@@ -61,38 +101,56 @@ class RunFolder:
         """Whether a folder is a complete checkpoint."""
         return (Path(checkpoint) / self.state_file).is_file()
 
+    def content(self) -> list[str]:
+        """Names of what is in the folder, but for what no run leaves behind for good."""
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(path.name for path in found if path.name not in (self.STAGING, LOCK_NAME))
+
     def clear_staging(self) -> None:
         """Deletes what a killed run left half written."""
         shutil.rmtree(self.path / self.STAGING, ignore_errors=True)
 
-    @contextmanager
-    def staging(self, name: str) -> Iterator[Path]:
-        """Gives the folder to write `name` to before it is published.
+    def save(self, name: str, write: Callable[[Path], object], *, main: bool) -> Path:
+        """Writes the folder `name` aside, then moves it into the run; all processes call it together.
+
+        Args:
+            name: Of the folder.
+            write: Writes the share of this process into the folder that it is given.
+            main: Whether this process makes and moves the folder.
 
         Raises:
-            SaveError: If the writing fails, on the process where it fails. What was published before stays.
+            SaveError: On all processes, if one of them could not write. What was published before stays.
         """
-        folder = self.path / self.STAGING / name
+        staged = self.path / self.STAGING / name
+        self._together(name, lambda: staged.mkdir(parents=True, exist_ok=True), runs=main, main=main)
+        self._together(name, lambda: write(staged), main=main)
+        self._together(name, lambda: self.publish(name), runs=main, main=main)
+        return self.path / name
+
+    def _together(self, name: str, action: Callable[[], object], *, main: bool, runs: bool = True) -> None:
+        """A step of a save that is done when all processes have done it."""
+        message = None
         try:
-            yield folder
-        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            if runs:
+                action()
+        except (torch.OutOfMemoryError, distributed.DistError):
             raise
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save and safetensors hide the system's error
-            raise SaveError(self._describe(error, name)) from error
+        # torch.save and safetensors hide the system's error
+        except (OSError, SafetensorError, RuntimeError, SaveError) as error:
+            message = self._describe(error, name)
+        failed = _gathered(message)
+        if failed:
+            if main:
+                self.clear_staging()
+            raise SaveError(failed[0])
 
-    def publish(self, name: str) -> Path:
-        """Moves the complete folder `name` from the staging folder into the run, in one step.
-
-        Raises:
-            SaveError: If that fails; what was published before stays.
-        """
+    def publish(self, name: str) -> None:
+        """Moves the complete folder `name` from the staging folder into the run, in one step."""
         source, target = self.path / self.STAGING / name, self.path / name
-        with self.staging(name):
-            flush(source)
-            self.discard(target)
-            rename_durably(source, target)
-            self._tidy()
-        return target
+        flush(source)
+        self.discard(target)
+        rename_durably(source, target)
+        self._tidy()
 
     def discard(self, folder: Path) -> None:
         """Deletes a folder of the run such that it is never seen with a part of its files."""
@@ -136,13 +194,13 @@ class RunFolder:
             (self.path / self.STAGING).rmdir()
 
     def _describe(self, error: BaseException, name: str) -> str:
-        reason = " ".join(str(error).split())[:300]
+        found = find_refusal(error)
+        reason = found[0] if found else " ".join(str(error).split())[:300]
         complete = self.checkpoints()
         last = f"The last complete checkpoint is {complete[-1]}" if complete else "There is no complete checkpoint yet"
         free = shutil.disk_usage(self.path).free
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "The disk is full: free" if full else "If the disk is full, free"
+        fix = found[1] if found else "if the disk is full, free some space"
         return (
-            f"{self.path / name}: could not be written ({reason}; {free / 1e9:.1f} GB are free). {last}. "
-            f"{fix} some space ({self.fewer} keeps fewer checkpoints) and start again with {self.resume}"
+            f"{self.path / name}: could not be written ({reason}; {free / 1e9:.1f} GB are free). {last}. To mend it: "
+            f"{fix}; {self.fewer} keeps fewer checkpoints; {self.resume} goes on with the run"
         )

@@ -1,8 +1,12 @@
 """What tests of several packages share."""
 
 import importlib.util
+import json
+import os
 import random
+import signal
 import socket
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +16,7 @@ import pytest
 import torch
 
 from piip_core import BranchConfig, DensePIIP, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from piip_core.files import lock_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,3 +102,42 @@ def tiny_branch_fixture():
 def tiny_model(randomize) -> DensePIIP:
     """A three-branch model with windows, every parameter random."""
     return randomize(DensePIIP(tiny_config(window_size=3))).eval()
+
+
+@pytest.fixture
+def held_folder(tmp_path):
+    """A folder that another process has locked as its own, and the id of that process, which has a child."""
+    folder = tmp_path / "held"
+    reading, writing = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        os.setpgid(0, 0)
+        with lock_folder(folder, "wait"):
+            if os.fork() != 0:  # the child is as a worker of a data loader
+                os.write(writing, b"x")
+            signal.pause()
+    os.read(reading, 1)
+    yield folder, holder
+    os.killpg(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+
+
+@pytest.fixture
+def kill_saves(tmp_path):
+    """Kills a training at eight points of a save, each time to go on with it; see killed_saves.py."""
+
+    def run(**spec) -> None:
+        (tmp_path / "spec.json").write_text(json.dumps({"folder": str(tmp_path), **spec}))
+        command = [sys.executable, str(ROOT / "tests" / "killed_saves.py"), *("spec.json", "results.json")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        found = json.loads((tmp_path / "results.json").read_text())
+        print(*found["results"], sep="\n")
+        assert found["points"] >= 16 and found["tensors"] > 50 and len(found["results"]) == 8
+        for result in found["results"]:
+            assert (result["killed"], result["resumed"]) == (-signal.SIGKILL, 0), result
+            assert result["different"] == [] and not result["staged"], result
+        assert {tuple(result["left"]) for result in found["results"]} >= {("checkpoint-2",)}
+
+    return run

@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from piip_core import PIIPClassifier, zoo
-from piip_core.building import build_model
+from piip_core.classifier import build_model
 from piip_core.deepspeed_start import BUCKET_SIZE
 from piip_core.meta import on_meta
 from piip_tools.flops import (
@@ -56,7 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="image size before padding (default: a square of the last branch's size; with --memory the training size)",
+        help="image size before padding (default: a square of the largest branch's size; of a LazyConfig with --memory "
+        "the training size)",
     )
     parser.add_argument("--memory", action="store_true", help="the memory that training takes on each GPU")
     memory = parser.add_argument_group("with --memory")
@@ -123,7 +124,7 @@ def analyze_memory(args: argparse.Namespace) -> MemoryReport:
     given["batch_size"] = args.batch_size
     if not is_file_name(args.config):
         entry = zoo.find(args.config)
-        size = padded_size(*(args.input or entry.training_size), entry.pad_divisor)
+        size = padded_size(*(args.input or [entry.image_size] * 2), entry.pad_divisor)
         setting = Setting(input_size=size, **given)
         with on_meta():
             model = build_model(entry.config)

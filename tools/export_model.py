@@ -26,8 +26,8 @@ from pathlib import Path
 from torch import nn
 
 from piip_core import ClassifierConfig, DensePIIP, PIIPClassifier, PIIPConfig, zoo
-from piip_core.building import build_model
 from piip_core.checkpoints import build_trained
+from piip_core.classifier import build_model
 from piip_core.errors import UserError
 from piip_core.export import DEFAULT_OPSET, export_onnx, save_program
 from piip_core.meta import on_meta

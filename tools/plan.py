@@ -30,9 +30,6 @@ from piip_core.errors import ConfigError, UserError
 from piip_core.files import atomic_path, write_atomically
 from piip_tools import planner
 
-# Data, schedule and detector of the configs that are written; only the backbone differs
-BASE = "piip_tsb_1568_1120_672"
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,33 +171,27 @@ def config_text(plan: Plan, proposal: planner.Proposal) -> str:
     """A LazyConfig that trains a proposal like the published Mask R-CNN 1x models, wherever the file lies."""
     c = proposal.candidate
     met = ", ".join(proposal.met) or "none"
+    side = c.image_sizes[0]
     return f'''"""PIIP-{c.title}, Mask R-CNN 1x on COCO: proposed by tools/plan.py for {plan.title}.
 
 Published count: {c.params / 1e6:.0f}M parameters, {c.flops / 1e9:.0f}G FLOPs. Guidelines met: {met}.
 """
 
-import dataclasses
-from pathlib import Path
-
-from detectron2.config import LazyConfig
-
-from piip import rows
+from piip.recipes import detector
 from piip_core import zoo
 
-# Data, schedule and detector are those of a published model
-_base = zoo.get("{BASE}")
-_row = dataclasses.replace(
-    _base,
-    name="{c.name}",
-    title="PIIP-{c.models}",
-    config=zoo.deit_pyramid("{c.models}", {c.image_sizes}, window_size={c.window_size}),
-    published=zoo.PublishedNumbers(),
-    paper=zoo.PublishedNumbers(),
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
+    zoo.ZooEntry(
+        name="{c.name}",
+        config=zoo.deit_pyramid("{c.models}", {c.image_sizes}, window_size={c.window_size}),
+    ),
+    scale=({side}, {side * 800 // 1333}),
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.85,
+    epochs=12,
+    lr_drops=(8, 11),
 )
-_file = Path(rows.__file__).parents[1] / "configs" / _base.config_file
-_parts = ("model", "data", "dataloader", "optimizer", "lr_multiplier", "train")
-model, data, dataloader, optimizer, lr_multiplier, train = _loaded = LazyConfig.load(str(_file), _parts)
-rows.apply_row(_row, **dict(zip(_parts, _loaded)))
 '''
 
 

@@ -35,8 +35,6 @@ from piip_tools.flops import published_count
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "projects/PIIP/configs"
-# The published models whose data, schedule and detector the settings share, by schedule
-BASES = {"1x": "piip_tsb_1568_1120_672", "1x_ms": "internvit_6b_1024"}
 TRAIN = ROOT / "tools/lazyconfig_train_net.py"
 
 
@@ -133,13 +131,15 @@ def write_config(setting: zoo.ZooEntry, path: str | os.PathLike[str], output_dir
     try:
         from detectron2.config import LazyConfig
 
-        from piip.rows import apply_row
+        from piip.lazy import lazy_dataclass
         from piip.setting_types import unregister
     except ImportError as error:
         sys.exit(f"sweep: training needs Detectron2 ({error}); see README.md")
-    cfg = LazyConfig.load(str(CONFIGS / zoo.get(BASES[setting.schedule]).config_file))
-    parts = ("model", "data", "dataloader", "optimizer", "lr_multiplier", "train")
-    apply_row(setting, **{part: cfg[part] for part in parts})
+    cfg = LazyConfig.load(str(CONFIGS / setting.config_file))
+    cfg.model.backbone.bottom_up.config = lazy_dataclass(setting.config)
+    side = setting.image_size
+    if side != zoo.get(setting.backbone).image_size:
+        cfg.data.train.scales = [(side, side * 800 // 1333)]  # the published rule
     cfg.train.output_dir = output_dir
     # What leads only to branches that are not merged gets no gradient
     cfg.train.ddp.find_unused_parameters = setting.config.merging.branches is not None

@@ -81,8 +81,14 @@ def from_zoo(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn.Mo
     from piip_core.visualization import network_input, prepare_scene
 
     entry = zoo.get(args.model)
-    transform = ("long_side", "short_side", "pixel_mean", "pixel_std", "pad_divisor")
-    image, pixel_values = network_input(original, **{name: getattr(entry, name) for name in transform})
+    image, pixel_values = network_input(
+        original,
+        long_side=entry.image_size,
+        short_side=entry.image_size * 800 // 1333,  # COCO's usual shape
+        pixel_mean=entry.pixel_mean,
+        pixel_std=entry.pixel_std,
+        pad_divisor=entry.pad_divisor,
+    )
     scene = prepare_scene(original.shape[:2], image, pixel_values, args.query)
     torch.manual_seed(0)
     model = PIIP(entry.config)

@@ -1,4 +1,6 @@
 // CPU side of the operators: chooses the kernels for this processor, and cuts the work for PyTorch's thread pool.
+// Their schemas are defined in piip_core/ops/_library.py. Only libtorch's stable ABI is used here and in cuda/, so a
+// compiled library outlives upgrades of PyTorch.
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
@@ -79,6 +81,12 @@ std::string capability_name() {
       return "portable";
   }
 }
+
+#ifndef PIIP_WITH_CUDA
+int64_t no_cuda() {
+  return 0;
+}
+#endif
 
 template <typename T>
 Kernels<T> kernels() {
@@ -201,10 +209,10 @@ void check_map(const Sizes& s, const std::vector<int64_t>& spatial_shapes) {
   int64_t pixels = 0;
   for (int64_t level = 0; level < s.levels; ++level) {
     pixels += packed_pixels(spatial_shapes[2 * level], spatial_shapes[2 * level + 1]);
+    STD_TORCH_CHECK(
+        pixels < std::numeric_limits<int32_t>::max() / std::max(kLanes, padded_width(s.width)),
+        "deformable attention: one head of one image has 2^31 values or more");
   }
-  STD_TORCH_CHECK(
-      pixels < std::numeric_limits<int32_t>::max() / std::max(kLanes, padded_width(s.width)),
-      "deformable attention: one head of one image has 2^31 values or more");
 }
 
 Tensor run_forward(
@@ -227,6 +235,12 @@ Tensor run_forward(
   return output;
 }
 
+// Where the output is empty, no kernel runs and gradients are zero.
+Tensor new_gradient(const Tensor& input, const Tensor& grad_output) {
+  return grad_output.numel() == 0 ? torch::stable::new_zeros(input, input.sizes())
+                                  : torch::stable::new_empty(input, input.sizes());
+}
+
 // Returns the gradient of value, and writes the others.
 Tensor run_backward(
     const Sizes& s,
@@ -239,8 +253,8 @@ Tensor run_backward(
   check_map(s, spatial_shapes);
   check_grad_output(grad_output_, value, s);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
-  Tensor grad_value = torch::stable::new_empty(value, value.sizes());
-  if (s.batch * s.heads == 0) {
+  Tensor grad_value = new_gradient(value, grad_output);
+  if (grad_output.numel() == 0) {
     return grad_value;
   }
   dispatch(value.scalar_type(), [&](auto* type) {
@@ -278,8 +292,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Sizes s = check(value_, spatial_shapes, locations_, weights_);
   const Tensor value = torch::stable::contiguous(value_), locations = torch::stable::contiguous(locations_),
                weights = torch::stable::contiguous(weights_);
-  Tensor grad_locations = torch::stable::new_empty(locations, locations.sizes());
-  Tensor grad_weights = torch::stable::new_empty(weights, weights.sizes());
+  Tensor grad_locations = new_gradient(locations, grad_output);
+  Tensor grad_weights = new_gradient(weights, grad_output);
   Tensor grad_value = run_backward(
       s, spatial_shapes, grad_output, value, given_sampling(s, locations, weights), grad_locations.mutable_data_ptr(),
       grad_weights.mutable_data_ptr());
@@ -307,7 +321,7 @@ std::tuple<Tensor, Tensor> grid_backward(
     bool /* deterministic */) {
   const Sizes s = check_grid(value_, value_shapes, query_shape, sampling_, points);
   const Tensor value = torch::stable::contiguous(value_), sampling = torch::stable::contiguous(sampling_);
-  Tensor grad_sampling = torch::stable::new_empty(sampling, sampling.sizes());
+  Tensor grad_sampling = new_gradient(sampling, grad_output);
   void* const grad = grad_sampling.mutable_data_ptr();
   Tensor grad_value = run_backward(
       s, value_shapes, grad_output, value, grid_sampling(s, query_shape, sampling), grad,
@@ -327,4 +341,7 @@ STABLE_TORCH_LIBRARY_IMPL(piip, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(piip, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&piip::cpu::capability_name));
+#ifndef PIIP_WITH_CUDA
+  m.impl("cuda_version", TORCH_BOX(&piip::cpu::no_cuda));
+#endif
 }

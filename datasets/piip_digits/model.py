@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from piip_core.branches import ConvNeXtConfig, ViTConfig
 from piip_core.config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
-from piip_core.networks import ConvNeXtConfig, ViTConfig
 
 __all__ = ["NUM_GROUPS", "demo_config", "hybrid_config"]
 

@@ -20,10 +20,10 @@ from piip_core.checkpoints.names import projector_rules
 from piip_core.checkpoints.public_config import config_from_public
 from piip_core.checkpoints.rules import RuleTable
 from piip_core.errors import CheckpointError
-from piip_core.files import publish_folder, write_atomically
+from piip_core.files import publish_folder, read_json, write_atomically
 from piip_core.meta import on_meta
 
-from ..assembly import add_image_token, assemble_processor
+from ..assembly import add_image_token, assemble_processor, load_part
 from ..configuration import PIIPLlavaConfig, PIIPVisionConfig
 from ..modeling import PIIPLlavaForConditionalGeneration
 from .names import PUBLISHED_PROJECTOR, PUBLISHED_TOWER, LlavaNames
@@ -89,8 +89,8 @@ def convert_folder(
         NotSupportedYet: If the vision configuration has parts that this version does not know.
     """
     source, target = Path(source), Path(target)
-    fields = _read_json(source / "config.json")
-    file = read_checkpoint(source)
+    fields = read_json(source / "config.json", CheckpointError)
+    file = read_checkpoint(source, verify=True)
     shapes = file.state.shapes()
     vision = _vision(shapes, row, vision_config, clip_configs or {})
     tokenizer = add_image_token(_tokenizer(source))
@@ -134,11 +134,11 @@ def export_folder(
         CheckpointError: If the source is not complete, or the target exists.
     """
     source, target = Path(source), Path(target)
-    config = PIIPLlavaConfig.from_pretrained(source)
+    config = load_part(PIIPLlavaConfig, source, "the folder of a model of ours")
     vision = config.vision_config.piip
     if len(vision.branches) < 2:
         raise CheckpointError(f"{source}: a model with a single branch has no published layout of its own")
-    file = read_checkpoint(source)
+    file = read_checkpoint(source, verify=True)
     classes = branch_classes or (file.description or {}).get("branch_classes") or map(_class_of, vision.branches)
     names = LlavaNames(vision, tuple(classes), config.projector_norm)
     state, report = names.to_published(file.state, source=str(source))
@@ -215,33 +215,24 @@ def _text_config(fields: Mapping[str, Any]) -> LlamaConfig:
         for key, value in fields.items()
         if not key.startswith(_LLAVA_FIELDS) and key not in ("architectures", "model_type", "_name_or_path", "auto_map")
     }
-    return LlamaConfig(**kept, architectures=["LlamaForCausalLM"])
+    try:
+        return LlamaConfig(**kept, architectures=["LlamaForCausalLM"])
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"config.json: not the configuration of a published model ({reason})") from None
 
 
 def _tokenizer(source: Path) -> Any:
     settings = source / "tokenizer_config.json"
     # The transformers that made these folders took a missing setting for True, today's takes it for False
-    legacy = {} if not settings.is_file() or "legacy" in _read_json(settings) else {"legacy": True}
-    try:
-        return AutoTokenizer.from_pretrained(source, **legacy)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{source}: has no tokenizer that can be loaded ({str(error).splitlines()[0]}); expected tokenizer.model "
-            "and tokenizer_config.json beside the weights"
-        ) from error
+    legacy = {} if not settings.is_file() or "legacy" in read_json(settings, CheckpointError) else {"legacy": True}
+    return load_part(AutoTokenizer, source, "tokenizer.model and tokenizer_config.json beside the weights", **legacy)
 
 
 def _generation_config(source: Path, config: PIIPLlavaConfig) -> GenerationConfig:
     if (source / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source)
+        return GenerationConfig.from_dict(read_json(source / "generation_config.json", CheckpointError))
     return GenerationConfig.from_model_config(config.text_config)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}); expected the folder of a published model") from None
 
 
 def _class_of(branch: BranchConfig) -> str:

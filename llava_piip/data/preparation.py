@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from piip_core.archives import unpack_images
-from piip_core.download import download
+from piip_core.archives import download, unpack_images
 from piip_core.errors import UserError
 
 from .audit import audit

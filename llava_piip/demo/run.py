@@ -101,8 +101,8 @@ def _run(args: argparse.Namespace) -> None:
     projector = _train("stage1", args.output, [*common, "--annotations", str(data.captions)])
     own = ["--annotations", str(data.conversations), "--projector", str(projector)]
     final = _train("stage2", args.output, [*common, *own])
-    model = PIIPLlavaForConditionalGeneration.from_pretrained(final)
-    processor = PIIPLlavaProcessor.from_pretrained(final)
+    model = PIIPLlavaForConditionalGeneration.from_pretrained(final, trust_remote_code=False)
+    processor = PIIPLlavaProcessor.from_pretrained(final, trust_remote_code=False)
     _evaluate(args.output, model, processor, data)
     _say("Done", f"in {(time.monotonic() - began) / 60:.1f} minutes")
     if sys.stdin.isatty() and not args.no_chat:

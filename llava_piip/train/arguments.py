@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from piip_core.errors import ConfigError
-from piip_core.validation import check, check_choice
+from piip_core.errors import ConfigError, check, check_choice
 
 from ..loading import PARTS
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from piip_core.errors import CheckpointError
+from piip_core.files import read_json
 from piip_core.training_checkpoints import OutputFolderError, RunFolder, SaveError
 
 from ..loading import FINAL
@@ -58,7 +59,7 @@ def prepare_output(
     run = folder.path
     if run.exists() and not run.is_dir():
         raise OutputFolderError(f"output_dir {run}: is a file; expected a folder, which may not exist yet")
-    content = sorted(path.name for path in run.iterdir() if path.name != folder.STAGING) if run.is_dir() else []
+    content = folder.content()
     if content and not (resume or resume_from or overwrite):
         some = ", ".join(content[:4]) + (", ..." if len(content) > 4 else "")
         raise OutputFolderError(
@@ -73,7 +74,6 @@ def prepare_output(
         )
     wait()  # nobody deletes or makes anything before everybody has looked
     if writes:
-        _make(run)
         if overwrite:
             for path in [*folder.checkpoints(), run / FINAL]:
                 folder.discard(path)
@@ -91,14 +91,5 @@ def check_same_processes(checkpoint: Path, num_processes: int) -> None:
         OutputFolderError: If the numbers differ.
     """
     file = checkpoint / "training_arguments.json"
-    written = json.loads(file.read_text()).get("num_processes", num_processes) if file.is_file() else num_processes
+    written = read_json(file, CheckpointError).get("num_processes", num_processes) if file.is_file() else num_processes
     RunFolder.check_same_processes(checkpoint, written, num_processes, f"--model {checkpoint}")
-
-
-def _make(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputFolderError(
-            f"output_dir {run}: cannot be made ({error.strerror}); give a folder you may write to"
-        ) from None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 if not __package__:
@@ -27,7 +28,9 @@ from llava_piip.train.checkpointing import prepare_output
 from llava_piip.train.presets import parse_arguments
 from llava_piip.train.trainer import PIIPTrainer
 from piip_core.deepspeed_start import import_deepspeed
-from piip_core.errors import UserError
+from piip_core.errors import SaveError, UserError
+from piip_core.files import explain_write_errors
+from piip_core.training_checkpoints import lock_run
 
 __all__ = ["main", "train"]
 
@@ -41,9 +44,19 @@ def train(model: ModelArguments, data: DataArguments, training: PIIPTrainingArgu
     Raises:
         UserError: For whatever the user can mend.
     """
-    trainer, checkpoint = prepare(model, data, training)
-    run(trainer, checkpoint)
+    with locked(training):
+        trainer, checkpoint = prepare(model, data, training)
+        run(trainer, checkpoint)
     return trainer
+
+
+@contextmanager
+def locked(training: PIIPTrainingArguments) -> Iterator[None]:
+    """Keeps other trainings out of the output folder, and says in one line why something cannot be written."""
+    _join_processes(training)
+    with lock_run(training.output_dir, "give another --output_dir"):
+        with explain_write_errors(training.output_dir, full_disk_only=True):
+            yield
 
 
 def prepare(
@@ -54,9 +67,7 @@ def prepare(
     Raises:
         UserError: If anything that was asked for is missing or does not fit.
     """
-    if training.deepspeed is not None:
-        # joins the processes before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many
-        import_deepspeed().init_distributed()
+    _join_processes(training)
     checkpoint = prepare_output(
         training.output_dir,
         resume=training.resume,
@@ -93,9 +104,17 @@ def prepare(
     return trainer, checkpoint
 
 
+def _join_processes(training: PIIPTrainingArguments) -> None:
+    """Before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many."""
+    if training.deepspeed is not None:
+        import_deepspeed().init_distributed()
+    _ = training.device  # makes the group of processes where DeepSpeed has not
+
+
 def run(trainer: PIIPTrainer, checkpoint: Path | None) -> None:
     """Trains and saves the result."""
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.failed_saves.report()
     trainer.save_final()
     _report_data(trainer)
 
@@ -114,14 +133,17 @@ def _report_data(trainer: PIIPTrainer) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see `--help`. Mistakes in what was given end in one line and status 2."""
-    trainer = None
+    started = False
     try:
-        parsed = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        trainer, checkpoint = prepare(*parsed)
-        run(trainer, checkpoint)
+        model, data, training = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        with locked(training):
+            trainer, checkpoint = prepare(model, data, training)
+            started = True
+            run(trainer, checkpoint)
     except UserError as error:
-        # Before the training all processes fail alike, and one of each machine speaks; later the one that failed
-        if trainer is not None or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        # All processes fail alike before the training and at saves, and one of each machine speaks; else the one that
+        # failed
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or (started and not isinstance(error, SaveError)):
             print(f"error: {_message(error)}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,8 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from llava_piip.data.sampler import ModalityLengthSampler
-from piip_core.errors import ConfigError
+from piip_core.deepspeed_start import save_engine
+from piip_core.errors import ConfigError, SaveError
 from piip_core.files import write_atomically
+from piip_core.training_checkpoints import FailedSaves
 
 from ..loading import FINAL, ModelSource, base_model, load_tensors
 from .arguments import PIIPTrainingArguments
@@ -29,6 +30,8 @@ from .parts import parameter_groups, trained_parts
 from .saving import gathered_state, save_trained
 
 __all__ = ["PIIPTrainer", "check_trainer"]
+
+logger = logging.getLogger(__name__)
 
 
 # Methods of transformers' Trainer that are replaced or called below though nothing promises them: there is no public
@@ -92,7 +95,7 @@ class PIIPTrainer(Trainer):
             self.model_accepts_loss_kwargs = False
         # A model whose language model was trained is saved as a whole
         self.saves_parts = "language_model" not in self.args.train_parts
-        self._staged = False
+        self._staged, self.failed_saves = False, FailedSaves(logger)
         self._tokens = self._images = 0
         self._since = perf_counter()
 
@@ -161,12 +164,15 @@ class PIIPTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = run_folder(super()._get_output_dir(trial))
-        with self._published(run, f"checkpoint-{self.state.global_step}"):
-            self._staged = True
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staged = False
+        self._staged = True
+        try:
+            write = super()._save_checkpoint
+            run.save(f"checkpoint-{self.state.global_step}", lambda _: write(model, trial), main=self.args.should_save)
+        except SaveError as error:
+            self.failed_saves.add(error)
+            return
+        finally:
+            self._staged = False
         if self.args.should_save:
             run.keep_last(self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -177,18 +183,7 @@ class PIIPTrainer(Trainer):
             SaveError: If it cannot be written.
         """
         run = run_folder(self.args.output_dir)
-        with self._published(run, FINAL) as folder:
-            self.save_model(str(folder))
-        return run.path / FINAL
-
-    @contextmanager
-    def _published(self, run: RunFolder, name: str) -> Iterator[Path]:
-        with run.staging(name) as folder:
-            yield folder
-        self.accelerator.wait_for_everyone()  # a folder is whole when the last process has written its share
-        if self.args.should_save:
-            run.publish(name)
-        self.accelerator.wait_for_everyone()
+        return run.save(FINAL, lambda folder: self.save_model(str(folder)), main=self.args.should_save)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Unlike the Trainer's own, writes no pickles, and names as the model has them under ZeRO-3 too."""
@@ -219,9 +214,11 @@ class PIIPTrainer(Trainer):
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, None if partial else resume_from_checkpoint
         )
-        if partial:
+        if self.is_deepspeed_enabled:
             engine = self.model_wrapped
-            engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+            more = {"exclude_frozen_parameters": True} if partial else {}
+            engine.save_checkpoint = functools.partial(save_engine, engine, **more)
+        if partial:
             if resume_from_checkpoint is not None:
                 # not strict: the checkpoint has the trained parameters, the others are there already
                 deepspeed_load_checkpoint(engine, resume_from_checkpoint, load_module_strict=False)

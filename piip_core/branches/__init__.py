@@ -1,19 +1,29 @@
-"""Branch networks: one thin adapter per family around a library's model, all behind the `Branch` contract."""
+"""Branch networks: one thin adapter per family around a library's model, all with the `Branch` contract.
 
-from .base import Branch, BranchState, build_branch, register_branch
-from .beit import BEiTBranch
-from .convnext import ConvNeXtBranch
-from .timm_model import TimmTransformerBranch
-from .vit import UniPerceiverBranch, ViTBranch
+A module has the configuration of its families beside their branches; `register_branch` makes them known.
+"""
+
+from .base import Branch, BranchConfig, BranchState, NetworkConfig, build_branch, register_branch
+from .beit import BEiTBranch, BEiTConfig
+from .convnext import ConvNeXtBranch, ConvNeXtConfig
+from .timm_model import TimmConfig, TimmTransformerBranch
+from .vit import UniPerceiverBranch, UniPerceiverConfig, ViTBranch, ViTConfig
 
 __all__ = [
     "BEiTBranch",
+    "BEiTConfig",
     "Branch",
+    "BranchConfig",
     "BranchState",
     "ConvNeXtBranch",
+    "ConvNeXtConfig",
+    "NetworkConfig",
+    "TimmConfig",
     "TimmTransformerBranch",
     "UniPerceiverBranch",
+    "UniPerceiverConfig",
     "ViTBranch",
+    "ViTConfig",
     "build_branch",
     "register_branch",
 ]

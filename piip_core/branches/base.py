@@ -1,19 +1,148 @@
-"""What the pyramid asks of a branch, whatever network is inside."""
+"""What a branch is, whatever network is inside: its configuration, the families there are, and what a pyramid asks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import BranchConfig
-from ..networks import NetworkConfig
+from ..errors import check, check_choice
 
-__all__ = ["Branch", "BranchState", "build_branch", "register_branch"]
+__all__ = [
+    "FAMILIES",
+    "Branch",
+    "BranchConfig",
+    "BranchState",
+    "Family",
+    "NetworkConfig",
+    "build_branch",
+    "freeze_sequences",
+    "is_sequence",
+    "register_branch",
+    "set_drop_path",
+    "to_tuples",
+]
+
+
+def is_sequence(value: object) -> bool:
+    """Whether the value is a list, tuple or the like, and not a string."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def to_tuples(value: Any) -> Any:
+    """Turns any nesting of sequences (lists, OmegaConf's ListConfig) into tuples."""
+    return tuple(to_tuples(v) for v in value) if is_sequence(value) else value
+
+
+def freeze_sequences(config: Any, *fields: str) -> None:
+    """Turns the named fields of a frozen dataclass into tuples, so that equal configurations compare equal."""
+    for field in fields:
+        object.__setattr__(config, field, to_tuples(getattr(config, field)))
+
+
+class NetworkConfig:
+    """Base of the architecture descriptions, a frozen dataclass per family, which `register_branch` makes known.
+
+    Attributes:
+        family: Name of the family in dictionaries and files.
+        depth: Number of blocks, as segments count them.
+        dims: Channels after each block.
+        strides: Pixels of the branch's image per feature cell after each block.
+        no_windows: Why attention cannot work in windows; empty if it can.
+    """
+
+    family: ClassVar[str]
+    no_windows: str = ""
+
+    depth: int
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchConfig:
+    """One branch of the pyramid.
+
+    Args:
+        network: Architecture of the branch.
+        image_size: Image side in pixels the branch is meant for. Only ratios between branches matter: branch i sees
+            the input resized by `image_size_i / largest image_size`.
+        segments: First and last block (inclusive, from 0) that run before each interaction. None spreads the blocks
+            evenly. In order and without gaps; blocks after the last segment run at the end.
+        window_size: Side of the attention windows in tokens; None for global attention; a sequence gives one entry
+            per block.
+        window_padding: Where token maps that are no multiple of the window are padded with zeros. "before_qkv" is
+            what every published model does: padded keys and values equal the qkv bias and take part in the softmax.
+            "after_qkv" gives zero keys and values (the public implementation without flash attention).
+        drop_path_rate: Stochastic depth rate.
+        drop_path_schedule: "constant" over the blocks (published DeiT branches) or "linear" from 0.
+        pretrained: Weights to start from: `timm:NAME` (downloaded by timm), or the path of a file in a published
+            format (.pth or .safetensors). None for random weights. Read by
+            `piip_core.checkpoints.load_pretrained`, not by the constructors of modules.
+    """
+
+    network: NetworkConfig
+    image_size: int
+    segments: tuple[tuple[int, int], ...] | None = None
+    window_size: int | tuple[int | None, ...] | None = None
+    window_padding: Literal["before_qkv", "after_qkv"] = "before_qkv"
+    drop_path_rate: float = 0.0
+    drop_path_schedule: Literal["constant", "linear"] = "constant"
+    pretrained: str | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            type(self.network) in [family.config for family in FAMILIES.values()],
+            "BranchConfig.network",
+            self.network,
+            f"one of {', '.join(family.config.__name__ for family in FAMILIES.values())}; register_branch adds others",
+        )
+        freeze_sequences(self, "segments", "window_size")
+        check(self.image_size > 0, "BranchConfig.image_size", self.image_size, "a positive number of pixels")
+        check(0 <= self.drop_path_rate < 1, "BranchConfig.drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
+        check_choice("BranchConfig.window_padding", self.window_padding, ("before_qkv", "after_qkv"))
+        check_choice("BranchConfig.drop_path_schedule", self.drop_path_schedule, ("constant", "linear"))
+        self._check_windows()
+        if self.segments is not None:
+            self._check_segments(self.segments)
+
+    def _check_windows(self) -> None:
+        windows, depth = self.window_sizes, self.network.depth
+        check(len(windows) == depth, "BranchConfig.window_size", windows, f"{depth} entries, one per block")
+        for w in windows:
+            check(w is None or w > 0, "BranchConfig.window_size", w, "a positive window side, or None for global")
+        check(
+            not self.network.no_windows or all(w is None for w in windows),
+            "BranchConfig.window_size",
+            self.window_size,
+            f"None: {self.network.no_windows}",
+        )
+
+    def _check_segments(self, segments: tuple[tuple[int, int], ...]) -> None:
+        expected = f"consecutive [first, last] pairs of blocks 0 to {self.network.depth - 1}"
+        start = 0
+        for pair in segments:
+            check(len(pair) == 2 and pair[0] == start and pair[1] >= start - 1, "segments", segments, expected)
+            start = pair[1] + 1
+        check(start <= self.network.depth, "BranchConfig.segments", segments, expected)
+
+    @property
+    def window_sizes(self) -> tuple[int | None, ...]:
+        """Window side of every block."""
+        w = self.window_size
+        return w if isinstance(w, tuple) else (w,) * self.network.depth
+
+    def drop_path_rates(self, count: int) -> tuple[float, ...]:
+        """Stochastic depth rate of each of `count` residual blocks."""
+        if self.drop_path_schedule == "constant":
+            return (self.drop_path_rate,) * count
+        return tuple(self.drop_path_rate * i / max(count - 1, 1) for i in range(count))
 
 
 class BranchState(NamedTuple):
@@ -33,9 +162,8 @@ class BranchState(NamedTuple):
 class Branch(nn.Module, ABC):
     """A network cut into blocks that the pyramid runs in segments.
 
-    Subclasses wrap a library's network, fill `dims` and `strides`, and implement `embed`, `run_block` and
-    `layer_of`. A "block" is whatever the published segments count: a transformer block, a ConvNeXt layer or one of
-    its downsampling layers.
+    Subclasses wrap a library's network and implement `embed`, `run_block`, `layer_of` and `remove_block`. A "block" is
+    whatever the published segments count: a transformer block, a ConvNeXt layer or one of its downsampling layers.
 
     Attributes:
         config: The configuration the branch was built from.
@@ -43,13 +171,10 @@ class Branch(nn.Module, ABC):
         strides: Pixels of the branch's own image per feature cell after each block.
     """
 
-    config: BranchConfig
-    dims: tuple[int, ...]
-    strides: tuple[int, ...]
-
     def __init__(self, config: BranchConfig) -> None:
         super().__init__()
         self.config = config
+        self.dims, self.strides = config.network.dims, config.network.strides
         self.grad_checkpointing = False
 
     @property
@@ -99,28 +224,52 @@ class Branch(nn.Module, ABC):
         self.grad_checkpointing = enable
 
 
-_BUILDERS: dict[type[NetworkConfig], Callable[[BranchConfig], Branch]] = {}
+BranchBuilder = Callable[[BranchConfig], Branch]
+BuilderT = TypeVar("BuilderT", bound=BranchBuilder)
 
 
-def register_branch(network: type[NetworkConfig]):
-    """Decorator: the `Branch`, or the function that makes one, is used for this type of network configuration."""
+class Family(NamedTuple):
+    """Configuration and branch of a family of networks."""
 
-    def register(branch: Callable[[BranchConfig], Branch]) -> Callable[[BranchConfig], Branch]:
-        _BUILDERS[network] = branch
+    config: type[NetworkConfig]
+    branch: BranchBuilder
+
+
+FAMILIES: dict[str, Family] = {}
+"""Every registered family, by its name."""
+
+
+def register_branch(network: type[NetworkConfig]) -> Callable[[BuilderT], BuilderT]:
+    """Decorator of the `Branch`, or the function that makes one, for networks of this configuration.
+
+    It also makes the configuration known in dictionaries and files, by its `family`.
+
+    Raises:
+        ConfigError: If another family has that name.
+    """
+    known = FAMILIES.get(network.family)
+    check(
+        known is None or known.config.__qualname__ == network.__qualname__,
+        f"{network.__name__}.family",
+        network.family,
+        f"a name other than {', '.join(FAMILIES)}",
+    )
+
+    def register(branch: BuilderT) -> BuilderT:
+        FAMILIES[network.family] = Family(network, branch)
         return branch
 
     return register
 
 
 def build_branch(config: BranchConfig) -> Branch:
-    """Builds the branch for the type of `config.network`.
+    """Builds the branch of the family of `config.network`, with random weights."""
+    return FAMILIES[config.network.family].branch(config)
 
-    Raises:
-        TypeError: If no branch is registered for that type.
-    """
-    try:
-        branch = _BUILDERS[type(config.network)]
-    except KeyError:
-        known = ", ".join(sorted(network.__name__ for network in _BUILDERS))
-        raise TypeError(f"no branch is registered for {type(config.network).__name__}; known are {known}") from None
-    return branch(config)
+
+def set_drop_path(blocks: Sequence[nn.Module], config: BranchConfig) -> None:
+    """Sets the rates of stochastic depth of timm's blocks; timm itself knows the linear schedule alone."""
+    for block, rate in zip(blocks, config.drop_path_rates(len(blocks)), strict=True):
+        for name in ("drop_path", "drop_path1", "drop_path2"):
+            if hasattr(block, name):
+                setattr(block, name, DropPath(rate))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,45 @@ from timm.layers import gen_relative_position_index
 from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
-from ..config import BranchConfig
 from ..errors import ConfigError
-from ..networks import BEiTConfig
-from .base import BranchState, register_branch
-from .transformer import TransformerBranch
+from .base import BranchConfig, BranchState, register_branch
+from .transformer import PlainTransformerConfig, TransformerBranch
 from .window import attend_in_windows
 
-__all__ = ["BEiTBranch", "RelativeBiasAttention"]
+__all__ = ["BEiTBranch", "BEiTConfig", "RelativeBiasAttention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BEiTConfig(PlainTransformerConfig):
+    """BEiT and BEiTv2: no position embedding, a relative position bias in every block.
+
+    Args:
+        embed_dim: Width of the tokens.
+        depth: Number of blocks.
+        num_heads: Self-attention heads.
+        mlp_ratio: Hidden width of the MLP over `embed_dim`.
+        patch_size: Side of a patch in pixels.
+        qkv_bias: Biases of queries and values; keys have none.
+        layer_scale: Initial value of the per-channel residual scales; None for a network without them.
+        norm_eps: Epsilon of the layer norms.
+        bias_window: Side of the square of tokens whose relative positions each block's table covers; for a block with
+            windows it is the window. A global block needs images of exactly that many patches.
+    """
+
+    family: ClassVar[str] = "beit"
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    patch_size: int = 16
+    qkv_bias: bool = True
+    layer_scale: float | None = 1e-6
+    norm_eps: float = 1e-6
+    bias_window: int = 14
+
+    def __post_init__(self) -> None:
+        self._check_sizes("bias_window")
 
 
 class RelativeBiasAttention(Attention):
@@ -68,9 +100,10 @@ class RelativeBiasAttention(Attention):
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, N, head width) of a sequence (B, N, C)."""
-        bias = None if self.q_bias is None else torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x)
+        if self.q_bias is not None:
+            qkv = qkv + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(qkv.dtype)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def bias(self) -> Tensor:
@@ -85,7 +118,6 @@ class BEiTBranch(TransformerBranch):
     """A timm `Beit` without class token, whose blocks attend in windows with their own relative position bias."""
 
     def __init__(self, config: BranchConfig) -> None:
-        super().__init__(config)
         net: BEiTConfig = config.network
         for window in config.window_sizes:
             if window not in (None, net.bias_window):
@@ -93,7 +125,12 @@ class BEiTBranch(TransformerBranch):
                     f"BranchConfig.window_size={window}: expected BEiTConfig.bias_window={net.bias_window}, for which "
                     "the blocks have relative positions"
                 )
-        self.model = Beit(
+        if config.window_padding != "before_qkv":
+            raise ConfigError(
+                f"BranchConfig.window_padding={config.window_padding!r}: expected 'before_qkv' with BEiTConfig, whose "
+                "blocks pad no other way"
+            )
+        model = Beit(
             img_size=net.patch_size,  # no tables of timm's are used
             patch_size=net.patch_size,
             num_classes=0,
@@ -106,17 +143,15 @@ class BEiTBranch(TransformerBranch):
             norm_layer=partial(nn.LayerNorm, eps=net.norm_eps),
             use_abs_pos_emb=False,
         )
-        self.model.cls_token = None
-        self.model.norm = nn.Identity()
-        self.model.patch_embed.strict_img_size = False
-        self.model.patch_embed.flatten = False
-        for block, window in zip(self.model.blocks, config.window_sizes, strict=True):
+        model.cls_token = None
+        model.norm = nn.Identity()
+        model.patch_embed.strict_img_size = False
+        model.patch_embed.flatten = False
+        for block in model.blocks:
             block.attn = RelativeBiasAttention(
                 net.embed_dim, net.num_heads, qkv_bias=net.qkv_bias, bias_window=net.bias_window
             )
-            block.attn.window_size = window
-        self.dims, self.strides = net.dims, net.strides
-        self._set_drop_path()
+        super().__init__(config, model)
 
     def embed(self, image: Tensor) -> BranchState:
         return BranchState(self.patch_map(image).permute(0, 2, 3, 1))

@@ -2,15 +2,85 @@
 
 from __future__ import annotations
 
-from timm.layers import DropPath
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from ..config import BranchConfig
-from ..networks import ConvNeXtConfig
-from .base import Branch, BranchState, register_branch
+from ..errors import check
+from .base import Branch, BranchConfig, BranchState, NetworkConfig, freeze_sequences, register_branch, set_drop_path
 
-__all__ = ["ConvNeXtBranch", "StagedBranch"]
+__all__ = ["ConvNeXtBranch", "ConvNeXtConfig", "StagedBranch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvNeXtConfig(NetworkConfig):
+    """ConvNeXt (version 1): four stages of depthwise-convolution blocks.
+
+    Blocks are numbered through all stages, and the downsampling before each stage but the first counts as one: with
+    depths (3, 3, 9, 3), blocks 0-2, downsampling 3, blocks 4-6, downsampling 7, ..., 20.
+
+    Args:
+        depths: Blocks of each stage.
+        stage_dims: Channels of each stage.
+        kernel_size: Side of the depthwise kernels.
+        layer_scale: Initial value of the per-channel residual scales; None for a network without them.
+        norm_eps: Epsilon of the layer norms.
+    """
+
+    family: ClassVar[str] = "convnext"
+    no_windows: ClassVar[str] = "a ConvNeXt has no attention"
+
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    stage_dims: tuple[int, ...] = (96, 192, 384, 768)
+    kernel_size: int = 7
+    layer_scale: float | None = 1e-6
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        freeze_sequences(self, "depths", "stage_dims")
+        check(
+            len(self.depths) == 4 and min(self.depths) > 0,
+            "ConvNeXtConfig.depths",
+            self.depths,
+            "a positive number of blocks for each of 4 stages",
+        )
+        check(
+            len(self.stage_dims) == 4 and min(self.stage_dims) > 0,
+            "ConvNeXtConfig.stage_dims",
+            self.stage_dims,
+            "4 positive widths, one per stage",
+        )
+
+    @property
+    def depth(self) -> int:
+        return sum(self.depths) + len(self.depths) - 1
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return self._per_block(self.stage_dims)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self._per_block([4 * 2**stage for stage in range(len(self.depths))])
+
+    def stage_of_blocks(self) -> tuple[tuple[int, int | None], ...]:
+        """For every block its stage and its index in it; None is the downsampling into that stage."""
+        stages = (
+            [(stage, None)] * (stage > 0) + [(stage, i) for i in range(count)]
+            for stage, count in enumerate(self.depths)
+        )
+        return tuple(itertools.chain.from_iterable(stages))
+
+    def last_blocks(self) -> tuple[int, ...]:
+        """Index of the last block of each stage."""
+        return tuple(itertools.accumulate(self.depths, lambda last, count: last + 1 + count, initial=-2))[1:]
+
+    def _per_block(self, per_stage: Sequence[int]) -> tuple[int, ...]:
+        return tuple(per_stage[stage] for stage, _ in self.stage_of_blocks())
 
 
 class StagedBranch(Branch):
@@ -35,9 +105,7 @@ class StagedBranch(Branch):
                 *(f"blocks.{i}" for i in range(len(stage.blocks))),
             )
         ]
-        blocks = [block for stage in model.stages for block in stage.blocks]
-        for block, rate in zip(blocks, config.drop_path_rates(len(blocks)), strict=True):
-            block.drop_path = DropPath(rate)
+        set_drop_path([block for stage in model.stages for block in stage.blocks], config)
 
     def embed(self, image: Tensor) -> BranchState:
         return BranchState(self.model.stem(image).permute(0, 2, 3, 1))
@@ -69,4 +137,3 @@ class ConvNeXtBranch(StagedBranch):
         )
         model.head = nn.Identity()
         super().__init__(config, model)
-        self.dims, self.strides = net.dims, net.strides

@@ -1,56 +1,169 @@
-"""Networks of timm by name as branches."""
+"""Any vision transformer or ConvNeXt of timm as a branch, by its name."""
 
 from __future__ import annotations
 
-from timm.layers import DropPath
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import timm
 from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..config import BranchConfig
-from ..timm_network import TimmConfig
-from .base import Branch, BranchState, register_branch
+from ..errors import ConfigError, check
+from ..meta import on_meta
+from .base import Branch, BranchConfig, BranchState, NetworkConfig, register_branch, to_tuples
 from .convnext import StagedBranch
-from .timm_factory import create_model
 from .transformer import TransformerBranch
 from .window import MapAttention
 
-__all__ = ["TimmTransformerBranch", "positioned"]
+__all__ = ["TimmConfig", "TimmTransformerBranch", "create_network", "embed_positions"]
+
+_EXAMPLES = "vit_small_patch16_dinov3, eva02_base_patch14_224, vit_base_patch16_siglip_256, convnextv2_tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig(NetworkConfig):
+    """A network of timm: DINOv3, EVA-02, SigLIP 2, CLIP, DINOv2 with registers, ConvNeXt V2 and so on.
+
+    Supported are models of timm's classes `VisionTransformer`, `Eva` (with rotary positions) and `ConvNeXt`. Images may
+    have any size: position embeddings are resized, and rotary positions computed, as timm does.
+
+    Args:
+        name: Name in `timm.list_models()`, for example "vit_small_patch16_dinov3". Weights are named apart, in
+            `BranchConfig.pretrained`.
+        patch_size: Side of a patch in pixels; None for the model's own. Interactions and feature pyramids like 16;
+            a pretrained patch kernel of another size is resized.
+        keep_prefix_tokens: Keep class and register tokens. They take part in self-attention only; window attention
+            needs a network without.
+        options: Other arguments of `timm.create_model`, as a mapping or pairs.
+
+    Raises:
+        ConfigError: If timm has no such model, or one of another class.
+    """
+
+    family: ClassVar[str] = "timm"
+
+    name: str
+    patch_size: int | None = None
+    keep_prefix_tokens: bool = True
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.name, str), "TimmConfig.name", self.name, "the name of a model of timm")
+        pairs = self.options.items() if isinstance(self.options, Mapping) else self.options
+        object.__setattr__(self, "options", tuple(sorted((str(key), to_tuples(value)) for key, value in pairs)))
+        _inspect(self)  # names are checked where they are given
+
+    @property
+    def depth(self) -> int:
+        return len(self.dims)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return _inspect(self).dims
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return _inspect(self).strides
+
+    @property
+    def no_windows(self) -> str:
+        return _inspect(self).no_windows
+
+
+class _Structure(NamedTuple):
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    no_windows: str
+
+
+@lru_cache(maxsize=64)
+def _inspect(config: TimmConfig) -> _Structure:
+    """Builds the network without memory, once per configuration, to look at it."""
+    with on_meta():
+        model = create_network(config)
+    if isinstance(model, ConvNeXt):
+        steps = [
+            (info["num_chs"], info["reduction"])
+            for stage, info in zip(model.stages, model.feature_info, strict=True)
+            for _ in range(len(stage.blocks) + (not isinstance(stage.downsample, nn.Identity)))
+        ]
+        dims, strides = zip(*steps, strict=True)
+        return _Structure(dims, strides, f"{config.name!r} is a ConvNeXt")
+    depth, patch = len(model.blocks), model.patch_embed.patch_size[0]
+    if isinstance(model, Eva):
+        reason = f"{config.name!r} has rotary positions, for global attention alone"
+    elif not isinstance(model.blocks[0].attn, MapAttention):
+        reason = "windows need keep_prefix_tokens=False: class and register tokens belong to no window"
+    else:
+        reason = ""
+    return _Structure((model.embed_dim,) * depth, (patch,) * depth, reason)
+
+
+def create_network(config: TimmConfig) -> nn.Module:
+    """timm's network without final norm, pooling and head, for images of any size.
+
+    Raises:
+        ConfigError: If timm has no such model, one of another class, or one that does not take the options.
+    """
+    name, patch_size = config.name, config.patch_size
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        known = f"close matches are {', '.join(close)}" if close else f"names are such as {_EXAMPLES}"
+        raise ConfigError(f"TimmConfig.name={name!r}: timm has no such model; {known}")
+    kind = _kind(name)
+    options = {"num_classes": 0, **dict(config.options)}
+    if kind is not ConvNeXt:
+        options |= {"global_pool": "", "dynamic_img_size": True}
+        if patch_size is not None:
+            options["patch_size"] = patch_size
+        if not config.keep_prefix_tokens:
+            options |= {"class_token": False, "reg_tokens" if kind is VisionTransformer else "num_reg_tokens": 0}
+            if kind is VisionTransformer:
+                options["attn_layer"] = MapAttention
+    elif patch_size is not None:
+        raise ConfigError(f"TimmConfig.patch_size={patch_size}: expected None for {name!r}, a ConvNeXt")
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"TimmConfig: timm cannot build {name!r} with {options}: {error}") from error
+    for part in ("norm", "fc_norm", "head"):
+        if hasattr(model, part):
+            setattr(model, part, nn.Identity())
+    if kind is ConvNeXt:
+        model.norm_pre = nn.Identity()
+    return model
+
+
+def _kind(name: str) -> type[nn.Module]:
+    """timm's class of a model, from a build without memory."""
+    with on_meta():
+        found = type(timm.create_model(name, pretrained=False, num_classes=0))
+    if found not in (VisionTransformer, Eva, ConvNeXt):
+        hint = "; BEiTConfig describes BEiT" if found.__name__ == "Beit" else ""
+        raise ConfigError(
+            f"TimmConfig.name={name!r}: timm's class is {found.__name__}; expected VisionTransformer, Eva or "
+            f"ConvNeXt, for example {_EXAMPLES}{hint}"
+        )
+    return found
 
 
 class TimmTransformerBranch(TransformerBranch):
-    """A `VisionTransformer` or `Eva` of timm, with its own position embeddings and prefix tokens.
-
-    Args:
-        config: The branch.
-        model: From `create_model`.
-    """
-
-    def __init__(self, config: BranchConfig, model: nn.Module) -> None:
-        super().__init__(config)
-        self.model = model
-        self.dims, self.strides = config.network.dims, config.network.strides
-        rates = config.drop_path_rates(len(model.blocks))
-        for block, window, rate in zip(model.blocks, config.window_sizes, rates, strict=True):
-            if isinstance(block.attn, MapAttention):
-                block.attn.window_size = window
-                block.attn.pad_before_qkv = config.window_padding == "before_qkv"
-            for name in ("drop_path1", "drop_path2"):
-                if hasattr(block, name):
-                    setattr(block, name, DropPath(rate))
+    """A `VisionTransformer` or `Eva` of timm, with its own position embeddings and prefix tokens."""
 
     def embed(self, image: Tensor) -> BranchState:
         patches = self.patch_map(image)
         grid = patches.shape[1:3]
-        sequence, rotary = positioned(self.model, patches)
+        sequence, rotary = embed_positions(self.model, patches)
         sequence = self.model.norm_pre(sequence)
         count = self.model.num_prefix_tokens
         prefix = sequence[:, :count] if count else None
         return BranchState(sequence[:, count:].unflatten(1, grid), prefix, rotary)
-
-    def patch_map(self, image: Tensor) -> Tensor:
-        patch = self.strides[0]
-        height, width = (side // patch * patch for side in image.shape[-2:])
-        return self.model.patch_embed(image[..., :height, :width]).contiguous()  # as `TransformerBranch` does
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
         block = self.model.blocks[index]
@@ -63,7 +176,7 @@ class TimmTransformerBranch(TransformerBranch):
         return state._replace(tokens=tokens, prefix=prefix)
 
 
-def positioned(model: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+def embed_positions(model: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor | None]:
     """A sequence (B, P + H * W, C) of prefix tokens and patches (B, H, W, C) with positions, and rotary positions.
 
     timm's own method for it is private. Public ones run it together with all blocks, and give no rotary positions;
@@ -75,15 +188,6 @@ def positioned(model: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor | None
 
 @register_branch(TimmConfig)
 def _build(config: BranchConfig) -> Branch:
-    net: TimmConfig = config.network
-    model = create_model(
-        net.name,
-        patch_size=net.patch_size,
-        keep_prefix_tokens=net.keep_prefix_tokens,
-        options=dict(net.options),
-    )
-    if not isinstance(model, ConvNeXt):
-        return TimmTransformerBranch(config, model)
-    branch = StagedBranch(config, model)
-    branch.dims, branch.strides = net.dims, net.strides
-    return branch
+    model = create_network(config.network)
+    kind = StagedBranch if isinstance(model, ConvNeXt) else TimmTransformerBranch
+    return kind(config, model)

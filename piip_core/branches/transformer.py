@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..config import BranchConfig
-from .base import Branch, BranchState
+from ..errors import check
+from .base import Branch, BranchConfig, BranchState, NetworkConfig, set_drop_path
 
-__all__ = ["TransformerBranch", "resize_position_grid"]
+__all__ = ["PlainTransformerConfig", "TransformerBranch", "resize_position_grid"]
 
 MAX_POSITIONS = 16
+
+
+class PlainTransformerConfig(NetworkConfig):
+    """What all plain vision transformers share: one width and one stride."""
+
+    embed_dim: int
+    num_heads: int
+    patch_size: int
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return (self.embed_dim,) * self.depth
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (self.patch_size,) * self.depth
+
+    def _check_sizes(self, *fields: str) -> None:
+        name = type(self).__name__
+        for field in ("embed_dim", "depth", "num_heads", "patch_size", *fields):
+            check(getattr(self, field) > 0, f"{name}.{field}", getattr(self, field), "a positive integer")
+        check(
+            self.embed_dim % self.num_heads == 0,
+            f"{name}.num_heads",
+            self.num_heads,
+            f"a divisor of embed_dim={self.embed_dim}",
+        )
 
 
 def resize_position_grid(grid: Tensor, height: int, width: int) -> Tensor:
@@ -39,24 +65,32 @@ class TransformerBranch(Branch):
 
     The state dict below `model.` has timm's names.
 
-    Attributes:
+    Args:
+        config: The branch.
         model: The network, with `patch_embed` (channels-last output) and `blocks`.
+
+    Attributes:
         keep_positions: Whether resized position embeddings are kept, for weights that do not change any more.
     """
 
-    model: nn.Module
     keep_positions = False
 
-    def __init__(self, config: BranchConfig) -> None:
+    def __init__(self, config: BranchConfig, model: nn.Module) -> None:
         super().__init__(config)
+        self.model = model
         self._positions: dict[tuple[object, ...], Tensor] = {}
+        set_drop_path(model.blocks, config)
+        for block, window in zip(model.blocks, config.window_sizes, strict=True):
+            if hasattr(block.attn, "window_size"):
+                block.attn.window_size = window
+                block.attn.pad_before_qkv = config.window_padding == "before_qkv"
 
     def patch_map(self, image: Tensor) -> Tensor:
         """Patch embeddings (B, H, W, C) of an image; a remainder of the patch size is cut at the bottom and right."""
-        patch = self.config.network.patch_size
-        height, width = (side // patch for side in image.shape[-2:])
-        # The convolution leaves channels first in memory, and every sum behind it would inherit that
-        return self.model.patch_embed(image[..., : height * patch, : width * patch]).contiguous()
+        patch = self.config.network.strides[0]
+        height, width = (side // patch * patch for side in image.shape[-2:])
+        # The convolution leaves channels first in memory, and every sum after it would inherit that
+        return self.model.patch_embed(image[..., :height, :width]).contiguous()
 
     def position_map(self, grid: Tensor, height: int, width: int) -> Tensor:
         """`resize_position_grid` of the position embeddings, once per size where `keep_positions` says so."""
@@ -101,10 +135,3 @@ class TransformerBranch(Branch):
     def layer_of(self, name: str) -> int | None:
         parts = name.split(".")[1:]  # without "model"
         return int(parts[1]) + 1 if parts[:1] == ["blocks"] else 0
-
-    def _set_drop_path(self) -> None:
-        """Sets the rates of stochastic depth; timm only knows the linear schedule."""
-        rates = self.config.drop_path_rates(len(self.model.blocks))
-        for block, rate in zip(self.model.blocks, rates, strict=True):
-            block.drop_path1 = DropPath(rate)
-            block.drop_path2 = DropPath(rate)

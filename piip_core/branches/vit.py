@@ -2,23 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from timm.layers import GELUTanh, QuickGELU, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..config import BranchConfig
-from ..networks import UniPerceiverConfig, ViTConfig
-from .base import BranchState, register_branch
-from .transformer import TransformerBranch
+from ..errors import check, check_choice
+from .base import BranchConfig, BranchState, register_branch
+from .transformer import PlainTransformerConfig, TransformerBranch
 from .window import FullWidthNormAttention, MapAttention
 
-__all__ = ["UniPerceiverBranch", "ViTBranch"]
+__all__ = ["UniPerceiverBranch", "UniPerceiverConfig", "ViTBranch", "ViTConfig"]
 
 _NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RmsNorm}
 _ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(PlainTransformerConfig):
+    """Plain vision transformer (DeiT, AugReg, MAE, DINOv2, InternViT, CLIP): pre-norm blocks, learned positions.
+
+    Args:
+        embed_dim: Width of the tokens.
+        depth: Number of blocks.
+        num_heads: Self-attention heads.
+        mlp_ratio: Hidden width of the MLP over `embed_dim`.
+        patch_size: Side of a patch in pixels.
+        qkv_bias: Bias of the joint query-key-value linear.
+        pos_grid: Side of the square grid of the learned position table, in patches.
+        layer_scale: Initial value of the per-channel residual scales; None for a network without them.
+        norm: "layernorm", or "rmsnorm" (InternViT-6B).
+        norm_eps: Epsilon of the norms.
+        qk_norm: Normalise queries and keys over the full width, all heads together (InternViT-6B).
+        activation: "gelu"; "gelu_tanh", its approximation in the fused MLP of some published models; "quick_gelu", its
+            approximation in OpenAI's CLIP.
+        pre_norm: A norm before block 0, and no bias in the patch convolution (CLIP).
+        class_token: Prepend a class token. It takes part in self-attention only: interactions and merging see
+            patch tokens. It needs global attention, so no window sizes.
+        class_position: The class token has an entry in the position table, the first one (CLIP).
+    """
+
+    family: ClassVar[str] = "vit"
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    patch_size: int = 16
+    qkv_bias: bool = True
+    pos_grid: int = 14
+    layer_scale: float | None = 1.0
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-6
+    qk_norm: bool = False
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    pre_norm: bool = False
+    class_token: bool = False
+    class_position: bool = False
+
+    @property
+    def no_windows(self) -> str:
+        return "a class token (class_token=True) belongs to no window" if self.class_token else ""
+
+    def __post_init__(self) -> None:
+        self._check_sizes("pos_grid")
+        check_choice("ViTConfig.norm", self.norm, ("layernorm", "rmsnorm"))
+        check_choice("ViTConfig.activation", self.activation, ("gelu", "gelu_tanh", "quick_gelu"))
+        check(
+            self.class_token or not self.class_position,
+            "ViTConfig.class_position",
+            self.class_position,
+            "False for a network with class_token=False",
+        )
 
 
 @register_branch(ViTConfig)
@@ -29,9 +88,8 @@ class ViTBranch(TransformerBranch):
     """
 
     def __init__(self, config: BranchConfig) -> None:
-        super().__init__(config)
         net: ViTConfig = config.network
-        self.model = _vision_transformer(
+        model = _vision_transformer(
             net,
             qkv_bias=net.qkv_bias,
             qk_norm=net.qk_norm,
@@ -43,9 +101,7 @@ class ViTBranch(TransformerBranch):
             act_layer=_ACTIVATIONS[net.activation],
             attn_layer=FullWidthNormAttention if net.qk_norm else MapAttention,
         )
-        self.dims, self.strides = net.dims, net.strides
-        _set_windows(self.model, config)
-        self._set_drop_path()
+        super().__init__(config, model)
 
     def embed(self, image: Tensor) -> BranchState:
         tokens = self.patch_map(image)
@@ -59,6 +115,38 @@ class ViTBranch(TransformerBranch):
         return BranchState(tokens, self.model.norm_pre(prefix).expand(tokens.shape[0], -1, -1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class UniPerceiverConfig(PlainTransformerConfig):
+    """Image branch of Uni-Perceiver: embeddings for positions and frames, a norm after them, pre-norm blocks.
+
+    Args:
+        embed_dim: Width of the tokens.
+        depth: Number of blocks.
+        num_heads: Self-attention heads.
+        mlp_ratio: Hidden width of the MLP over `embed_dim`.
+        patch_size: Side of a patch in pixels.
+        pos_grid: Side of the square grid of the learned position table, in patches.
+        num_frames: Entries of the frame table; an image is frame 0.
+        layer_scale: Initial value of the per-channel residual scales.
+        norm_eps: Epsilon of the layer norms.
+    """
+
+    family: ClassVar[str] = "uniperceiver"
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    patch_size: int = 16
+    pos_grid: int = 14
+    num_frames: int = 8
+    layer_scale: float = 0.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self._check_sizes("pos_grid", "num_frames")
+
+
 @register_branch(UniPerceiverConfig)
 class UniPerceiverBranch(TransformerBranch):
     """The image encoder of Uni-Perceiver as a timm `VisionTransformer`, with a frame table and a norm before block 0.
@@ -67,10 +155,9 @@ class UniPerceiverBranch(TransformerBranch):
     """
 
     def __init__(self, config: BranchConfig) -> None:
-        super().__init__(config)
         net: UniPerceiverConfig = config.network
         norm_layer = partial(nn.LayerNorm, eps=net.norm_eps)
-        self.model = _vision_transformer(
+        model = _vision_transformer(
             net,
             init_values=1.0,  # timm takes 0 for "no layer scale"
             class_token=False,
@@ -78,14 +165,12 @@ class UniPerceiverBranch(TransformerBranch):
             norm_layer=norm_layer,
             attn_layer=MapAttention,
         )
-        self.model.norm_pre = norm_layer(net.embed_dim)
-        self.model.frame_embed = nn.Parameter(torch.zeros(net.num_frames, net.embed_dim))
-        for block in self.model.blocks:
+        model.norm_pre = norm_layer(net.embed_dim)
+        model.frame_embed = nn.Parameter(torch.zeros(net.num_frames, net.embed_dim))
+        for block in model.blocks:
             for scale in (block.ls1, block.ls2):
                 nn.init.constant_(scale.gamma, net.layer_scale)
-        self.dims, self.strides = net.dims, net.strides
-        _set_windows(self.model, config)
-        self._set_drop_path()
+        super().__init__(config, model)
 
     def embed(self, image: Tensor) -> BranchState:
         tokens = self.patch_map(image)
@@ -108,9 +193,3 @@ def _vision_transformer(net: ViTConfig | UniPerceiverConfig, **options: object) 
         num_classes=0,
         **options,
     )
-
-
-def _set_windows(model: VisionTransformer, config: BranchConfig) -> None:
-    for block, window in zip(model.blocks, config.window_sizes, strict=True):
-        block.attn.window_size = window
-        block.attn.pad_before_qkv = config.window_padding == "before_qkv"

@@ -1,16 +1,15 @@
 """Checkpoints: released PIIP models to our state dict and back, pretrained weights into branches."""
 
 from .convert import from_published, model_shapes, our_names, published_names, to_published
-from .convert_file import Conversion, convert_file, read_config
-from .files import CheckpointFile, read_checkpoint, write_checkpoint
+from .convert_file import Conversion, convert_file, read_config, recognise
+from .load import build_trained, find_pyramid, load_part, load_pyramid, pyramid_prefix
 from .names import PublishedNames
-from .part import load_part
 from .pretrained import convert_pretrained, load_branch, load_pretrained
 from .public_config import PublishedModel, classifier_from_public, config_from_public
-from .pyramid_start import find_pyramid, load_pyramid, pyramid_prefix
-from .recognise import recognise
+from .read import read_checkpoint
 from .report import ConversionReport
-from .trained import build_trained
+from .single import CheckpointFile
+from .writing import write_checkpoint
 
 __all__ = [
     "CheckpointFile",

@@ -9,9 +9,9 @@ import torch
 from timm.layers import gen_relative_position_index
 from torch import Tensor
 
+from ..branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 from ..config import BranchConfig
 from ..errors import NotSupportedYet
-from ..networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 from .rules import Change, Rule, rename_parts
 
 __all__ = [

@@ -10,9 +10,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..building import build_model
-from ..classifier_config import ClassifierConfig
-from ..config import PIIPConfig
+from ..classifier import build_model
+from ..config import ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError
 from ..meta import on_meta
 from ..pyramid import PIIP

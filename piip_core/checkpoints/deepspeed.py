@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,9 @@ _OPTIM_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(?P<rank>\d+)_mp_rank
 # Layers of a pipeline, and experts: other files of the same endings
 _OTHER_FILE = re.compile(r"layer_.*[-_]model_states\.pt|expp_rank_.*_optim_states\.pt")
 _AGAIN = "Copy the whole folder again, or take another checkpoint of the run"
+
+
+_Loader = Callable[[Path], Mapping[str, Any]]
 
 
 class _Ignored:
@@ -57,16 +60,17 @@ def deepspeed_folder(path: Path) -> Path | None:
     if path.is_file():
         return path.parent if _MODEL_FILE.fullmatch(path.name) or _OPTIM_FILE.fullmatch(path.name) else None
     if (path / "latest").is_file():
-        tag = (path / "latest").read_text().strip()
-        if Path(tag).name != tag or not (path / tag).is_dir():
+        tag = (path / "latest").read_bytes()[:300].decode(errors="replace").strip()
+        found = next((entry for entry in path.iterdir() if entry.name == tag and entry.is_dir()), None)
+        if found is None:
             raise CheckpointError(f"{path / 'latest'}: names the checkpoint {tag!r}, which is no folder beside it")
-        return path / tag
+        return found
     files = (file.name for file in path.iterdir())
     patterns = (_MODEL_FILE, _OPTIM_FILE, _OTHER_FILE)
     return path if any(pattern.fullmatch(name) for name in files for pattern in patterns) else None
 
 
-def read_deepspeed(folder: Path, *, unsafe_pickle: bool, master_weights: bool) -> CheckpointFile:
+def read_deepspeed(folder: Path, *, unsafe_pickle: bool, master_weights: bool, verify: bool = False) -> CheckpointFile:
     """Reads the weights of a DeepSpeed checkpoint.
 
     Args:
@@ -74,6 +78,7 @@ def read_deepspeed(folder: Path, *, unsafe_pickle: bool, master_weights: bool) -
         unsafe_pickle: Allow Python objects of other origin than DeepSpeed; see `read_checkpoint`.
         master_weights: Of stages 0 to 2, take the optimizer's fp32 weights instead of the model's, which may be of
             lower precision. Stage 3 has no others.
+        verify: See `read_checkpoint`.
 
     Raises:
         CheckpointError: If files are missing, of a run with tensor, pipeline or expert parallelism, or do not fit.
@@ -82,17 +87,18 @@ def read_deepspeed(folder: Path, *, unsafe_pickle: bool, master_weights: bool) -
     model_files, optim_files = _by_rank(folder, _MODEL_FILE), _by_rank(folder, _OPTIM_FILE)
     if not model_files:
         raise CheckpointError(f"{folder}: holds no mp_rank_00_model_states.pt. {_AGAIN}")
+    load = partial(_load, unsafe_pickle=unsafe_pickle, verify=verify)
     whole = None in model_files
     if whole and len(model_files) > 1:
         raise CheckpointError(f"{folder}: holds files of stage 3 and of a lower one, of different checkpoints")
     if not whole:
-        models = [_Model.load(file, unsafe_pickle) for file in _complete(folder, model_files, "model_states")]
-        shards = _load_partitions(folder, optim_files, unsafe_pickle)
+        models = [_Model.load(file, load) for file in _complete(folder, model_files, "model_states")]
+        shards = _load_partitions(folder, optim_files, load)
         entries = _stage3(models, shards)
         first = models[0]
     else:
-        first = _Model.load(model_files[None], unsafe_pickle)
-        shards = _load_partitions(folder, optim_files, unsafe_pickle) if master_weights else []
+        first = _Model.load(model_files[None], load)
+        shards = _load_partitions(folder, optim_files, load) if master_weights else []
         entries = _stage012(first, shards) if master_weights else LazyState.of(first.module).entries
     return CheckpointFile(folder, LazyState(entries), "module", tuple(key for key in first.content if key != "module"))
 
@@ -140,8 +146,8 @@ class _Model:
     content: Mapping[str, Any]
 
     @classmethod
-    def load(cls, path: Path, unsafe_pickle: bool) -> _Model:
-        content = _load(path, unsafe_pickle)
+    def load(cls, path: Path, load: _Loader) -> _Model:
+        content = load(path)
         module = content.get("module")
         if not isinstance(module, Mapping) or not all(isinstance(value, Tensor) for value in module.values()):
             raise CheckpointError(f"{path}: has no tensors under 'module'; expected the model states of DeepSpeed")
@@ -165,9 +171,9 @@ class _Model:
         return self.content.get(key) or {}
 
 
-def _load(path: Path, unsafe_pickle: bool) -> Mapping[str, Any]:
+def _load(path: Path, *, unsafe_pickle: bool, verify: bool) -> Mapping[str, Any]:
     with torch.serialization.safe_globals(_STAND_INS):
-        content = load_torch_file(path, unsafe_pickle=unsafe_pickle)
+        content = load_torch_file(path, unsafe_pickle=unsafe_pickle, verify=verify)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dictionary of DeepSpeed")
     return content
@@ -183,7 +189,7 @@ class _Partition:
     alignments: list[list[int]] | None
 
 
-def _load_partitions(folder: Path, files: Mapping[int | None, Path], unsafe_pickle: bool) -> list[_Partition]:
+def _load_partitions(folder: Path, files: Mapping[int | None, Path], load: _Loader) -> list[_Partition]:
     if not files:
         raise CheckpointError(
             f"{folder}: has no zero_pp_rank_*_optim_states.pt, which alone hold fp32 weights (and all weights in "
@@ -192,7 +198,7 @@ def _load_partitions(folder: Path, files: Mapping[int | None, Path], unsafe_pick
     partitions = []
     count = None
     for file in files.values():
-        states = _load(file, unsafe_pickle).get("optimizer_state_dict")
+        states = load(file).get("optimizer_state_dict")
         if not isinstance(states, Mapping) or "partition_count" not in states:
             raise CheckpointError(f"{file}: not a partition of ZeRO: 'optimizer_state_dict' has no 'partition_count'")
         # Stages 1 and 2 have one for each group; they differ with experts alone, refused before

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..classifier_config import ClassifierConfig
-from ..config import MergingConfig, PIIPConfig
+from ..config import ClassifierConfig, MergingConfig, PIIPConfig
 from .branch_names import Unused, branch_rules, unused_branch_tensors
 from .head_names import HEADS
 from .rules import Change, Rule, RuleTable, rename_parts

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from ..branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 from ..config import BranchConfig
 from ..errors import NotSupportedYet
-from ..networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 
 __all__ = ["Shapes", "branch_from_public", "check_fields", "num_blocks"]
 

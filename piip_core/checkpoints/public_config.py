@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..classifier_config import ClassifierConfig
-from ..config import InteractionConfig, MergingConfig, PIIPConfig
+from ..config import ClassifierConfig, InteractionConfig, MergingConfig, PIIPConfig
 from ..errors import CheckpointError, NotSupportedYet
 from .branch_names import branch_class_of
 from .public_branches import Shapes, branch_from_public, check_fields, num_blocks

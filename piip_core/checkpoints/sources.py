@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import read_checkpoint
+from ..files import check_regular
+from .read import read_checkpoint
 
 __all__ = ["read_source"]
 
@@ -70,8 +71,7 @@ _LIBRARIES: Mapping[str, Callable[[str], dict[str, Tensor]]] = {"timm": _from_ti
 
 def _from_npz(path: Path) -> dict[str, Tensor]:
     """AugReg's own format, read by timm into a network of the file's sizes."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    check_regular(path, CheckpointError)
     try:
         with np.load(path) as arrays:
             kernel = arrays["embedding/kernel"].shape
@@ -81,16 +81,16 @@ def _from_npz(path: Path) -> dict[str, Tensor]:
             depth = sum(f"{block.format(i)}LayerNorm_0/scale" in arrays for i in range(len(arrays)))
             heads = arrays[block.format(0) + "MultiHeadDotProductAttention_1/query/kernel"].shape[1]
             hidden = arrays[block.format(0) + "MlpBlock_3/Dense_0/kernel"].shape[1]
-    except (KeyError, OSError, ValueError) as error:
+        model = VisionTransformer(
+            img_size=round((entries - 1) ** 0.5) * kernel[0],
+            patch_size=kernel[0],
+            embed_dim=kernel[-1],
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=hidden / kernel[-1],
+            num_classes=classes,
+        )
+        model.load_pretrained(str(path))
+    except Exception as error:  # of any type, depending on which bytes are wrong
         raise CheckpointError(f"{path}: not a ViT in the .npz format of AugReg ({error})") from None
-    model = VisionTransformer(
-        img_size=round((entries - 1) ** 0.5) * kernel[0],
-        patch_size=kernel[0],
-        embed_dim=kernel[-1],
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=hidden / kernel[-1],
-        num_classes=classes,
-    )
-    model.load_pretrained(str(path))
     return model.state_dict()

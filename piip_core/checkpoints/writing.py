@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..files import atomic_path, write_atomically
 from .lazy import LazyState
-from .shards import INDEX_SUFFIX, read_index
-from .single import DESCRIPTION
+from .read import INDEX_SUFFIX, read_index
+from .single import CHECKSUM, DESCRIPTION, checksum
 
 __all__ = ["write_checkpoint"]
 
@@ -162,4 +162,4 @@ def _save(path: Path, state: LazyState, keys: list[str], metadata: Mapping[str, 
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
-    save_file(tensors, path, metadata={"format": "pt"} | dict(metadata))
+    save_file(tensors, path, metadata={"format": "pt", CHECKSUM: checksum(tensors)} | dict(metadata))

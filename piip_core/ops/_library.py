@@ -1,8 +1,8 @@
 """Registers the operators with PyTorch; the one place that decides which kernels serve them.
 
 `piip::ms_deform_attn` samples at given locations with given weights, `piip::deform_attn_grid` makes both out of what a
-linear layer predicts. The compiled library, where it was built, brings the schemas with the CPU and perhaps the CUDA
-kernels. Every other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference behind the
+linear layer predicts. The compiled library, where it was built, brings the CPU and perhaps the CUDA kernels. Every
+other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference behind the
 same operators, so autograd, torch.compile and torch.export see no difference.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,14 +28,27 @@ from .reference import (
 )
 
 SCHEMAS = (
+    # value (B, S, M, D), spatial_shapes H0, W0, H1, W1, ..., sampling_locations (B, Q, M, L, P, 2) normalised (x, y),
+    # attention_weights (B, Q, M, L, P) -> (B, Q, M * D). Locations and weights are float32, or float64 with float64
+    # values.
     "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
     " -> Tensor",
+    # Gradients of value, sampling_locations and attention_weights. `deterministic`: do not let the order of additions
+    # differ from run to run; CPU kernels never do.
     "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations,"
     " Tensor attention_weights, bool deterministic=False) -> (Tensor, Tensor, Tensor)",
+    # The same with all that comes before the sampling inside, for queries that are the pixels of a grid (Hq, Wq).
+    # sampling (B, Hq * Wq, 3 * M * L * P): offsets in pixels of the value map (M, L, P, 2), then logits (M, L, P).
+    # Location = ((x + 0.5) / Wq, (y + 0.5) / Hq) + offset / (W, H); weights = softmax of the logits over (L, P).
+    # sampling is float32, float16 or bfloat16, whatever value is of these; float64 with float64 values.
     "deform_attn_grid(Tensor value, SymInt[] value_shapes, SymInt[] query_shape, Tensor sampling, int num_points)"
     " -> Tensor",
+    # Gradients of value and sampling, in their dtypes.
     "deform_attn_grid_backward(Tensor grad_output, Tensor value, SymInt[] value_shapes, SymInt[] query_shape,"
     " Tensor sampling, int num_points, bool deterministic=False) -> (Tensor, Tensor)",
+    # The instruction set of the CPU kernels on this machine; the CUDA runtime version compiled with, 0 without CUDA.
+    "cpu_capability() -> str",
+    "cuda_version() -> int",
 )
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REBUILD = "run `pip install --no-build-isolation -v -e .` where a C++20 compiler, ninja and torch are installed"
@@ -65,8 +78,12 @@ def _read_build_record() -> dict[str, Any] | None:
 
 
 def _load_library() -> OperatorStatus:
+    library = torch.library.Library("piip", "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+    _KEEP_ALIVE.append(library)
     build = _read_build_record()
-    path = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
+    path = next(iter(sorted(_PACKAGE.glob("_kernels*.so"))), None)
     if os.environ.get("PIIP_DISABLE_EXTENSION", "0") not in ("", "0"):
         reason = "switched off by the environment variable PIIP_DISABLE_EXTENSION"
     elif path is None:
@@ -87,10 +104,6 @@ def _load_library() -> OperatorStatus:
                 cuda_version=torch.ops.piip.cuda_version() or None,
                 build=build,
             )
-    library = torch.library.Library("piip", "DEF")
-    for schema in SCHEMAS:
-        library.define(schema)
-    _KEEP_ALIVE.append(library)
     return OperatorStatus(compiled=False, reason=reason, cpu_capability=None, cuda_version=None, build=build)
 
 
@@ -171,7 +184,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     value, sampling_locations, attention_weights = ctx.saved_tensors
     deterministic = torch.are_deterministic_algorithms_enabled()
-    grad_value, grad_locations, grad_weights = torch.ops.piip.ms_deform_attn_backward(
+    grad_value, grad_locations, grad_weights = _ms_deform_attn_backward(
         grad_output, value, ctx.spatial_shapes, sampling_locations, attention_weights, deterministic
     )
     return grad_value, None, grad_locations, grad_weights
@@ -227,17 +240,22 @@ def _grid_save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 def _grid_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
     value, sampling = ctx.saved_tensors
     deterministic = torch.are_deterministic_algorithms_enabled()
-    grad_value, grad_sampling = torch.ops.piip.deform_attn_grid_backward(
+    grad_value, grad_sampling = _deform_attn_grid_backward(
         grad_output, value, ctx.value_shapes, ctx.query_shape, sampling, ctx.num_points, deterministic
     )
     return grad_value, None, None, grad_sampling, None
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
-        "Deformable attention (piip::ms_deform_attn, piip::deform_attn_grid) has no second derivative. Call backward() "
-        "without create_graph=True; where second-order gradients are needed, use "
-        "piip_core.ops.ms_deform_attn_reference, as far as grid_sample supports them."
+        "Deformable attention (piip::ms_deform_attn, piip::deform_attn_grid) has no second derivative, and no "
+        "forward-mode one (torch.func.jvp, jacfwd, hessian). Call backward() without create_graph=True, use "
+        "torch.func.vjp or jacrev. Where second derivatives are needed, use the gradient of a gradient "
+        "(jacrev(jacrev(...))) of piip_core.ops.ms_deform_attn_reference, as far as grid_sample supports it."
     )
 
 
@@ -252,7 +270,52 @@ for _name, _reference, _fake in (
     _fragment.impl(_name, _reference, "CompositeExplicitAutograd")
     _KEEP_ALIVE.append(_fragment)
     torch.library.register_fake(_name, _fake)
-torch.library.register_autograd("piip::ms_deform_attn", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd("piip::deform_attn_grid", _grid_backward, setup_context=_grid_save_for_backward)
-for _name in ("piip::ms_deform_attn_backward", "piip::deform_attn_grid_backward"):
-    torch.library.register_autograd(_name, _refuse_double_backward)
+
+
+def _differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """The operator for callers in Python: as it is registered, and with torch.func's transforms.
+
+    What `register_autograd` makes cannot be transformed, and passes forward-mode derivatives over in silence; compilers
+    and tracers on the other hand want the operator itself. Inside torch.compile PyTorch's rules hold.
+    """
+    operator = getattr(torch.ops.piip, name)
+    torch.library.register_autograd(f"piip::{name}", backward, setup_context=setup_context)
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+            result = Operator.apply(*_join_batches(info.batch_size, in_dims, arguments))
+            parts = [
+                tensor.unflatten(0, (info.batch_size, tensor.shape[0] // info.batch_size))
+                for tensor in ((result,) if isinstance(result, Tensor) else result)
+            ]
+            return (parts[0], 0) if isinstance(result, Tensor) else (tuple(parts), (0,) * len(parts))
+
+    Operator.__name__ = Operator.__qualname__ = name
+    Operator.setup_context = staticmethod(setup_context)
+    Operator.backward, Operator.jvp = staticmethod(backward), staticmethod(_refuse)
+
+    def call(*arguments: Any) -> Any:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return operator(*arguments) if traced else Operator.apply(*arguments)
+
+    return call
+
+
+def _join_batches(size: int, dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """Makes one batch of the one that `vmap` adds to every tensor and the first axis, which all our tensors have."""
+    for dim, argument in zip(dims, arguments, strict=True):
+        if isinstance(argument, Tensor):
+            argument = argument.expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+            argument = argument.flatten(0, 1)
+        yield argument
+
+
+_ms_deform_attn_backward = _differentiable("ms_deform_attn_backward", _refuse, _save_nothing)
+_deform_attn_grid_backward = _differentiable("deform_attn_grid_backward", _refuse, _save_nothing)
+ms_deform_attn = _differentiable("ms_deform_attn", _backward, _save_for_backward)
+deform_attn_grid = _differentiable("deform_attn_grid", _grid_backward, _grid_save_for_backward)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  (registers the operator)
+from . import _library
 from .reference import compute_dtype
 
 __all__ = ["deform_attn_grid", "flatten_spatial_shapes", "ms_deform_attn"]
@@ -29,9 +31,12 @@ def ms_deform_attn(
 
     Precision: locations and weights are used in float32 (float64 when `value` is), the sum is accumulated in the same,
     and the result has the dtype of `value`. Autocast changes nothing here: float16 or bfloat16 values stay what they
-    are. Gradients have the dtypes of the inputs; there is no second derivative. On CUDA the gradient of `value` is
-    added up with atomics, in an order that changes from run to run; with `torch.use_deterministic_algorithms(True)` it
-    is added up in 64-bit fixed point, which is slower and always the same.
+    are. Gradients have the dtypes of the inputs. On CUDA the gradient of `value` is added up with atomics, in an order
+    that changes from run to run; with `torch.use_deterministic_algorithms(True)` it is added up in 64-bit fixed point,
+    which is slower and always the same.
+
+    `torch.func.grad`, `vjp`, `jacrev` and `vmap` work. There is no second and no forward-mode derivative: an error, but
+    for `torch.func.jvp` inside torch.compile, where PyTorch takes tangents of custom operators for zero.
 
     Args:
         value: (B, S, M, D) float64, float32, float16 or bfloat16; S = sum of H * W, levels one after the other, each
@@ -47,11 +52,12 @@ def ms_deform_attn(
     Raises:
         TypeError: for an argument of the wrong kind or dtype.
         ValueError: for shapes that do not fit each other, or tensors on different devices.
+        NotImplementedError: for a derivative that there is not.
     """
     shapes = flatten_spatial_shapes(spatial_shapes)
     _check(value, shapes, sampling_locations, attention_weights)
     dtype = compute_dtype(value.dtype)
-    return torch.ops.piip.ms_deform_attn(value, shapes, sampling_locations.to(dtype), attention_weights.to(dtype))
+    return _library.ms_deform_attn(value, shapes, sampling_locations.to(dtype), attention_weights.to(dtype))
 
 
 def deform_attn_grid(
@@ -85,10 +91,11 @@ def deform_attn_grid(
         ValueError: for shapes that do not fit each other, or tensors on different devices.
     """
     shapes = flatten_spatial_shapes(value_shapes, "value_shapes")
+    num_points = _integer(num_points)
     query_height, query_width = _check_grid(value, shapes, query_shape, sampling, num_points)
     if value.dtype == torch.float64 or sampling.dtype == torch.float64:
         sampling = sampling.to(compute_dtype(value.dtype))
-    return torch.ops.piip.deform_attn_grid(value, shapes, [query_height, query_width], sampling, num_points)
+    return _library.deform_attn_grid(value, shapes, [query_height, query_width], sampling, num_points)
 
 
 def flatten_spatial_shapes(spatial_shapes: SpatialShapes, name: str = "spatial_shapes") -> list[int]:
@@ -113,6 +120,7 @@ def flatten_spatial_shapes(spatial_shapes: SpatialShapes, name: str = "spatial_s
             flat += [height, width]
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {spatial_shapes!r}; {expected}") from None
+    flat = [_integer(size) for size in flat]
     for size in flat:
         if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
             raise TypeError(f"{name} holds {size!r} of type {type(size).__name__}; {expected}")
@@ -121,6 +129,11 @@ def flatten_spatial_shapes(spatial_shapes: SpatialShapes, name: str = "spatial_s
     if not flat:
         raise ValueError(f"{name} is empty; {expected}")
     return flat
+
+
+def _integer(size: Any) -> Any:
+    """NumPy's integers as Python's, whose products do not overflow; anything else as it is."""
+    return int(size) if not isinstance(size, int) and isinstance(size, Integral) else size
 
 
 def _check(value: Tensor, shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> None:

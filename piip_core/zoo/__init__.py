@@ -1,6 +1,6 @@
-"""Published models by name: their configuration, how they were trained, and the numbers published for them.
+"""Published models by name: their configuration, the images they take, and the numbers published for them.
 
-This is the one place for facts about published models; Detectron2 configs and the tables of the READMEs read it.
+How they were trained stands in the Detectron2 configs, `projects/PIIP/configs`, which read the rest from here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import cascade, convnext, deit, dino, large, pretraining, segmentation
 from .classification import ENTRIES as _CLASSIFICATION_ENTRIES
 from .classification import ClassificationEntry, ClassificationNumbers
 from .deit import baseline, deit_pyramid, tsbl_as_released
-from .entry import DetectionEntry, PublishedNumbers, SegmentationEntry, ZooEntry
+from .entry import PublishedNumbers, ZooEntry
 from .multimodal import ENTRIES as _MULTIMODAL_ENTRIES
 from .multimodal import MultimodalEntry, MultimodalScores
 from .networks import VIT
@@ -23,11 +23,9 @@ __all__ = [
     "VIT",
     "ClassificationEntry",
     "ClassificationNumbers",
-    "DetectionEntry",
     "MultimodalEntry",
     "MultimodalScores",
     "PublishedNumbers",
-    "SegmentationEntry",
     "ZooEntry",
     "baseline",
     "classification",

@@ -10,10 +10,10 @@ import dataclasses
 from typing import Any
 
 from ..config import MergingConfig, PIIPConfig
-from . import convnext, deit
+from . import convnext, deit, large
 from .convnext import hybrid_pyramid
 from .deit import baseline, deit_pyramid
-from .entry import DetectionEntry, PublishedNumbers
+from .entry import PublishedNumbers, ZooEntry
 
 __all__ = ["ABLATIONS", "TABLES"]
 
@@ -28,15 +28,15 @@ TABLES = {
 """The paper's tables of ablations by number, with their subject."""
 
 
-_ROWS = {entry.name: entry for entry in (*deit.ENTRIES, *convnext.ENTRIES)}
+_ROWS = {entry.name: entry for entry in (*deit.ENTRIES, *convnext.ENTRIES, *large.ENTRIES)}
 _NUMBERS = ("box_ap", "mask_ap", "params_m", "flops_g")
 _Printed = tuple[float | None, ...]
 
 
 def _like(
-    row: str, name: str, table: str, title: str, config: PIIPConfig, printed: _Printed = (), **changes: Any
-) -> DetectionEntry:
-    """A setting trained like a published model.
+    row: str, name: str, table: str, title: str, config: PIIPConfig, printed: _Printed = (), note: str = ""
+) -> ZooEntry:
+    """A setting trained like a published model, whose Detectron2 config its `config_file` is.
 
     Args:
         row: Name of that model.
@@ -45,11 +45,11 @@ def _like(
         title: What distinguishes it within the table.
         config: The backbone.
         printed: Box AP, mask AP, millions of parameters and GFLOPs; what was not printed is None or left out.
-        changes: Other training facts, and the note.
+        note: What to know about the printed numbers.
     """
     numbers = PublishedNumbers(**dict(zip(_NUMBERS, printed, strict=False)))
-    facts = {"name": name, "table": table, "title": title, "config": config}
-    return dataclasses.replace(_ROWS[row], **facts, published=PublishedNumbers(), paper=numbers, **changes)
+    own = {"name": name, "table": table, "title": title, "config": config, "note": note}
+    return dataclasses.replace(_ROWS[row], **own, backbone=row, published=PublishedNumbers(), paper=numbers)
 
 
 def _interact(config: PIIPConfig, **changes: Any) -> PIIPConfig:
@@ -61,13 +61,13 @@ _SMALL_TSB = _ROWS["piip_tsb_1120_896_448"].config
 _SBL = _ROWS["piip_sbl_1568_896_672"].config
 
 
-def _pyramid(name: str, title: str, config: PIIPConfig, printed: _Printed = (), **changes: Any) -> DetectionEntry:
-    return _like("piip_tsb_1568_1120_672", f"design_{name}", "XIV", title, config, printed, **changes)
+def _pyramid(name: str, title: str, config: PIIPConfig, printed: _Printed = (), note: str = "") -> ZooEntry:
+    return _like("piip_tsb_1568_1120_672", f"design_{name}", "XIV", title, config, printed, note)
 
 
-def _single(name: str, title: str, size: str, printed: _Printed = (), **changes: Any) -> DetectionEntry:
-    row = f"vit_{size.lower()}_1024"
-    return _like(row, f"design_{name}", "XIV", title, _ROWS[row].config, printed, **changes)
+def _single(size: str, name: str, title: str, printed: _Printed = (), row: str = "", note: str = "") -> ZooEntry:
+    vit = f"vit_{size.lower()}_1024"
+    return _like(row or vit, f"design_{name}", "XIV", title, _ROWS[vit].config, printed, note)
 
 
 def _parameter_direct() -> PIIPConfig:
@@ -76,19 +76,18 @@ def _parameter_direct() -> PIIPConfig:
     return PIIPConfig(branches=(*baseline("B", 896).branches, *others))
 
 
-def _designs() -> list[DetectionEntry]:
+def _designs() -> list[ZooEntry]:
     bbb, bbb_wide = (deit_pyramid("BBB", sides, window_size=14) for sides in ((896, 448, 224), (896, 672, 224)))
     lll = deit_pyramid("LLL", (896, 448, 224), window_size=14)
-    # The multi-scale training of the published single-branch InternViT-6B
-    multi_scale = {"training_crop": 1024}
+    multi_scale = "internvit_6b_1024"  # the published single branch that is trained so
     windows = "windows of 14 for ViT-L too, found from the printed #FLOPs"
     direct = (
         "the windows of Branch 1 (every third block global, as in the single ViT-B) were found from the printed #FLOPs:"
         " windows of 14 everywhere cost 395G, of 28 441G"
     )
     return [
-        _single("b_1024", "B 1024", "B", (43.8, 39.9, 90, 463)),
-        _single("b_multi_scale", "B, multi-scale training", "B", (44.8, 41.0, 90, 463), **multi_scale),
+        _single("B", "b_1024", "B 1024", (43.8, 39.9, 90, 463)),
+        _single("B", "b_multi_scale", "B, multi-scale training", (44.8, 41.0, 90, 463), multi_scale),
         _pyramid(
             "bbb_896_448_224_separate",
             "BBB 896/448/224, no interactions",
@@ -116,8 +115,8 @@ def _designs() -> list[DetectionEntry]:
             note=direct,
         ),
         _pyramid("tsb_1568_1120_672", "TSB 1568/1120/672", _TSB, (46.6, 41.4, 149, 453)),
-        _single("l_1024", "L 1024", "L", (46.8, 42.5, 308, 1542)),
-        _single("l_multi_scale", "L, multi-scale training", "L", note="not in the paper", **multi_scale),
+        _single("L", "l_1024", "L 1024", (46.8, 42.5, 308, 1542)),
+        _single("L", "l_multi_scale", "L, multi-scale training", row=multi_scale, note="not in the paper"),
         _pyramid(
             "lll_896_448_224_separate",
             "LLL 896/448/224, no interactions",
@@ -135,7 +134,7 @@ def _designs() -> list[DetectionEntry]:
     ]
 
 
-def _resolutions() -> list[DetectionEntry]:
+def _resolutions() -> list[ZooEntry]:
     row = "piip_tsbl_1792_1568_1120_448"
     repeated = "#Param: the paper repeats the 308M of 1024; the position table of 1792 makes them 317M"
     vit_l = _ROWS["vit_l_1024"].config
@@ -161,14 +160,12 @@ def _resolutions() -> list[DetectionEntry]:
     ]
 
 
-def _small_tsb(
-    name: str, table: str, title: str, printed: _Printed, *, note: str = "", **interaction: Any
-) -> DetectionEntry:
+def _small_tsb(name: str, table: str, title: str, printed: _Printed, *, note: str = "", **interaction: Any) -> ZooEntry:
     config = _interact(_SMALL_TSB, **interaction)
     return _like("piip_tsb_1120_896_448", name, table, title, config, printed, note=note)
 
 
-def _interactions() -> list[DetectionEntry]:
+def _interactions() -> list[ZooEntry]:
     # box AP and GFLOPs; regular attention, then deformable
     printed = {
         1: ((41.1, 211), (41.9, 182)),
@@ -193,7 +190,7 @@ def _interactions() -> list[DetectionEntry]:
     ]
 
 
-def _directions() -> list[DetectionEntry]:
+def _directions() -> list[ZooEntry]:
     cycle = "#FLOPs: 230G is printed for both cycles; counted, this one costs 229.0G and the other 229.6G"
     settings = [
         ("alternating", "one direction, alternating", (43.5, 38.7, None, 210), ""),
@@ -208,7 +205,7 @@ def _directions() -> list[DetectionEntry]:
     ]
 
 
-def _out_branches() -> list[DetectionEntry]:
+def _out_branches() -> list[ZooEntry]:
     # box AP and mask AP; Branch 1 is B
     printed = {
         "B": (43.1, 37.0),
@@ -234,7 +231,7 @@ def _out_branches() -> list[DetectionEntry]:
     ]
 
 
-def _regular_fpn() -> DetectionEntry:
+def _regular_fpn() -> ZooEntry:
     return _like(
         "piip_vt_vs_cb_1024_672_448",
         "regular_fpn_tsb_1024_672_448",

@@ -6,10 +6,8 @@ multi-scale training is taken to be that of the released DINO and InternViT mode
 
 from __future__ import annotations
 
-from typing import Any
-
 from .deit import deit_pyramid
-from .entry import DetectionEntry, PublishedNumbers
+from .entry import PublishedNumbers, ZooEntry
 
 __all__ = ["ENTRIES"]
 
@@ -17,27 +15,24 @@ TABLE = "Cascade R-CNN"
 _IMAGE_SIZES = (1568, 1120, 672)
 
 
-def _row(sizes: str, paper: PublishedNumbers | None = None, **facts: Any) -> DetectionEntry:
+def _row(sizes: str, window_size: int, title: str, schedule: str, paper: PublishedNumbers | None = None) -> ZooEntry:
     backbone = "_".join(["piip", sizes.lower(), *map(str, _IMAGE_SIZES)])
-    schedule = "3x_ms" if facts else "1x"
-    return DetectionEntry(
+    return ZooEntry(
         name=f"{backbone}_cascade_{schedule}",
         backbone=backbone,
-        title=f"PIIP-{sizes}, {'3x + MS' if facts else '1x'}",
+        title=title,
         table=TABLE,
-        config=deit_pyramid(sizes, _IMAGE_SIZES, window_size=14 if sizes == "TSB" else 28),
+        config=deit_pyramid(sizes, _IMAGE_SIZES, window_size),
         paper=paper or PublishedNumbers(),
         note="The paper prints no image sizes for these models; those here are of the largest models of its Table I",
-        detector="cascade_mask_rcnn",
-        **facts,
+        head="cascade_mask_rcnn",
+        schedule=schedule,
     )
 
 
-_LONG: dict[str, Any] = {"training_crop": _IMAGE_SIZES[0], "epochs": 36, "lr_drops": (27, 33)}
-
 ENTRIES = (
-    _row("TSB"),
-    _row("SBL", PublishedNumbers(box_ap=53.6, mask_ap=46.3)),
-    _row("TSB", PublishedNumbers(box_ap=53.1, mask_ap=46.5), **_LONG),
-    _row("SBL", PublishedNumbers(box_ap=54.5, mask_ap=47.7), **_LONG),
+    _row("TSB", 14, "PIIP-TSB, 1x", "1x"),
+    _row("SBL", 28, "PIIP-SBL, 1x", "1x", PublishedNumbers(box_ap=53.6, mask_ap=46.3)),
+    _row("TSB", 14, "PIIP-TSB, 3x + MS", "3x_ms", PublishedNumbers(box_ap=53.1, mask_ap=46.5)),
+    _row("SBL", 28, "PIIP-SBL, 3x + MS", "3x_ms", PublishedNumbers(box_ap=54.5, mask_ap=47.7)),
 )

@@ -6,9 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..classifier_config import ClassifierConfig
-from ..config import BranchConfig, InteractionConfig, PIIPConfig
-from ..networks import ViTConfig
+from ..branches import ViTConfig
+from ..config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
 from .branches import with_own_grid
 from .networks import VIT
 
@@ -34,9 +33,7 @@ class ClassificationNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationEntry:
-    """One published classifier of ImageNet-1K's 1000 classes.
-
-    The learning rate rises linearly over `warmup_epochs` and then falls along a cosine.
+    """One published classifier of ImageNet-1K's 1000 classes. How it was trained stands in `config_file`.
 
     Args:
         name: Name in this project, for example `piip_tsb_368_192_128`.
@@ -47,16 +44,7 @@ class ClassificationEntry:
         published: Numbers of the table.
         checkpoint_url: The released file.
         note: What to know about the printed numbers.
-        from_scratch: Trained without pretrained weights.
-        epochs: Passes over the training images.
-        batch_size: Images per step, over all GPUs.
-        learning_rate: Of the branches, at `batch_size` images.
-        interaction_lr_ratio: Learning rate of all other parameters over that of the branches and their heads.
-        weight_decay: Of all parameters, or of all but biases and one-dimensional ones for training from scratch.
-        warmup_epochs: Length of the linear warmup.
-        warmup_lr: Where the warmup starts.
-        min_lr: Where the cosine ends.
-        ema_decay: Of the moving average of the weights, per step; None without.
+        schedule: Length of the training in epochs: "20ep".
     """
 
     pad_divisor: ClassVar[int] = 1
@@ -69,25 +57,11 @@ class ClassificationEntry:
     published: ClassificationNumbers
     checkpoint_url: str | None = None
     note: str = ""
-    from_scratch: bool = False
-    epochs: int = 20
-    batch_size: int = 1024
-    learning_rate: float = 3e-5
-    interaction_lr_ratio: float = 10.0
-    weight_decay: float = 0.1
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    ema_decay: float | None = 0.99996
+    schedule: str = "20ep"
 
     def __post_init__(self) -> None:
         if self.training_config is None:
             object.__setattr__(self, "training_config", self.config)
-
-    @property
-    def training_size(self) -> tuple[int, int]:
-        """Height and width of the training images."""
-        return self.image_size, self.image_size
 
     @property
     def image_size(self) -> int:
@@ -100,14 +74,9 @@ class ClassificationEntry:
         return "/".join(str(branch.image_size) for branch in reversed(self.config.pyramid.branches))
 
     @property
-    def config_name(self) -> str:
-        """Name of the Detectron2 config."""
-        return f"{self.name}_{self.epochs}ep"
-
-    @property
     def config_file(self) -> str:
         """Detectron2 config, relative to `projects/PIIP/configs`."""
-        return f"ImageNet/{self.config_name}.py"
+        return f"ImageNet/{self.name}_{self.schedule}.py"
 
 
 _NAMES = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
@@ -182,13 +151,7 @@ def _from_scratch_row() -> ClassificationEntry:
         published=ClassificationNumbers(top1=82.7, params_m=100, flops_g=18.4),
         note="In the paper only: the windows of Branch 3 were found from the printed cost, and what it does not say is "
         "as in DeiT III",
-        from_scratch=True,
-        epochs=300,
-        batch_size=2048,
-        learning_rate=3e-3,
-        interaction_lr_ratio=1.0,
-        weight_decay=0.05,
-        ema_decay=None,
+        schedule="300ep",
     )
 
 

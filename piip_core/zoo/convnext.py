@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
 from .branches import deit_branch
-from .entry import IMAGENET_MEAN, IMAGENET_STD, DetectionEntry, PublishedNumbers
+from .entry import IMAGENET_MEAN, IMAGENET_STD, PublishedNumbers, ZooEntry
 from .networks import CONVNEXT
 
 __all__ = ["DEEP_SEGMENTS", "ENTRIES", "hybrid_pyramid"]
@@ -53,27 +53,23 @@ def hybrid_pyramid(kinds: str) -> PIIPConfig:
     )
 
 
-def _hybrid_row(kinds: str, box_ap: float, mask_ap: float, flops_g: float) -> DetectionEntry:
+def _hybrid_row(kinds: str, box_ap: float, mask_ap: float, flops_g: float) -> ZooEntry:
     parts = [f"{kind}{size}" for kind, size in zip(kinds, _IMAGE_SIZES, strict=True)]
-    return DetectionEntry(
+    return ZooEntry(
         name="_".join(["piip", *(part.lower() for part in parts), *map(str, _IMAGE_SIZES.values())]),
         title=f"PIIP-{'-'.join(parts)}",
         table=TABLE,
         config=hybrid_pyramid(kinds),
         published=PublishedNumbers(box_ap=box_ap, mask_ap=mask_ap, flops_g=flops_g),
-        # Not the size of the last branch: the released configurations left their own image pipeline out
-        image_scale=(1333, 800),
         pad_divisor=32,
         pixel_mean=IMAGENET_MEAN,
         pixel_std=IMAGENET_STD,
-        layer_decay=0.8,
-        learning_rate=2e-4,
     )
 
 
-def _baseline_row() -> DetectionEntry:
+def _baseline_row() -> ZooEntry:
     branch = _convnext_branch("B", 1024, drop_path_rate=0.0, segments=False)
-    return DetectionEntry(
+    return ZooEntry(
         name="convnext_b_1024",
         title="ConvNeXt-B",
         table=TABLE,
@@ -84,7 +80,6 @@ def _baseline_row() -> DetectionEntry:
         ),
         published=PublishedNumbers(box_ap=42.4, mask_ap=38.7, flops_g=321),
         pad_divisor=64,
-        layer_decay=None,
     )
 
 

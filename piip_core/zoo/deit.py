@@ -7,7 +7,7 @@ import dataclasses
 from ..config import InteractionConfig, MergingConfig, PIIPConfig
 from ..errors import ConfigError
 from .branches import deit_branch
-from .entry import DetectionEntry, PublishedNumbers
+from .entry import PublishedNumbers, ZooEntry
 from .networks import VIT
 
 __all__ = ["ENTRIES", "baseline", "deit_pyramid", "tsbl_as_released"]
@@ -54,8 +54,8 @@ def tsbl_as_released(config: PIIPConfig) -> PIIPConfig:
     return dataclasses.replace(config, branches=(*rest, third, fourth))
 
 
-def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper: PublishedNumbers) -> DetectionEntry:
-    return DetectionEntry(
+def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper: PublishedNumbers) -> ZooEntry:
+    return ZooEntry(
         name=f"vit_{size.lower()}_{image_size}",
         title=f"ViT-{size}",
         table=TABLE,
@@ -63,21 +63,21 @@ def _baseline_row(size: str, image_size: int, published: PublishedNumbers, paper
         published=published,
         paper=paper,
         pad_divisor=64,
-        layer_decay=0.95,
     )
 
 
 def _pyramid_row(
     sizes: str,
     image_sizes: tuple[int, ...],
+    window_size: int,
     published: PublishedNumbers,
     paper: PublishedNumbers | None = None,
-) -> DetectionEntry:
-    return DetectionEntry(
+) -> ZooEntry:
+    return ZooEntry(
         name="_".join(["piip", sizes.lower(), *map(str, image_sizes)]),
         title=f"PIIP-{sizes}",
         table=TABLE,
-        config=deit_pyramid(sizes, image_sizes, window_size=14 if sizes == "TSB" else 28),
+        config=deit_pyramid(sizes, image_sizes, window_size),
         published=published,
         paper=paper or PublishedNumbers(),
     )
@@ -94,15 +94,15 @@ def _numbers(
 
 ENTRIES = (
     _baseline_row("B", 1024, _numbers(43.7, 39.7, 90, 463), _numbers(43.8, 39.9)),
-    _pyramid_row("TSB", (1120, 896, 448), _numbers(43.6, 38.7, 146, 243), _numbers(43.9, 38.6)),
-    _pyramid_row("TSB", (1568, 896, 448), _numbers(45.0, 40.3, 147, 287), _numbers(None, 40.2)),
-    _pyramid_row("TSB", (1568, 1120, 672), _numbers(46.5, 41.3, 149, 453), _numbers(46.6, 41.4)),
+    _pyramid_row("TSB", (1120, 896, 448), 14, _numbers(43.6, 38.7, 146, 243), _numbers(43.9, 38.6)),
+    _pyramid_row("TSB", (1568, 896, 448), 14, _numbers(45.0, 40.3, 147, 287), _numbers(None, 40.2)),
+    _pyramid_row("TSB", (1568, 1120, 672), 14, _numbers(46.5, 41.3, 149, 453), _numbers(46.6, 41.4)),
     _baseline_row("L", 1024, _numbers(46.7, 42.5, 308, 1542), _numbers(46.8)),
-    _pyramid_row("SBL", (1120, 672, 448), _numbers(46.5, 40.8, 493, 727), _numbers(46.7)),
-    _pyramid_row("SBL", (1344, 896, 448), _numbers(48.3, 42.7, 495, 1002), _numbers(48.2, 42.5)),
-    _pyramid_row("SBL", (1568, 896, 672), _numbers(49.3, 43.7, 497, 1464), _numbers(49.4)),
-    _pyramid_row("SBL", (1568, 1120, 672), _numbers(50.0, 44.4)),
-    _pyramid_row("TSBL", (1344, 896, 672, 448), _numbers(47.1, 41.9, 506, 755), _numbers(46.9, 41.6)),
-    _pyramid_row("TSBL", (1568, 1120, 672, 448), _numbers(48.2, 42.9, 507, 861), _numbers(None, 42.8)),
-    _pyramid_row("TSBL", (1792, 1568, 1120, 448), _numbers(49.4, 44.1, 512, 1535), _numbers(49.6, 44.2)),
+    _pyramid_row("SBL", (1120, 672, 448), 28, _numbers(46.5, 40.8, 493, 727), _numbers(46.7)),
+    _pyramid_row("SBL", (1344, 896, 448), 28, _numbers(48.3, 42.7, 495, 1002), _numbers(48.2, 42.5)),
+    _pyramid_row("SBL", (1568, 896, 672), 28, _numbers(49.3, 43.7, 497, 1464), _numbers(49.4)),
+    _pyramid_row("SBL", (1568, 1120, 672), 28, _numbers(50.0, 44.4)),
+    _pyramid_row("TSBL", (1344, 896, 672, 448), 28, _numbers(47.1, 41.9, 506, 755), _numbers(46.9, 41.6)),
+    _pyramid_row("TSBL", (1568, 1120, 672, 448), 28, _numbers(48.2, 42.9, 507, 861), _numbers(None, 42.8)),
+    _pyramid_row("TSBL", (1792, 1568, 1120, 448), 28, _numbers(49.4, 44.1, 512, 1535), _numbers(49.6, 44.2)),
 )

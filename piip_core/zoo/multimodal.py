@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..branches import ViTConfig
 from ..config import BranchConfig, InteractionConfig, PIIPConfig
-from ..networks import ViTConfig
 from .convnext import DEEP_SEGMENTS
 from .networks import CLIP, CLIP_336, CLIP_PATCH14_336, CONVNEXT
 

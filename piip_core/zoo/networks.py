@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from ..networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from ..branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 
 __all__ = [
     "AUGREG_384",
@@ -54,13 +54,11 @@ INTERNVIT = {
 }
 BEIT = {
     size: BEiTConfig(embed_dim=net.embed_dim, depth=net.depth, num_heads=net.num_heads, bias_window=28)
-    for size, net in VIT.items()
-    if size in "BL"
+    for size, net in ((size, VIT[size]) for size in ("B", "L"))
 }
 UNIPERCEIVER = {
     size: UniPerceiverConfig(embed_dim=net.embed_dim, depth=net.depth, num_heads=net.num_heads)
-    for size, net in VIT.items()
-    if size in "BL"
+    for size, net in ((size, VIT[size]) for size in ("B", "L"))
 }
 CONVNEXT: Mapping[str, ConvNeXtConfig] = {
     "T": ConvNeXtConfig(),
@@ -79,7 +77,7 @@ CLIP: Mapping[str, ViTConfig] = {
         class_token=True,
         class_position=True,
     )
-    for size in "BL"
+    for size in ("B", "L")
 }
 """Image encoder of OpenAI's CLIP for images of 224 pixels; L with its patches of 14 pixels resized to 16."""
 # For images of 336 pixels, with patches of 16 and of 14 pixels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import BranchConfig, PIIPConfig
 from .branches import LIGHT_INTERACTION, deit_branch, fused_mlp
-from .entry import DetectionEntry, PublishedNumbers
+from .entry import PublishedNumbers, ZooEntry
 from .networks import AUGREG_384, BEIT, DINOV2, MAE, UNIPERCEIVER
 
 __all__ = ["ENTRIES"]
@@ -62,10 +62,10 @@ def _deit3(size: str) -> BranchConfig:
     return deit_branch(size, _IMAGE_SIZES[size], _WINDOW)
 
 
-def _row(key: str, pretraining: str, makers: str, box_ap: float, mask_ap: float) -> DetectionEntry:
+def _row(key: str, pretraining: str, makers: str, box_ap: float, mask_ap: float) -> ZooEntry:
     """`makers` names the function for L, B and S, Branch 1 first."""
     branches = tuple(_MAKERS[maker](size) for maker, size in zip(makers.split(), "LBS", strict=True))
-    return DetectionEntry(
+    return ZooEntry(
         name=f"piip_sbl_{key}_1568_1120_672",
         title=f"PIIP-SBL, {pretraining}",
         table=TABLE,
@@ -84,11 +84,11 @@ _MAKERS = {
 }
 
 
-def _speedup_row() -> DetectionEntry:
+def _speedup_row() -> ZooEntry:
     """Released beside the AugReg model: lighter interactions, and MLPs that approximate GELU."""
     config = PIIPConfig(branches=tuple(map(fused_mlp, map(_augreg, "LBS"))), interaction=LIGHT_INTERACTION)
     name = "piip_sbl_augreg384_speedup_1568_1120_672"
-    return DetectionEntry(name=name, title="PIIP-SBL, AugReg (384), speed-up", table=TABLE, config=config)
+    return ZooEntry(name=name, title="PIIP-SBL, AugReg (384), speed-up", table=TABLE, config=config)
 
 
 ENTRIES = (

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from piip_core import archives
-from piip_core.archives import ArchiveError, unpack_images
-from piip_core.download import DownloadError, download
+from piip_core.archives import ArchiveError, DownloadError, download, unpack_images
+from piip_core.errors import SaveError
 
 FILES = {"train2017/1.jpg": b"one" * 900, "train2017/deep/2.jpg": b"two" * 700, "train2017/3.jpg": b""}
 
@@ -138,7 +138,7 @@ def test_interrupted_unpacking_leaves_whole_files_only(archive, tmp_path, monkey
 
     monkeypatch.setattr(shutil, "copyfileobj", failing)
     folder = tmp_path / "coco" / "train2017"
-    with pytest.raises(type(error)):
+    with pytest.raises((SaveError, KeyboardInterrupt)):
         unpack_images(archive, folder, progress=False)
     assert tree(folder.parent) == {".train2017.incomplete/1.jpg": b"one" * 900}
     assert unpack_images(archive, folder, progress=False).present == 1
@@ -238,3 +238,20 @@ def test_refused_download_is_named(server, tmp_path):
     with pytest.raises(DownloadError, match=r"/absent: the server answers 404"):
         download(f"{server.url}/absent", tmp_path / "a.zip")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mutated_archives_are_refused_by_name_or_unpacked_right(archive, tmp_path, mutated):
+    content, folder = archive.read_bytes(), tmp_path / "out" / "train2017"
+    refused = 0
+    for seed in range(300):
+        archive.write_bytes(mutated(content, seed))
+        try:
+            unpack_images(archive, folder, progress=False)
+        except ArchiveError as error:
+            assert str(archive) in str(error), seed
+            refused += 1
+        else:
+            assert set(tree(folder).values()) <= set(EXPECTED.values()), seed
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refused > 100
+    assert {path.name for path in tmp_path.iterdir()} == {archive.name}

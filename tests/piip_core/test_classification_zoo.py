@@ -52,11 +52,8 @@ def test_is_what_the_public_settings_build(name):
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_recipe_and_numbers_are_the_published_ones(name):
-    entry, train, printed = zoo.classification(name), SETTINGS[name]["train"], SETTINGS[name]["published"]
-    assert (entry.epochs, entry.batch_size, entry.learning_rate) == (train["epochs"], train["batch_size"], train["lr"])
-    assert entry.interaction_lr_ratio == train["interaction_lr_ratio"]
-    assert (entry.weight_decay, entry.ema_decay) == (train["weight_decay"], train["ema_decay"])
+def test_numbers_are_the_published_ones(name):
+    entry, printed = zoo.classification(name), SETTINGS[name]["published"]
     assert [entry.published.top1, entry.published.params_m, entry.published.flops_g] == list(printed.values())
     assert Path(entry.checkpoint_url).stem == Path(SETTINGS[name]["config_file"]).stem
 

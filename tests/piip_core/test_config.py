@@ -3,8 +3,7 @@ import json
 import pytest
 
 from piip_core import BranchConfig, ConfigError, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
-from piip_core.config import even_segments
-from piip_core.interaction_graph import UnitSpec
+from piip_core.config import UnitSpec, even_segments
 
 NETWORK = ViTConfig(embed_dim=32, depth=4, num_heads=4)
 

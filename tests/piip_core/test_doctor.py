@@ -25,8 +25,8 @@ def test_report_tells_the_state_of_this_environment():
 
 
 def test_missing_detectron2_comes_with_the_way_to_get_it(monkeypatch):
-    known = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "detectron2" else known(name))
+    known = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "detectron2" else known(name))
     report = doctor.collect()
     assert report["detectron2"]["found"] is False
     assert "--no-build-isolation -e '.[detection]'" in doctor.format_report(report)
@@ -34,7 +34,7 @@ def test_missing_detectron2_comes_with_the_way_to_get_it(monkeypatch):
 
 def test_too_new_setuptools_is_pointed_out(monkeypatch):
     versions = {"detectron2": "0.6", "setuptools": "82.0.1"}
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name))
+    monkeypatch.setattr(doctor, "installed_version", lambda name: versions.get(name))
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: importlib.metadata.PathDistribution.at("."))
     assert "setuptools below 81, found 82.0.1" in doctor._detectron2_facts()["hint"]
 
@@ -44,7 +44,7 @@ def versions(monkeypatch):
     """Versions that the doctor finds, for a test to change; the project asks for some transformers and deepspeed."""
     found = {name: "99.0" for packages in doctor.LLAVA_NEEDS.values() for name in packages}
     asked = ["torch>=2.10", 'transformers>=5.23; extra == "llava"', 'deepspeed>=0.19.8; extra == "llava"']
-    monkeypatch.setattr(doctor, "_version", lambda name: found.get(name))
+    monkeypatch.setattr(doctor, "installed_version", lambda name: found.get(name))
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
     return found
 

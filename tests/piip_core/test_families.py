@@ -4,12 +4,21 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
-from piip_core import PIIP, BranchConfig, ConfigError, InteractionConfig, PIIPConfig, ViTConfig
-from piip_core.branches import build_branch
+from piip_core import (
+    PIIP,
+    BranchConfig,
+    ConfigError,
+    DensePIIP,
+    InteractionConfig,
+    MergingConfig,
+    PIIPConfig,
+    ViTConfig,
+)
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, build_branch
 from piip_core.checkpoints.branch_names import BRANCH_CLASSES
 from piip_core.checkpoints.rules import RuleTable
-from piip_core.networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig
 
 FAMILIES = {
     "rmsnorm": ViTConfig(embed_dim=32, depth=2, num_heads=4, pos_grid=4, norm="rmsnorm", qk_norm=True, qkv_bias=False),
@@ -82,3 +91,27 @@ def test_families_mix_in_one_pyramid(randomize):
 def test_frozen_configurations_compare_by_value():
     assert dataclasses.replace(FAMILIES["convnext"], depths=[1, 2, 1, 1]) == FAMILIES["convnext"]
     assert hash(FAMILIES["beit"]) == hash(dataclasses.replace(FAMILIES["beit"]))
+
+
+@pytest.mark.parametrize("attention", ["deformable", "regular"])
+@pytest.mark.parametrize("families", [("rmsnorm", "beit"), ("uniperceiver", "tanh"), ("beit", "convnext")])
+def test_every_layer_is_called(families, attention):
+    """Hooks, parametrisations, adapters and replaced forward methods work: no weight is used without its module."""
+    windows = [4 if family == "beit" else None for family in families]
+    config = PIIPConfig(
+        branches=tuple(
+            BranchConfig(network=FAMILIES[family], image_size=size, window_size=window)
+            for family, size, window in zip(families, (64, 96), windows, strict=True)
+        ),
+        interaction=InteractionConfig(num_interactions=2, num_heads=4, attention=attention),
+        merging=MergingConfig(out_strides=(8, 16, 32), num_groups=4),
+    )
+    model, called = DensePIIP(config), set()
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.add(module))
+    try:
+        model(torch.randn(1, 3, 96, 96))
+    finally:
+        hook.remove()
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    assert [name for name, module in layers.items() if module not in called] == []

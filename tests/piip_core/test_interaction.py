@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from piip_core import ConfigError, InteractionConfig
+from piip_core.config import UnitSpec
 from piip_core.interaction import (
     ConvFFN,
     CrossAttention,
@@ -10,7 +11,6 @@ from piip_core.interaction import (
     Interaction,
     InteractionUnit,
 )
-from piip_core.interaction_graph import UnitSpec
 
 CONFIG = InteractionConfig(num_heads=4)
 

@@ -10,9 +10,9 @@ import timm
 import torch
 
 from piip_core import PIIP, ConfigError, InteractionConfig, PIIPConfig, zoo
+from piip_core.branches import ConvNeXtConfig, ViTConfig
 from piip_core.merging import TokenMerging
 from piip_core.meta import on_meta
-from piip_core.networks import ConvNeXtConfig, ViTConfig
 from piip_tools.flops import analyze_multimodal, multimodal_table, published_count
 
 SETTINGS = json.loads((Path(__file__).parents[1] / "data/multimodal_settings.json").read_text())

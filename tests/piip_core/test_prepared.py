@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from piip_core import DensePIIP, InteractionConfig, UserError, prepare_for_inference
-from piip_core.onednn import OneDNNLinear, use_onednn_linears
+from piip_core.prepared import OneDNNLinear, use_onednn_linears
 
 
 @pytest.mark.parametrize("attention", ["deformable", "regular"])
@@ -90,3 +90,29 @@ def test_onednn_linears(shape, bias):
         torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(model(x.flip(0)[..., ::1]), plain(x.flip(0)), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(model.double()(x.double()), plain.double()(x.double()))
+
+
+def replace_forward(linear):
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight, linear.bias)
+    return linear
+
+
+CHANGES = {
+    "adapter": lambda linear: nn.Sequential(linear),
+    "parametrisation": lambda linear: nn.utils.parametrizations.weight_norm(linear),
+    "replaced forward": replace_forward,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "path", ["interactions.0.units.1_2.into_low.attn.attention_weights", "branches.1.model.blocks.0.mlp.fc2"]
+)
+def test_refuses_linears_that_are_more_than_their_weights(tiny_model, path, change):
+    """Folding would leave out what an adapter adds, in silence. Nothing has changed after the error."""
+    pyramid, image = tiny_model.pyramid, torch.randn(1, 3, 96, 128)
+    pyramid.set_submodule(path, change(pyramid.get_submodule(path)))
+    expected = tiny_model(image)
+    with pytest.raises(UserError, match=rf"{path} is a .*: expected a plain linear\. Merge adapters"):
+        prepare_for_inference(tiny_model)
+    assert all(torch.equal(a, b) for a, b in zip(tiny_model(image), expected, strict=True))

@@ -1,6 +1,7 @@
 """What is used of other libraries and documented by none: each test names it, and fails when it is gone or changed."""
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -9,24 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from piip_core.branches.timm_model import positioned
-from piip_core.folding import is_bare, observer
+from piip_core.branches.timm_model import embed_positions
 from piip_core.integrations.timm.piip import remember_argument
 from piip_core.ops.reference import _grid_sample_backward
 from piip_core.visualization.attention import watch_attention
 from piip_tools.memory import AliveStorages
 from piip_tools.memory.dry_run import _fake_tensors
-
-
-def test_torch_module_forward_hooks():
-    """torch.nn.Module._forward_hooks and ._forward_pre_hooks, in piip_core/folding.py."""
-    for register in ("register_forward_hook", "register_forward_pre_hook"):
-        linear = nn.Linear(2, 2)
-        assert is_bare(linear)
-        getattr(linear, register)(observer(lambda *_: None))
-        assert is_bare(linear), f"the mark on a hook does not come back from torch.nn.Module: {register}"
-        getattr(linear, register)(lambda *_: None)
-        assert not is_bare(linear), f"torch.nn.Module's hooks are not found any more: {register}"
 
 
 def test_torch_fake_tensors():
@@ -73,7 +62,7 @@ def test_timm_pos_embed(name):
     )
     model.forward_features(image)
     hook.remove()
-    sequence, rotary = positioned(model, model.patch_embed(image))
+    sequence, rotary = embed_positions(model, model.patch_embed(image))
     assert torch.equal(model.norm_pre(sequence), seen["args"][0])
     assert (rotary is None) == (seen.get("rope") is None)
     assert rotary is None or torch.equal(rotary, seen["rope"])
@@ -124,7 +113,7 @@ def test_transformers_datasets_cache():
 
 
 def test_deepspeed_init_context():
-    """deepspeed.runtime.zero.partition_parameters, in piip_core/integrations/transformers/partitioning.py."""
+    """deepspeed.runtime.zero.partition_parameters, in piip_core/integrations/transformers/modeling.py."""
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero import partition_parameters
 
@@ -137,3 +126,12 @@ def test_deepspeed_compatible_operators():
     """deepspeed.ops.__compatible_ops__, in piip_core/deepspeed_start.py."""
     deepspeed = pytest.importorskip("deepspeed")
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+
+
+def test_deepspeed_writes_checkpoints_where_save_engine_expects_it():
+    """DeepSpeedEngine.checkpoint_engine and ._copy_recovery_script, in piip_core/deepspeed_start.py."""
+    engine = pytest.importorskip("deepspeed").DeepSpeedEngine
+    assert callable(getattr(engine, "_copy_recovery_script", None)), "DeepSpeedEngine._copy_recovery_script is gone"
+    assert {"tag", "save_latest"} <= inspect.signature(engine.save_checkpoint).parameters.keys()
+    source = inspect.getsource(engine)
+    assert "self.checkpoint_engine.save(" in source, "DeepSpeedEngine.checkpoint_engine does not write any more"

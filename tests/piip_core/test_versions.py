@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from piip_core import versions
+from piip_core import doctor
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,9 +31,9 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("package", versions.TESTED)
+@pytest.mark.parametrize("package", doctor.TESTED)
 def test_tested_range_starts_at_the_floor_and_holds_the_locked_version(package):
-    oldest, newest = map(Version, versions.TESTED[package])
+    oldest, newest = map(Version, doctor.TESTED[package])
     floors = [each for each in REQUIREMENTS if canonical(each.name) == canonical(package)]
     assert floors, package
     for requirement in floors:
@@ -67,29 +67,27 @@ def test_lock_has_every_dependency_of_the_tests():
 
 @pytest.fixture
 def transformers_version(monkeypatch):
-    found = {name: newest for name, (_, newest) in versions.TESTED.items()}
-    monkeypatch.setattr(versions, "installed_version", found.get)
+    found = {name: newest for name, (_, newest) in doctor.TESTED.items()}
+    monkeypatch.setattr(doctor, "installed_version", found.get)
     return lambda version: found.update(transformers=version)
 
 
 def test_newer_and_older_versions_are_named(transformers_version):
-    assert versions.untested() == []
+    assert doctor.untested() == []
     transformers_version("99.1.0")
-    (line,) = versions.untested()
+    (line,) = doctor.untested()
     assert line.startswith("transformers 99.1.0 is newer than anything this release was tested with")
     transformers_version("4.57.6")
-    (line,) = versions.untested()
+    (line,) = doctor.untested()
     assert line.startswith("transformers 4.57.6 is older than anything this release was tested with")
     transformers_version("unknown")
-    assert versions.untested()[0].startswith("transformers unknown has no version that compares")
-    transformers_version(versions.TESTED["transformers"][1] + "+local")
-    assert versions.untested() == []
+    assert doctor.untested()[0].startswith("transformers unknown has no version that compares")
+    transformers_version(doctor.TESTED["transformers"][1] + "+local")
+    assert doctor.untested() == []
 
 
 def test_importing_the_chat_model_says_it_once():
     pytest.importorskip("transformers")
-    code = (
-        "import piip_core.versions as v; v.TESTED = {'transformers': ('1.0', '5.0.0')}; import llava_piip, llava_piip"
-    )
+    code = "import piip_core.doctor as d; d.TESTED = {'transformers': ('1.0', '5.0.0')}; import llava_piip, llava_piip"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stderr.count("is newer than anything this release was tested with (up to 5.0.0)") == 1

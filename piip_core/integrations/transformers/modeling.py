@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.backbone_utils import BackboneMixin
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
 from transformers.utils import can_return_tuple
 
@@ -18,11 +20,18 @@ from ...classifier import PIIPClassifier, head_inputs
 from ...errors import UserError
 from ...pyramid import PIIP, DensePIIP, dense_maps
 from .configuration import PIIPTransformersConfig
-from .partitioning import make_whole
 
-__all__ = ["PIIPBackbone", "PIIPForImageClassification", "PIIPModel", "PIIPModelOutput", "PIIPPreTrainedModel"]
+__all__ = [
+    "PIIPBackbone",
+    "PIIPForImageClassification",
+    "PIIPModel",
+    "PIIPModelOutput",
+    "PIIPPreTrainedModel",
+    "build_then_partition",
+]
 
 Maps = tuple[Tensor, ...]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
@@ -33,7 +42,7 @@ class PIIPModelOutput(ModelOutput):
         feature_maps: Final map of every branch, (B, C_i, H_i, W_i), Branch 1 first.
         pooler_output: What the classifier reads, (B, width): the pooled and normalised features of all branches side by
             side for separate heads, of the merged map for a merged one.
-        hidden_states: With `output_hidden_states`: the maps of all branches behind each interaction and at the end.
+        hidden_states: With `output_hidden_states`: the maps of all branches after each interaction and at the end.
     """
 
     feature_maps: Maps | None = None
@@ -118,7 +127,7 @@ class _WithHead(PIIPPreTrainedModel):
         config = self.config.classifier
         if num_classes is not None:
             config = replace(config, num_classes=num_classes)
-        model = make_whole(lambda: PIIPClassifier(config))
+        model = build_then_partition(lambda: PIIPClassifier(config))
         self.pyramid, self.head = model.pyramid, model.head
         self.classifier_config = config
         self.post_init()
@@ -200,7 +209,7 @@ class PIIPBackbone(BackboneMixin, PIIPPreTrainedModel):
 
     def __init__(self, config: PIIPTransformersConfig) -> None:
         super().__init__(config)
-        model = make_whole(lambda: DensePIIP(config.dense))
+        model = build_then_partition(lambda: DensePIIP(config.dense))
         self.pyramid, self.merging, self.feature_pyramid = model.pyramid, model.merging, model.feature_pyramid
         self.num_features = list(model.out_dims)
         self.post_init()
@@ -225,3 +234,29 @@ class PIIPBackbone(BackboneMixin, PIIPPreTrainedModel):
 
 def _maps(states: list[BranchState]) -> Maps:
     return tuple(state.tokens.permute(0, 3, 1, 2) for state in states)
+
+
+def build_then_partition(build: Callable[[], Module]) -> Module:
+    """Builds a module whose construction writes into its own parameters.
+
+    While transformers loads a model under ZeRO-3, every parameter is cut up and handed out to the processes as soon as
+    the layer that owns it is made; whoever starts its weights later finds nothing there. What is built here is cut up
+    when it is ready.
+
+    Whether a model is being loaded, and how to stop the cutting meanwhile, only a module inside DeepSpeed says. Seen
+    working with DeepSpeed 0.19.8.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return build()
+    import deepspeed
+    from deepspeed.runtime.zero import partition_parameters as zero
+
+    if zero.top_level_context is None:  # not while a model is loaded: stays whole
+        return build()
+    zero.shutdown_init_context()
+    try:
+        module = build()
+    finally:
+        zero.restore_init_context()
+    deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config())
+    return module

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from piip.data import Category, DatasetError
 from piip_core.checkpoints import find_pyramid, load_pyramid, pyramid_prefix, read_checkpoint
-from piip_core.checkpoints.files import load_torch_file
-from piip_core.checkpoints.single import listed
+from piip_core.checkpoints.single import listed, load_torch_file
 from piip_core.errors import CheckpointError
 from piip_core.files import write_atomically
 
@@ -87,7 +86,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.strict = strict
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes `<save_dir>/<name>.pth` and then points `last_checkpoint` to it; each appears whole or not at all."""
+        """Writes `<save_dir>/<name>.pth` and then points `last_checkpoint` to it; each appears whole or not at all.
+
+        Raises:
+            SaveError: If the system refuses to write; what was there before stays.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}

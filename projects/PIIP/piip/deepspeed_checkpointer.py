@@ -12,8 +12,9 @@ from detectron2.utils import comm
 
 from piip.checkpointer import RUN_STATE, CategoryTable, read_categories
 from piip_core.checkpoints import read_checkpoint, write_checkpoint
-from piip_core.checkpoints.files import load_torch_file
-from piip_core.errors import CheckpointError
+from piip_core.checkpoints.single import load_torch_file
+from piip_core.deepspeed_start import save_engine
+from piip_core.errors import CheckpointError, SaveError
 from piip_core.files import write_atomically
 from piip_core.training_checkpoints import OutputFolderError, RunFolder
 
@@ -97,18 +98,17 @@ class DeepSpeedCheckpointer:
         Raises:
             SaveError: If it cannot be written.
         """
-        name = f"{self.run.PREFIX}{iterations}"
-        with self.run.staging(name) as folder:
-            self.engine.save_checkpoint(str(folder), tag=_TAG)
-            if comm.is_main_process():
-                with write_atomically(folder / RUN_STATE) as file:
-                    torch.save(self._state(), file)
-        comm.synchronize()  # a folder is whole when the last process has written its share
+        folder = self.run.save(f"{self.run.PREFIX}{iterations}", self._write, main=comm.is_main_process())
         if comm.is_main_process():
-            self.run.publish(name)
             self.run.keep_last(max_to_keep)
         comm.synchronize()
-        return self.run.path / name
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        save_engine(self.engine, folder, _TAG)
+        if comm.is_main_process():
+            with write_atomically(folder / RUN_STATE) as file:
+                torch.save(self._state(), file)
 
     def load(self, folder: Path) -> None:
         """Goes on from a complete checkpoint.
@@ -131,11 +131,20 @@ class DeepSpeedCheckpointer:
 
         Returns:
             What to load: the file, or its index.
+
+        Raises:
+            SaveError: On all processes, if it cannot be written.
         """
         path = self.run.path / _FINAL
         if comm.is_main_process():
-            path = export_checkpoint(checkpoint, path)
-        return comm.all_gather(path)[0]
+            try:
+                path = export_checkpoint(checkpoint, path)
+            except SaveError as error:
+                path = error
+        path = comm.all_gather(path)[0]
+        if isinstance(path, SaveError):
+            raise path
+        return path
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from torch import distributed, nn
 
 from piip.trainer import timed_batches
 from piip_core.deepspeed_start import LIVE_PARAMETERS, import_deepspeed
-from piip_core.errors import ConfigError
+from piip_core.errors import ConfigError, UserError
+from piip_core.files import read_json
 
 __all__ = ["DeepSpeedTrainer", "build_engine", "deepspeed_config", "evaluation_model", "zero_stage"]
 
@@ -86,13 +86,9 @@ def deepspeed_config(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
 
 def _read(path: str) -> Mapping[str, Any]:
     try:
-        with open(path) as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"train.deepspeed.config={path}: cannot be read ({error}); expected a JSON file") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"train.deepspeed.config={path}: expected a JSON object with settings of DeepSpeed")
-    return content
+        return read_json(path)
+    except UserError as error:
+        raise ConfigError(f"train.deepspeed.config={error} with settings of DeepSpeed") from None
 
 
 def _merged(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,13 +24,15 @@ from piip_core.errors import ConfigError
 __all__ = [
     "check_device",
     "follow_annotations",
+    "data_kind",
     "has_test_set",
-    "is_folder_of_classes",
     "load_config",
     "skip_pretrained",
 ]
 
 logger = logging.getLogger(__name__)
+
+_KINDS = {"coco": "annotations", "label_maps": "labels", "class_folders": "images"}  # and what a test set of each has
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -113,22 +115,25 @@ def check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def has_test_set(cfg: DictConfig) -> bool:
-    """Whether there is something to evaluate on.
+def data_kind(cfg: DictConfig) -> str | None:
+    """What the data are, as `data.kind` says: "coco", "label_maps" or "class_folders"; None for data of others.
 
-    That is, neither data.test.annotations nor data.test.labels is null; for folders of classes, not data.test.images,
-    or data.test.share is not 0.
+    Raises:
+        ConfigError: If it is anything else.
     """
-    test = cfg.get("data", {}).get("test", {})
-    if is_folder_of_classes(cfg):
-        return test.images is not None or bool(test.get("share"))
-    return all(test.get(key, "") is not None for key in ("annotations", "labels"))
+    kind = cfg.get("data", {}).get("kind")
+    if kind not in (None, *_KINDS):
+        raise ConfigError(f"data.kind={kind}: expected one of {', '.join(_KINDS)}")
+    return kind
 
 
-def is_folder_of_classes(cfg: DictConfig) -> bool:
-    """Whether the data are images in one sub-folder per class, for a classifier."""
-    test = cfg.get("data", {}).get("test", {})
-    return "images" in test and "annotations" not in test and "labels" not in test
+def has_test_set(cfg: DictConfig) -> bool:
+    """Whether there is something to evaluate on: data of others, or a test set that is not null.
+
+    For folders of classes, a `data.test.share` that is not 0 will do.
+    """
+    kind, test = data_kind(cfg), cfg.get("data", {}).get("test", {})
+    return kind is None or test.get(_KINDS[kind]) is not None or bool(test.get("share"))
 
 
 def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ...]:
@@ -137,22 +142,23 @@ def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ..
     For folders of classes, also `data.train.num_images`, which the length of the training follows.
 
     Args:
-        cfg: Configuration; one without `data.num_classes` is left alone.
+        cfg: Configuration; one without `data.kind` is left alone.
         training: Whether the training set is used, or the test set only.
 
     Returns:
-        The classes, or nothing for a configuration without `data.num_classes`.
+        The classes, or nothing for a configuration without `data.kind`.
 
     Raises:
         DatasetError: If a file cannot be used, or training and test set have different classes.
     """
-    if "num_classes" not in cfg.get("data", {}):
+    kind = data_kind(cfg)
+    if kind is None:
         return ()
-    if "classes" in cfg.data:  # label maps
+    if kind == "label_maps":
         classes = label_classes(cfg.data.classes, cfg.data.get("reduce_zero_label"))
         logger.info("Values in the label maps: %s", classes.meaning)
         source, categories = str(cfg.data.classes), classes.categories
-    elif is_folder_of_classes(cfg):
+    elif kind == "class_folders":
         source, categories = _folder_categories(cfg, training)
     else:
         source, categories = _annotated_categories(cfg, training)

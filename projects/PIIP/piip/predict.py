@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from piip.checkpointer import AtomicCheckpointer, read_categories
 from piip.data import Category, coco_categories
 from piip.data.segmentation import label_classes
-from piip.lazy_config import check_device, is_folder_of_classes, skip_pretrained
+from piip.lazy_config import check_device, data_kind, skip_pretrained
 from piip.modeling.classifier import ImageClassifier
 from piip.published import follow_published
 from piip_core import prepare_for_inference
@@ -71,7 +71,7 @@ class Predictor:
         self.device = check_device(device or cfg.train.device)
         follow_published(cfg, weights)
         self.categories = find_categories(cfg, weights, class_names)
-        if self.categories and "num_classes" in cfg.get("data", {}):
+        if self.categories and data_kind(cfg) is not None:
             cfg.data.num_classes = len(self.categories)
         skip_pretrained(cfg)
         self.model = instantiate(cfg.model).to(self.device).eval()
@@ -219,17 +219,17 @@ def find_categories(cfg: DictConfig, weights: str, class_names: Sequence[str] | 
     Returns:
         The classes, or nothing if they cannot be known.
     """
-    data = cfg.get("data", {})
-    if is_folder_of_classes(cfg):
+    kind, data = data_kind(cfg), cfg.get("data", {})
+    if kind == "class_folders":
         return _image_classes(data.get("num_classes"), weights, class_names)
-    if class_names and "classes" in data:
+    if class_names and kind == "label_maps":
         return label_classes(list(class_names), data.get("reduce_zero_label")).categories
     if class_names:
         return tuple(Category(index, name) for index, name in enumerate(class_names, start=1))
     categories = read_categories(weights)
     if categories:
         return categories
-    if "classes" in data:  # label maps
+    if kind == "label_maps":
         return label_classes(data.classes, data.get("reduce_zero_label")).categories
     for part in ("test", "train"):
         path = data.get(part, {}).get("annotations")

@@ -8,8 +8,9 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 
 from piip.lazy import lazy_dataclass
+from piip.lazy_config import data_kind
 from piip_core.checkpoints import PublishedNames, read_checkpoint
-from piip_core.classifier_config import ClassifierConfig
+from piip_core.config import ClassifierConfig
 from piip_core.errors import ConfigError
 
 __all__ = ["follow_published"]
@@ -26,7 +27,7 @@ def follow_published(cfg: DictConfig, weights: str) -> None:
         CheckpointError: If the file cannot be read.
         ConfigError: If it is a classifier with other image sizes than that of `cfg`.
     """
-    if "config" not in cfg.model or not os.path.exists(weights):
+    if data_kind(cfg) != "class_folders" or "config" not in cfg.model or not os.path.exists(weights):
         return
     given, held = instantiate(cfg.model.config), _described(weights)
     if not isinstance(given, ClassifierConfig) or held is None:

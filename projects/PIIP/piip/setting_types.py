@@ -47,6 +47,7 @@ _SETTINGS: dict[str, Any] = {
         },
     },
     "data": {
+        "kind": str,
         "train": {
             "annotations": str,
             "images": str,

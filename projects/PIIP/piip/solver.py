@@ -10,7 +10,7 @@ from torch import nn
 
 from piip_core import PIIP
 from piip_core.merging import ClassificationHeads
-from piip_core.parameter_layers import ParameterLayers
+from piip_core.pyramid import ParameterLayers
 
 __all__ = ["CosineToMinimum", "WarmupFactor", "classifier_params", "layer_decay_params"]
 

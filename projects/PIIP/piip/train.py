@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_mo
 from piip.ema import WeightAverage, average_settings
 from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
 from piip.published import follow_published
-from piip.trainer import ClipNorm, MixedPrecisionTrainer, StepSeed, TerminalProgress
+from piip.trainer import ClipNorm, MixedPrecisionTrainer, Saves, StepSeed, TerminalProgress, UnhinderedWriter
 from piip_core.errors import ConfigError
-from piip_core.training_checkpoints import OutputFolderError
+from piip_core.files import explain_write_errors
+from piip_core.training_checkpoints import OutputFolderError, lock_run
 
 __all__ = ["build_evaluation", "do_train", "evaluate_only", "main"]
 
@@ -52,17 +54,24 @@ def main(args: argparse.Namespace) -> None:
         ConfigError: If the configuration cannot be meant.
         DatasetError: If a data set cannot be used.
         CheckpointError: If a checkpoint is missing, broken or of another model.
+        OutputFolderError: If another training writes to the output folder, or it cannot be written.
+        SaveError: If the result could not be written; what was before it stays.
     """
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg.train.device)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="piip")
-    categories = follow_annotations(cfg, training=not args.eval_only)
-    default_setup(cfg, args)  # after the line above: it saves the configuration
-    logger.info("Running on %s, %d process(es)", cfg.train.device, comm.get_world_size())
-    if args.eval_only:
-        evaluate_only(cfg, categories, resume=args.resume)
-    else:
-        do_train(cfg, categories, resume=args.resume)
+    output_dir = cfg.train.output_dir
+    with ExitStack() as stack:
+        if not args.eval_only:
+            stack.enter_context(lock_run(output_dir, "give another train.output_dir"))
+        stack.enter_context(explain_write_errors(output_dir, full_disk_only=True))
+        setup_logger(output_dir, distributed_rank=comm.get_rank(), name="piip")
+        categories = follow_annotations(cfg, training=not args.eval_only)
+        default_setup(cfg, args)  # after the line above: it saves the configuration
+        logger.info("Running on %s, %d process(es)", cfg.train.device, comm.get_world_size())
+        if args.eval_only:
+            evaluate_only(cfg, categories, resume=args.resume)
+        else:
+            do_train(cfg, categories, resume=args.resume)
 
 
 def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] | None:
@@ -142,6 +151,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     """
     seed, averaging = StepSeed(cfg.train.get("seed", -1)), average_settings(cfg)
     evaluate = build_evaluation(cfg)
+    loader = instantiate(cfg.dataloader.train)  # before the model, whose weights may take minutes
     zero = zero_stage(cfg) > 0
     last = prepare_output(cfg.train.output_dir, resume=resume) if zero else _earlier_checkpoint(cfg, resume)
     if cfg.train.init_checkpoint or (resume and last):
@@ -151,7 +161,6 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    loader = instantiate(cfg.dataloader.train)
     table = CategoryTable(categories) if categories else None
     average = None
     if averaging:
@@ -159,7 +168,8 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
         average = WeightAverage(model, cfg.train.output_dir, description, **averaging)
     run = (_under_deepspeed if zero else _under_ddp)(cfg, model, optimizer, loader, table, last, resume)
     whole = (lambda: _evaluate_all(evaluate, run.whole_model(), average)) if evaluate else None
-    run.trainer.register_hooks(_build_hooks(cfg, seed, average, run.save, whole))
+    saves = Saves(run.save)
+    run.trainer.register_hooks(_build_hooks(cfg, seed, average, saves, whole))
 
     run.load()
     if average:
@@ -176,6 +186,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
             whole()
         return
     run.trainer.train(start, cfg.train.max_iter)
+    saves.check()  # not within the loop, which would log a traceback
 
 
 def _evaluate_all(
@@ -221,7 +232,7 @@ class _Run:
     """What differs with and without DeepSpeed."""
 
     trainer: SimpleTrainer
-    save: HookBase | None
+    save: HookBase
     load: Callable[[], Any]  # the weights to start from, or everything to go on
     whole_model: Callable[[], nn.Module]  # to evaluate
     finish: Callable[[], Any] = lambda: None  # what a run that was killed at its very end may lack
@@ -244,7 +255,7 @@ def _under_ddp(
     checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer, **tables)
     return _Run(
         trainer,
-        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if comm.is_main_process() else None,
+        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if comm.is_main_process() else HookBase(),
         lambda: checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume),
         lambda: model,
     )
@@ -289,7 +300,7 @@ def _build_hooks(
     cfg: DictConfig,
     seed: StepSeed,
     average: WeightAverage | None,
-    save: HookBase | None,
+    saves: Saves,
     evaluate: Callable[[], dict[str, Any]] | None,
 ) -> list[Any]:
     main_process = comm.is_main_process()
@@ -304,10 +315,10 @@ def _build_hooks(
         ClipNorm(clip_norm) if clip_norm and not zero_stage(cfg) else None,  # DeepSpeed does it itself
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         average,  # before it is saved
-        save,
+        saves,
         hooks.EvalHook(cfg.train.eval_period, evaluate) if evaluate else None,
         TerminalProgress(max_iter, period) if main_process else None,
-        hooks.PeriodicWriter(files, period=period) if main_process else None,
+        hooks.PeriodicWriter([UnhinderedWriter(file) for file in files], period=period) if main_process else None,
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -11,11 +12,22 @@ import numpy as np
 import torch
 from detectron2.engine import AMPTrainer, HookBase
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 
 from piip.data.loader import derive_seed
+from piip_core.training_checkpoints import FailedSaves, SaveError
 
-__all__ = ["ClipNorm", "MixedPrecisionTrainer", "StepSeed", "TerminalProgress", "timed_batches"]
+__all__ = [
+    "ClipNorm",
+    "MixedPrecisionTrainer",
+    "Saves",
+    "StepSeed",
+    "TerminalProgress",
+    "UnhinderedWriter",
+    "timed_batches",
+]
+
+logger = logging.getLogger(__name__)
 
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,6 +96,63 @@ class ClipNorm(HookBase):
             scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, self.limit)
+
+
+class Saves(HookBase):
+    """Runs a hook that saves, at whose failures the training goes on; `check` at the end says whether the last failed.
+
+    Args:
+        saves (HookBase): raises `SaveError` in `after_step` on all processes on which it runs, or on none.
+    """
+
+    def __init__(self, saves: HookBase) -> None:
+        self.saves, self._failed, self._last = saves, FailedSaves(logger), None
+
+    def before_train(self) -> None:
+        self.saves.trainer = self.trainer
+        self.saves.before_train()
+
+    def after_step(self) -> None:
+        try:
+            self.saves.after_step()
+        except SaveError as error:
+            self._failed.add(error)
+            self._last = error if self.trainer.iter + 1 == self.trainer.max_iter else None
+
+    def check(self) -> None:
+        """Says what was not written.
+
+        Raises:
+            SaveError: If that goes for what the last iteration should have saved.
+        """
+        self._failed.report()
+        if self._last:
+            raise self._last
+
+
+class UnhinderedWriter(EventWriter):
+    """A writer of metrics at whose failures, of a full disk say, the training goes on.
+
+    Args:
+        writer (EventWriter): what cannot be written is kept by its buffers, where it has some.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer, self._failed = writer, 0
+
+    def write(self) -> None:
+        try:
+            self._writer.write()
+        except OSError as error:
+            self._failed += 1
+            if self._failed == 1:
+                logger.error("Metrics could not be written (%s): training goes on without", error)
+
+    def close(self) -> None:
+        try:
+            self._writer.close()
+        except OSError as error:
+            logger.error("Metrics could not be written (%s)", error)
 
 
 class StepSeed(HookBase):

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piip_core.branches import build_branch
+from piip_core.branches import ViTConfig, build_branch
 from piip_core.checkpoints import convert_pretrained
 from piip_core.checkpoints.branch_names import BRANCH_CLASSES, branch_class_of
 from piip_core.checkpoints.public_branches import num_blocks
 from piip_core.checkpoints.rules import PARTS, Change, RuleTable
 from piip_core.config import BranchConfig
 from piip_core.errors import NotSupportedYet
-from piip_core.networks import ViTConfig
 
 from .check import Check
 from .golden import GoldenCase

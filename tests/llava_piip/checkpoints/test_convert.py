@@ -23,7 +23,7 @@ from llava_piip.configuration import PIIPLlavaConfig, PIIPVisionConfig
 from piip_core import zoo
 from piip_core.checkpoints import read_checkpoint
 from piip_core.checkpoints.lazy import LazyState, LazyTensor
-from piip_core.errors import CheckpointError, UserError
+from piip_core.errors import CheckpointError, SaveError, UserError
 
 DATA = Path(__file__).parents[2] / "data"
 PUBLISHED = DATA / "goldens" / "llava_full_clip_bl_ckpt"
@@ -154,7 +154,7 @@ def test_failure_while_writing_leaves_nothing(convert, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("llava_piip.checkpoints.convert.write_checkpoint", full)
-    with pytest.raises(OSError):
+    with pytest.raises(SaveError, match=r"ours: could not be written .*free some space"):
         convert(PUBLISHED)
     assert not list(tmp_path.iterdir())
 

@@ -21,6 +21,7 @@ from llava_piip.train.checkpointing import (
     prepare_output,
     run_folder,
 )
+from llava_piip.train.train import main
 
 # What a program can be interrupted at: everything Python does to files is announced to audit hooks under these names
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
@@ -90,7 +91,12 @@ def next_save(run, monkeypatch, tmp_path):
     def restore():
         os.system(f"rm -rf {output} && cp -r {backup} {output}")
 
-    yield output, lambda: trainer._save_checkpoint(trainer.model, None), restore
+    def save():
+        trainer._save_checkpoint(trainer.model, None)
+        for message in trainer.failed_saves.messages:
+            raise SaveError(message)
+
+    yield output, save, restore
     restore()
 
 
@@ -158,6 +164,7 @@ def test_a_disk_that_fills_at_any_step_ends_in_one_clear_error(next_save):
         assert re.search(r"checkpoint-6: could not be written .*No space left", message)
         assert f"The last complete checkpoint is {output / 'checkpoint-4'}" in message and "--resume true" in message
         assert [path.name for path in run_folder(output).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
+        assert not (output / RunFolder.STAGING).exists()
         restore()
 
 
@@ -177,6 +184,43 @@ def test_the_systems_own_refusal_to_write_more_is_reported(next_save, limit):
     assert in_child(limited) == FAILED
     assert "checkpoint-6: could not be written" in Path(os.environ["MESSAGE"]).read_text()
     assert [path.name for path in run_folder(output).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "status", "left"),
+    [
+        ("checkpoint-2", 0, [".lock", "checkpoint-4", "final"]),
+        ("final", 2, [".lock", "checkpoint-2", "checkpoint-4"]),
+    ],
+)
+def test_a_full_disk_stops_a_training_at_its_end_alone(
+    failing, status, left, files, tmp_path, monkeypatch, capfd, caplog
+):
+    publish = RunFolder.publish
+
+    def full(run, name):
+        if name == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(run, name)
+
+    monkeypatch.setattr(RunFolder, "publish", full)
+    assert main(files.command(tmp_path / "run", "--max_steps", "4", "--save_steps", "2")) == status
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == left
+    printed = capfd.readouterr().err
+    expected = rf"{failing}: could not be written \(No space left on device; .*free some space"
+    if status:
+        assert re.search(rf"^error: .*/{expected}", printed.splitlines()[-1]) and "Traceback" not in printed
+    else:
+        assert re.search(rf"{expected}.*Training goes on \(1 failed so far\)", caplog.text)
+        assert re.search(rf"1 saves failed during the training; the last: .*{expected}", caplog.text)
+
+
+def test_a_second_training_in_a_folder_is_refused(files, held_folder, capfd):
+    assert main(files.command(held_folder[0])) == 2
+    assert re.search(
+        r"error: .*held: process \d+ on .* is writing to it: .*another --output_dir", capfd.readouterr().err
+    )
+    assert [path.name for path in held_folder[0].iterdir()] == [".lock"]
 
 
 def make(run: Path, *steps: int, complete=True):
@@ -230,3 +274,10 @@ def test_zero_checkpoints_of_another_number_of_processes_are_refused(tmp_path):
     check_same_processes(tmp_path / "checkpoint-5", 8)
     with pytest.raises(OutputFolderError, match="is of a run with 8 processes, this one has 4"):
         check_same_processes(tmp_path / "checkpoint-5", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_killed_at_eight_points_of_a_save_under_deepspeed_a_run_goes_on_bit_by_bit(stage, files, kill_saves):
+    arguments = files.command(Path("run"), "--deepspeed", stage, "--max_steps", "6", "--save_steps", "2")
+    kill_saves(program="chat", arguments=arguments)

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 
 from piip_core import BranchConfig
-from piip_core.branches import build_branch
+from piip_core.branches import BEiTConfig, build_branch
 from piip_core.branches.beit import RelativeBiasAttention
 from piip_core.errors import ConfigError
-from piip_core.networks import BEiTConfig
 
 NETWORK = BEiTConfig(embed_dim=32, depth=2, num_heads=4, layer_scale=1.0, bias_window=4)
 SIDE = NETWORK.bias_window
 
 
-def branch_of(window_size=None, **options):
+def branch_of(window_size=None, window_padding="before_qkv", **options):
     network = dataclasses.replace(NETWORK, **options)
-    return build_branch(BranchConfig(network=network, image_size=64, window_size=window_size))
+    config = BranchConfig(network=network, image_size=64, window_size=window_size, window_padding=window_padding)
+    return build_branch(config)
 
 
 def run_all(branch, image):
@@ -92,6 +92,8 @@ def test_without_biases_of_queries_and_values(randomize):
 def test_windows_other_than_the_tables_are_an_error():
     with pytest.raises(ConfigError, match=r"window_size=3.*bias_window=4"):
         branch_of(window_size=3)
+    with pytest.raises(ConfigError, match=r"window_padding='after_qkv'"):
+        branch_of(window_size=4, window_padding="after_qkv")
 
 
 def test_global_blocks_need_images_of_the_tables_size():

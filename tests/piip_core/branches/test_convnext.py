@@ -5,9 +5,8 @@ import torch
 from timm.models.convnext import ConvNeXt
 
 from piip_core import BranchConfig
-from piip_core.branches import build_branch
+from piip_core.branches import ConvNeXtConfig, build_branch
 from piip_core.checkpoints import convert_pretrained
-from piip_core.networks import ConvNeXtConfig
 
 NETWORK = ConvNeXtConfig(depths=(1, 2, 3, 1), stage_dims=(8, 16, 24, 32), layer_scale=1.0)
 SIZES = [(64, 64), (96, 70)]

@@ -1,14 +1,25 @@
 """What every branch promises, whatever network is inside."""
 
 import dataclasses
+import json
+from unittest import mock
 
 import pytest
 import torch
 
-from piip_core import BranchConfig, ViTConfig
-from piip_core.branches import Branch, build_branch
+from piip_core import PIIP, BranchConfig, PIIPConfig, ViTConfig
+from piip_core.branches import (
+    BEiTConfig,
+    Branch,
+    BranchState,
+    ConvNeXtConfig,
+    NetworkConfig,
+    UniPerceiverConfig,
+    build_branch,
+    register_branch,
+)
+from piip_core.branches.base import FAMILIES
 from piip_core.errors import ConfigError
-from piip_core.networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig
 
 SIZES = {"embed_dim": 32, "depth": 3, "num_heads": 4}
 NETWORKS = {
@@ -112,15 +123,51 @@ def test_no_two_parameters_share_memory(name):
     assert len(set(pointers)) == len(pointers)
 
 
-def test_networks_without_a_branch_are_named(monkeypatch):
-    monkeypatch.setattr(NetworkConfig, "families", {})  # of which the class below becomes one
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pooling(NetworkConfig):
+    family = "pooling"
+    depth: int = 1
+    dims: tuple = (3,)
+    strides: tuple = (4,)
 
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Strange(NetworkConfig):
-        family = "strange"
-        depth: int = 1
-        dims: tuple = (8,)
-        strides: tuple = (4,)
 
-    with pytest.raises(TypeError, match=r"Strange.*ViTConfig"):
-        build_branch(BranchConfig(network=Strange(), image_size=64))
+class PoolingBranch(Branch):
+    def embed(self, image):
+        return BranchState(torch.nn.functional.avg_pool2d(image, 4).permute(0, 2, 3, 1))
+
+    def run_block(self, state, index):
+        return state
+
+    def layer_of(self, name):
+        return None
+
+    def remove_block(self, index):
+        pass
+
+
+@mock.patch.dict(FAMILIES)
+def test_a_family_of_ones_own_takes_one_call():
+    with pytest.raises(ConfigError, match=r"network=Pooling.*ViTConfig.*register_branch"):
+        BranchConfig(network=Pooling(), image_size=64)
+    register_branch(Pooling)(PoolingBranch)
+    pyramid = PIIPConfig(branches=[BranchConfig(network=Pooling(), image_size=64)], merging=None)
+    assert PIIPConfig.from_dict(json.loads(json.dumps(pyramid.to_dict()))).to_dict() == pyramid.to_dict()
+    (found,) = PIIP(pyramid)(image := torch.rand(1, 3, 64, 32))
+    torch.testing.assert_close(found, torch.nn.functional.avg_pool2d(image, 4))
+
+
+def test_a_family_needs_a_name_of_its_own():
+    class Other(NetworkConfig):
+        family = "vit"
+
+    with pytest.raises(ConfigError, match=r"Other\.family='vit'"):
+        register_branch(Other)
+    assert FAMILIES["vit"].config is ViTConfig
+
+
+def test_subclasses_are_no_part_of_the_family():
+    class Wider(ViTConfig):
+        pass
+
+    with pytest.raises(ConfigError, match=r"BranchConfig\.network=.*Wider"):
+        BranchConfig(network=Wider(**SIZES), image_size=64)

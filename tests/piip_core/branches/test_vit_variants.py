@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from piip_core import BranchConfig, ViTConfig, zoo
-from piip_core.branches import build_branch
+from piip_core.branches import UniPerceiverConfig, build_branch
 from piip_core.branches.window import FullWidthNormAttention
 from piip_core.meta import on_meta
-from piip_core.networks import UniPerceiverConfig
 
 INTERNVIT = ViTConfig(
     embed_dim=24, depth=2, num_heads=3, pos_grid=4, qkv_bias=False, layer_scale=0.1, norm="rmsnorm", qk_norm=True

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from piip_core import BranchConfig, DensePIIP, InteractionConfig, MergingConfig, zoo
+from piip_core.branches import BEiTConfig
 from piip_core.checkpoints import (
     PublishedNames,
     from_published,
@@ -17,7 +18,6 @@ from piip_core.checkpoints import (
     to_published,
 )
 from piip_core.errors import CheckpointError
-from piip_core.networks import BEiTConfig
 
 TSB = "mask_rcnn_deit_tsb_1568_1120_672_fpn_1x_coco_bs16"
 TSBL = "mask_rcnn_deit_tsbl_1568_1120_672_448_fpn_1x_coco_bs16"

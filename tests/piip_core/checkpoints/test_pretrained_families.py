@@ -8,13 +8,11 @@ from safetensors.torch import save_file
 from scipy.interpolate import RectBivariateSpline
 
 from piip_core import BranchConfig, ViTConfig, zoo
-from piip_core.branches import build_branch
+from piip_core.branches import BEiTConfig, build_branch
 from piip_core.checkpoints import convert_pretrained
-from piip_core.checkpoints.pretrained import load_branch
-from piip_core.checkpoints.relative_positions import resize_relative_positions
+from piip_core.checkpoints.pretrained import load_branch, resize_relative_positions
 from piip_core.errors import CheckpointError
 from piip_core.meta import on_meta
-from piip_core.networks import BEiTConfig
 from piip_core.zoo import networks
 
 # listing -> the published network that starts from it

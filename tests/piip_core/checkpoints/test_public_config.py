@@ -2,9 +2,9 @@
 
 import pytest
 
+from piip_core.branches import BEiTConfig, ConvNeXtConfig
 from piip_core.checkpoints import config_from_public
 from piip_core.errors import CheckpointError, NotSupportedYet
-from piip_core.networks import BEiTConfig, ConvNeXtConfig
 
 VIT = {"depth": 2, "embed_dim": 32, "num_heads": 4, "qkv_bias": True, "pretrain_img_size": 64, "init_scale": 1.0}
 INTERNVIT = {**VIT, "patch_size": 16, "init_values": 0.5, "qk_normalization": False, "norm_layer_type": "LayerNorm"}

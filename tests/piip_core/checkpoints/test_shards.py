@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from piip_core.checkpoints import read_checkpoint, write_checkpoint, writing
-from piip_core.errors import CheckpointError
+from piip_core.errors import CheckpointError, SaveError
 
 STATE = {f"layer.{i}": torch.randn(10, 10) for i in range(6)} | {"step": torch.tensor(3)}
 INDICES = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
@@ -105,8 +105,8 @@ def test_shards_that_are_missing_cut_off_or_not_what_the_index_says_are_named(ki
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a readable index"),
-        ("[]", "expected names of files"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected an object"),
         ('{"weight_map": {}}', "expected names of files"),
         ('{"weight_map": {"a": 1}}', "expected names of files"),
         ('{"weight_map": {"a": "x", "a": "y"}}', "'a' is named twice"),
@@ -235,7 +235,7 @@ def test_a_failed_write_of_shards_leaves_the_old_ones_and_nothing_else(tmp_path,
         replace(*args)
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveError, match="No space left"):
         write_checkpoint(
             tmp_path / "m.safetensors", {key: value + 1 for key, value in STATE.items()}, max_shard_bytes=900
         )

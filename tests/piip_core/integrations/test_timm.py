@@ -21,8 +21,8 @@ from timm.utils import ModelEmaV3
 from checkers import find_cases
 from piip_core import BranchConfig, ConvNeXtConfig, InteractionConfig, PIIPClassifier, zoo
 from piip_core.checkpoints import classifier_from_public, our_names, to_published
+from piip_core.classifier import feature_maps
 from piip_core.errors import CheckpointError, ConfigError
-from piip_core.feature_maps import feature_maps
 from piip_core.integrations.timm import model_names, register_classifier
 from piip_core.integrations.timm import piip as integration
 from piip_core.meta import on_meta

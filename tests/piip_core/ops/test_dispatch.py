@@ -255,7 +255,7 @@ def test_missing_library_is_told_once(tmp_path):
         "import warnings, torch\n"
         "from pathlib import Path\n"
         "glob = Path.glob\n"
-        "Path.glob = lambda self, pattern: iter(()) if pattern == '_C*.so' else glob(self, pattern)\n"
+        "Path.glob = lambda self, pattern: iter(()) if pattern == '_kernels*.so' else glob(self, pattern)\n"
         "from piip_core.ops import ms_deform_attn, operator_status\n"
         "call = lambda: ms_deform_attn(torch.ones(1, 1, 1, 1), [(1, 1)], torch.ones(1, 1, 1, 1, 1, 2),"
         " torch.ones(1, 1, 1, 1, 1))\n"

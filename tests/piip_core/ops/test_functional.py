@@ -83,6 +83,21 @@ def test_many_queries_in_several_threads(make_inputs):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_forked_workers_of_a_data_loader(make_inputs):
+    """After the operator ran in several threads of the parent; the workers have one thread each."""
+    inputs = make_inputs(3, 5, 12, 701, ((30, 40),), dtype=torch.float32)
+    with limited_threads(2):
+        expected = ms_deform_attn(*inputs.arguments)
+        loader = torch.utils.data.DataLoader(
+            range(4),
+            num_workers=2,
+            collate_fn=lambda _: ms_deform_attn(*inputs.arguments),
+            multiprocessing_context="fork",
+            timeout=60,
+        )
+        assert all(torch.equal(result, expected) for result in loader)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_non_contiguous_inputs(make_inputs, dtype):
     inputs = make_inputs(dtype=dtype)

@@ -339,7 +339,7 @@ def test_wrong_arguments(change, error, message):
     ("change", "message"),
     [
         (dict(sampling=torch.ones(2, 12, 35)), "sampling must have the shape"),
-        (dict(value_shapes=[5, 8]), "cover 40 rows, value has 35"),
+        (dict(value_shapes=[5, 8]), "cover more rows than the 35"),
         (dict(value_shapes=[5]), "must hold H and W"),
         (dict(query_shape=[3]), "query_shape must hold"),
         (dict(num_points=-1), "num_points is negative"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from piip_core import BranchConfig, InteractionConfig, PIIPConfig
-from piip_core.networks import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
 from piip_core.pyramid import PIIP, resize_for_branch
 from piip_core.visualization import trace_pyramid
 

@@ -140,6 +140,39 @@ def real_coco(shared_coco: CocoFiles) -> CocoFiles:
 
 
 @pytest.fixture(scope="session")
+def perfect_ap() -> Callable[..., dict[str, float]]:
+    """AP by task of predictions that equal the objects that are read for a test."""
+    import pycocotools.mask as mask_util
+    import torch
+    from detectron2.structures import Boxes, BoxMode, Instances
+
+    from piip.data import build_coco_evaluator, get_coco_dicts
+
+    def raster(mask: list | dict, size: tuple[int, int]) -> np.ndarray:
+        rle = mask_util.merge(mask_util.frPyObjects(mask, *size)) if isinstance(mask, list) else mask
+        return mask_util.decode(rle).astype(bool)
+
+    def evaluate(path: Path, images: Path, *, masks: bool, **kwargs: object) -> dict[str, float]:
+        evaluator = build_coco_evaluator(str(path), require_masks=masks, **kwargs)
+        evaluator.reset()
+        test = {"filter_empty": False, "drop_boxes": False, "require_masks": masks}
+        for record in get_coco_dicts(str(path), str(images), **test):
+            objects = [annotation for annotation in record["annotations"] if not annotation["iscrowd"]]
+            size = record["height"], record["width"]
+            boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+            found = Instances(size, pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)))
+            found.scores = torch.ones(len(objects))
+            found.pred_classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
+            if masks:
+                rasters = np.array([raster(a["segmentation"], size) for a in objects], dtype=bool)
+                found.pred_masks = torch.tensor(rasters.reshape(-1, *size))
+            evaluator.process([record], [{"instances": found}])
+        return {task: metrics["AP"] for task, metrics in evaluator.evaluate().items()}
+
+    return evaluate
+
+
+@pytest.fixture(scope="session")
 def tiny_config() -> str:
     """Path of the LazyConfig of a small Mask R-CNN."""
     return str(Path(__file__).with_name("tiny_mask_rcnn.py"))

@@ -1,5 +1,7 @@
-"""Every config loads, builds on the meta device, survives saving, and says what the zoo says."""
+"""Every config loads, builds on the meta device, survives saving, and trains as published."""
 
+import ast
+import json
 import math
 from pathlib import Path
 
@@ -14,12 +16,14 @@ from omegaconf import OmegaConf
 from piip.data import KeepRatioResize, MultiScaleCrop, ShortSideResize
 from piip.data.segmentation import PhotometricDistortion, RatioRangeResize
 from piip_core import zoo
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig
 from piip_core.checkpoints import model_shapes
 from piip_core.checkpoints.head_names import HEADS
 from piip_core.meta import on_meta
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "projects" / "PIIP" / "configs"
+SETTINGS = json.loads((ROOT / "tests" / "data" / "zoo_settings.json").read_text())
 PATHS = sorted(path for folder in ("COCO", "ADE20K") for path in CONFIGS.glob(f"{folder}/*.py"))
 
 
@@ -58,99 +62,186 @@ RECORDED_PARAMS = {
 }
 # What the public classes have besides and never use: position entries of class tokens, ConvNeXt's last norms
 DEAD_PARAMS = 0.005
-ROWS = {entry.config_file: entry for entry in zoo.entries()}
+ENTRIES = {entry.config_file: entry for entry in zoo.entries()}
+
+# Models that the paper alone has: the released one whose training they share, and what the paper changes
+_LARGE = {"crop": 1280, "scale": [1666, 1000]}
+_LONG = {"epochs": 36, "lr_drops": [27, 33], "crop": 1568, "scale": [2041, 1225]}
+_WIDE = {"crop": 896, "scale": [3584, 896], "stride": 597}
+_WIDER = {"crop": 1120, "scale": [4480, 1120], "stride": 746}
+PAPER_ONLY = {
+    "piip_lh6b_1280_1024_256": ("piip_h6b_1024_512", _LARGE),
+    "piip_lh6b_1280_1024_512": ("piip_h6b_1024_512", _LARGE),
+    "piip_lh6b_1280_1024_640": ("piip_h6b_1024_512", _LARGE),
+    "piip_tsb_1568_1120_672_cascade_1x": ("piip_tsb_1568_1120_672", {}),
+    "piip_sbl_1568_1120_672_cascade_1x": ("piip_sbl_1568_1120_672", {}),
+    "piip_tsb_1568_1120_672_cascade_3x_ms": ("piip_tsb_1568_1120_672", _LONG),
+    "piip_sbl_1568_1120_672_cascade_3x_ms": ("piip_sbl_1568_1120_672", _LONG),
+    "piip_tsb_896_448_336_upernet": ("piip_h6b_512_512_upernet", _WIDE | {"max_iter": 160_000}),
+    "piip_sbl_1120_448_336_upernet": ("piip_h6b_512_512_upernet", _WIDER | {"max_iter": 160_000}),
+}
+
+
+def published_recipe(name):
+    """How a model was trained, by the public settings."""
+    like, changes = PAPER_ONLY.get(name, (name, {}))
+    optimizer, schedule, image = (SETTINGS[like][key] for key in ("optimizer", "schedule", "image"))
+    return {
+        "lr": optimizer["lr"],
+        "weight_decay": optimizer["weight_decay"],
+        "layer_decay": optimizer["layer_decay"] and optimizer["layer_decay"]["layer_decay_rate"],
+        "batch_size": 32 if "bs32" in SETTINGS[like]["config_file"] else 16,
+        "warmup_iters": schedule["lr"]["warmup_iters"],
+        "warmup_factor": schedule["lr"]["warmup_ratio"],
+        "epochs": schedule.get("max_epochs"),
+        "lr_drops": schedule["lr"].get("step"),
+        "max_iter": schedule.get("max_iters"),
+        "scale": image["scale"],
+        "crop": image.get("crop"),
+        "stride": image.get("stride", [None])[0],
+        **changes,
+    }
+
+
+def network_name(network):
+    """As the docstrings of the configs call it."""
+    if isinstance(network, ConvNeXtConfig):
+        return "ConvNeXt-" + {(18, 96): "T", (36, 96): "S", (36, 128): "B"}[sum(network.depths), network.stage_dims[0]]
+    kind = {BEiTConfig: "BEiT", UniPerceiverConfig: "Uni-Perceiver"}.get(type(network), "ViT")
+    return {192: "ViT-T", 3200: "InternViT-6B"}.get(network.embed_dim) or (
+        f"{kind}-{ {384: 'S', 768: 'B', 1024: 'L', 1280: 'H'}[network.embed_dim] }"
+    )
+
+
+def windows_of(branch):
+    """As the docstrings of the configs say it."""
+    if isinstance(branch.network, ConvNeXtConfig):
+        return ""
+    first, *_, last = branch.window_sizes
+    if first is None:
+        return ", global attention"
+    return f", windows of {first}" + (" but every third block global" if last is None else "")
 
 
 def backbone_params(config):
     return sum(math.prod(shape) for shape in model_shapes(config).values()) / 1e6
 
 
-def test_there_is_one_config_per_row():
-    assert {path.relative_to(CONFIGS).as_posix() for path in PATHS} == set(ROWS)
+def test_there_is_one_config_per_model():
+    assert {path.relative_to(CONFIGS).as_posix() for path in PATHS} == set(ENTRIES)
+
+
+@pytest.mark.parametrize("file", ENTRIES)
+def test_docstrings_tell_the_branches(file):
+    _, _, *lines = ast.get_docstring(ast.parse((CONFIGS / file).read_text())).splitlines()
+    assert lines == [
+        f"Branch {number}: {network_name(branch.network)} at {branch.image_size} pixels{windows_of(branch)}"
+        for number, branch in enumerate(ENTRIES[file].config.branches, 1)
+    ]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_config(path, tmp_path):
-    """Loads, builds on the meta device, says what the zoo says, has parameter groups, and survives saving."""
-    row, cfg = ROWS[path.relative_to(CONFIGS).as_posix()], load(path)
+    """Loads, builds on the meta device, trains as published, has parameter groups, and survives saving."""
+    entry, cfg = ENTRIES[path.relative_to(CONFIGS).as_posix()], load(path)
+    recipe = published_recipe(entry.name)
     with on_meta():
         model = instantiate(cfg.model)
     features = getattr(model.backbone, "bottom_up", model.backbone).features
-    assert features.pyramid.config == row.config
-    assert {name: tensor.shape for name, tensor in features.state_dict().items()} == dict(model_shapes(row.config))
-    assert model.backbone.size_divisibility == row.pad_divisor
-    assert model.pixel_mean.flatten().shape == (3,) and list(cfg.model.pixel_mean) == list(row.pixel_mean)
+    assert features.pyramid.config == entry.config
+    assert {name: tensor.shape for name, tensor in features.state_dict().items()} == dict(model_shapes(entry.config))
+    assert model.backbone.size_divisibility == entry.pad_divisor
+    assert model.pixel_mean.flatten().shape == (3,) and list(cfg.model.pixel_mean) == list(entry.pixel_mean)
+    assert list(cfg.model.pixel_std) == list(entry.pixel_std)
     assert model.input_format == cfg.dataloader.train.mapper.image_format == "RGB"
-    assert cfg.dataloader.train.total_batch_size == row.batch_size
-    if isinstance(row, zoo.SegmentationEntry):
-        check_segmentation(row, cfg)
+    assert cfg.dataloader.train.total_batch_size == recipe["batch_size"]
+    assert cfg.train.output_dir == f"output/{path.stem}"
+    if entry.head == "upernet":
+        check_segmentation(recipe, cfg)
     else:
-        check_data(row, cfg)
-        check_schedule(row, cfg)
-    check_heads(row, model)
-    check_optimizer(row, cfg, model)
+        check_data(recipe, cfg)
+        check_schedule(recipe, cfg)
+        assert cfg.dataloader.train.mapper.use_instance_mask == (entry.head != "dino")
+    check_heads(entry, model)
+    check_optimizer(recipe, cfg, model)
 
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     again = LazyConfig.load(str(tmp_path / "config.yaml"))
-    assert instantiate(again.model.backbone.get("bottom_up", again.model.backbone).config) == row.config
+    assert instantiate(again.model.backbone.get("bottom_up", again.model.backbone).config) == entry.config
     assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(LazyConfig.load(str(tmp_path / "config.yaml")))
     assert instantiate(again.lr_multiplier)(0.99) == pytest.approx(0.01)
 
 
-def check_heads(row, model):
+def check_heads(entry, model):
     """The model's names are those that published checkpoints are converted to."""
-    ours = {name for name in model.state_dict() if not name.startswith(HEADS[row.head].backbone)}
-    assert ours == set(HEADS[row.head].tensors())
+    ours = {name for name in model.state_dict() if not name.startswith(HEADS[entry.head].backbone)}
+    assert ours == set(HEADS[entry.head].tensors())
 
 
-def check_data(row, cfg):
+def check_data(recipe, cfg):
     (test,) = instantiate(cfg.dataloader.test.mapper.augmentations)
-    assert test.scales == [(row.long_side, row.short_side)]
+    assert test.scales == [tuple(recipe["scale"])]
     augmentations = instantiate(cfg.dataloader.train.mapper.augmentations)
     assert sorted(type(a).__name__ for a in augmentations if not isinstance(a, KeepRatioResize | MultiScaleCrop)) == [
         "RandomFlip"
     ]
-    if row.training_crop is None:
+    if recipe["crop"] is None:
         assert [a.scales for a in augmentations if isinstance(a, KeepRatioResize)] == [test.scales]
     else:
-        assert [a.crop for a in augmentations if isinstance(a, MultiScaleCrop)] == [row.training_crop]
+        assert [a.crop for a in augmentations if isinstance(a, MultiScaleCrop)] == [recipe["crop"]]
 
 
-def check_segmentation(row, cfg):
-    side = row.crop_size
+def check_segmentation(recipe, cfg):
+    side, length, warmup = recipe["crop"], recipe["max_iter"], recipe["warmup_iters"]
     resize, crop, flip, distortion = instantiate(cfg.dataloader.train.mapper.augmentations)
     assert isinstance(resize, RatioRangeResize) and isinstance(flip, T.RandomFlip)
-    assert (tuple(resize.scale), tuple(resize.ratio_range)) == ((4 * side, side), (0.5, 2.0))
+    assert (list(resize.scale), tuple(resize.ratio_range)) == (recipe["scale"], (0.5, 2.0))
     assert tuple(crop.crop_aug.crop_size) == (side, side) and crop.single_category_max_area == 0.75
     assert isinstance(distortion, PhotometricDistortion)
     (test,) = instantiate(cfg.dataloader.test.mapper.augmentations)
     assert isinstance(test, ShortSideResize) and test.short_side == side
-    assert (cfg.model.inference, cfg.model.window, cfg.model.stride) == ("slide", side, row.stride)
+    assert (cfg.model.inference, cfg.model.window, cfg.model.stride) == ("slide", side, recipe["stride"])
+    assert cfg.model.train_size == side
     assert cfg.model.sem_seg_head.num_classes == cfg.model.auxiliary_head.num_classes == 150
-    assert cfg.train.max_iter == row.iterations
+    assert cfg.train.max_iter == length
     multiplier = instantiate(cfg.lr_multiplier)
-    expected = {0: 1e-6, row.warmup_iters: 1 - row.warmup_iters / row.iterations, row.iterations // 2: 0.5}
-    assert {step: multiplier(step / row.iterations) for step in expected} == pytest.approx(expected)
+    expected = {0: recipe["warmup_factor"], warmup: 1 - warmup / length, length // 2: 0.5}
+    assert {step: multiplier(step / length) for step in expected} == pytest.approx(expected)
 
 
-def check_schedule(row, cfg):
-    epoch = math.ceil(117266 / row.batch_size)
-    assert cfg.train.max_iter == row.epochs * epoch and cfg.train.eval_period == epoch
+def check_schedule(recipe, cfg):
+    epoch = math.ceil(117266 / recipe["batch_size"])
+    assert cfg.train.max_iter == recipe["epochs"] * epoch
+    assert cfg.train.eval_period == cfg.train.checkpointer.period == epoch
     multiplier = instantiate(cfg.lr_multiplier)
-    steps = [0, 500, *(drop * epoch + offset for drop in row.lr_drops for offset in (-1, 0))]
-    assert [multiplier(step / cfg.train.max_iter) for step in steps] == pytest.approx([0.001, 1, 1, 0.1, 0.1, 0.01])
+    edges = [0, recipe["warmup_iters"], *(drop * epoch for drop in recipe["lr_drops"]), cfg.train.max_iter - 1]
+    steps = sorted({min(max(edge + k, 0), edges[-1]) for edge in edges for k in (-1, 0, 1, 250)})
+    expected = [published_factor(step, epoch, recipe) for step in steps]
+    assert [multiplier(step / cfg.train.max_iter) for step in steps] == pytest.approx(expected, rel=1e-6)
 
 
-def check_optimizer(row, cfg, model):
+def published_factor(iteration, epoch, recipe):
+    """Step schedule with linear warmup, by the published rule."""
+    factor = 0.1 ** sum(iteration >= drop * epoch for drop in recipe["lr_drops"])
+    if iteration < recipe["warmup_iters"]:
+        factor *= 1 - (1 - iteration / recipe["warmup_iters"]) * (1 - recipe["warmup_factor"])
+    return factor
+
+
+def check_optimizer(recipe, cfg, model):
     """Equality with the published groups, where they are recorded, is in test_solver.py."""
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     del cfg.optimizer.params.model
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
-    assert max(group["lr"] for group in optimizer.param_groups) == row.learning_rate
+    assert max(group["lr"] for group in optimizer.param_groups) == recipe["lr"]
     decays = {group["weight_decay"] for group in optimizer.param_groups}
-    assert decays == ({row.weight_decay} if row.layer_decay is None else {0.0, row.weight_decay})
+    if recipe["layer_decay"] is None:  # plain AdamW: norms and biases decay, too
+        assert decays == {recipe["weight_decay"]} and len({group["lr"] for group in optimizer.param_groups}) == 1
+    else:
+        assert decays == {0.0, recipe["weight_decay"]}
+        assert cfg.optimizer.params.decay_rate == recipe["layer_decay"]
 
 
 @pytest.mark.parametrize("name", RECORDED_PARAMS)
@@ -158,16 +249,6 @@ def test_parameter_counts_are_the_recorded_ones(name):
     config = zoo.get(name).config
     config = zoo.tsbl_as_released(config) if len(config.branches) == 4 else config
     assert RECORDED_PARAMS[name] - backbone_params(config) == pytest.approx(DEAD_PARAMS / 2, abs=0.003)
-
-
-def test_schedule_is_the_published_one():
-    cfg = load(CONFIGS / "COCO" / "mask_rcnn_vit_b_1024_1x.py")
-    iterations = 7330  # 117266 images at 16 per iteration
-    assert cfg.train.max_iter == 12 * iterations
-    multiplier = instantiate(cfg.lr_multiplier)
-    at = {step: multiplier(step / cfg.train.max_iter) for step in (0, 250, 500, 8 * 7330 - 1, 8 * 7330, 11 * 7330)}
-    assert at[0] == pytest.approx(0.001) and at[250] == pytest.approx(0.5005, rel=0.01)
-    assert [at[k] for k in (500, 8 * 7330 - 1, 8 * 7330, 11 * 7330)] == pytest.approx([1, 1, 0.1, 0.01])
 
 
 def test_fields_can_be_overridden_on_the_command_line():

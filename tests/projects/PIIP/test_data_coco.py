@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("detectron2")
 
-import torch
 from detectron2.config import instantiate
-from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 
-from piip.data import DatasetError, build_coco_evaluator, coco_categories, get_coco_dicts
+from piip.data import DatasetError, coco_categories, get_coco_dicts
 from piip.lazy_config import follow_annotations, load_config
 
 
@@ -60,7 +58,7 @@ def _set(kind, index, key, value):
         (_set("annotations", 2, "image_id", 77), ["1 x annotation of an image", "annotation 3 (image_id 77)"]),
         (_set("annotations", 0, "bbox", [1, 2, 3]), ["four finite numbers", "annotation 1 (bbox [1, 2, 3])"]),
         (_set("annotations", 0, "bbox", [1, 2, 3, float("nan")]), ["four finite numbers", "annotation 1"]),
-        (_set("annotations", 3, "id", 1), ["annotation id used more than once: annotation 1"]),
+        (_set("categories", 1, "id", 40), ["category id used more than once: category 40"]),
         (_set("annotations", 3, "ignore", 1), ["'ignore'", "annotation 4"]),
         (_drop_key("annotations", 4, "category_id"), ["without a valid 'category_id'", "annotation 5"]),
         (_drop_key("annotations", 5, "segmentation"), ["without 'segmentation'", "annotation 6"]),
@@ -119,6 +117,27 @@ def test_many_problems_are_counted_and_the_first_ones_named(coco):
         _load(coco)
 
 
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png"), ("below\\x.png", "below/x.png")],
+)
+def test_a_name_that_looks_like_that_of_a_file_finds_it(coco, written, stored):
+    data = coco.read()
+    first = coco.images / data["images"][0]["file_name"]
+    (coco.images / stored).parent.mkdir(exist_ok=True)
+    first.rename(coco.images / stored)
+    data["images"][0]["file_name"] = written
+    coco.write(data)
+    (found,) = [record for record in _load(coco) if record["image_id"] == data["images"][0]["id"]]
+    assert Path(found["file_name"]).samefile(coco.images / stored)
+
+
+def test_an_image_beyond_the_limit_of_pixels_is_refused_at_the_start(coco, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DatasetError, match=r"more pixels than Pillow's limit of 200 .*image 1"):
+        _load(coco)
+
+
 def test_boxes_outside_the_image_are_dropped_or_clipped_with_one_warning(coco, caplog):
     data = coco.read()
     first = data["images"][0]
@@ -173,32 +192,10 @@ def test_training_and_test_set_must_have_the_same_classes(coco, tmp_path, tiny_c
         follow_annotations(cfg, training=True)
 
 
-def test_evaluating_the_ground_truth_gives_full_marks(coco, tmp_path):
-    records = _load(coco, filter_empty=False, drop_boxes=False)
-    evaluator = build_coco_evaluator(str(coco.annotations), output_dir=str(tmp_path / "results"))
-    evaluator.reset()
-    for record in records:
-        height, width = record["height"], record["width"]
-        found = Instances((height, width))
-        boxes = [BoxMode.convert(a["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for a in record["annotations"]]
-        found.pred_boxes = Boxes(torch.tensor(boxes))
-        found.scores = torch.ones(len(boxes))
-        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
-        masks = [polygons_to_bitmask(a["segmentation"], height, width) for a in record["annotations"]]
-        found.pred_masks = torch.tensor(np.stack(masks))
-        evaluator.process([record], [{"instances": found}])
-    results = evaluator.evaluate()
-    assert results["bbox"]["AP"] == pytest.approx(100)
-    assert results["segm"]["AP"] == pytest.approx(100)
-
-
-def test_annotation_id_zero_is_warned_about(coco, caplog):
-    data = coco.read()
-    data["annotations"][0]["id"] = 0
-    coco.write(data)
-    with caplog.at_level(logging.WARNING, logger="piip"):
-        _load(coco)
-    assert any("number annotations from 1" in record.getMessage() for record in caplog.records)
+def test_evaluating_the_ground_truth_gives_full_marks(coco, tmp_path, perfect_ap):
+    metrics = perfect_ap(coco.annotations, coco.images, masks=True, output_dir=str(tmp_path / "results"))
+    assert metrics == {"bbox": pytest.approx(100), "segm": pytest.approx(100)}
+    assert (tmp_path / "results" / "coco_instances_results.json").is_file()
 
 
 def test_real_or_synthetic_data_set_loads(real_coco):

@@ -230,7 +230,7 @@ def test_checkpoints_that_were_divided_otherwise_are_refused(state, words, tmp_p
         (["train.deepspeed.stage=4"], "stage=4: expected 1, 2 or 3, or 0"),
         (["train.deepspeed.stage=2", "train.amp.enabled=True", "train.amp.precision=float16"], "expected bfloat16"),
         (["train.deepspeed.stage=2", "train.deepspeed.offload_parameters=True"], "expected train.deepspeed.stage=3"),
-        (["train.deepspeed.stage=1", "train.deepspeed.config=nowhere.json"], "nowhere.json: cannot be read"),
+        (["train.deepspeed.stage=1", "train.deepspeed.config=nowhere.json"], "config=nowhere.json: no such file"),
     ],
 )
 def test_settings_that_cannot_be_meant(opts, words):
@@ -266,3 +266,11 @@ def test_gradients_are_clipped_over_all_groups():
         weight.grad[0] = value
     hook.after_backward()  # norm 5
     assert [weight.grad[0].item() for weight in weights] == pytest.approx([1.2, 1.6], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_at_eight_points_of_a_save_a_run_goes_on_bit_by_bit(stage, shared_coco, kill_saves):
+    opts = [*shared_coco.overrides("train"), "data.test.annotations=null", f"train.deepspeed.stage={stage}"]
+    opts += ["train.max_iter=6", "train.checkpointer.period=2", "dataloader.train.num_workers=0"]
+    kill_saves(program="detection", config=CONFIG, arguments=[*opts, "train.log_period=1"])

@@ -8,9 +8,12 @@ import json
 import logging
 import os
 import pickle
+import re
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage, JSONWriter
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,8 +31,8 @@ from piip.checkpointer import AtomicCheckpointer, read_categories
 from piip.data import DatasetError
 from piip.lazy_config import follow_annotations, load_config
 from piip.train import do_train, main
-from piip.trainer import MixedPrecisionTrainer, StepSeed
-from piip_core.errors import CheckpointError, ConfigError
+from piip.trainer import MixedPrecisionTrainer, StepSeed, UnhinderedWriter
+from piip_core.errors import CheckpointError, ConfigError, OutputFolderError, SaveError
 
 
 def _train(config, output, *opts, resume=False, eval_only=False):
@@ -210,10 +214,84 @@ def test_a_failed_save_leaves_no_debris(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveError, match=r"^.*/model_0.pth: could not be written \(No space left .*\): free some space"):
         checkpointer.save("model_0")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0.pth"]
     checkpointer.load(checkpointer.get_checkpoint_file())
+
+
+@contextmanager
+def _no_file_above(limit: int):
+    """The system refuses larger files, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_intermediate_save_that_fails_is_counted_and_the_training_goes_on(
+    finished_run, tiny_config, shared_coco, tmp_path, monkeypatch
+):
+    saves, save = itertools.count(), AtomicCheckpointer.save
+
+    def fail_first(self, name, **kwargs):
+        with _no_file_above(2000) if next(saves) == 0 else nullcontext():
+            save(self, name, **kwargs)
+
+    monkeypatch.setattr(AtomicCheckpointer, "save", fail_first)
+    output = _train(tiny_config, tmp_path / "o", *shared_coco.overrides("train", "test"))
+    _assert_same_weights(_weights(output), _weights(finished_run))
+    assert not (output / "model_0000001.pth").exists() and not list(output.glob(".*incomplete"))
+    log = (output / "log.txt").read_text()
+    assert re.search(r"model_0000001.pth: could not be written .* Training goes on \(1 failed so far\)", log)
+    assert re.search(r"1 saves failed during the training; the last: .*model_0000001.pth", log)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_ends_in_one_line(finished_run, tiny_config, shared_coco, tmp_path):
+    output = tmp_path / "o"
+    _interrupt(finished_run, output)
+    opts = [*shared_coco.overrides("train"), "data.test.annotations=null", f"train.output_dir={output}"]
+    with _no_file_above(20_000), pytest.raises(SaveError, match=r"model_\w+.pth: could not be written .*") as error:
+        main(argparse.Namespace(config_file=tiny_config, opts=opts, resume=True, eval_only=False))
+    assert "\n" not in str(error.value) and "File too large" in str(error.value)
+    assert AtomicCheckpointer(_model(0), str(output)).get_checkpoint_file() == str(output / "model_0000001.pth")
+    assert "Traceback" not in (output / "log.txt").read_text()
+    _train(tiny_config, output, *opts[:-1], resume=True)
+    _assert_same_weights(_weights(output), _weights(finished_run))
+
+
+def test_metrics_that_cannot_be_written_stop_nothing(tmp_path):
+    with EventStorage() as storage:
+        writer = UnhinderedWriter(JSONWriter(str(tmp_path / "metrics.json")))
+        for number in range(3):
+            storage.put_scalar("loss", number, smoothing_hint=False)
+            with _no_file_above(5) if number == 1 else nullcontext():
+                writer.write()
+            storage.step()
+        writer.close()
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.write_text("old"), "File exists.*a file is where a folder is expected"),
+        (lambda path: path.symlink_to("/proc/1"), "name another place"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_one_is_refused(tiny_config, shared_coco, tmp_path, make, words):
+    make(tmp_path / "o")
+    with pytest.raises(OutputFolderError, match=f"^{tmp_path / 'o'}: cannot be written to .*" + words):
+        _train(tiny_config, tmp_path / "o", *shared_coco.overrides("train"))
+
+
+def test_a_second_training_in_a_folder_is_refused_before_it_writes(tiny_config, shared_coco, tmp_path, held_folder):
+    with pytest.raises(OutputFolderError, match=r"process \d+ on .* is writing to it: .*another train.output_dir"):
+        _train(tiny_config, held_folder[0], *shared_coco.overrides("train"))
+    assert [path.name for path in held_folder[0].iterdir()] == [".lock"]
 
 
 class _Evil:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from piip_core.nested import tensors_in
+from piip_core.export import tensors_in
 
 from ..reporting import draw_bars, format_table, new_figure
 from ..timing import clock_for, limited_threads, peak_memory, take_turns, time_call

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from piip_core.branches.transformer import TransformerBranch
-from piip_core.folding import Deconvolution
-from piip_core.interaction import DeformableCrossAttention, Injection
+from piip_core.deconvolution import Deconvolution
+from piip_core.interaction import DeformableCrossAttention
 from piip_core.merging import BranchMerging, FeaturePyramid
 from piip_core.ops import make_reference_points, ms_deform_attn_reference
 
@@ -22,20 +22,17 @@ __all__ = ["plain_formulation"]
 def plain_formulation(model: nn.Module) -> Iterator[None]:
     """Inside, a model computes the same the way public code does, with the same parameters.
 
-    - Deformable attention makes locations and softmax in float32 and samples with `grid_sample`; offsets and logits
-      come from two linears.
-    - Residuals of interactions are a product and a sum; an FPN's lateral convolutions follow the deconvolutions, whose
-      gradients are PyTorch's.
+    - Deformable attention makes locations and softmax in float32 and samples with `grid_sample`.
+    - Gradients of deconvolutions are PyTorch's.
     - Tokens stay in the memory format of the patch convolution; merging and feature pyramid work channels first.
 
     Self-attention is `scaled_dot_product_attention` in both. Prepared models have other modules: they are left alone.
     """
     forwards = {
-        BranchMerging: ("forward", _merge),
+        BranchMerging: ("forward", _channels_first),
         Deconvolution: ("forward", nn.ConvTranspose2d.forward),
         DeformableCrossAttention: ("forward", _attend),
-        FeaturePyramid: ("forward", _make_levels),
-        Injection: ("forward", _inject),
+        FeaturePyramid: ("forward", _channels_first),
         TransformerBranch: ("patch_map", _patch_map),
     }
     with ExitStack() as stack:
@@ -55,32 +52,11 @@ def _attend(self: DeformableCrossAttention, query: Tensor, value: Tensor) -> Ten
     return self.output_proj(ms_deform_attn_reference(values, shape, locations, weights)).unflatten(1, grid)
 
 
-def _inject(self: Injection, query: Tensor, value: Tensor) -> Tensor:
-    value = self.value_norm(self.proj(value))
-    query = query + self.attn_gamma * self.attn(self.query_norm(query), value)
-    if self.ffn is not None:
-        query = query + self.ffn_gamma * self.drop_path(self.ffn(self.ffn_norm(query)))
-    return query
-
-
 def _patch_map(self: TransformerBranch, image: Tensor) -> Tensor:
     patch = self.strides[0]
     height, width = (side // patch * patch for side in image.shape[-2:])
     return self.model.patch_embed(image[..., :height, :width])
 
 
-def _merge(self: BranchMerging, maps: Sequence[Tensor]) -> Tensor:
-    return type(self).forward(self, _channels_first(maps))
-
-
-def _make_levels(
-    self: FeaturePyramid, maps: Sequence[Tensor], laterals: Sequence[nn.Module | None] | None = None
-) -> list[Tensor]:
-    levels = type(self).forward(self, _channels_first(maps))
-    if laterals is None:
-        return levels
-    return [x if lateral is None else lateral(x) for x, lateral in zip(levels, laterals, strict=True)]
-
-
-def _channels_first(maps: Sequence[Tensor]) -> list[Tensor]:
-    return [x.contiguous(memory_format=torch.contiguous_format) for x in maps]
+def _channels_first(self: BranchMerging | FeaturePyramid, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    return type(self).forward(self, [x.contiguous(memory_format=torch.contiguous_format) for x in maps])

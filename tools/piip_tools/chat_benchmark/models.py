@@ -87,7 +87,7 @@ def build_pair(
     text_config = _language_model(entry.language_model, divide_widths, layers=None if language else 0)
     models = []
     with torch.device(device):
-        decoder = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+        decoder = AutoModelForCausalLM.from_config(text_config, dtype=dtype, trust_remote_code=False)
         for one, grid in ((entry, projector_grid), (baseline, None)):
             narrow = dataclasses.replace(one, vision=_narrower(one.vision, divide_widths))
             config = assemble_config(narrow, text_config, image_token_id=text_config.vocab_size, projector_grid=grid)

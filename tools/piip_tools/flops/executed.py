@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from piip_core import ops  # noqa: F401  (registers the operator)
-from piip_core.folding import observer
 
 from .published import Count
 
@@ -93,7 +92,6 @@ def attribute_to_modules(model: nn.Module, total: Callable[[], float], own: Coun
     """
     calls: list[list[float]] = []  # of each running module: total at its start, spent in the modules it called
 
-    @observer
     def enter(*_: Any) -> None:
         calls.append([total(), 0])
 
@@ -107,7 +105,7 @@ def attribute_to_modules(model: nn.Module, total: Callable[[], float], own: Coun
     with ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(observer(lambda *_, name=name: leave(name))).remove)
+            stack.callback(module.register_forward_hook(lambda *_, name=name: leave(name)).remove)
         yield
 
 

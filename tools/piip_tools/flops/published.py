@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Literal
 
-from piip_core.classifier_config import ClassifierConfig
-from piip_core.config import BranchConfig, InteractionConfig, PIIPConfig
-from piip_core.networks import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
+from piip_core.config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
 
 __all__ = ["Count", "PublishedCount", "published_count", "published_rule"]
 

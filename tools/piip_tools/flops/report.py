@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from piip_core.building import build_model
-from piip_core.classifier import PIIPClassifier
-from piip_core.classifier_config import ClassifierConfig
-from piip_core.config import PIIPConfig
+from piip_core.classifier import PIIPClassifier, build_model
+from piip_core.config import ClassifierConfig, PIIPConfig
 from piip_core.errors import ConfigError
 from piip_core.meta import on_meta
 from piip_core.pyramid import PIIP

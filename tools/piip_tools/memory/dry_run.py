@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 # By the name under which PyTorch's notes "Extending PyTorch" document it. Seen working with torch 2.10 to 2.14
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from piip_core.nested import tensors_in
+from piip_core.export import tensors_in
 from piip_core.pyramid import PIIP
 
 __all__ = ["Activations", "AliveStorages", "DryRun", "Kernels", "Precision", "Step", "backbone_step", "squares"]

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from piip.lazy_config import data_kind
 from piip.modeling.classifier import ImageClassifier
 from piip.modeling.dino import DINO
 from piip.modeling.dino.denoising import DenoisingLayout, DenoisingQueries
@@ -35,12 +36,14 @@ def training_size(cfg: DictConfig) -> tuple[int, int]:
     Raises:
         ConfigError: If the configuration does not say.
     """
-    data = cfg.get("data", {})
-    if "image_size" in data:
+    kind, data = data_kind(cfg), cfg.get("data", {})
+    if kind == "class_folders":
         return data.image_size, data.image_size
     train = data.get("train", {})
-    if "crop" in train:
-        return (train.crop, train.crop) if isinstance(train.crop, int) else tuple(train.crop)
+    if kind == "label_maps":
+        return tuple(train.crop)
+    if "crop" in train:  # multi-scale training
+        return train.crop, train.crop
     if "scales" not in train:
         raise ConfigError(
             "the configuration has none of data.image_size, data.train.crop and data.train.scales: give --input H W"

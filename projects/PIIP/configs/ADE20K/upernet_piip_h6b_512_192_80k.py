@@ -1,22 +1,17 @@
-"""PIIP-H6B 512/192, UperNet 80k on ADE20K: published mIoU 57.81.
+"""PIIP-H6B 512/192, UperNet 80k on ADE20K.
 
-Branch 1 InternViT-6B at 192, Branch 2 ViT-H at 512.
+Branch 1: InternViT-6B at 192 pixels, global attention
+Branch 2: ViT-H at 512 pixels, global attention
 """
 
-from piip.rows import apply_row
+from piip.recipes import segmentor
 from piip_core import zoo
 
-from ..common.ade20k import data, dataloader
-from ..common.schedule_80k import lr_multiplier, optimizer, train
-from ..common.upernet import model
-
-# Crops and windows of 512 pixels, windows every 341; 80000 iterations of 16 images
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
     zoo.get("piip_h6b_512_192_upernet"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    crop=512,
+    batch_size=16,
+    lr=4e-5,
+    layer_decay=0.95,
+    max_iter=80_000,
 )

@@ -1,23 +1,20 @@
-"""PIIP-SBL 1568/1120/672, Cascade R-CNN 3x with multi-scale training on COCO: the paper's box AP 54.5, mask AP 47.7.
+"""PIIP-SBL 1568/1120/672, Cascade R-CNN 3x with multi-scale training on COCO.
 
-Branch 1 ViT-L at 672, Branch 2 ViT-B at 1120, Branch 3 ViT-S at 1568.
+Branch 1: ViT-L at 672 pixels, windows of 28
+Branch 2: ViT-B at 1120 pixels, windows of 28
+Branch 3: ViT-S at 1568 pixels, windows of 28
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.cascade_mask_rcnn import model
-from ..common.coco_ms import data, dataloader
-from ..common.schedule_3x import lr_multiplier, optimizer, train
-
-# Crops of 1568 pixels; test images fit into 2041 x 1225, sides padded to multiples of 224
-# 36 epochs of 117266 / 16 = 7330 iterations
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_sbl_1568_1120_672_cascade_3x_ms"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(2041, 1225),
+    crop=1568,
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.85,
+    epochs=36,
+    lr_drops=(27, 33),
 )

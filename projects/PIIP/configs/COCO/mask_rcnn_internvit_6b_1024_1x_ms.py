@@ -1,22 +1,18 @@
-"""InternViT-6B 1024, Mask R-CNN 1x with multi-scale training on COCO: published box AP 53.8, mask AP 48.1.
+"""InternViT-6B 1024, Mask R-CNN 1x with multi-scale training on COCO.
 
-InternViT-6B at 1024 pixels.
+Branch 1: InternViT-6B at 1024 pixels, global attention
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco_ms import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Crops of 1024 pixels; test images fit into 1333 x 800, sides padded to multiples of 64
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("internvit_6b_1024"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1333, 800),
+    crop=1024,
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.95,
+    epochs=12,
+    lr_drops=(8, 11),
 )

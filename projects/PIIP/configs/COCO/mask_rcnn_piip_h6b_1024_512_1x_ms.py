@@ -1,22 +1,19 @@
-"""PIIP-H6B 1024/512, Mask R-CNN 1x with multi-scale training on COCO: published box AP 55.8, mask AP 49.0.
+"""PIIP-H6B 1024/512, Mask R-CNN 1x with multi-scale training on COCO.
 
-Branch 1 InternViT-6B at 512, Branch 2 ViT-H at 1024.
+Branch 1: InternViT-6B at 512 pixels, global attention
+Branch 2: ViT-H at 1024 pixels, global attention
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco_ms import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Crops of 1024 pixels; test images fit into 1333 x 800, sides padded to multiples of 64
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_h6b_1024_512"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1333, 800),
+    crop=1024,
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.85,
+    epochs=12,
+    lr_drops=(8, 11),
 )

@@ -1,22 +1,20 @@
-"""PIIP-LH6B 1280/1024/640, Mask R-CNN 1x with multi-scale training on COCO: the paper's box AP 55.7, mask AP 49.0.
+"""PIIP-LH6B 1280/1024/640, Mask R-CNN 1x with multi-scale training on COCO.
 
-Branch 1 InternViT-6B at 640, Branch 2 ViT-H at 1024, Branch 3 ViT-L at 1280.
+Branch 1: InternViT-6B at 640 pixels, windows of 14
+Branch 2: ViT-H at 1024 pixels, windows of 14
+Branch 3: ViT-L at 1280 pixels, windows of 14
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco_ms import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Crops of 1280 pixels; test images fit into 1666 x 1000, sides padded to multiples of 64
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_lh6b_1280_1024_640"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1666, 1000),
+    crop=1280,
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.85,
+    epochs=12,
+    lr_drops=(8, 11),
 )

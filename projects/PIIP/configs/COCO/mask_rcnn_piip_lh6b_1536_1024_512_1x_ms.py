@@ -1,23 +1,20 @@
-"""PIIP-LH6B 1536/1024/512, Mask R-CNN 1x with multi-scale training on COCO; no published numbers.
+"""PIIP-LH6B 1536/1024/512, Mask R-CNN 1x with multi-scale training on COCO.
 
-Branch 1 InternViT-6B at 512, Branch 2 ViT-H at 1024, Branch 3 ViT-L at 1536.
+Branch 1: InternViT-6B at 512 pixels, global attention
+Branch 2: ViT-H at 1024 pixels, global attention
+Branch 3: ViT-L at 1536 pixels, global attention
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco_ms import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Crops of 1536 pixels; test images fit into 1999 x 1200, sides padded to multiples of 64
-# 12 epochs of 117266 / 32 = 3665 iterations
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_lh6b_1536_1024_512"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1999, 1200),
+    crop=1536,
+    batch_size=32,
+    lr=2e-4,
+    layer_decay=0.85,
+    epochs=12,
+    lr_drops=(8, 11),
 )

@@ -1,22 +1,19 @@
-"""PIIP-SBL, DeiT III (S) + BEiTv2 (BL) 1568/1120/672, Mask R-CNN 1x on COCO: published box AP 51.8, mask AP 45.4.
+"""PIIP-SBL, DeiT III (S) + BEiTv2 (BL) 1568/1120/672, Mask R-CNN 1x on COCO.
 
-Branch 1 BEiTv2-L at 672, Branch 2 BEiTv2-B at 1120, Branch 3 ViT-S at 1568.
+Branch 1: BEiT-L at 672 pixels, windows of 28
+Branch 2: BEiT-B at 1120 pixels, windows of 28
+Branch 3: ViT-S at 1568 pixels, windows of 28
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Images fit into 1568 x 941, sides padded to multiples of 224
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_sbl_beitv2_1568_1120_672"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1568, 941),
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.85,
+    epochs=12,
+    lr_drops=(8, 11),
 )

@@ -1,22 +1,20 @@
-"""PIIP-TSBL 1344/896/672/448, Mask R-CNN 1x on COCO: published box AP 47.1, mask AP 41.9.
+"""PIIP-TSBL 1344/896/672/448, Mask R-CNN 1x on COCO.
 
-Branch 1 ViT-L at 448, Branch 2 ViT-B at 672, Branch 3 ViT-S at 896, Branch 4 ViT-T at 1344.
+Branch 1: ViT-L at 448 pixels, windows of 28
+Branch 2: ViT-B at 672 pixels, windows of 28
+Branch 3: ViT-S at 896 pixels, windows of 28
+Branch 4: ViT-T at 1344 pixels, windows of 28
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Images fit into 1344 x 806, sides padded to multiples of 224
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_tsbl_1344_896_672_448"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1344, 806),
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.85,
+    epochs=12,
+    lr_drops=(8, 11),
 )

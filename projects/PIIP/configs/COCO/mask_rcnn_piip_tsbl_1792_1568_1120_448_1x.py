@@ -1,22 +1,20 @@
-"""PIIP-TSBL 1792/1568/1120/448, Mask R-CNN 1x on COCO: published box AP 49.4, mask AP 44.1.
+"""PIIP-TSBL 1792/1568/1120/448, Mask R-CNN 1x on COCO.
 
-Branch 1 ViT-L at 448, Branch 2 ViT-B at 1120, Branch 3 ViT-S at 1568, Branch 4 ViT-T at 1792.
+Branch 1: ViT-L at 448 pixels, windows of 28
+Branch 2: ViT-B at 1120 pixels, windows of 28
+Branch 3: ViT-S at 1568 pixels, windows of 28
+Branch 4: ViT-T at 1792 pixels, windows of 28
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Images fit into 1792 x 1075, sides padded to multiples of 224
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_tsbl_1792_1568_1120_448"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1792, 1075),
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.85,
+    epochs=12,
+    lr_drops=(8, 11),
 )

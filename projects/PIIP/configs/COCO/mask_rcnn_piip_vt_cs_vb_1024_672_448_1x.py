@@ -1,22 +1,19 @@
-"""PIIP-VT-CS-VB 1024/672/448, Mask R-CNN 1x on COCO: published box AP 45.4, mask AP 40.9.
+"""PIIP-VT-CS-VB 1024/672/448, Mask R-CNN 1x on COCO.
 
-Branch 1 ViT-B at 448, Branch 2 ConvNeXt-S at 672, Branch 3 ViT-T at 1024.
+Branch 1: ViT-B at 448 pixels, windows of 14
+Branch 2: ConvNeXt-S at 672 pixels
+Branch 3: ViT-T at 1024 pixels, windows of 14
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Images fit into 1333 x 800, sides padded to multiples of 32
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_vt_cs_vb_1024_672_448"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1333, 800),
+    batch_size=16,
+    lr=2e-4,
+    layer_decay=0.8,
+    epochs=12,
+    lr_drops=(8, 11),
 )

@@ -1,22 +1,17 @@
-"""ViT-L 1024, Mask R-CNN 1x on COCO: published box AP 46.7, mask AP 42.5.
+"""ViT-L 1024, Mask R-CNN 1x on COCO.
 
-ViT-L at 1024 pixels.
+Branch 1: ViT-L at 1024 pixels, windows of 14 but every third block global
 """
 
-from piip.rows import apply_row
+from piip.recipes import detector
 from piip_core import zoo
 
-from ..common.coco import data, dataloader
-from ..common.mask_rcnn import model
-from ..common.schedule_1x import lr_multiplier, optimizer, train
-
-# Images fit into 1024 x 614, sides padded to multiples of 64
-apply_row(
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("vit_l_1024"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+    scale=(1024, 614),
+    batch_size=16,
+    lr=1e-4,
+    layer_decay=0.95,
+    epochs=12,
+    lr_drops=(8, 11),
 )

@@ -1,20 +1,33 @@
-"""PIIP-B 512/256/128, from scratch on ImageNet-1K: the paper's top-1 82.7.
+"""PIIP-B 512/256/128, from scratch on ImageNet-1K by DeiT III's recipe for ViT-B (arXiv 2204.07118).
 
-Branch 1 of width 640 at 128, Branch 2 of 320 at 256, Branch 3 of 160 at 512.
+Branch 1: ViT of width 640 at 128 pixels, global attention
+Branch 2: ViT of width 320 at 256 pixels, global attention
+Branch 3: ViT of width 160 at 512 pixels, windows of 16
 """
 
-from piip.rows import apply_classification_row
+from detectron2.config import LazyCall as L
+from timm.loss import BinaryCrossEntropy
+from timm.optim import Lamb
+
+from piip.recipes import classifier
 from piip_core import zoo
 
-from ..common.from_scratch import data, dataloader, lr_multiplier, model, optimizer, train
-
-# 300 epochs of 2048 images per iteration
-apply_classification_row(
-    zoo.classification("piip_b_512_256_128"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+model, data, dataloader, optimizer, lr_multiplier, train = classifier(
+    zoo.classification("piip_b_512_256_128").training_config,
+    batch_size=2048,
+    lr=3e-3,
+    interaction_lr_ratio=1.0,
+    weight_decay=0.05,
+    epochs=300,
+    warmup_epochs=5,
+    ema_decay=None,
+    output_dir="output/piip_b_512_256_128_300ep",
 )
+train.load_pretrained = False
+dataloader.train.repeats = 3
+dataloader.train.mapper.transform.auto_augment = "3a"  # DeiT III's 3-Augment: one of grey, solarised and blurred
+model.label_smoothing = 0.0
+# Every class that is in the mixed image is to be found, whatever its share
+model.loss = L(BinaryCrossEntropy)(smoothing="${..label_smoothing}", target_threshold=0.0)
+optimizer = L(Lamb)(params=optimizer.params, lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+optimizer.params.decay_vectors = False

@@ -1,22 +1,21 @@
-"""PIIP-TSB 368/192/128, fine-tuned from DeiT on ImageNet-1K: published top-1 82.1.
+"""PIIP-TSB 368/192/128, fine-tuned from DeiT on ImageNet-1K.
 
-Branch 1 ViT-B at 128, Branch 2 ViT-S at 192, Branch 3 ViT-T at 368.
+Branch 1: ViT-B at 128 pixels, global attention
+Branch 2: ViT-S at 192 pixels, global attention
+Branch 3: ViT-T at 368 pixels, global attention
 """
 
-from piip.rows import apply_classification_row
+from piip.recipes import classifier
 from piip_core import zoo
 
-from ..common.classifier import model
-from ..common.imagenet import data, dataloader
-from ..common.schedule_20ep import lr_multiplier, optimizer, train
-
-# 20 epochs of 1024 images per iteration
-apply_classification_row(
-    zoo.classification("piip_tsb_368_192_128"),
-    model=model,
-    data=data,
-    dataloader=dataloader,
-    optimizer=optimizer,
-    lr_multiplier=lr_multiplier,
-    train=train,
+model, data, dataloader, optimizer, lr_multiplier, train = classifier(
+    zoo.classification("piip_tsb_368_192_128").training_config,
+    batch_size=1024,
+    lr=3e-5,
+    interaction_lr_ratio=10.0,
+    weight_decay=0.1,
+    epochs=20,
+    warmup_epochs=5,
+    ema_decay=0.99996,
+    output_dir="output/piip_tsb_368_192_128_20ep",
 )

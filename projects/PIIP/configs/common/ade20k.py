@@ -25,6 +25,7 @@ _ade20k = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "data
 
 data = OmegaConf.create(
     {
+        "kind": "label_maps",
         "train": {
             "images": f"{_ade20k}/images/training",
             "labels": f"{_ade20k}/annotations/training",

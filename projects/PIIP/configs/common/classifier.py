@@ -27,6 +27,6 @@ model = L(ImageClassifier)(
         num_classes="${data.num_classes}",
     ),
     label_smoothing=0.1,
-    loss=None,  # cross entropy; from_scratch.py has the binary one
+    loss=None,  # cross entropy; ../ImageNet/piip_b_512_256_128_300ep.py has the binary one
 )
 model.config.num_classes = "${data.num_classes}"

@@ -23,6 +23,7 @@ _coco = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datase
 
 data = OmegaConf.create(
     {
+        "kind": "coco",  # annotation files in COCO's format
         "train": {
             "annotations": f"{_coco}/annotations/instances_train2017.json",
             "images": f"{_coco}/train2017",
@@ -80,6 +81,7 @@ dataloader.test = L(build_detection_test_loader)(
         num_classes="${data.num_classes}",
         filter_empty=False,
         drop_boxes=False,
+        require_masks="${...train.mapper.use_instance_mask}",
     ),
     mapper=L(CheckedDatasetMapper)(
         is_train=False,
@@ -92,4 +94,5 @@ dataloader.test = L(build_detection_test_loader)(
 dataloader.evaluator = L(build_coco_evaluator)(
     annotations="${data.test.annotations}",
     output_dir="${train.output_dir}/inference",
+    require_masks="${..train.mapper.use_instance_mask}",
 )

@@ -18,6 +18,7 @@ _imagenet = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "da
 
 data = OmegaConf.create(
     {
+        "kind": "class_folders",  # a sub-folder of images per class
         "train": {
             "images": f"{_imagenet}/train",
             # The length of the training follows it. Follows data.train.images in our lazyconfig_train_net.py; with

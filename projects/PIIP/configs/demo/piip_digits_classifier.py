@@ -10,25 +10,34 @@ train.init_checkpoint=output/demo/digits/model_final.pth
 
 import dataclasses
 
-import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 from torchvision.transforms import Compose, InterpolationMode, PILToTensor, RandomAffine
 
-from piip.lazy import lazy_dataclass
-from piip_core.classifier_config import ClassifierConfig
+from piip.recipes import classifier
+from piip_core.config import ClassifierConfig
 from piip_digits.model import NUM_GROUPS, demo_config
 
-from ..common.classifier import model
-from ..common.imagenet import data, dataloader
-from ..common.schedule_20ep import optimizer, train
+# One head on the merged branches, as in the publication's training from scratch; digits are then about as large as in
+# the scenes
+_pyramid = dataclasses.replace(demo_config(image_size=64), merging=None)
+model, data, dataloader, optimizer, lr_multiplier, train = classifier(
+    ClassifierConfig(pyramid=_pyramid, head="merged", num_groups=NUM_GROUPS, num_classes=10),
+    batch_size=64,
+    lr=3e-3,
+    interaction_lr_ratio=1.0,
+    weight_decay=0.05,
+    epochs=30,
+    warmup_epochs=3,
+    ema_decay=None,  # the rate falls to 0: an average would be no better
+    output_dir="output/demo/digits",
+)
 
 data.train.images = "datasets/digit_images/train"
 data.train.num_images = 1343
 data.test.images = "datasets/digit_images/val"
 data.num_classes = 10
-data.image_size = 64  # a digit is then about as large as in the scenes
 
 # Digits lean and wander, but a mirrored 2 is none
 dataloader.train.mapper.transform = L(Compose)(
@@ -43,35 +52,24 @@ dataloader.train.mapper.transform = L(Compose)(
         L(PILToTensor)(),
     ]
 )
-dataloader.train.total_batch_size = 64
 dataloader.train.num_workers = 0
 dataloader.test.num_workers = 0
 dataloader.evaluator.topk = [1]
 
-# One head on the merged branches, as in the publication's training from scratch
-_pyramid = dataclasses.replace(demo_config(image_size=data.image_size), merging=None)
-model.config = lazy_dataclass(ClassifierConfig(pyramid=_pyramid, head="merged", num_groups=NUM_GROUPS, num_classes=10))
-model.config.num_classes = "${data.num_classes}"
 model.pixel_mean = [127.5, 127.5, 127.5]
 model.pixel_std = [127.5, 127.5, 127.5]
 model.mixup = None
 model.label_smoothing = 0.0
 
-train.output_dir = "output/demo/digits"
 train.device = "cpu"
 train.load_pretrained = False
-train.max_iter = 600
 train.eval_period = 200
 train.checkpointer = {"period": 200, "max_to_keep": 1}
 train.log_period = 20
 train.clip_norm = 1.0
 train.amp.enabled = False
-train.ema.decay = None  # the rate falls to 0: an average would be no better
 
-optimizer.lr = 3e-3
 optimizer.betas = (0.9, 0.98)
-optimizer.weight_decay = 0.05
-optimizer.params.interaction_lr_ratio = 1.0
 optimizer.params.decay_vectors = False
 
 lr_multiplier = L(WarmupParamScheduler)(

@@ -1,7 +1,7 @@
 """Data of the PIIP detectors: the published image pipeline, COCO-format data sets, reproducible loading."""
 
 from .categories import Category
-from .coco import build_coco_evaluator, coco_categories, coco_metadata, get_coco_dicts
+from .coco import build_coco_evaluator, coco_categories, get_coco_dicts
 from .errors import DatasetError
 from .images import UnreadableImageError, read_image
 from .loader import TrainLoader, build_train_loader
@@ -31,7 +31,6 @@ __all__ = [
     "build_coco_evaluator",
     "build_train_loader",
     "coco_categories",
-    "coco_metadata",
     "get_coco_dicts",
     "keep_ratio_size",
     "network_input",

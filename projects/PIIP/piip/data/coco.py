@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
+import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import load_coco_json
 from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from .categories import Category
-from .coco_check import check_annotations, check_images_exist, drop_unusable_boxes, read_coco_json
-from .errors import DatasetError
+from .coco_check import CocoFile, check_images_exist, load_coco, load_coco_categories
+from .errors import DatasetError, Findings, first_few
+from .masks import compressed
 
-__all__ = ["build_coco_evaluator", "coco_categories", "coco_metadata", "get_coco_dicts"]
+__all__ = ["build_coco_evaluator", "coco_categories", "get_coco_dicts"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,38 +47,13 @@ def _version(path: str) -> tuple[int, int]:
     try:
         status = os.stat(PathManager.get_local_path(path)) if path else None
     except OSError:
-        status = None  # read_coco_json explains it
+        status = None  # load_coco_categories explains it
     return (status.st_mtime_ns, status.st_size) if status else (0, 0)
 
 
 @functools.lru_cache(maxsize=16)
 def _categories(annotations: str, mtime: int, size: int) -> tuple[Category, ...]:
-    return check_annotations(read_coco_json(annotations), annotations, require_annotations=False)
-
-
-def coco_metadata(annotations: str) -> Metadata:
-    """Detectron2's metadata (class names, id map, JSON file) of an annotation file, made afresh at each call.
-
-    Args:
-        annotations: COCO-format JSON file.
-
-    Raises:
-        DatasetError: If the file cannot be used.
-    """
-    name = _metadata_name(annotations)
-    categories = coco_categories(annotations)
-    if name in MetadataCatalog.list():
-        MetadataCatalog.remove(name)
-    return MetadataCatalog.get(name).set(
-        json_file=annotations,
-        evaluator_type="coco",
-        thing_classes=[category.name for category in categories],
-        thing_dataset_id_to_contiguous_id={category.id: k for k, category in enumerate(categories)},
-    )
-
-
-def _metadata_name(annotations: str) -> str:
-    return f"coco_format:{os.path.abspath(annotations)}"
+    return load_coco_categories(annotations)
 
 
 def get_coco_dicts(
@@ -103,20 +84,16 @@ def get_coco_dicts(
         DatasetError: If a path is wrong, the file is broken, a reference inside it does not exist, an image is
             missing, the number of classes differs, or nothing is left after the filters.
     """
-    data = read_coco_json(annotations)
-    categories = check_annotations(data, annotations, require_annotations=filter_empty, require_masks=require_masks)
-    check_images_exist(data, annotations, images)
-    del data  # load_coco_json reads the file once more: COCO's own takes 2 GB
-    if num_classes is not None and num_classes != len(categories):
+    file = load_coco(annotations, training=drop_boxes, require_annotations=filter_empty, require_masks=require_masks)
+    check_images_exist(file.data, annotations, images)
+    if num_classes is not None and num_classes != len(file.categories):
         raise DatasetError(
-            f"{annotations}: {len(categories)} categories, but the configuration says data.num_classes={num_classes}. "
-            f"Set data.num_classes={len(categories)} (tools/lazyconfig_train_net.py of this project does so by itself)"
+            f"{annotations}: {len(file.categories)} categories, but the configuration says data.num_classes="
+            f"{num_classes}. Set data.num_classes={len(file.categories)} (tools/lazyconfig_train_net.py of this "
+            "project does so by itself)"
         )
-    name = coco_metadata(annotations).name
-    dicts = load_coco_json(annotations, images, name, extra_annotation_keys=["id", "area"])
+    dicts = _standard_dicts(file, images)
     total = len(dicts)
-    if drop_boxes:
-        drop_unusable_boxes(dicts, annotations)
     dicts = [record for record in dicts if min(record["height"], record["width"]) >= min_image_side]
     if len(dicts) < total:
         logger.info("Removed %d images with a side below %d pixels", total - len(dicts), min_image_side)
@@ -127,25 +104,107 @@ def get_coco_dicts(
             f"{annotations}: none of its {total} images is left: expected images with a shorter side of at least "
             f"{min_image_side} pixels" + (" and at least one usable, non-crowd annotation" if filter_empty else "")
         )
-    for record in dicts:
-        for annotation in record["annotations"]:
-            annotation.pop("id", None)
-            annotation.pop("area", None)
     return dicts
 
 
+def _standard_dicts(file: CocoFile, images: str) -> list[dict[str, Any]]:
+    """A checked file in Detectron2's standard form, in the order of the image ids."""
+    classes = {category.id: k for k, category in enumerate(file.categories)}
+    dicts = []
+    for image in sorted(file.data["images"], key=lambda image: image["id"]):
+        record = {"file_name": os.path.join(images, image["file_name"]), "image_id": image["id"]}
+        record |= {key: image[key] for key in ("height", "width")}
+        record["annotations"] = [_standard_annotation(a, classes) for a in file.annotations[image["id"]]]
+        dicts.append(record)
+    return dicts
+
+
+def _standard_annotation(annotation: dict[str, Any], classes: dict[int, int]) -> dict[str, Any]:
+    found = {key: annotation[key] for key in ("iscrowd", "bbox")}
+    found |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": classes[annotation["category_id"]]}
+    mask, keypoints = annotation.get("segmentation"), annotation.get("keypoints")
+    if mask:
+        found["segmentation"] = compressed(mask) if isinstance(mask, dict) else mask
+    if keypoints:  # COCO's are indices of pixels, Detectron2's coordinates
+        found["keypoints"] = [value if n % 3 == 2 else value + 0.5 for n, value in enumerate(keypoints)]
+    return found
+
+
+class _Evaluator(COCOEvaluator):
+    """Says beside the numbers which classes are not in them."""
+
+    unseen = ""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As `COCOEvaluator`."""
+        results = super().evaluate(*args, **kwargs)
+        if results and self.unseen:
+            logger.warning("AP is NaN for categories without an object, and the mean of the others: %s", self.unseen)
+        return results
+
+
 def build_coco_evaluator(
-    annotations: str, *, output_dir: str | None = None, tasks: Sequence[str] | None = None, **kwargs: Any
+    annotations: str,
+    *,
+    output_dir: str | None = None,
+    tasks: Sequence[str] | None = None,
+    require_masks: bool | None = None,
+    **kwargs: Any,
 ) -> COCOEvaluator:
-    """Detectron2's COCO evaluator for an annotation file.
+    """Detectron2's COCO evaluator for an annotation file, checked and mended as for training.
 
     Args:
         annotations: COCO-format JSON file with the ground truth.
         output_dir: Folder for the detections in COCO's result format; None writes nothing.
-        tasks: Some of "bbox", "segm", "keypoints"; by default what the predictions hold.
+        tasks: Some of "bbox", "segm", "keypoints"; by default what the predictions hold, or boxes alone if
+            `require_masks` is False and an object has no mask.
+        require_masks: Whether every object must have a mask. None: if `tasks` say so, or any object has one.
         kwargs: Other arguments of `COCOEvaluator`.
 
     Raises:
         DatasetError: If the file cannot be used.
     """
-    return COCOEvaluator(coco_metadata(annotations).name, tasks=tasks, output_dir=output_dir, **kwargs)
+    if require_masks is None and tasks is not None:
+        require_masks = "segm" in tasks
+    file = load_coco(annotations, training=False, require_annotations=False, require_masks=require_masks)
+    objects = [annotation for group in file.annotations.values() for annotation in group]
+    if tasks is None and not all("segmentation" in annotation for annotation in objects):
+        tasks = ("bbox",)
+    _warn_of_crowded_images(file, kwargs.get("max_dets_per_image") or 100)
+    json_file, folder = annotations, None
+    if file.mended:  # the evaluator takes nothing but a file
+        folder = tempfile.TemporaryDirectory(prefix="piip_")
+        json_file = os.path.join(folder.name, "ground_truth.json")
+        Path(json_file).write_text(json.dumps(file.data))
+    evaluator = _Evaluator(_metadata(file, json_file).name, tasks=tasks, output_dir=output_dir, **kwargs)
+    evaluator.unseen = first_few([f"{category.name} (id {category.id})" for category in file.unseen])
+    if folder:
+        weakref.finalize(evaluator, folder.cleanup)
+    return evaluator
+
+
+def _warn_of_crowded_images(file: CocoFile, limit: int) -> None:
+    """COCO's metrics take so many detections of an image and class."""
+    found = Findings(file.path)
+    for image_id, group in file.annotations.items():
+        counts = Counter(annotation["category_id"] for annotation in group if not annotation["iscrowd"])
+        for category_id, count in counts.items():
+            if count > limit:
+                kind = f"groups of objects of an image and category have more than the {limit} that are evaluated"
+                found.note(kind, f"{count} of category {category_id} in image {image_id}")
+    found.log_notes(logger)
+
+
+def _metadata(file: CocoFile, json_file: str) -> Metadata:
+    """What Detectron2's evaluator has to know about a data set."""
+    name = f"coco_format:{os.path.abspath(file.path)}"
+    if name in MetadataCatalog.list():
+        MetadataCatalog.remove(name)
+    count = Counter(category.name for category in file.categories)
+    return MetadataCatalog.get(name).set(
+        json_file=json_file,
+        evaluator_type="coco",
+        # the metrics have these names
+        thing_classes=[c.name if count[c.name] == 1 else f"{c.name} (id {c.id})" for c in file.categories],
+        thing_dataset_id_to_contiguous_id={category.id: k for k, category in enumerate(file.categories)},
+    )

@@ -1,4 +1,4 @@
-"""Checks of a COCO-format data set before anything is trained on it; every complaint names file and entry."""
+"""Reading COCO-format files, checked and mended before anything is trained or evaluated on them."""
 
 from __future__ import annotations
 
@@ -6,127 +6,111 @@ import json
 import logging
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from piip_core.images import spellings
 
 from .categories import Category
-from .errors import DatasetError, first_few
+from .coco_annotations import check_annotations, whole_number
+from .errors import DatasetError, Findings
 
-__all__ = ["check_annotations", "check_images_exist", "drop_unusable_boxes", "read_coco_json"]
+__all__ = ["CocoFile", "check_images_exist", "load_coco", "load_coco_categories"]
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_SIDE = 10**6  # pixels
 
-def read_coco_json(path: str) -> dict[str, Any]:
-    """Parses an annotation file.
 
-    Raises:
-        DatasetError: If it is missing, empty, not JSON or not a JSON object.
+@dataclass(frozen=True)
+class CocoFile:
+    """A COCO-format file whose entries are checked, and mended where their meaning is clear.
+
+    Attributes:
+        path: Of the file.
+        data: The parsed file, with its entries as `check_annotations` leaves them.
+        categories: Sorted by id: class k of the model is entry k.
+        annotations: By image id, for every image.
+        unseen: The categories without an object, if the file has annotations.
+        mended: Whether `data` differs from what another reader of the file gets.
     """
-    if not path:
-        raise DatasetError("no annotation file given: expected the path of a COCO-format JSON file")
-    local = PathManager.get_local_path(path)
-    if os.path.isdir(local):
-        raise DatasetError(f"{path}: is a folder: expected a COCO-format annotation file (.json)")
-    if not os.path.isfile(local):
-        raise DatasetError(
-            f"{path}: no such file (looked from {os.getcwd()}): expected a COCO-format annotation file. Set "
-            "data.train.annotations and data.test.annotations, or DETECTRON2_DATASETS for the standard layout"
-        )
-    if os.path.getsize(local) == 0:
-        raise DatasetError(f"{path}: the file is empty (0 bytes): expected COCO-format JSON")
-    try:
-        with open(local, encoding="utf-8") as file:
-            data = json.load(file)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise DatasetError(f"{path}: not valid JSON ({error}): is it cut off? Copy or export it again") from error
-    if not isinstance(data, dict):
-        raise DatasetError(
-            f"{path}: holds a JSON {type(data).__name__}: expected an object with 'images', 'annotations' and "
-            "'categories' (a list of results is not a data set)"
-        )
-    return data
+
+    path: str
+    data: dict[str, Any]
+    categories: tuple[Category, ...]
+    annotations: dict[int, list[dict[str, Any]]]
+    unseen: tuple[Category, ...]
+    mended: bool
 
 
-def check_annotations(
-    data: dict[str, Any], path: str, *, require_annotations: bool = True, require_masks: bool = False
-) -> tuple[Category, ...]:
-    """Checks the structure of a parsed annotation file and the references inside it.
+def load_coco(
+    path: str, *, training: bool, require_annotations: bool = True, require_masks: bool | None = False
+) -> CocoFile:
+    """Reads an annotation file and checks every entry; one warning counts what is mended, left out or odd.
 
     Args:
-        data: What `read_coco_json` returned.
-        path: Its path, for messages.
+        path: COCO-format JSON file.
+        training: Whether to leave out what the published training does not use, or what no detection can match: see
+            `check_annotations`.
         require_annotations: Whether a file without 'annotations' (a test set) is an error.
-        require_masks: Whether every non-crowd annotation needs a 'segmentation'.
-
-    Returns:
-        The categories, sorted by id: class k of the model is entry k.
+        require_masks: Whether every object must have a mask; otherwise, masks that are none are left out. None: if any
+            object has one.
 
     Raises:
-        DatasetError: If keys are missing or of the wrong type, ids are repeated, an annotation refers to an image or
-            category that does not exist, or a box is not four finite numbers.
+        DatasetError: If the file cannot be read or has an entry that cannot be meant; see the functions below.
     """
-    required = ("images", "categories", *(("annotations",) if require_annotations else ()))
-    for key in required:
-        if not isinstance(data.get(key), list):
-            found = type(data[key]).__name__ if key in data else f"only {sorted(data)}"
-            raise DatasetError(f"{path}: expected a list under '{key}', found {found}: not COCO format")
-        if not data[key]:
-            raise DatasetError(f"{path}: the list '{key}' is empty: expected at least one entry")
-
-    checks = _Complaints(path)
-    image_ids = checks.unique_ids("image", data["images"], {"file_name": str, "height": int, "width": int})
-    checks.add("image with a side below 1 pixel", "image", _where(data["images"], _bad_image_size))
-    category_ids = checks.unique_ids("category", data["categories"], {"name": str})
+    data, mended = _read(path)
+    _check_lists(data, path, ("images", "categories", *(("annotations",) if require_annotations else ())))
+    found = Findings(path)
+    categories = _check_categories(data["categories"], found)
+    mended |= _check_images(data["images"], found)
     annotations = data.get("annotations", [])
-    checks.unique_ids("annotation", annotations, {"image_id": int, "category_id": int})
-    checks.raise_any()
+    _check_objects("annotation", annotations, path)
+    found.raise_errors()
+    if require_masks is None:
+        require_masks = any(annotation.get("segmentation") for annotation in annotations)
+    by_image, changed = check_annotations(
+        annotations,
+        {image["id"]: image for image in data["images"]},
+        {category.id for category in categories},
+        found,
+        training=training,
+        require_masks=require_masks,
+    )
+    unseen: tuple[Category, ...] = ()
+    if "annotations" in data:
+        data["annotations"] = [annotation for group in by_image.values() for annotation in group]
+        seen = {annotation["category_id"] for annotation in data["annotations"] if not annotation["iscrowd"]}
+        unseen = tuple(category for category in categories if category.id not in seen)
+    effect = "are never learned" if training else "are in no mean (their AP is NaN)"
+    for category in unseen:
+        kind = f"of {len(categories)} categories have no object and {effect}"
+        found.note(kind, f"category {category.id} ({category.name})")
+    found.log_notes(logger)
+    return CocoFile(path, data, categories, by_image, unseen, mended or changed)
 
-    checks.add(
-        "annotation of an image that is not in 'images'",
-        "annotation",
-        _where(annotations, lambda a: a["image_id"] not in image_ids, "image_id"),
-    )
-    checks.add(
-        "annotation of a category that is not in 'categories'",
-        "annotation",
-        _where(annotations, lambda a: a["category_id"] not in category_ids, "category_id"),
-    )
-    checks.add(
-        "annotation whose 'bbox' is not four finite numbers [x, y, width, height]",
-        "annotation",
-        _where(annotations, _bad_box, "bbox"),
-    )
-    checks.add(
-        "annotation with 'ignore', which COCO's format does not have",
-        "annotation",
-        _where(annotations, lambda a: a.get("ignore", 0) != 0),
-    )
-    if require_masks:
-        checks.add(
-            "annotation without 'segmentation', needed to train masks (for boxes only, use a model without mask head "
-            "and dataloader.train.mapper.use_instance_mask=False)",
-            "annotation",
-            _where(annotations, lambda a: not a.get("iscrowd", 0) and not a.get("segmentation")),
-        )
-    checks.raise_any()
-    if annotations and 0 in (annotation["id"] for annotation in annotations):
-        logger.warning(
-            "%s: annotation id 0: pycocotools takes 0 for 'not matched', so AP comes out too low; "
-            "number annotations from 1",
-            path,
-        )
-    return tuple(sorted((Category(c["id"], c["name"]) for c in data["categories"]), key=lambda c: c.id))
+
+def load_coco_categories(path: str) -> tuple[Category, ...]:
+    """Classes of an annotation file, sorted by id, whatever else it holds.
+
+    Raises:
+        DatasetError: If the file cannot be read, or a category lacks a name or an id of its own.
+    """
+    data, _ = _read(path)
+    _check_lists(data, path, ("images", "categories"))
+    return _check_categories(data["categories"], Findings(path))
 
 
 def check_images_exist(data: dict[str, Any], path: str, images: str) -> None:
     """Checks that every image of an annotation file lies under a folder; lists each folder once, opens nothing.
 
     Args:
-        data: What `read_coco_json` returned, checked.
+        data: Of `load_coco`.
         path: Its path, for messages.
         images: Folder that the file names are relative to.
 
@@ -142,114 +126,134 @@ def check_images_exist(data: dict[str, Any], path: str, images: str) -> None:
         )
     root = os.path.abspath(local)
     names: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    checks = _Complaints(path)
-    outside = []
+    found = Findings(path)
     for image in data["images"]:
-        full = os.path.normpath(os.path.join(root, image["file_name"]))
+        # With the back-slashes of Windows where this system has none
+        name = image["file_name"] if os.sep == "\\" else image["file_name"].replace("\\", "/")
+        full = os.path.normpath(os.path.join(root, name))
         if os.path.commonpath([root, full]) != root:
-            outside.append(f"{image['id']} ({image['file_name']})")
+            found.error(f"image whose file_name points out of {images}", f"image {image['id']} ({image['file_name']})")
         names[os.path.dirname(full)].append(image)
-    checks.add(f"image whose file_name points out of {images}", "image", outside)
-    checks.raise_any()
-    missing = []
+    found.raise_errors()
     for folder, entries in names.items():
         present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        missing += [f"{e['id']} ({e['file_name']})" for e in entries if os.path.basename(e["file_name"]) not in present]
-    checks.add(f"image that is not in {images}", "image", missing)
-    checks.raise_any()
+        for entry in entries:
+            _find_spelling(entry, folder, root, present)
+            if os.path.basename(entry["file_name"]) not in present:
+                found.error(f"image that is not in {images}", f"image {entry['id']} ({entry['file_name']})")
+            if entry.get("width", 0) * entry.get("height", 0) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+                size = f"{entry['width']} x {entry['height']}"
+                kind = f"image with more pixels than Pillow's limit of {2 * Image.MAX_IMAGE_PIXELS} (cut it up)"
+                found.error(kind, f"image {entry['id']} ({entry['file_name']}, {size})")
+    found.raise_errors()
 
 
-def drop_unusable_boxes(dicts: Sequence[dict[str, Any]], path: str) -> None:
-    """Removes, in place, boxes that the published training does not use; warns once about them and about clipped ones.
+def _find_spelling(entry: dict[str, Any], folder: str, root: str, present: set[str]) -> None:
+    """Writes the name of the file that is there into an entry whose name merely looks like it."""
+    if os.path.basename(entry["file_name"]) in present:
+        return
+    for spelling in spellings(entry["file_name"]):
+        if os.path.basename(spelling) in present:
+            entry["file_name"] = os.path.relpath(os.path.join(folder, os.path.basename(spelling)), root)
+            return
 
-    Dropped: no overlap with the image, a side below 1 pixel, an area of 0 or less. Boxes that reach out of the image
-    stay; Detectron2 clips them when it maps the image.
 
-    Args:
-        dicts: Records of `load_coco_json` with the annotations' "id" and "area".
-        path: Annotation file, for the warning.
-    """
-    clipped, dropped = [], []
-    for record in dicts:
-        height, width = record["height"], record["width"]
-        kept = []
-        for annotation in record["annotations"]:
-            x, y, w, h = annotation["bbox"]
-            overlap_w, overlap_h = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
-            # The comparison form also drops what is not a number.
-            if not (overlap_w > 0 and overlap_h > 0 and w >= 1 and h >= 1 and annotation.get("area", w * h) > 0):
-                dropped.append(f"{annotation['id']} (bbox {annotation['bbox']}, {record['file_name']})")
-                continue
-            kept.append(annotation)
-            # Rounded annotations overshoot by parts of a pixel everywhere: not worth a word.
-            if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
-                clipped.append(f"{annotation['id']} (bbox {annotation['bbox']}, {record['file_name']})")
-        record["annotations"] = kept
-    if clipped or dropped:
-        parts = []
-        if dropped:
-            parts.append(
-                f"{len(dropped)} boxes without usable area in the image are dropped: annotation {first_few(dropped)}"
+def _read(path: str) -> tuple[dict[str, Any], bool]:
+    """The parsed file, and whether it is in another encoding than pycocotools reads."""
+    if not path:
+        raise DatasetError("no annotation file given: expected the path of a COCO-format JSON file")
+    local = PathManager.get_local_path(path)
+    if os.path.isdir(local):
+        raise DatasetError(f"{path}: is a folder: expected a COCO-format annotation file (.json)")
+    if not os.path.isfile(local):
+        raise DatasetError(
+            f"{path}: no such file (looked from {os.getcwd()}): expected a COCO-format annotation file. Set "
+            "data.train.annotations and data.test.annotations, or DETECTRON2_DATASETS for the standard layout"
+        )
+    if os.path.getsize(local) == 0:
+        raise DatasetError(f"{path}: the file is empty (0 bytes): expected COCO-format JSON")
+    with open(local, "rb") as file:
+        start = file.read(3)
+    try:
+        with open(local, encoding="utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig") as file:
+            data = json.load(file)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise DatasetError(f"{path}: not valid JSON ({error}): is it cut off? Copy or export it again") from error
+    except RecursionError as error:
+        raise DatasetError(f"{path}: lists within lists without end: expected COCO-format JSON") from error
+    if not isinstance(data, dict):
+        raise DatasetError(
+            f"{path}: holds a JSON {type(data).__name__}: expected an object with 'images', 'annotations' and "
+            "'categories' (a list of results is not a data set)"
+        )
+    return data, not start.isascii()
+
+
+def _check_lists(data: dict[str, Any], path: str, required: Sequence[str]) -> None:
+    for key in required:
+        if not isinstance(data.get(key), list):
+            found = type(data[key]).__name__ if key in data else f"only {sorted(data)}"
+            raise DatasetError(f"{path}: expected a list under '{key}', found {found}: not COCO format")
+        if not data[key]:
+            raise DatasetError(f"{path}: the list '{key}' is empty: expected at least one entry")
+    if not isinstance(data.get("annotations", []), list):
+        found = type(data["annotations"]).__name__
+        raise DatasetError(f"{path}: expected a list under 'annotations', found {found}: not COCO format")
+
+
+def _check_objects(entry: str, items: Sequence[Any], path: str) -> None:
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise DatasetError(f"{path}: {entry} number {index} is {item!r:.80}: expected a JSON object")
+
+
+def _check_keys(entry: str, items: Sequence[dict[str, Any]], whole: Sequence[str], text: str, found: Findings) -> bool:
+    """Checks whole numbers and a text of every entry, and that no id is repeated; tells whether it made integers."""
+    changed = False
+    for index, item in enumerate(items):
+        name = f"{entry} {item.get('id', f'number {index}')!s:.40}"
+        for key in whole:
+            value = item.get(key)
+            number = whole_number(value)
+            if number is None:
+                found.error(f"{entry} without a valid '{key}' (expected int)", f"{name} ({key}: {value!r:.40})")
+            elif number is not value:
+                item[key], changed = number, True
+        if not isinstance(item.get(text), str):
+            found.error(f"{entry} without a valid '{text}' (expected str)", f"{name} ({text}: {item.get(text)!r:.40})")
+    found.raise_errors()
+    for repeated, count in Counter(item["id"] for item in items).items():
+        if count > 1:
+            found.error(f"{entry} id used more than once", f"{entry} {repeated}")
+    return changed
+
+
+def _check_categories(items: list[Any], found: Findings) -> tuple[Category, ...]:
+    _check_objects("category", items, found.path)
+    _check_keys("category", items, ("id",), "name", found)
+    found.raise_errors()
+    count = Counter(item["name"] for item in items)
+    for item in items:
+        if count[item["name"]] > 1:
+            found.note("categories share a name but are different ones", f"category {item['id']} ({item['name']})")
+    return tuple(sorted((Category(item["id"], item["name"]) for item in items), key=lambda c: c.id))
+
+
+def _check_images(items: list[Any], found: Findings) -> bool:
+    _check_objects("image", items, found.path)
+    changed = _check_keys("image", items, ("id", "height", "width"), "file_name", found)
+    first: dict[str, int] = {}
+    for image in items:
+        sides = image["height"], image["width"]
+        if not 1 <= min(sides) <= max(sides) <= _LARGEST_SIDE:
+            found.error(
+                f"image with a side below 1 pixel or above {_LARGEST_SIDE}",
+                f"image {image['id']} (height {sides[0]}, width {sides[1]})",
             )
-        if clipped:
-            parts.append(
-                f"{len(clipped)} boxes reach out of the image and are clipped: annotation {first_few(clipped)}"
+        before = first.setdefault(os.path.normpath(image["file_name"]), image["id"])
+        if before != image["id"]:
+            found.error(
+                "image file under a second id (each would lack the other's objects; put all under one id)",
+                f"image {image['id']} ({image['file_name']}, also image {before})",
             )
-        logger.warning("%s: %s", path, "; ".join(parts))
-
-
-class _Complaints:
-    """Collects problems of one file and raises them together."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.problems: list[str] = []
-
-    def add(self, problem: str, entry: str, found: Iterable[str]) -> None:
-        found = list(found)
-        if found:
-            self.problems.append(f"{len(found)} x {problem}: {entry} {first_few(found)}")
-
-    def unique_ids(self, entry: str, items: list[Any], keys: dict[str, type]) -> set[int]:
-        """Ids of the entries, after noting what is missing, mistyped or repeated."""
-        if any(not isinstance(item, dict) for item in items):
-            index = next(i for i, item in enumerate(items) if not isinstance(item, dict))
-            raise DatasetError(f"{self.path}: {entry} number {index} is {items[index]!r}: expected a JSON object")
-        for key, kind in {"id": int, **keys}.items():
-            bad = [
-                f"{item.get('id', f'number {index}')} ({key}: {item.get(key, 'missing')!r})"
-                for index, item in enumerate(items)
-                if not isinstance(item.get(key), kind) or isinstance(item.get(key), bool)
-            ]
-            self.add(f"{entry} without a valid '{key}' (expected {kind.__name__})", entry, bad)
-        seen: set[int] = set()
-        repeated = []
-        for item in items:
-            if isinstance(item.get("id"), int):
-                if item["id"] in seen:
-                    repeated.append(str(item["id"]))
-                seen.add(item["id"])
-        self.add(f"{entry} id used more than once", entry, repeated)
-        return seen
-
-    def raise_any(self) -> None:
-        if self.problems:
-            raise DatasetError(f"{self.path}: " + "; ".join(self.problems))
-
-
-def _where(items: list[dict[str, Any]], is_bad: Any, key: str | None = None) -> list[str]:
-    return [f"{item['id']}" + (f" ({key} {item.get(key)!r})" if key else "") for item in items if is_bad(item)]
-
-
-def _bad_image_size(image: dict[str, Any]) -> bool:
-    sides = (image.get("height"), image.get("width"))
-    return all(isinstance(side, int) for side in sides) and min(sides) < 1
-
-
-def _bad_box(annotation: dict[str, Any]) -> bool:
-    box = annotation.get("bbox")
-    return not (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in box)
-    )
+    return changed

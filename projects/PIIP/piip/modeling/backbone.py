@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
-import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.fpn import FPN
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from piip_core import DensePIIP, PIIPConfig
 from piip_core.checkpoints import load_pretrained
-from piip_core.folding import is_bare
+from piip_core.deconvolution import join
 from piip_core.meta import on_meta
 
 __all__ = ["PIIPBackbone", "PIIPFPN"]
@@ -47,13 +45,18 @@ class PIIPBackbone(Backbone):
         if pretrained and not next(self.parameters()).is_meta:
             load_pretrained(self.features.pyramid)
 
-    def forward(self, x: Tensor, laterals: Mapping[str, nn.Conv2d] | None = None) -> dict[str, Tensor]:
-        """Feature maps "res2" (stride 4) to "res5" (stride 32) of normalised images (B, 3, H, W).
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Feature maps "res2" (stride 4) to "res5" (stride 32) of normalised images (B, 3, H, W)."""
+        return dict(zip(self._shapes, self.features(x), strict=True))
 
-        A map named in `laterals` is what that plain 1x1 convolution makes of it; see `DensePIIP.forward`.
-        """
-        maps = self.features(x, None if laterals is None else [laterals.get(name) for name in self._shapes])
-        return dict(zip(self._shapes, maps, strict=True))
+    def join_lateral(self, name: str, lateral: Conv2d) -> bool:
+        """Makes the convolution, plain and 1x1, part of the deconvolution that a map comes from, if one does."""
+        shape, levels = self._shapes[name], self.features.feature_pyramid.levels
+        if not isinstance(levels[str(shape.stride)], nn.Sequential):
+            return False
+        levels[str(shape.stride)][-1] = join(levels[str(shape.stride)][-1], lateral)
+        self._shapes[name] = ShapeSpec(channels=lateral.out_channels, stride=shape.stride)
+        return True
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return dict(self._shapes)
@@ -92,46 +95,20 @@ def _shapes(features: DensePIIP) -> dict[str, ShapeSpec]:
 
 
 class PIIPFPN(FPN):
-    """Detectron2's FPN with the padding rule of its bottom-up network, and less work on its largest maps.
+    """Detectron2's FPN with the padding rule of its bottom-up network.
 
-    Detectron2's own reports its largest stride instead, so images would be padded to multiples of 32. And it computes
-    lateral convolutions behind the deconvolutions of a `PIIPBackbone`; here they are one, if there is no norm.
-
-    Args:
-        args: of `FPN`.
-        fuse_type (str): as for `FPN`.
-        kwargs: of `FPN`.
+    Detectron2's own reports its largest stride instead, so images would be padded to multiples of 32.
     """
 
-    def __init__(self, *args: Any, fuse_type: str = "sum", **kwargs: Any) -> None:
-        super().__init__(*args, fuse_type=fuse_type, **kwargs)
-        self.averages = fuse_type == "avg"
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Maps "p2", "p3", ... of normalised images (B, 3, H, W)."""
-        names = self.in_features[::-1]
-        laterals = dict(zip(names, self.lateral_convs, strict=True))
-        joined = {name: lateral for name, lateral in laterals.items() if self._can_be_joined(name, lateral)}
-        features = self.bottom_up(x, joined) if joined else self.bottom_up(x)
-        outputs = list(self.output_shape())
-        above, results = None, []
-        for (name, lateral), output in zip(laterals.items(), self.output_convs, strict=True):
-            level = features[name] if name in joined else lateral(features[name])
-            if above is not None:
-                level = level + F.interpolate(above, scale_factor=2.0, mode="nearest")
-                level = level / 2 if self.averages else level
-            above = level
-            results.insert(0, output(level))
-        if self.top_block is not None:
-            maps = {**dict(zip(outputs, results, strict=False)), **features}
-            results += self.top_block(maps[self.top_block.in_feature])
-        return dict(zip(outputs, results, strict=True))
-
-    def _can_be_joined(self, name: str, lateral: nn.Module) -> bool:
-        """Whether the backbone may compute it: it does nothing else, and nobody reads the map before it."""
-        plain = is_bare(lateral, Conv2d) and lateral.norm is None and lateral.activation is None
-        read = self.top_block is not None and self.top_block.in_feature == name
-        return plain and not read and isinstance(self.bottom_up, PIIPBackbone)
+    def fold_for_inference(self) -> None:
+        """Makes lateral convolutions one with the deconvolutions before them; `prepare_for_inference` calls it."""
+        for i, (name, lateral) in enumerate(zip(self.in_features[::-1], self.lateral_convs, strict=True)):
+            plain = type(lateral) is Conv2d and lateral.norm is None and lateral.activation is None
+            read = self.top_block is not None and self.top_block.in_feature == name
+            if plain and not read and self.bottom_up.join_lateral(name, lateral):
+                self.lateral_convs[i] = nn.Identity()
+                own_name = next(key for key, child in self.named_children() if child is lateral)
+                self.set_submodule(own_name, self.lateral_convs[i])
 
     @property
     def size_divisibility(self) -> int:

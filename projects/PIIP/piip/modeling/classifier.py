@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from piip_core import ConfigError
 from piip_core.checkpoints import load_pretrained
 from piip_core.classifier import PIIPClassifier
-from piip_core.classifier_config import ClassifierConfig
+from piip_core.config import ClassifierConfig
 
 __all__ = ["ImageClassifier"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import fvcore.nn.weight_init as weight_init
@@ -13,8 +14,6 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
-
-from piip_core.folding import without_autocast
 
 __all__ = ["FCNHead", "SegmentationHead", "UperNetHead"]
 
@@ -88,7 +87,9 @@ class SegmentationHead(nn.Module):
     def layers(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, num_classes, H / stride, W / stride) from the backbone maps, by name."""
         maps = [features[name].to(self.conv_seg.weight.dtype) for name in self.in_features]
-        with without_autocast(maps[0].device):
+        # the meta device, on which FLOPs are counted, has no autocast to turn off
+        device = maps[0].device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             return self.conv_seg(self.dropout(self.fuse(maps)))
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:

@@ -41,8 +41,10 @@ def verify_complete_model(case: GoldenCase) -> Check:
         (vision_config,) = folder.glob("*.py")
         done = convert_folder(folder, target, vision_config=vision_config, clip_configs=case.info.get("clip_configs"))
         check.same("number of tensors", len(done.report.used) + len(done.report.ignored), case.info["n_tensors"])
-        model = PIIPLlavaForConditionalGeneration.from_pretrained(target, dtype=torch.float32).eval()
-        processor = PIIPLlavaProcessor.from_pretrained(target)
+        model = PIIPLlavaForConditionalGeneration.from_pretrained(
+            target, dtype=torch.float32, trust_remote_code=False
+        ).eval()
+        processor = PIIPLlavaProcessor.from_pretrained(target, trust_remote_code=False)
     given, public = case.below("input."), json.loads((folder / "config.json").read_text())
     pixels = given["pixel_values"]
     batch = _Batch.of(given, range(len(pixels)), processor.image_seq_length, processor.image_token_id)

@@ -81,10 +81,10 @@ def llama_tokenizer(model_file: Path, *, legacy: bool) -> Iterator[PreTrainedTok
         published.mkdir()
         shutil.copyfile(model_file, published / "tokenizer.model")
         (published / "tokenizer_config.json").write_text(json.dumps(settings))
-        tokenizer = AutoTokenizer.from_pretrained(published)
+        tokenizer = AutoTokenizer.from_pretrained(published, trust_remote_code=False)
         keep_legacy_setting(tokenizer)
         tokenizer.save_pretrained(saved)
-        yield AutoTokenizer.from_pretrained(saved)
+        yield AutoTokenizer.from_pretrained(saved, trust_remote_code=False)
 
 
 def verify_prompts(case: GoldenCase) -> Check:

@@ -1,4 +1,4 @@
-"""configs/common/ade20k.py and schedule_80k.py, and own data in one step."""
+"""configs/common/ade20k.py, the schedule of the segmentors, and own data in one step."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from piip.data.segmentation import RatioRangeResize
 from piip.lazy_config import follow_annotations, has_test_set, load_config
 from piip.predict import find_categories
 from piip.solver import WarmupFactor
+from piip_core import zoo
 
 
 @pytest.fixture
@@ -67,8 +68,9 @@ def test_no_test_set(load):
 
 
 @pytest.mark.parametrize("max_iter", [80_000, 160_000])
-def test_the_schedule_is_the_published_one(load, max_iter):
-    cfg = load("schedule_80k", f"train.max_iter={max_iter}")
+def test_the_schedule_is_the_published_one(repo_root, max_iter):
+    path = repo_root / "projects/PIIP/configs" / zoo.get("piip_h6b_512_192_upernet").config_file
+    cfg = load_config(str(path), [f"train.max_iter={max_iter}"])
     multiplier = instantiate(cfg.lr_multiplier)
     for iteration in (0, 1, 750, 1499, 1500, 1501, 40_000, max_iter - 1):
         rate = 4e-5 * (1 - iteration / max_iter)

@@ -1,4 +1,4 @@
-"""PIIP-SBL 320/160/96 as released, to evaluate its converted weights: heads read the first patch. Top-1 85.2.
+"""PIIP-SBL 320/160/96 as released, to evaluate its converted weights: heads read the first patch.
 
 New trainings read the class token: ../piip_sbl_320_160_96_20ep.py
 """

@@ -1,4 +1,4 @@
-"""PIIP-SBL 384/192/128 as released, to evaluate its converted weights: heads read the first patch. Top-1 85.9.
+"""PIIP-SBL 384/192/128 as released, to evaluate its converted weights: heads read the first patch.
 
 New trainings read the class token: ../piip_sbl_384_192_128_20ep.py
 """

@@ -1,4 +1,4 @@
-"""PIIP-TSB 368/192/128 as released, to evaluate its converted weights: heads read the first patch. Top-1 82.1.
+"""PIIP-TSB 368/192/128 as released, to evaluate its converted weights: heads read the first patch.
 
 New trainings read the class token: ../piip_tsb_368_192_128_20ep.py
 """

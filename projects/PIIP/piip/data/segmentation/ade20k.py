@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from piip_core.archives import ArchiveError, Unpacked, unpack_images
-from piip_core.download import download
+from piip_core.archives import ArchiveError, Unpacked, download, unpack_images
 
 from ..errors import DatasetError
 from .audit import LabelAudit, audit_label_maps

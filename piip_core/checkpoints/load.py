@@ -1,22 +1,56 @@
-"""The pyramid of one model as the start of another: a classifier's in a detector, a segmentor or a chat model."""
+"""Weights of whole models and of parts of them, whoever wrote the checkpoint and whatever model it is of."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..classifier import build_model
+from ..config import ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError
 from ..pyramid import PIIP
+from .convert import from_published, model_shapes
 from .lazy import LazyState
 from .pretrained import convert_pretrained
+from .read import read_checkpoint
 from .report import ConversionReport
 
-__all__ = ["find_pyramid", "load_pyramid", "pyramid_prefix"]
+__all__ = ["build_trained", "find_pyramid", "load_part", "load_pyramid", "pyramid_prefix"]
+
+
+def part_prefixes(state: Collection[str], names: Sequence[str]) -> list[str]:
+    """What the names of a state dict have before those of a part, for every complete set of it."""
+    prefixes = [key.removesuffix(names[0]) for key in state if key == names[0] or key.endswith(f".{names[0]}")]
+    return [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+
+
+def load_part(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Loads a pyramid or backbone from a checkpoint of this project of whatever model around it.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or does not hold exactly one set of all weights of the module.
+    """
+    state, names = read_checkpoint(path).state, list(module.state_dict())
+    complete = part_prefixes(state, names)
+    if len(complete) != 1:
+        raise CheckpointError(
+            f"{path}: holds {len(complete)} complete sets of the {len(names)} weights of this {type(module).__name__} "
+            f"({names[0]} ...); expected one. Give the model the checkpoint was trained with; published files are "
+            "converted by tools/convert_checkpoint.py"
+        )
+    try:
+        module.load_state_dict({name: state[complete[0] + name] for name in names})
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: weights of another shape: {error}") from None
+
 
 logger = logging.getLogger(__name__)
 
@@ -130,3 +164,59 @@ def _join(report: ConversionReport, found: ConversionReport, prefix: str, *, num
     report.missing += [prefix + name for name in found.missing]
     for text in found.notes:
         report.note(f"branch {number}: {text}")
+
+
+Shapes = Mapping[str, torch.Size]
+
+
+def build_trained(
+    configs: Sequence[PIIPConfig | ClassifierConfig], path: str | os.PathLike[str], *, ema: bool = False
+) -> nn.Module:
+    """The backbone or classifier that a checkpoint holds, with its weights, in evaluation mode.
+
+    Args:
+        configs: What it may be, in the order in which they are tried; a classifier may have other classes.
+        path: A checkpoint of our training (of a detector, too), of timm, transformers or the hub, or a published one.
+        ema: As in `read_checkpoint`.
+
+    Raises:
+        CheckpointError: If the file cannot be read or fits none of the configurations.
+    """
+    file = read_checkpoint(path, ema=ema)
+    shapes = file.state.shapes()
+    for config in (_with_classes_of(config, shapes) for config in configs):
+        wanted = model_shapes(config)
+        for prefix in part_prefixes(shapes, list(wanted)):
+            _check_shapes(file.path, {prefix + name: shape for name, shape in wanted.items()}, shapes)
+            return _loaded(config, {name: file.state[prefix + name] for name in wanted})
+    backbone_only = isinstance(configs[0], PIIPConfig)
+    if pyramid_prefix(shapes) is not None:
+        kind = "backbone" if backbone_only else "classifier"
+        raise CheckpointError(f"{path}: its names are not those of this {kind}; name the model that the file holds")
+    state, report = from_published(file.state, configs[0], backbone_only=backbone_only, source=str(path))
+    report.check()
+    return _loaded(configs[0], state)
+
+
+def _loaded(config: PIIPConfig | ClassifierConfig, state: Mapping[str, Tensor]) -> nn.Module:
+    model = build_model(config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _with_classes_of(config: PIIPConfig | ClassifierConfig, shapes: Shapes) -> PIIPConfig | ClassifierConfig:
+    """A classifier for as many classes as the file has."""
+    if isinstance(config, PIIPConfig):
+        return config
+    name = "head.classifier.bias" if config.head == "merged" else "head.classifiers.1.bias"
+    found = {shapes[prefix + name][0] for prefix in part_prefixes(shapes, [name])}
+    return dataclasses.replace(config, num_classes=found.pop()) if len(found) == 1 else config
+
+
+def _check_shapes(path: Path, wanted: Shapes, shapes: Shapes) -> None:
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(shapes[name])}, expected {tuple(shape)}; name the model that the "
+                "file holds"
+            )

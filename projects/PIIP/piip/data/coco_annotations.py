@@ -1,0 +1,250 @@
+"""Checks of the annotations in a COCO-format file, the same for training and test sets."""
+
+from __future__ import annotations
+
+import reprlib
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import Findings
+from .masks import BadMaskError, check_mask, mask_area
+
+__all__ = ["check_annotations", "whole_number"]
+
+_NUMBERS = {int, float}
+_FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # also False, True, 0.0 and 1.0, which are equal to 0 and 1
+_FAR = 10**6  # pixels: single precision is too coarse beyond
+_NO_SIZE = 2**-17  # of the longer side of the image: a narrower box is lost in the single precision of detections
+_LARGEST_ID = 2**53  # pycocotools keeps them in double precision
+_LARGEST_AREA = 1e10  # square pixels: pycocotools ignores larger objects, and those below 0
+_ADVICE = "for boxes only, use a model without mask head and dataloader.train.mapper.use_instance_mask=False"
+
+
+def whole_number(value: Any) -> int | None:
+    """An integer of 64 bits, also from 2.0 as spreadsheets write 2; None for anything else."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
+
+
+def check_annotations(
+    annotations: Sequence[dict[str, Any]],
+    images: Mapping[int, Mapping[str, Any]],
+    category_ids: Collection[int],
+    found: Findings,
+    *,
+    training: bool,
+    require_masks: bool,
+) -> tuple[dict[int, list[dict[str, Any]]], bool]:
+    """Checks all annotations of a file, mends them in place, and leaves out what cannot be used.
+
+    Every annotation that is returned has "image_id" and "category_id" of the file, an "id" of its own above 0, a "bbox"
+    of four finite numbers, "iscrowd" 0 or 1, a number as "area", and if a "segmentation", one that pycocotools takes.
+
+    Args:
+        annotations: Objects of the file.
+        images: Its checked images by id.
+        category_ids: Of the file.
+        found: Takes errors and notes.
+        training: Leave out the boxes that the published training does not use: no overlap with the image, a side below
+            1 pixel, an area of 0. Otherwise, what no detection can match: no overlap, no size, a mask without a pixel.
+        require_masks: Whether every object must have a mask (when training, crowds need none); otherwise, masks that
+            are none are left out.
+
+    Returns:
+        The annotations by image id, and whether any was changed or left out.
+
+    Raises:
+        DatasetError: If any cannot be used.
+    """
+    kept: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in images}
+    check = _Check(images, category_ids, found, training, require_masks)
+    for number, annotation in enumerate(annotations):
+        if check.usable(annotation, number):
+            kept[annotation["image_id"]].append(annotation)
+    found.raise_errors()
+    _note_twins(kept, found)
+    changed = _number(annotations, found) or check.changed
+    return kept, changed or sum(map(len, kept.values())) < len(annotations)
+
+
+@dataclass
+class _Check:
+    """Checks and mends one annotation after the other; the arguments of `check_annotations`."""
+
+    images: Mapping[int, Mapping[str, Any]]
+    category_ids: Collection[int]
+    found: Findings
+    training: bool
+    require_masks: bool
+    changed: bool = False
+
+    def usable(self, annotation: dict[str, Any], number: int) -> bool:
+        """Mends an annotation; False if it is to be left out, or an error was found."""
+        name = _name(annotation, number)
+        image = self._references(annotation, name)
+        if not image or not self._box(annotation, name) or not self._flags(annotation, name):
+            return False
+        room = self._mask(annotation, name, image)
+        self._keypoints(annotation, name)
+        self._area(annotation, name)
+        return self._room(annotation, name, image) and room
+
+    def _references(self, annotation: dict[str, Any], name: str) -> Mapping[str, Any] | None:
+        """The image of an annotation, if its category exists as well."""
+        for key in ("image_id", "category_id"):
+            value = annotation.get(key)
+            number = whole_number(value)
+            if number is None:
+                kind = f"annotation without a valid '{key}' (expected int)"
+                self.found.error(kind, f"{name} ({key}: {reprlib.repr(value)})")
+                return None
+            if number is not value:
+                self._set(annotation, key, number)
+        image = self.images.get(annotation["image_id"])
+        if image is None:
+            kind = "annotation of an image that is not in 'images'"
+            self.found.error(kind, f"{name} (image_id {annotation['image_id']})")
+        if annotation["category_id"] not in self.category_ids:
+            kind = "annotation of a category that is not in 'categories'"
+            self.found.error(kind, f"{name} (category_id {annotation['category_id']})")
+            return None
+        return image
+
+    def _box(self, annotation: dict[str, Any], name: str) -> bool:
+        box = annotation.get("bbox")
+        good = isinstance(box, list) and len(box) == 4 and _NUMBERS.issuperset(map(type, box))
+        # the comparison is false for NaN
+        if good and all(-_FAR <= value <= _FAR for value in box):
+            return True
+        kind = f"annotation whose 'bbox' is not four finite numbers [x, y, width, height] from -{_FAR} to {_FAR}"
+        self.found.error(kind, f"{name} (bbox {reprlib.repr(box)})")
+        return False
+
+    def _flags(self, annotation: dict[str, Any], name: str) -> bool:
+        """Makes 'iscrowd' 0 or 1."""
+        values = annotation.get("iscrowd"), annotation.get("ignore")
+        try:
+            crowd, ignore = (_FLAGS[value] for value in values)
+        except (KeyError, TypeError):  # another value, or a list
+            found = f"{name} (iscrowd {reprlib.repr(values[0])}, ignore {reprlib.repr(values[1])})"
+            self.found.error("annotation whose 'iscrowd' or 'ignore' is not 0 or 1", found)
+            return False
+        if ignore:
+            self.found.error("annotation with 'ignore', which COCO's format does not have (set 'iscrowd')", name)
+        if crowd is not values[0]:
+            self._set(annotation, "iscrowd", crowd)
+        return not ignore
+
+    def _mask(self, annotation: dict[str, Any], name: str, image: Mapping[str, Any]) -> bool:
+        """Whether the mask has room for a pixel, or none is needed."""
+        mask, note = annotation.get("segmentation"), ""
+        needed = self.require_masks and not (self.training and annotation["iscrowd"])
+        try:
+            if mask:
+                mask, note = check_mask(mask, image["height"], image["width"])
+            elif needed:
+                raise BadMaskError("missing or empty: expected polygons or a run-length encoding")
+        except BadMaskError as error:
+            if self.require_masks:
+                words = "without 'segmentation', needed for masks" if not mask else "whose 'segmentation' is no mask"
+                self.found.error(f"annotation {words} ({_ADVICE})", f"{name} ({error})")
+            else:
+                self.found.note("masks are none and left out, their boxes stay", f"{name} ({error})")
+            mask = None
+        if mask is not annotation.get("segmentation"):
+            self._set(annotation, "segmentation", mask)
+        if not mask:
+            annotation.pop("segmentation", None)
+            return True
+        if note == "flat":
+            self.found.note("masks are one list of numbers and taken for one polygon", name)
+        elif note == "parts":
+            self.found.note("masks have polygons of one or two points, which are left out", name)
+        return not self.require_masks or self._has_pixels(annotation, name, image, empty=note == "empty")
+
+    def _has_pixels(self, annotation: dict[str, Any], name: str, image: Mapping[str, Any], *, empty: bool) -> bool:
+        if not (self.training or empty):  # how it is evaluated; training rasters it at another size
+            pixels = mask_area(annotation["segmentation"], image["height"], image["width"])
+            if annotation.get("area") is None:
+                self._set(annotation, "area", pixels)
+            empty = pixels == 0
+        if empty:
+            self.found.note("masks without a pixel in the image are dropped with their objects", name)
+        return not empty
+
+    def _keypoints(self, annotation: dict[str, Any], name: str) -> None:
+        points = annotation.get("keypoints")
+        if not points:
+            return
+        good = isinstance(points, list) and len(points) % 3 == 0 and _NUMBERS.issuperset(map(type, points))
+        if not (good and all(-_FAR <= value <= _FAR for value in points)):
+            self.found.note("keypoints are not numbers x, y, visibility, ... and left out", name)
+            del annotation["keypoints"]
+            self.changed = True
+
+    def _area(self, annotation: dict[str, Any], name: str) -> None:
+        area = annotation.get("area")
+        if type(area) in _NUMBERS and 0 <= area <= _LARGEST_AREA:
+            return
+        if area is not None:
+            kind = f"areas are no numbers from 0 to {_LARGEST_AREA:g} and taken from the boxes"
+            self.found.note(kind, f"{name} (area {reprlib.repr(area)})")
+        self._set(annotation, "area", max(annotation["bbox"][2], 0) * max(annotation["bbox"][3], 0))
+
+    def _room(self, annotation: dict[str, Any], name: str, image: Mapping[str, Any]) -> bool:
+        """Whether the box is of use inside the image."""
+        x, y, w, h = annotation["bbox"]
+        height, width = image["height"], image["width"]
+        inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+        if self.training:
+            large = min(w, h) >= 1 and annotation["area"] > 0
+        else:
+            large = min(w, h) >= _NO_SIZE * max(height, width)
+        kind = ""
+        if not (inside and large):
+            kind = "boxes without usable area in the image are dropped"
+        # Rounded annotations overshoot by parts of a pixel everywhere: not worth a word.
+        elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+            kind = "boxes reach out of the image and are clipped"
+            if not self.training:
+                kind = "boxes reach out of the image, as no detection can"
+        if kind:
+            self.found.note(kind, f"{name} (bbox {annotation['bbox']}, {image['file_name']})")
+        return inside and large
+
+    def _set(self, annotation: dict[str, Any], key: str, value: Any) -> None:
+        annotation[key], self.changed = value, True
+
+
+def _name(annotation: Mapping[str, Any], number: int) -> str:
+    value = annotation.get("id")
+    return f"annotation {value if type(value) is int else f'number {number}'}"
+
+
+def _note_twins(kept: Mapping[int, Sequence[Mapping[str, Any]]], found: Findings) -> None:
+    for image_id, group in kept.items():
+        seen = set()
+        for annotation in group:
+            twin = (annotation["category_id"], annotation["iscrowd"], *annotation["bbox"])
+            if twin in seen:
+                kind = "objects are there twice (same image, category and box), of which a detector finds one"
+                found.note(kind, f"annotation {annotation.get('id')} (image {image_id})")
+            seen.add(twin)
+
+
+def _number(annotations: Sequence[dict[str, Any]], found: Findings) -> bool:
+    """Numbers all annotations anew if pycocotools cannot use an id: 0 stands for 'not matched', others occur once."""
+    ids = [annotation.get("id") for annotation in annotations]
+    ids = [value if type(value) is int and 0 < value < _LARGEST_ID else None for value in ids]
+    count = Counter(ids)
+    bad = [number for number, value in enumerate(ids) if value is None or count[value] > 1]
+    for number in bad:
+        kind = "annotation ids are not integers above 0 of one annotation each, so all are numbered anew"
+        found.note(kind, _name(annotations[number], number))
+    if bad:
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+    return bool(bad)
