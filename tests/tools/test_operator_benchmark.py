@@ -1,9 +1,7 @@
 """tools/benchmark.py op: all implementations compute the same, and the report is complete."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,7 +13,6 @@ from piip_tools.operator_benchmark.baselines import find_baselines, load_baselin
 from piip_tools.operator_benchmark.cases import CASES, Case, make_inputs
 from piip_tools.operator_benchmark.measuring import implementations, measure_operator
 
-TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 SMALL = Case(name="small", query_shape=(5, 4), value_shapes=((6, 7),), width=6)
 LEVELS = Case(name="levels", value_shapes=((6, 7), (3, 2)), width=5, heads=3)
 
@@ -81,12 +78,12 @@ def test_the_original_extension_is_called_as_it_expects(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_command_prints_a_table_and_writes_json_and_a_chart(tmp_path):
+def test_command_prints_a_table_and_writes_json_and_a_chart(load_tool, monkeypatch, capsys, tmp_path):
     file, chart = tmp_path / "op.json", tmp_path / "op.png"
-    command = [sys.executable, str(TOOL), "op", "--cases", "L28<-B42", "--dtypes", "fp32", "bf16", "--repeats", "1"]
-    command += ["--baselines", "--json", str(file), "--chart", str(chart)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    command = ["benchmark.py", "op", "--cases", "L28<-B42", "--dtypes", "fp32", "bf16", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "--baselines", "--json", str(file), "--chart", str(chart)])
+    load_tool("benchmark").main()
+    printed = capsys.readouterr().out
     rows = json.loads(file.read_text())
     assert [(row["dtype"], row["direction"]) for row in rows] == [
         ("fp32", "forward"),
@@ -100,5 +97,5 @@ def test_command_prints_a_table_and_writes_json_and_a_chart(tmp_path):
         assert row["copy_share"] == pytest.approx(
             row["bytes_moved"] / (1e-3 * row["alone_ms"]) / row["copy_bytes_per_second"]
         )
-        assert f"{row['ratio']:.1f}x" in result.stdout
+        assert f"{row['ratio']:.1f}x" in printed
     assert chart.read_bytes().startswith(b"\x89PNG")
