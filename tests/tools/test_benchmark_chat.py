@@ -52,7 +52,7 @@ def test_options_reach_the_benchmark_and_results_the_files(tool, monkeypatch, tm
     ("arguments", "message"),
     [
         (("--model", "gone"), "--model and --baseline: expected both or none"),
-        (("--model", "gone", "--baseline", "gone"), "no readable config.json"),
+        (("--model", "gone", "--baseline", "gone"), "has no config.json"),
         (("--published", "llava_1_5_7b"), "'llava_1_5_7b' is a baseline: expected one of piip_llava_clip_bl"),
         (("--divide-widths", 7), "divide_widths=7"),
     ],
