@@ -6,7 +6,7 @@ Examples:
     python tools/export_model.py piip_tsb_368_192_128 --checkpoint model.safetensors --output piip.onnx
     python tools/export_model.py piip_tsb_1120_896_448 --image-size 800 1120 --output backbone.onnx
     python tools/export_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py \\
-        --checkpoint output/run/model_final.pth --format torch --output backbone.pt2
+        --checkpoint output/run/model_final.pth --output backbone.pt2
 
 The file needs nothing of this project: the deformable attention is replaced by standard operators (GridSample). Its
 input "image" is (batch, 3, H, W), RGB, float32, with the mean taken off and divided by the deviation that the tool
@@ -22,7 +22,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -34,17 +33,12 @@ from piip_core.export import DEFAULT_OPSET, export_onnx, save_program
 from piip_core.meta import on_meta
 from piip_core.zoo.entry import IMAGENET_MEAN, IMAGENET_STD
 
-FORMATS = {".onnx": "onnx", ".pt2": "torch"}
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a published classifier or backbone by name, or a LazyConfig file")
     parser.add_argument("overrides", nargs="*", help="of a LazyConfig, as key=value")
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument(
-        "--format", choices=tuple(FORMATS.values()), help="default: by the file's ending, .onnx or .pt2"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="file to write, .onnx or .pt2 (torch.export)")
     parser.add_argument("--checkpoint", type=Path, help="weights; without, they are random")
     parser.add_argument("--ema", action="store_true", help="of a classifier's checkpoint, take the moving average")
     parser.add_argument(
@@ -53,10 +47,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="fixed number of images; without, it is open")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of ONNX (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
-    if args.format is None:
-        if args.output.suffix not in FORMATS:
-            parser.error(f"--output {args.output}: expected a name ending in .onnx or .pt2, or --format")
-        args.format = FORMATS[args.output.suffix]
+    if args.output.suffix not in (".onnx", ".pt2"):
+        parser.error(f"--output {args.output}: expected a name ending in .onnx or .pt2")
     if args.image_size and (len(args.image_size) > 2 or min(args.image_size) < 1):
         parser.error(f"--image-size {args.image_size}: expected one or two positive numbers of pixels")
     if args.batch_size is not None and args.batch_size < 1:
@@ -66,18 +58,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def from_zoo(name: str) -> tuple[list[PIIPConfig | ClassifierConfig], Sequence[float], Sequence[float]]:
-    """What a model of that name may be (as published, or as newly trained), and the normalisation of its images."""
+Described = tuple[list[PIIPConfig | ClassifierConfig], Sequence[float], Sequence[float]]
+"""What a model may be (as published, or as newly trained), and mean and deviation of its pixels."""
+
+
+def from_zoo(name: str) -> Described:
+    """The published model of that name."""
     entry = zoo.find(name)
     if isinstance(entry, zoo.ClassificationEntry):
         return [entry.config, entry.training_config], IMAGENET_MEAN, IMAGENET_STD
     return [entry.config], entry.pixel_mean, entry.pixel_std
 
 
-def from_lazy_config(
-    path: str, overrides: Sequence[str]
-) -> tuple[list[PIIPConfig | ClassifierConfig], Sequence[float], Sequence[float]]:
-    """The classifier or backbone of a LazyConfig, and the normalisation of its images."""
+def from_lazy_config(path: str, overrides: Sequence[str]) -> Described:
+    """The classifier or backbone of a LazyConfig."""
     try:
         from detectron2.config import instantiate
 
@@ -88,16 +82,14 @@ def from_lazy_config(
     skip_pretrained(config)
     with on_meta():
         model: nn.Module = instantiate(config.model)
-    normalisation = list(config.model.pixel_mean), list(config.model.pixel_std)
     for module in model.modules():
-        if isinstance(module, PIIPClassifier):
-            return [module.config], *normalisation
-        if isinstance(module, DensePIIP):
-            return [module.pyramid.config], *normalisation
+        if isinstance(module, PIIPClassifier | DensePIIP):
+            found = module.config if isinstance(module, PIIPClassifier) else module.pyramid.config
+            return [found], list(config.model.pixel_mean), list(config.model.pixel_std)
     raise UserError(f"{path}: there is no PIIP backbone or classifier in it")
 
 
-def build(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int], dict[str, Any]]:
+def build(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int], dict[str, str]]:
     """The model, the size of its images, and what to note beside it."""
     lazy = Path(args.config).suffix == ".py"
     if args.overrides and not lazy:
@@ -111,7 +103,7 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int], dict[st
     pyramid = getattr(configs[0], "pyramid", configs[0])
     side = pyramid.branches[pyramid.largest_image - 1].image_size
     height, width = (args.image_size * 2)[:2] if args.image_size else (side, side)
-    return model, (height, width), {"model": args.config, "pixel_mean": list(mean), "pixel_std": list(std)}
+    return model, (height, width), {"model": args.config, "pixel_mean": str(list(mean)), "pixel_std": str(list(std))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,13 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model, image_size, notes = build(args)
         print(f"images: {image_size[0]} x {image_size[1]}, mean {notes['pixel_mean']}, deviation {notes['pixel_std']}")
-        if args.format == "torch":
+        if args.output.suffix == ".pt2":
             check = save_program(model, args.output, image_size, batch_size=args.batch_size)
         else:
-            metadata = {name: str(value) for name, value in notes.items()}
-            check = export_onnx(
-                model, args.output, image_size, batch_size=args.batch_size, opset=args.opset, metadata=metadata
-            )
+            options = {"batch_size": args.batch_size, "opset": args.opset, "metadata": notes}
+            check = export_onnx(model, args.output, image_size, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

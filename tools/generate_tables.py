@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,7 @@ from tqdm import tqdm
 
 from piip_core import zoo
 from piip_core.files import atomic_path
-from piip_tools.flops import (
-    ClassificationRow,
-    MultimodalRow,
-    ZooRow,
-    analyze_classifiers,
-    analyze_multimodal,
-    analyze_zoo,
-    classification_table,
-    multimodal_table,
-    published_tables,
-    replace_block,
-)
+from piip_tools import flops
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "projects/PIIP/configs"
@@ -47,44 +36,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def zoo_rows() -> list[ZooRow]:
-    return counted(analyze_zoo, zoo.entries())
+def link_configs(path: Path) -> Callable[[str], str]:
+    """What makes a link to a config, relative to the file it stands in."""
+    folder = path.resolve().parent
+    return lambda config: f"[config]({Path(os.path.relpath(CONFIGS / config, folder)).as_posix()})"
 
 
-def classification_rows() -> list[ClassificationRow]:
-    return counted(analyze_classifiers, zoo.classification_entries())
+def zoo_tables(rows: Sequence[Any], path: Path) -> str:
+    link = link_configs(path)
+    return flops.published_tables(rows, lambda row: link(zoo.get(row.name).config_file))
 
 
-def multimodal_rows() -> list[MultimodalRow]:
-    return counted(analyze_multimodal, zoo.multimodal_entries())
+def classification_tables(rows: Sequence[Any], path: Path) -> str:
+    link = link_configs(path)
+    return flops.classification_table(rows, lambda row: link(row.entry.config_file))
 
 
-def counted(analyze: Callable[[Iterable[Any]], Iterator[Any]], entries: tuple[Any, ...]) -> list[Any]:
-    return list(tqdm(analyze(entries), total=len(entries), unit="model", disable=None))
+def multimodal_tables(rows: Sequence[Any], path: Path) -> str:
+    return flops.multimodal_table(rows)
 
 
-def zoo_tables(rows: list[ZooRow], path: Path) -> str:
-    """The tables, with config links relative to the file they stand in."""
-
-    return published_tables(rows, lambda row: config_link(zoo.get(row.name).config_file, path))
-
-
-def config_link(config_file: str, path: Path) -> str:
-    """A link to a config, relative to the file it stands in."""
-    return f"[config]({Path(os.path.relpath(CONFIGS / config_file, path.resolve().parent)).as_posix()})"
-
-
-def classification_tables(rows: list[ClassificationRow], path: Path) -> str:
-    """The table, with config links relative to the file it stands in."""
-    return classification_table(rows, lambda row: config_link(row.entry.config_file, path))
-
-
-# Name of a block: how its models are counted, and how they become the text in a file
-BLOCKS: Mapping[str, tuple[Callable[[], list[Any]], Callable[[list[Any], Path], str]]] = {
-    "zoo table": (zoo_rows, zoo_tables),
-    "classification table": (classification_rows, classification_tables),
-    "multimodal table": (multimodal_rows, lambda rows, path: multimodal_table(rows)),
+# Name of a block: its models, what counts them, and how they become the text in a file
+BLOCKS = {
+    "zoo table": (zoo.entries, flops.analyze_zoo, zoo_tables),
+    "classification table": (zoo.classification_entries, flops.analyze_classifiers, classification_tables),
+    "multimodal table": (zoo.multimodal_entries, flops.analyze_multimodal, multimodal_tables),
 }
+
+
+def count(name: str) -> list[Any]:
+    """Counts the models of a block."""
+    entries, analyze, _ = BLOCKS[name]
+    return list(tqdm(analyze(entries()), total=len(entries()), unit="model", disable=None))
 
 
 def read(path: Path) -> tuple[str, list[str]]:
@@ -93,7 +76,7 @@ def read(path: Path) -> tuple[str, list[str]]:
         text = path.read_text(encoding="utf-8")
         names = [name for name in BLOCKS if f"{name} -->" in text]
         for name in names or BLOCKS:
-            replace_block(text, name, "")
+            flops.replace_block(text, name, "")
     except (OSError, ValueError) as error:
         sys.exit(f"generate_tables: {path}: {error}")
     return text, names
@@ -102,12 +85,12 @@ def read(path: Path) -> tuple[str, list[str]]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     files = {path: read(path) for path in args.files}
-    rows = {name: BLOCKS[name][0]() for name in BLOCKS if any(name in names for _, names in files.values())}
+    rows = {name: count(name) for name in BLOCKS if any(name in names for _, names in files.values())}
     stale = 0
     for path, (text, names) in files.items():
         fresh = text
         for name in names:
-            fresh = replace_block(fresh, name, BLOCKS[name][1](rows[name], path))
+            fresh = flops.replace_block(fresh, name, BLOCKS[name][2](rows[name], path))
         if fresh == text:
             continue
         stale += 1

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Draws what happens inside of a PIIP model on an image: attention maps, sampling points, Fourier spectra.
 
-    python tools/visualize.py --model piip_tsb_1120_896_448 --weights piip_tsb.pth --image photo.jpg --output pictures
+    python tools/visualize.py --model piip_tsb_1120_896_448 --weights piip_tsb.pth --image photo.jpg --output figures
     python tools/visualize.py --config-file projects/PIIP/configs/demo/piip_digits_mask_rcnn.py \\
-        --checkpoint output/demo/detector/model_final.pth --image photo.jpg --query 120,80 --output pictures
+        --checkpoint output/demo/detector/model_final.pth --image photo.jpg --query 120,80 --output figures
 
 attention.png shows where the query looks in one block of every branch, sampling.png what it reads from the other
 branches in one interaction, spectra.png the frequencies in the features of every branch; visualization.json has the
@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from piip_core import zoo
+from piip_core.checkpoints import load_part
 from piip_core.errors import UserError
 from piip_core.images import read_image
 from piip_core.pyramid import PIIP
@@ -47,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="block whose attention is drawn, one for all branches or one for each (default: the middle ones)",
     )
     parser.add_argument("--interaction", type=int, metavar="N", help="default: the middle one")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the figures")
     parser.add_argument("--device", help="default: cuda if there is one; of a LazyConfig its train.device")
     parser.add_argument("--opts", nargs="*", default=[], metavar="key=value", help="overrides of the LazyConfig")
     args = parser.parse_args(argv)
@@ -77,10 +78,10 @@ def two_numbers(text: str) -> tuple[int, int]:
 
 def from_zoo(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn.Module, Scene]:
     """Title, model and prepared image for a published model."""
-    from piip_core.visualization import load_pyramid_weights, network_input, prepare_scene
+    from piip_core.visualization import network_input, prepare_scene
 
     entry = zoo.get(args.model)
-    picture, image = network_input(
+    image, pixel_values = network_input(
         original,
         long_side=entry.image_size,
         short_side=entry.image_size * 800 // 1333,  # COCO's usual shape
@@ -88,11 +89,11 @@ def from_zoo(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn.Mo
         pixel_std=entry.pixel_std,
         pad_divisor=entry.pad_divisor,
     )
-    scene = prepare_scene(original.shape[:2], picture, image, args.query)
+    scene = prepare_scene(original.shape[:2], image, pixel_values, args.query)
     torch.manual_seed(0)
     model = PIIP(entry.config)
     if args.weights:
-        load_pyramid_weights(model, args.weights)
+        load_part(model, args.weights)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return entry.name + ("" if args.weights else " (random weights)"), model.to(device).eval(), scene
 

@@ -8,7 +8,7 @@ family's attention is written a second time here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["AttentionCall", "AttentionRow", "attention_row", "watch_attention"]
+
+
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # that may be given by position
 
 
 @dataclass(frozen=True)
@@ -67,33 +70,22 @@ class AttentionRow:
 
 
 class _AttentionWatch(TorchFunctionMode):
-    """Hands the arguments of every scaled dot product attention to a function, and changes nothing."""
+    """Collects the arguments of every scaled dot product attention, and changes nothing."""
 
-    def __init__(self, observe: Callable[[AttentionCall], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.observe = observe
+        self.calls: list[AttentionCall] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self._record(*args, **kwargs)
+            given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+            if given.get("is_causal") or given.get("enable_gqa"):
+                raise NotImplementedError("causal and grouped attention cannot be drawn: no network here has either")
+            query, key, scale = given["query"].detach(), given["key"].detach(), given.get("scale")
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            self.calls.append(AttentionCall(query, key, given.get("attn_mask"), scale))
         return func(*args, **kwargs)
-
-    def _record(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        if is_causal or enable_gqa:
-            raise NotImplementedError("causal and grouped attention cannot be drawn: no image network here has either")
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        self.observe(AttentionCall(query.detach(), key.detach(), attn_mask, scale))
 
 
 @contextmanager
@@ -107,10 +99,9 @@ def watch_attention(module: nn.Module) -> Iterator[list[AttentionCall]]:
     unfused = [m for m in module.modules() if getattr(m, "fused_attn", None) is False]
     for layer in unfused:
         layer.fused_attn = True
-    calls: list[AttentionCall] = []
     try:
-        with _AttentionWatch(calls.append):
-            yield calls
+        with _AttentionWatch() as watch:
+            yield watch.calls
     finally:
         for layer in unfused:
             layer.fused_attn = False

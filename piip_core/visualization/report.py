@@ -1,23 +1,20 @@
-"""All pictures of one model and image, with a JSON file that says what is on them."""
+"""All figures of one model and image, with a JSON file that says what is on them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import nn
 
 from ..files import atomic_path, write_atomically
 from .drawing import draw_attention, draw_sampling, draw_spectra
 from .scene import Scene
 from .spectrum import Spectrum
-from .trace import Trace, find_pyramid, trace_pyramid
+from .trace import BlockView, Trace, find_pyramid, trace_pyramid
 
-__all__ = ["describe", "visualize"]
+__all__ = ["visualize"]
 
 
 def visualize(
@@ -26,9 +23,7 @@ def visualize(
     output: Path | str,
     *,
     name: str,
-    blocks: Sequence[int] | None = None,
-    interaction: int | None = None,
-    progress: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> list[Path]:
     """Draws attention.png, sampling.png (models with interactions) and spectra.png, and writes visualization.json.
 
@@ -37,9 +32,7 @@ def visualize(
         scene: The image and the query.
         output: Folder of the files.
         name: What the titles call the model; also say there where its weights are from.
-        blocks: See `choose_blocks`.
-        interaction: Index from 0; None for the middle one.
-        progress: Called after every block.
+        options: Of `trace_pyramid`.
 
     Returns:
         The files.
@@ -47,7 +40,7 @@ def visualize(
     Raises:
         UserError: If model, block or interaction are not as described.
     """
-    trace = trace_pyramid(find_pyramid(model), scene, blocks=blocks, interaction=interaction, progress=progress)
+    trace = trace_pyramid(find_pyramid(model), scene, **options)
     figures = {"attention.png": draw_attention(scene, trace, f"{name}: self-attention of the query, mean over heads")}
     if trace.readings:
         title = f"{name}: what the query reads in interaction {trace.interaction}"
@@ -56,32 +49,22 @@ def visualize(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     for file, figure in figures.items():
-        _write_picture(figure, output / file)
+        with atomic_path(output / file) as aside:
+            figure.savefig(aside, format="png")
     with write_atomically(output / "visualization.json", "w") as file:
-        json.dump({"model": name, "files": list(figures), **describe(scene, trace)}, file, indent=2)
+        json.dump({"model": name, "files": list(figures), **_describe(scene, trace)}, file, indent=2)
     return [output / file for file in (*figures, "visualization.json")]
 
 
-def describe(scene: Scene, trace: Trace) -> dict[str, Any]:
-    """What the pictures show, as plain data. Sizes are height and width; points are x and y."""
+def _describe(scene: Scene, trace: Trace) -> dict[str, Any]:
+    """What the figures show, as plain data. Sizes are height and width; points are x and y."""
     return {
         "image_size": list(scene.original_size),
         "resized_to": list(scene.size),
-        "padded_to": list(scene.image.shape[-2:]),
+        "padded_to": list(scene.pixel_values.shape[-2:]),
         "query": list(scene.query_pixel),
         "interaction": trace.interaction,
-        "attention": [
-            {
-                "branch": view.branch,
-                "block": view.block,
-                "map_size": [view.cells.rows, view.cells.columns],
-                "query_cell": list(view.cell),
-                "window": view.window,
-                "shown": "activation energy" if view.attention is None else "attention",
-                **({} if view.attention is None else _describe_attention(view.attention)),
-            }
-            for view in trace.views
-        ],
+        "attention": [_describe_view(view) for view in trace.views],
         "sampling": [
             {
                 "reader": reading.reader,
@@ -103,14 +86,22 @@ def describe(scene: Scene, trace: Trace) -> dict[str, Any]:
     }
 
 
-def _describe_attention(attention: Any) -> dict[str, Any]:
-    return {
-        "heads": len(attention.weights),
-        "seen_cells": list(attention.window),
-        "highest_weight": float(attention.weights.mean(dim=0).max()),
-        "on_prefix_tokens": float(attention.prefix.sum(dim=1).mean()),
-        "on_window_padding": float(attention.padding.mean()),
+def _describe_view(view: BlockView) -> dict[str, Any]:
+    found = {
+        "branch": view.branch,
+        "block": view.block,
+        "map_size": [view.cells.rows, view.cells.columns],
+        "query_cell": list(view.cell),
+        "window": view.window,
+        "shown": "activation energy" if view.attention is None else "attention",
     }
+    if view.attention is not None:
+        found["heads"] = len(view.attention.weights)
+        found["seen_cells"] = list(view.attention.window)
+        found["highest_weight"] = float(view.attention.weights.mean(dim=0).max())
+        found["on_prefix_tokens"] = float(view.attention.prefix.sum(dim=1).mean())
+        found["on_window_padding"] = float(view.attention.padding.mean())
+    return found
 
 
 def _describe_spectrum(spectrum: Spectrum) -> dict[str, list[float]]:
@@ -118,8 +109,3 @@ def _describe_spectrum(spectrum: Spectrum) -> dict[str, list[float]]:
         "frequencies": [round(value, 5) for value in spectrum.frequencies.tolist()],
         "log_amplitudes": [round(value, 5) for value in spectrum.log_amplitudes.tolist()],
     }
-
-
-def _write_picture(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as aside:
-        FigureCanvasAgg(figure).print_png(str(aside))

@@ -17,7 +17,7 @@ __all__ = ["Cells", "Scene", "network_input", "prepare_scene"]
 
 @dataclass(frozen=True)
 class Cells:
-    """The feature cells of a map, laid over the picture.
+    """The feature cells of a map, laid over the image.
 
     Attributes:
         rows: Height of the map.
@@ -35,7 +35,7 @@ class Cells:
         return min(max(row, 0), self.rows - 1), min(max(column, 0), self.columns - 1)
 
     def inside(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns that lie completely on the picture and not on its padding, at least 1 x 1."""
+        """Rows and columns that lie completely on the image and not on its padding, at least 1 x 1."""
         rows, columns = int(height / self.size[0]), int(width / self.size[1])
         return min(max(rows, 1), self.rows), min(max(columns, 1), self.columns)
 
@@ -49,26 +49,26 @@ class Cells:
 class Scene:
     """An image ready for a network, and the position of the query.
 
-    Points on it are (x, y) in pixels of `picture`; the centre of its first pixel is (0.5, 0.5).
+    Points on it are (x, y) in pixels of `image`; the centre of its first pixel is (0.5, 0.5).
 
     Attributes:
-        picture: The resized image before normalisation and padding, (H, W, 3) uint8, RGB.
-        image: What the pyramid gets, (1, 3, H', W'): normalised, padded at the bottom and right.
+        image: Resized, before normalisation and padding, (H, W, 3) uint8, RGB.
+        pixel_values: What the pyramid gets, (1, 3, H', W'): normalised, padded at the bottom and right.
         query: The position asked about.
         query_pixel: The same as it was given, in pixels of the original image.
         original_size: Height and width of the original image.
     """
 
-    picture: np.ndarray
-    image: Tensor
+    image: np.ndarray
+    pixel_values: Tensor
     query: tuple[float, float]
     query_pixel: tuple[int, int]
     original_size: tuple[int, int]
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the picture, without padding."""
-        return self.picture.shape[:2]
+        """Height and width of the image, without padding."""
+        return self.image.shape[:2]
 
 
 def network_input(
@@ -90,7 +90,7 @@ def network_input(
         short_side: Limit of the shorter side.
         pixel_mean: Per channel.
         pixel_std: Per channel.
-        pad_divisor: Both sides of the padded image are multiples of it.
+        pad_divisor: Height and width of the padded image are multiples of it.
 
     Returns:
         The resized image (h, w, 3) uint8, and the network's input (1, 3, h', w').
@@ -102,20 +102,14 @@ def network_input(
     pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False).round()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (pixel_mean, pixel_std))
     right, bottom = (-side % pad_divisor for side in reversed(size))
-    image = F.pad((pixels - mean) / std, (0, right, 0, bottom))
-    return pixels[0].permute(1, 2, 0).to(torch.uint8).numpy(), image
+    padded = F.pad((pixels - mean) / std, (0, right, 0, bottom))
+    return pixels[0].permute(1, 2, 0).to(torch.uint8).numpy(), padded
 
 
 def prepare_scene(
-    original_size: tuple[int, int], picture: np.ndarray, image: Tensor, query: tuple[int, int] | None = None
+    original_size: tuple[int, int], image: np.ndarray, pixel_values: Tensor, query: tuple[int, int] | None = None
 ) -> Scene:
-    """Puts the query onto the resized picture.
-
-    Args:
-        original_size: Height and width of the original image.
-        picture: The resized image (H, W, 3) uint8, RGB.
-        image: The network's input (1, 3, H', W'), with `picture` at its top left.
-        query: (x, y) in pixels of the original image; None for the centre.
+    """Puts the query, (x, y) in pixels of the original image or None for its centre, onto the resized image.
 
     Raises:
         UserError: If the query lies outside of the image.
@@ -127,5 +121,5 @@ def prepare_scene(
             f"query {x},{y}: outside of the image of {width} x {height} pixels; expected x from 0 to {width - 1} and y "
             f"from 0 to {height - 1}"
         )
-    point = ((x + 0.5) * picture.shape[1] / width, (y + 0.5) * picture.shape[0] / height)
-    return Scene(picture, image, point, (x, y), (height, width))
+    point = ((x + 0.5) * image.shape[1] / width, (y + 0.5) * image.shape[0] / height)
+    return Scene(image, pixel_values, point, (x, y), (height, width))

@@ -2,93 +2,71 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, singledispatch
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..branches import Branch, BranchState
-from ..checkpoints import load_part
+from ..branches import BranchState
 from ..errors import ConfigError, UserError
-from ..interaction import CrossAttention, DeformableCrossAttention, Interaction
+from ..interaction import DeformableCrossAttention, Interaction
 from ..pyramid import PIIP
-from .attention import AttentionRow, attention_row, watch_attention
+from .attention import AttentionCall, AttentionRow, attention_row, watch_attention
 from .scene import Cells, Scene
 from .spectrum import Spectrum, feature_spectrum
 
-__all__ = ["BlockView", "Reading", "Trace", "choose_blocks", "find_pyramid", "load_pyramid_weights", "trace_pyramid"]
+__all__ = ["BlockView", "Reading", "Trace", "find_pyramid", "trace_pyramid"]
 
 
 @dataclass(frozen=True)
 class BlockView:
-    """What one block of a branch looks at.
-
-    Attributes:
-        branch: Number of the branch, from 1.
-        block: Index of the block, from 0.
-        cells: The feature map behind the block.
-        cell: Row and column of the query.
-        window: Side of the attention windows in cells; None for global attention.
-        attention: Self-attention of the query; None for a block without attention.
-        energy: Root mean square of the features behind the block over the channels, (H, W).
-    """
+    """What one block of a branch looks at. Branches count from 1, blocks from 0."""
 
     branch: int
     block: int
-    cells: Cells
-    cell: tuple[int, int]
-    window: int | None
-    attention: AttentionRow | None
-    energy: Tensor
+    cells: Cells  # of the feature map after the block
+    cell: tuple[int, int]  # row and column of the query
+    window: int | None  # side of the attention windows in cells; None for global attention
+    attention: AttentionRow | None  # of the query; None for a block without attention
+    energy: Tensor  # root mean square of the features over the channels, (H, W)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one cell of a branch reads from the map of another branch in an interaction.
-
-    Attributes:
-        reader: Number of the branch that asks.
-        source: Number of the branch that is read.
-        cells: The feature map that is read.
-        at: The middle of the asking cell, (x, y) in pixels of the network's input.
-        points: Sampling points (heads, P, 2), (x, y) in pixels of the network's input; None for regular attention.
-        weights: Weights of the points (heads, P), or of all cells (heads, H, W) for regular attention.
-    """
+    """What one cell of a branch reads from the map of another branch in an interaction. Branches count from 1."""
 
     reader: int
     source: int
-    cells: Cells
-    at: tuple[float, float]
-    points: Tensor | None
-    weights: Tensor
+    cells: Cells  # of the map that is read
+    at: tuple[float, float]  # middle of the asking cell, (x, y) in pixels of the network's input
+    points: Tensor | None  # sampling points (heads, P, 2) in the same pixels; None for regular attention
+    weights: Tensor  # of the points (heads, P), or of all cells (heads, H, W) for regular attention
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trace:
-    """What a forward pass showed.
+    """What a forward pass showed, branch by branch.
 
     Attributes:
         interaction: Index of the interaction looked into, from 0; None for a single branch.
-        views: One per branch.
-        readings: One per direction of each unit of the interaction, in the order they run.
+        views: What the chosen block of each branch looks at.
+        depth: Spectra after every block of each branch.
+        cells: Feature map of each branch around the interaction; of a single branch, after its last block.
         before: Spectrum of each branch's features before the interaction; empty for a single branch.
-        after: The same behind it.
-        depth: For each branch the spectra behind all of its blocks.
-        cells: Feature map of each branch that `before` and `after` describe; for a single branch, behind the last
-            block.
+        after: The same after it.
+        readings: One per direction of each unit of the interaction, in the order they run.
     """
 
     interaction: int | None
-    views: tuple[BlockView, ...]
-    readings: tuple[Reading, ...]
-    before: tuple[Spectrum, ...]
-    after: tuple[Spectrum, ...]
-    depth: tuple[tuple[Spectrum, ...], ...]
-    cells: tuple[Cells, ...]
+    views: list[BlockView]
+    depth: list[list[Spectrum]]
+    cells: list[Cells] = field(default_factory=list)
+    before: list[Spectrum] = field(default_factory=list)
+    after: list[Spectrum] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
 
 
 def find_pyramid(model: nn.Module) -> PIIP:
@@ -103,25 +81,8 @@ def find_pyramid(model: nn.Module) -> PIIP:
     return pyramids[0]
 
 
-def load_pyramid_weights(pyramid: PIIP, path: str | os.PathLike[str]) -> None:
-    """Loads branches and interactions from a checkpoint of this project of whatever model around them.
-
-    Raises:
-        CheckpointError: If the file cannot be read, or does not hold exactly one set of all weights of the pyramid.
-    """
-    load_part(pyramid, path)
-
-
-def choose_blocks(pyramid: PIIP, blocks: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The block of each branch to look into.
-
-    Args:
-        pyramid: The pyramid.
-        blocks: Indices from 0: one for all branches, or one per branch from Branch 1 on; None for the middle ones.
-
-    Raises:
-        UserError: If a branch has no such block.
-    """
+def _choose_blocks(pyramid: PIIP, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    """The block of each branch to look into."""
     depths = [branch.num_blocks for branch in pyramid.branches]
     if blocks is None:
         return tuple(depth // 2 for depth in depths)
@@ -148,7 +109,8 @@ def trace_pyramid(
     Args:
         pyramid: In evaluation mode, on any device.
         scene: The image and the query.
-        blocks: See `choose_blocks`.
+        blocks: Indices from 0 of the blocks to look into: one for all branches, or one per branch from Branch 1 on;
+            None for the middle ones.
         interaction: Index from 0; None for the middle one.
         progress: Called after every block.
 
@@ -162,164 +124,104 @@ def trace_pyramid(
     elif not 0 <= interaction < count:
         expected = f"an index from 0 to {count - 1}" if count else "none: a single branch has no interactions"
         raise UserError(f"interaction {interaction}: the model has {count} interactions; expected {expected}")
-    recorder = _Recorder(pyramid, scene, choose_blocks(pyramid, blocks), progress)
+    branches = pyramid.branches
+    chosen = _choose_blocks(pyramid, blocks)
+    trace = Trace(interaction, views=[None] * len(branches), depth=[[] for _ in branches], cells=[None] * len(branches))
     with ExitStack() as stack:
-        for index, branch in enumerate(pyramid.branches):
-            stack.enter_context(_observed_blocks(branch, partial(recorder.run_block, index)))
+        for index, branch in enumerate(branches):
+            observer = _BlockObserver(trace, scene, pyramid, index, chosen[index], branch.run_block, progress)
+            # A block is a method and not always a module, so there is nothing to hang a forward hook on
+            branch.run_block = observer.run_block
+            stack.callback(delattr, branch, "run_block")  # the class's own is visible again
         if interaction is not None:
-            stack.enter_context(recorder.watch_interaction(interaction))
-        pyramid(scene.image.to(next(pyramid.parameters()).device))
-    cells = recorder.cells or [recorder.last_cells[i] for i in range(len(pyramid.branches))]
-    return Trace(
-        interaction=interaction,
-        views=tuple(recorder.views[i] for i in range(len(pyramid.branches))),
-        readings=tuple(recorder.readings),
-        before=tuple(recorder.before),
-        after=tuple(recorder.after),
-        depth=tuple(tuple(spectra) for spectra in recorder.depth),
-        cells=tuple(cells),
-    )
-
-
-@contextmanager
-def _observed_blocks(
-    branch: Branch, run: Callable[[Callable[[BranchState, int], BranchState], BranchState, int], BranchState]
-) -> Iterator[None]:
-    """Lets `run(original, state, index)` take the place of the branch's `run_block`.
-
-    A block is a method and not always a module, so there is nothing to hang a forward hook on.
-    """
-    branch.run_block = partial(run, branch.run_block)
-    try:
-        yield
-    finally:
-        del branch.run_block  # the class's own is visible again
+            _observe_interaction(stack, trace, scene, pyramid)
+        pyramid(scene.pixel_values.to(next(pyramid.parameters()).device))
+    return trace
 
 
 @dataclass
-class _Recorder:
-    """Collects a `Trace` while the pyramid runs."""
+class _BlockObserver:
+    """Stands in for `run_block` of one branch and writes down what is asked for."""
 
-    pyramid: PIIP
+    trace: Trace
     scene: Scene
-    blocks: Sequence[int]
+    pyramid: PIIP
+    index: int
+    chosen: int
+    original: Callable[[BranchState, int], BranchState]
     progress: Callable[[], None]
-    views: dict[int, BlockView] = field(default_factory=dict)
-    readings: list[Reading] = field(default_factory=list)
-    before: list[Spectrum] = field(default_factory=list)
-    after: list[Spectrum] = field(default_factory=list)
-    depth: list[list[Spectrum]] = field(default_factory=list)
-    cells: list[Cells] = field(default_factory=list)
-    last_cells: dict[int, Cells] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.depth = [[] for _ in self.pyramid.branches]
-
-    def run_block(
-        self, number: int, original: Callable[[BranchState, int], BranchState], state: BranchState, index: int
-    ) -> BranchState:
-        """Runs block `index` of branch `number` (from 0) and writes down what is asked for."""
-        branch = self.pyramid.branches[number]
-        if index != self.blocks[number]:
-            after = original(state, index)
-        else:
-            with watch_attention(branch) as calls:
-                after = original(state, index)
-            if len(calls) > 1:
-                raise NotImplementedError(f"block {index} of branch {number + 1} calls attention {len(calls)} times")
-            cells = self._cells(number, after.tokens, branch.strides[index])
-            cell = cells.at(*self.scene.query)
-            window, attention = branch.config.window_sizes[index], None
-            if calls:
-                prefix = 0 if state.prefix is None else state.prefix.shape[1]
-                grid = tuple(state.tokens.shape[1:3])
-                attention = attention_row(calls[0], grid, cell, window=window, prefix=prefix)
-            energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
-            self.views[number] = BlockView(number + 1, index, cells, cell, window, attention, energy)
-        self.last_cells[number] = self._cells(number, after.tokens, branch.strides[index])
-        self.depth[number].append(self._spectrum(self.last_cells[number], after.tokens))
+    def run_block(self, state: BranchState, block: int) -> BranchState:
+        branch = self.pyramid.branches[self.index]
+        with watch_attention(branch) if block == self.chosen else nullcontext([]) as calls:
+            after = self.original(state, block)
+        cells = _cells(self.pyramid, self.index, after.tokens, branch.strides[block])
+        if block == self.chosen:
+            self.trace.views[self.index] = self._view(calls, state, after, cells)
+        if self.trace.interaction is None:
+            self.trace.cells[self.index] = cells
+        self.trace.depth[self.index].append(_spectrum(self.scene, cells, after.tokens))
         self.progress()
         return after
 
-    @contextmanager
-    def watch_interaction(self, index: int) -> Iterator[None]:
-        """Writes down the maps around an interaction, and what its attentions read."""
-        interaction: Interaction = self.pyramid.interactions[index]
-        strides = self.pyramid.config.strides_after(index)
-        with ExitStack() as stack:
-            hook = partial(self._around_interaction, strides)
-            stack.enter_context(_hook(interaction, hook))
-            for spec, unit in zip(interaction.specs, interaction.units.values(), strict=True):
-                for injection, reader, source in (
-                    (unit.into_low, spec.low, spec.high),
-                    (unit.into_high, spec.high, spec.low),
-                ):
-                    if injection is not None:
-                        hook = partial(self._on_reading, strides, reader, source)
-                        stack.enter_context(_hook(injection.attn, hook))
-            yield
+    def _view(self, calls: list[AttentionCall], state: BranchState, after: BranchState, cells: Cells) -> BlockView:
+        if len(calls) > 1:
+            message = f"block {self.chosen} of branch {self.index + 1} calls attention {len(calls)} times"
+            raise NotImplementedError(message)
+        cell = cells.at(*self.scene.query)
+        window, attention = self.pyramid.branches[self.index].config.window_sizes[self.chosen], None
+        if calls:
+            prefix = 0 if state.prefix is None else state.prefix.shape[1]
+            attention = attention_row(calls[0], tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
+        energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
+        return BlockView(self.index + 1, self.chosen, cells, cell, window, attention, energy)
 
-    def _around_interaction(
-        self, strides: Sequence[int], module: nn.Module, inputs: tuple[Sequence[Tensor]], outputs: Sequence[Tensor]
-    ) -> None:
-        for number, (before, after) in enumerate(zip(inputs[0], outputs, strict=True)):
-            cells = self._cells(number, after, strides[number])
-            self.cells.append(cells)
-            self.before.append(self._spectrum(cells, before))
-            self.after.append(self._spectrum(cells, after))
 
-    def _on_reading(
-        self,
-        strides: Sequence[int],
-        reader: int,
-        source: int,
-        module: nn.Module,
-        inputs: tuple[Tensor, ...],
-        output: Tensor,
-    ) -> None:
+def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP) -> None:
+    """Writes down the maps around an interaction, and what its attentions read, until the stack is closed."""
+    interaction: Interaction = pyramid.interactions[trace.interaction]
+    strides = pyramid.config.strides_after(trace.interaction)
+
+    def compare(module: nn.Module, inputs: tuple[Sequence[Tensor]], outputs: Sequence[Tensor]) -> None:
+        trace.cells = [_cells(pyramid, i, tokens, strides[i]) for i, tokens in enumerate(outputs)]
+        for maps, spectra in ((inputs[0], trace.before), (outputs, trace.after)):
+            spectra += [_spectrum(scene, cells, tokens) for cells, tokens in zip(trace.cells, maps, strict=True)]
+
+    def read(reader: int, source: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         query, value = inputs[:2]
-        asking = self._cells(reader - 1, query, strides[reader - 1])
-        read = self._cells(source - 1, value, strides[source - 1])
-        row, column = asking.at(*self.scene.query)
+        asking = _cells(pyramid, reader - 1, query, strides[reader - 1])
+        read = _cells(pyramid, source - 1, value, strides[source - 1])
+        row, column = asking.at(*scene.query)
         points, weights = _read(module, query, value, (row, column))
         if points is not None:
             points = points.cpu().double() * torch.tensor(read.extent, dtype=torch.float64)
         # The module puts the middle of a cell at its share of the map that is read
         at = ((column + 0.5) / asking.columns * read.extent[0], (row + 0.5) / asking.rows * read.extent[1])
-        self.readings.append(Reading(reader, source, read, at, points, weights.cpu().double()))
+        trace.readings.append(Reading(reader, source, read, at, points, weights.cpu().double()))
 
-    def _cells(self, number: int, tokens: Tensor, stride: int) -> Cells:
-        size = stride / min(self.pyramid.factors[number], 1)  # no branch enlarges the image
-        return Cells(*tokens.shape[1:3], (size, size))
-
-    def _spectrum(self, cells: Cells, tokens: Tensor) -> Spectrum:
-        rows, columns = cells.inside(*self.scene.size)
-        return feature_spectrum(tokens[0, :rows, :columns])
+    stack.callback(interaction.register_forward_hook(compare).remove)
+    for spec, unit in zip(interaction.specs, interaction.units.values(), strict=True):
+        for injection, reader, source in ((unit.into_low, spec.low, spec.high), (unit.into_high, spec.high, spec.low)):
+            if injection is not None:
+                stack.callback(injection.attn.register_forward_hook(partial(read, reader, source)).remove)
 
 
-@contextmanager
-def _hook(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _cells(pyramid: PIIP, index: int, tokens: Tensor, stride: int) -> Cells:
+    size = stride / min(pyramid.factors[index], 1)  # no branch enlarges the image
+    return Cells(*tokens.shape[1:3], (size, size))
 
 
-@singledispatch
+def _spectrum(scene: Scene, cells: Cells, tokens: Tensor) -> Spectrum:
+    rows, columns = cells.inside(*scene.size)
+    return feature_spectrum(tokens[0, :rows, :columns])
+
+
 def _read(attention: nn.Module, query: Tensor, value: Tensor, cell: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
     """Normalised points (heads, P, 2) and their weights, or None and the weights of all cells, of one query."""
-    raise TypeError(f"cannot tell what {type(attention).__name__} reads: register it with _read")
-
-
-@_read.register
-def _read_points(attention: DeformableCrossAttention, query: Tensor, value: Tensor, cell: tuple[int, int]):
-    locations, weights = attention.sampling_map(query, value)
-    return locations[0, cell[0], cell[1]], weights[0, cell[0], cell[1]]
-
-
-@_read.register
-def _read_everything(attention: CrossAttention, query: Tensor, value: Tensor, cell: tuple[int, int]):
+    row, column = cell
+    if isinstance(attention, DeformableCrossAttention):
+        locations, weights = attention.sampling_map(query, value)
+        return locations[0, row, column], weights[0, row, column]
     with watch_attention(attention) as calls:
         attention.forward(query, value)  # once more, without hooks
-    return None, calls[0].weights(0, cell[0] * query.shape[2] + cell[1]).unflatten(1, value.shape[1:3])
+    return None, calls[0].weights(0, row * query.shape[2] + column).unflatten(1, value.shape[1:3])

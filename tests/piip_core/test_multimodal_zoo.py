@@ -216,7 +216,6 @@ def test_executed_count_of_the_baseline_by_hand(rows):
     norms = 2 * (patches + 1) * width * (2 * 24 + 1)
     assert row.published_count.macs == embedding + 24 * (block + 2 * patches**2 * width) + norms
     assert row.executed.macs == row.tower.macs + row.projector.macs
-    assert row.flops_deviation == pytest.approx(row.published_count.macs / 191e9 - 1)
 
 
 def test_executed_count_is_near_the_published_one(rows):

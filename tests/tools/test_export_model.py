@@ -64,7 +64,7 @@ def test_mistakes_are_named(load_tool, tmp_path, capsys):
         assert tool.main(arguments) == 1
         assert message in capsys.readouterr().err
     for arguments, message in (
-        (["piip_tsb_368_192_128", "--output", "x.bin"], "expected a name ending in .onnx or .pt2, or --format"),
+        (["piip_tsb_368_192_128", "--output", "x.bin"], "expected a name ending in .onnx or .pt2"),
         (["piip_tsb_368_192_128", "--output", "x.onnx", "--image-size", "1", "2", "3"], "one or two positive numbers"),
         (["piip_tsb_368_192_128", "--output", "x.onnx", "--ema"], "--ema: expected --checkpoint"),
     ):

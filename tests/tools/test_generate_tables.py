@@ -20,7 +20,7 @@ def rows():
 @pytest.fixture
 def readme(tmp_path, monkeypatch, tool, rows) -> Path:
     """A file with markers, and a zoo of two rows that is counted once."""
-    monkeypatch.setattr(tool, "analyze_zoo", lambda entries: iter(rows))
+    monkeypatch.setattr(tool, "count", lambda name: {"zoo table": rows}[name])
     path = tmp_path / "README.md"
     path.write_text("# Title\n\n<!-- BEGIN zoo table -->\nstale words\n<!-- END zoo table -->\n\nText.\n")
     return path
@@ -54,13 +54,13 @@ def test_table_holds_published_and_counted_numbers(tool, readme):
 def test_a_file_gets_the_blocks_it_has(tool, tmp_path, monkeypatch, rows):
     """And only those are counted."""
     counted = list(analyze_multimodal([zoo.multimodal("llava_1_5_7b")]))
-    monkeypatch.setattr(tool, "analyze_multimodal", lambda entries: iter(counted))
-    monkeypatch.setattr(tool, "analyze_zoo", lambda entries: pytest.fail("counted for nothing"))
+    rows_of = {"multimodal table": counted}
+    monkeypatch.setattr(tool, "count", lambda name: rows_of[name])  # and no other
     path, block = tmp_path / "README.md", "<!-- BEGIN {0} -->\nstale words\n<!-- END {0} -->\n"
     path.write_text(block.format("multimodal table"))
     assert tool.main([str(path)]) == 0
     assert "| LLaVA-1.5 |" in path.read_text() and "| ViT-B" not in path.read_text()
-    monkeypatch.setattr(tool, "analyze_zoo", lambda entries: iter(rows))
+    rows_of["zoo table"] = rows
     path.write_text(block.format("zoo table") + "between\n" + block.format("multimodal table"))
     assert tool.main([str(path)]) == 0
     before, _, after = path.read_text().partition("between\n")

@@ -1,9 +1,7 @@
-"""tools/benchmark.py op: all sides compute the same, and the report is complete."""
+"""tools/benchmark.py op: all implementations compute the same, and the report is complete."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,45 +9,28 @@ import torch
 
 from piip_core.errors import UserError
 from piip_core.ops import ms_deform_attn, ms_deform_attn_reference
-from piip_tools.operator_benchmark import CASES, Case, find_peers, measuring, run_benchmark
-from piip_tools.operator_benchmark.cases import given_inputs, grid_inputs
-from piip_tools.operator_benchmark.peers import load_peer, usual_formulation
+from piip_tools.operator_benchmark.baselines import find_baselines, load_baseline, usual_formulation
+from piip_tools.operator_benchmark.cases import CASES, Case, make_inputs
+from piip_tools.operator_benchmark.measuring import implementations, measure_operator
 
-TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 SMALL = Case(name="small", query_shape=(5, 4), value_shapes=((6, 7),), width=6)
 LEVELS = Case(name="levels", value_shapes=((6, 7), (3, 2)), width=5, heads=3)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.queries < 2000] + [SMALL], ids=lambda case: case.name)
-def test_sides_agree(case):
-    peers = {name: load_peer(name) for name in find_peers("cpu")}
-    for make, sides in (
-        (grid_inputs, measuring._grid_sides),
-        (given_inputs, measuring._given_sides),
-    ):
-        if make is grid_inputs and case.query_shape is None:
-            continue
-        inputs = make(case, torch.float32, "cpu", 2)
-        ours, *others = (side(*inputs) for side in sides(case, peers, torch.float32, False))
-        assert len(others) == 1 + len(peers)
-        for other in others:
-            torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-3)
-
-
-def test_both_forms_read_the_same():
-    given, grid = given_inputs(SMALL, torch.float32, "cpu", 1), grid_inputs(SMALL, torch.float32, "cpu", 1)
-    ours = measuring._grid_sides(SMALL, {}, torch.float32, False)[0](*grid)
-    torch.testing.assert_close(ours, ms_deform_attn(given[0], SMALL.value_shapes, *given[1:]))
-
-
-def test_queries_of_several_maps_are_not_a_grid():
-    assert LEVELS.queries == LEVELS.values == 48
-    with pytest.raises(ValueError, match="levels: the queries are 48 pixels of several maps"):
-        grid_inputs(LEVELS, torch.float32, "cpu", 1)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.queries < 2000] + [SMALL, LEVELS], ids=lambda c: c.name
+)
+def test_implementations_agree(case):
+    baselines = {name: load_baseline(name) for name in find_baselines("cpu")}
+    inputs = make_inputs(case, torch.float32, "cpu", 2)
+    ours, *others = (call(*inputs) for call in implementations(case, baselines, torch.float32, torch.float32).values())
+    assert len(others) == 1 + len(baselines)
+    for other in others:
+        torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-3)
 
 
 def test_usual_formulation_is_the_reference():
-    value, *where = given_inputs(LEVELS, torch.float64, "cpu", 2)
+    value, *where = make_inputs(LEVELS, torch.float64, "cpu", 2)
     expected = ms_deform_attn_reference(value, LEVELS.flat_shapes, *where)
     torch.testing.assert_close(usual_formulation(value, LEVELS.value_shapes, *where), expected)
 
@@ -63,15 +44,15 @@ def test_bytes_moved():
     assert case.bytes_moved("forward", 1, 2, 4) == (maps + output) // 2 + samples
 
 
-def test_missing_peer_is_told(monkeypatch):
+def test_missing_baseline_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv", None)
-    with pytest.raises(UserError, match="--peers mmcv: expected an importable module mmcv"):
-        run_benchmark([SMALL], ["fp32"], repeats=1, peers=["mmcv"])
+    with pytest.raises(UserError, match="--baselines mmcv: expected an importable module mmcv"):
+        measure_operator([SMALL], ["fp32"], repeats=1, baselines=["mmcv"])
 
 
 def test_the_original_extension_is_called_as_it_expects(monkeypatch):
     """A stand-in with the extension's two functions, since it exists for CUDA only."""
-    value, *where = (x.requires_grad_() for x in given_inputs(LEVELS, torch.float32, "cpu", 3))
+    value, *where = (x.requires_grad_() for x in make_inputs(LEVELS, torch.float32, "cpu", 3))
 
     def check(value, sizes, start, locations, weights):
         assert sizes.tolist() == [[6, 7], [3, 2]] and start.tolist() == [0, 42]
@@ -87,7 +68,7 @@ def test_the_original_extension_is_called_as_it_expects(monkeypatch):
     extension.ms_deform_attn_forward = lambda *inputs: torch.ops.piip.ms_deform_attn(*check(*inputs[:-1]))
     extension.ms_deform_attn_backward = backward
     monkeypatch.setitem(sys.modules, "MultiScaleDeformableAttention", extension)
-    theirs = load_peer("deformable-detr")(value, LEVELS.value_shapes, *where)
+    theirs = load_baseline("deformable-detr")(value, LEVELS.value_shapes, *where)
     ours = ms_deform_attn(value, LEVELS.value_shapes, *where)
     for a, b in zip(
         (theirs, *torch.autograd.grad(theirs.sum(), (value, *where))),
@@ -97,12 +78,12 @@ def test_the_original_extension_is_called_as_it_expects(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_command_prints_a_table_and_writes_json_and_a_picture(tmp_path):
-    file, picture = tmp_path / "op.json", tmp_path / "op.png"
-    command = [sys.executable, str(TOOL), "op", "--cases", "L28<-B42", "--dtypes", "fp32", "bf16", "--repeats", "1"]
-    command += ["--peers", "--json", str(file), "--picture", str(picture)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+def test_command_prints_a_table_and_writes_json_and_a_chart(load_tool, monkeypatch, capsys, tmp_path):
+    file, chart = tmp_path / "op.json", tmp_path / "op.png"
+    command = ["benchmark.py", "op", "--cases", "L28<-B42", "--dtypes", "fp32", "bf16", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "--baselines", "--json", str(file), "--chart", str(chart)])
+    load_tool("benchmark").main()
+    printed = capsys.readouterr().out
     rows = json.loads(file.read_text())
     assert [(row["dtype"], row["direction"]) for row in rows] == [
         ("fp32", "forward"),
@@ -116,5 +97,5 @@ def test_command_prints_a_table_and_writes_json_and_a_picture(tmp_path):
         assert row["copy_share"] == pytest.approx(
             row["bytes_moved"] / (1e-3 * row["alone_ms"]) / row["copy_bytes_per_second"]
         )
-        assert f"{row['ratio']:.1f}x" in result.stdout
-    assert picture.read_bytes().startswith(b"\x89PNG")
+        assert f"{row['ratio']:.1f}x" in printed
+    assert chart.read_bytes().startswith(b"\x89PNG")

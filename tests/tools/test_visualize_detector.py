@@ -51,9 +51,9 @@ def test_sees_what_the_detector_sees(tool, checkpoint, original, tmp_path, image
     seen = []
     predictor.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     predictor(original)
-    assert name == "piip_digits_mask_rcnn" and torch.equal(scene.image, seen[0])
+    assert name == "piip_digits_mask_rcnn" and torch.equal(scene.pixel_values, seen[0])
     # 230 x 150 in a frame of 192 x 192
-    np.testing.assert_array_equal(scene.picture, resize_bilinear(original, 125, 192))
+    np.testing.assert_array_equal(scene.image, resize_bilinear(original, 125, 192))
 
 
 def test_files(tool, checkpoint, original, tmp_path):
@@ -70,7 +70,7 @@ def test_own_transform_is_the_published_one(original):
     for size in ((150, 230), (230, 150), (37, 150)):
         image = original[: size[0], : size[1]] if size[0] <= 150 else original.transpose(1, 0, 2)[: size[0], : size[1]]
         frame = {"long_side": 333, "short_side": 200}
-        picture, _ = network_input(image, pixel_mean=(0,) * 3, pixel_std=(1,) * 3, pad_divisor=32, **frame)
+        resized, _ = network_input(image, pixel_mean=(0,) * 3, pixel_std=(1,) * 3, pad_divisor=32, **frame)
         expected = resize_bilinear(np.ascontiguousarray(image), *keep_ratio_size(*image.shape[:2], **frame))
-        assert picture.shape == expected.shape
-        assert np.abs(picture.astype(int) - expected).max() <= 1
+        assert resized.shape == expected.shape
+        assert np.abs(resized.astype(int) - expected).max() <= 1

@@ -1,35 +1,29 @@
-"""Clocks of the benchmarks."""
+"""Clocks, turns and peak memory of the benchmarks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
-__all__ = ["Clock", "clock_for", "limited_threads", "now_for"]
+from .memory.dry_run import AliveStorages
 
-Clock = Callable[[Callable[[], object]], float]
-"""Seconds that a call takes."""
+__all__ = ["clock_for", "limited_threads", "peak_memory", "take_turns", "time_call"]
+
+T = TypeVar("T")
+Clock = Callable[[], float]
 
 
 def clock_for(device: torch.device | str, threads: int) -> Clock:
-    """What measures the seconds of a call: CPU time on one thread, wall time on more, between CUDA events on a GPU."""
-    if torch.device(device).type == "cuda":
-        return _cuda_seconds
-    now = now_for(device, threads)
+    """A clock in seconds: CPU time on one thread, which other load on the machine disturbs least; wall time on more.
 
-    def measure(call: Callable[[], object]) -> float:
-        start = now()
-        call()
-        return now() - start
-
-    return measure
-
-
-def now_for(device: torch.device | str, threads: int) -> Callable[[], float]:
-    """A clock: CPU time on one thread, wall time on more; a GPU is waited for at every reading."""
+    A GPU is waited for at every reading.
+    """
     if torch.device(device).type != "cuda":
         return time.process_time if threads == 1 else time.perf_counter
 
@@ -38,6 +32,35 @@ def now_for(device: torch.device | str, threads: int) -> Callable[[], float]:
         return time.perf_counter()
 
     return now
+
+
+def time_call(call: Callable[[], object], clock: Clock) -> float:
+    """Seconds that a call takes."""
+    start = clock()
+    call()
+    return clock() - start
+
+
+def take_turns(works: Sequence[Callable[[], T]], repeats: int) -> list[list[T]]:
+    """What each work returns in each of `repeats` rounds, after one round that does not count."""
+    rounds = tqdm(range(1 + repeats), desc="benchmark", leave=False)
+    results = [[work() for work in works] for _ in rounds]
+    return [list(column) for column in zip(*results[1:], strict=True)]
+
+
+def peak_memory(call: Callable[[], object], model: nn.Module, device: torch.device | str) -> int:
+    """The most bytes of tensors at one time that a call makes, so beside parameters, buffers and optimizer state.
+
+    On a GPU as PyTorch's allocator counts them; on a CPU without what kernels allocate for themselves.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - held
+    with AliveStorages(model) as tracker:
+        call()
+    return tracker.peak
 
 
 @contextmanager
@@ -49,13 +72,3 @@ def limited_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _cuda_seconds(call: Callable[[], object]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    stop.record()
-    torch.cuda.synchronize()
-    return 1e-3 * start.elapsed_time(stop)

@@ -1,4 +1,4 @@
-"""Measures are of what they say, and both sides of a published pair are built as published."""
+"""Measures are of what they say, and both models of a published pair are built as published."""
 
 import json
 import shutil
@@ -10,124 +10,113 @@ from PIL import Image
 from llava_piip.assembly import assemble
 from piip_core import zoo
 from piip_core.errors import ConfigError, UserError
-from piip_tools.chat_benchmark import (
-    Side,
-    Workload,
-    compare,
-    draw_results,
-    format_results,
-    load_pair,
-    measuring,
-    published_pair,
-)
-from piip_tools.chat_benchmark.sides import LANGUAGE_MODELS
+from piip_tools.chat_benchmark import measuring
+from piip_tools.chat_benchmark.measuring import draw_results, format_results, measure_chat
+from piip_tools.chat_benchmark.models import LANGUAGE_MODELS, TimedModel, build_pair, load_pair
 
-ROW = "piip_llava_clip_bl_512_256_7b"
-PREPARE, SEE, TOKEN = 100.0, 10.0, 0.001  # what preparing a picture, seeing it and running a token take
+NAME = "piip_llava_clip_bl_512_256_7b"
+PREPARE, SEE, TOKEN = 100.0, 10.0, 0.001  # what preparing an image, seeing it and running a token take
 
 
 class Clock:
-    """Time that goes on where a side works."""
+    """Time that goes on where a model works."""
 
     def __init__(self, monkeypatch):
         self.time = 0.0
-        monkeypatch.setattr(measuring, "now_for", lambda *_: lambda: self.time)
+        monkeypatch.setattr(measuring, "clock_for", lambda *_: lambda: self.time)
 
-    def watch(self, side):
+    def watch(self, timed):
         def spend(amount):
             self.time += amount
 
         def prepare(images, **options):
             spend(PREPARE)
-            return side.image_processor(images=images, **options)
+            return timed.image_processor(images=images, **options)
 
-        model = side.model.model
+        model = timed.model.model
         model.vision_tower.register_forward_hook(lambda *_: spend(SEE))
         model.language_model.register_forward_hook(
             lambda _, args, options, output: spend(TOKEN * options["inputs_embeds"].shape[1]), with_kwargs=True
         )
-        return Side(name=side.name, model=side.model, image_processor=prepare)
+        return TimedModel(name=timed.name, model=timed.model, image_processor=prepare)
 
 
-def test_each_measure_has_in_it_what_it_says(small_sides, monkeypatch):
+def test_each_measure_has_in_it_what_it_says(small_models, monkeypatch):
     clock = Clock(monkeypatch)
-    workload = Workload(text_tokens=20, new_tokens=6, question_tokens=7, image_size=(40, 30))
-    first = compare([clock.watch(small_sides[0])], workload, repeats=3)[0]
+    workload = dict(text_tokens=20, new_tokens=6, question_tokens=7, image_size=(40, 30))
+    first = measure_chat([clock.watch(small_models[0])], **workload, repeats=3)[0]
     prompt = 20 + 4
     second = TOKEN * (prompt + 6 + 7)
-    assert (first.visual_tokens, first.prompt_tokens) == (4, prompt)
+    assert (first["visual_tokens"], first["prompt_tokens"]) == (4, prompt)
     expected = {
         "prepare_s": PREPARE,
         "vision_s": SEE,
         "first_token_s": PREPARE + SEE + TOKEN * prompt,
         "tokens_per_s": 1 / TOKEN,
+        "vision_share": SEE / (PREPARE + SEE + TOKEN * prompt),
+        "second_nothing_kept_s": PREPARE + SEE + second,
+        "second_cache_kept_s": PREPARE + TOKEN * (7 + 1),
     }
-    assert {name: getattr(first, name) for name in expected} == pytest.approx(expected)
-    assert first.vision_share == pytest.approx(SEE / (PREPARE + SEE + TOKEN * prompt))
-    assert first.second_s == pytest.approx(
-        {"nothing": PREPARE + SEE + second, "keys and values": PREPARE + TOKEN * (7 + 1)}, abs=1e-9
-    )
-    assert json.loads(json.dumps(first.to_dict()))["vision_share"] < 0.1
+    assert {name: first[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert json.loads(json.dumps(first)) == first
 
 
-def test_memory_is_that_of_the_weights_and_at_least_the_cache_and_the_pictures_maps(small_sides):
+def test_memory_is_that_of_the_weights_and_at_least_the_cache_and_the_images_maps(small_models):
     few, many = (
-        compare(small_sides, Workload(text_tokens=tokens, new_tokens=2, question_tokens=1), repeats=1)
+        measure_chat(small_models, text_tokens=tokens, new_tokens=2, question_tokens=1, repeats=1)
         for tokens in (8, 400)
     )
-    config = small_sides[0].model.config.text_config
+    config = small_models[0].model.config.text_config
     per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    for side, one, other in zip(small_sides, few, many, strict=True):
-        assert one.weight_bytes == side.model.get_memory_footprint()
-        assert other.working_bytes - one.working_bytes > 392 * per_token
-    assert few[1].working_bytes > few[0].working_bytes > 4 * 32 * 64**2 / 16  # the larger picture; its first map
+    for timed, one, other in zip(small_models, few, many, strict=True):
+        assert one["weight_bytes"] == timed.model.get_memory_footprint()
+        assert other["working_bytes"] - one["working_bytes"] > 392 * per_token
+    assert few[1]["working_bytes"] > few[0]["working_bytes"] > 4 * 32 * 64**2 / 16  # the larger image; its first map
     assert not torch.is_inference_mode_enabled()
 
 
-def test_the_vision_encoder_alone(small_sides):
-    results = compare(small_sides, repeats=1, vision_only=True)
-    for side, result in zip(small_sides, results, strict=True):
-        model = side.model.model
+def test_the_vision_encoder_alone(small_models):
+    results = measure_chat(small_models, repeats=1, vision_only=True)
+    for timed, result in zip(small_models, results, strict=True):
+        model = timed.model.model
         parameters = model.num_parameters() - model.language_model.num_parameters()
-        assert result.vision_parameters == parameters and result.weight_bytes >= 4 * parameters
-        assert result.vision_s > 0 and result.working_bytes > 0 and result.first_token_s is None
+        assert result["vision_parameters"] == parameters and result["weight_bytes"] >= 4 * parameters
+        assert result["vision_s"] > 0 and result["working_bytes"] > 0 and "first_token_s" not in result
     assert "first token" not in format_results(results)
 
 
-def test_tables_and_pictures(small_sides, tmp_path):
-    results = compare(small_sides, Workload(text_tokens=8, new_tokens=3), repeats=1)
+def test_table_and_chart(small_models, tmp_path):
+    results = measure_chat(small_models, text_tokens=8, new_tokens=3, repeats=1)
     lines = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in format_results(results).splitlines()}
     assert [cell.strip() for cell in lines["visual tokens"]] == ["4", "9", "0.44"]
     ours, other, ratio = map(float, lines["first token, ms"])
     assert ratio == pytest.approx(ours / other, abs=0.05) and ours == pytest.approx(
-        1e3 * results[0].first_token_s, abs=0.1
+        1e3 * results[0]["first_token_s"], abs=0.1
     )
     assert "second question, first token, keys and values kept, ms" in lines
-    draw_results(results, tmp_path / "chat.png", note="here")
-    with Image.open(tmp_path / "chat.png") as picture:
-        assert picture.width > 800 and len(picture.convert("RGB").getcolors(10**7)) > 20
+    draw_results(results, "here").savefig(tmp_path / "chat.png", dpi=120)
+    with Image.open(tmp_path / "chat.png") as chart:
+        assert chart.width > 800 and len(chart.convert("RGB").getcolors(10**7)) > 20
 
 
-def test_impossible_workloads_are_named(small_sides):
+def test_impossible_workloads_are_named(small_models):
     for settings, message in (
         (dict(text_tokens=1), "text_tokens=1: expected 2"),
         (dict(new_tokens=1), "new_tokens=1: expected 2"),
         (dict(question_tokens=0), "question_tokens=0: expected 1"),
+        (dict(text_tokens=500), "context of first is 512"),
+        (dict(repeats=0), "repeats=0"),
     ):
         with pytest.raises(UserError, match=message):
-            Workload(**settings)
-    with pytest.raises(UserError, match="context of first is 512"):
-        compare(small_sides, Workload(text_tokens=500))
-    with pytest.raises(UserError, match="repeats=0"):
-        compare(small_sides, repeats=0)
+            measure_chat(small_models, **settings)
 
 
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_both_sides_are_the_published_models():
-    ours, baseline = published_pair(ROW, device="meta")
+def test_both_are_the_published_models():
+    ours, baseline = build_pair(NAME, device="meta")
     assert ours.model.model.language_model is baseline.model.model.language_model
     assert count(ours.model.model.language_model) + count(ours.model.lm_head) == 6_738_415_616  # Vicuna-7B
     assert ours.model.config.image_seq_length == 1024 and baseline.model.config.image_seq_length == 576
@@ -135,16 +124,16 @@ def test_both_sides_are_the_published_models():
     # open_clip's ViT-L-14-336 has 303.5 M without its last norm and projection
     assert count(baseline.model.model.vision_tower) == pytest.approx(303.5e6, rel=2e-3)
     assert count(ours.model.model.vision_tower.pyramid.branches[0]) == pytest.approx(303.5e6, rel=1e-2)
-    assert published_pair(ROW, device="meta", projector_grid=24)[0].model.config.image_seq_length == 576
+    assert build_pair(NAME, device="meta", projector_grid=24)[0].model.config.image_seq_length == 576
 
 
 def test_narrower_models_keep_the_proportions():
-    whole, narrow = (published_pair(ROW, device="meta", divide_widths=divisor) for divisor in (1, 4))
+    whole, narrow = (build_pair(NAME, device="meta", divide_widths=divisor) for divisor in (1, 4))
     for one, other in zip(whole, narrow, strict=True):
         assert one.model.config.image_seq_length == other.model.config.image_seq_length
         towers, languages = (
-            [count(part) for part in (side.model.model.vision_tower, side.model.model.language_model)]
-            for side in (one, other)
+            [count(part) for part in (timed.model.model.vision_tower, timed.model.model.language_model)]
+            for timed in (one, other)
         )
         assert towers[0] / languages[0] == pytest.approx(16, rel=0.06)
         assert towers[1] / languages[1] == pytest.approx(16, rel=0.01)
@@ -157,16 +146,16 @@ def test_narrower_models_keep_the_proportions():
                 == 64
                 == (small.network.embed_dim // small.network.num_heads)
             )
-    convnext = published_pair("piip_llava_convnext_b_clip_l_640_224_7b", device="meta", divide_widths=2, language=False)
+    convnext = build_pair("piip_llava_convnext_b_clip_l_640_224_7b", device="meta", divide_widths=2, language=False)
     assert convnext[0].model.config.vision_config.piip.branches[1].network.stage_dims == (64, 128, 256, 512)
     assert not len(convnext[0].model.model.language_model.layers)
 
 
 def test_pairs_that_cannot_be_built_are_named():
     with pytest.raises(ConfigError, match=r"is a baseline: expected one of piip_llava_clip_bl_512_256_7b"):
-        published_pair("llava_1_5_7b", device="meta")
+        build_pair("llava_1_5_7b", device="meta")
     with pytest.raises(ConfigError, match=r"divide_widths=8: expected 1 or more and a divisor of 12"):
-        published_pair(ROW, device="meta", divide_widths=8)
+        build_pair(NAME, device="meta", divide_widths=8)
     assert {entry.language_model for entry in zoo.multimodal_entries()} == set(LANGUAGE_MODELS)
 
 
@@ -176,6 +165,6 @@ def test_trained_models_are_loaded(tiny_entry, language_model_folder, tmp_path):
         part.save_pretrained(tmp_path / "ours")
     shutil.copytree(tmp_path / "ours", tmp_path / "other")
     pair = load_pair(tmp_path / "ours", tmp_path / "other", device="cpu", dtype="float32")
-    results = compare(pair, Workload(new_tokens=2), repeats=1)
-    assert [result.name for result in results] == ["ours", "other"]
-    assert results[0].second_s["keys and values"] > 0 and results[0].working_bytes == results[1].working_bytes
+    results = measure_chat(pair, new_tokens=2, repeats=1)
+    assert [result["name"] for result in results] == ["ours", "other"]
+    assert results[0]["second_cache_kept_s"] > 0 and results[0]["working_bytes"] == results[1]["working_bytes"]

@@ -55,7 +55,7 @@ def keys_and_query(attention, block, state, cell, pad_before):
 def explicit_attention(pyramid, scene, cell, window, pad_before=True):
     """Weights {(row, column): (heads,)} of all cells of the query's window in block 0, padding included."""
     branch = pyramid.branches[0]
-    state = branch.embed(resize_for_branch(scene.image, 1.0))
+    state = branch.embed(resize_for_branch(scene.pixel_values, 1.0))
     block = branch.model.blocks[0]
     key, query = keys_and_query(block.attn, block, state, cell, pad_before)
     height, width = (window, window) if window else state.tokens.shape[1:3]
@@ -116,7 +116,7 @@ def test_class_token_takes_its_share(randomize, make_scene):
     row = trace_pyramid(pyramid, scene, blocks=[0]).views[0].attention
     block, width = pyramid.branches[0].model.blocks[0], 32
     with torch.no_grad():
-        state = pyramid.branches[0].embed(scene.image)
+        state = pyramid.branches[0].embed(scene.pixel_values)
         tokens = block.norm1(torch.cat((state.prefix, state.tokens.flatten(1, 2)), dim=1))[0]
         q, k, _ = (tokens.double() @ block.attn.qkv.weight.double().T + block.attn.qkv.bias.double()).split(width, -1)
     position = 1 + 2 * 8 + 1
@@ -138,12 +138,12 @@ def test_unfused_attention_is_seen_and_left_unfused(randomize, make_scene):
 def test_looking_changes_nothing(tiny_model, make_scene):
     scene = make_scene()
     with torch.no_grad():
-        expected = tiny_model.pyramid(scene.image)
+        expected = tiny_model.pyramid(scene.pixel_values)
     trace_pyramid(tiny_model.pyramid, scene)
     assert all("run_block" not in vars(branch) for branch in tiny_model.pyramid.branches)
     assert not any(module._forward_hooks for module in tiny_model.modules())
     with torch.no_grad():
-        for before, after in zip(expected, tiny_model.pyramid(scene.image), strict=True):
+        for before, after in zip(expected, tiny_model.pyramid(scene.pixel_values), strict=True):
             torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
@@ -154,13 +154,13 @@ def test_convnext_shows_energy(randomize, make_scene):
     view = trace_pyramid(pyramid, scene, blocks=[2]).views[0]
     branch = pyramid.branches[0]
     with torch.no_grad():
-        tokens = branch.run(branch.embed(scene.image), 0, 3).tokens[0]
+        tokens = branch.run(branch.embed(scene.pixel_values), 0, 3).tokens[0]
     assert view.attention is None and view.cells.size == (8, 8)
     torch.testing.assert_close(view.energy[3, 5].item(), (tokens[3, 5].square().mean() ** 0.5).item())
 
 
 def test_cells_of_a_smaller_branch(tiny_config, randomize, make_scene):
-    """Branch 1 sees the image at half the size: its cells are twice as large on the picture."""
+    """Branch 1 sees the image at half the size: its cells are twice as large on the image."""
     config = tiny_config(interaction=InteractionConfig(num_interactions=2, num_heads=4))
     views = trace_pyramid(randomize(PIIP(config)).eval(), make_scene(query=(70, 50))).views
     assert [view.cells.size for view in views] == [(32, 32), pytest.approx((128 / 6, 128 / 6)), (16, 16)]

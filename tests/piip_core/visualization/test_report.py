@@ -7,10 +7,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import nn
 
-from piip_core.checkpoints import write_checkpoint
+from piip_core.checkpoints import load_part, write_checkpoint
 from piip_core.errors import CheckpointError, ConfigError, UserError
 from piip_core.pyramid import PIIP
-from piip_core.visualization import draw_attention, find_pyramid, load_pyramid_weights, trace_pyramid, visualize
+from piip_core.visualization import draw_attention, find_pyramid, trace_pyramid, visualize
 
 
 def test_files_and_what_they_say(tiny_model, make_scene, tmp_path):
@@ -19,9 +19,9 @@ def test_files_and_what_they_say(tiny_model, make_scene, tmp_path):
     assert [file.name for file in files] == ["attention.png", "sampling.png", "spectra.png", "visualization.json"]
     assert sorted(files) == sorted((tmp_path / "new" / "folder").iterdir())  # nothing half-written is left
     for file in files[:3]:
-        with Image.open(file) as picture:
-            picture.load()
-            assert min(picture.size) > 300
+        with Image.open(file) as drawn:
+            drawn.load()
+            assert min(drawn.size) > 300
     facts = json.loads(files[3].read_text())
     assert facts["files"] == ["attention.png", "sampling.png", "spectra.png"]
     assert (facts["image_size"], facts["padded_to"], facts["query"]) == ([96, 128], [96, 128], [70, 50])
@@ -36,7 +36,7 @@ def test_files_and_what_they_say(tiny_model, make_scene, tmp_path):
 def test_outside_of_the_window_it_is_dark(tiny_model, make_scene):
     """The rendered pixels of Branch 3's panel: only the window of the query, rows and columns 3 to 5, is lit."""
     scene = make_scene(query=(70, 50))
-    scene.picture[:] = 200
+    scene.image[:] = 200
     figure = draw_attention(scene, trace_pyramid(tiny_model.pyramid, scene), "title")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -86,7 +86,7 @@ def test_weights_from_the_checkpoint_of_a_larger_model(tiny_model, tmp_path, suf
     path = tmp_path / f"detector{suffix}"
     write_checkpoint(path, nn.ModuleDict({"backbone": tiny_model, "head": nn.Linear(2, 2)}).state_dict())
     pyramid = PIIP(tiny_model.pyramid.config)
-    load_pyramid_weights(pyramid, path)
+    load_part(pyramid, path)
     for name, tensor in tiny_model.pyramid.state_dict().items():
         assert torch.equal(pyramid.state_dict()[name], tensor), name
 
@@ -98,4 +98,4 @@ def test_weights_that_do_not_fit(tiny_model, tiny_config, tmp_path):
     write_checkpoint(tmp_path / "wide.pth", PIIP(tiny_config(dims=(64, 24, 16), window_size=3)).state_dict())
     for name, message in (("part", "0 complete"), ("twice", "2 complete"), ("wide", "another shape")):
         with pytest.raises(CheckpointError, match=rf"{name}\.pth.*{message}"):
-            load_pyramid_weights(PIIP(tiny_model.pyramid.config), tmp_path / f"{name}.pth")
+            load_part(PIIP(tiny_model.pyramid.config), tmp_path / f"{name}.pth")

@@ -90,7 +90,7 @@ def test_regular_attention_reads_all_cells(tiny_config, randomize, make_scene):
     torch.testing.assert_close(reading.weights, expected, rtol=0, atol=1e-6)
 
 
-def test_picture_has_every_point(pyramid, randomize, make_scene):
+def test_figure_has_every_point(pyramid, randomize, make_scene):
     scene = make_scene()
     trace = trace_pyramid(randomize(pyramid), scene)
     figure = draw_sampling(scene, trace, "title")

@@ -4,7 +4,6 @@ import torch
 
 from piip_core.errors import UserError
 from piip_core.visualization import network_input, prepare_scene
-from piip_core.visualization.scene import Cells
 
 FRAME = {"long_side": 200, "short_side": 120, "pixel_mean": (1.0, 2.0, 3.0), "pixel_std": (2.0, 4.0, 8.0)}
 
@@ -15,36 +14,28 @@ FRAME = {"long_side": 200, "short_side": 120, "pixel_mean": (1.0, 2.0, 3.0), "pi
 )
 def test_network_input_fits_the_frame(size, resized, padded):
     original = np.full((*size, 3), (11, 22, 43), dtype=np.uint8)
-    picture, image = network_input(original, pad_divisor=32, **FRAME)
-    assert picture.shape == (*resized, 3) and tuple(image.shape) == (1, 3, *padded)
+    image, pixel_values = network_input(original, pad_divisor=32, **FRAME)
+    assert image.shape == (*resized, 3) and tuple(pixel_values.shape) == (1, 3, *padded)
     height, width = resized
-    assert (picture == original[0, 0]).all()
-    inside = image[0, :, :height, :width]
+    assert (image == original[0, 0]).all()
+    inside = pixel_values[0, :, :height, :width]
     torch.testing.assert_close(inside, torch.tensor([5.0, 5.0, 5.0])[:, None, None].expand_as(inside))
-    assert image[..., height:, :].count_nonzero() == 0 and image[..., width:].count_nonzero() == 0
+    assert pixel_values[..., height:, :].count_nonzero() == 0 and pixel_values[..., width:].count_nonzero() == 0
 
 
 def test_query_follows_the_resizing():
     original = np.zeros((60, 100, 3), dtype=np.uint8)
     original[30:40, 70:80] = 255
-    picture, image = network_input(original, pad_divisor=32, **FRAME)
-    scene = prepare_scene((60, 100), picture, image, (75, 35))
+    image, pixel_values = network_input(original, pad_divisor=32, **FRAME)
+    scene = prepare_scene((60, 100), image, pixel_values, (75, 35))
     x, y = scene.query
     assert (x, y) == (151, 71)
-    assert picture[int(y), int(x)].tolist() == [255] * 3 and picture[int(y), int(x) - 14].tolist() == [0] * 3
-    assert prepare_scene((60, 100), picture, image).query_pixel == (50, 30)
+    assert image[int(y), int(x)].tolist() == [255] * 3 and image[int(y), int(x) - 14].tolist() == [0] * 3
+    assert prepare_scene((60, 100), image, pixel_values).query_pixel == (50, 30)
 
 
 @pytest.mark.parametrize("query", [(100, 5), (5, 60), (-1, 5)])
 def test_query_outside_of_the_image(query):
-    picture, image = network_input(np.zeros((60, 100, 3), dtype=np.uint8), pad_divisor=32, **FRAME)
+    image, pixel_values = network_input(np.zeros((60, 100, 3), dtype=np.uint8), pad_divisor=32, **FRAME)
     with pytest.raises(UserError, match=r"outside of the image of 100 x 60.*x from 0 to 99 and y from 0 to 59"):
-        prepare_scene((60, 100), picture, image, query)
-
-
-def test_cells():
-    cells = Cells(4, 6, (16, 16))
-    assert cells.at(0.5, 63.9) == (3, 0) and cells.at(95.9, 16.0) == (1, 5)
-    assert cells.at(300, 300) == (3, 5)  # a border that the network cuts off
-    assert cells.inside(40, 200) == (2, 6) and cells.inside(5, 5) == (1, 1)
-    assert cells.extent == (96, 64)
+        prepare_scene((60, 100), image, pixel_values, query)

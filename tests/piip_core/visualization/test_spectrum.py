@@ -49,9 +49,9 @@ def test_map_without_spectrum():
 
 
 def test_spectra_are_of_the_maps_around_the_interaction(tiny_model, make_scene):
-    """The padding of the picture stays out: 80 rows are 5 cells of Branch 3, padded to 6."""
+    """The padding of the image stays out: 80 rows are 5 cells of Branch 3, padded to 6."""
     scene = make_scene(height=80, width=120)
-    assert tuple(scene.image.shape[-2:]) == (96, 128)
+    assert tuple(scene.pixel_values.shape[-2:]) == (96, 128)
     seen = []
     pyramid = tiny_model.pyramid
     pyramid.interactions[1].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))

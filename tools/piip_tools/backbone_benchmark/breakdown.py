@@ -5,24 +5,24 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from timm.layers import Attention, Mlp
 from torch import nn
-from tqdm import tqdm
 
 from piip_core.branches.beit import RelativeBiasAttention
 from piip_core.interaction import DeformableCrossAttention, Injection
 from piip_core.merging import BranchMerging, FeaturePyramid
 
-from ..timing import limited_threads, now_for
-from .measuring import autocast_for, load
-from .sides import Side
+from ..flops.executed import attribute_to_modules
+from ..timing import Clock, clock_for, limited_threads, take_turns
+from .measuring import autocast_for
+from .models import TimedModel
 
-__all__ = ["PARTS", "REST", "Breakdown", "measure_parts"]
+__all__ = ["PARTS", "REST", "format_results", "measure_parts"]
 
 PARTS: Mapping[type[nn.Module], str] = {
     Attention: "self-attention",
@@ -36,27 +36,8 @@ PARTS: Mapping[type[nn.Module], str] = {
 REST = "embeddings, norms, residuals of branches"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Breakdown:
-    """One side in one precision.
-
-    Attributes:
-        side: Title of the side.
-        precision: As in `Measurement`.
-        seconds: By part; a part does not contain another.
-    """
-
-    side: str
-    precision: str
-    seconds: Mapping[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
-        return asdict(self)
-
-
 def measure_parts(
-    sides: Sequence[Side],
+    models: Sequence[TimedModel],
     precisions: Sequence[str],
     *,
     device: str = "cpu",
@@ -64,49 +45,49 @@ def measure_parts(
     repeats: int = 3,
     threads: int = 1,
     parts: Mapping[type[nn.Module], str] = PARTS,
-) -> list[Breakdown]:
+) -> list[dict[str, Any]]:
     """Medians of the time spent in each kind of module, in forward passes without gradients.
 
-    A GPU is waited for at every border of a part, which costs time that it would not take otherwise.
-
-    Args:
-        parts: What the time in modules of a type is called, without that in modules inside that have a part of their
-            own. Other time is `REST`.
+    A GPU is waited for at every border of a module, which costs time that it would not take otherwise. `parts` says
+    what the time in modules of a type is called, without that in modules inside that are parts, too. Other time is
+    `REST`.
     """
-    found = []
+    results = []
     with limited_threads(threads):
         for precision in precisions:
-            for side in tqdm(sides, desc=f"parts in {precision}", leave=False):
-                model, image = load(side, precision, device, batch)
-                with side.context(model), autocast_for(precision, device), torch.no_grad():
-                    model(image)
-                    runs = [_run(model, image, parts, threads) for _ in range(repeats)]
-                names = dict.fromkeys(name for run in runs for name in run)
-                seconds = {name: statistics.median(run[name] for run in runs) for name in names}
-                found.append(Breakdown(side=side.title, precision=precision, seconds=seconds))
-    return found
+            for timed in models:
+                model, image = timed.load(precision, device, batch)
+                run = partial(_time_parts, model, image, parts, clock_for(device, threads))
+                with timed.context(model), autocast_for(precision, device), torch.no_grad():
+                    (runs,) = take_turns([run], repeats)
+                seconds = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+                results.append({"model": timed.name, "precision": precision, "seconds": seconds})
+    return results
 
 
-def _run(model: nn.Module, image: torch.Tensor, parts: Mapping[type[nn.Module], str], threads: int) -> Counter[str]:
-    clock = now_for(image.device, threads)
-    spent: Counter[str] = Counter()
-    running, since = [REST], clock()
-
-    def switch(change: Any) -> None:
-        nonlocal since
-        now = clock()
-        spent[running[-1]] += now - since
-        since = now
-        change()
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            name = next((name for kind, name in parts.items() if isinstance(module, kind)), None)
-            if name is not None:
-                enter = module.register_forward_pre_hook(lambda *_, name=name: switch(lambda: running.append(name)))
-                leave = module.register_forward_hook(lambda *_: switch(running.pop))
-                stack.callback(enter.remove)
-                stack.callback(leave.remove)
+def _time_parts(
+    model: nn.Module, image: torch.Tensor, parts: Mapping[type[nn.Module], str], clock: Clock
+) -> Counter[str]:
+    own: Counter[str] = Counter()
+    with attribute_to_modules(model, clock, own):
         model(image)
-        switch(running.pop)
+    part_of: dict[str, str] = {}
+    spent: Counter[str] = Counter()
+    for name, module in model.named_modules():  # outer ones first
+        outer = part_of.get(name.rpartition(".")[0], REST)
+        part_of[name] = next((part for kind, part in parts.items() if isinstance(module, kind)), outer)
+        spent[part_of[name]] += own[name]
     return spent
+
+
+def format_results(results: Sequence[Mapping[str, Any]]) -> str:
+    """A line per part and a column per model and precision: seconds and share."""
+    names = dict.fromkeys(name for result in results for name in result["seconds"])
+    columns = []
+    for result in results:
+        total = sum(result["seconds"].values())
+        cells = [result["seconds"].get(name, 0.0) for name in names] + [total]
+        columns.append([f"{seconds:.3f} ({seconds / total:.0%})" for seconds in cells])
+    header = ["seconds (share)", *(f"{result['model']}\n{result['precision']}" for result in results)]
+    lines = zip([*names, "total"], *columns, strict=True)
+    return tabulate(lines, header, disable_numparse=True, colalign=("left", *["right"] * len(columns)))

@@ -1,247 +1,231 @@
-"""Times both sides in turn: encoder, first token, further tokens, second question, memory."""
+"""Times two models in turns: encoder, first token, further tokens, second question, memory."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from tabulate import tabulate
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from llava_piip.conversation_cache import ConversationCache
 from piip_core.errors import UserError
 
-from ..memory import AliveStorages
-from ..timing import limited_threads, now_for
-from .sides import Side
+from ..reporting import draw_bars, new_figure
+from ..timing import Clock, clock_for, limited_threads, peak_memory, take_turns
+from .models import TimedModel
 
-__all__ = ["SideResult", "Workload", "compare"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-_NOTHING, _KEPT = "nothing", "keys and values"
-_FRONT = 5 / 8  # part of the text in front of the picture: the template's system message is longer than most questions
+__all__ = ["draw_results", "format_results", "measure_chat"]
 
+_BEFORE_IMAGE = 5 / 8  # part of the text: the template's system message is longer than most questions
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """A conversation of two questions, the same for both sides but for the number of visual tokens.
-
-    Attributes:
-        text_tokens: Of the first question and what the template puts around it.
-        new_tokens: Of the first answer.
-        question_tokens: Of the second question.
-        image_size: Width and height of the picture in pixels.
-    """
-
-    text_tokens: int = 64
-    new_tokens: int = 32
-    question_tokens: int = 24
-    image_size: tuple[int, int] = (1024, 768)
-
-    def __post_init__(self) -> None:
-        for name, least in (("text_tokens", 2), ("new_tokens", 2), ("question_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: expected {least} or more")
+# Title: key in a result, factor, digits
+_LINES = {
+    "visual tokens": ("visual_tokens", 1, "d"),
+    "prompt tokens": ("prompt_tokens", 1, "d"),
+    "vision parameters, M": ("vision_parameters", 1e-6, ".1f"),
+    "weights, MB": ("weight_bytes", 1e-6, ".0f"),
+    "memory beside the weights, MB": ("working_bytes", 1e-6, ".0f"),
+    "image to pixel values, ms": ("prepare_s", 1e3, ".1f"),
+    "vision encoder, ms": ("vision_s", 1e3, ".1f"),
+    "first token, ms": ("first_token_s", 1e3, ".1f"),
+    "vision encoder's share of it, %": ("vision_share", 100, ".1f"),
+    "further tokens per second": ("tokens_per_s", 1, ".2f"),
+    "second question, first token, nothing kept, ms": ("second_nothing_kept_s", 1e3, ".1f"),
+    "second question, first token, keys and values kept, ms": ("second_cache_kept_s", 1e3, ".1f"),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class SideResult:
-    """Medians of one side. Seconds are CPU time where there is one thread on a CPU, wall time elsewhere.
-
-    Attributes:
-        name: Of the side.
-        visual_tokens: Of the picture.
-        prompt_tokens: Of the first question, visual ones included.
-        vision_parameters: Of vision tower and projectors.
-        weight_bytes: Of all parameters and buffers, or those of the vision encoder where that is measured alone. What
-            both sides share counts for each.
-        working_bytes: The most memory beside the weights during an answer. On a GPU what PyTorch's allocator gave out,
-            on a CPU the tensors alive (not what kernels take for themselves, nor what the process keeps).
-        prepare_s: From a decoded picture to pixel values.
-        vision_s: Vision tower and projectors.
-        first_token_s: From a decoded picture and token ids to the first token: preparation, vision, language model.
-        tokens_per_s: Behind the first token.
-        second_s: To the first token of the second answer, by what is kept of the first one: "nothing", "keys and
-            values".
-    """
-
-    name: str
-    visual_tokens: int
-    prompt_tokens: int
-    vision_parameters: int
-    weight_bytes: int
-    working_bytes: int
-    prepare_s: float
-    vision_s: float
-    first_token_s: float | None = None
-    tokens_per_s: float | None = None
-    second_s: dict[str, float] | None = None
-
-    @property
-    def vision_share(self) -> float | None:
-        """Part of the vision encoder in the time to the first token."""
-        return None if self.first_token_s is None else self.vision_s / self.first_token_s
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and the share, for JSON."""
-        return {**asdict(self), "vision_share": self.vision_share}
-
-
-def compare(
-    sides: Sequence[Side],
-    workload: Workload | None = None,
+def measure_chat(
+    models: Sequence[TimedModel],
     *,
+    text_tokens: int = 64,
+    new_tokens: int = 32,
+    question_tokens: int = 24,
+    image_size: tuple[int, int] = (1024, 768),
     repeats: int = 5,
     threads: int = 1,
     vision_only: bool = False,
-) -> list[SideResult]:
-    """Measures all sides, in turn within each of the repetitions and in changing order.
-
-    One repetition before them is not counted. With one thread on a CPU, CPU time is taken, which other load on the
-    machine disturbs least.
+) -> list[dict[str, Any]]:
+    """Times a conversation of two questions, the same for all models but for the number of visual tokens.
 
     Args:
-        sides: The models, on one device.
-        workload: What is asked.
+        models: On one device.
+        text_tokens: Of the first question and what the template puts around it.
+        new_tokens: Of the first answer.
+        question_tokens: Of the second question.
+        image_size: Width and height in pixels.
         repeats: The medians are over so many.
         threads: CPU threads.
-        vision_only: Leave the language model out.
+        vision_only: Leaves the language model out.
+
+    Returns:
+        A result per model with numbers of tokens and parameters; "weight_bytes" of all parameters and buffers, or with
+        `vision_only` of those of the vision encoder; "working_bytes", the most memory of an answer as `peak_memory`
+        counts it; and median seconds: "prepare_s" from a decoded image to pixel values, "vision_s" of tower and
+        projectors, "first_token_s" from a decoded image and token ids to the first token, "second_..._kept_s" to that
+        of the second answer, by what is kept of the first one.
 
     Raises:
-        UserError: For a number that is too small.
+        UserError: For a number that is too small, or a conversation that is too long for a model.
     """
-    if repeats < 1 or threads < 1:
-        raise UserError(f"repeats={repeats}, threads={threads}: expected 1 or more")
+    least = {"text_tokens": (text_tokens, 2), "new_tokens": (new_tokens, 2), "question_tokens": (question_tokens, 1)}
+    for name, (value, smallest) in (least | {"repeats": (repeats, 1), "threads": (threads, 1)}).items():
+        if value < smallest:
+            raise UserError(f"{name}={value}: expected {smallest} or more")
     with limited_threads(threads):
-        measured = [_Measured(side, workload or Workload(), threads, vision_only) for side in sides]
-        for repetition in tqdm(range(-1, repeats), desc="benchmark", leave=False):
-            for one in measured[:: -1 if repetition % 2 else 1]:
-                found = one.once()
-                if repetition >= 0:
-                    one.found.append(found)
-        return [one.result() for one in measured]
+        chats = [
+            _Conversation(timed, text_tokens, new_tokens, question_tokens, image_size, vision_only, threads)
+            for timed in models
+        ]
+        times = take_turns([chat.measure for chat in chats], repeats)
+        return [chat.summarize(found) for chat, found in zip(chats, times, strict=True)]
 
 
-class _Answer(NamedTuple):
-    ids: list[int]
-    first: float
-    rest: float
+class _TokenTimes(BaseStreamer):
+    """When the prompt and each token came."""
 
-
-class _Stamps(BaseStreamer):
-    """When each token came."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now, self.times = now, []
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self.times = clock, []
 
     def put(self, value: Tensor) -> None:
-        self.times.append(self._now())
+        self.times.append(self._clock())
 
     def end(self) -> None:
         pass
 
 
-class _Measured:
-    """One side while it is measured."""
+class _Conversation:
+    """One model, with what it is asked."""
 
-    def __init__(self, side: Side, workload: Workload, threads: int, vision_only: bool) -> None:
-        self.side, self.workload, self.vision_only = side, workload, vision_only
-        self.found: list[dict[str, float]] = []
-        self._now = now_for(side.model.device, threads)
-        generator = np.random.default_rng(0)
-        width, height = workload.image_size
-        self._image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        model = side.model
-        self._words = generator.integers(
-            3, min(model.get_input_embeddings().num_embeddings, model.config.image_token_id), 10**5
-        )
-        front = round(_FRONT * workload.text_tokens)
-        visual = np.full(model.config.image_seq_length, model.config.image_token_id)
-        words = self._words[: workload.text_tokens]
-        self._prompt = np.concatenate((words[:front], visual, words[front:])).tolist()
-        room = model.config.get_text_config().max_position_embeddings
-        needed = len(self._prompt) + workload.new_tokens + workload.question_tokens + 1
-        if needed > room:
-            raise UserError(f"the conversation has {needed} tokens, the context of {side.name} is {room}: ask for less")
-        self._cache = ConversationCache(model)
+    def __init__(
+        self,
+        timed: TimedModel,
+        text_tokens: int,
+        new_tokens: int,
+        question_tokens: int,
+        image_size: tuple[int, int],
+        vision_only: bool,
+        threads: int,
+    ) -> None:
+        self.name, self.model, self.processor = timed.name, timed.model, timed.image_processor
+        self.new_tokens, self.vision_only = new_tokens, vision_only
+        self.clock, self.cache = clock_for(self.model.device, threads), ConversationCache(self.model)
+        config, generator = self.model.config, np.random.default_rng(0)
+        width, height = image_size
+        self.image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        words = min(self.model.get_input_embeddings().num_embeddings, config.image_token_id)
+        text, question = np.split(generator.integers(3, words, text_tokens + question_tokens), [text_tokens])
+        before, after = np.split(text, [round(_BEFORE_IMAGE * text_tokens)])
+        self.prompt = [*before.tolist(), *[config.image_token_id] * config.image_seq_length, *after.tolist()]
+        self.question = question.tolist()
+        context = config.get_text_config().max_position_embeddings
+        needed = len(self.prompt) + new_tokens + question_tokens + 1
+        if needed > context:
+            message = f"the conversation has {needed} tokens, the context of {self.name} is {context}: ask for less"
+            raise UserError(message)
 
     @torch.inference_mode()
-    def once(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """Seconds of everything, and tokens per second."""
-        model, start = self.side.model, self._now()
-        pixels = self.side.image_processor(images=[self._image], return_tensors="pt")["pixel_values"]
-        prepared = self._now()
-        pixels = pixels.to(model.device)
-        begin = self._now()
-        model.get_image_features(pixels)
-        found = {"prepare_s": prepared - start, "vision_s": self._now() - begin}
+        start = self.clock()
+        pixels = self._prepare()
+        prepared = self.clock()
+        pixels = pixels.to(self.model.device)
+        begin = self.clock()
+        self.model.get_image_features(pixels)
+        found = {"prepare_s": prepared - start, "vision_s": self.clock() - begin}
         if self.vision_only:
             return found
-        new = self.workload.new_tokens
-        self._cache.clear()
-        answer = self._ask(self._prompt, new)
-        found |= {"first_token_s": answer.first, "tokens_per_s": (new - 1) / answer.rest}
-        second = [*answer.ids, *self._words[-self.workload.question_tokens :].tolist()]
-        found[_KEPT] = self._ask(second, 1).first
-        self._cache.clear()
-        found[_NOTHING] = self._ask(second, 1).first
+        self.cache.clear()
+        answer, first, rest = self._ask(self.prompt, self.new_tokens)
+        found |= {"first_token_s": first, "tokens_per_s": (self.new_tokens - 1) / rest}
+        _, found["second_cache_kept_s"], _ = self._ask([*answer, *self.question], 1)
+        self.cache.clear()
+        _, found["second_nothing_kept_s"], _ = self._ask([*answer, *self.question], 1)
         return found
 
-    def result(self) -> SideResult:
+    def summarize(self, found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """Medians, with what need not be measured more than once."""
-        model = self.side.model
-        median = {name: statistics.median(found[name] for found in self.found) for name in self.found[0]}
-        second = {name: median.pop(name) for name in (_NOTHING, _KEPT) if name in median}
-        vision = torch.nn.ModuleList((model.model.vision_tower, model.model.multi_modal_projector))
-        counted = vision if self.vision_only else model
-        return SideResult(
-            name=self.side.name,
-            visual_tokens=model.config.image_seq_length,
-            prompt_tokens=len(self._prompt),
-            vision_parameters=sum(parameter.numel() for parameter in vision.parameters()),
-            weight_bytes=sum(tensor.nbytes for tensor in (*counted.parameters(), *counted.buffers())),
-            working_bytes=self._working_bytes(),
-            second_s=second or None,
-            **median,
-        )
+        medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
+        if not self.vision_only:
+            medians["vision_share"] = medians["vision_s"] / medians["first_token_s"]
+        vision = torch.nn.ModuleList((self.model.model.vision_tower, self.model.model.multi_modal_projector))
+        counted = vision if self.vision_only else self.model
+        self.cache.clear()
+        return {
+            "name": self.name,
+            "visual_tokens": self.model.config.image_seq_length,
+            "prompt_tokens": len(self.prompt),
+            "vision_parameters": sum(parameter.numel() for parameter in vision.parameters()),
+            "weight_bytes": sum(tensor.nbytes for tensor in (*counted.parameters(), *counted.buffers())),
+            "working_bytes": peak_memory(self._answer, self.model, self.model.device),
+            **medians,
+        }
 
-    def _working_bytes(self) -> int:
-        """Of an answer in eager mode, with nothing kept from before."""
-        device = self.side.model.device
+    @torch.inference_mode()
+    def _answer(self) -> None:
+        if self.vision_only:
+            self.model.get_image_features(self._prepare().to(self.model.device))
+        else:
+            self._ask(self.prompt, self.new_tokens)
 
-        @torch.inference_mode()
-        def run() -> None:
-            if self.vision_only:
-                pixels = self.side.image_processor(images=[self._image], return_tensors="pt")["pixel_values"]
-                self.side.model.get_image_features(pixels.to(device))
-            else:
-                self._ask(self._prompt, self.workload.new_tokens)
+    def _prepare(self) -> Tensor:
+        return self.processor(images=[self.image], return_tensors="pt")["pixel_values"]
 
-        self._cache.clear()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            run()
-            return torch.cuda.max_memory_allocated(device) - before
-        with AliveStorages(self.side.model) as tracker:
-            run()
-        return tracker.peak
-
-    def _ask(self, ids: list[int], new_tokens: int) -> _Answer:
+    def _ask(self, ids: list[int], new_tokens: int) -> tuple[list[int], float, float]:
+        """All token ids, seconds to the first new one, seconds of the others."""
         config = GenerationConfig(
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,  # whatever the end tokens of a trained model are
             do_sample=False,
             pad_token_id=0,
         )
-        stamps, start = _Stamps(self._now), self._now()
-        pixels = self.side.image_processor(images=[self._image], return_tensors="pt")["pixel_values"]
-        output = self._cache.generate(ids, pixels, config, streamer=stamps)
-        _, first, *_ = times = stamps.times  # the prompt comes in front
-        return _Answer(output[0].tolist(), first - start, times[-1] - first)
+        stamps, start = _TokenTimes(self.clock), self.clock()
+        output = self.cache.generate(ids, self._prepare(), config, streamer=stamps)
+        first, last = stamps.times[1], stamps.times[-1]  # the prompt comes before them
+        return output[0].tolist(), first - start, last - first
+
+
+def format_results(results: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each measure, with a column for each model and the ratio of the first to the second."""
+    lines = []
+    for title, (key, factor, digits) in _LINES.items():
+        if all(key in result for result in results):
+            values = [result[key] for result in results]
+            ratio = f"{values[0] / values[1]:.2f}" if len(values) > 1 and values[1] else ""
+            lines.append([title, *(format(factor * value, digits) for value in values), ratio])
+    align = ("left", *["right"] * len(results), "right")
+    headers = ["", *(result["name"] for result in results), "ratio"]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def draw_results(results: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """The time to the first token in parts, and that of a second answer by what was kept of the first one."""
+    figure = new_figure((10, 1.8 + len(results)), title)
+    first, second = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    names = [result["name"].replace(", ", "\n") for result in results]
+    parts = {
+        "pixel values": [result["prepare_s"] for result in results],
+        "vision encoder": [result["vision_s"] for result in results],
+        "language model": [result["first_token_s"] - result["vision_s"] - result["prepare_s"] for result in results],
+    }
+    kept = {
+        "nothing kept": [result["second_nothing_kept_s"] for result in results],
+        "keys and values kept": [result["second_cache_kept_s"] for result in results],
+    }
+    draw_bars(first, names, parts, xlabel="first token of an answer, seconds", stacked=True)
+    draw_bars(second, names, kept, xlabel="first token of a second answer, seconds")
+    second.set_yticks([])
+    for axes in (first, second):
+        axes.legend(fontsize=8)
+    return figure

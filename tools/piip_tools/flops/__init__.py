@@ -5,29 +5,15 @@ feature pyramid. The *executed count* is what our modules hold and compute for o
 numbers of parameters and of multiply-accumulates (one multiply-accumulate is what the published tables call a FLOP).
 """
 
-from .classification import ClassificationRow, analyze_classifiers
-from .executed import ModuleCounts, executed_count
-from .multimodal import MultimodalRow, analyze_multimodal
-from .published import Count, PublishedCount, published_count
-from .report import ModelReport, ModuleRow, ZooRow, analyze_backbone, analyze_model, analyze_zoo, padded_size
-from .tables import (
-    classification_table,
-    model_table,
-    multimodal_table,
-    published_tables,
-    replace_block,
-    zoo_table,
-)
+from .executed import executed_count
+from .published import Count, published_count
+from .report import ModelReport, analyze_backbone, analyze_model, padded_size
+from .tables import classification_table, model_table, multimodal_table, published_tables, replace_block, zoo_table
+from .zoo_counts import analyze_classifiers, analyze_multimodal, analyze_zoo
 
 __all__ = [
-    "ClassificationRow",
     "Count",
     "ModelReport",
-    "ModuleCounts",
-    "ModuleRow",
-    "MultimodalRow",
-    "PublishedCount",
-    "ZooRow",
     "analyze_backbone",
     "analyze_classifiers",
     "analyze_model",

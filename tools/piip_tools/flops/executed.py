@@ -2,13 +2,11 @@
 
 Models and inputs may live on the meta device, so size is no limit. Counted are linear layers, convolutions, attention
 products and deformable sampling, as PyTorch runs them, window padding included; norms, activations, biases and
-resizing are not. Scaled dot product attention is counted from its shapes: PyTorch's own counter knows some of its
-kernels and not others, which differs from version to version.
+resizing are not.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,17 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from piip_core import ops  # noqa: F401  (registers the operator)
 
 from .published import Count
 
-__all__ = ["ModuleCounts", "executed_count"]
+__all__ = ["ModuleCounts", "attribute_to_modules", "executed_count"]
 
 MACS_PER_SAMPLE = 5  # four corners of the bilinear interpolation and the attention weight
 
@@ -69,74 +65,48 @@ def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCount
         torch.ops.piip.deform_attn_grid: _deformable_grid_flops,
         torch.ops.piip.ms_deform_attn: _deformable_flops,
     }
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        with _Attention(counter) as attention, _attribution(model, attention.total_flops, macs):
+    with torch.no_grad(), _plain_attention(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with attribute_to_modules(model, counter.get_total_flops, macs):
             model.get_submodule(run)(*inputs)
     params = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return ModuleCounts(params, {name: flops // 2 for name, flops in macs.items()})
 
 
-class _Attention(TorchFunctionMode):
-    """Counts scaled dot product attention by its shapes instead of what `counter` makes of the kernel that runs it."""
-
-    def __init__(self, counter: FlopCounterMode) -> None:
-        super().__init__()
-        self._counter, self._correction = counter, 0
-
-    def total_flops(self) -> int:
-        return self._counter.get_total_flops() + self._correction
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:  # its attention is inside, where no mode sees it: as plain products
-            with sdpa_kernel(SDPBackend.MATH):
-                return func(*args, **kwargs)
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        before = self._counter.get_total_flops()
-        result = func(*args, **kwargs)
-        counted = self._counter.get_total_flops() - before
-        self._correction += _attention_flops(result, *args, **kwargs) - counted
-        return result
-
-
-def _attention_flops(result: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
-    """Queries (..., N, D) times keys (..., S, D), and weights times values, to (..., N, E); masks leave nothing out."""
-    *batch, queries, width = result.shape
-    return 2 * math.prod(batch) * queries * key.shape[-2] * (query.shape[-1] + width)
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Runs attention as plain products, of which the counter knows all: it does not know every fused kernel."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager
-def _attribution(model: nn.Module, total_flops: Callable[[], int], own: Counter[str]) -> Iterator[None]:
-    """Adds to `own` what each module of `model` computes outside the modules it calls.
+def attribute_to_modules(model: nn.Module, total: Callable[[], float], own: Counter[str]) -> Iterator[None]:
+    """Adds to `own` how much each module of `model` raises a total outside the modules it calls.
 
     Modules are followed by call and not by name, because branches are run block by block and never called themselves.
     """
-    calls: list[list[int]] = []  # of each running module: total at its start, spent in the modules it called
+    calls: list[list[float]] = []  # of each running module: total at its start, spent in the modules it called
 
     def enter(*_: Any) -> None:
-        calls.append([total_flops(), 0])
+        calls.append([total(), 0])
 
     def leave(name: str) -> None:
         start, inner = calls.pop()
-        spent = total_flops() - start
+        spent = total() - start
         own[name] += spent - inner
         if calls:
             calls[-1][1] += spent
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            stack.enter_context(_removed(module.register_forward_pre_hook(enter)))
-            stack.enter_context(_removed(module.register_forward_hook(lambda *_, name=name: leave(name))))
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(lambda *_, name=name: leave(name)).remove)
         yield
-
-
-@contextmanager
-def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _deformable_flops(value: torch.Size, spatial_shapes: Any, locations: torch.Size, *_: Any, **__: Any) -> int:

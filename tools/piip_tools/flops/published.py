@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial, singledispatch
+from functools import singledispatch
 from typing import Literal
 
 from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
@@ -33,6 +33,9 @@ class Count:
 
     def __add__(self, other: Count) -> Count:
         return Count(self.params + other.params, self.macs + other.macs)
+
+    def __mul__(self, number: int) -> Count:
+        return Count(number * self.params, number * self.macs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +84,14 @@ def published_count(config: PIIPConfig | ClassifierConfig, *, rule: Rule | None 
     """
     rule = rule or published_rule(config)
     config = config.pyramid if isinstance(config, ClassifierConfig) else config
-    tower = rule == "vision tower"
-    heads = {"merging": _dense_head, "vision tower": lambda _: Count()}
-    head = heads.get(rule, partial(_classifier, separate=rule != "classifier"))
+    if rule == "merging":
+        head = _dense_head(config)
+    else:
+        head = Count() if rule == "vision tower" else _classifier(config, separate=rule == "separate classifiers")
     return PublishedCount(
-        branches=tuple(_network(b.network, b, dense=tower or rule == "merging") for b in config.branches),
-        interactions=_interactions(config, sampled_after=0 if tower else None),
-        head=head(config),
+        branches=tuple(_network(b.network, b, dense=rule in ("merging", "vision tower")) for b in config.branches),
+        interactions=_interactions(config, sampled_after=0 if rule == "vision tower" else None),
+        head=head,
     )
 
 
@@ -138,14 +142,6 @@ def _rms_norm(tokens: int, width: int) -> Count:
     return Count(width)
 
 
-def _times(number: int, count: Count) -> Count:
-    return Count(number * count.params, number * count.macs)
-
-
-def _parameter(size: int) -> Count:
-    return Count(params=size)
-
-
 @singledispatch
 def _network(network: NetworkConfig, branch: BranchConfig, *, dense: bool) -> Count:
     """Embedding and blocks of a branch; one implementation per family. `dense`: the rules of real models."""
@@ -157,17 +153,15 @@ def _vit(network: ViTConfig, branch: BranchConfig, *, dense: bool) -> Count:
     width = network.embed_dim
     tokens = _tokens(branch) + network.class_token
     norm = _norm if network.norm == "layernorm" else _rms_norm
-    attention = Count()
-    if network.qk_norm:
-        attention += norm(tokens, width) + norm(tokens, width)
+    attention = norm(tokens, width) * 2 if network.qk_norm else Count()
     scales = 0 if network.layer_scale is None else 2 * width
     blocks = _blocks(network, branch, norm, qkv_bias=3 * width * network.qkv_bias, dense=dense)
     # The classifier's position table covers the real grid
     grid = network.pos_grid**2 if dense else _tokens(branch)
     embeddings = _patches(network, branch, bias=not network.pre_norm)
-    embeddings += _parameter((grid + network.class_token + network.class_position) * width)
+    embeddings += Count((grid + network.class_token + network.class_position) * width)
     embeddings += norm(tokens, width) if network.pre_norm else Count()
-    return embeddings + blocks + _times(network.depth, attention + _parameter(scales))
+    return embeddings + blocks + (attention + Count(scales)) * network.depth
 
 
 @_network.register
@@ -175,15 +169,15 @@ def _beit(network: BEiTConfig, branch: BranchConfig, *, dense: bool) -> Count:
     width = network.embed_dim
     own = (2 * network.bias_window - 1) ** 2 * network.num_heads + (0 if network.layer_scale is None else 2 * width)
     blocks = _blocks(network, branch, _norm, qkv_bias=2 * width * network.qkv_bias, dense=dense)
-    return _patches(network, branch) + blocks + _times(network.depth, _parameter(own))
+    return _patches(network, branch) + blocks + Count(own) * network.depth
 
 
 @_network.register
 def _uniperceiver(network: UniPerceiverConfig, branch: BranchConfig, *, dense: bool) -> Count:
     width, tokens = network.embed_dim, _tokens(branch)
-    embeddings = _parameter((tokens + network.num_frames) * width) + _norm(tokens, width)
+    embeddings = Count((tokens + network.num_frames) * width) + _norm(tokens, width)
     blocks = _blocks(network, branch, _norm, qkv_bias=3 * width, dense=dense)
-    return _patches(network, branch) + embeddings + blocks + _times(network.depth, _parameter(2 * width))
+    return _patches(network, branch) + embeddings + blocks + Count(2 * width) * network.depth
 
 
 def _patches(network: ViTConfig | BEiTConfig | UniPerceiverConfig, branch: BranchConfig, *, bias: bool = True) -> Count:
@@ -206,8 +200,8 @@ def _blocks(
     for window in branch.window_sizes:
         keys = patches if window is None else window * window
         projected = tokens if window is None or not dense else _padded(branch, window)
-        count += norm(tokens, width) + norm(tokens, width)
-        count += _linear(projected, width, 3 * width, bias=False) + _parameter(qkv_bias)
+        count += norm(tokens, width) * 2
+        count += _linear(projected, width, 3 * width, bias=False) + Count(qkv_bias)
         count += Count(macs=2 * patches * keys * width)
         count += _linear(tokens, width, width)
         count += _linear(tokens, width, hidden) + _linear(tokens, hidden, width)
@@ -223,24 +217,24 @@ def _padded(branch: BranchConfig, window: int) -> int:
 def _convnext(network: ConvNeXtConfig, branch: BranchConfig, *, dense: bool) -> Count:
     """Norms over channels are no layer that the published counter knows: they have parameters and no work."""
     dims = network.dims
-    count = _convolution(_tokens(branch, 0), 4, 3, dims[0]) + _parameter(2 * dims[0])
+    count = _convolution(_tokens(branch, 0), 4, 3, dims[0]) + Count(2 * dims[0])
     for block, (_, place) in enumerate(network.stage_of_blocks()):
         width, positions = dims[block], _tokens(branch, block)
         if place is None:
             before = dims[block - 1]
-            count += _parameter(2 * before) + _convolution(positions, 2, before, width)
+            count += Count(2 * before) + _convolution(positions, 2, before, width)
             continue
         hidden = 4 * width
         count += _convolution(positions, network.kernel_size, width, width, groups=width)
-        count += _parameter(2 * width) + _linear(positions, width, hidden) + _linear(positions, hidden, width)
-        count += _parameter(0 if network.layer_scale is None else width)
+        count += Count(2 * width) + _linear(positions, width, hidden) + _linear(positions, hidden, width)
+        count += Count(0 if network.layer_scale is None else width)
     return count
 
 
 def _injection(config: InteractionConfig, queries: int, query_dim: int, values: int, value_dim: int) -> Count:
     """One direction of an interaction unit, from `values` tokens into `queries` tokens."""
     feature_dim = query_dim if config.projection else value_dim
-    count = _parameter(query_dim)
+    count = Count(query_dim)
     if config.projection:
         count += _linear(values, value_dim, query_dim)
     if config.norm == "layernorm":
@@ -251,7 +245,7 @@ def _injection(config: InteractionConfig, queries: int, query_dim: int, values: 
         hidden = int(query_dim * config.ffn_ratio)
         count += _norm(queries, query_dim) if config.norm == "layernorm" else Count()
         count += _linear(queries, query_dim, hidden) + _linear(queries, hidden, query_dim)
-        count += _convolution(queries, 3, hidden, hidden, groups=hidden) + _parameter(query_dim)
+        count += _convolution(queries, 3, hidden, hidden, groups=hidden) + Count(query_dim)
     return count
 
 
@@ -272,8 +266,7 @@ def _sampling(config: InteractionConfig, queries: int, width: int) -> Count:
 def _regular_attention(config: InteractionConfig, queries: int, width: int, values: int, value_dim: int) -> Count:
     return (
         _linear(queries, width, width, bias=False)
-        + _linear(values, value_dim, width, bias=False)
-        + _linear(values, value_dim, width, bias=False)
+        + _linear(values, value_dim, width, bias=False) * 2
         + _linear(queries, width, width)
         + Count(macs=2 * queries * values * width)
     )
@@ -288,7 +281,7 @@ def _classifier(config: PIIPConfig, *, separate: bool) -> Count:
         return _sum(norm(n, width) + _linear(1, width, NUM_CLASSES) for norm, n, width in parts)
     # Norms and one linear per branch, weighted sum on the last branch's grid, norm, average, linear
     first, *others = zip(tokens, dims, strict=True)
-    count = _norm(*first) + _parameter(len(dims))
+    count = _norm(*first) + Count(len(dims))
     for n, width in others:
         count += _norm(n, width) + _linear(n, width, dims[0]) + _norm(n, dims[0])
     return count + _norm(tokens[config.largest_image - 1], dims[0]) + _linear(1, dims[0], NUM_CLASSES)
@@ -304,7 +297,7 @@ def _dense_head(config: PIIPConfig) -> Count:
         dims, tokens = config.dims_after(k), _tokens_after(config, k)
         for number in config.merging_branches:
             count += _merged_branch(merging.kind, number, dims[0], dims[number - 1], tokens[number - 1])
-            count += _parameter(1)
+            count += Count(1)
     return count
 
 
@@ -317,7 +310,7 @@ def _upsampling(config: PIIPConfig) -> Count:
         width, have = config.dims_after(k)[0], config.strides_after(k)[config.largest_image - 1]
         doublings = max(have // want, 1).bit_length() - 1
         params += doublings * (4 * width * width + width) + (2 * width if doublings > 1 else 0)
-    return _parameter(params)
+    return Count(params)
 
 
 def _merged_branch(kind: str, number: int, width: int, inputs: int, tokens: int) -> Count:

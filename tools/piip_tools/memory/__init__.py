@@ -4,18 +4,14 @@ Activations come from a training step on tensors without data (`DryRun`), parame
 communication from their number and the ZeRO stage (`model_states`).
 """
 
-from .dry_run import Activations, AliveStorages, DryRun, Step, backbone_step, squares
-from .report import Estimate, MemoryReport, Setting, estimate_memory, memory_table
-from .states import STAGES, ModelStates, model_states
+from .dry_run import AliveStorages, DryRun, Step, backbone_step, squares
+from .report import MemoryReport, Setting, estimate_memory, memory_table
+from .states import model_states
 
 __all__ = [
-    "STAGES",
-    "Activations",
     "AliveStorages",
     "DryRun",
-    "Estimate",
     "MemoryReport",
-    "ModelStates",
     "Setting",
     "Step",
     "backbone_step",

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,10 +76,10 @@ class DryRun:
         cache_weights: bool = True,
         kernels: Kernels = "cuda",
     ) -> Activations:
-        """Runs a forward and a backward pass.
+        """Runs a forward and a backward pass of `step`, which makes a batch and returns the loss of the model.
 
         Args:
-            step: Makes a batch and returns the loss of the model.
+            step: As above.
             precision: "bf16" is autocast with float32 weights.
             checkpointing: Of the blocks of all branches (`PIIP.set_grad_checkpointing`).
             cache_weights: Whether autocast keeps the bfloat16 copies of the weights to the end of the forward pass.
@@ -91,7 +91,8 @@ class DryRun:
         tracker = AliveStorages(self.model)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache_weights)
         rules = _CudaRules if kernels == "cuda" else nullcontext
-        with _quiet(), self._mode, rules(), tracker:
+        with warnings.catch_warnings(), self._mode, rules(), tracker:
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             with autocast:
                 loss = step(self.model)
             saved = tracker.alive
@@ -207,10 +208,3 @@ def _fake_tensors() -> AbstractContextManager[Any]:
 
 def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-        yield

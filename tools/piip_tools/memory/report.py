@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
@@ -24,16 +24,10 @@ _MOST_GPUS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a training runs on, and how.
+    """What a training runs on, and how: `gpus` over all machines, each with `gpu_memory` GiB and `batch_size` images.
 
-    Args:
-        batch_size: Images per GPU.
-        input_size: Height and width of the padded images.
-        gpus: Over all machines.
-        gpu_memory: Of one GPU, in GiB.
-        precision: "bf16" is autocast with float32 weights.
-        offload: What the host keeps, in the stages that can.
-        bucket_size: Elements of DeepSpeed's buckets.
+    `input_size` is height and width of the padded images, "bf16" autocast with float32 weights, `offload` what the host
+    keeps in the stages that can, `bucket_size` the elements of DeepSpeed's buckets.
     """
 
     batch_size: int
@@ -49,11 +43,6 @@ class Setting:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a positive number")
 
-    @property
-    def usable(self) -> float:
-        """Bytes of a GPU that an estimate may take."""
-        return (1 - RESERVE) * self.gpu_memory * GIB
-
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -61,7 +50,8 @@ class Estimate:
 
     For small models trained on a CPU it was between 2 % less and 11 % more than the most that PyTorch's profiler saw
     allocated: more, because gradients count in full while activations are at their peak. Without them it is not above
-    (tests/piip_core/memory asks for that, and for at most 5 % less with them). Nothing here was compared with a GPU.
+    (tests/tools/test_memory_estimate.py asks for that, and for at most 5 % less with them). Nothing here was compared
+    with a GPU.
 
     Attributes:
         stage: ZeRO stage, 0 for DistributedDataParallel.
@@ -70,7 +60,7 @@ class Estimate:
         activations: Bytes that do.
         buffers: Bytes of the model's buffers.
         total: The most bytes at any time; activations and what the optimizer's step takes are never there together.
-        fits: Whether `total` stays below `Setting.usable`.
+        fits: Whether `total` leaves `RESERVE` of the GPU free.
     """
 
     stage: int
@@ -90,15 +80,9 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """All ways of training one model.
+    """All ways of training one model: by stage, without and with checkpointing, and in a sentence whether it fits.
 
-    Attributes:
-        name: Of the model.
-        params: Parameters.
-        setting: What was asked.
-        estimates: By stage, without and with checkpointing.
-        answer: Whether and how it fits, in a sentence.
-        notes: What the activations hold and leave out.
+    `params` are trained ones; `notes` say what the activations hold and leave out.
     """
 
     name: str
@@ -112,12 +96,7 @@ class MemoryReport:
 def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes: Sequence[str] = ()) -> MemoryReport:
     """Estimates every stage with and without activation checkpointing; seconds to a minute for 7e9 parameters.
 
-    Args:
-        name: Of the model, for the report.
-        run: The model.
-        step: As for `DryRun.activations`, with batches of `setting`.
-        setting: The training.
-        notes: What `step` leaves out.
+    `step` is as for `DryRun.activations`, with batches of `setting`; `notes` say what it leaves out.
     """
     params = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     buffers = sum(buffer.nbytes for buffer in run.model.buffers())
@@ -129,46 +108,32 @@ def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes:
     }
     estimates = []
     for stage in STAGES:
-        states = _states(params, stage, setting.gpus, setting)
-        for checkpointing in (False, True):
-            cached = stage == 0 or setting.precision == "fp32"
-            activations = checkpointed[cached] if checkpointing else kept
-            total = _total(states, activations, buffers)
-            estimates.append(
-                Estimate(
-                    stage=stage,
-                    checkpointing=checkpointing,
-                    states=states,
-                    activations=activations,
-                    buffers=buffers,
-                    total=total,
-                    fits=total <= setting.usable,
-                )
-            )
+        estimates.append(_estimate(setting, params, buffers, kept, stage, checkpointing=False))
+        activations = checkpointed[stage == 0 or setting.precision == "fp32"]
+        estimates.append(_estimate(setting, params, buffers, activations, stage, checkpointing=True))
+    answer = _answer(params, setting, estimates)
     return MemoryReport(
-        name=name,
-        params=params,
-        setting=setting,
-        estimates=tuple(estimates),
-        answer=_answer(params, setting, estimates),
-        notes=tuple(notes),
+        name=name, params=params, setting=setting, estimates=tuple(estimates), answer=answer, notes=tuple(notes)
     )
 
 
-def _total(states: ModelStates, activations: Activations, buffers: int) -> int:
-    return max(states.total + max(activations.peak, states.step), states.whole) + buffers
-
-
-def _states(params: int, stage: int, gpus: int, setting: Setting) -> ModelStates:
-    """Under `setting`, but for the number of GPUs."""
-    return model_states(params, stage, gpus, _possible(setting.offload, stage), setting.bucket_size)
-
-
-def _possible(offload: Offload, stage: int) -> Offload:
-    """The most of `offload` that a stage can do."""
-    if stage == 0:
-        return "none"
-    return "optimizer" if offload == "parameters" and stage < 3 else offload
+def _estimate(
+    setting: Setting, params: int, buffers: int, activations: Activations, stage: int, *, checkpointing: bool
+) -> Estimate:
+    offload = setting.offload if stage else "none"  # as much of it as the stage can do
+    if offload == "parameters" and stage < 3:
+        offload = "optimizer"
+    states = model_states(params, stage, setting.gpus, offload, setting.bucket_size)
+    total = max(states.total + max(activations.peak, states.step), states.whole) + buffers
+    return Estimate(
+        stage=stage,
+        checkpointing=checkpointing,
+        states=states,
+        activations=activations,
+        buffers=buffers,
+        total=total,
+        fits=total <= (1 - RESERVE) * setting.gpu_memory * GIB,
+    )
 
 
 def _answer(params: int, setting: Setting, estimates: Sequence[Estimate]) -> str:
@@ -180,31 +145,41 @@ def _answer(params: int, setting: Setting, estimates: Sequence[Estimate]) -> str
         return f"fits on {hardware} with {best.title}: {best.total / GIB:.0f} of {setting.gpu_memory:g} GiB per GPU"
     least = min(estimates, key=lambda estimate: estimate.total)
     text = f"does not fit on {hardware}: the least is {least.total / GIB:.0f} GiB per GPU, with {least.title}"
-    gpus = setting.gpus
-    while gpus < _MOST_GPUS:
-        gpus *= 2
-        states = _states(params, least.stage, gpus, setting)
-        if _total(states, least.activations, least.buffers) <= setting.usable:
-            return f"{text}; {gpus} such GPUs would do"
+    while setting.gpus < _MOST_GPUS:
+        setting = replace(setting, gpus=2 * setting.gpus)
+        more = _estimate(
+            setting, params, least.buffers, least.activations, least.stage, checkpointing=least.checkpointing
+        )
+        if more.fits:
+            return f"{text}; {setting.gpus} such GPUs would do"
     return f"{text}; more GPUs alone do not help: smaller images or batches, or larger GPUs do"
 
 
 def memory_table(report: MemoryReport) -> str:
     """The report as a table in GiB, with its answer and notes."""
     setting = report.setting
-    header = ["ZeRO", "checkpointing", "parameters", "gradients", "optimizer", "communication"]
-    header += ["activations", "optimizer's step", "total", "on the host", "fits"]
-    rows = [
+    columns: dict[str, Callable[[Estimate], int]] = {
+        "parameters": lambda e: e.states.parameters + e.buffers,
+        "gradients": lambda e: e.states.gradients,
+        "optimizer": lambda e: e.states.optimizer,
+        "communication": lambda e: e.states.communication,
+        "activations": lambda e: e.activations.peak,
+        "optimizer's step": lambda e: e.states.step,
+        "total": lambda e: e.total,
+        "on the host": lambda e: e.states.host,
+    }
+    lines = [
         [
             estimate.stage,
             "on" if estimate.checkpointing else "off",
-            *(f"{n / GIB:.1f}" for n in _columns(estimate)),
+            *(f"{read(estimate) / GIB:.1f}" for read in columns.values()),
             "yes" if estimate.fits else "no",
         ]
         for estimate in report.estimates
     ]
-    align = ["right", "left", *["right"] * 8, "left"]
-    table = tabulate(rows, header, tablefmt="github", colalign=align, disable_numparse=True)
+    align = ["right", "left", *["right"] * len(columns), "left"]
+    header = ["ZeRO", "checkpointing", *columns, "fits"]
+    table = tabulate(lines, header, tablefmt="github", colalign=align, disable_numparse=True)
     height, width = setting.input_size
     title = (
         f"{report.name}: {report.params / 1e6:.1f} M trained parameters, {setting.gpus} GPUs, per GPU "
@@ -217,17 +192,3 @@ def memory_table(report: MemoryReport) -> str:
     start = f"Every process makes the whole model on its host first: {4 * report.params / GIB:.1f} GiB each"
     notes = "".join(f"\n{note}." for note in [start, *report.notes])
     return f"{title}\n\n{table}\n\n{legend}{notes}\n{report.name} {report.answer}"
-
-
-def _columns(estimate: Estimate) -> tuple[int, ...]:
-    states = estimate.states
-    return (
-        states.parameters + estimate.buffers,
-        states.gradients,
-        states.optimizer,
-        states.communication,
-        estimate.activations.peak,
-        states.step,
-        estimate.total,
-        states.host,
-    )

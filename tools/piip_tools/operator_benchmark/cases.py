@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piip_core.ops.reference import compute_dtype, grid_sampling, make_reference_points, map_sizes
+from piip_core.ops.reference import compute_dtype, make_reference_points, map_sizes
 
-__all__ = ["CASES", "DTYPES", "Case", "given_inputs", "grid_inputs"]
+__all__ = ["CASES", "DTYPES", "Case", "make_inputs"]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -69,35 +69,20 @@ CASES = (
 )
 
 
-def grid_inputs(case: Case, dtype: torch.dtype, device: str, batch: int) -> tuple[Tensor, Tensor]:
-    """Value and sampling of `deform_attn_grid`, both of `dtype`; offsets of a few pixels, as trained ones are.
+def make_inputs(case: Case, dtype: torch.dtype, device: str, batch: int) -> tuple[Tensor, ...]:
+    """Value and sampling of `deform_attn_grid`; without a query map value, locations and weights of `ms_deform_attn`.
 
-    Raises:
-        ValueError: for a case whose queries are not a map.
+    Offsets are of a few pixels, as trained ones are. Locations and weights have the dtype that is computed in.
     """
-    if case.query_shape is None:
-        raise ValueError(f"{case.name}: the queries are {case.queries} pixels of several maps; expected those of one")
-    value, offsets, logits = _random(case, batch)
-    sampling = torch.cat((offsets.flatten(2), logits.flatten(2)), dim=-1)
-    return value.to(device, dtype), sampling.to(device, dtype)
-
-
-def given_inputs(case: Case, dtype: torch.dtype, device: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, locations and weights of `ms_deform_attn`: the same numbers as `grid_inputs`."""
-    geometry = compute_dtype(dtype)
-    if case.query_shape is not None:
-        value, sampling = grid_inputs(case, dtype, device, batch)
-        return value, *grid_sampling(value, case.flat_shapes, case.query_shape, sampling, case.points)
-    value, offsets, logits = _random(case, batch)
-    centres = torch.cat([make_reference_points(*shape) for shape in case.value_shapes], dim=1)
-    locations = centres[:, :, :, None, None] + offsets / map_sizes(case.flat_shapes, offsets)
-    weights = logits.flatten(3).softmax(-1).view_as(logits)
-    return value.to(device, dtype), locations.to(device, geometry), weights.to(device, geometry)
-
-
-def _random(case: Case, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (batch, case.queries, case.heads, len(case.value_shapes), case.points)
     value = torch.randn(batch, case.values, case.heads, case.width, generator=generator)
     offsets = 2 * torch.randn(*shape, 2, generator=generator)
-    return value, offsets, torch.randn(shape, generator=generator)
+    logits = torch.randn(shape, generator=generator)
+    value = value.to(device, dtype)
+    if case.query_shape is not None:
+        return value, torch.cat((offsets.flatten(2), logits.flatten(2)), dim=-1).to(device, dtype)
+    centres = torch.cat([make_reference_points(*shape) for shape in case.value_shapes], dim=1)
+    locations = centres[:, :, :, None, None] + offsets / map_sizes(case.flat_shapes, offsets)
+    weights = logits.flatten(3).softmax(-1).view_as(logits)
+    return value, *(x.to(device, compute_dtype(dtype)) for x in (locations, weights))

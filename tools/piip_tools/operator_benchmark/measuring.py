@@ -1,11 +1,11 @@
-"""Timing the sides."""
+"""Times the implementations in turns, forward and backward."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,55 +14,21 @@ from tqdm import tqdm
 from piip_core.ops.functional import deform_attn_grid, ms_deform_attn
 from piip_core.ops.reference import compute_dtype, grid_sampling
 
-from ..timing import Clock, clock_for, limited_threads
-from .cases import DTYPES, Case, given_inputs, grid_inputs
-from .peers import Peer, load_peer, usual_formulation
+from ..reporting import draw_bars, format_table, new_figure
+from ..timing import Clock, clock_for, limited_threads, take_turns, time_call
+from .baselines import Attend, load_baseline, usual_formulation
+from .cases import DTYPES, Case, make_inputs
 
-__all__ = ["Timing", "run_benchmark"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_results", "format_results", "implementations", "measure_operator"]
 
 DIRECTIONS = ("forward", "backward")
 COPIED_BYTES = 1 << 26  # more than a cache holds
-PYTORCH = "PyTorch"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Median milliseconds of one direction of one case."""
-
-    case: str
-    form: str
-    """"fused": from offsets and logits; "sampling": from locations and weights."""
-    width: int
-    dtype: str
-    direction: str
-    ours_ms: float
-    """In turns with the others, which leave other things in the caches."""
-    pytorch_ms: float
-    peers_ms: Mapping[str, float] = field(default_factory=dict)
-    """Of other implementations, by their names."""
-    alone_ms: float
-    """Ours over and over, as the copy is timed."""
-    bytes_moved: int
-    """What has to be read and written at least; see `Case.bytes_moved`."""
-    copy_bytes_per_second: float
-    """Read and written by a plain copy, measured beside."""
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster ours is than PyTorch's."""
-        return self.pytorch_ms / self.ours_ms
-
-    @property
-    def copy_share(self) -> float:
-        """Which part of the copy's speed ours reaches alone."""
-        return 1e3 * self.bytes_moved / self.alone_ms / self.copy_bytes_per_second
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and what follows from them, for JSON."""
-        return {**asdict(self), "ratio": self.ratio, "copy_share": self.copy_share}
-
-
-def run_benchmark(
+def measure_operator(
     cases: Sequence[Case],
     dtypes: Sequence[str],
     *,
@@ -70,117 +36,146 @@ def run_benchmark(
     batch: int = 1,
     repeats: int = 15,
     threads: int = 1,
-    fused: bool = True,
-    peers: Sequence[str] = (),
-    baseline_in_float32: bool = False,
-) -> list[Timing]:
-    """Times forward and backward of every case in every dtype, all sides taking turns in this process.
+    baselines: Sequence[str] = (),
+    pytorch_in_float32: bool = False,
+) -> list[dict[str, Any]]:
+    """Times forward and backward of every case in every dtype, all implementations in turns in this process.
 
-    The fused form starts for all sides from offsets and logits, so the others' softmax and locations are timed too. On
-    one thread CPU time is taken, which other load on the machine disturbs least; on more threads wall time; on a GPU
-    the time between CUDA events.
+    Where the queries are a map, all start from offsets and logits, so that the others' softmax and locations are timed
+    too ("fused"); otherwise from locations and weights ("sampling").
 
     Args:
-        dtypes: names out of `DTYPES`, of values, offsets and logits.
-        fused: False to time the sampling alone; so it is in any case where the queries are not a map.
-        peers: names out of `PEERS`.
-        baseline_in_float32: run the PyTorch side of 16-bit cases in float32, rather than in the dtype of the values, as
-            the usual implementations do.
+        cases: The calls.
+        dtypes: Names out of `DTYPES`, of values, offsets and logits.
+        device: "cpu" or "cuda".
+        batch: Images.
+        repeats: The medians are over so many.
+        threads: CPU threads.
+        baselines: Names out of `BASELINES`, beside the usual formulation in PyTorch.
+        pytorch_in_float32: Runs that one in float32 in 16-bit cases, too.
+
+    Returns:
+        A result per case, dtype and direction: median milliseconds of ours ("ours_ms"), PyTorch's and the baselines';
+        "ratio" of PyTorch's to ours; "alone_ms" of ours over and over, as a copy is timed; "copy_share", the part of
+        that copy's speed at which ours then moves "bytes_moved", the least that has to be read and written.
 
     Raises:
-        UserError: for a peer that cannot be imported.
+        UserError: For a baseline that cannot be imported.
     """
     clock = clock_for(device, threads)
-    others = {name: load_peer(name) for name in peers}
+    loaded = {name: load_baseline(name) for name in baselines}
+    results = []
     with limited_threads(threads):
-        timings = []
-        work = [(case, dtype) for case in cases for dtype in dtypes]
-        for case, name in tqdm(work, desc="benchmark", leave=False):
-            copy = _copy_speed(device, clock)
-            in_grid = fused and case.query_shape is not None
-            inputs = (grid_inputs if in_grid else given_inputs)(case, DTYPES[name], device, batch)
-            sides = _grid_sides if in_grid else _given_sides
-            medians = _time_sides(sides(case, others, DTYPES[name], baseline_in_float32), inputs, repeats, clock)
-            sizes = (inputs[0].element_size(), inputs[1].element_size())
-            for direction in DIRECTIONS:
-                alone, ours, pytorch, *rest = next(medians)
-                timings.append(
-                    Timing(
-                        case=case.name,
-                        form="fused" if in_grid else "sampling",
-                        width=case.width,
-                        dtype=name,
-                        direction=direction,
-                        ours_ms=ours,
-                        pytorch_ms=pytorch,
-                        peers_ms=dict(zip(others, rest, strict=True)),
-                        alone_ms=alone,
-                        bytes_moved=case.bytes_moved(direction, batch, *sizes),
-                        copy_bytes_per_second=copy,
-                    )
+        for case, name in tqdm(list(itertools.product(cases, dtypes)), desc="cases", leave=False):
+            dtype = DTYPES[name]
+            copied = _copy_speed(device, clock)
+            inputs = make_inputs(case, dtype, device, batch)
+            calls = implementations(case, loaded, dtype, compute_dtype(dtype) if pytorch_in_float32 else dtype)
+            sizes = inputs[0].element_size(), inputs[1].element_size()
+            for direction, prepare in zip(DIRECTIONS, (_forward, _backward), strict=True):
+                works = [prepare(call, inputs) for call in calls.values()]
+                medians = dict(zip(calls, _median_ms(works, repeats, clock), strict=True))
+                (alone,) = _median_ms(works[:1], repeats, clock)
+                moved = case.bytes_moved(direction, batch, *sizes)
+                results.append(
+                    {
+                        "case": case.name,
+                        "form": "sampling" if case.query_shape is None else "fused",
+                        "width": case.width,
+                        "dtype": name,
+                        "direction": direction,
+                        **{f"{name}_ms": median for name, median in medians.items()},
+                        "ratio": medians["pytorch"] / medians["ours"],
+                        "alone_ms": alone,
+                        "bytes_moved": moved,
+                        "copy_bytes_per_second": copied,
+                        "copy_share": 1e3 * moved / alone / copied,
+                    }
                 )
-        return timings
+    return results
+
+
+def implementations(
+    case: Case, baselines: Mapping[str, Attend], dtype: torch.dtype, pytorch_dtype: torch.dtype
+) -> dict[str, Callable[..., Tensor]]:
+    """Ours, PyTorch's and the baselines', as functions of what `make_inputs` returns."""
+
+    def ours(value: Tensor, *sampling: Tensor) -> Tensor:
+        if case.query_shape is None:
+            return ms_deform_attn(value, case.value_shapes, *sampling)
+        return deform_attn_grid(value, case.value_shapes, case.query_shape, *sampling, case.points)
+
+    def other(attend: Attend, dtype: torch.dtype) -> Callable[..., Tensor]:
+        def call(value: Tensor, *sampling: Tensor) -> Tensor:
+            value = value.to(dtype)
+            if case.query_shape is None:
+                where = [x.to(dtype) for x in sampling]
+            else:
+                where = grid_sampling(value, case.flat_shapes, case.query_shape, *sampling, case.points, dtype=dtype)
+            return attend(value, case.value_shapes, *where)
+
+        return call
+
+    others = {name: other(attend, dtype) for name, attend in baselines.items()}
+    return {"ours": ours, "pytorch": other(usual_formulation, pytorch_dtype), **others}
+
+
+def format_results(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as a table; "of copy" is the share of a copy's speed that ours reaches "alone", not in turns."""
+    copied = statistics.median(result["copy_bytes_per_second"] for result in results)
+    columns = {"case": "{case}", "form": "{form}", "D": "{width:d}", "dtype": "{dtype}", "direction": "{direction}"}
+    columns |= {"ours ms": "{ours_ms:.3f}", "PyTorch ms": "{pytorch_ms:.3f}", "ratio": "{ratio:.1f}x"}
+    columns |= {"alone ms": "{alone_ms:.3f}", "bytes": "{bytes_moved:,}", "of copy": "{copy_share:.0%}"}
+    columns |= {f"{name} ms": f"{{{name}_ms:.3f}}" for name in _implementation_names(results)[2:]}
+    return f"a copy reads and writes {1e-9 * copied:.1f} GB/s\n{format_table(results, columns)}"
+
+
+def draw_results(results: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Speed relative to PyTorch as bars: axes for every dtype, and beside each other for the directions."""
+    dtypes, cases = (list(dict.fromkeys(result[key] for result in results)) for key in ("dtype", "case"))
+    names = [name for name in _implementation_names(results) if name != "pytorch"]
+    figure = new_figure((12, 1.2 + len(dtypes) * (0.8 + 0.35 * len(cases) * max(1.0, 0.6 * len(names)))), title)
+    for row, dtype in zip(figure.subplots(len(dtypes), 2, squeeze=False, sharey="row"), dtypes, strict=True):
+        for axes, direction in zip(row, DIRECTIONS, strict=True):
+            shown = [result for result in results if (result["dtype"], result["direction"]) == (dtype, direction)]
+            speeds = {name: [result["pytorch_ms"] / result[f"{name}_ms"] for result in shown] for name in names}
+            labels = {
+                name: [
+                    f"{speed:.1f}x ({result[f'{name}_ms']:.2f} ms"
+                    + (f", {result['copy_share']:.0%} of copy)" if name == "ours" else ")")
+                    for speed, result in zip(speeds[name], shown, strict=True)
+                ]
+                for name in names
+            }
+            shapes = [f"{result['case']}, D = {result['width']}" for result in shown]
+            draw_bars(axes, shapes, speeds, labels=labels, xlabel=f"{direction}, {dtype}: times as fast as PyTorch")
+            axes.axvline(1, color="0.5", linewidth=0.8)
+    if len(names) > 1:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=len(names))
+    return figure
+
+
+def _implementation_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [key.removesuffix("_ms") for key in results[0] if key.endswith("_ms") and key != "alone_ms"]
 
 
 def _copy_speed(device: str, clock: Clock) -> float:
     """Bytes per second that a copy reads and writes."""
     source, target = (torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * COPIED_BYTES / statistics.median(clock(lambda: target.copy_(source)) for _ in range(7))
+    (milliseconds,) = _median_ms([lambda: target.copy_(source)], 7, clock)
+    return 2e3 * COPIED_BYTES / milliseconds
 
 
-Side = Callable[..., Tensor]
+def _forward(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:
+    return torch.no_grad()(lambda: call(*inputs))
 
 
-def _grid_sides(case: Case, peers: Mapping[str, Peer], dtype: torch.dtype, in_float32: bool) -> list[Side]:
-    """Ours, PyTorch's and the peers', as functions of value and sampling."""
-    geometry = compute_dtype(dtype) if in_float32 else dtype
-
-    def ours(value: Tensor, sampling: Tensor) -> Tensor:
-        return deform_attn_grid(value, case.value_shapes, case.query_shape, sampling, case.points)
-
-    def other(peer: Peer, dtype: torch.dtype) -> Side:
-        def side(value: Tensor, sampling: Tensor) -> Tensor:
-            value = value.to(dtype)
-            where = grid_sampling(value, case.flat_shapes, case.query_shape, sampling, case.points, dtype=dtype)
-            return peer(value, case.value_shapes, *where)
-
-        return side
-
-    return [ours, other(usual_formulation, geometry), *(other(peer, dtype) for peer in peers.values())]
+def _backward(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = call(*leaves)
+    return lambda: torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
 
 
-def _given_sides(case: Case, peers: Mapping[str, Peer], dtype: torch.dtype, in_float32: bool) -> list[Side]:
-    """The same as functions of value, locations and weights."""
-    geometry = compute_dtype(dtype) if in_float32 else dtype
-
-    def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return ms_deform_attn(value, case.value_shapes, locations, weights)
-
-    def other(peer: Peer, dtype: torch.dtype) -> Side:
-        return lambda value, *where: peer(value.to(dtype), case.value_shapes, *(x.to(dtype) for x in where))
-
-    return [ours, other(usual_formulation, geometry), *(other(peer, dtype) for peer in peers.values())]
-
-
-def _time_sides(sides: Sequence[Side], inputs: Sequence[Tensor], repeats: int, clock: Clock) -> Iterator[list[float]]:
-    """Yields, forward and then backward, median milliseconds of the first side alone, and of all sides in turns."""
-    forward = [torch.no_grad()(lambda side=side: side(*inputs)) for side in sides]
-    yield _medians(forward, repeats, clock)
-    backward = []
-    for side in sides:
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-        output = side(*leaves)
-
-        def back(output: Tensor = output, leaves: list[Tensor] = leaves) -> object:
-            return torch.autograd.grad(output, leaves, torch.ones_like(output), retain_graph=True)
-
-        backward.append(back)
-    yield _medians(backward, repeats, clock)
-
-
-def _medians(calls: Sequence[Callable[[], object]], repeats: int, clock: Clock) -> list[float]:
-    for call in calls:
-        call()
-    rounds = [[clock(call) for call in calls] for _ in range(repeats)]
-    alone = [clock(calls[0]) for _ in range(repeats)]
-    return [1e3 * statistics.median(column) for column in (alone, *zip(*rounds, strict=True))]
+def _median_ms(works: Sequence[Callable[[], object]], repeats: int, clock: Clock) -> list[float]:
+    turns = take_turns([lambda work=work: time_call(work, clock) for work in works], repeats)
+    return [1e3 * statistics.median(seconds) for seconds in turns]

@@ -1,20 +1,17 @@
-"""Plans pyramids for a budget: candidates with their cost, the paper's guidelines as rules, measurements, a picture."""
+"""Plans pyramids for a budget: candidates with their cost, the paper's guidelines as rules, measurements, a figure."""
 
 from .budget import Budget, parse_budget, parse_count
-from .candidates import IMAGE_SIZES, Candidate, candidates, nearest_published, published_mask_rcnn
-from .measuring import Machine, Measured, Search, measure, search
-from .proposals import RULES, Proposal, Rule, baseline_for, propose, rank
+from .candidates import Candidate, candidates, nearest_published
+from .measuring import Machine, Measured, measure, search
+from .proposals import RULES, Proposal, baseline_for, propose
 
 __all__ = [
-    "IMAGE_SIZES",
     "RULES",
     "Budget",
     "Candidate",
     "Machine",
     "Measured",
     "Proposal",
-    "Rule",
-    "Search",
     "baseline_for",
     "candidates",
     "measure",
@@ -22,7 +19,5 @@ __all__ = [
     "parse_budget",
     "parse_count",
     "propose",
-    "published_mask_rcnn",
-    "rank",
     "search",
 ]

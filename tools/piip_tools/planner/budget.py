@@ -12,11 +12,14 @@ __all__ = ["Budget", "parse_budget", "parse_count"]
 
 Kind = Literal["flops", "memory", "latency"]
 
-_COUNTS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _UNITS: dict[str, tuple[Kind, float]] = {
-    **{prefix: ("flops", scale) for prefix, scale in _COUNTS.items() if prefix in "GT"},
-    **{f"{prefix}B": ("memory", scale) for prefix, scale in _COUNTS.items() if prefix in "MG"},
-    **{f"{prefix}iB": ("memory", 2.0**power) for prefix, power in (("M", 20), ("G", 30))},
+    "G": ("flops", 1e9),
+    "T": ("flops", 1e12),
+    "MB": ("memory", 1e6),
+    "GB": ("memory", 1e9),
+    "MiB": ("memory", 2.0**20),
+    "GiB": ("memory", 2.0**30),
     "ms": ("latency", 1e-3),
     "s": ("latency", 1.0),
 }
@@ -24,13 +27,7 @@ _UNITS: dict[str, tuple[Kind, float]] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model may cost.
-
-    Args:
-        kind: Multiply-accumulates by the published count ("flops"), or what is measured for one image: peak bytes
-            ("memory") or seconds ("latency").
-        limit: In multiply-accumulates, bytes or seconds.
-    """
+    """What a model may cost: multiply-accumulates by the published count, or for one image bytes or seconds."""
 
     kind: Kind
     limit: float
@@ -68,9 +65,9 @@ def parse_count(text: str) -> int:
         ConfigError: For anything else.
     """
     value, unit = _split(text)
-    if not value or unit not in {"", *_COUNTS}:
+    if not value or unit not in _COUNTS:
         raise ConfigError(f"{text!r}: expected a positive number of parameters such as 200M")
-    return round(value * _COUNTS.get(unit, 1))
+    return round(value * _COUNTS[unit])
 
 
 def _split(text: str) -> tuple[float, str]:

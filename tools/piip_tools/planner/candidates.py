@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from piip_core.config import PIIPConfig
 from piip_core.errors import ConfigError
 from piip_core.zoo import VIT, ZooEntry, deit_pyramid, entries
 
-from ..flops import published_count
-
-__all__ = [
-    "IMAGE_SIZES",
-    "MODEL_SIZES",
-    "Candidate",
-    "candidates",
-    "nearest_published",
-    "published_mask_rcnn",
-    "same_models",
-]
+from ..flops.published import PublishedCount, published_count
 
 MODEL_SIZES = "TSBL"
 """DeiT models, smallest first."""
@@ -37,16 +26,25 @@ class Candidate:
     Args:
         models: Sizes of the models, smallest first, as in the published names.
         image_sizes: Image side of each, largest first.
-        params: By the published count.
-        flops: Multiply-accumulates by the published count.
-        branch_flops: Those of each branch, in the order of `models`; the rest is interactions and head.
     """
 
     models: str
     image_sizes: tuple[int, ...]
-    params: int
-    flops: int
-    branch_flops: tuple[int, ...]
+
+    @cached_property
+    def count(self) -> PublishedCount:
+        """Parameters and multiply-accumulates as the published tables count them."""
+        return published_count(self.config)
+
+    @property
+    def params(self) -> int:
+        """By the published count."""
+        return self.count.total.params
+
+    @property
+    def flops(self) -> int:
+        """Multiply-accumulates by the published count."""
+        return self.count.total.macs
 
     @property
     def window_size(self) -> int:
@@ -75,8 +73,8 @@ class Candidate:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Part of all FLOPs that each branch takes, in the order of `models`."""
-        return tuple(flops / self.flops for flops in self.branch_flops)
+        """Part of all FLOPs that each branch takes, in the order of `models`; the rest is interactions and head."""
+        return tuple(branch.macs / self.flops for branch in reversed(self.count.branches))
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -84,21 +82,9 @@ class Candidate:
         return tuple(a / b for a, b in itertools.pairwise(self.image_sizes))
 
 
-def _counted(models: str, image_sizes: tuple[int, ...]) -> Candidate:
-    """Counts one pyramid."""
-    uncounted = Candidate(models=models, image_sizes=image_sizes, params=0, flops=0, branch_flops=())
-    count = published_count(uncounted.config)
-    return dataclasses.replace(
-        uncounted,
-        params=count.total.params,
-        flops=count.total.macs,
-        branch_flops=tuple(branch.macs for branch in reversed(count.branches)),
-    )
-
-
 @cache
 def candidates(branches: int) -> tuple[Candidate, ...]:
-    """All pyramids with a number of branches, counted (takes some seconds the first time).
+    """All pyramids with a number of branches; to count them takes some seconds.
 
     Raises:
         ConfigError: For a number of branches that the paper has not: it uses 2, 3 and 4 (section III-A).
@@ -106,7 +92,7 @@ def candidates(branches: int) -> tuple[Candidate, ...]:
     if branches not in (2, 3, 4):
         raise ConfigError(f"{branches} branches: expected 2, 3 or 4")
     return tuple(
-        _counted("".join(models), sides)
+        Candidate(models="".join(models), image_sizes=sides)
         for models in itertools.combinations(MODEL_SIZES, branches)
         for sides in itertools.combinations(IMAGE_SIZES, branches)
     )
@@ -117,12 +103,12 @@ def published_mask_rcnn() -> tuple[tuple[ZooEntry, float, float | None], ...]:
     """Published Mask R-CNN models, each with its GFLOPs (ours where none are printed) and box AP where printed."""
     return tuple(
         (
-            row,
-            row.published.flops_g or row.paper.flops_g or published_count(row.config).total.macs / 1e9,
-            row.published.box_ap or row.paper.box_ap,
+            entry,
+            entry.published.flops_g or entry.paper.flops_g or published_count(entry.config).total.macs / 1e9,
+            entry.published.box_ap or entry.paper.box_ap,
         )
-        for row in entries()
-        if row.head == "mask_rcnn"
+        for entry in entries()
+        if entry.head == "mask_rcnn"
     )
 
 
@@ -132,6 +118,6 @@ def same_models(a: PIIPConfig, b: PIIPConfig) -> bool:
 
 
 def nearest_published(wanted: Candidate) -> tuple[ZooEntry, float, float | None] | None:
-    """The published row with the same models whose FLOPs are nearest, as in `published_mask_rcnn`, if there is one."""
-    same = [row for row in published_mask_rcnn() if row[2] and same_models(row[0].config, wanted.config)]
-    return min(same, key=lambda row: abs(math.log(row[1] * 1e9 / wanted.flops)), default=None)
+    """The one of `published_mask_rcnn` with the same models whose FLOPs are nearest, if there is one."""
+    same = [known for known in published_mask_rcnn() if known[2] and same_models(known[0].config, wanted.config)]
+    return min(same, key=lambda known: abs(math.log(known[1] * 1e9 / wanted.flops)), default=None)

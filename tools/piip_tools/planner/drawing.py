@@ -11,8 +11,6 @@ from matplotlib.transforms import Bbox
 from .candidates import published_mask_rcnn, same_models
 from .proposals import Proposal
 
-__all__ = ["draw_plan"]
-
 _COLOURS = ("#0b7d8c", "#4a3fb5", "#e08a00", "#7a7a7a")
 _PROPOSAL = "#c0272d"
 _NAME_SIZE = 7.5
@@ -22,7 +20,7 @@ _TICKS = (20, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 20000)
 def draw_plan(proposals: Sequence[Proposal], title: str) -> Figure:
     """GFLOPs (published count) and box AP of the published Mask R-CNN models, and below the cost of each proposal.
 
-    A proposal has no accuracy before it is trained, so it has a place on the horizontal axis alone.
+    A proposal has no accuracy before it is trained, so it is on the horizontal axis alone.
     """
     figure = Figure(figsize=(10.2, 6.0 + 0.24 * len(proposals)), layout="constrained", dpi=100)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(5.6, 0.3 + 0.24 * len(proposals)))
@@ -40,28 +38,29 @@ def draw_plan(proposals: Sequence[Proposal], title: str) -> Figure:
 
 def _draw_published(axes: Axes, costs: list[float]) -> None:
     """The published models, with room for proposals of the given costs."""
-    rows = [row for row in published_mask_rcnn() if row[2] is not None]
+    known = [one for one in published_mask_rcnn() if one[2] is not None]
     names: list[tuple[str, tuple[float, float], str]] = []
-    for number, family in enumerate(dict.fromkeys(row.table for row, _, _ in rows)):
-        colour = _COLOURS[number % len(_COLOURS)]
-        members = [row for row in rows if row[0].table == family]
-        axes.scatter(*zip(*(row[1:] for row in members), strict=True), s=30, color=colour, label=family, zorder=3)
+    for index, family in enumerate(dict.fromkeys(entry.table for entry, _, _ in known)):
+        colour = _COLOURS[index % len(_COLOURS)]
+        members = [one for one in known if one[0].table == family]
+        axes.scatter(*zip(*(one[1:] for one in members), strict=True), s=30, color=colour, label=family, zorder=3)
         for first, *_ in members:
-            alike = sorted((row for row in members if same_models(row[0].config, first.config)), key=lambda row: row[1])
+            alike = sorted((one for one in members if same_models(one[0].config, first.config)), key=lambda one: one[1])
             if alike[0][0] is first:  # each combination of models once
-                axes.plot(*zip(*(row[1:] for row in alike), strict=True), color=colour, lw=1, alpha=0.6)
+                axes.plot(*zip(*(one[1:] for one in alike), strict=True), color=colour, lw=1, alpha=0.6)
                 names.append((first.title, alike[-1][1:], colour))
-    axes.set_xlim(min([row[1] for row in rows] + costs) * 0.5, max([row[1] for row in rows] + costs) * 2)
+    costs = costs + [one[1] for one in known]
+    axes.set_xlim(min(costs) * 0.5, max(costs) * 2)
     axes.set_ylabel("published COCO box AP (Mask R-CNN)")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize=8.5)
-    _write_names(axes, names, [row[1:] for row in rows])
+    _write_names(axes, names, [one[1:] for one in known])
 
 
 def _write_names(
     axes: Axes, names: Sequence[tuple[str, tuple[float, float], str]], points: Sequence[tuple[float, float]]
 ) -> None:
-    """Writes a name beside each point, on the side where it covers the fewest other points and names."""
+    """Writes a name beside each point, where it covers the fewest other points and names."""
     scale = 72 / axes.figure.dpi  # points per pixel
     taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axes.transData.transform(points) * scale]
     for name, point, colour in names:
@@ -69,19 +68,19 @@ def _write_names(
         width = 0.56 * _NAME_SIZE * len(name)
         offsets = ((5, -3), (-5 - width, -3), (5, 4), (5, -10), (-5 - width, 4), (-5 - width, -10))
         boxes = [Bbox.from_bounds(x + dx, y + dy, width, _NAME_SIZE) for dx, dy in offsets]
-        place = min(range(len(boxes)), key=lambda i: boxes[i].count_overlaps(taken))
-        taken.append(boxes[place])
-        axes.annotate(name, point, offsets[place], textcoords="offset points", fontsize=_NAME_SIZE, color=colour)
+        best = min(range(len(boxes)), key=lambda i: boxes[i].count_overlaps(taken))
+        taken.append(boxes[best])
+        axes.annotate(name, point, offsets[best], textcoords="offset points", fontsize=_NAME_SIZE, color=colour)
 
 
 def _draw_proposals(above: Axes, below: Axes, proposals: Sequence[Proposal]) -> None:
-    for place, proposal in enumerate(proposals, 1):
+    for number, proposal in enumerate(proposals, 1):
         gflops = proposal.candidate.flops / 1e9
         above.axvline(gflops, color=_PROPOSAL, lw=0.8, alpha=0.5, zorder=1)
-        below.plot([gflops, gflops], [0, place], color=_PROPOSAL, lw=0.8, alpha=0.5)
-        below.plot(gflops, place, "v", color=_PROPOSAL, ms=6)
-        text = f"{place}  {proposal.candidate.title}, {gflops:.0f}G"
-        below.annotate(text, (gflops, place), (8, -3), textcoords="offset points", fontsize=8.5, color=_PROPOSAL)
+        below.plot([gflops, gflops], [0, number], color=_PROPOSAL, lw=0.8, alpha=0.5)
+        below.plot(gflops, number, "v", color=_PROPOSAL, ms=6)
+        text = f"{number}  {proposal.candidate.title}, {gflops:.0f}G"
+        below.annotate(text, (gflops, number), (8, -3), textcoords="offset points", fontsize=8.5, color=_PROPOSAL)
     below.set_ylim(len(proposals) + 0.6, 0.2)
     below.set_yticks([])
     below.set_ylabel("proposals")

@@ -25,8 +25,6 @@ from .budget import Budget
 from .candidates import Candidate
 from .proposals import Proposal, allowed, rank
 
-__all__ = ["Machine", "Measured", "Search", "measure", "search"]
-
 _FORWARDS, _ENOUGH_SECONDS = 5, 4.0  # forward passes that are timed, fewer if they take this long
 _CAUTION = 0.95  # part of the budget that the next candidate is chosen for
 _LARGEST_STEP = 8  # how many times the growing cost of the last one the next candidate may have
@@ -34,13 +32,7 @@ _LARGEST_STEP = 8  # how many times the growing cost of the last one the next ca
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """How to run the candidates.
-
-    Args:
-        device: "cpu" or a CUDA device.
-        dtype: "float32", or "bfloat16" through autocast.
-        threads: CPU threads.
-    """
+    """How to run the candidates: on "cpu" or a CUDA device, in "float32" or through autocast in "bfloat16"."""
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -67,12 +59,9 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One square image of the largest branch's size through backbone and feature pyramid, without a detector's heads.
+    """Median time and highest memory of forward passes of backbone and feature pyramid, without a detector's heads.
 
-    Args:
-        seconds: Median time of a forward pass, after one that does not count.
-        peak_bytes: Weights and activations: growth of the process's resident memory on a CPU, what PyTorch had
-            allocated on a GPU, at their highest.
+    Memory holds weights and activations: on a CPU it is the growth of the process, on a GPU what PyTorch allocated.
     """
 
     seconds: float
@@ -89,12 +78,9 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """Outcome of `search`.
+    """Measured candidates within the budget, best first, and all that were measured: None is out of memory.
 
-    Args:
-        proposals: Measured candidates within the budget, best first.
-        measured: All that were measured; None for those that ran out of memory.
-        flops_limit: The budget in multiply-accumulates that the measurements amount to; decides the baseline.
+    `flops_limit` is the budget in multiply-accumulates that the measurements amount to; it decides the baseline.
     """
 
     proposals: list[Proposal]
@@ -124,15 +110,8 @@ def search(
     """Finds pyramids within a measured budget, with few measurements.
 
     The cheapest candidate is measured first. From each measurement follows about what the others take; the best
-    proposal that should then fit, and was not measured yet, comes next.
-
-    Args:
-        branches: Number of branches.
-        budget: Memory or latency.
-        run: Measures a candidate, as `measure` does.
-        params_limit: As for `propose`.
-        models: As for `propose`.
-        runs: Number of measurements.
+    proposal that should then fit, and was not measured yet, comes next, up to `runs` measurements by `run`. The other
+    arguments are those of `propose`.
 
     Raises:
         ConfigError: If not even the cheapest candidate fits.

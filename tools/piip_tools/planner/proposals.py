@@ -16,21 +16,13 @@ from piip_core.zoo import ZooEntry, deit_pyramid
 
 from .candidates import IMAGE_SIZES, MODEL_SIZES, Candidate, candidates, published_mask_rcnn
 
-__all__ = ["LEAST_SPENT", "RULES", "Proposal", "Rule", "allowed", "baseline_for", "propose", "rank"]
-
 LEAST_SPENT = 0.9
 LARGEST_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One guideline.
-
-    Args:
-        key: Short name in tables.
-        text: What it asks for.
-        source: Where it comes from.
-    """
+    """One guideline: its short name in tables, what it asks for, and where it comes from."""
 
     key: str
     text: str
@@ -75,13 +67,7 @@ RULES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A candidate within the budget.
-
-    Args:
-        candidate: The pyramid.
-        met: Keys of the rules that it meets, in the order of `RULES`.
-        spent: Part of the budget that it uses; None without a budget.
-    """
+    """A candidate within the budget, the keys of the `RULES` that it meets, and the part of the budget that it uses."""
 
     candidate: Candidate
     met: tuple[str, ...]
@@ -90,10 +76,10 @@ class Proposal:
 
 def baseline_for(flops_limit: float | None) -> ZooEntry:
     """The single-branch model that rule "model" compares with; the largest one without a limit."""
-    singles = sorted((row for row in _deit_rows() if len(row[0].config.branches) == 1), key=lambda row: row[1])
-    for row, flops_g, _ in singles:
+    singles = sorted((known for known in _published_deit() if len(known[0].config.branches) == 1), key=lambda k: k[1])
+    for entry, flops_g, _ in singles:
         if flops_limit is not None and flops_g * 1e9 >= flops_limit:
-            return row
+            return entry
     return singles[-1][0]
 
 
@@ -104,16 +90,9 @@ def propose(
     params_limit: float | None = None,
     models: str | None = None,
 ) -> list[Proposal]:
-    """Pyramids within limits of the published count, best first.
+    """Pyramids within limits of the published count, best first: one for each models and largest image that fit.
 
-    Args:
-        branches: Number of branches.
-        flops_limit: In multiply-accumulates.
-        params_limit: In parameters.
-        models: Only these, smallest first, for example "TSB".
-
-    Returns:
-        One for each combination of models and largest image that fits.
+    `models` are the only ones to take, smallest first, for example "TSB".
 
     Raises:
         ConfigError: If nothing fits; the message names the cheapest candidate.
@@ -152,12 +131,8 @@ def rank(pool: Iterable[tuple[Candidate, float | None]], flops_limit: float | No
     """Ranks candidates by the number of rules met; among equals those that use the budget come first, then those with
     the larger first image, then those whose most expensive branch has the smaller share.
 
-    Args:
-        pool: Candidates with the part of the budget that each uses.
-        flops_limit: Decides the baseline of rule "model".
-
-    Returns:
-        The best candidate for each combination of models and largest image, best first.
+    `pool` has candidates with the part of the budget that each uses; rule "model" has the baseline of `flops_limit`.
+    Of each combination of models and largest image the best candidate is returned.
     """
     checks = _checks(flops_limit)
     best: dict[tuple[str, int], Proposal] = {}
@@ -192,9 +167,9 @@ def _checks(flops_limit: float | None) -> dict[str, Callable[[Candidate], bool]]
     """The rules that concern a candidate by itself."""
     (largest,) = baseline_for(flops_limit).config.branches
     pyramids = [
-        [branch.image_size for branch in reversed(row.config.branches)]
-        for row, _, _ in _deit_rows()
-        if len(row.config.branches) > 1
+        [branch.image_size for branch in reversed(entry.config.branches)]
+        for entry, _, _ in _published_deit()
+        if len(entry.config.branches) > 1
     ]
     steps = [a / b for sides in pyramids for a, b in itertools.pairwise(sides)]
     ranges = [sides[0] / sides[-1] for sides in pyramids]
@@ -217,8 +192,8 @@ def _checks(flops_limit: float | None) -> dict[str, Callable[[Candidate], bool]]
 
 
 @cache
-def _deit_rows() -> list[tuple[ZooEntry, float, float | None]]:
-    """Published rows of the models that candidates are made of."""
+def _published_deit() -> list[tuple[ZooEntry, float, float | None]]:
+    """Published models of the networks that candidates are made of."""
     own = deit_pyramid(MODEL_SIZES, IMAGE_SIZES[: len(MODEL_SIZES)], window_size=28)
     pretrained = {branch.pretrained for branch in own.branches}
-    return [row for row in published_mask_rcnn() if {b.pretrained for b in row[0].config.branches} <= pretrained]
+    return [known for known in published_mask_rcnn() if {b.pretrained for b in known[0].config.branches} <= pretrained]

@@ -1,4 +1,4 @@
-"""The two models that are compared: published rows with random weights, or trained ones."""
+"""The two models that are compared: published ones with random weights, or trained ones."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llava_piip.modeling import PIIPLlavaForConditionalGeneration, PIIPVisionMod
 from piip_core import BranchConfig, ConvNeXtConfig, PIIPConfig, ViTConfig, zoo
 from piip_core.errors import ConfigError
 
-__all__ = ["LANGUAGE_MODELS", "Side", "load_pair", "published_pair"]
+__all__ = ["LANGUAGE_MODELS", "TimedModel", "build_pair", "load_pair", "published_names"]
 
-# Architecture of the language models that the published rows name
+# Architecture of the language models that the published models name
 LANGUAGE_MODELS: Mapping[str, Mapping[str, int]] = {
     "lmsys/vicuna-7b-v1.5": dict(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
@@ -33,7 +33,7 @@ _CONTEXT_LENGTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class TimedModel:
     """One of the models.
 
     Attributes:
@@ -47,82 +47,71 @@ class Side:
     image_processor: Any
 
 
-def published_pair(
-    row: str,
+def published_names() -> list[str]:
+    """The published models that can be compared with a baseline."""
+    return [entry.name for entry in zoo.multimodal_entries() if entry.feature_block is None]
+
+
+def build_pair(
+    name: str,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     divide_widths: int = 1,
     projector_grid: int | None = None,
     language: bool = True,
-) -> tuple[Side, Side]:
-    """A published row and the LLaVA-1.5 of its size, with random weights and one language model for both.
+) -> tuple[TimedModel, TimedModel]:
+    """A published model and the LLaVA-1.5 of its size, with random weights and one language model for both.
 
     Args:
-        row: Name in the zoo.
+        name: Out of `published_names`.
         device: Of the models.
         dtype: Of the models.
         divide_widths: Makes both narrower by this factor: branches, interactions (with heads as wide as before),
             language model and its vocabulary. Image sizes, numbers of tokens, depths, and shares of the matrix products
             stay.
-        projector_grid: Side of the grid of visual tokens of the row; None for the published one.
+        projector_grid: Height and width of the grid of visual tokens of the first one; None for the published grid.
         language: False leaves the layers of the language model out, for the vision encoders alone.
 
-    Returns:
-        The row and its baseline.
-
     Raises:
-        ConfigError: For an unknown row, one that is a baseline itself, or widths that cannot be divided.
+        ConfigError: For an unknown name, a baseline, or widths that cannot be divided.
     """
-    entry = zoo.multimodal(row)
+    entry = zoo.multimodal(name)
     if entry.feature_block is not None:
-        raise ConfigError(f"row={row!r} is a baseline: expected one of {', '.join(_rows())}")
-    text_config = _language_model(entry.language_model, divide_widths, layers=None if language else 0)
-    sides = []
-    with torch.device(device):
-        decoder = AutoModelForCausalLM.from_config(text_config, dtype=dtype, trust_remote_code=False)
-        for one, grid in ((entry, projector_grid), (_baseline(entry), None)):
-            narrow = dataclasses.replace(one, vision=_narrower(one.vision, divide_widths))
-            config = assemble_config(narrow, text_config, image_token_id=text_config.vocab_size, projector_grid=grid)
-            tower = PIIPVisionModel(config.vision_config).to(dtype=dtype)
-            name = f"{one.title} {one.resolution}" + (f", widths / {divide_widths}" if divide_widths > 1 else "")
-            images = PIIPImageProcessor(size=config.vision_config.image_size)
-            sides.append(Side(name=name, model=join(config, tower, decoder), image_processor=images))
-    return sides[0], sides[1]
-
-
-def load_pair(
-    model: str | Path, baseline: str | Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
-) -> tuple[Side, Side]:
-    """Two trained or converted models, each with its own language model.
-
-    Args:
-        model: Folder of ours.
-        baseline: Folder of the other one.
-        device: As `ChatModel.load`.
-        dtype: As `ChatModel.load`.
-
-    Raises:
-        UserError: As `ChatModel.load`.
-    """
-    loaded = [(Path(folder), ChatModel.load(folder, device=device, dtype=dtype)) for folder in (model, baseline)]
-    sides = [
-        Side(name=folder.resolve().name, model=chat.model, image_processor=chat.processor.image_processor)
-        for folder, chat in loaded
-    ]
-    return sides[0], sides[1]
-
-
-def _rows() -> list[str]:
-    return [entry.name for entry in zoo.multimodal_entries() if entry.feature_block is None]
-
-
-def _baseline(entry: zoo.MultimodalEntry) -> zoo.MultimodalEntry:
-    return next(
+        raise ConfigError(f"{name!r} is a baseline: expected one of {', '.join(published_names())}")
+    baseline = next(
         other
         for other in zoo.multimodal_entries()
         if other.feature_block is not None and other.language_model == entry.language_model
     )
+    text_config = _language_model(entry.language_model, divide_widths, layers=None if language else 0)
+    models = []
+    with torch.device(device):
+        decoder = AutoModelForCausalLM.from_config(text_config, dtype=dtype, trust_remote_code=False)
+        for one, grid in ((entry, projector_grid), (baseline, None)):
+            narrow = dataclasses.replace(one, vision=_narrower(one.vision, divide_widths))
+            config = assemble_config(narrow, text_config, image_token_id=text_config.vocab_size, projector_grid=grid)
+            tower = PIIPVisionModel(config.vision_config).to(dtype=dtype)
+            title = f"{one.title} {one.resolution}" + (f", widths / {divide_widths}" if divide_widths > 1 else "")
+            processor = PIIPImageProcessor(size=config.vision_config.image_size)
+            models.append(TimedModel(name=title, model=join(config, tower, decoder), image_processor=processor))
+    return models[0], models[1]
+
+
+def load_pair(
+    model: Path, baseline: Path, *, device: str | None = None, dtype: str | torch.dtype = "auto"
+) -> list[TimedModel]:
+    """Two trained or converted models, each with its own language model.
+
+    Raises:
+        UserError: As `ChatModel.load`.
+    """
+    folders = model, baseline
+    chats = [ChatModel.load(folder, device=device, dtype=dtype) for folder in folders]
+    return [
+        TimedModel(name=folder.resolve().name, model=chat.model, image_processor=chat.processor.image_processor)
+        for folder, chat in zip(folders, chats, strict=True)
+    ]
 
 
 def _language_model(name: str, divisor: int, *, layers: int | None) -> LlamaConfig:
@@ -136,11 +125,9 @@ def _language_model(name: str, divisor: int, *, layers: int | None) -> LlamaConf
 
 def _narrower(vision: PIIPConfig, divisor: int) -> PIIPConfig:
     heads = _divided("interaction heads", vision.interaction.num_heads, divisor)
-    return dataclasses.replace(
-        vision,
-        branches=tuple(_narrower_branch(branch, divisor) for branch in vision.branches),
-        interaction=dataclasses.replace(vision.interaction, num_heads=heads),
-    )
+    branches = tuple(_narrower_branch(branch, divisor) for branch in vision.branches)
+    interaction = dataclasses.replace(vision.interaction, num_heads=heads)
+    return dataclasses.replace(vision, branches=branches, interaction=interaction)
 
 
 def _narrower_branch(branch: BranchConfig, divisor: int) -> BranchConfig:

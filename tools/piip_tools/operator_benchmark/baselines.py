@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from piip_core.errors import UserError
 
-__all__ = ["PEERS", "find_peers", "load_peer", "usual_formulation"]
+__all__ = ["BASELINES", "Attend", "find_baselines", "load_baseline", "usual_formulation"]
 
-Peer = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
 """Takes value (B, S, M, D), (H, W) of every level, locations and weights as `ms_deform_attn` does."""
 
 
@@ -35,100 +36,86 @@ def usual_formulation(
     return output.view(batch, heads * width, queries).transpose(1, 2).contiguous()
 
 
-def find_peers(device: str) -> list[str]:
-    """Which of `PEERS` are installed and run on the device."""
+def find_baselines(device: str) -> list[str]:
+    """Which of `BASELINES` are installed and run on the device."""
     cuda = torch.device(device).type == "cuda"
-    return [name for name, (module, only_cuda, _) in PEERS.items() if _installed(module) and (cuda or not only_cuda)]
+    installed = {name for name, (module, _, _) in BASELINES.items() if importlib.util.find_spec(module)}
+    return [name for name, (_, only_cuda, _) in BASELINES.items() if name in installed and (cuda or not only_cuda)]
 
 
-def load_peer(name: str) -> Peer:
-    """One of `PEERS`.
+def load_baseline(name: str) -> Attend:
+    """One of `BASELINES`.
 
     Raises:
-        UserError: if it cannot be imported.
+        UserError: If it cannot be imported.
     """
-    module, _, load = PEERS[name]
+    module, _, load = BASELINES[name]
     try:
         return load()
     except ImportError as error:
-        raise UserError(f"--peers {name}: expected an importable module {module} ({error})") from error
+        raise UserError(f"--baselines {name}: expected an importable module {module} ({error})") from error
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _load_transformers() -> Peer:
+def _load_transformers() -> Attend:
     """The module that the models of transformers use: grid_sample."""
     modeling = importlib.import_module("transformers.models.deformable_detr.modeling_deformable_detr")
     attend = modeling.MultiScaleDeformableAttention()
 
     def call(value: Tensor, value_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-        sizes, start = _tensors(tuple(value_shapes), value.device)
+        sizes, start = _level_tensors(tuple(value_shapes), value.device)
         return attend(value, sizes, list(value_shapes), start, locations, weights, 64)
 
     return call
 
 
-def _load_mmcv() -> Peer:
+def _load_mmcv() -> Attend:
     """mmcv's CUDA kernels, its grid_sample on the CPU."""
     ops = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
 
     def call(value: Tensor, value_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-        sizes, start = _tensors(tuple(value_shapes), value.device)
+        sizes, start = _level_tensors(tuple(value_shapes), value.device)
         if not value.is_cuda:
             return ops.multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
-        step = _step(value)
-        return ops.MultiScaleDeformableAttnFunction.apply(value, sizes, start, locations, weights, step)
+        return ops.MultiScaleDeformableAttnFunction.apply(value, sizes, start, locations, weights, len(value))
 
     return call
 
 
-def _load_original() -> Peer:
+def _load_original() -> Attend:
     """The CUDA extension of Deformable DETR, which knows float32 and float64 only: 16-bit values are converted."""
     extension = importlib.import_module("MultiScaleDeformableAttention")
 
-    class Attend(torch.autograd.Function):
+    class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Tensor:
             ctx.save_for_backward(*inputs)
-            return extension.ms_deform_attn_forward(*inputs, _step(inputs[0]))
+            return extension.ms_deform_attn_forward(*inputs, len(inputs[0]))
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             inputs = ctx.saved_tensors
             value, locations, weights = extension.ms_deform_attn_backward(
-                *inputs, grad_output.contiguous(), _step(inputs[0])
+                *inputs, grad_output.contiguous(), len(inputs[0])
             )
             return value, None, None, locations, weights
 
     def call(value: Tensor, value_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-        sizes, start = _tensors(tuple(value_shapes), value.device)
+        sizes, start = _level_tensors(tuple(value_shapes), value.device)
         dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-        output = Attend.apply(value.to(dtype), sizes, start, locations.to(dtype), weights.to(dtype))
+        output = Function.apply(value.to(dtype), sizes, start, locations.to(dtype), weights.to(dtype))
         return output.to(value.dtype)
 
     return call
 
 
-def _step(value: Tensor) -> int:
-    """How many images the CUDA extensions take at a time; it must divide the batch."""
-    return max(step for step in range(1, min(64, len(value)) + 1) if len(value) % step == 0)
+@cache
+def _level_tensors(value_shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sizes and start indices of the levels, made once as models make them once for all layers."""
+    sizes = torch.tensor(value_shapes, device=device)
+    return sizes, torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
 
 
-_geometry: dict[Any, tuple[Tensor, Tensor]] = {}
-
-
-def _tensors(value_shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sizes and first rows of the levels, made once as models make them once for all layers."""
-    key = value_shapes, device
-    if key not in _geometry:
-        sizes = torch.tensor(value_shapes, device=device)
-        _geometry[key] = sizes, torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
-    return _geometry[key]
-
-
-PEERS: dict[str, tuple[str, bool, Callable[[], Peer]]] = {
+BASELINES: dict[str, tuple[str, bool, Callable[[], Attend]]] = {
     "transformers": ("transformers", False, _load_transformers),
     "mmcv": ("mmcv", False, _load_mmcv),
     "deformable-detr": ("MultiScaleDeformableAttention", True, _load_original),
