@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_report_options, check_report_options, tell
+from script_arguments import add_decode, add_report_options, check_report_options, errors_as_messages, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,12 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="names as of llava_piip.eval, or all")
     parser.add_argument("root", type=Path, help="folder of all benchmarks")
-    parser.add_argument(
-        "--decode",
-        choices=("none", "header", "full"),
-        default="header",
-        help="how far images are read: not at all, their header (default), or to the end (finds truncated ones)",
-    )
+    add_decode(parser)
     add_report_options(parser)
     args = parser.parse_args(argv)
     check_report_options(parser, args)
@@ -41,17 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     # Loads torch and transformers: not for --help
     from llava_piip.eval.data_check import check_benchmarks
     from llava_piip.eval.registry import EIGHT, find_benchmark
-    from piip_core.errors import UserError
 
-    try:
+    with errors_as_messages():
         chosen = [EIGHT if name == "all" else (find_benchmark(name),) for name in args.benchmarks]
         benchmarks = list(dict.fromkeys(benchmark for group in chosen for benchmark in group))
-        report = check_benchmarks(benchmarks, args.root, decode=args.decode, workers=args.workers)
-        tell(report, args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"\n{report.verdict()}")
-    return 0 if report.ok else 1
+        return tell(check_benchmarks(benchmarks, args.root, decode=args.decode, workers=args.workers), args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import Findings
+from .dataset import Findings
 from .masks import BadMaskError, check_mask, mask_area
 
 __all__ = ["check_annotations", "whole_number"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size, transform_proposals
 from detectron2.data.transforms import AugInput
 
-from .errors import DatasetError
+from .dataset import DatasetError
 from .images import UnreadableImageError, read_image
+from .transforms import as_input
 
 __all__ = ["CheckedDatasetMapper"]
 
@@ -71,7 +70,7 @@ class CheckedDatasetMapper(DatasetMapper):
         check_image_size(sample, image)
         inputs = AugInput(image)
         transforms = self.augmentations(inputs)
-        sample["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        sample["image"] = as_input(inputs.image)
         if self.proposal_topk is not None:
             transform_proposals(sample, inputs.image.shape[:2], transforms, proposal_topk=self.proposal_topk)
         if not self.is_train:

@@ -1,4 +1,4 @@
-"""Box coding with the published clamp."""
+"""Box coding with MMDetection's clamp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN by the published rules, where Detectron2's differ."""
+"""Cascade Mask R-CNN by MMDetection's rules, those of the published detectors, where Detectron2's differ."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["PublishedCascadeROIHeads", "published_cascade_mask_rcnn"]
 
 
 class PublishedCascadeROIHeads(CascadeROIHeads):
-    """Detectron2's cascade heads with the published scores, masks and training.
+    """Detectron2's cascade heads with the scores, masks and training of MMDetection.
 
     - Scores are the softmax of the stages' mean logits; Detectron2 averages their softmaxes.
     - Every stage has its mask head, and their probabilities are averaged; Detectron2 has one.
@@ -146,7 +146,7 @@ def _marked(boxes: Boxes, image_size: tuple[int, int], *, truth: bool = False) -
 
 
 def published_cascade_mask_rcnn() -> DictConfig:
-    """LazyConfig node of Cascade Mask R-CNN with an FPN; the backbone is still Detectron2's ResNet."""
+    """LazyConfig node of Cascade Mask R-CNN with an FPN by MMDetection's rules; the backbone is still Detectron2's ResNet."""
     model = model_zoo.get_config("common/models/cascade_rcnn.py").model
     rpn, roi_heads = published_rpn(model.proposal_generator), model.roi_heads
     rpn.anchor_boundary_thresh = 0

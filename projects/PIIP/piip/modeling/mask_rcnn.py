@@ -1,4 +1,4 @@
-"""Detectron2's Mask R-CNN with the published rules where Detectron2's differ."""
+"""Detectron2's Mask R-CNN with the rules of MMDetection, of the published detectors, where the two differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["published_mask_rcnn", "published_rpn"]
 
 
 def published_mask_rcnn() -> DictConfig:
-    """LazyConfig node of Mask R-CNN with an FPN; the backbone is still Detectron2's ResNet.
+    """LazyConfig node of Mask R-CNN with an FPN by MMDetection's rules; the backbone is still Detectron2's ResNet.
 
     Detections are those of `common/models/mask_rcnn_fpn.py` except for boxes that shrink more than 62-fold; the
     assignment of ground truth in training is the published one.

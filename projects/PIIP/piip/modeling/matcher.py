@@ -1,4 +1,4 @@
-"""Assignment of ground truth to boxes by the published rule."""
+"""Assignment of ground truth to boxes by MMDetection's rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["BestBoxMatcher"]
 
 
 class BestBoxMatcher(Matcher):
-    """Detectron2's matcher with the published rule for ground truth that no box overlaps enough.
+    """Detectron2's matcher with MMDetection's rule for ground truth that no box overlaps enough.
 
     Every ground truth, in order, takes all boxes with which it has its best IoU, if that is at least `min_quality`,
     from whichever ground truth they were matched with before. Detectron2's own rule has no minimum and leaves them

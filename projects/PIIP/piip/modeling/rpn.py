@@ -1,4 +1,4 @@
-"""Region proposals trained by the published rules."""
+"""Region proposals trained by MMDetection's rules, those of the published detectors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["PublishedRPN"]
 
 
 class PublishedRPN(RPN):
-    """Detectron2's RPN; proposals are the same, the training differs in two published details.
+    """Detectron2's RPN trained by MMDetection's rules: proposals are the same, two details of the training differ.
 
-    Anchors that take no part are left out before the matching and not behind it, so they cannot be a ground truth's
+    Anchors that take no part are left out before the matching and not after it, so they cannot be a ground truth's
     best anchor: those that cross the image border (if `anchor_boundary_thresh` is not negative), and those of cells
     in the padding that only other images of the batch needed. The losses are divided by the number of anchors that
     were sampled, which is less than `batch_size_per_image` per image where there are too few.

@@ -129,7 +129,7 @@ class UperNetHead(SegmentationHead):
         input_shape (dict[str, ShapeSpec]): two or more backbone maps.
         num_classes (int): see `SegmentationHead`.
         channels (int): width of every layer.
-        norm (str): norm behind the convolutions, a name that Detectron2's `get_norm` knows. Published: "SyncBN";
+        norm (str): norm after the convolutions, a name that Detectron2's `get_norm` knows. Published: "SyncBN";
             "naiveSyncBN" does the same where several processes train on CPUs.
         pool_scales (Sequence[int]): sides of the grids to which pyramid pooling averages.
         kwargs: as for `SegmentationHead`.

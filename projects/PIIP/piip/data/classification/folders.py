@@ -14,12 +14,10 @@ from tqdm import tqdm
 
 from piip_core.images import image_endings
 
-from ..categories import Category
-from ..errors import DatasetError, first_few
+from ..dataset import Category, DatasetError, check_num_classes, check_same_classes, existing_folder, first_few
 from ..files import find_files, leads_up, named_endings, warn_left_out
 
 __all__ = [
-    "check_same_classes",
     "count_train_images",
     "folder_categories",
     "get_test_dicts",
@@ -29,7 +27,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_EXPECTED = "expected one sub-folder of images per class (FOLDER/dog/1.jpg, FOLDER/cat/2.jpg)"
+_EXPECTED = "one sub-folder of images per class (FOLDER/dog/1.jpg, FOLDER/cat/2.jpg)"
 
 
 def folder_categories(images: str) -> tuple[Category, ...]:
@@ -45,18 +43,12 @@ def folder_categories(images: str) -> tuple[Category, ...]:
 
 def _class_folders(images: str) -> dict[str, str]:
     """Name and path of every class, in the order of the names."""
-    root = PathManager.get_local_path(images) if images else ""
-    if not os.path.isdir(root):
-        kind = "is a file" if os.path.isfile(root) else "no such folder"
-        raise DatasetError(
-            f"{images}: {kind} (looked from {os.getcwd()}): {_EXPECTED}. Set data.train.images and data.test.images, "
-            "or DETECTRON2_DATASETS for the standard layout"
-        )
+    root = existing_folder(images, _EXPECTED)
     with os.scandir(root) as entries:
         found = [entry for entry in entries if not entry.name.startswith(".") and os.path.isdir(entry.path)]
-    found = [entry for entry in found if not leads_up(entry.path, (os.path.realpath(root),))]
+    found = [entry for entry in found if not leads_up(entry.path)]
     if not found:
-        raise DatasetError(f"{images}: has no sub-folders: {_EXPECTED}")
+        raise DatasetError(f"{images}: has no sub-folders: expected {_EXPECTED}")
     folders = {unicodedata.normalize("NFC", entry.name): entry.path for entry in found}
     if len(folders) < len(found):
         alike = [entry.path for entry in found if entry.path not in folders.values()]
@@ -65,23 +57,6 @@ def _class_folders(images: str) -> dict[str, str]:
             f"{first_few(alike)}: expected one per class; put their images together"
         )
     return dict(sorted(folders.items()))
-
-
-def check_same_classes(images: str, others: str) -> None:
-    """Compares the classes of two folders.
-
-    Raises:
-        DatasetError: If they are different.
-    """
-    first, second = ([category.name for category in folder_categories(folder)] for folder in (images, others))
-    if first != second:
-        missing = [name for name in first if name not in set(second)]
-        more = [name for name in second if name not in set(first)]
-        raise DatasetError(
-            f"{others} and {images} have different classes (sub-folders): only the first has "
-            f"{first_few(more) or 'none'}, only the second has {first_few(missing) or 'none'}: expected the same in "
-            "both"
-        )
 
 
 def get_train_dicts(images: str, *, share: float = 0.0, num_classes: int | None = None) -> list[dict[str, Any]]:
@@ -127,7 +102,7 @@ def get_test_dicts(
     _check_number(folder, num_classes)
     if not share and os.path.isdir(PathManager.get_local_path(train_images)):
         try:
-            check_same_classes(train_images, images)
+            check_same_classes(train_images, folder_categories(train_images), images, folder_categories(images))
         except DatasetError as error:  # the model may have been trained on others
             logger.warning("%s", error)
     found = _divided(folder, share)[1] if share else _read(folder)
@@ -141,11 +116,7 @@ def count_train_images(images: str, *, share: float = 0.0) -> int:
 
 def _check_number(images: str, num_classes: int | None) -> None:
     found = len(folder_categories(images))
-    if num_classes not in (None, found):
-        raise DatasetError(
-            f"{images}: {found} classes (sub-folders), but the configuration says data.num_classes={num_classes}. Set "
-            f"data.num_classes={found} (tools/lazyconfig_train_net.py of this project does so by itself)"
-        )
+    check_num_classes(found, f"{images}: {found} classes (sub-folders)", num_classes)
 
 
 def _divided(images: str, share: float) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -202,7 +173,7 @@ def list_images(images: str) -> list[tuple[str, int]]:
     for label, folder in enumerate(
         tqdm(folders.values(), desc=f"Listing {images}", unit="class", delay=2, disable=None)
     ):
-        paths, more = find_files(folder, image_endings(), (os.path.realpath(root),))
+        paths, more = find_files(folder, image_endings())
         found += [(path, label) for path in paths]
         others += more
     warn_left_out(images, "images", others)

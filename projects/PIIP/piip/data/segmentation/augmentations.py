@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from detectron2.data.transforms import Augmentation, Transform
-from torch.utils.data import get_worker_info
 
 from ..transforms import OpenCVResizeTransform, keep_ratio_size
 
@@ -65,8 +64,6 @@ class PhotometricTransform(Transform):
         """Distorts a (H, W, 3) uint8 image, RGB or BGR: exchanging the two only turns the hue the other way."""
         if img.dtype != np.uint8 or img.ndim != 3 or img.shape[2] != 3:
             raise ValueError(f"image of shape {img.shape}, {img.dtype}: expected (H, W, 3) uint8")
-        if get_worker_info() is not None:
-            cv2.setNumThreads(0)  # a loading process has one core
         img = _scaled(img, 1.0, self.brightness)
         if self.contrast_first:
             img = _scaled(img, self.contrast, 0.0)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from piip_core.images import image_size, opened_image, stored_values
 
-from ..errors import DatasetError
+from ..dataset import DatasetError
 from .classes import IGNORE_LABEL, LabelClasses
 
 __all__ = ["LABEL_ENDING", "check_label_header", "read_label_map"]

@@ -10,9 +10,10 @@ import torch
 from detectron2.data.detection_utils import check_image_size
 from detectron2.data.transforms import AugInput
 
-from ..errors import DatasetError
+from ..dataset import DatasetError
 from ..images import read_image
 from ..mapper import CheckedDatasetMapper
+from ..transforms import as_input
 from .classes import label_classes
 from .label_maps import read_label_map
 
@@ -26,9 +27,9 @@ class SemSegDatasetMapper(CheckedDatasetMapper):
         is_train (bool): whether samples hold labels. For tests the evaluator reads them itself.
         classes (str | int | Sequence[str]): as in `label_classes`.
         reduce_zero_label (bool): as in `label_classes`.
-        augmentations (list): Detectron2's; those of images only leave labels as they are.
         image_format (str): "RGB" or "BGR".
-        on_bad_image (str): as in `CheckedDatasetMapper`; holds for label maps that cannot be read, too.
+        kwargs: of `CheckedDatasetMapper`; `on_bad_image` holds for label maps that cannot be read, too, and
+            `augmentations` of images only leave labels as they are.
     """
 
     def __init__(
@@ -37,11 +38,10 @@ class SemSegDatasetMapper(CheckedDatasetMapper):
         *,
         classes: str | int | Sequence[str],
         reduce_zero_label: bool | None = None,
-        augmentations: Sequence[Any],
         image_format: str = "RGB",
-        on_bad_image: str = "error",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(is_train, augmentations=augmentations, image_format=image_format, on_bad_image=on_bad_image)
+        super().__init__(is_train, image_format=image_format, **kwargs)
         self.classes = label_classes(classes, reduce_zero_label)
 
     def map_record(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class SemSegDatasetMapper(CheckedDatasetMapper):
             )
         inputs = AugInput(image, sem_seg=labels)
         self.augmentations(inputs)
-        sample["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        sample["image"] = as_input(inputs.image)
         if self.is_train:
             sample["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype(np.int64))
         return sample

@@ -94,9 +94,9 @@ class Decoder(nn.Module):
             attention_mask: (Q, Q) bool, True where a query (row) must not see another.
 
         Returns:
-            Normalised content (B, Q, embed_dim) behind every layer, and the boxes (B, Q, 4) that every layer started
-            from, then those behind the last. Every layer sees the boxes of the one before without gradient, but these
-            have it: the prediction behind a layer looks through them at the layer before ("look forward twice").
+            Normalised content (B, Q, embed_dim) after every layer, and the boxes (B, Q, 4) that every layer started
+            from, then those after the last. Every layer sees the boxes of the one before without gradient, but these
+            have it: the prediction after a layer looks through them at the layer before ("look forward twice").
         """
         ratios = levels.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, levels, 4)
         hidden, references = [], [boxes]

@@ -64,7 +64,7 @@ class DenoisingLayout:
         return 2 * self.half * self.num_groups
 
     def attention_mask(self, num_queries: int) -> Tensor:
-        """(size + Q, size + Q) bool, True = blocked: groups and the Q queries behind them see no (other) group."""
+        """(size + Q, size + Q) bool, True = blocked: groups and the Q queries after them see no (other) group."""
         device = self.slot.device
         group = torch.arange(self.size, device=device) // (2 * self.half or 1)
         group = torch.cat((group, group.new_full((num_queries,), -1)))

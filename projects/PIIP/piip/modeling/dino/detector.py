@@ -181,7 +181,7 @@ class DINO(nn.Module):
         return Predictions(torch.stack(logits), torch.stack(boxes), out.selection.class_logits, out.selection.boxes)
 
     def decode_heads(self, hidden: Sequence[Tensor], references: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Class logits and boxes behind every decoder layer, from the boxes that the layer started from."""
+        """Class logits and boxes after every decoder layer, from the boxes that the layer started from."""
         logits = [branch(x) for branch, x in zip(self.class_embed[:-1], hidden, strict=True)]
         boxes = [
             torch.sigmoid(branch(x) + inverse_sigmoid(reference))

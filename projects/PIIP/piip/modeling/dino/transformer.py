@@ -23,8 +23,8 @@ class TransformerOutput(NamedTuple):
     """What the heads predict from. A tuple, for DeepSpeed's stage 3 finds no tensors in other containers.
 
     Attributes:
-        hidden: Normalised content (B, slots + Q, embed_dim) of the queries behind every decoder layer.
-        references: Boxes (B, slots + Q, 4) that every decoder layer started from, then those behind the last.
+        hidden: Normalised content (B, slots + Q, embed_dim) of the queries after every decoder layer.
+        references: Boxes (B, slots + Q, 4) that every decoder layer started from, then those after the last.
         selection: The proposals that the Q matching queries start from.
     """
 
@@ -170,7 +170,7 @@ class DINOTransformer(nn.Module):
         bbox_embed: Sequence[nn.Module],
         denoising: DenoisingQueries | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Decoder on the selection, behind the denoising queries; see `Decoder`."""
+        """Decoder on the selection, after the denoising queries; see `Decoder`."""
         content, box_logits = self.initial_queries(selection, denoising)
         mask = denoising.layout.attention_mask(self.num_queries) if denoising and denoising.layout.size else None
         return self.decoder(content, box_logits.sigmoid(), memory, levels, bbox_embed, mask)
