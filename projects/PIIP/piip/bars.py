@@ -19,16 +19,10 @@ _PAPER, _TRACK, _INK, _BEST, _OTHERS = (255, 255, 255), (232, 234, 237), (32, 33
 
 
 def draw_bars(image: np.ndarray, classes: Sequence[tuple[str, float]]) -> np.ndarray:
-    """Sets bars beside an image.
+    """Sets a bar per class beside an image (H, W, 3), uint8 RGB: name and score (0 to 1), from top to bottom.
 
-    Images that are smaller than the bars are enlarged by a whole number. Names that are too long are cut.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        classes: Name and score (0 to 1) of each bar, from top to bottom.
-
-    Returns:
-        (H', W', 3) uint8, RGB; its size depends on those of the image and on the number of classes.
+    Images that are smaller than the bars are enlarged by a whole number, names that are too long are cut. The size of
+    the result (H', W', 3), uint8 RGB, depends on those of the image and on the number of classes.
     """
     height, width = image.shape[:2]
     text = max(_LEAST_TEXT, round(math.sqrt(height * width) * _TEXT_PER_IMAGE))

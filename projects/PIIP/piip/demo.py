@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
@@ -163,7 +164,6 @@ def _is_video(path: Path) -> bool:
     except Exception:  # Pillow has no common error for "not an image"
         if path.suffix.lower() in image_endings():
             return False  # a broken image; reading it will say so
-    av = _import_av(path)
     try:
         with av.open(str(path)) as container:
             if container.streams.video:
@@ -173,17 +173,8 @@ def _is_video(path: Path) -> bool:
     raise InputError(f"{path}: neither an image nor a video that can be decoded")
 
 
-def _import_av(path: Path) -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise InputError(f"{path}: not an image; reading videos needs PyAV: pip install av") from error
-    return av
-
-
 def _run_on_video(predictor: Predictor, job: _Job, image_id: int, min_score: float) -> tuple[list[dict[str, Any]], int]:
     """Draws every frame; returns what was found and the last image id."""
-    av = _import_av(job.source)
     results: list[dict[str, Any]] = []
     visualizer = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
 

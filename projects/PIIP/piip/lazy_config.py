@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from piip.data import Category, DatasetError, coco_categories
-from piip.data.classification.folders import count_train_images, folder_categories
+from piip.data.classification.folders import folder_categories, get_train_dicts
 from piip.data.dataset import check_same_classes
 from piip.data.segmentation import label_classes
 from piip.setting_types import arguments, check_settings, expected_type, fit, target_of, unregister
@@ -193,7 +193,7 @@ def _folder_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Cate
     categories = [folder_categories(folder) for folder in folders]
     check_same_classes(folders[0], categories[0], folders[-1], categories[-1])
     if training and "num_images" in train:
-        train.num_images = count_train_images(train.images, share=share)
+        train.num_images = len(get_train_dicts(train.images, share=share))
         batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=1)
         if train.num_images < batch:
             logger.warning(

@@ -116,11 +116,7 @@ class Predictor:
         return instances[instances.scores >= min_score]
 
     def segment(self, image: np.ndarray, *, image_format: str = "RGB") -> np.ndarray:
-        """Finds the class of every pixel of one image.
-
-        Args:
-            image: (H, W, 3) uint8.
-            image_format: Its channel order, "RGB" or "BGR".
+        """Finds the class of every pixel of one image; image and format as in a detector's call.
 
         Returns:
             Classes (H, W) int64, numbered as in the model.
@@ -132,12 +128,7 @@ class Predictor:
         return self._outputs(image, image_format)["sem_seg"].argmax(dim=0).cpu().numpy()
 
     def classify(self, image: np.ndarray, *, image_format: str = "RGB", top: int = 5) -> list[tuple[int, float]]:
-        """Finds the best classes of one image.
-
-        Args:
-            image: (H, W, 3) uint8.
-            image_format: Its channel order, "RGB" or "BGR".
-            top: How many, if the model has as many.
+        """Finds the `top` best classes of one image, or all if they are fewer; arguments as in a detector's call.
 
         Returns:
             Class, numbered as in the model, and score from 0 to 1 (softmax over all classes), best first.

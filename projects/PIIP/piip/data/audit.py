@@ -96,14 +96,7 @@ class Audit:
 def read_all(
     check: Callable[[_Item], _Result], items: Sequence[_Item], *, title: str, workers: int | None
 ) -> Iterator[_Result]:
-    """Checks files in several threads, and gives the results in order.
-
-    Args:
-        check: What to do with one of them.
-        items: The files.
-        title: What to call them beside the progress bar.
-        workers: Number of threads; None for one per core.
-    """
+    """Checks files in so many threads (None: one per core), and gives the results in order, with a progress bar."""
     bar = tqdm(total=len(items), desc=f"Reading {title}", unit="image", disable=None)
     with ThreadPoolExecutor(workers or os.cpu_count()) as readers, bar:
         for start in range(0, len(items), _AHEAD):

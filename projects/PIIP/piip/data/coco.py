@@ -88,11 +88,9 @@ def _standard_dicts(file: CocoFile, images: str) -> list[dict[str, Any]]:
 def _standard_annotation(annotation: dict[str, Any], classes: dict[int, int]) -> dict[str, Any]:
     found = {key: annotation[key] for key in ("iscrowd", "bbox")}
     found |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": classes[annotation["category_id"]]}
-    mask, keypoints = annotation.get("segmentation"), annotation.get("keypoints")
+    mask = annotation.get("segmentation")
     if mask:
         found["segmentation"] = compressed(mask) if isinstance(mask, dict) else mask
-    if keypoints:  # COCO's are indices of pixels, Detectron2's coordinates
-        found["keypoints"] = [value if n % 3 == 2 else value + 0.5 for n, value in enumerate(keypoints)]
     return found
 
 
@@ -122,7 +120,7 @@ def build_coco_evaluator(
     Args:
         annotations: COCO-format JSON file with the ground truth.
         output_dir: Folder for the detections in COCO's result format; None writes nothing.
-        tasks: Some of "bbox", "segm", "keypoints"; by default what the predictions hold, or boxes alone if
+        tasks: "bbox" and "segm", or one of them; by default what the predictions hold, or boxes alone if
             `require_masks` is False and an object has no mask.
         require_masks: Whether every object must have a mask. None: if `tasks` say so, or any object has one.
         kwargs: Other arguments of `COCOEvaluator`.

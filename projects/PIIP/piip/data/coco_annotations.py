@@ -88,7 +88,6 @@ class _Check:
         if not image or not self._box(annotation, name) or not self._flags(annotation, name):
             return False
         room = self._mask(annotation, name, image)
-        self._keypoints(annotation, name)
         self._area(annotation, name)
         return self._room(annotation, name, image) and room
 
@@ -174,16 +173,6 @@ class _Check:
         if empty:
             self.found.note("masks without a pixel in the image are dropped with their objects", name)
         return not empty
-
-    def _keypoints(self, annotation: dict[str, Any], name: str) -> None:
-        points = annotation.get("keypoints")
-        if not points:
-            return
-        good = isinstance(points, list) and len(points) % 3 == 0 and _NUMBERS.issuperset(map(type, points))
-        if not (good and all(-_FAR <= value <= _FAR for value in points)):
-            self.found.note("keypoints are not numbers x, y, visibility, ... and left out", name)
-            del annotation["keypoints"]
-            self.changed = True
 
     def _area(self, annotation: dict[str, Any], name: str) -> None:
         area = annotation.get("area")

@@ -182,15 +182,12 @@ def _read(path: str) -> tuple[dict[str, Any], bool]:
 
 
 def _check_lists(data: dict[str, Any], path: str, required: Sequence[str]) -> None:
-    for key in required:
-        if not isinstance(data.get(key), list):
+    for key in ("images", "categories", "annotations"):
+        if not isinstance(data.get(key, None if key in required else []), list):
             found = type(data[key]).__name__ if key in data else f"only {sorted(data)}"
             raise DatasetError(f"{path}: expected a list under '{key}', found {found}: not COCO format")
-        if not data[key]:
+        if key in required and not data[key]:
             raise DatasetError(f"{path}: the list '{key}' is empty: expected at least one entry")
-    if not isinstance(data.get("annotations", []), list):
-        found = type(data["annotations"]).__name__
-        raise DatasetError(f"{path}: expected a list under 'annotations', found {found}: not COCO format")
 
 
 def _check_objects(entry: str, items: Sequence[Any], path: str) -> None:

@@ -23,12 +23,9 @@ def find_files(folder: str, endings: Collection[str]) -> tuple[list[str], list[s
 
     Hidden files and folders are left out. Links to folders are followed, but not where they lead back up.
 
-    Args:
-        folder: Where to look.
-        endings: In lower case, with the dot; files may have them in upper case.
-
     Returns:
-        Paths of the files with one of the endings, and of the others.
+        Paths of the files with one of the `endings` (lower case, with the dot; in files also upper case), and of the
+        others.
 
     Raises:
         DatasetError: If a folder cannot be listed.

@@ -26,34 +26,17 @@ cv2.setNumThreads(0)  # a loading process has one core, and threads do not survi
 
 
 def keep_ratio_size(height: int, width: int, long_side: float, short_side: float) -> tuple[int, int]:
-    """Largest size with the image's aspect ratio that fits into `long_side` by `short_side`, whichever way it lies.
+    """Height and width, at least 1, of the largest image with the same aspect ratio inside `long_side` by `short_side`.
 
-    Each side is rounded half up on its own, as in mmcv (Detectron2's rule differs at exact halves).
-
-    Args:
-        height: Image height in pixels.
-        width: Image width in pixels.
-        long_side: Limit of the longer side.
-        short_side: Limit of the shorter side.
-
-    Returns:
-        New height and width, at least 1.
+    The frame is turned as the image lies. Each side is rounded half up on its own, as in mmcv (Detectron2's rule
+    differs at exact halves).
     """
     scale = min(long_side / max(height, width), short_side / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Size with the image's aspect ratio and a short side of exactly `short_side`, however long the other becomes.
-
-    Args:
-        height: Image height in pixels.
-        width: Image width in pixels.
-        short_side: New length of the shorter side.
-
-    Returns:
-        New height and width.
-    """
+    """Height and width with the same aspect ratio and a short side of `short_side`, however long the other becomes."""
     return keep_ratio_size(height, width, short_side * max(height, width) / min(height, width), short_side)
 
 

@@ -146,7 +146,7 @@ def _marked(boxes: Boxes, image_size: tuple[int, int], *, truth: bool = False) -
 
 
 def published_cascade_mask_rcnn() -> DictConfig:
-    """LazyConfig node of Cascade Mask R-CNN with an FPN by MMDetection's rules; the backbone is still Detectron2's ResNet."""
+    """LazyConfig node of MMDetection's Cascade Mask R-CNN; the backbone is still Detectron2's ResNet with an FPN."""
     model = model_zoo.get_config("common/models/cascade_rcnn.py").model
     rpn, roi_heads = published_rpn(model.proposal_generator), model.roi_heads
     rpn.anchor_boundary_thresh = 0

@@ -31,15 +31,9 @@ class PublishedRPN(RPN):
         self.pad_divisor = pad_divisor
 
     def considered_anchors(self, anchors: Boxes, image_size: Sequence[int], padded_size: Sequence[int]) -> Tensor:
-        """Which anchors take part in training on an image.
+        """Which anchors take part in training on an image of `image_size` that alone would be padded to `padded_size`.
 
-        Args:
-            anchors: All anchors.
-            image_size: Height and width of the image.
-            padded_size: Height and width to which it would be padded alone.
-
-        Returns:
-            (number of anchors,) bool.
+        Sizes are height and width; the result is (number of anchors,) bool.
         """
         height, width = padded_size
         # centres are corners of cells, at multiples of the stride: half a pixel guards against rounding

@@ -30,14 +30,7 @@ _ADVICE = "Archives are given out at https://image-net.org/download to those who
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the data set.
-
-    Attributes:
-        name: Name of its folder.
-        archive: Name of its archive.
-        classes: Number of its classes.
-        images: Number of its images.
-    """
+    """A part of the data set: name of its folder, its archive, and the numbers of its classes and images."""
 
     name: str
     archive: str
@@ -97,14 +90,7 @@ def audit_imagenet(
     workers: int | None = None,
     splits: Sequence[Split] = IMAGENET,
 ) -> Audit:
-    """Counts and reads the images of every class and reports everything that is wrong; see `audit_classes`.
-
-    Args:
-        root: Folder that holds all data sets.
-        decode: Read every image to the end; otherwise they are counted only.
-        workers: Files that are read at the same time; by default one per core.
-        splits: What the data set consists of.
-    """
+    """Counts, and with `decode` reads, the images below `root`, the folder of all data sets; see `audit_classes`."""
     parts = [(split.name, str(Path(root, FOLDER, split.name)), split.classes, split.images) for split in splits]
     return audit_classes(parts, decode=decode, workers=workers)
 

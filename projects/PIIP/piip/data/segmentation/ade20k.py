@@ -24,12 +24,7 @@ URL = f"http://data.csail.mit.edu/places/ADEchallenge/{FOLDER}.zip"
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the data set.
-
-    Attributes:
-        name: As its folders are called.
-        images: Number of its images.
-    """
+    """A part of the data set: its name, as its folders are called, and the number of its images."""
 
     name: str
     images: int
@@ -49,10 +44,10 @@ def prepare_ade20k(
     fetch: bool = False,
     splits: Sequence[Split] = ADE20K,
 ) -> Unpacked | None:
-    """Unpacks the published archive; repeated, it goes on where it stopped.
+    """Unpacks the published archive below `root`, the folder that holds all data sets; repeated, it goes on.
 
     Args:
-        root: Folder that holds all data sets.
+        root: See above.
         archive: The archive, if it is not `ADEChallengeData2016.zip` in `root`.
         fetch: Download the archive if it is not there.
         splits: What the data set consists of.
@@ -82,13 +77,7 @@ def audit_ade20k(
     workers: int | None = None,
     splits: Sequence[Split] = ADE20K,
 ) -> Audit:
-    """Reads every image and label map to the end and reports everything that is wrong; see `audit_label_maps`.
-
-    Args:
-        root: Folder that holds all data sets.
-        workers: Files that are read at the same time; by default one per core.
-        splits: What the data set consists of.
-    """
+    """Reads every file below `root`, the folder that holds all data sets; see `audit_label_maps`."""
     classes, target = label_classes("ade20k"), Path(root, FOLDER)
     return Audit(
         [

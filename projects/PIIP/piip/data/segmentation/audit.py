@@ -27,15 +27,8 @@ def audit_label_maps(
 ) -> SetAudit:
     """Reads every image and label map of two folders to the end and reports everything that is wrong.
 
-    The report holds the number of pixels of every class, and the part of all pixels that is to be ignored.
-
-    Args:
-        images: Folder of images.
-        labels: Folder of label maps.
-        classes: What their values mean.
-        title: What to call the set.
-        expected: Number of images that there should be.
-        workers: Files that are read at the same time; by default one per core.
+    The report holds the number of pixels of every class, and the part of all pixels that is to be ignored. `expected`
+    is the number of images that there should be; files are read in `workers` threads, by default one per core.
     """
     result, number = SetAudit(title, expected), classes.num_classes
     try:

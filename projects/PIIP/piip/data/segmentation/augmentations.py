@@ -89,42 +89,18 @@ class PhotometricDistortion(Augmentation):
     """Draws brightness, contrast, saturation and hue, each with a probability of one half (SSD's distortion).
 
     Contrast comes before saturation and hue, or after them, with equal probability.
-
-    Args:
-        brightness_delta (float): at most this is added or subtracted.
-        contrast_range (Sequence[float]): smallest and largest factor.
-        saturation_range (Sequence[float]): smallest and largest factor.
-        hue_delta (int): from -hue_delta to hue_delta - 1 steps of two degrees are added, as published.
     """
-
-    def __init__(
-        self,
-        brightness_delta: float = 32,
-        contrast_range: Sequence[float] = (0.5, 1.5),
-        saturation_range: Sequence[float] = (0.5, 1.5),
-        hue_delta: int = 18,
-    ) -> None:
-        super().__init__()
-        for name, (low, high) in (("contrast_range", contrast_range), ("saturation_range", saturation_range)):
-            if not 0 <= low <= high:
-                raise ValueError(f"{name}={low, high}: expected 0 <= smallest <= largest")
-        if brightness_delta < 0 or not 0 < hue_delta <= _HUES:
-            raise ValueError(
-                f"brightness_delta={brightness_delta}, hue_delta={hue_delta}: expected at least 0, and 1 to {_HUES}"
-            )
-        self.brightness_delta, self.hue_delta = brightness_delta, hue_delta
-        self.contrast_range, self.saturation_range = contrast_range, saturation_range
 
     def get_transform(self, image: np.ndarray) -> Transform:
         def drawn() -> bool:
             return np.random.randint(2) == 1
 
         return PhotometricTransform(
-            brightness=np.random.uniform(-self.brightness_delta, self.brightness_delta) if drawn() else 0.0,
-            contrast=np.random.uniform(*self.contrast_range) if drawn() else 1.0,
+            brightness=np.random.uniform(-32, 32) if drawn() else 0.0,
+            contrast=np.random.uniform(0.5, 1.5) if drawn() else 1.0,
             contrast_first=drawn(),
-            saturation=np.random.uniform(*self.saturation_range) if drawn() else None,
-            hue=np.random.randint(-self.hue_delta, self.hue_delta) if drawn() else None,
+            saturation=np.random.uniform(0.5, 1.5) if drawn() else None,
+            hue=np.random.randint(-18, 18) if drawn() else None,
         )
 
 

@@ -48,10 +48,6 @@ def match_files(images: str, labels: str) -> tuple[list[Pair], list[str], list[s
 
     Names that differ in Unicode's form of accents only are equal, and a back-slash is as good as a subfolder.
 
-    Args:
-        images: Folder of images.
-        labels: Folder of label maps, named as the images but `.png`.
-
     Returns:
         Images with their label maps in the order of the names; images without label map; label maps without image;
         names of several images, or of several label maps.

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.data.detection_utils import check_image_size
-from detectron2.data.transforms import AugInput
 
 from ..dataset import DatasetError
-from ..images import read_image
 from ..mapper import CheckedDatasetMapper
-from ..transforms import as_input
 from .classes import label_classes
 from .label_maps import read_label_map
 
@@ -44,21 +39,13 @@ class SemSegDatasetMapper(CheckedDatasetMapper):
         super().__init__(is_train, image_format=image_format, **kwargs)
         self.classes = label_classes(classes, reduce_zero_label)
 
-    def map_record(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Makes a sample: "image" (3, H, W) uint8 and in training "sem_seg" (H, W) int64 with 255 to ignore."""
-        sample = dict(dataset_dict)
-        labels_path = sample.pop("sem_seg_file_name", None)
-        image = read_image(sample["file_name"], self.image_format)
-        check_image_size(sample, image)
-        labels = read_label_map(labels_path, self.classes) if self.is_train else None
-        if labels is not None and labels.shape != image.shape[:2]:
-            raise DatasetError(
-                f"{labels_path}: {labels.shape} (h, w), its image {image.shape[:2]} after EXIF rotation: expected one "
-                "size"
-            )
-        inputs = AugInput(image, sem_seg=labels)
-        self.augmentations(inputs)
-        sample["image"] = as_input(inputs.image)
-        if self.is_train:
-            sample["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype(np.int64))
-        return sample
+    def read_labels(self, sample: dict[str, Any], image: np.ndarray) -> np.ndarray | None:
+        """Label map (H, W) uint8 for training, with 255 to ignore; "sem_seg" (H, W) int64 of the sample."""
+        path = sample.pop("sem_seg_file_name", None)
+        if not self.is_train:
+            return None
+        labels = read_label_map(path, self.classes)
+        if labels.shape != image.shape[:2]:
+            sizes = f"{labels.shape} (h, w), its image {image.shape[:2]} after EXIF rotation"
+            raise DatasetError(f"{path}: {sizes}: expected one size")
+        return labels

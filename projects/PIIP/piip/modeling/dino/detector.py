@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling import Backbone
@@ -27,8 +26,7 @@ __all__ = ["DINO", "Predictions", "to_original"]
 _PRIOR = 0.01  # initial score of every class
 
 
-@dataclass(frozen=True)
-class Predictions:
+class Predictions(NamedTuple):
     """Predictions of a batch; boxes are (cx, cy, w, h) relative to the un-padded image.
 
     Attributes:
@@ -147,15 +145,7 @@ class DINO(nn.Module):
         """
         with torch.autocast(self.device.type, enabled=False):
             denoising = self.denoising(targets, self.label_embed, draws)
-            found = self.predict(maps, images, denoising)
-            return self.criterion(
-                found.class_logits,
-                found.boxes,
-                found.encoder_logits,
-                found.encoder_boxes,
-                targets,
-                denoising.layout,
-            )
+            return self.criterion(*self.predict(maps, images, denoising), targets, denoising.layout)
 
     def detect(self, maps: Sequence[Tensor], images: ImageList) -> list[Instances]:
         """Detections in the resized images; arguments as for `losses`.

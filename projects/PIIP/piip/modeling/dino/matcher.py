@@ -40,15 +40,9 @@ class HungarianMatcher:
         self.alpha, self.gamma = alpha, gamma
 
     def cost(self, class_logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
-        """Costs of all pairs.
+        """Costs (..., Q, N) of all pairs of predictions and ground truth of one image.
 
-        Args:
-            class_logits: (..., Q, num_classes) of one image.
-            boxes: (..., Q, 4) as (cx, cy, w, h).
-            target: Ground truth of the image, N boxes.
-
-        Returns:
-            (..., Q, N).
+        Predictions are class logits (..., Q, num_classes) and boxes (..., Q, 4) as (cx, cy, w, h).
         """
         score = class_logits.sigmoid()[..., target.labels]
         positive = self.alpha * (1 - score) ** self.gamma * -(score + _EPS).log()
