@@ -260,12 +260,11 @@ def _strictly(value: Any, kind: Any, text: str | None, lenient: bool = False) ->
     plain = _plain(kind)
     if plain is list and isinstance(value, list | tuple | ListConfig):
         return _elements(value, kind, lenient)
-    is_call = isinstance(value, DictConfig) and "_target_" in value
-    is_group = plain is dict and isinstance(value, dict | DictConfig)
-    is_number = kind is float and type(value) is int
-    if (
-        plain is None or is_call or is_group or is_number or (type(value) is kind and value == value)
-    ):  # nan is no number
+    if plain is None or (isinstance(value, DictConfig) and "_target_" in value):
+        return value
+    if (plain is dict and isinstance(value, dict | DictConfig)) or (kind is float and type(value) is int):
+        return value
+    if type(value) is kind and value == value:  # nan is no number
         return value
     raise ValueError
 

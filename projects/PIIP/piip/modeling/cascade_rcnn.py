@@ -17,8 +17,7 @@ from detectron2.utils.events import get_event_storage
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from .box_regression import CASCADE_STDS, TwoSidedBox2BoxTransform, weights_from_stds
-from .mask_rcnn import published_rpn
+from .mask_rcnn import CASCADE_STDS, TwoSidedBox2BoxTransform, published_rpn, weights_from_stds
 
 __all__ = ["PublishedCascadeROIHeads", "published_cascade_mask_rcnn"]
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .boxes import inverse_sigmoid
-from .targets import Target
+from .boxes import Target, inverse_sigmoid
 
 __all__ = ["ContrastiveDenoising", "DenoisingDraws", "DenoisingLayout", "DenoisingQueries"]
 

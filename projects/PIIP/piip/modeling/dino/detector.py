@@ -13,12 +13,11 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .boxes import inverse_sigmoid
+from .boxes import Target, image_scale, inverse_sigmoid, make_target
 from .criterion import DINOCriterion
 from .denoising import ContrastiveDenoising, DenoisingDraws, DenoisingQueries
 from .layers import MLP
 from .neck import ChannelMapper
-from .targets import Target, image_scale, make_target
 from .transformer import DINOTransformer
 
 __all__ = ["DINO", "Predictions", "to_original"]

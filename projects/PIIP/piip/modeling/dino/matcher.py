@@ -9,8 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .boxes import generalized_iou
-from .targets import Target
+from .boxes import Target, generalized_iou
 
 __all__ = ["HungarianMatcher"]
 
