@@ -37,11 +37,9 @@ _KINDS = {"coco": "annotations", "label_maps": "labels", "class_folders": "image
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Loads a LazyConfig and applies `key=value` overrides, which must name things that exist and have their type.
+    """Loads a LazyConfig of Python or YAML, and applies overrides, which must name what exists and have its type.
 
-    Args:
-        config_file: Python or YAML LazyConfig.
-        overrides: Such as "train.max_iter=100"; write "+a.b=1" to add a key.
+    Overrides are such as "train.max_iter=100"; "+a.b=1" adds a key.
 
     Raises:
         ConfigError: If the file does not exist, or an override cannot be parsed, names no existing key or has a value
@@ -140,11 +138,8 @@ def has_test_set(cfg: DictConfig) -> bool:
 def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ...]:
     """Sets `data.num_classes`, which the model's fields refer to, from annotation files, label maps or folders.
 
-    For folders of classes, also `data.train.num_images`, which the length of the training follows.
-
-    Args:
-        cfg: Configuration; one without `data.kind` is left alone.
-        training: Whether the training set is used, or the test set only.
+    For folders of classes, also `data.train.num_images`, which the length of the training follows. Without `training`,
+    the test set alone is asked.
 
     Returns:
         The classes, or nothing for a configuration without `data.kind`.

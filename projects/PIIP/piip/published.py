@@ -19,9 +19,8 @@ __all__ = ["follow_published"]
 def follow_published(cfg: DictConfig, weights: str) -> None:
     """Sets `model.config` of a classifier to what the checkpoint holds, if `tools/convert_checkpoint.py` wrote it.
 
-    Args:
-        cfg: LazyConfig; one of another model is left alone.
-        weights: Checkpoint; those of trainings, which have no description of the model, change nothing.
+    Configurations of other models are left alone; checkpoints of trainings do not describe the model and change
+    nothing.
 
     Raises:
         CheckpointError: If the file cannot be read.

@@ -106,12 +106,7 @@ def coco_categories(path: str) -> tuple[Category, ...]:
 
 
 def check_images_exist(data: dict[str, Any], path: str, images: str) -> None:
-    """Checks that every image of an annotation file lies under a folder; lists each folder once, opens nothing.
-
-    Args:
-        data: Of `load_coco`.
-        path: Its path, for messages.
-        images: Folder that the file names are relative to.
+    """Checks that every image of `load_coco`'s data from `path` lies under the folder `images`; opens none.
 
     Raises:
         DatasetError: If the folder or an image is missing, or a file name points out of the folder.

@@ -12,12 +12,7 @@ __all__ = ["UnreadableImageError", "read_image", "read_image_size"]
 
 
 def read_image_size(path: str) -> tuple[int, int]:
-    """Height and width of an image after EXIF rotation, from its header alone.
-
-    Raises:
-        UnreadableImageError: If it is not an image, or holds more than 8 bits per channel.
-        ImageTooLargeError: If it has more pixels than Pillow's limit.
-    """
+    """Height and width of an image after EXIF rotation, from its header alone; errors as in `read_image`."""
     with opened_image(path, PathManager.open) as image:
         images.check_values(path, image)
         return image_size(image)

@@ -73,7 +73,7 @@ class ImageClassifier(PIIPClassifier):
 
         Args:
             batched_inputs: Per image "image" (3, H, W), values as in a file, all of one size; in training "label", the
-                number of its class.
+                index of its class.
 
         Returns:
             {"loss_cls": mean loss}, or per image {"scores": logits (num_classes,) float32}.

@@ -37,7 +37,7 @@ def folder_categories(images: str) -> tuple[Category, ...]:
     Raises:
         DatasetError: If there is no such folder, or no class in it, or two whose names look alike.
     """
-    return tuple(Category(number, name) for number, name in enumerate(_class_folders(images)))
+    return tuple(Category(index, name) for index, name in enumerate(_class_folders(images)))
 
 
 def _class_folders(images: str) -> dict[str, str]:
@@ -151,7 +151,7 @@ def _read_classes(images: str, names: tuple[str, ...], changed: tuple[int, ...])
 
 
 def list_images(images: str) -> list[tuple[str, int]]:
-    """Path and number of the class of every image in the sub-folders; hidden files are left out, others counted."""
+    """Path and index of the class of every image in the sub-folders; hidden files are left out, others counted."""
     folders, root = _class_folders(images), PathManager.get_local_path(images)
     found, others = [], []
     for label, folder in enumerate(

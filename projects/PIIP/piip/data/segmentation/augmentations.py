@@ -43,14 +43,9 @@ class RatioRangeResize(Augmentation):
 
 
 class PhotometricTransform(Transform):
-    """Changes brightness, contrast, saturation and hue, each in 8 bits; geometry and labels stay.
+    """Adds `brightness`, multiplies by `contrast` and `saturation`, adds `hue`; each in 8 bits; labels stay.
 
-    Args:
-        brightness (float): is added.
-        contrast (float): factor.
-        contrast_first (bool): contrast before saturation and hue, or after them.
-        saturation (float): factor; None leaves it.
-        hue (int): is added, in steps of two degrees; None leaves it.
+    Contrast comes first, or after saturation and hue. Hue has steps of two degrees; it and saturation may be None.
     """
 
     def __init__(

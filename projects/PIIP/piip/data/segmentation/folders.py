@@ -29,13 +29,9 @@ _LOOKED_AT = 2000  # label maps that are read for their classes, at most
 
 
 class Pair(NamedTuple):
-    """An image and its label map.
+    """Paths of an image and its label map, and what both have in common: the path below their folder.
 
-    Attributes:
-        name: What both paths have in common: the path below their folder, without ending, accents composed, with
-            slashes.
-        image: Path of the image.
-        labels: Path of the label map.
+    The `name` has no ending, composed accents and slashes.
     """
 
     name: str
@@ -109,18 +105,16 @@ def get_sem_seg_dicts(
     Args:
         images: Folder of images; subfolders count.
         labels: Folder of label maps: PNG files of one channel, named as the images.
-        classes: As in `label_classes`.
-        reduce_zero_label: As in `label_classes`.
+        classes: As in `label_classes`, with `reduce_zero_label`.
+        reduce_zero_label: See `classes`.
         num_classes: If given, the number that `classes` must have.
 
     Returns:
         One dict per image with file_name, sem_seg_file_name, image_id, height and width, in the order of the names.
 
     Raises:
-        DatasetError: If a folder, the classes or a pair of files cannot be used, or a value in one of the label maps
-            that are read stands for nothing.
-        UnreadableImageError: If a file is empty or no image.
-        ImageTooLargeError: If an image has more pixels than Pillow's limit.
+        UserError: If a folder, the classes, a file or a pair of files cannot be used, or a value in one of the label
+            maps that are read stands for nothing; the message names it.
     """
     known = label_classes(classes, reduce_zero_label)
     check_num_classes(known.num_classes, f"{known.num_classes} classes", num_classes)

@@ -89,14 +89,10 @@ class DenoisingDraws:
 
 @dataclass(frozen=True)
 class DenoisingQueries:
-    """What goes in front of the matching queries.
+    """What goes before the matching queries, and the noised labels (rows,) and boxes (rows, 4) that it was made from.
 
-    Attributes:
-        layout: Which slot holds which box.
-        labels: (rows,) noised labels.
-        boxes: (rows, 4) noised boxes (cx, cy, w, h); sides may be zero or negative.
-        content: (B, slots, embed_dim); zero in empty slots.
-        box_logits: (B, slots, 4), without gradient; zero in empty slots.
+    Boxes are (cx, cy, w, h), whose sides may be zero or negative. `content` (B, slots, embed_dim) and `box_logits`
+    (B, slots, 4), without gradient, are zero in empty slots.
     """
 
     layout: DenoisingLayout

@@ -28,11 +28,8 @@ _PRIOR = 0.01  # initial score of every class
 class Predictions(NamedTuple):
     """Predictions of a batch; boxes are (cx, cy, w, h) relative to the un-padded image.
 
-    Attributes:
-        class_logits: (layers, B, slots + Q, num_classes), denoising queries first.
-        boxes: (layers, B, slots + Q, 4).
-        encoder_logits: (B, Q, num_classes) of the selected proposals.
-        encoder_boxes: (B, Q, 4).
+    Class logits (layers, B, slots + Q, num_classes) and boxes (layers, B, slots + Q, 4) of the decoder, denoising
+    queries first; those of the encoder's proposals, (B, Q, num_classes) and (B, Q, 4).
     """
 
     class_logits: Tensor
