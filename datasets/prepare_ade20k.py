@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_root
+from script_arguments import add_root, errors_as_messages
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,12 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     # Loads torch and Detectron2: not for --help
     from piip.data.segmentation.ade20k import FOLDER, prepare_ade20k
-    from piip_core.errors import UserError
 
-    try:
+    with errors_as_messages():
         done = prepare_ade20k(args.root, archive=args.archive, fetch=args.download)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
     if done is None:
         print(f"{args.root / FOLDER}: already there")
     else:

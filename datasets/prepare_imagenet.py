@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_root
+from script_arguments import add_root, errors_as_messages
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,12 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     # Loads torch and Detectron2: not for --help
     from piip.data.classification.imagenet import FOLDER, prepare_imagenet
-    from piip_core.errors import UserError
 
-    try:
+    with errors_as_messages():
         done = prepare_imagenet(args.root, archives=args.archives)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
     for name, images in done.items():
         print(f"{args.root / FOLDER / name}: " + (f"{images} images unpacked" if images else "already there"))
     print(f"Next: python datasets/verify_imagenet.py {args.root}")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_decode", "add_report_options", "add_root", "check_report_options", "tell"]
+__all__ = ["add_decode", "add_report_options", "add_root", "check_report_options", "errors_as_messages", "tell"]
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +52,22 @@ def check_report_options(parser: argparse.ArgumentParser, args: argparse.Namespa
             parser.error(f"{path} exists: choose another name, or add --force")
 
 
-def tell(found: Any, args: argparse.Namespace) -> None:
-    """Prints what an audit found, and writes the report that is asked for."""
+def tell(found: Any, args: argparse.Namespace) -> int:
+    """Prints what an audit found, writes the report that is asked for, and returns the exit status."""
     print(found.summary(examples=args.examples))
     if args.report:
         found.write_json(args.report)
         print(f"\nReport: {args.report}")
+    print(f"\n{found.verdict()}")
+    return 0 if found.ok else 1
+
+
+@contextmanager
+def errors_as_messages(advice: str = "") -> Iterator[None]:
+    """Ends the script with a message for what its user can mend."""
+    from piip_core.errors import UserError  # loads torch: not for --help
+
+    try:
+        yield
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}{advice}")

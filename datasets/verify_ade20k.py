@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from script_arguments import add_report_options, add_root, check_report_options, tell
+from script_arguments import add_report_options, add_root, check_report_options, errors_as_messages, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,24 +40,17 @@ def main(argv: list[str] | None = None) -> int:
     """Checks what the command line names, and returns the exit status."""
     args = parse_args(argv)
     # Loads torch and Detectron2: not for --help
+    from piip.data.audit import Audit
     from piip.data.segmentation.ade20k import audit_ade20k
-    from piip.data.segmentation.audit import LabelAudit, audit_label_maps
+    from piip.data.segmentation.audit import audit_label_maps
     from piip.data.segmentation.classes import label_classes
-    from piip_core.errors import UserError
 
-    try:
-        if args.images:
-            given = int(args.classes) if args.classes.isdecimal() else args.classes
-            classes = label_classes(given, args.reduce_zero_label)
-            found = LabelAudit([audit_label_maps(args.images, args.labels, classes, workers=args.workers)])
-        else:
-            found = audit_ade20k(args.root, workers=args.workers)
-        tell(found, args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    fine = "No file is wrong, but see the warning above." if found.warned else "Everything is in order."
-    print(f"\n{fine if found.ok else 'Something is wrong, see above.'}")
-    return 0 if found.ok else 1
+    with errors_as_messages():
+        if not args.images:
+            return tell(audit_ade20k(args.root, workers=args.workers), args)
+        given = int(args.classes) if args.classes.isdecimal() else args.classes
+        classes = label_classes(given, args.reduce_zero_label)
+        return tell(Audit([audit_label_maps(args.images, args.labels, classes, workers=args.workers)]), args)
 
 
 if __name__ == "__main__":

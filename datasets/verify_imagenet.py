@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from script_arguments import add_report_options, add_root, check_report_options, tell
+from script_arguments import add_report_options, add_root, check_report_options, errors_as_messages, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,19 +35,12 @@ def main(argv: list[str] | None = None) -> int:
     # Loads torch and Detectron2: not for --help
     from piip.data.classification.audit import audit_classes
     from piip.data.classification.imagenet import audit_imagenet
-    from piip_core.errors import UserError
 
-    try:
-        if args.images:
-            parts = [(folder, folder, None, None) for folder in args.images]
-            found = audit_classes(parts, decode=not args.count_only, workers=args.workers)
-        else:
-            found = audit_imagenet(args.root, decode=not args.count_only, workers=args.workers)
-        tell(found, args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print("\nEverything is in order." if found.ok else "\nSomething is wrong, see above.")
-    return 0 if found.ok else 1
+    options = {"decode": not args.count_only, "workers": args.workers}
+    with errors_as_messages():
+        if not args.images:
+            return tell(audit_imagenet(args.root, **options), args)
+        return tell(audit_classes([(folder, folder, None, None) for folder in args.images], **options), args)
 
 
 if __name__ == "__main__":

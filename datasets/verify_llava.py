@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_decode, add_report_options, check_report_options, tell
+from script_arguments import add_decode, add_report_options, check_report_options, errors_as_messages, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,25 +48,21 @@ def main(argv: list[str] | None = None) -> int:
     # Loads torch and transformers: not for --help
     from llava_piip.data.audit import audit, write_clean
     from llava_piip.data.published import PUBLISHED
-    from piip_core.errors import UserError
 
-    try:
-        if args.what == "files":
-            published, annotations, roots = None, args.annotations, args.image_root
-        else:
-            published = PUBLISHED[args.what]
-            annotations, roots = [args.root / published.annotations], [args.root / published.image_root]
-        options = {"decode": args.decode, "workers": args.workers, "follow_links": args.follow_links}
+    if args.what == "files":
+        published, annotations, roots, advice = None, args.annotations, args.image_root, ""
+    else:
+        published = PUBLISHED[args.what]
+        annotations, roots = [args.root / published.annotations], [args.root / published.image_root]
+        advice = f" (prepare_llava.py {args.what} {args.root} says what is missing)"
+    options = {"decode": args.decode, "workers": args.workers, "follow_links": args.follow_links}
+    with errors_as_messages(advice):
         report = audit(annotations, roots, published=published, **options)
-        tell(report, args)
+        status = tell(report, args)
         if args.clean:
             number = write_clean(report, annotations[0], args.clean)
             print(f"\n{args.clean}: {number} of {report.files[0].entries} entries")
-    except (UserError, OSError) as error:
-        advice = "" if args.what == "files" else f" (prepare_llava.py {args.what} {args.root} says what is missing)"
-        sys.exit(f"error: {error}{advice}")
-    print(f"\n{report.verdict()}")
-    return 0 if report.ok else 1
+    return status
 
 
 if __name__ == "__main__":

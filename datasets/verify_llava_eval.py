@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_decode, add_report_options, check_report_options, tell
+from script_arguments import add_decode, add_report_options, check_report_options, errors_as_messages, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,16 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     # Loads torch and transformers: not for --help
     from llava_piip.eval import find_benchmarks
     from llava_piip.eval.data_check import check_benchmarks
-    from piip_core.errors import UserError
 
-    try:
+    with errors_as_messages():
         benchmarks = find_benchmarks(args.benchmarks)
-        report = check_benchmarks(benchmarks, args.root, decode=args.decode, workers=args.workers)
-        tell(report, args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"\n{report.verdict()}")
-    return 0 if report.ok else 1
+        return tell(check_benchmarks(benchmarks, args.root, decode=args.decode, workers=args.workers), args)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from checkers import Status
 from checkers.detection import rpn
-from piip.modeling.matcher import BestBoxMatcher
-from piip.modeling.rpn import PublishedRPN
+from piip.modeling.mask_rcnn import BestBoxMatcher, PublishedRPN
 from piip.modeling.upernet import SegmentationHead
 from written_cases import GOLDENS, failed, run_path
 

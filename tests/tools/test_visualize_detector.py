@@ -12,7 +12,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.config import instantiate
 
-from piip.data.transforms import keep_ratio_size, resize_bilinear
+from piip.data import KeepRatioResize
 from piip.lazy_config import load_config
 from piip.predict import Predictor
 from piip_core.visualization import network_input
@@ -53,7 +53,9 @@ def test_sees_what_the_detector_sees(tool, checkpoint, original, tmp_path, image
     predictor(original)
     assert name == "piip_digits_mask_rcnn" and torch.equal(scene.pixel_values, seen[0])
     # 230 x 150 in a frame of 192 x 192
-    np.testing.assert_array_equal(scene.image, resize_bilinear(original, 125, 192))
+    np.testing.assert_array_equal(
+        scene.image, KeepRatioResize([(192, 192)]).get_transform(original).apply_image(original)
+    )
 
 
 def test_files(tool, checkpoint, original, tmp_path):
@@ -71,6 +73,6 @@ def test_own_transform_is_the_published_one(original):
         image = original[: size[0], : size[1]] if size[0] <= 150 else original.transpose(1, 0, 2)[: size[0], : size[1]]
         frame = {"long_side": 333, "short_side": 200}
         resized, _ = network_input(image, pixel_mean=(0,) * 3, pixel_std=(1,) * 3, pad_divisor=32, **frame)
-        expected = resize_bilinear(np.ascontiguousarray(image), *keep_ratio_size(*image.shape[:2], **frame))
+        expected = KeepRatioResize([tuple(frame.values())]).get_transform(image).apply_image(image)
         assert resized.shape == expected.shape
         assert np.abs(resized.astype(int) - expected).max() <= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
@@ -19,17 +19,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from piip.bars import draw_bars
-from piip.data import read_image
+from piip.data import Category, read_image
 from piip.predict import Predictor
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
 from piip_core.images import image_endings, image_formats
 
-__all__ = ["InputError", "collect_inputs", "draw_classes", "draw_detections", "draw_segmentation", "run_demo"]
-
-logger = logging.getLogger(__name__)
-
-_ENCODERS = ("libx264", "mpeg4")  # in order of preference; which ones exist depends on how PyAV was built
+__all__ = ["InputError", "collect_inputs", "draw_detections", "run_demo"]
 
 
 class InputError(UserError):
@@ -46,13 +42,13 @@ class _Job:
 
 
 def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_score: float = 0.5) -> list[str]:
-    """Writes a picture or video with the predictions for every input, and `predictions.json` with all of them.
+    """Writes an image or video with the predictions for every input, and `predictions.json` with all of them.
 
     For a detector, the JSON is a list in COCO's result format; "file_name" and "category_name" are added, and image ids
-    count the pictures (for videos, the frames) from 1. For a segmentor, each picture has a label map beside it,
+    count the images (for videos, the frames) from 1. For a segmentor, each image has a label map beside it,
     `NAME_labels.png`, with the values that the data set's label maps have, and the JSON lists the share of every class
-    that was found. For a classifier, pictures have the five best classes as bars beside the image, and the JSON lists
-    them with their scores, best first.
+    that was found. For a classifier, the five best classes are drawn as bars beside the image, and the JSON lists them
+    with their scores, best first.
 
     Args:
         predictor: The detector, segmentor or classifier.
@@ -83,57 +79,18 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
             continue
         image_id += 1
         target = job.target.with_name(f"{job.target.name}_labels.png")
-        picture, found = _predict(predictor, image, image_id, target, min_score, draw_detections)
+        drawn, found = _predict(predictor, image, image_id, target, min_score, draw_detections)
         results += _named(found, str(job.source))
-        _save_picture(picture, job.target.with_name(job.target.name + ".jpg"))
+        with write_atomically(str(job.target.with_name(job.target.name + ".jpg"))) as file:
+            Image.fromarray(drawn).save(file, format="JPEG", quality=92)
     with write_atomically(os.path.join(output, "predictions.json"), "w") as file:
         json.dump(results, file)
     return errors
 
 
 def draw_detections(image: np.ndarray, instances: Instances, predictor: Predictor) -> np.ndarray:
-    """The image with boxes, masks, class names and scores drawn on it.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        instances: Detections in pixels of the image.
-        predictor: Gives the names of the classes.
-
-    Returns:
-        (H, W, 3) uint8, RGB.
-    """
+    """The image (H, W, 3), uint8 RGB, with boxes, masks, class names and scores drawn on it."""
     return Visualizer(image, predictor.metadata).draw_instance_predictions(instances).get_image()
-
-
-def draw_classes(image: np.ndarray, classes: Sequence[tuple[int, float]], predictor: Predictor) -> np.ndarray:
-    """The image with names and scores of classes as bars beside it, or below if it is wide.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        classes: Classes and their scores, from `Predictor.classify`.
-        predictor: Gives the names of the classes.
-
-    Returns:
-        (H', W', 3) uint8, RGB; its size depends on that of the image and the number of classes alone.
-    """
-    return draw_bars(image, [(predictor.category(index).name, score) for index, score in classes])
-
-
-def draw_segmentation(image: np.ndarray, labels: np.ndarray, predictor: Predictor) -> np.ndarray:
-    """The image with the classes of its pixels painted over it and their names.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        labels: Classes (H, W), from `Predictor.segment`.
-        predictor: Gives names and colours of the classes.
-
-    Returns:
-        (H, W, 3) uint8, RGB.
-    """
-    return Visualizer(image, predictor.metadata).draw_sem_seg(labels, alpha=0.5).get_image()
-
-
-_Found = tuple[np.ndarray, list[dict[str, Any]]]  # a picture, and the entries of the JSON
 
 
 def _predict(
@@ -143,40 +100,29 @@ def _predict(
     label_map: Path,
     min_score: float,
     draw: Callable[[np.ndarray, Instances, Predictor], np.ndarray],
-) -> _Found:
-    """What the model makes of an image; `draw` is for detections, which videos have drawn otherwise."""
-    if predictor.task == "segmentation":
-        return _segment(predictor, image, image_id, label_map)
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The image with what the model makes of it, and the entries of the JSON; `draw` is for detections alone."""
+    if predictor.task == "detection":
+        instances = predictor(image, min_score=min_score)
+        return draw(image, instances, predictor), predictor.to_coco(instances, image_id)
     if predictor.task == "classification":
-        return _classify(predictor, image, image_id)
-    instances = predictor(image, min_score=min_score)
-    return draw(image, instances, predictor), predictor.to_coco(instances, image_id)
-
-
-def _classify(predictor: Predictor, image: np.ndarray, image_id: int) -> _Found:
-    classes = predictor.classify(image)
-    found = []
-    for index, score in classes:
-        category = predictor.category(index)
-        entry = {"image_id": image_id, "category_id": category.id, "category_name": category.name, "score": score}
-        found.append(entry)
-    return draw_classes(image, classes, predictor), found
-
-
-def _segment(predictor: Predictor, image: np.ndarray, image_id: int, target: Path) -> _Found:
-    """The picture of a segmentation and what was found; the label map is written to `target`."""
+        classes = [(predictor.category(index), score) for index, score in predictor.classify(image)]
+        drawn = draw_bars(image, [(category.name, score) for category, score in classes])
+        return drawn, [_entry(image_id, category, score=score) for category, score in classes]
     labels = predictor.segment(image)
     classes, counts = np.unique(labels, return_counts=True)
     categories = [predictor.category(int(index)) for index in classes]
     values = np.zeros(int(classes.max()) + 1, dtype=np.uint8)
     values[classes] = [category.id for category in categories]
-    with write_atomically(str(target)) as file:
+    with write_atomically(str(label_map)) as file:
         Image.fromarray(values[labels]).save(file, format="PNG")
-    found = [
-        {"image_id": image_id, "category_id": category.id, "category_name": category.name, "share": count / labels.size}
-        for category, count in zip(categories, counts.tolist(), strict=True)
-    ]
-    return draw_segmentation(image, labels, predictor), found
+    shares = (counts / labels.size).tolist()
+    found = [_entry(image_id, category, share=share) for category, share in zip(categories, shares, strict=True)]
+    return Visualizer(image, predictor.metadata).draw_sem_seg(labels, alpha=0.5).get_image(), found
+
+
+def _entry(image_id: int, category: Category, **found: float) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": category.id, "category_name": category.name, **found}
 
 
 def collect_inputs(inputs: Sequence[str], output: str) -> list[_Job]:
@@ -218,7 +164,6 @@ def _is_video(path: Path) -> bool:
     except Exception:  # Pillow has no common error for "not an image"
         if path.suffix.lower() in image_endings():
             return False  # a broken image; reading it will say so
-    av = _import_av(path)
     try:
         with av.open(str(path)) as container:
             if container.streams.video:
@@ -228,87 +173,34 @@ def _is_video(path: Path) -> bool:
     raise InputError(f"{path}: neither an image nor a video that can be decoded")
 
 
-def _import_av(path: Path) -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise InputError(f"{path}: not an image; reading videos needs PyAV: pip install av") from error
-    return av
-
-
 def _run_on_video(predictor: Predictor, job: _Job, image_id: int, min_score: float) -> tuple[list[dict[str, Any]], int]:
     """Draws every frame; returns what was found and the last image id."""
-    av = _import_av(job.source)
     results: list[dict[str, Any]] = []
     visualizer = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
 
     def draw(image: np.ndarray, instances: Instances, _: Predictor) -> np.ndarray:
         return visualizer.draw_instance_predictions(image, instances).get_image()
 
-    with av.open(str(job.source)) as container:
+    encoder = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    target, written = str(job.target.with_name(job.target.name + ".mp4")), None
+    with av.open(str(job.source)) as container, av.open(target, "w") as output:
         stream = container.streams.video[0]
-        writer = _FrameWriter(av, job.target, stream.average_rate or Fraction(25))
-        try:
-            for frame in tqdm(
-                container.decode(stream), total=stream.frames or None, desc=job.source.name, unit="frame"
-            ):
-                image = frame.to_ndarray(format="rgb24")
-                image_id += 1
-                target = job.target.with_name(f"{job.target.name}_{image_id:06d}_labels.png")
-                picture, found = _predict(predictor, image, image_id, target, min_score, draw)
-                results += _named(found, str(job.source))
-                writer.write(picture)
-        finally:
-            writer.close()
+        for frame in tqdm(container.decode(stream), total=stream.frames or None, desc=job.source.name, unit="frame"):
+            image = frame.to_ndarray(format="rgb24")
+            image_id += 1
+            label_map = job.target.with_name(f"{job.target.name}_{image_id:06d}_labels.png")
+            drawn, found = _predict(predictor, image, image_id, label_map, min_score, draw)
+            results += _named(found, str(job.source))
+            # The pixel format wants even sides
+            drawn = np.ascontiguousarray(drawn[: drawn.shape[0] // 2 * 2, : drawn.shape[1] // 2 * 2])
+            if written is None:
+                written = output.add_stream(encoder, rate=stream.average_rate or Fraction(25))
+                written.height, written.width, written.pix_fmt = *drawn.shape[:2], "yuv420p"
+            output.mux(written.encode(av.VideoFrame.from_ndarray(drawn, format="rgb24")))
+        if written is not None:
+            output.mux(written.encode())
     return results, image_id
-
-
-class _FrameWriter:
-    """Writes frames to an .mp4 file or, without a video encoder, as numbered pictures into a folder."""
-
-    def __init__(self, av: Any, target: Path, rate: Fraction) -> None:
-        self._av, self._target, self._rate = av, target, rate
-        self._encoder = next(
-            (name for name in _ENCODERS if name in av.codecs_available and _can_encode(av, name)), None
-        )
-        self._container: Any = None
-        self._stream: Any = None
-        self._count = 0
-        if self._encoder is None:
-            logger.warning("PyAV has none of the encoders %s: frames of %s are written as pictures", _ENCODERS, target)
-
-    def write(self, image: np.ndarray) -> None:
-        self._count += 1
-        if self._encoder is None:
-            self._target.mkdir(exist_ok=True)
-            _save_picture(image, self._target / f"{self._count:06d}.jpg")
-            return
-        # The pixel format wants even sides
-        image = np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
-        if self._container is None:
-            self._container = self._av.open(str(self._target.with_name(self._target.name + ".mp4")), "w")
-            self._stream = self._container.add_stream(self._encoder, rate=self._rate)
-            self._stream.height, self._stream.width = image.shape[:2]
-            self._stream.pix_fmt = "yuv420p"
-        self._container.mux(self._stream.encode(self._av.VideoFrame.from_ndarray(image, format="rgb24")))
-
-    def close(self) -> None:
-        if self._container is not None:
-            self._container.mux(self._stream.encode())
-            self._container.close()
-
-
-def _can_encode(av: Any, name: str) -> bool:
-    try:
-        return av.Codec(name, "w").is_encoder
-    except (ValueError, av.FFmpegError):
-        return False
 
 
 def _named(results: list[dict[str, Any]], file_name: str) -> Iterator[dict[str, Any]]:
     return ({**result, "file_name": file_name} for result in results)
-
-
-def _save_picture(image: np.ndarray, path: Path) -> None:
-    with write_atomically(str(path)) as file:
-        Image.fromarray(image).save(file, format="JPEG", quality=92)

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from piip.data import Category, DatasetError, coco_categories
-from piip.data.classification.folders import check_same_classes, count_train_images, folder_categories
+from piip.data.classification.folders import folder_categories, get_train_dicts
+from piip.data.dataset import check_same_classes
 from piip.data.segmentation import label_classes
 from piip.setting_types import arguments, check_settings, expected_type, fit, target_of, unregister
 from piip_core.errors import ConfigError
@@ -36,11 +37,9 @@ _KINDS = {"coco": "annotations", "label_maps": "labels", "class_folders": "image
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Loads a LazyConfig and applies `key=value` overrides, which must name things that exist and have their type.
+    """Loads a LazyConfig of Python or YAML, and applies overrides, which must name what exists and have its type.
 
-    Args:
-        config_file: Python or YAML LazyConfig.
-        overrides: Such as "train.max_iter=100"; write "+a.b=1" to add a key.
+    Overrides are such as "train.max_iter=100"; "+a.b=1" adds a key.
 
     Raises:
         ConfigError: If the file does not exist, or an override cannot be parsed, names no existing key or has a value
@@ -139,11 +138,8 @@ def has_test_set(cfg: DictConfig) -> bool:
 def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ...]:
     """Sets `data.num_classes`, which the model's fields refer to, from annotation files, label maps or folders.
 
-    For folders of classes, also `data.train.num_images`, which the length of the training follows.
-
-    Args:
-        cfg: Configuration; one without `data.kind` is left alone.
-        training: Whether the training set is used, or the test set only.
+    For folders of classes, also `data.train.num_images`, which the length of the training follows. Without `training`,
+    the test set alone is asked.
 
     Returns:
         The classes, or nothing for a configuration without `data.kind`.
@@ -175,15 +171,9 @@ def _annotated_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[C
         files.append(cfg.data.test.annotations)
     if not files:
         raise DatasetError("data.test.annotations is null: expected a COCO-format annotation file to evaluate on")
-    categories = coco_categories(files[0])
-    for other in files[1:]:
-        if coco_categories(other) != categories:
-            ours, theirs = ({(c.id, c.name) for c in coco_categories(f)} for f in (files[0], other))
-            raise DatasetError(
-                f"{other} and {files[0]} have different categories: only the first has {sorted(theirs - ours)[:5]}, "
-                f"only the second has {sorted(ours - theirs)[:5]}: expected the same ids and names in both"
-            )
-    return files[0], categories
+    categories = [coco_categories(file) for file in files]
+    check_same_classes(files[0], categories[0], files[-1], categories[-1])
+    return files[0], categories[0]
 
 
 def _folder_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Category, ...]]:
@@ -195,10 +185,10 @@ def _folder_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Cate
         folders.append(test.images)
     if not folders:
         raise DatasetError("data.test.images is null: expected a folder with a sub-folder of images per class")
-    for other in folders[1:]:
-        check_same_classes(folders[0], other)
+    categories = [folder_categories(folder) for folder in folders]
+    check_same_classes(folders[0], categories[0], folders[-1], categories[-1])
     if training and "num_images" in train:
-        train.num_images = count_train_images(train.images, share=share)
+        train.num_images = len(get_train_dicts(train.images, share=share))
         batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=1)
         if train.num_images < batch:
             logger.warning(
@@ -207,7 +197,7 @@ def _folder_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Cate
                 train.num_images,
                 batch,
             )
-    return folders[0], folder_categories(folders[0])
+    return folders[0], categories[0]
 
 
 def skip_pretrained(cfg: DictConfig) -> None:

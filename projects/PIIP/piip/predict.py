@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +20,11 @@ from detectron2.utils.colormap import colormap
 from omegaconf import DictConfig
 from PIL import Image
 from timm.data import ImageNetInfo
-from torch import Tensor, nn
 
 from piip.checkpointer import AtomicCheckpointer, read_categories
 from piip.data import Category, coco_categories
 from piip.data.segmentation import label_classes
+from piip.data.transforms import as_input
 from piip.lazy_config import check_device, data_kind, skip_pretrained
 from piip.modeling.classifier import ImageClassifier
 from piip.published import follow_published
@@ -78,13 +78,14 @@ class Predictor:
         AtomicCheckpointer(self.model, strict=True).load(weights, checkpointables=[])
         if prepare:
             prepare_for_inference(self.model)
-        self.task = _task_of(self.model)
         mapper = cfg.dataloader.test.mapper
         self._image_format = mapper.image_format
-        if self.task == "classification":
-            self._transform: Callable[[np.ndarray], Tensor] = _OfPictures(instantiate(mapper.transform))
+        if isinstance(self.model, ImageClassifier):
+            self.task: Task = "classification"
+            self._transform = instantiate(mapper.transform)
         else:
-            self._transform = _Augmented(AugmentationList(instantiate(mapper.augmentations)))
+            self.task = "segmentation" if isinstance(self.model, SemanticSegmentor) else "detection"
+            self._transform = AugmentationList(instantiate(mapper.augmentations))
         self.metadata = Metadata(name="predictor")
         names = [category.name for category in self.categories]
         if self.task == "segmentation":
@@ -115,11 +116,7 @@ class Predictor:
         return instances[instances.scores >= min_score]
 
     def segment(self, image: np.ndarray, *, image_format: str = "RGB") -> np.ndarray:
-        """Finds the class of every pixel of one image.
-
-        Args:
-            image: (H, W, 3) uint8.
-            image_format: Its channel order, "RGB" or "BGR".
+        """Finds the class of every pixel of one image; image and format as in a detector's call.
 
         Returns:
             Classes (H, W) int64, numbered as in the model.
@@ -131,12 +128,7 @@ class Predictor:
         return self._outputs(image, image_format)["sem_seg"].argmax(dim=0).cpu().numpy()
 
     def classify(self, image: np.ndarray, *, image_format: str = "RGB", top: int = 5) -> list[tuple[int, float]]:
-        """Finds the best classes of one image.
-
-        Args:
-            image: (H, W, 3) uint8.
-            image_format: Its channel order, "RGB" or "BGR".
-            top: How many, if the model has as many.
+        """Finds the `top` best classes of one image, or all if they are fewer; arguments as in a detector's call.
 
         Returns:
             Class, numbered as in the model, and score from 0 to 1 (softmax over all classes), best first.
@@ -161,7 +153,13 @@ class Predictor:
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format={image_format!r}: expected 'RGB' or 'BGR'")
         height, width = image.shape[:2]
-        tensor = self._transform(image if image_format == self._image_format else image[:, :, ::-1])
+        image = image if image_format == self._image_format else image[:, :, ::-1]
+        if self.task == "classification":
+            tensor = torch.as_tensor(self._transform(Image.fromarray(np.ascontiguousarray(image))))
+        else:
+            inputs = AugInput(image)
+            self._transform(inputs)
+            tensor = as_input(inputs.image)
         # The model moves the image to its device, normalises and pads it
         return self.model([{"image": tensor, "height": height, "width": width}])[0]
 
@@ -176,34 +174,6 @@ class Predictor:
             category = self.category(result["category_id"])
             result.update(category_id=category.id, category_name=category.name)
         return results
-
-
-def _task_of(model: nn.Module) -> Task:
-    if isinstance(model, ImageClassifier):
-        return "classification"
-    return "segmentation" if isinstance(model, SemanticSegmentor) else "detection"
-
-
-class _Augmented:
-    """An image (H, W, 3) through Detectron2's augmentations, as a tensor (3, H', W')."""
-
-    def __init__(self, augmentations: AugmentationList) -> None:
-        self._augmentations = augmentations
-
-    def __call__(self, image: np.ndarray) -> Tensor:
-        inputs = AugInput(image)
-        self._augmentations(inputs)
-        return torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-
-
-class _OfPictures:
-    """An image (H, W, 3) through a transform of PIL images, as a tensor (3, H', W')."""
-
-    def __init__(self, transform: Callable[[Image.Image], Any]) -> None:
-        self._transform = transform
-
-    def __call__(self, image: np.ndarray) -> Tensor:
-        return torch.as_tensor(self._transform(Image.fromarray(np.ascontiguousarray(image))))
 
 
 def find_categories(cfg: DictConfig, weights: str, class_names: Sequence[str] | None = None) -> tuple[Category, ...]:
@@ -252,11 +222,5 @@ def _image_classes(num_classes: int, weights: str, class_names: Sequence[str] | 
         names = imagenet.label_names()
     if not names:
         logger.warning("Class names are unknown: the checkpoint does not give them; --class-names does")
-    return tuple(Category(number, _in_words(name, imagenet)) for number, name in enumerate(names))
-
-
-def _in_words(name: str, imagenet: ImageNetInfo) -> str:
-    try:
-        return imagenet.label_name_to_description(name)  # of any synset
-    except KeyError:
-        return name
+    words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | imagenet.label_descriptions(as_dict=True)
+    return tuple(Category(index, words.get(name, name)) for index, name in enumerate(names))

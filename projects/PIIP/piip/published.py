@@ -19,9 +19,8 @@ __all__ = ["follow_published"]
 def follow_published(cfg: DictConfig, weights: str) -> None:
     """Sets `model.config` of a classifier to what the checkpoint holds, if `tools/convert_checkpoint.py` wrote it.
 
-    Args:
-        cfg: LazyConfig; one of another model is left alone.
-        weights: Checkpoint; those of trainings, which have no description of the model, change nothing.
+    Configurations of other models are left alone; checkpoints of trainings do not describe the model and change
+    nothing.
 
     Raises:
         CheckpointError: If the file cannot be read.
@@ -29,8 +28,9 @@ def follow_published(cfg: DictConfig, weights: str) -> None:
     """
     if data_kind(cfg) != "class_folders" or "config" not in cfg.model or not os.path.exists(weights):
         return
-    given, held = instantiate(cfg.model.config), _described(weights)
-    if not isinstance(given, ClassifierConfig) or held is None:
+    given, description = instantiate(cfg.model.config), read_checkpoint(weights).description or {}
+    held = PublishedNames.from_dict(description).config if "config" in description else None
+    if not isinstance(given, ClassifierConfig) or not isinstance(held, ClassifierConfig):
         return
     sizes = [[branch.image_size for branch in config.pyramid.branches] for config in (held, given)]
     if sizes[0] != sizes[1]:
@@ -41,9 +41,3 @@ def follow_published(cfg: DictConfig, weights: str) -> None:
     cfg.model.config = lazy_dataclass(held)
     cfg.model.config.num_classes = "${data.num_classes}"
     cfg.data.num_classes = held.num_classes
-
-
-def _described(weights: str) -> ClassifierConfig | None:
-    description = read_checkpoint(weights).description or {}
-    config = PublishedNames.from_dict(description).config if "config" in description else None
-    return config if isinstance(config, ClassifierConfig) else None

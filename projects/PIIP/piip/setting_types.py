@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -22,56 +23,51 @@ _RESOLVER = "piip.checked"
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 _SETTINGS: dict[str, Any] = {
-    "train": {
-        "output_dir": str,
-        "init_checkpoint": str | None,
-        "device": str,
-        "max_iter": int,
-        "epochs": float,
-        "warmup_epochs": float,
-        "eval_period": int,
-        "log_period": int,
-        "seed": int,
-        "clip_norm": float,
-        "load_pretrained": bool,
-        "amp": {"enabled": bool, "precision": str},
-        "ddp": {"broadcast_buffers": bool, "find_unused_parameters": bool, "fp16_compression": bool},
-        "checkpointer": {"period": int, "max_to_keep": int | None},
-        "ema": {"decay": float | None, "use_warmup": bool},
-        "deepspeed": {
-            "stage": int,
-            "offload_optimizer": bool,
-            "offload_parameters": bool,
-            "bucket_size": int,
-            "config": str | None,
-        },
-    },
-    "data": {
-        "kind": str,
-        "train": {
-            "annotations": str,
-            "images": str,
-            "labels": str,
-            "scales": list[list[int]],
-            "scale": list[int],
-            "ratio_range": list[float],
-            "crop": int | list[int],
-            "num_images": int,
-        },
-        "test": {
-            "annotations": str | None,
-            "images": str | None,
-            "labels": str | None,
-            "scales": list[list[int]],
-            "short_side": int,
-            "share": float,
-        },
-        "classes": str | int | list[str],
-        "reduce_zero_label": bool | None,
-        "num_classes": int,
-        "names_from": str | None,
-        "image_size": int,
-    },
+    "train.output_dir": str,
+    "train.init_checkpoint": str | None,
+    "train.device": str,
+    "train.max_iter": int,
+    "train.epochs": float,
+    "train.warmup_epochs": float,
+    "train.eval_period": int,
+    "train.log_period": int,
+    "train.seed": int,
+    "train.clip_norm": float,
+    "train.load_pretrained": bool,
+    "train.amp.enabled": bool,
+    "train.amp.precision": str,
+    "train.ddp.broadcast_buffers": bool,
+    "train.ddp.find_unused_parameters": bool,
+    "train.ddp.fp16_compression": bool,
+    "train.checkpointer.period": int,
+    "train.checkpointer.max_to_keep": int | None,
+    "train.ema.decay": float | None,
+    "train.ema.use_warmup": bool,
+    "train.deepspeed.stage": int,
+    "train.deepspeed.offload_optimizer": bool,
+    "train.deepspeed.offload_parameters": bool,
+    "train.deepspeed.bucket_size": int,
+    "train.deepspeed.config": str | None,
+    "data.kind": str,
+    "data.train.annotations": str,
+    "data.train.images": str,
+    "data.train.labels": str,
+    "data.train.scales": list[list[int]],
+    "data.train.scale": list[int],
+    "data.train.ratio_range": list[float],
+    "data.train.crop": int | list[int],
+    "data.train.num_images": int,
+    "data.test.annotations": str | None,
+    "data.test.images": str | None,
+    "data.test.labels": str | None,
+    "data.test.scales": list[list[int]],
+    "data.test.short_side": int,
+    "data.test.share": float,
+    "data.classes": str | int | list[str],
+    "data.reduce_zero_label": bool | None,
+    "data.num_classes": int,
+    "data.names_from": str | None,
+    "data.image_size": int,
 }
 _YES_NO = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 _WORDS = {
@@ -142,7 +138,7 @@ def check_settings(cfg: DictConfig) -> None:
                 value = node[key]
             except (MissingMandatoryValue, InterpolationResolutionError):  # OmegaConf's own, where it is used
                 continue
-            if value is not None or _listed(path) is not None:  # what is null elsewhere is often not built at all
+            if value is not None or path in _SETTINGS:  # what is null elsewhere is often not built at all
                 fit(value, _declared(cfg, path, ours=True), path, lenient=False)
             if OmegaConf.is_config(value):
                 pending.append((f"{path}.", value))
@@ -151,24 +147,21 @@ def check_settings(cfg: DictConfig) -> None:
 def expected_type(cfg: DictConfig, key: str) -> Any:
     """The type of a setting such as "train.max_iter": as declared, otherwise that of its present value, or Any."""
     value, hint = OmegaConf.select(cfg, key), _declared(cfg, key)
-    if value is None or (hint is not Any and _fits(value, hint)):
+    if value is None:
         return hint
+    if hint is not Any:
+        with contextlib.suppress(ConfigError):
+            fit(value, hint, key, lenient=False)
+            return hint
     parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else None
     called = isinstance(parent, DictConfig) and "_target_" in parent
     return float if type(value) is int and called else _type_of(value)  # arguments without a type: any number
 
 
-def _listed(key: str) -> Any:
-    found: Any = _SETTINGS
-    for name in key.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    return None if isinstance(found, dict) else found
-
-
 def _declared(cfg: DictConfig, key: str, *, ours: bool = False) -> Any:
-    listed = _listed(key)
-    if listed is not None:
-        return listed
+    """The type of a setting in the table, or of an argument of a LazyCall's target; Any for objects."""
+    if key in _SETTINGS:
+        return _SETTINGS[key]
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if not isinstance(node, DictConfig) or "_target_" not in node:
@@ -177,7 +170,7 @@ def _declared(cfg: DictConfig, key: str, *, ours: bool = False) -> Any:
     if ours and getattr(target, "__module__", "").split(".")[0] not in ("piip", "piip_core"):
         return Any
     hint = arguments(target).get(name, Any)
-    return hint if any(_container(kind) in _WORDS for kind in _options(hint) if kind is not NoneType) else Any
+    return hint if any(_plain(kind) and kind is not NoneType for kind in _options(hint)) else Any
 
 
 def target_of(node: DictConfig) -> Any:
@@ -194,7 +187,6 @@ def target_of(node: DictConfig) -> Any:
 
 def arguments(target: Any) -> dict[str, Any]:
     """Names and types of the arguments that a LazyCall's target takes."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found: dict[str, Any] = {}
     # a class that takes anything else hands it on to the next one
     for taker in target.__mro__ if inspect.isclass(target) else (target,):
@@ -203,18 +195,14 @@ def arguments(target: Any) -> dict[str, Any]:
         except NameError:  # an annotation of what is imported for type checkers only
             parameters = inspect.signature(taker).parameters.values()
         for parameter in parameters:
-            if parameter.kind in named:
-                found.setdefault(parameter.name, _hint(parameter))
-        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            hint, default = parameter.annotation, parameter.default
+            if hint is parameter.empty or isinstance(hint, str):
+                hint = bool if isinstance(default, bool) else Any
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found.setdefault(parameter.name, hint | None if default is None and hint is not Any else hint)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found
-
-
-def _hint(parameter: inspect.Parameter) -> Any:
-    hint = parameter.annotation
-    if hint is inspect.Parameter.empty or isinstance(hint, str):
-        return bool if isinstance(parameter.default, bool) else Any
-    return hint | None if parameter.default is None else hint
 
 
 def _type_of(value: Any) -> Any:
@@ -244,72 +232,65 @@ def fit(value: Any, hint: Any, key: str, *, text: str | None = None, lenient: bo
     """
     number, options = type(value) in (bool, int, float), _options(hint)
     if number or isinstance(value, str):  # no object of a class
-        options = tuple(kind for kind in options if _container(kind) in _WORDS) or options
+        options = tuple(kind for kind in options if _plain(kind)) or options
     if number and str in options and text is not None and str(value) != text:
         return text  # 2024_01 for text or a number: nobody writes numbers like that
-    for allowed in (False, True) if lenient else (False,):
+    for convert in (_strictly, _leniently) if lenient else (_strictly,):
         for kind in options:
-            try:
-                return _as(value, kind, allowed, text)
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                return convert(value, kind, text)
     quote = f" (text that looks like a number is quoted twice: '{key}=\"...\"')" if number and str in options else ""
     written = text if text is not None else "null" if value is None else value
     raise ConfigError(f"{key}={written}: expected {_words(options)}{quote}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    try:
-        fit(value, hint, "", lenient=False)
-    except ConfigError:
-        return False
-    return True
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _container(kind: Any) -> Any:
-    origin = get_origin(kind)
-    return list if origin in (tuple, Sequence) else origin or kind
+def _plain(kind: Any) -> Any:
+    """What a command line can write: bool, int, float, str, list, dict or NoneType; None for objects of classes."""
+    origin = get_origin(kind) or kind
+    plain = list if origin in (tuple, Sequence) else origin
+    return plain if plain in _WORDS else None
 
 
-def _as(value: Any, kind: Any, lenient: bool, text: str | None) -> Any:
-    """The value as one kind, or ValueError; kinds that no command line can write are taken as they are."""
-    plain = _container(kind)
-    if plain not in _WORDS or (isinstance(value, DictConfig) and "_target_" in value):
-        return value
+def _strictly(value: Any, kind: Any, text: str | None, lenient: bool = False) -> Any:
+    """The value, if it has the type or nobody can tell; otherwise ValueError."""
+    plain = _plain(kind)
     if plain is list and isinstance(value, list | tuple | ListConfig):
         return _elements(value, kind, lenient)
-    if plain is dict and isinstance(value, dict | DictConfig):
+    if plain is None or (isinstance(value, DictConfig) and "_target_" in value):
         return value
-    if (type(value) is kind and value == value) or (kind is float and type(value) is int):  # nan is no number
+    if (plain is dict and isinstance(value, dict | DictConfig)) or (kind is float and type(value) is int):
         return value
-    if lenient and kind is bool and str(value).lower() in _YES_NO:
-        return _YES_NO[str(value).lower()]
-    if lenient and kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if lenient and kind is str and text is not None and isinstance(value, bool | int | float):
-        return text
+    if type(value) is kind and value == value:  # nan is no number
+        return value
     raise ValueError
 
 
-def _elements(values: Sequence[Any], kind: Any, lenient: bool) -> Any:
+def _leniently(value: Any, kind: Any, text: str | None) -> Any:
+    """Like `_strictly`, and from other ways of writing a value."""
+    if kind is bool and str(value).lower() in _YES_NO:
+        return _YES_NO[str(value).lower()]
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is str and text is not None and isinstance(value, bool | int | float):
+        return text
+    return _strictly(value, kind, text, lenient=True)
+
+
+def _elements(values: Sequence[Any], kind: Any, lenient: bool) -> list[Any]:
     kinds = [k for k in get_args(kind) if k is not ...] or [Any]
-    if len(kinds) > 1 and len(kinds) != len(values):
-        raise ValueError
-    kinds = kinds if len(kinds) == len(values) else kinds[:1] * len(values)
-    try:
-        return [fit(v, k, "", lenient=lenient) for v, k in zip(values, kinds, strict=True)]
-    except ConfigError as error:
-        raise ValueError from error
+    if len(kinds) == 1:
+        kinds *= len(values)
+    return [fit(value, k, "", lenient=lenient) for value, k in zip(values, kinds, strict=True)]
 
 
-def _words(kinds: tuple[Any, ...]) -> str:
+def _words(kinds: Sequence[Any]) -> str:
     words = []
     for kind in kinds:
         inner = [_words(_options(k)) for k in get_args(kind) if k is not ...]
-        listed = f"a list of [{', '.join(dict.fromkeys(inner))}]" if _container(kind) is list and inner else None
+        listed = f"a list of [{', '.join(dict.fromkeys(inner))}]" if _plain(kind) is list and inner else None
         words.append(listed or _WORDS.get(kind) or getattr(kind, "__name__", str(kind)))
     return " or ".join(words)

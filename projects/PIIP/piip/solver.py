@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fvcore.common.param_scheduler import ParamScheduler
@@ -117,14 +118,24 @@ def classifier_params(
         elif isinstance(module, ClassificationHeads):
             ratios |= dict.fromkeys(module.parameters(), head_lr_ratio)
     exempt = set() if decay_vectors else set(model.no_weight_decay())
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+
+    def settings(name: str, parameter: nn.Parameter) -> tuple[Any, dict[str, float]]:
         ratio = ratios.get(parameter, interaction_lr_ratio)
         decays = decay_vectors or (parameter.ndim > 1 and name not in exempt)
-        settings = {"params": [], "lr": base_lr * ratio, "weight_decay": weight_decay if decays else 0.0}
-        groups.setdefault((ratio, decays), settings)["params"].append(parameter)
+        return (ratio, decays), {"lr": base_lr * ratio, "weight_decay": weight_decay if decays else 0.0}
+
+    return _groups(model, settings)
+
+
+def _groups(
+    model: nn.Module, settings: Callable[[str, nn.Parameter], tuple[Any, dict[str, float]]]
+) -> list[dict[str, Any]]:
+    """What is trained, in groups by the keys that `settings` gives; the first member decides the rest."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key, values = settings(name, parameter)
+            groups.setdefault(key, {"params": [], **values})["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -159,20 +170,11 @@ def layer_decay_params(
         layer_of = ParameterLayers(pyramid)
         layers, last = {p: layer_of(name) for name, p in pyramid.named_parameters()}, layer_of.last
     merging_weights = {module.weights for module in model.modules() if isinstance(module, BranchMerging)}
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+
+    def settings(name: str, parameter: nn.Parameter) -> tuple[Any, dict[str, float]]:
         layer = layers.get(parameter, last)
         decays = parameter in merging_weights or (parameter.ndim != 1 and not name.endswith(".bias"))
-        group = groups.setdefault(
-            (int(layer), decays),
-            {
-                "params": [],
-                "lr": base_lr * decay_rate ** (last - layer),
-                "weight_decay": weight_decay if decays else 0.0,
-                "layer": int(layer),
-            },
-        )
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
+        values = {"lr": base_lr * decay_rate ** (last - layer), "weight_decay": weight_decay if decays else 0.0}
+        return (int(layer), decays), values | {"layer": int(layer)}
+
+    return _groups(model, settings)

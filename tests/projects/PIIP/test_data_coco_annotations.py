@@ -104,7 +104,6 @@ _RLE = {"size": [80, 100], "counts": [810, 20, 60, 20, 7090]}
         ("segmentation", [[_polygon(_BOXES[1]), [1, 1, 2, 2]]]),  # a part without area
         ("segmentation", [_RLE]),
         ("segmentation", [{"size": [80.0, 100.0], "counts": mask_util.frPyObjects(_RLE, 80, 100)["counts"].decode()}]),
-        ("keypoints", [None, [], ["a", 1, 2], [1, 2, math.nan], [1, 2]]),
         ("ignore", [0, None, False, "0"]),
     ],
 )
@@ -295,8 +294,3 @@ def test_a_test_set_may_have_no_annotations(case):
     evaluator = build_coco_evaluator(str(case.write()))
     evaluator.reset()
     assert evaluator.evaluate() == {}
-
-
-def test_keypoints_become_coordinates(case):
-    case.set("keypoints", [1, 2, 2, 3, 4, 1])
-    assert case.trained()[0]["keypoints"] == [1.5, 2.5, 2, 3.5, 4.5, 1]

@@ -106,7 +106,6 @@ def _annotations(draw: st.DrawFn, size: tuple[int, int]) -> tuple[dict[str, Any]
     fields = {"bbox": box, "segmentation": some(masks), "iscrowd": some(_SAME_FLAG[crowd])}
     fields |= {
         "area": some([1, 99.5, 0, None, ..., "7", math.nan, -1, 1e11]),
-        "keypoints": some([..., None, [1, 2, 2], ["x"]]),
     }
     meaning = {"box": box, "crowd": crowd, "mask": mask, "has_area": fields["area"] != 0}
     return fields, meaning

@@ -15,16 +15,9 @@ from detectron2.config import instantiate
 from detectron2.data.transforms import ResizeShortestEdge
 from safetensors.torch import load_file
 
-from piip.data import (
-    KeepRatioResize,
-    OpenCVResizeTransform,
-    ShortSideResize,
-    keep_ratio_size,
-    network_input,
-    resize_bilinear,
-    resize_nearest,
-    short_side_size,
-)
+from checkers.detection.pipeline import network_input
+from piip.data import KeepRatioResize, ShortSideResize
+from piip.data.transforms import OpenCVResizeTransform, keep_ratio_size, short_side_size
 from piip.lazy_config import load_config
 
 
@@ -88,15 +81,9 @@ def test_resize_equals_opencv_bit_for_bit(repo_root, formula_image):
     assert len(cases) == 40
     for case in cases:
         image = formula_image(*case["old"], case["k"], case["channels"])
-        assert _sha256(resize_bilinear(image, *case["new"])) == case["bilinear_sha256"], case
-        assert _sha256(resize_nearest(image, *case["new"])) == case["nearest_sha256"], case
-
-
-def test_grey_image_is_resized_like_a_channel(formula_image):
-    image = formula_image(37, 53, 1)
-    grey = resize_bilinear(image[:, :, 1], 61, 40)
-    assert grey.shape == (61, 40)
-    assert np.array_equal(grey, resize_bilinear(image, 61, 40)[:, :, 1])
+        transform = OpenCVResizeTransform(*case["old"], *case["new"])
+        assert _sha256(transform.apply_image(image)) == case["bilinear_sha256"], case
+        assert _sha256(transform.apply_segmentation(image)) == case["nearest_sha256"], case
 
 
 # Counted with the public code on 640-pixel sides and 150 to 700 pixels on the other
@@ -152,11 +139,7 @@ def test_one_of_several_scales_is_drawn():
 
 def test_what_cannot_be_resized_is_refused():
     with pytest.raises(TypeError, match="expected uint8"):
-        resize_bilinear(np.zeros((4, 4, 3), dtype=np.float32), 8, 8)
-    with pytest.raises(ValueError, match="nothing empty"):
-        resize_bilinear(np.zeros((0, 4, 3), dtype=np.uint8), 8, 8)
-    with pytest.raises(ValueError, match="at least 1 x 1"):
-        resize_nearest(np.zeros((4, 4), dtype=np.uint8), 0, 8)
+        OpenCVResizeTransform(4, 4, 8, 8).apply_image(np.zeros((4, 4, 3), dtype=np.float32))
     with pytest.raises(ValueError, match="long side, short side"):
         KeepRatioResize([1333])
     with pytest.raises(ValueError, match="short_side=0"):

@@ -11,9 +11,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 
-from piip.modeling.box_regression import TwoSidedBox2BoxTransform, weights_from_stds
-from piip.modeling.mask_rcnn import published_mask_rcnn
-from piip.modeling.matcher import BestBoxMatcher
+from piip.modeling.mask_rcnn import BestBoxMatcher, TwoSidedBox2BoxTransform, published_mask_rcnn, weights_from_stds
 from piip_core.meta import on_meta
 
 

@@ -1,22 +1,13 @@
 """Data of the PIIP detectors: the published image pipeline, COCO-format data sets, reproducible loading."""
 
-from .categories import Category
-from .coco import build_coco_evaluator, coco_categories, get_coco_dicts
-from .errors import DatasetError
+from .coco import build_coco_evaluator, get_coco_dicts
+from .coco_check import coco_categories
+from .dataset import Category, DatasetError
 from .images import UnreadableImageError, read_image
 from .loader import TrainLoader, build_train_loader
 from .mapper import CheckedDatasetMapper
 from .multi_scale import MultiScaleCrop
-from .pipeline import network_input
-from .transforms import (
-    KeepRatioResize,
-    OpenCVResizeTransform,
-    ShortSideResize,
-    keep_ratio_size,
-    resize_bilinear,
-    resize_nearest,
-    short_side_size,
-)
+from .transforms import KeepRatioResize, ShortSideResize
 
 __all__ = [
     "Category",
@@ -24,7 +15,6 @@ __all__ = [
     "DatasetError",
     "KeepRatioResize",
     "MultiScaleCrop",
-    "OpenCVResizeTransform",
     "ShortSideResize",
     "TrainLoader",
     "UnreadableImageError",
@@ -32,10 +22,5 @@ __all__ = [
     "build_train_loader",
     "coco_categories",
     "get_coco_dicts",
-    "keep_ratio_size",
-    "network_input",
     "read_image",
-    "resize_bilinear",
-    "resize_nearest",
-    "short_side_size",
 ]

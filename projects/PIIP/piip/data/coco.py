@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -18,42 +17,14 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 
-from .categories import Category
-from .coco_check import CocoFile, check_images_exist, load_coco, load_coco_categories
-from .errors import DatasetError, Findings, first_few
+from .coco_check import CocoFile, check_images_exist, load_coco
+from .dataset import DatasetError, Findings, check_num_classes, first_few
 from .masks import compressed
 
-__all__ = ["build_coco_evaluator", "coco_categories", "get_coco_dicts"]
+__all__ = ["build_coco_evaluator", "get_coco_dicts"]
 
 logger = logging.getLogger(__name__)
-
-
-def coco_categories(annotations: str) -> tuple[Category, ...]:
-    """Classes of an annotation file sorted by id: class k of a model trained on it is entry k.
-
-    Args:
-        annotations: COCO-format JSON file.
-
-    Raises:
-        DatasetError: If the file cannot be used; the message names the entry.
-    """
-    return _categories(annotations, *_version(annotations))
-
-
-def _version(path: str) -> tuple[int, int]:
-    """Changes when the file changes, so that results can be kept per file."""
-    try:
-        status = os.stat(PathManager.get_local_path(path)) if path else None
-    except OSError:
-        status = None  # load_coco_categories explains it
-    return (status.st_mtime_ns, status.st_size) if status else (0, 0)
-
-
-@functools.lru_cache(maxsize=16)
-def _categories(annotations: str, mtime: int, size: int) -> tuple[Category, ...]:
-    return load_coco_categories(annotations)
 
 
 def get_coco_dicts(
@@ -86,12 +57,7 @@ def get_coco_dicts(
     """
     file = load_coco(annotations, training=drop_boxes, require_annotations=filter_empty, require_masks=require_masks)
     check_images_exist(file.data, annotations, images)
-    if num_classes is not None and num_classes != len(file.categories):
-        raise DatasetError(
-            f"{annotations}: {len(file.categories)} categories, but the configuration says data.num_classes="
-            f"{num_classes}. Set data.num_classes={len(file.categories)} (tools/lazyconfig_train_net.py of this "
-            "project does so by itself)"
-        )
+    check_num_classes(len(file.categories), f"{annotations}: {len(file.categories)} categories", num_classes)
     dicts = _standard_dicts(file, images)
     total = len(dicts)
     dicts = [record for record in dicts if min(record["height"], record["width"]) >= min_image_side]
@@ -122,11 +88,9 @@ def _standard_dicts(file: CocoFile, images: str) -> list[dict[str, Any]]:
 def _standard_annotation(annotation: dict[str, Any], classes: dict[int, int]) -> dict[str, Any]:
     found = {key: annotation[key] for key in ("iscrowd", "bbox")}
     found |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": classes[annotation["category_id"]]}
-    mask, keypoints = annotation.get("segmentation"), annotation.get("keypoints")
+    mask = annotation.get("segmentation")
     if mask:
         found["segmentation"] = compressed(mask) if isinstance(mask, dict) else mask
-    if keypoints:  # COCO's are indices of pixels, Detectron2's coordinates
-        found["keypoints"] = [value if n % 3 == 2 else value + 0.5 for n, value in enumerate(keypoints)]
     return found
 
 
@@ -156,7 +120,7 @@ def build_coco_evaluator(
     Args:
         annotations: COCO-format JSON file with the ground truth.
         output_dir: Folder for the detections in COCO's result format; None writes nothing.
-        tasks: Some of "bbox", "segm", "keypoints"; by default what the predictions hold, or boxes alone if
+        tasks: "bbox" and "segm", or one of them; by default what the predictions hold, or boxes alone if
             `require_masks` is False and an object has no mask.
         require_masks: Whether every object must have a mask. None: if `tasks` say so, or any object has one.
         kwargs: Other arguments of `COCOEvaluator`.

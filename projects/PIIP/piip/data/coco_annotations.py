@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import Findings
+from .dataset import Findings
 from .masks import BadMaskError, check_mask, mask_area
 
 __all__ = ["check_annotations", "whole_number"]
@@ -61,8 +61,8 @@ def check_annotations(
     """
     kept: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in images}
     check = _Check(images, category_ids, found, training, require_masks)
-    for number, annotation in enumerate(annotations):
-        if check.usable(annotation, number):
+    for index, annotation in enumerate(annotations):
+        if check.usable(annotation, index):
             kept[annotation["image_id"]].append(annotation)
     found.raise_errors()
     _note_twins(kept, found)
@@ -81,14 +81,13 @@ class _Check:
     require_masks: bool
     changed: bool = False
 
-    def usable(self, annotation: dict[str, Any], number: int) -> bool:
+    def usable(self, annotation: dict[str, Any], index: int) -> bool:
         """Mends an annotation; False if it is to be left out, or an error was found."""
-        name = _name(annotation, number)
+        name = _name(annotation, index)
         image = self._references(annotation, name)
         if not image or not self._box(annotation, name) or not self._flags(annotation, name):
             return False
         room = self._mask(annotation, name, image)
-        self._keypoints(annotation, name)
         self._area(annotation, name)
         return self._room(annotation, name, image) and room
 
@@ -175,16 +174,6 @@ class _Check:
             self.found.note("masks without a pixel in the image are dropped with their objects", name)
         return not empty
 
-    def _keypoints(self, annotation: dict[str, Any], name: str) -> None:
-        points = annotation.get("keypoints")
-        if not points:
-            return
-        good = isinstance(points, list) and len(points) % 3 == 0 and _NUMBERS.issuperset(map(type, points))
-        if not (good and all(-_FAR <= value <= _FAR for value in points)):
-            self.found.note("keypoints are not numbers x, y, visibility, ... and left out", name)
-            del annotation["keypoints"]
-            self.changed = True
-
     def _area(self, annotation: dict[str, Any], name: str) -> None:
         area = annotation.get("area")
         if type(area) in _NUMBERS and 0 <= area <= _LARGEST_AREA:
@@ -219,9 +208,9 @@ class _Check:
         annotation[key], self.changed = value, True
 
 
-def _name(annotation: Mapping[str, Any], number: int) -> str:
+def _name(annotation: Mapping[str, Any], index: int) -> str:
     value = annotation.get("id")
-    return f"annotation {value if type(value) is int else f'number {number}'}"
+    return f"annotation {value if type(value) is int else f'number {index}'}"
 
 
 def _note_twins(kept: Mapping[int, Sequence[Mapping[str, Any]]], found: Findings) -> None:
@@ -240,10 +229,10 @@ def _number(annotations: Sequence[dict[str, Any]], found: Findings) -> bool:
     ids = [annotation.get("id") for annotation in annotations]
     ids = [value if type(value) is int and 0 < value < _LARGEST_ID else None for value in ids]
     count = Counter(ids)
-    bad = [number for number, value in enumerate(ids) if value is None or count[value] > 1]
-    for number in bad:
+    bad = [index for index, value in enumerate(ids) if value is None or count[value] > 1]
+    for index in bad:
         kind = "annotation ids are not integers above 0 of one annotation each, so all are numbered anew"
-        found.note(kind, _name(annotations[number], number))
+        found.note(kind, _name(annotations[index], index))
     if bad:
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number

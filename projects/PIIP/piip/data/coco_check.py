@@ -16,11 +16,10 @@ from PIL import Image
 
 from piip_core.images import spellings
 
-from .categories import Category
 from .coco_annotations import check_annotations, whole_number
-from .errors import DatasetError, Findings
+from .dataset import Category, DatasetError, Findings, existing_folder
 
-__all__ = ["CocoFile", "check_images_exist", "load_coco", "load_coco_categories"]
+__all__ = ["CocoFile", "check_images_exist", "coco_categories", "load_coco"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +94,8 @@ def load_coco(
     return CocoFile(path, data, categories, by_image, unseen, mended or changed)
 
 
-def load_coco_categories(path: str) -> tuple[Category, ...]:
-    """Classes of an annotation file, sorted by id, whatever else it holds.
+def coco_categories(path: str) -> tuple[Category, ...]:
+    """Classes of an annotation file sorted by id: class k of a model trained on it is entry k.
 
     Raises:
         DatasetError: If the file cannot be read, or a category lacks a name or an id of its own.
@@ -107,24 +106,12 @@ def load_coco_categories(path: str) -> tuple[Category, ...]:
 
 
 def check_images_exist(data: dict[str, Any], path: str, images: str) -> None:
-    """Checks that every image of an annotation file lies under a folder; lists each folder once, opens nothing.
-
-    Args:
-        data: Of `load_coco`.
-        path: Its path, for messages.
-        images: Folder that the file names are relative to.
+    """Checks that every image of `load_coco`'s data from `path` lies under the folder `images`; opens none.
 
     Raises:
         DatasetError: If the folder or an image is missing, or a file name points out of the folder.
     """
-    local = PathManager.get_local_path(images) if images else ""
-    if not os.path.isdir(local):
-        kind = "is a file" if os.path.isfile(local) else "no such folder"
-        raise DatasetError(
-            f"{images}: {kind} (looked from {os.getcwd()}): expected the folder with the images of {path}. "
-            "Set data.train.images and data.test.images, or DETECTRON2_DATASETS for the standard layout"
-        )
-    root = os.path.abspath(local)
+    root = os.path.abspath(existing_folder(images, f"the folder with the images of {path}"))
     names: dict[str, list[dict[str, Any]]] = defaultdict(list)
     found = Findings(path)
     for image in data["images"]:
@@ -190,15 +177,12 @@ def _read(path: str) -> tuple[dict[str, Any], bool]:
 
 
 def _check_lists(data: dict[str, Any], path: str, required: Sequence[str]) -> None:
-    for key in required:
-        if not isinstance(data.get(key), list):
+    for key in ("images", "categories", "annotations"):
+        if not isinstance(data.get(key, None if key in required else []), list):
             found = type(data[key]).__name__ if key in data else f"only {sorted(data)}"
             raise DatasetError(f"{path}: expected a list under '{key}', found {found}: not COCO format")
-        if not data[key]:
+        if key in required and not data[key]:
             raise DatasetError(f"{path}: the list '{key}' is empty: expected at least one entry")
-    if not isinstance(data.get("annotations", []), list):
-        found = type(data["annotations"]).__name__
-        raise DatasetError(f"{path}: expected a list under 'annotations', found {found}: not COCO format")
 
 
 def _check_objects(entry: str, items: Sequence[Any], path: str) -> None:

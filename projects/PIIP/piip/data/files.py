@@ -7,69 +7,52 @@ import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cache
+from pathlib import Path
 
-from .errors import DatasetError, first_few
+from .dataset import DatasetError, first_few
 
 __all__ = ["find_files", "leads_up", "named_endings", "warn_left_out"]
 
 logger = logging.getLogger(__name__)
 
+_warn_once = cache(logger.warning)  # folders are listed several times
 
-def find_files(folder: str, endings: Collection[str], above: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Looks for files in a folder and those below it, in the order of their names.
+
+def find_files(folder: str, endings: Collection[str]) -> tuple[list[str], list[str]]:
+    """Looks for files in a folder and those below it, in the order of their folders and names.
 
     Hidden files and folders are left out. Links to folders are followed, but not where they lead back up.
 
-    Args:
-        folder: Where to look.
-        endings: In lower case, with the dot; files may have them in upper case.
-        above: Real paths of folders that no link leads back to, beside those on the way.
-
     Returns:
-        Paths of the files with one of the endings, and of the others.
+        Paths of the files with one of the `endings` (lower case, with the dot; in files also upper case), and of the
+        others.
 
     Raises:
         DatasetError: If a folder cannot be listed.
     """
     found, others = [], []
-    above = (*above, os.path.realpath(folder))
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DatasetError(f"{folder}: cannot be listed ({error.strerror}): expected a readable folder") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if not _is_folder(entry):
-            (found if os.path.splitext(entry.name)[1].lower() in endings else others).append(entry.path)
-        elif not leads_up(entry.path, above):
-            for files, more in zip((found, others), find_files(entry.path, endings, above), strict=True):
-                files += more
-    # Files of a folder before those of folders in it
-    return sorted(found, key=os.path.split), others
+    for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "." and not leads_up(os.path.join(root, name))]
+        for name in names:
+            if name[0] != ".":
+                known = os.path.splitext(name)[1].lower() in endings
+                (found if known else others).append(os.path.join(root, name))
+    return sorted(found, key=os.path.split), sorted(others, key=os.path.split)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()  # asks the disk for links alone
-    except OSError:  # a link to itself
-        return False
+def _refuse(error: OSError) -> None:
+    raise DatasetError(f"{error.filename}: cannot be listed ({error.strerror}): expected a readable folder") from error
 
 
-def leads_up(folder: str, above: Sequence[str]) -> bool:
-    """Whether a folder is a link to one of those above it, or to one that holds them; if so, a warning says it."""
+def leads_up(folder: str) -> bool:
+    """Whether a folder is a link to one that it lies in; if so, a warning says it."""
     if not os.path.islink(folder):
         return False
     target = os.path.realpath(folder).rstrip(os.sep) + os.sep
-    up = any(f"{place}{os.sep}".startswith(target) for place in above)
+    up = any(f"{os.path.realpath(above)}{os.sep}".startswith(target) for above in Path(os.path.abspath(folder)).parents)
     if up:
-        _warn_of_link(folder)
+        _warn_once("%s: is a link to a folder that it lies in, and is not followed", folder)
     return up
-
-
-@cache  # folders are listed several times
-def _warn_of_link(folder: str) -> None:
-    logger.warning("%s: is a link to a folder that it lies in, and is not followed", folder)
 
 
 def named_endings(endings: Sequence[str]) -> str:

@@ -12,33 +12,13 @@ __all__ = ["UnreadableImageError", "read_image", "read_image_size"]
 
 
 def read_image_size(path: str) -> tuple[int, int]:
-    """Reads only the header of an image file.
-
-    Returns:
-        Height and width, after EXIF rotation.
-
-    Raises:
-        UnreadableImageError: If it is not an image, or holds more than 8 bits per channel.
-        ImageTooLargeError: If it has more pixels than Pillow's limit.
-    """
+    """Height and width of an image after EXIF rotation, from its header alone; errors as in `read_image`."""
     with opened_image(path, PathManager.open) as image:
         images.check_values(path, image)
         return image_size(image)
 
 
 def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
-    """Reads an image file as `piip_core.images.read_image`, in Detectron2's order of channels.
-
-    Args:
-        path: Image file.
-        image_format: "RGB" or "BGR".
-
-    Returns:
-        (H, W, 3) uint8.
-
-    Raises:
-        UnreadableImageError: If the file is missing, empty, truncated, no image, or not 8 bits per channel.
-        ImageTooLargeError: If it has more pixels than Pillow's limit.
-    """
+    """`piip_core.images.read_image` in Detectron2's order of channels: (H, W, 3) uint8, "RGB" or "BGR"."""
     pixels = images.read_image(path, PathManager.open)
     return pixels[:, :, ::-1] if image_format == "BGR" else pixels

@@ -15,7 +15,7 @@ from detectron2.data import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .errors import DatasetError
+from .dataset import DatasetError
 
 __all__ = ["TrainBatchSampler", "TrainLoader", "build_train_loader", "derive_seed", "fixed_random_state"]
 

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN by the published rules, where Detectron2's differ."""
+"""Cascade Mask R-CNN by MMDetection's rules, those of the published detectors, where Detectron2's differ."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from detectron2.utils.events import get_event_storage
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from .box_regression import CASCADE_STDS, TwoSidedBox2BoxTransform, weights_from_stds
-from .mask_rcnn import published_rpn
+from .mask_rcnn import CASCADE_STDS, TwoSidedBox2BoxTransform, published_rpn, weights_from_stds
 
 __all__ = ["PublishedCascadeROIHeads", "published_cascade_mask_rcnn"]
 
 
 class PublishedCascadeROIHeads(CascadeROIHeads):
-    """Detectron2's cascade heads with the published scores, masks and training.
+    """Detectron2's cascade heads with the scores, masks and training of MMDetection.
 
     - Scores are the softmax of the stages' mean logits; Detectron2 averages their softmaxes.
     - Every stage has its mask head, and their probabilities are averaged; Detectron2 has one.
@@ -146,7 +145,7 @@ def _marked(boxes: Boxes, image_size: tuple[int, int], *, truth: bool = False) -
 
 
 def published_cascade_mask_rcnn() -> DictConfig:
-    """LazyConfig node of Cascade Mask R-CNN with an FPN; the backbone is still Detectron2's ResNet."""
+    """LazyConfig node of MMDetection's Cascade Mask R-CNN; the backbone is still Detectron2's ResNet with an FPN."""
     model = model_zoo.get_config("common/models/cascade_rcnn.py").model
     rpn, roi_heads = published_rpn(model.proposal_generator), model.roi_heads
     rpn.anchor_boundary_thresh = 0

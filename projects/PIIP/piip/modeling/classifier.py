@@ -59,7 +59,7 @@ class ImageClassifier(PIIPClassifier):
         self.random_erasing, self.mixup = random_erasing, mixup
         if mixup is not None and mixup.num_classes != config.num_classes:
             raise ConfigError(f"model.mixup.num_classes={mixup.num_classes}: expected {config.num_classes}")
-        self.loss = (_soft_loss() if mixup else _label_loss(label_smoothing)) if loss is None else loss
+        self.loss = loss or _cross_entropy(mixup, label_smoothing)
         self.set_grad_checkpointing(use_act_checkpoint)
         if pretrained and not next(self.parameters()).is_meta:
             load_pretrained(self)
@@ -73,7 +73,7 @@ class ImageClassifier(PIIPClassifier):
 
         Args:
             batched_inputs: Per image "image" (3, H, W), values as in a file, all of one size; in training "label", the
-                number of its class.
+                index of its class.
 
         Returns:
             {"loss_cls": mean loss}, or per image {"scores": logits (num_classes,) float32}.
@@ -113,9 +113,7 @@ class ImageClassifier(PIIPClassifier):
         return torch.tensor([entry["label"] for entry in batched_inputs], device=self.device)
 
 
-def _soft_loss() -> nn.Module:
-    return SoftTargetCrossEntropy()
-
-
-def _label_loss(smoothing: float) -> nn.Module:
+def _cross_entropy(mixup: Mixup | None, smoothing: float) -> nn.Module:
+    if mixup:
+        return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

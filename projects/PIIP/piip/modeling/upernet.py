@@ -127,10 +127,7 @@ class UperNetHead(SegmentationHead):
     """Pyramid pooling on the coarsest map, a feature pyramid over all of them, and their fusion on the finest grid.
 
     Args:
-        input_shape (dict[str, ShapeSpec]): two or more backbone maps.
-        num_classes (int): see `SegmentationHead`.
-        channels (int): width of every layer.
-        norm (str): norm behind the convolutions, a name that Detectron2's `get_norm` knows. Published: "SyncBN";
+        norm (str): norm after the convolutions, a name that Detectron2's `get_norm` knows. Published: "SyncBN";
             "naiveSyncBN" does the same where several processes train on CPUs.
         pool_scales (Sequence[int]): sides of the grids to which pyramid pooling averages.
         kwargs: as for `SegmentationHead`.
@@ -192,9 +189,6 @@ class FCNHead(SegmentationHead):
     """Convolutions and a classifier on one backbone map: the auxiliary head of training.
 
     Args:
-        input_shape (dict[str, ShapeSpec]): the one map.
-        num_classes (int): see `SegmentationHead`.
-        channels (int): width of the convolutions.
         num_convs (int): 3x3 convolutions before the classifier.
         norm (str): as for `UperNetHead`.
         kwargs: as for `SegmentationHead`.

@@ -9,7 +9,7 @@ from checkers import Check, GoldenCase
 from checkers.losses import recorded_loss
 from piip.modeling.dino.denoising import DenoisingQueries
 from piip.modeling.dino.positions import Levels, map_encoding, padding_masks
-from piip.modeling.dino.two_stage import Selection, grid_proposals
+from piip.modeling.dino.transformer import Selection, grid_proposals
 
 from .dino_model import build_dino, check_gradients, check_selected, given_images, given_maps, record_outputs
 

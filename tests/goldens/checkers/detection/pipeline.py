@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data.transforms import Augmentation
+from detectron2.data.transforms import AugInput, Augmentation, AugmentationList
+from detectron2.structures import ImageList
 from torch import Tensor
 
 from checkers import Check, GoldenCase
-from piip.data import KeepRatioResize, ShortSideResize, network_input
+from piip.data import KeepRatioResize, ShortSideResize
 from piip_core.errors import NotSupportedYet
 
 from .model import require
 
-__all__ = ["synthetic_image", "verify_test_pipeline"]
+__all__ = ["network_input", "synthetic_image", "verify_test_pipeline"]
 
 
 def verify_test_pipeline(case: GoldenCase) -> Check:
@@ -55,6 +56,27 @@ def _resize(scale: Sequence[int], steps: Mapping[str, Mapping[str, Any]]) -> Aug
         require("keep_ratio and setr_multi_scale", settings["keep_ratio"] and settings["setr_multi_scale"], True)
         return ShortSideResize(max(min(scale), settings["crop_size"][0]))
     raise NotSupportedYet(f"test pipeline with {', '.join(sorted(kind))}")
+
+
+def network_input(
+    image: np.ndarray,
+    augmentations: Sequence[Augmentation],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size_divisibility: int,
+    image_format: str = "RGB",
+) -> Tensor:
+    """Resizes, normalises and pads (H, W, 3) uint8 as `dataloader.test.mapper` and `GeneralizedRCNN` do together.
+
+    Returns:
+        (1, 3, H', W') float32, channels in RGB order.
+    """
+    inputs = AugInput(image[:, :, ::-1] if image_format == "BGR" else image)
+    AugmentationList(augmentations)(inputs)
+    resized = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+    normalised = (resized - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    return ImageList.from_tensors([normalised], size_divisibility).tensor
 
 
 def synthetic_image(case: GoldenCase, image: Mapping[str, Any]) -> np.ndarray:

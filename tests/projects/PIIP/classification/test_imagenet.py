@@ -73,11 +73,11 @@ def root(tmp_path, monkeypatch):
 
 
 def prepare(root, **kwargs):
-    return prepare_imagenet(root, progress=False, splits=SPLITS, **kwargs)
+    return prepare_imagenet(root, splits=SPLITS, **kwargs)
 
 
 def audit(root, **kwargs):
-    return audit_imagenet(root, progress=False, splits=SPLITS, **kwargs)
+    return audit_imagenet(root, splits=SPLITS, **kwargs)
 
 
 def test_the_archives_become_folders_of_classes(root):
@@ -144,6 +144,6 @@ def test_everything_that_is_wrong_is_reported(root, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["sets"][0]["images"] == {"n01000001": 3, "n02000002": 2}
     assert audit(root, decode=False).sets[0].problems == []
-    assert audit_classes([("mine", str(train), None, None)], progress=False, decode=False).ok
-    nowhere = audit_classes([("mine", str(root / "nowhere"), None, None)], progress=False)
+    assert audit_classes([("mine", str(train), None, None)], decode=False).ok
+    nowhere = audit_classes([("mine", str(root / "nowhere"), None, None)])
     assert [kind for kind, _, _ in nowhere.sets[0].problems] == ["folder unusable"]

@@ -13,8 +13,9 @@ pytest.importorskip("detectron2")
 from PIL import Image
 
 from piip.data import DatasetError
+from piip.data.audit import Audit
 from piip.data.segmentation.ade20k import FOLDER, Split, audit_ade20k, prepare_ade20k
-from piip.data.segmentation.audit import LabelAudit, audit_label_maps
+from piip.data.segmentation.audit import audit_label_maps
 from piip.data.segmentation.classes import label_classes
 from piip_core.archives import ArchiveError
 
@@ -42,11 +43,11 @@ def root(tmp_path):
 
 
 def _prepare(root, **kwargs):
-    return prepare_ade20k(root, progress=False, splits=SPLITS, **kwargs)
+    return prepare_ade20k(root, splits=SPLITS, **kwargs)
 
 
 def _audit(root):
-    return audit_ade20k(root, progress=False, splits=SPLITS)
+    return audit_ade20k(root, splits=SPLITS)
 
 
 def test_the_archive_becomes_a_data_set_without_problems(root):
@@ -54,12 +55,12 @@ def test_the_archive_becomes_a_data_set_without_problems(root):
     assert (root / FOLDER / "annotations" / "validation" / "ADE_00000001.png").is_file()
     assert _prepare(root) is None  # nothing to be done
     found = _audit(root)
-    assert found.ok and [part.pairs for part in found.sets] == [2, 1]
+    assert found.ok and [part.details["pairs"] for part in found.sets] == [2, 1]
     for part in found.sets:
         values = [np.asarray(Image.open(path)) for path in (root / FOLDER / "annotations" / part.title).iterdir()]
         whole = np.concatenate(values, axis=None)
-        assert part.ignored == pytest.approx((whole == 0).mean())
-        assert part.classes_seen == len(set(whole.tolist()) - {0})
+        assert part.details["ignored"] == pytest.approx((whole == 0).mean())
+        assert part.columns["classes seen"] == f"{len(set(whole.tolist()) - {0})} of 150"
 
 
 def test_an_interrupted_or_damaged_folder_is_completed(root):
@@ -114,8 +115,6 @@ def test_everything_wrong_is_reported(root, tmp_path):
 
 def test_another_number_of_images_is_a_problem(shared_files):
     classes = label_classes(str(shared_files.classes))
-    found = audit_label_maps(
-        str(shared_files.images), str(shared_files.labels), classes, expected=7, workers=2, progress=False
-    )
+    found = audit_label_maps(str(shared_files.images), str(shared_files.labels), classes, expected=7, workers=2)
     assert [kind for kind, _, _ in found.problems] == ["number of images"] and not found.warning
-    assert "6 images with a label map: expected 7" in LabelAudit([found]).summary()
+    assert "6 images with a label map: expected 7" in Audit([found]).summary()

@@ -14,7 +14,8 @@ pytest.importorskip("detectron2")
 from PIL import Image
 
 from piip.data import DatasetError, UnreadableImageError
-from piip.data.segmentation import SemSegDatasetMapper, find_pairs, folders, get_sem_seg_dicts
+from piip.data.segmentation import SemSegDatasetMapper, folders, get_sem_seg_dicts
+from piip.data.segmentation.folders import find_pairs
 from piip_core.images import ImageTooLargeError
 
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torchvision.ops import generalized_box_iou
 
 from piip.modeling.dino import DINOCriterion, HungarianMatcher, criterion
-from piip.modeling.dino.boxes import generalized_iou, inverse_sigmoid
-from piip.modeling.dino.targets import Target
+from piip.modeling.dino.boxes import Target, generalized_iou, inverse_sigmoid
 
 CLASSES, QUERIES = 4, 6
 SCALE = torch.tensor([200.0, 100.0, 200.0, 100.0])

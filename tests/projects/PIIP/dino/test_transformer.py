@@ -9,7 +9,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 
 from piip.modeling.dino import DINOTransformer, positions
 from piip.modeling.dino.positions import Levels, map_encoding, padding_masks
-from piip.modeling.dino.two_stage import grid_proposals, select_proposals
+from piip.modeling.dino.transformer import grid_proposals, select_proposals
 
 WIDTH = 16
 

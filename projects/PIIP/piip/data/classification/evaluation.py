@@ -31,11 +31,7 @@ class TopKEvaluator(DatasetEvaluator):
         self._images, self._hits = 0, dict.fromkeys(self.topk, 0)
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Counts the images of a batch.
-
-        Args:
-            inputs: Per image "label", the number of its class.
-            outputs: Per image "scores" (num_classes,).
+        """Counts a batch: "label" of its inputs, the index of the class, and "scores" (num_classes,) of its outputs.
 
         Raises:
             ValueError: If a score is not a number.

@@ -14,13 +14,10 @@ from tqdm import tqdm
 
 from piip_core.images import image_endings
 
-from ..categories import Category
-from ..errors import DatasetError, first_few
+from ..dataset import Category, DatasetError, check_num_classes, check_same_classes, existing_folder, first_few
 from ..files import find_files, leads_up, named_endings, warn_left_out
 
 __all__ = [
-    "check_same_classes",
-    "count_train_images",
     "folder_categories",
     "get_test_dicts",
     "get_train_dicts",
@@ -29,7 +26,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_EXPECTED = "expected one sub-folder of images per class (FOLDER/dog/1.jpg, FOLDER/cat/2.jpg)"
+_EXPECTED = "one sub-folder of images per class (FOLDER/dog/1.jpg, FOLDER/cat/2.jpg)"
 
 
 def folder_categories(images: str) -> tuple[Category, ...]:
@@ -40,23 +37,17 @@ def folder_categories(images: str) -> tuple[Category, ...]:
     Raises:
         DatasetError: If there is no such folder, or no class in it, or two whose names look alike.
     """
-    return tuple(Category(number, name) for number, name in enumerate(_class_folders(images)))
+    return tuple(Category(index, name) for index, name in enumerate(_class_folders(images)))
 
 
 def _class_folders(images: str) -> dict[str, str]:
     """Name and path of every class, in the order of the names."""
-    root = PathManager.get_local_path(images) if images else ""
-    if not os.path.isdir(root):
-        kind = "is a file" if os.path.isfile(root) else "no such folder"
-        raise DatasetError(
-            f"{images}: {kind} (looked from {os.getcwd()}): {_EXPECTED}. Set data.train.images and data.test.images, "
-            "or DETECTRON2_DATASETS for the standard layout"
-        )
+    root = existing_folder(images, _EXPECTED)
     with os.scandir(root) as entries:
         found = [entry for entry in entries if not entry.name.startswith(".") and os.path.isdir(entry.path)]
-    found = [entry for entry in found if not leads_up(entry.path, (os.path.realpath(root),))]
+    found = [entry for entry in found if not leads_up(entry.path)]
     if not found:
-        raise DatasetError(f"{images}: has no sub-folders: {_EXPECTED}")
+        raise DatasetError(f"{images}: has no sub-folders: expected {_EXPECTED}")
     folders = {unicodedata.normalize("NFC", entry.name): entry.path for entry in found}
     if len(folders) < len(found):
         alike = [entry.path for entry in found if entry.path not in folders.values()]
@@ -67,29 +58,12 @@ def _class_folders(images: str) -> dict[str, str]:
     return dict(sorted(folders.items()))
 
 
-def check_same_classes(images: str, others: str) -> None:
-    """Compares the classes of two folders.
-
-    Raises:
-        DatasetError: If they are different.
-    """
-    first, second = ([category.name for category in folder_categories(folder)] for folder in (images, others))
-    if first != second:
-        missing = [name for name in first if name not in set(second)]
-        more = [name for name in second if name not in set(first)]
-        raise DatasetError(
-            f"{others} and {images} have different classes (sub-folders): only the first has "
-            f"{first_few(more) or 'none'}, only the second has {first_few(missing) or 'none'}: expected the same in "
-            "both"
-        )
-
-
 def get_train_dicts(images: str, *, share: float = 0.0, num_classes: int | None = None) -> list[dict[str, Any]]:
-    """Training images of a folder, without the held-out ones.
+    """Training images of a folder, without the `share` that is held out: see `get_test_dicts`.
 
     Args:
         images: Folder with one sub-folder per class; folders in those count, hidden files do not.
-        share: Part of every class that is held out; see `get_test_dicts`.
+        share: Part of every class that is held out.
         num_classes: If given, the number of classes that there must be.
 
     Returns:
@@ -98,14 +72,13 @@ def get_train_dicts(images: str, *, share: float = 0.0, num_classes: int | None 
     Raises:
         DatasetError: If the folder, a class in it or an argument cannot be used.
     """
-    _check_number(images, num_classes)
-    return [{"file_name": path, "label": label} for path, label in _divided(images, share)[0]]
+    return _divided(images, share, num_classes)[0]
 
 
 def get_test_dicts(
     images: str | None, *, train_images: str = "", share: float = 0.0, num_classes: int | None = None
 ) -> list[dict[str, Any]]:
-    """Test images: of a folder of their own, or held out of the training images.
+    """Test images: of a folder of their own, or held out of the training images; otherwise as `get_train_dicts`.
 
     Of every class with n images, round(share * n) are held out, at least one and at most n - 1: those that come first
     in the order of the SHA-256 of their path below the folder. So the choice is arbitrary, and stays when images of
@@ -115,59 +88,41 @@ def get_test_dicts(
         images: Folder with the same sub-folders as `train_images`; not read if `share` is not 0.
         train_images: Folder of the training images.
         share: Part of every class that is held out.
-        num_classes: As in `get_train_dicts`.
-
-    Returns:
-        As `get_train_dicts`.
-
-    Raises:
-        DatasetError: If a folder, a class in it or an argument cannot be used.
+        num_classes: If given, the number of classes that there must be.
     """
     folder = train_images if share else images
-    _check_number(folder, num_classes)
+    train, held_out = _divided(folder, share, num_classes)
     if not share and os.path.isdir(PathManager.get_local_path(train_images)):
         try:
-            check_same_classes(train_images, images)
+            check_same_classes(train_images, folder_categories(train_images), images, folder_categories(images))
         except DatasetError as error:  # the model may have been trained on others
             logger.warning("%s", error)
-    found = _divided(folder, share)[1] if share else _read(folder)
-    return [{"file_name": path, "label": label} for path, label in found]
+    return held_out if share else train
 
 
-def count_train_images(images: str, *, share: float = 0.0) -> int:
-    """Number of the images that `get_train_dicts` gives."""
-    return len(_divided(images, share)[0])
-
-
-def _check_number(images: str, num_classes: int | None) -> None:
-    found = len(folder_categories(images))
-    if num_classes not in (None, found):
-        raise DatasetError(
-            f"{images}: {found} classes (sub-folders), but the configuration says data.num_classes={num_classes}. Set "
-            f"data.num_classes={found} (tools/lazyconfig_train_net.py of this project does so by itself)"
-        )
-
-
-def _divided(images: str, share: float) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Images to train on and held-out ones."""
+def _divided(images: str, share: float, num_classes: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records to train on, and held-out ones."""
+    number = len(folder_categories(images))
+    check_num_classes(number, f"{images}: {number} classes (sub-folders)", num_classes)
     if not 0 <= share < 1:
         raise DatasetError(f"data.test.share={share}: expected a part of the training images, from 0 to below 1")
-    found = _read(images)
-    if not share:
-        return found, []
     by_class: dict[int, list[str]] = {}
-    for path, label in found:
+    for path, label in _read(images):
         by_class.setdefault(label, []).append(path)
-    held_out: set[str] = set()
-    for paths in by_class.values():
-        if len(paths) < 2:
-            raise DatasetError(
-                f"{os.path.dirname(paths[0])}: one image, none to hold out (data.test.share={share}): expected at "
-                "least two images in every class"
-            )
-        number = min(max(round(share * len(paths)), 1), len(paths) - 1)
-        held_out.update(sorted(paths, key=lambda path: _digest(os.path.relpath(path, images)))[:number])
-    return [x for x in found if x[0] not in held_out], [x for x in found if x[0] in held_out]
+    train, held_out = [], []
+    for label, paths in by_class.items():
+        chosen: set[str] = set()
+        if share:
+            if len(paths) < 2:
+                raise DatasetError(
+                    f"{os.path.dirname(paths[0])}: one image, none to hold out (data.test.share={share}): expected at "
+                    "least two images in every class"
+                )
+            count = min(max(round(share * len(paths)), 1), len(paths) - 1)
+            chosen.update(sorted(paths, key=lambda path: _digest(os.path.relpath(path, images)))[:count])
+        for path in paths:
+            (held_out if path in chosen else train).append({"file_name": path, "label": label})
+    return train, held_out
 
 
 def _digest(path: str) -> bytes:
@@ -196,13 +151,13 @@ def _read_classes(images: str, names: tuple[str, ...], changed: tuple[int, ...])
 
 
 def list_images(images: str) -> list[tuple[str, int]]:
-    """Path and number of the class of every image in the sub-folders; hidden files are left out, others counted."""
+    """Path and index of the class of every image in the sub-folders; hidden files are left out, others counted."""
     folders, root = _class_folders(images), PathManager.get_local_path(images)
     found, others = [], []
     for label, folder in enumerate(
         tqdm(folders.values(), desc=f"Listing {images}", unit="class", delay=2, disable=None)
     ):
-        paths, more = find_files(folder, image_endings(), (os.path.realpath(root),))
+        paths, more = find_files(folder, image_endings())
         found += [(path, label) for path in paths]
         others += more
     warn_left_out(images, "images", others)

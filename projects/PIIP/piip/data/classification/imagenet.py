@@ -17,8 +17,9 @@ from tqdm import tqdm
 from piip_core.archives import ArchiveError, check_space
 from piip_core.files import publish_folder
 
-from ..errors import DatasetError
-from .audit import ClassAudit, audit_classes
+from ..audit import Audit
+from ..dataset import DatasetError
+from .audit import audit_classes
 
 __all__ = ["FOLDER", "IMAGENET", "Split", "audit_imagenet", "prepare_imagenet"]
 
@@ -29,14 +30,7 @@ _ADVICE = "Archives are given out at https://image-net.org/download to those who
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the data set.
-
-    Attributes:
-        name: Name of its folder.
-        archive: Name of its archive.
-        classes: Number of its classes.
-        images: Number of its images.
-    """
+    """A part of the data set: name of its folder, its archive, and the numbers of its classes and images."""
 
     name: str
     archive: str
@@ -54,7 +48,6 @@ def prepare_imagenet(
     root: str | os.PathLike[str],
     *,
     archives: str | os.PathLike[str] | None = None,
-    progress: bool = True,
     splits: Sequence[Split] = IMAGENET,
 ) -> dict[str, int]:
     """Unpacks the official archives to `imagenet/train` and `imagenet/val`, each with a folder per class.
@@ -65,7 +58,6 @@ def prepare_imagenet(
     Args:
         root: Folder that holds all data sets.
         archives: Folder of the archives; None for `root`.
-        progress: Show progress bars.
         splits: What the data set consists of: training and validation set.
 
     Returns:
@@ -78,19 +70,16 @@ def prepare_imagenet(
     target, source = Path(root, FOLDER), Path(archives or root)
     train, val = splits
     done = dict.fromkeys((split.name for split in splits), 0)
-    needed = [name for split, names in ((train, [train.archive]), (val, [val.archive, DEVKIT])) for name in names]
-    if _is_complete(target / train.name, train):
-        needed.remove(train.archive)
-    if _is_complete(target / val.name, val):
-        del needed[-2:]
+    needed = [] if _is_complete(target / train.name, train) else [train.archive]
+    needed += [] if _is_complete(target / val.name, val) else [val.archive, DEVKIT]
     missing = [name for name in needed if not (source / name).is_file()]
     if missing:
         raise DatasetError(f"{source}: has no {', '.join(missing)}. {_ADVICE}; --archives DIR says where they are")
     if train.archive in needed:
-        done[train.name] = _unpack_train(source / train.archive, target / train.name, train, progress)
+        done[train.name] = _unpack_train(source / train.archive, target / train.name, train)
     if val.archive in needed:
         labels = _validation_classes(source / DEVKIT, val)
-        done[val.name] = _unpack_val(source / val.archive, target / val.name, labels, progress)
+        done[val.name] = _unpack_val(source / val.archive, target / val.name, labels)
     return done
 
 
@@ -99,20 +88,11 @@ def audit_imagenet(
     *,
     decode: bool = True,
     workers: int | None = None,
-    progress: bool = True,
     splits: Sequence[Split] = IMAGENET,
-) -> ClassAudit:
-    """Counts and reads the images of every class and reports everything that is wrong; see `audit_classes`.
-
-    Args:
-        root: Folder that holds all data sets.
-        decode: Read every image to the end; otherwise they are counted only.
-        workers: Files that are read at the same time; by default one per core.
-        progress: Show progress bars.
-        splits: What the data set consists of.
-    """
+) -> Audit:
+    """Counts, and with `decode` reads, the images below `root`, the folder of all data sets; see `audit_classes`."""
     parts = [(split.name, str(Path(root, FOLDER, split.name)), split.classes, split.images) for split in splits]
-    return audit_classes(parts, decode=decode, workers=workers, progress=progress)
+    return audit_classes(parts, decode=decode, workers=workers)
 
 
 def _is_complete(folder: Path, split: Split) -> bool:
@@ -147,17 +127,17 @@ def _members(opened: tarfile.TarFile, archive: Path, ending: str) -> Iterator[tu
         yield info, name
 
 
-def _unpack_train(archive: Path, folder: Path, split: Split, progress: bool) -> int:
+def _unpack_train(archive: Path, folder: Path, split: Split) -> int:
     """The training archive holds an archive per class, named as the class."""
     folder.mkdir(parents=True, exist_ok=True)
     images, classes = 0, 0
-    with _opened(archive) as opened, _bar(archive, progress) as bar:
+    with _opened(archive) as opened, _bar(archive) as bar:
         for info, name in _members(opened, archive, ".tar"):
             classes += 1
-            place = folder / name.removesuffix(".tar")
-            if not place.exists():
+            of_class = folder / name.removesuffix(".tar")
+            if not of_class.exists():
                 check_space(folder, archive, info.size)
-                images += _unpack_class(archive, opened.extractfile(info), place, name)
+                images += _unpack_class(archive, opened.extractfile(info), of_class, name)
             bar.update(info.size)
     if classes != split.classes:
         raise DatasetError(
@@ -167,9 +147,9 @@ def _unpack_train(archive: Path, folder: Path, split: Split, progress: bool) -> 
     return images
 
 
-def _unpack_class(archive: Path, content: object, place: Path, name: str) -> int:
+def _unpack_class(archive: Path, content: object, folder: Path, name: str) -> int:
     images = 0
-    with publish_folder(place, durable=False) as aside:
+    with publish_folder(folder, durable=False) as aside:
         try:
             with tarfile.open(fileobj=content, mode="r:") as inner:
                 for info, file_name in _members(inner, archive, ".JPEG"):
@@ -183,7 +163,7 @@ def _unpack_class(archive: Path, content: object, place: Path, name: str) -> int
     return images
 
 
-def _unpack_val(archive: Path, folder: Path, labels: dict[str, str], progress: bool) -> int:
+def _unpack_val(archive: Path, folder: Path, labels: dict[str, str]) -> int:
     """The validation archive holds the images side by side, named by numbers."""
     if folder.is_dir() and any(folder.iterdir()):
         raise DatasetError(f"{folder}: holds something else than the validation set: expected no such folder; move it")
@@ -193,7 +173,7 @@ def _unpack_val(archive: Path, folder: Path, labels: dict[str, str], progress: b
         for name in set(labels.values()):
             (aside / name).mkdir()
         written = set()
-        with _opened(archive) as opened, _bar(archive, progress) as bar:
+        with _opened(archive) as opened, _bar(archive) as bar:
             for info, name in _members(opened, archive, ".JPEG"):
                 if name not in labels:
                     raise DatasetError(f"{archive}: {name}: expected the names of ILSVRC2012's validation images")
@@ -213,11 +193,9 @@ def _write(opened: tarfile.TarFile, info: tarfile.TarInfo, path: Path) -> None:
         raise tarfile.ReadError(f"{info.name} ends early")
 
 
-def _bar(archive: Path, progress: bool) -> tqdm:
+def _bar(archive: Path) -> tqdm:
     total = archive.stat().st_size
-    return tqdm(
-        total=total, desc=f"Unpacking {archive.name}", unit="B", unit_scale=True, disable=None if progress else True
-    )
+    return tqdm(total=total, desc=f"Unpacking {archive.name}", unit="B", unit_scale=True, disable=None)
 
 
 def _validation_classes(devkit: Path, split: Split) -> dict[str, str]:

@@ -22,7 +22,7 @@ class ClassificationMapper(CheckedDatasetMapper):
         transform (Callable): from a PIL image to a uint8 tensor (3, H, W), as timm's
             `create_transform(..., use_prefetcher=True)` makes it: the model normalises.
         image_format (str): "RGB" or "BGR".
-        on_bad_image (str): as in `CheckedDatasetMapper`.
+        kwargs: of `CheckedDatasetMapper`.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class ClassificationMapper(CheckedDatasetMapper):
         *,
         transform: Callable[[Image.Image], torch.Tensor],
         image_format: str = "RGB",
-        on_bad_image: str = "error",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(is_train, augmentations=[], image_format=image_format, on_bad_image=on_bad_image)
+        super().__init__(is_train, augmentations=[], image_format=image_format, **kwargs)
         self.transform = transform
 
     def map_record(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:

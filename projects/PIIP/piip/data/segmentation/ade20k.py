@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from piip_core.archives import ArchiveError, Unpacked, download, unpack_images
 
-from ..errors import DatasetError
-from .audit import LabelAudit, audit_label_maps
+from ..audit import Audit
+from ..dataset import DatasetError
+from .audit import audit_label_maps
 from .classes import label_classes
 
 __all__ = ["ADE20K", "FOLDER", "Split", "audit_ade20k", "prepare_ade20k"]
@@ -23,12 +24,7 @@ URL = f"http://data.csail.mit.edu/places/ADEchallenge/{FOLDER}.zip"
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the data set.
-
-    Attributes:
-        name: As its folders are called.
-        images: Number of its images.
-    """
+    """A part of the data set: its name, as its folders are called, and the number of its images."""
 
     name: str
     images: int
@@ -46,16 +42,14 @@ def prepare_ade20k(
     *,
     archive: str | os.PathLike[str] | None = None,
     fetch: bool = False,
-    progress: bool = True,
     splits: Sequence[Split] = ADE20K,
 ) -> Unpacked | None:
-    """Unpacks the published archive; repeated, it goes on where it stopped.
+    """Unpacks the published archive below `root`, the folder that holds all data sets; repeated, it goes on.
 
     Args:
-        root: Folder that holds all data sets.
+        root: See above.
         archive: The archive, if it is not `ADEChallengeData2016.zip` in `root`.
         fetch: Download the archive if it is not there.
-        progress: Show progress bars.
         splits: What the data set consists of.
 
     Returns:
@@ -72,28 +66,20 @@ def prepare_ade20k(
     if not archive.is_file():
         if given is not None or not fetch:
             raise DatasetError(f"{archive}: no such file. Download {URL}, or add --download; --archive FILE names it")
-        download(URL, archive, progress=progress)
+        download(URL, archive)
     _check_content(archive, splits)
-    return unpack_images(archive, target, progress=progress)
+    return unpack_images(archive, target)
 
 
 def audit_ade20k(
     root: str | os.PathLike[str],
     *,
     workers: int | None = None,
-    progress: bool = True,
     splits: Sequence[Split] = ADE20K,
-) -> LabelAudit:
-    """Reads every image and label map to the end and reports everything that is wrong; see `audit_label_maps`.
-
-    Args:
-        root: Folder that holds all data sets.
-        workers: Files that are read at the same time; by default one per core.
-        progress: Show progress bars.
-        splits: What the data set consists of.
-    """
+) -> Audit:
+    """Reads every file below `root`, the folder that holds all data sets; see `audit_label_maps`."""
     classes, target = label_classes("ade20k"), Path(root, FOLDER)
-    return LabelAudit(
+    return Audit(
         [
             audit_label_maps(
                 *split.folders(target),
@@ -101,7 +87,6 @@ def audit_ade20k(
                 title=split.name,
                 expected=split.images,
                 workers=workers,
-                progress=progress,
             )
             for split in splits
         ]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from detectron2.data.transforms import Augmentation, Transform
-from torch.utils.data import get_worker_info
 
 from ..transforms import OpenCVResizeTransform, keep_ratio_size
 
@@ -44,14 +43,9 @@ class RatioRangeResize(Augmentation):
 
 
 class PhotometricTransform(Transform):
-    """Changes brightness, contrast, saturation and hue, each in 8 bits; geometry and labels stay.
+    """Adds `brightness`, multiplies by `contrast` and `saturation`, adds `hue`; each in 8 bits; labels stay.
 
-    Args:
-        brightness (float): is added.
-        contrast (float): factor.
-        contrast_first (bool): contrast before saturation and hue, or after them.
-        saturation (float): factor; None leaves it.
-        hue (int): is added, in steps of two degrees; None leaves it.
+    Contrast comes first, or after saturation and hue. Hue has steps of two degrees; it and saturation may be None.
     """
 
     def __init__(
@@ -65,8 +59,6 @@ class PhotometricTransform(Transform):
         """Distorts a (H, W, 3) uint8 image, RGB or BGR: exchanging the two only turns the hue the other way."""
         if img.dtype != np.uint8 or img.ndim != 3 or img.shape[2] != 3:
             raise ValueError(f"image of shape {img.shape}, {img.dtype}: expected (H, W, 3) uint8")
-        if get_worker_info() is not None:
-            cv2.setNumThreads(0)  # a loading process has one core
         img = _scaled(img, 1.0, self.brightness)
         if self.contrast_first:
             img = _scaled(img, self.contrast, 0.0)
@@ -92,42 +84,18 @@ class PhotometricDistortion(Augmentation):
     """Draws brightness, contrast, saturation and hue, each with a probability of one half (SSD's distortion).
 
     Contrast comes before saturation and hue, or after them, with equal probability.
-
-    Args:
-        brightness_delta (float): at most this is added or subtracted.
-        contrast_range (Sequence[float]): smallest and largest factor.
-        saturation_range (Sequence[float]): smallest and largest factor.
-        hue_delta (int): from -hue_delta to hue_delta - 1 steps of two degrees are added, as published.
     """
-
-    def __init__(
-        self,
-        brightness_delta: float = 32,
-        contrast_range: Sequence[float] = (0.5, 1.5),
-        saturation_range: Sequence[float] = (0.5, 1.5),
-        hue_delta: int = 18,
-    ) -> None:
-        super().__init__()
-        for name, (low, high) in (("contrast_range", contrast_range), ("saturation_range", saturation_range)):
-            if not 0 <= low <= high:
-                raise ValueError(f"{name}={low, high}: expected 0 <= smallest <= largest")
-        if brightness_delta < 0 or not 0 < hue_delta <= _HUES:
-            raise ValueError(
-                f"brightness_delta={brightness_delta}, hue_delta={hue_delta}: expected at least 0, and 1 to {_HUES}"
-            )
-        self.brightness_delta, self.hue_delta = brightness_delta, hue_delta
-        self.contrast_range, self.saturation_range = contrast_range, saturation_range
 
     def get_transform(self, image: np.ndarray) -> Transform:
         def drawn() -> bool:
             return np.random.randint(2) == 1
 
         return PhotometricTransform(
-            brightness=np.random.uniform(-self.brightness_delta, self.brightness_delta) if drawn() else 0.0,
-            contrast=np.random.uniform(*self.contrast_range) if drawn() else 1.0,
+            brightness=np.random.uniform(-32, 32) if drawn() else 0.0,
+            contrast=np.random.uniform(0.5, 1.5) if drawn() else 1.0,
             contrast_first=drawn(),
-            saturation=np.random.uniform(*self.saturation_range) if drawn() else None,
-            hue=np.random.randint(-self.hue_delta, self.hue_delta) if drawn() else None,
+            saturation=np.random.uniform(0.5, 1.5) if drawn() else None,
+            hue=np.random.randint(-18, 18) if drawn() else None,
         )
 
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
 
-from ..categories import Category
-from ..errors import DatasetError, first_few
+from ..dataset import Category, DatasetError, first_few
 
 __all__ = ["IGNORE_LABEL", "LabelClasses", "label_classes"]
 
 IGNORE_LABEL = 255
 """Pixels of this label are neither trained on nor evaluated."""
 
-# Class lists known by name, with what a value of 0 means in the data set's own files
-_KNOWN = {"ade20k": (tuple(name.strip() for name in ADE20K_SEM_SEG_CATEGORIES), True)}
+_EXPECTED = (
+    "expected 'ade20k', the path of a text file with one class name per line, a list of names, or the number of classes"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LabelClasses:
     """The classes of label maps; 255 always stands for pixels to ignore.
 
     Attributes:
-        names: Name of class k of the model at place k.
+        names: Name of class k of the model at index k.
         reduce_zero_label: In the files, 0 stands for pixels to ignore as well and class k has the value k + 1, as in
             ADE20K's. Otherwise class k has the value k.
     """
@@ -79,18 +79,6 @@ class LabelClasses:
         hint = f"; {IGNORE_LABEL} = ignored: masks of 0 and {IGNORE_LABEL}? Write 1 instead of {IGNORE_LABEL}"
         return f"{what} in no label map{which}{hint if pixels[-1] and seen.sum() <= 1 else ''}"
 
-    def check_number(self, num_classes: int | None) -> None:
-        """Compares with the number of classes in a configuration, if there is one.
-
-        Raises:
-            DatasetError: If it is another.
-        """
-        if num_classes is not None and num_classes != self.num_classes:
-            raise DatasetError(
-                f"{self.num_classes} classes, but the configuration says data.num_classes={num_classes}. Set "
-                f"data.num_classes={self.num_classes} (tools/lazyconfig_train_net.py of this project does so by itself)"
-            )
-
 
 def label_classes(classes: str | int | Sequence[str], reduce_zero_label: bool | None = None) -> LabelClasses:
     """Classes as a configuration names them.
@@ -103,9 +91,8 @@ def label_classes(classes: str | int | Sequence[str], reduce_zero_label: bool | 
     Raises:
         DatasetError: If the names cannot be used.
     """
-    own_zero = False
-    if isinstance(classes, str) and classes in _KNOWN:
-        names, own_zero = _KNOWN[classes]
+    if classes == "ade20k":
+        names = tuple(name.strip() for name in ADE20K_SEM_SEG_CATEGORIES)
     elif isinstance(classes, str):
         names = _read_names(classes)
     elif isinstance(classes, Sequence):
@@ -114,13 +101,7 @@ def label_classes(classes: str | int | Sequence[str], reduce_zero_label: bool | 
         names = tuple(f"class {k}" for k in range(classes))
     else:
         raise DatasetError(f"data.classes={classes!r}: {_EXPECTED}")
-    return LabelClasses(names, own_zero if reduce_zero_label is None else bool(reduce_zero_label))
-
-
-_EXPECTED = (
-    f"expected {' or '.join(map(repr, _KNOWN))}, the path of a text file with one class name per line, a list of "
-    "names, or the number of classes"
-)
+    return LabelClasses(names, classes == "ade20k" if reduce_zero_label is None else bool(reduce_zero_label))
 
 
 def _read_names(path: str) -> tuple[str, ...]:

@@ -53,7 +53,6 @@ def build_sem_seg_evaluator(
     *,
     classes: str | int | Sequence[str],
     reduce_zero_label: bool | None = None,
-    output_dir: str | None = None,
     **kwargs: Any,
 ) -> LabelMapEvaluator:
     """Detectron2's evaluator (mIoU, mean and overall pixel accuracy) for label maps, read as for training.
@@ -63,10 +62,9 @@ def build_sem_seg_evaluator(
     Args:
         images: Folder of images.
         labels: Folder of label maps.
-        classes: As in `label_classes`.
-        reduce_zero_label: As in `label_classes`.
-        output_dir: Folder for the predictions and results; None writes nothing.
-        kwargs: Other arguments of `SemSegEvaluator`.
+        classes: As in `label_classes`, with `reduce_zero_label`.
+        reduce_zero_label: See `classes`.
+        kwargs: Other arguments of `SemSegEvaluator`, such as `output_dir`.
 
     Raises:
         DatasetError: If folders or classes cannot be used.
@@ -86,7 +84,7 @@ def build_sem_seg_evaluator(
         stuff_dataset_id_to_contiguous_id={category.id: k for k, category in enumerate(known.categories)},
     )
     load = functools.partial(_load, known)
-    return LabelMapEvaluator(name, known, output_dir=output_dir, sem_seg_loading_fn=load, **kwargs)
+    return LabelMapEvaluator(name, known, sem_seg_loading_fn=load, **kwargs)
 
 
 def _load(classes: LabelClasses, path: str, dtype: Any = int) -> np.ndarray:

@@ -7,22 +7,20 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from piip_core.images import UnreadableImageError, image_endings
 
-from ..errors import DatasetError, first_few
+from ..dataset import DatasetError, check_num_classes, existing_folder, first_few
 from ..files import find_files, named_endings, warn_left_out
 from ..images import read_image_size
 from .classes import IGNORE_LABEL, LabelClasses, label_classes
 from .label_maps import LABEL_ENDING, check_label_header, read_label_map
 
-__all__ = ["MatchedFiles", "Pair", "find_pairs", "get_sem_seg_dicts", "match_files"]
+__all__ = ["Pair", "find_pairs", "get_sem_seg_dicts", "match_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +28,10 @@ _READERS = 16  # threads: reading headers is waiting for the disk
 _LOOKED_AT = 2000  # label maps that are read for their classes, at most
 
 
-@dataclass(frozen=True)
-class Pair:
-    """An image and its label map.
+class Pair(NamedTuple):
+    """Paths of an image and its label map, and what both have in common: the path below their folder.
 
-    Attributes:
-        name: What both paths have in common: the path below their folder, without ending, accents composed, with
-            slashes.
-        image: Path of the image.
-        labels: Path of the label map.
+    The `name` has no ending, composed accents and slashes.
     """
 
     name: str
@@ -46,45 +39,26 @@ class Pair:
     labels: str
 
 
-@dataclass(frozen=True)
-class MatchedFiles:
-    """What two folders hold.
-
-    Attributes:
-        pairs: Images with their label maps, in the order of the names.
-        without_labels: Images that have none.
-        without_image: Label maps that have none.
-        repeated: Names of several images, or of several label maps.
-    """
-
-    pairs: list[Pair]
-    without_labels: list[str]
-    without_image: list[str]
-    repeated: list[str]
-
-
-def match_files(images: str, labels: str) -> MatchedFiles:
+def match_files(images: str, labels: str) -> tuple[list[Pair], list[str], list[str], list[str]]:
     """Looks for images and their label maps by equal names; subfolders count, hidden files do not.
 
     Names that differ in Unicode's form of accents only are equal, and a back-slash is as good as a subfolder.
 
-    Args:
-        images: Folder of images.
-        labels: Folder of label maps, named as the images but `.png`.
+    Returns:
+        Images with their label maps in the order of the names; images without label map; label maps without image;
+        names of several images, or of several label maps.
 
     Raises:
         DatasetError: If a folder is missing or empty, or both are the same.
     """
-    pictures, repeated = _files(images, image_endings(), "images")
+    by_name, repeated = _files(images, image_endings(), "images")
     maps, more = _files(labels, (LABEL_ENDING,), "labels")
     if os.path.realpath(images) == os.path.realpath(labels):
         raise DatasetError(f"{images}: images and label maps are in the same folder: expected two")
-    return MatchedFiles(
-        pairs=[Pair(name, pictures[name], maps[name]) for name in sorted(pictures) if name in maps],
-        without_labels=[pictures[name] for name in sorted(pictures) if name not in maps],
-        without_image=[maps[name] for name in sorted(maps) if name not in pictures],
-        repeated=repeated + more,
-    )
+    pairs = [Pair(name, by_name[name], maps[name]) for name in sorted(by_name) if name in maps]
+    without_labels = [by_name[name] for name in sorted(by_name) if name not in maps]
+    without_image = [maps[name] for name in sorted(maps) if name not in by_name]
+    return pairs, without_labels, without_image, repeated + more
 
 
 def find_pairs(images: str, labels: str) -> list[Pair]:
@@ -93,26 +67,26 @@ def find_pairs(images: str, labels: str) -> list[Pair]:
     Raises:
         DatasetError: Also if an image has no label map, or two images or label maps have the same name.
     """
-    found = match_files(images, labels)
-    if found.repeated:
+    pairs, without_labels, without_image, repeated = match_files(images, labels)
+    if repeated:
         raise DatasetError(
-            f"{images}, {labels}: {len(found.repeated)} names of several images, or of several label maps, that differ "
-            f"only in the ending or in how accents and folders are written: {first_few(found.repeated)}"
+            f"{images}, {labels}: {len(repeated)} names of several images, or of several label maps, that differ "
+            f"only in the ending or in how accents and folders are written: {first_few(repeated)}"
         )
-    if found.without_labels:
+    if without_labels:
         raise DatasetError(
-            f"{labels}: {len(found.without_labels)} images have no label map of the same name that ends in "
-            f"{LABEL_ENDING}: {first_few(found.without_labels)}"
+            f"{labels}: {len(without_labels)} images have no label map of the same name that ends in "
+            f"{LABEL_ENDING}: {first_few(without_labels)}"
         )
-    if found.without_image:
+    if without_image:
         logger.warning(
             "%s: %d label maps without an image in %s are left out: %s",
             labels,
-            len(found.without_image),
+            len(without_image),
             images,
-            first_few(found.without_image),
+            first_few(without_image),
         )
-    return found.pairs
+    return pairs
 
 
 def get_sem_seg_dicts(
@@ -131,21 +105,19 @@ def get_sem_seg_dicts(
     Args:
         images: Folder of images; subfolders count.
         labels: Folder of label maps: PNG files of one channel, named as the images.
-        classes: As in `label_classes`.
-        reduce_zero_label: As in `label_classes`.
+        classes: As in `label_classes`, with `reduce_zero_label`.
+        reduce_zero_label: See `classes`.
         num_classes: If given, the number that `classes` must have.
 
     Returns:
         One dict per image with file_name, sem_seg_file_name, image_id, height and width, in the order of the names.
 
     Raises:
-        DatasetError: If a folder, the classes or a pair of files cannot be used, or a value in one of the label maps
-            that are read stands for nothing.
-        UnreadableImageError: If a file is empty or no image.
-        ImageTooLargeError: If an image has more pixels than Pillow's limit.
+        UserError: If a folder, the classes, a file or a pair of files cannot be used, or a value in one of the label
+            maps that are read stands for nothing; the message names it.
     """
     known = label_classes(classes, reduce_zero_label)
-    known.check_number(num_classes)
+    check_num_classes(known.num_classes, f"{known.num_classes} classes", num_classes)
     pairs = find_pairs(images, labels)
     with ThreadPoolExecutor(_READERS) as readers:
         progress = tqdm(
@@ -202,13 +174,7 @@ def _count(pair: Pair, classes: LabelClasses) -> np.ndarray:
 
 def _files(folder: str, endings: Sequence[str], what: str) -> tuple[dict[str, str], list[str]]:
     """Name -> path of the files with one of the endings, and names that several of them have."""
-    root = PathManager.get_local_path(folder) if folder else ""
-    if not os.path.isdir(root):
-        kind = "is a file" if os.path.isfile(root) else "no such folder"
-        raise DatasetError(
-            f"{folder}: {kind} (looked from {os.getcwd()}): expected a folder of {what}. Set data.train.{what} and "
-            f"data.test.{what}, or DETECTRON2_DATASETS for the standard layout"
-        )
+    root = existing_folder(folder, f"a folder of {what}", what)
     files, others = find_files(root, endings)
     if not files:
         seen = f"; there are {len(others)} other files, such as {others[0]}" if others else ""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from piip_core.images import image_size, opened_image, stored_values
 
-from ..errors import DatasetError
+from ..dataset import DatasetError
 from .classes import IGNORE_LABEL, LabelClasses
 
 __all__ = ["LABEL_ENDING", "check_label_header", "read_label_map"]
@@ -20,10 +20,7 @@ _MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def check_label_header(path: str) -> tuple[int, int]:
-    """Reads only the header of a label map.
-
-    Returns:
-        Height and width, after EXIF rotation.
+    """Height and width of a label map after EXIF rotation, from its header alone.
 
     Raises:
         UnreadableImageError: If the file is missing, empty or no image.
@@ -35,14 +32,9 @@ def check_label_header(path: str) -> tuple[int, int]:
 
 
 def read_label_map(path: str, classes: LabelClasses) -> np.ndarray:
-    """Reads a label map and turns its values into the model's classes.
+    """Reads a label map, and turns its values into the model's classes: (H, W) uint8, 255 for pixels to ignore.
 
-    Args:
-        path: PNG file of one channel: 1 to 16 bits, or a palette, whose indices count. EXIF rotation is applied.
-        classes: What its values mean.
-
-    Returns:
-        (H, W) uint8: 0 to num_classes - 1, or 255 for pixels to ignore.
+    The file is a PNG of one channel: 1 to 16 bits, or a palette, whose indices count. EXIF rotation is applied.
 
     Raises:
         UnreadableImageError: If the file is missing, empty, truncated or no image.

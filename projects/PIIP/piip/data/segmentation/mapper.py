@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.data.detection_utils import check_image_size
-from detectron2.data.transforms import AugInput
 
-from ..errors import DatasetError
-from ..images import read_image
+from ..dataset import DatasetError
 from ..mapper import CheckedDatasetMapper
 from .classes import label_classes
 from .label_maps import read_label_map
@@ -26,9 +22,9 @@ class SemSegDatasetMapper(CheckedDatasetMapper):
         is_train (bool): whether samples hold labels. For tests the evaluator reads them itself.
         classes (str | int | Sequence[str]): as in `label_classes`.
         reduce_zero_label (bool): as in `label_classes`.
-        augmentations (list): Detectron2's; those of images only leave labels as they are.
         image_format (str): "RGB" or "BGR".
-        on_bad_image (str): as in `CheckedDatasetMapper`; holds for label maps that cannot be read, too.
+        kwargs: of `CheckedDatasetMapper`; `on_bad_image` holds for label maps that cannot be read, too, and
+            `augmentations` of images only leave labels as they are.
     """
 
     def __init__(
@@ -37,28 +33,19 @@ class SemSegDatasetMapper(CheckedDatasetMapper):
         *,
         classes: str | int | Sequence[str],
         reduce_zero_label: bool | None = None,
-        augmentations: Sequence[Any],
         image_format: str = "RGB",
-        on_bad_image: str = "error",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(is_train, augmentations=augmentations, image_format=image_format, on_bad_image=on_bad_image)
+        super().__init__(is_train, image_format=image_format, **kwargs)
         self.classes = label_classes(classes, reduce_zero_label)
 
-    def map_record(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Makes a sample: "image" (3, H, W) uint8 and in training "sem_seg" (H, W) int64 with 255 to ignore."""
-        sample = dict(dataset_dict)
-        labels_path = sample.pop("sem_seg_file_name", None)
-        image = read_image(sample["file_name"], self.image_format)
-        check_image_size(sample, image)
-        labels = read_label_map(labels_path, self.classes) if self.is_train else None
-        if labels is not None and labels.shape != image.shape[:2]:
-            raise DatasetError(
-                f"{labels_path}: {labels.shape} (h, w), its image {image.shape[:2]} after EXIF rotation: expected one "
-                "size"
-            )
-        inputs = AugInput(image, sem_seg=labels)
-        self.augmentations(inputs)
-        sample["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        if self.is_train:
-            sample["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype(np.int64))
-        return sample
+    def read_labels(self, sample: dict[str, Any], image: np.ndarray) -> np.ndarray | None:
+        """Label map (H, W) uint8 for training, with 255 to ignore; "sem_seg" (H, W) int64 of the sample."""
+        path = sample.pop("sem_seg_file_name", None)
+        if not self.is_train:
+            return None
+        labels = read_label_map(path, self.classes)
+        if labels.shape != image.shape[:2]:
+            sizes = f"{labels.shape} (h, w), its image {image.shape[:2]} after EXIF rotation"
+            raise DatasetError(f"{path}: {sizes}: expected one size")
+        return labels

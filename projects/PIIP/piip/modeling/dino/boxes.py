@@ -1,11 +1,15 @@
-"""Box arithmetic of DINO: boxes (cx, cy, w, h) relative to the un-padded image, and their logits."""
+"""Boxes of DINO: (cx, cy, w, h) relative to the un-padded image, their logits, and ground truth in that form."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
-__all__ = ["generalized_iou", "inverse_sigmoid"]
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+from torchvision.ops import box_convert
+
+__all__ = ["Target", "generalized_iou", "image_scale", "inverse_sigmoid", "make_target"]
 
 _EPS = 1e-3  # Deformable DETR has 1e-5; DINO's boxes and their noise are meant for this one
 _MIN_AREA = 1e-6
@@ -34,3 +38,46 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
 
 def _area(sides: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Ground truth of one image.
+
+    Attributes:
+        labels: (N,) int64.
+        boxes: (N, 4) as (cx, cy, w, h) relative to the un-padded image.
+        scale: (4,) width, height, width, height of the un-padded image in pixels.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    scale: Tensor
+
+    @property
+    def pixel_boxes(self) -> Tensor:
+        """(N, 4) as (x1, y1, x2, y2) in pixels."""
+        return box_convert(self.boxes, "cxcywh", "xyxy") * self.scale
+
+
+def image_scale(image_size: tuple[int, int], *, like: Tensor) -> Tensor:
+    """(4,) width, height, width, height of an image of height and width `image_size`."""
+    height, width = image_size
+    return like.new_tensor((width, height, width, height))
+
+
+def make_target(instances: Instances, num_classes: int, device: torch.device, dtype: torch.dtype) -> Target:
+    """Ground truth of an image from its `gt_boxes` and `gt_classes`.
+
+    Raises:
+        ValueError: If a class is not one of the model's.
+    """
+    labels = instances.gt_classes
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(
+            f"gt_classes from {int(labels.min())} to {int(labels.max())}: expected 0 to {num_classes - 1}, as the "
+            f"model has num_classes={num_classes}; data.num_classes sets it"
+        )
+    boxes = instances.gt_boxes.tensor.to(device, dtype)
+    scale = image_scale(instances.image_size, like=boxes)
+    return Target(labels.to(device), box_convert(boxes / scale, "xyxy", "cxcywh"), scale)

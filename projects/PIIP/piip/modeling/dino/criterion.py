@@ -10,10 +10,9 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .boxes import generalized_iou
+from .boxes import Target, generalized_iou
 from .denoising import DenoisingLayout
 from .matcher import HungarianMatcher
-from .targets import Target
 
 __all__ = ["DINOCriterion"]
 

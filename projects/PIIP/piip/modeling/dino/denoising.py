@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .boxes import inverse_sigmoid
-from .targets import Target
+from .boxes import Target, inverse_sigmoid
 
 __all__ = ["ContrastiveDenoising", "DenoisingDraws", "DenoisingLayout", "DenoisingQueries"]
 
@@ -64,7 +63,7 @@ class DenoisingLayout:
         return 2 * self.half * self.num_groups
 
     def attention_mask(self, num_queries: int) -> Tensor:
-        """(size + Q, size + Q) bool, True = blocked: groups and the Q queries behind them see no (other) group."""
+        """(size + Q, size + Q) bool, True = blocked: groups and the Q queries after them see no (other) group."""
         device = self.slot.device
         group = torch.arange(self.size, device=device) // (2 * self.half or 1)
         group = torch.cat((group, group.new_full((num_queries,), -1)))
@@ -90,14 +89,10 @@ class DenoisingDraws:
 
 @dataclass(frozen=True)
 class DenoisingQueries:
-    """What goes in front of the matching queries.
+    """What goes before the matching queries, and the noised labels (rows,) and boxes (rows, 4) that it was made from.
 
-    Attributes:
-        layout: Which slot holds which box.
-        labels: (rows,) noised labels.
-        boxes: (rows, 4) noised boxes (cx, cy, w, h); sides may be zero or negative.
-        content: (B, slots, embed_dim); zero in empty slots.
-        box_logits: (B, slots, 4), without gradient; zero in empty slots.
+    Boxes are (cx, cy, w, h), whose sides may be zero or negative. `content` (B, slots, embed_dim) and `box_logits`
+    (B, slots, 4), without gradient, are zero in empty slots.
     """
 
     layout: DenoisingLayout

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling import Backbone
@@ -14,12 +13,11 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .boxes import inverse_sigmoid
+from .boxes import Target, image_scale, inverse_sigmoid, make_target
 from .criterion import DINOCriterion
 from .denoising import ContrastiveDenoising, DenoisingDraws, DenoisingQueries
 from .layers import MLP
 from .neck import ChannelMapper
-from .targets import Target, image_scale, make_target
 from .transformer import DINOTransformer
 
 __all__ = ["DINO", "Predictions", "to_original"]
@@ -27,15 +25,11 @@ __all__ = ["DINO", "Predictions", "to_original"]
 _PRIOR = 0.01  # initial score of every class
 
 
-@dataclass(frozen=True)
-class Predictions:
+class Predictions(NamedTuple):
     """Predictions of a batch; boxes are (cx, cy, w, h) relative to the un-padded image.
 
-    Attributes:
-        class_logits: (layers, B, slots + Q, num_classes), denoising queries first.
-        boxes: (layers, B, slots + Q, 4).
-        encoder_logits: (B, Q, num_classes) of the selected proposals.
-        encoder_boxes: (B, Q, 4).
+    Class logits (layers, B, slots + Q, num_classes) and boxes (layers, B, slots + Q, 4) of the decoder, denoising
+    queries first; those of the encoder's proposals, (B, Q, num_classes) and (B, Q, 4).
     """
 
     class_logits: Tensor
@@ -147,15 +141,7 @@ class DINO(nn.Module):
         """
         with torch.autocast(self.device.type, enabled=False):
             denoising = self.denoising(targets, self.label_embed, draws)
-            found = self.predict(maps, images, denoising)
-            return self.criterion(
-                found.class_logits,
-                found.boxes,
-                found.encoder_logits,
-                found.encoder_boxes,
-                targets,
-                denoising.layout,
-            )
+            return self.criterion(*self.predict(maps, images, denoising), targets, denoising.layout)
 
     def detect(self, maps: Sequence[Tensor], images: ImageList) -> list[Instances]:
         """Detections in the resized images; arguments as for `losses`.
@@ -181,7 +167,7 @@ class DINO(nn.Module):
         return Predictions(torch.stack(logits), torch.stack(boxes), out.selection.class_logits, out.selection.boxes)
 
     def decode_heads(self, hidden: Sequence[Tensor], references: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Class logits and boxes behind every decoder layer, from the boxes that the layer started from."""
+        """Class logits and boxes after every decoder layer, from the boxes that the layer started from."""
         logits = [branch(x) for branch, x in zip(self.class_embed[:-1], hidden, strict=True)]
         boxes = [
             torch.sigmoid(branch(x) + inverse_sigmoid(reference))

@@ -9,8 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .boxes import generalized_iou
-from .targets import Target
+from .boxes import Target, generalized_iou
 
 __all__ = ["HungarianMatcher"]
 
@@ -40,15 +39,9 @@ class HungarianMatcher:
         self.alpha, self.gamma = alpha, gamma
 
     def cost(self, class_logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
-        """Costs of all pairs.
+        """Costs (..., Q, N) of all pairs of predictions and ground truth of one image.
 
-        Args:
-            class_logits: (..., Q, num_classes) of one image.
-            boxes: (..., Q, 4) as (cx, cy, w, h).
-            target: Ground truth of the image, N boxes.
-
-        Returns:
-            (..., Q, N).
+        Predictions are class logits (..., Q, num_classes) and boxes (..., Q, 4) as (cx, cy, w, h).
         """
         score = class_logits.sigmoid()[..., target.labels]
         positive = self.alpha * (1 - score) ** self.gamma * -(score + _EPS).log()

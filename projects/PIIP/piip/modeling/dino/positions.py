@@ -68,15 +68,9 @@ def padding_masks(
     *,
     device: torch.device | str | None = None,
 ) -> list[Tensor]:
-    """Which cells of maps are padding: those whose nearest pixel lies outside the image.
+    """Which cells of maps are padding, those whose nearest pixel lies outside the image: (B, H, W) bool for every map.
 
-    Args:
-        image_sizes: Height and width of every image, before padding.
-        padded_size: Height and width of the batch.
-        map_sizes: Height and width of every map.
-
-    Returns:
-        (B, H, W) bool for every map, True for padding.
+    Sizes are height and width: of every image before padding, of the padded batch, and of every map.
     """
     valid = []  # (B, 1, side) per axis: a mask is the product of rows and columns
     for axis, padded in enumerate(padded_size):
@@ -92,12 +86,8 @@ def padding_masks(
 def map_encoding(mask: Tensor, embed_dim: int) -> Tensor:
     """Sine encoding of the cells of a map, which runs from 0 to 2 pi over the image without its padding.
 
-    Args:
-        mask: (B, H, W) bool, True for padding.
-        embed_dim: Multiple of 4.
-
-    Returns:
-        (B, H, W, embed_dim) float32, features of y first.
+    Of a mask (B, H, W) bool, True for padding: (B, H, W, embed_dim) float32, features of y first; `embed_dim` is a
+    multiple of 4.
     """
     valid = (~mask).float()
     y, x = valid.cumsum(dim=1), valid.cumsum(dim=2)
