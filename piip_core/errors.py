@@ -36,7 +36,7 @@ class OutputFolderError(UserError):
     """The folder of a run cannot be used as it is; the message names the fix."""
 
 
-class NotSupportedYet(NotImplementedError):
+class NotSupportedYet(NotImplementedError):  # noqa: N818  (says what it is)
     """The published model uses something this version cannot express; `feature` names it."""
 
     def __init__(self, feature: str) -> None:

@@ -126,7 +126,7 @@ def lock_folder(path: str | os.PathLike[str], otherwise: str) -> Iterator[None]:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_NAME, "a+")
+        file = open(folder / LOCK_NAME, "a+")  # noqa: SIM115  (closed below, where errors mean something else)
     except OSError as error:
         reason, remedy = find_refusal(error) or (error.strerror, "name another place")
         raise OutputFolderError(f"{folder}: cannot be written to ({reason}): {remedy}") from None

@@ -54,9 +54,9 @@ def train(model: ModelArguments, data: DataArguments, training: PIIPTrainingArgu
 def locked(training: PIIPTrainingArguments) -> Iterator[None]:
     """Keeps other trainings out of the output folder, and says in one line why something cannot be written."""
     _join_processes(training)
-    with lock_run(training.output_dir, "give another --output_dir"):
-        with explain_write_errors(training.output_dir, full_disk_only=True):
-            yield
+    where = training.output_dir
+    with lock_run(where, "give another --output_dir"), explain_write_errors(where, full_disk_only=True):
+        yield
 
 
 def prepare(

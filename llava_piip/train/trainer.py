@@ -218,12 +218,11 @@ class PIIPTrainer(Trainer):
             engine = self.model_wrapped
             more = {"exclude_frozen_parameters": True} if partial else {}
             engine.save_checkpoint = functools.partial(save_engine, engine, **more)
-        if partial:
-            if resume_from_checkpoint is not None:
-                # not strict: the checkpoint has the trained parameters, the others are there already
-                deepspeed_load_checkpoint(engine, resume_from_checkpoint, load_module_strict=False)
-                self._load_optimizer_and_scheduler(resume_from_checkpoint)
-                self._load_scaler(resume_from_checkpoint)
+        if partial and resume_from_checkpoint is not None:
+            # not strict: the checkpoint has the trained parameters, the others are there already
+            deepspeed_load_checkpoint(engine, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
         self._since = perf_counter()
         return prepared
 

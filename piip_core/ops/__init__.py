@@ -1,6 +1,6 @@
 """Multi-scale deformable attention: the operators, their plain PyTorch reference, and the module built on them."""
 
-from ._library import STATUS as operator_status
+from ._library import STATUS as operator_status  # noqa: N811  (it changes when the library is loaded)
 from ._library import OperatorStatus
 from .functional import deform_attn_grid, ms_deform_attn
 from .module import MSDeformAttn

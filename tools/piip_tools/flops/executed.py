@@ -65,9 +65,10 @@ def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCount
         torch.ops.piip.deform_attn_grid: _deformable_grid_flops,
         torch.ops.piip.ms_deform_attn: _deformable_flops,
     }
-    with torch.no_grad(), _plain_attention(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        with attribute_to_modules(model, counter.get_total_flops, macs):
-            model.get_submodule(run)(*inputs)
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    attribution = attribute_to_modules(model, counter.get_total_flops, macs)
+    with torch.no_grad(), _plain_attention(), counter, attribution:
+        model.get_submodule(run)(*inputs)
     params = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return ModuleCounts(params, {name: flops // 2 for name, flops in macs.items()})
 
