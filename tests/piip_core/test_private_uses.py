@@ -19,7 +19,7 @@ from piip_tools.memory.dry_run import _fake_tensors
 
 
 def test_torch_fake_tensors():
-    """torch._subclasses.fake_tensor.FakeTensorMode, in piip_core/memory/dry_run.py."""
+    """torch._subclasses.fake_tensor.FakeTensorMode, in tools/piip_tools/memory/dry_run.py."""
     with _fake_tensors(), torch.autocast("cpu", torch.bfloat16):
         product = torch.empty(1 << 20, 1 << 20) @ torch.ones(1 << 20, 3)  # 4 TB, if it had data
     assert product.shape == (1 << 20, 3) and product.dtype == torch.bfloat16 and product.device.type == "cpu"
