@@ -1,6 +1,6 @@
 """Estimates against what PyTorch's profiler saw small models allocate on this CPU.
 
-To repeat it for another model, change CONFIG and run `pytest -s tests/piip_core/memory/test_estimate.py`.
+To repeat it for another model, change CONFIG and run `pytest -s tests/tools/test_memory_estimate.py`.
 """
 
 import json

@@ -146,11 +146,11 @@ class _Conversation:
         found = {"prepare_s": prepared - start, "vision_s": self.clock() - begin}
         if self.vision_only:
             return found
-        self.cache.clear()
+        self.cache = ConversationCache(self.model)
         answer, first, rest = self._ask(self.prompt, self.new_tokens)
         found |= {"first_token_s": first, "tokens_per_s": (self.new_tokens - 1) / rest}
         _, found["second_cache_kept_s"], _ = self._ask([*answer, *self.question], 1)
-        self.cache.clear()
+        self.cache = ConversationCache(self.model)
         _, found["second_nothing_kept_s"], _ = self._ask([*answer, *self.question], 1)
         return found
 
@@ -161,7 +161,7 @@ class _Conversation:
             medians["vision_share"] = medians["vision_s"] / medians["first_token_s"]
         vision = torch.nn.ModuleList((self.model.model.vision_tower, self.model.model.multi_modal_projector))
         counted = vision if self.vision_only else self.model
-        self.cache.clear()
+        self.cache = ConversationCache(self.model)
         return {
             "name": self.name,
             "visual_tokens": self.model.config.image_seq_length,
