@@ -271,7 +271,7 @@ def test_clean_file_that_cannot_be_written(broken, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full_disk)
     (tmp_path / "clean.json").write_text("old")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         write_clean(report, path, tmp_path / "clean.json")
     assert (tmp_path / "clean.json").read_text() == "old" and path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.json", "data", "outside.jpg"]
