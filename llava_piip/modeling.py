@@ -83,6 +83,7 @@ class PIIPLlavaModel(LlavaModel):
 
         Args:
             pixel_values: (N, 3, S, S).
+            **kwargs: Accepted as transformers passes them on; not used.
 
         Returns:
             With `pooler_output`, a tuple of N tensors (image_seq_length, hidden size).

@@ -52,8 +52,10 @@ def deconvolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Deconvolve(torch.autograd.Function):
-    """PyTorch's own, but for the gradient of the weight: oneDNN takes 3 to 4 times as long for it as the matrix product
-    that it is where windows do not overlap."""
+    """PyTorch's own, but for the gradient of the weight.
+
+    Where windows do not overlap it is a matrix product, and oneDNN takes 3 to 4 times as long for it as that does.
+    """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ class PreparedInjection(Injection):
         self.training = injection.training
 
     def forward(self, query: Tensor, value: Tensor) -> Tensor:
+        """Updated query map (B, Hq, Wq, Cq) from the value map (B, Hv, Wv, Cv)."""
         query = query + self.attn(self.query_norm(query), self.value_norm(self.proj(value)))
         return query if self.ffn is None else query + self.ffn(self.ffn_norm(query))
 
@@ -147,6 +148,7 @@ class PreparedDeformableAttention(DeformableCrossAttention):
         self.training = attention.training
 
     def sampling_logits(self, query: Tensor) -> Tensor:
+        """Offsets and logits of every query, (..., C) to (..., 3 * num_heads * num_points), from one linear."""
         return self.sampling_linear(query)
 
 

@@ -58,6 +58,7 @@ class FailedSaves:
         self.logger, self.messages = logger, []
 
     def add(self, error: SaveError) -> None:
+        """Logs a failed save and counts it."""
         self.messages.append(str(error))
         self.logger.error("%s. Training goes on (%d failed so far)", error, len(self.messages))
 

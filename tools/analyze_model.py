@@ -1,5 +1,6 @@
-"""Counts parameters and FLOPs of a PIIP model per module, or the memory that training it takes, without computing or
-storing anything.
+"""Counts parameters and FLOPs of a PIIP model per module, or the memory that training it takes.
+
+Nothing is computed or stored for it.
 
 Examples:
     python tools/analyze_model.py piip_tsb_1568_1120_672

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Exports a classifier or the backbone of a detector or segmentor to ONNX or as a torch.export program, and compares
-what the file computes with PyTorch.
+"""Exports a classifier or the backbone of a detector or segmentor to ONNX or as a torch.export program.
+
+What the file computes is compared with PyTorch.
 
 Examples:
     python tools/export_model.py piip_tsb_368_192_128 --checkpoint model.safetensors --output piip.onnx

@@ -93,6 +93,7 @@ class Plan:
 
     @property
     def title(self) -> str:
+        """Number of branches and limits in words, for headings."""
         limits = [] if self.budget is None else [self.budget.text()]
         if self.max_params is not None:
             limits.append(f"{self.max_params / 1e6:.0f}M parameters")

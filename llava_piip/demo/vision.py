@@ -125,8 +125,7 @@ def _loss_alone(digit: Tensor, colour: Tensor, batch: ComposedDigits) -> Tensor:
 
 
 def _loss_of_cells(digit: Tensor, colour: Tensor, batch: ComposedDigits) -> Tensor:
-    """Of images with several digits: the cell with the centre of a digit has to know it, and the others that they
-    have none."""
+    """Of images with several digits: each cell has to know the digit whose centre it holds, or that it holds none."""
     digits, colours = _cell_targets(batch, digit.shape[1])
     weights = digit.new_ones(NUM_CLASSES + 1)
     weights[_NO_DIGIT] = _NO_DIGIT_WEIGHT

@@ -173,8 +173,10 @@ class PIIPLlava(lmms):
         return self.task_dict[task][split][doc_id]
 
     def _rounds(self, requests: Sequence[Instance], most: float) -> list[list[str]]:
-        """The answers of at most so many rounds. Tasks say after each round what comes next, and a round is answered
-        in batches."""
+        """The answers of at most so many rounds.
+
+        Tasks say after each round what comes next, and a round is answered in batches.
+        """
         plans = [self._plan(*request.args[:-3]) for request in requests]
         settings = [_settings(plan.settings) for plan in plans]
         current = {
@@ -208,8 +210,9 @@ class PIIPLlava(lmms):
     def _batched(
         self, asked: Mapping[int, _Asked], work: Callable[[list[Conversation]], list[Any]], failed: Any, title: str
     ) -> dict[int, Any]:
-        """Results of batches. A document that cannot be asked costs the others nothing: it gets `failed`, and the log
-        names it.
+        """Results of batches.
+
+        A document that cannot be asked costs the others nothing: it gets `failed`, and the log names it.
 
         Raises:
             UserError: If none can be asked, or memory is too small.

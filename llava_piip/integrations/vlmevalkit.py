@@ -91,8 +91,12 @@ class PIIPLlava(BaseModel):
 
 
 def register(name: str, folder: str, **settings: Any) -> None:
-    """Makes a folder's model known to VLMEvalKit's `--model`, with settings of `PIIPLlava`, and the class to its JSON
-    files.
+    """Makes a folder's model known to VLMEvalKit's `--model`, and the class `PIIPLlava` to its JSON files.
+
+    Args:
+        name: Name of the model for `--model`.
+        folder: Folder of the model.
+        **settings: Other arguments of `PIIPLlava`.
 
     Raises:
         UserError: If VLMEvalKit has a model of that name.

@@ -69,8 +69,12 @@ def check_text(text: str, where: str) -> None:
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """What `run` returns; 2 with a line on standard error for a mistake of the user, 130 for Ctrl-C, 141 if nobody
-    reads the output any more."""
+    """Runs a program and returns its exit status.
+
+    Returns:
+        What `run` returns; 2 with a line on standard error for a mistake of the user, 130 for Ctrl-C, 141 if nobody
+        reads the output any more.
+    """
     try:
         return run()
     except KeyboardInterrupt:

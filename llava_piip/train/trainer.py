@@ -63,8 +63,10 @@ def check_trainer(trainer: type = Trainer) -> None:
 
 
 class _OrderOfEpochs(TrainerCallback):
-    """Tells samplers the epoch: with several processes, accelerate's own way to them ends early when a run goes on
-    within an epoch."""
+    """Tells samplers the epoch.
+
+    With several processes, accelerate's own way to them ends early when a run goes on within an epoch.
+    """
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         sampler = kwargs["train_dataloader"].batch_sampler
@@ -110,6 +112,7 @@ class PIIPTrainer(Trainer):
         return ModalityLengthSampler(dataset.modality_lengths, self.args.train_batch_size, batches, seed=seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the optimizer with the learning rate of each trained part; frozen parameters are left out."""
         if self.optimizer is None:
             target = base_model(self.model if model is None else model)
             optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
@@ -122,12 +125,14 @@ class PIIPTrainer(Trainer):
     # ---- What the log says ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trains on one micro batch, returns its loss, and counts its tokens and images for the log."""
         mask, images = inputs.get("attention_mask"), inputs.get("pixel_values")
         self._tokens = self._tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
         self._images += 0 if images is None else len(images)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds learning rates, throughput and peak memory to what is logged beside a loss."""
         if "loss" in logs:
             logs |= self._rates(logs["learning_rate"]) | self._throughput()
         super().log(logs, start_time)

@@ -179,6 +179,7 @@ class Branch(nn.Module, ABC):
 
     @property
     def num_blocks(self) -> int:
+        """Blocks that the branch has; fewer than its network's depth after `truncate`."""
         return len(self.dims)
 
     @abstractmethod

@@ -154,4 +154,5 @@ class BEiTBranch(TransformerBranch):
         super().__init__(config, model)
 
     def embed(self, image: Tensor) -> BranchState:
+        """Patch embeddings (B, H', W', C) of an image (B, 3, H, W); positions are biases of the blocks."""
         return BranchState(self.patch_map(image).permute(0, 2, 3, 1))

@@ -57,14 +57,17 @@ class ConvNeXtConfig(NetworkConfig):
 
     @property
     def depth(self) -> int:
+        """Blocks of all stages and the downsamplings between them."""
         return sum(self.depths) + len(self.depths) - 1
 
     @property
     def dims(self) -> tuple[int, ...]:
+        """Channels after each block; a downsampling has those of the stage that it leads to."""
         return self._per_block(self.stage_dims)
 
     @property
     def strides(self) -> tuple[int, ...]:
+        """Pixels per cell after each block: 4, doubled by each downsampling."""
         return self._per_block([4 * 2**stage for stage in range(len(self.depths))])
 
     def stage_of_blocks(self) -> tuple[tuple[int, int | None], ...]:
@@ -108,16 +111,20 @@ class StagedBranch(Branch):
         set_drop_path([block for stage in model.stages for block in stage.blocks], config)
 
     def embed(self, image: Tensor) -> BranchState:
+        """Runs the stem on an image (B, 3, H, W); the map is (B, H', W', C) of stride 4."""
         return BranchState(self.model.stem(image).permute(0, 2, 3, 1))
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
+        """Runs one block or downsampling on the map (B, H, W, C); a downsampling halves height and width."""
         block = self.model.stages.get_submodule(self._steps[index])
         return BranchState(block(state.tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def remove_block(self, index: int) -> None:
+        """Replaces the last block, whose index is given, by an identity: names of other parameters stay."""
         self.model.stages.set_submodule(self._steps[index], nn.Identity())
 
     def layer_of(self, name: str) -> int | None:
+        """None: no parameter takes part in the decay."""
         return None
 
 

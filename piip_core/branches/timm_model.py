@@ -61,18 +61,22 @@ class TimmConfig(NetworkConfig):
 
     @property
     def depth(self) -> int:
+        """Number of blocks; of a ConvNeXt the downsamplings count too."""
         return len(self.dims)
 
     @property
     def dims(self) -> tuple[int, ...]:
+        """Channels after each block, as timm's network says."""
         return _inspect(self).dims
 
     @property
     def strides(self) -> tuple[int, ...]:
+        """Pixels per cell after each block, as timm's network says."""
         return _inspect(self).strides
 
     @property
     def no_windows(self) -> str:
+        """Why attention cannot work in windows, from the kind of network and its prefix tokens; empty if it can."""
         return _inspect(self).no_windows
 
 
@@ -157,6 +161,7 @@ class TimmTransformerBranch(TransformerBranch):
     """A `VisionTransformer` or `Eva` of timm, with its own position embeddings and prefix tokens."""
 
     def embed(self, image: Tensor) -> BranchState:
+        """Patches of an image (B, 3, H, W) with positions, and timm's prefix tokens and rotary positions."""
         patches = self.patch_map(image)
         grid = patches.shape[1:3]
         sequence, rotary = embed_positions(self.model, patches)
@@ -166,6 +171,7 @@ class TimmTransformerBranch(TransformerBranch):
         return BranchState(sequence[:, count:].unflatten(1, grid), prefix, rotary)
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
+        """Runs one block: on maps where it takes them, else on the sequence, with rotary positions if there are any."""
         block = self.model.blocks[index]
         if isinstance(block.attn, MapAttention):  # takes maps, and then windows
             return super().run_block(state, index)

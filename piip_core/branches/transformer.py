@@ -23,10 +23,12 @@ class PlainTransformerConfig(NetworkConfig):
 
     @property
     def dims(self) -> tuple[int, ...]:
+        """`embed_dim` for every block."""
         return (self.embed_dim,) * self.depth
 
     @property
     def strides(self) -> tuple[int, ...]:
+        """`patch_size` for every block."""
         return (self.patch_size,) * self.depth
 
     def _check_sizes(self, *fields: str) -> None:
@@ -108,6 +110,7 @@ class TransformerBranch(Branch):
         return self._positions[key]
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
+        """Runs one block on the map (B, H, W, C), or with a prefix on the sequence of both."""
         block = self.model.blocks[index]
         if state.prefix is None:
             return BranchState(block(state.tokens))
@@ -115,6 +118,7 @@ class TransformerBranch(Branch):
         return BranchState(tokens, prefix)
 
     def remove_block(self, index: int) -> None:
+        """Deletes the last block, whose index is given."""
         del self.model.blocks[index]
 
     @staticmethod
@@ -133,5 +137,6 @@ class TransformerBranch(Branch):
         return sequence[:, count:].unflatten(1, grid), sequence[:, :count]
 
     def layer_of(self, name: str) -> int | None:
+        """Index + 1 for parameters of blocks, 0 for all others."""
         parts = name.split(".")[1:]  # without "model"
         return int(parts[1]) + 1 if parts[:1] == ["blocks"] else 0

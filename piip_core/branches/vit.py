@@ -66,6 +66,7 @@ class ViTConfig(PlainTransformerConfig):
 
     @property
     def no_windows(self) -> str:
+        """Why attention cannot work in windows: the class token; empty without one."""
         return "a class token (class_token=True) belongs to no window" if self.class_token else ""
 
     def __post_init__(self) -> None:
@@ -104,6 +105,7 @@ class ViTBranch(TransformerBranch):
         super().__init__(config, model)
 
     def embed(self, image: Tensor) -> BranchState:
+        """Patches of an image (B, 3, H, W) with positions and the class token as prefix; normalised with `pre_norm`."""
         tokens = self.patch_map(image)
         class_position, grid = self.model.pos_embed.tensor_split([int(self.config.network.class_position)], dim=1)
         tokens = self.model.norm_pre(tokens + self.position_map(grid, *tokens.shape[1:3]))
@@ -173,6 +175,7 @@ class UniPerceiverBranch(TransformerBranch):
         super().__init__(config, model)
 
     def embed(self, image: Tensor) -> BranchState:
+        """Patches of an image (B, 3, H, W) with positions and the embedding of frame 0, normalised."""
         tokens = self.patch_map(image)
         tokens = tokens + self.position_map(self.model.pos_embed, *tokens.shape[1:3])
         return BranchState(self.model.norm_pre(tokens + self.model.frame_embed[0]))

@@ -80,9 +80,11 @@ class FullWidthNormAttention(MapAttention):
         self.q_norm, self.k_norm = norm_layer(dim), norm_layer(dim)
 
     def attend(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Global attention within sequences (B, N, C), by PyTorch's kernels."""
         return self.proj(self.attend_projected(self.qkv(x)))
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Splits (B, N, 3C) into heads (B, heads, N, head width), after the norms of queries and keys."""
         q, k, v = qkv.chunk(3, dim=2)
         heads = (self.num_heads, self.head_dim)
         q, k, v = (t.unflatten(2, heads).transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))

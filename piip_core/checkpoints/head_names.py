@@ -47,6 +47,7 @@ class HeadNames:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
+        """Rename rules between our names and the published ones."""
         return tuple(names.rule for names in self.names)
 
     def tensors(self) -> tuple[str, ...]:

@@ -22,10 +22,12 @@ class LazyTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
+        """Wraps a tensor that is in memory."""
         return cls(tensor.shape, tensor.dtype, lambda: tensor)
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -34,6 +34,7 @@ class Change(Enum):
     SCALAR = "one vector here is a scalar per branch there"
 
     def to_ours(self, tensor: Tensor) -> Tensor:
+        """Makes our tensor of the published one."""
         match self:
             case Change.POSITION_SLOT:
                 return tensor[:, 1:].clone()
@@ -50,6 +51,7 @@ class Change(Enum):
         return tensor
 
     def to_published(self, tensor: Tensor) -> Tensor:
+        """Undoes `to_ours`; what it dropped comes back as zeros."""
         match self:
             case Change.POSITION_SLOT:
                 return torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)

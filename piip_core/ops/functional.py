@@ -102,6 +102,7 @@ def flatten_spatial_shapes(spatial_shapes: SpatialShapes, name: str = "spatial_s
     """Turns the (H, W) pairs of all levels into H0, W0, H1, W1, ...
 
     Args:
+        spatial_shapes: (H, W) of every level, as a sequence of pairs or an integer tensor (L, 2).
         name: what error messages call the argument.
 
     Raises:

@@ -140,4 +140,5 @@ class MSDeformAttn(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Numbers of heads, levels and points, for `print`."""
         return f"num_heads={self.num_heads}, num_levels={self.num_levels}, num_points={self.num_points}"

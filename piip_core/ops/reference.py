@@ -70,8 +70,7 @@ def ms_deform_attn_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `ms_deform_attn_reference` with respect to value, locations and weights.
 
-    Args:
-        grad_output: (B, Q, M * D); the other arguments are those of the forward.
+    `grad_output` is (B, Q, M * D); the other arguments are those of the forward.
     """
     batch, _, heads, width = value.shape
     queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
@@ -139,10 +138,9 @@ def grid_sampling(
     num_points: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Locations and weights of `deform_attn_grid`, whose arguments these are, as `ms_deform_attn` takes them.
+    """Locations and weights as `ms_deform_attn` takes them, from the arguments of `deform_attn_grid_reference`.
 
-    Args:
-        dtype: what to compute in; None for the dtype that goes with `value`.
+    They are computed in `dtype`; None takes the one that goes with `value`.
     """
     batch, queries = sampling.shape[:2]
     shape = (batch, queries, value.shape[2], len(value_shapes) // 2, num_points)
@@ -174,6 +172,7 @@ def deform_attn_grid_reference(
         value_shapes: H0, W0, H1, W1, ...
         query_shape: (Hq, Wq).
         sampling: (B, Hq * Wq, 3 * M * L * P): offsets (M, L, P, 2), then logits (M, L, P).
+        num_points: P.
 
     Returns:
         (B, Hq * Wq, M * D) in the dtype of `value`.

@@ -85,6 +85,7 @@ class PIIPPreTrainedModel(PreTrainedModel):
         return pixel_values.to(parameter.device, parameter.dtype)
 
     def post_init(self) -> None:
+        """Ends construction as transformers does, noting first whether the weights are still on the meta device."""
         # Modules start their own weights in their constructors; on the meta device there was nothing to start
         self._made_without_weights = any(parameter.is_meta for parameter in self.parameters())
         super().post_init()

@@ -37,6 +37,7 @@ class CategoryTable:
         self.categories = tuple(categories)
 
     def state_dict(self) -> list[dict[str, Any]]:
+        """Id and name of every class."""
         return [{"id": category.id, "name": category.name} for category in self.categories]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
@@ -103,6 +104,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Writes the name of the last checkpoint to `<save_dir>/last_checkpoint`, whole or not at all."""
         with write_atomically(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
             file.write(last_filename_basename)
 

@@ -178,6 +178,7 @@ class DeepSpeedCheckpoints(HookBase):
         self.checkpointer, self.period, self.max_to_keep = checkpointer, period, max_to_keep
 
     def after_step(self) -> None:
+        """Saves if the period or the training is over; after the last iteration exports the model too."""
         iterations, last = self.trainer.iter + 1, self.trainer.max_iter
         if iterations % self.period == 0 or iterations == last:
             folder = self.checkpointer.save(iterations, self.max_to_keep)

@@ -174,6 +174,7 @@ class DeepSpeedTrainer(SimpleTrainer):
         return TrainerBase.state_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores iteration and hooks."""
         TrainerBase.load_state_dict(self, state_dict)
 
 

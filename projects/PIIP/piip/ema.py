@@ -72,6 +72,7 @@ class WeightAverage(HookBase):
             self._average.set(self._trained())
 
     def after_step(self) -> None:
+        """Updates the average; after the last iteration the main process writes it to the output folder."""
         done = self.trainer.iter + 1
         self._average.update(self._trained(), step=done)
         if done == self.trainer.max_iter and comm.is_main_process():
@@ -82,8 +83,10 @@ class WeightAverage(HookBase):
         return getattr(self.trainer.model, "module", self.trainer.model)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Averaged weights and buffers."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over the average of a checkpoint, which `start` then keeps."""
         self.model.load_state_dict(state)
         self._loaded = True

@@ -75,6 +75,7 @@ class MixedPrecisionTrainer(AMPTrainer):
         self.grad_scaler.update()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores iteration, hooks, optimizer and, where the checkpoint has one, the gradient scaler."""
         # A run may go on in mixed precision that began without it.
         super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
 
@@ -90,6 +91,7 @@ class ClipNorm(HookBase):
         self.limit = limit
 
     def after_backward(self) -> None:
+        """Clips the gradients, taking the loss scale off them first."""
         optimizer = self.trainer.optimizer
         scaler = getattr(self.trainer, "grad_scaler", None)
         if scaler is not None:
@@ -109,10 +111,12 @@ class Saves(HookBase):
         self.saves, self._failed, self._last = saves, FailedSaves(logger), None
 
     def before_train(self) -> None:
+        """Gives the hook the trainer, and its own `before_train`."""
         self.saves.trainer = self.trainer
         self.saves.before_train()
 
     def after_step(self) -> None:
+        """Lets the hook save; logs and keeps a failure."""
         try:
             self.saves.after_step()
         except SaveError as error:
@@ -141,6 +145,7 @@ class UnhinderedWriter(EventWriter):
         self._writer, self._failed = writer, 0
 
     def write(self) -> None:
+        """Writes the metrics; of failures only the first is logged."""
         try:
             self._writer.write()
         except OSError as error:
@@ -149,6 +154,7 @@ class UnhinderedWriter(EventWriter):
                 logger.error("Metrics could not be written (%s): training goes on without", error)
 
     def close(self) -> None:
+        """Closes the writer; a failure is logged."""
         try:
             self._writer.close()
         except OSError as error:
@@ -167,15 +173,18 @@ class StepSeed(HookBase):
         self.seed = comm.shared_random_seed() if self._drawn else seed
 
     def before_step(self) -> None:
+        """Seeds Python, NumPy and PyTorch from the seed, the process and the iteration."""
         seed = derive_seed(self.seed, comm.get_rank(), self.trainer.iter)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
 
     def state_dict(self) -> dict[str, int]:
+        """The seed."""
         return {"seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes over a checkpoint's seed if this run's was drawn."""
         if self._drawn:
             self.seed = state["seed"]
 
@@ -195,11 +204,13 @@ class TerminalProgress(HookBase):
         self._last = time.monotonic()
 
     def after_step(self) -> None:
+        """Prints a line if the period, the training or the longest silence is over."""
         due = (self.trainer.iter + 1) % self._period == 0 or self.trainer.iter == self.trainer.max_iter - 1
         if due or time.monotonic() - self._last > self._seconds:
             self._last = time.monotonic()
             self._printer.write()
 
     def after_train(self) -> None:
+        """Prints what is left and closes the printer."""
         self._printer.write()  # what other hooks put there after the last iteration
         self._printer.close()

@@ -128,8 +128,10 @@ def allowed(branches: int, *, models: str | None = None, params_limit: float | N
 
 
 def rank(pool: Iterable[tuple[Candidate, float | None]], flops_limit: float | None) -> list[Proposal]:
-    """Ranks candidates by the number of rules met; among equals those that use the budget come first, then those with
-    the larger first image, then those whose most expensive branch has the smaller share.
+    """Ranks candidates by the number of rules met.
+
+    Among equals those that use the budget come first, then those with the larger first image, then those whose most
+    expensive branch has the smaller share.
 
     `pool` has candidates with the part of the budget that each uses; rule "model" has the baseline of `flops_limit`.
     Of each combination of models and largest image the best candidate is returned.

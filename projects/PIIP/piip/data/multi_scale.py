@@ -43,6 +43,7 @@ class PolygonCrop(RandomCrop):
     """Detectron2's `RandomCrop` for masks that are drawn after the crop (`instance_mask_format="bitmask"`)."""
 
     def get_transform(self, image: np.ndarray) -> CropTransform:
+        """Draws a crop of a (H, W, C) image."""
         crop = super().get_transform(image)
         return _PolygonCropTransform(crop.x0, crop.y0, crop.w, crop.h)
 
@@ -82,4 +83,9 @@ class MultiScaleCrop(Augmentation):
         return TransformList([policy(aug_input), self._crop(aug_input)])
 
     def get_transform(self, *args: Any) -> TransformList:
+        """Cannot say beforehand what will be done.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError("the later steps depend on the image that the first ones give: call the augmentation")

@@ -85,6 +85,7 @@ class OpenCVResizeTransform(Transform):
         return _resize_nearest(segmentation, self.new_h, self.new_w)
 
     def inverse(self) -> OpenCVResizeTransform:
+        """The resize from the new size back to the old one."""
         return OpenCVResizeTransform(self.new_h, self.new_w, self.h, self.w)
 
 
@@ -103,6 +104,7 @@ class KeepRatioResize(Augmentation):
         self.scales = [(max(pair), min(pair)) for pair in pairs]
 
     def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws a frame and returns the resize of a (H, W) or (H, W, C) image that fits it into that."""
         height, width = image.shape[:2]
         index = np.random.randint(len(self.scales)) if len(self.scales) > 1 else 0
         return OpenCVResizeTransform(height, width, *keep_ratio_size(height, width, *self.scales[index]))
@@ -122,6 +124,7 @@ class ShortSideResize(Augmentation):
         self.short_side = short_side
 
     def get_transform(self, image: np.ndarray) -> Transform:
+        """Returns the resize of a (H, W) or (H, W, C) image that gives its shorter side the wanted length."""
         height, width = image.shape[:2]
         return OpenCVResizeTransform(height, width, *short_side_size(height, width, self.short_side))
 

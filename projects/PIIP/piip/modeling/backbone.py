@@ -59,14 +59,17 @@ class PIIPBackbone(Backbone):
         return True
 
     def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of every map, by name."""
         return dict(self._shapes)
 
     @property
     def size_divisibility(self) -> int:
+        """What height and width of the images must be multiples of."""
         return self._pad_divisor
 
     @property
     def padding_constraints(self) -> dict[str, int]:
+        """`size_divisibility` for Detectron2's `ImageList`."""
         return {"size_divisibility": self._pad_divisor}
 
 
@@ -112,8 +115,10 @@ class PIIPFPN(FPN):
 
     @property
     def size_divisibility(self) -> int:
+        """What height and width of the images must be multiples of: the bottom-up network's."""
         return self.bottom_up.size_divisibility
 
     @property
     def padding_constraints(self) -> dict[str, int]:
+        """Detectron2's constraints with those of the bottom-up network on top."""
         return {**super().padding_constraints, **self.bottom_up.padding_constraints}

@@ -66,6 +66,7 @@ class ImageClassifier(PIIPClassifier):
 
     @property
     def device(self) -> torch.device:
+        """Device of the model, to which images are moved."""
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:

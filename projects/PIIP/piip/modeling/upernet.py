@@ -155,6 +155,7 @@ class UperNetHead(SegmentationHead):
         self.fpn_bottleneck = _conv(len(self.in_channels) * channels, channels, 3, norm)
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
+        """Fuses maps (B, C_l, H_l, W_l), finest first, to (B, channels, H_0, W_0)."""
         levels = [lateral(x) for lateral, x in zip(self.lateral_convs, maps, strict=False)]
         levels.append(self.pool(maps[-1]))
         for i in range(len(levels) - 1, 0, -1):
@@ -214,6 +215,7 @@ class FCNHead(SegmentationHead):
         self.convs = nn.Sequential(*(_conv(a, b, 3, norm) for a, b in itertools.pairwise(widths)))
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
+        """Convolves the one map, (B, C, H, W) to (B, channels, H, W)."""
         return self.convs(maps[0])
 
 

@@ -28,6 +28,7 @@ class TopKEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
+        """Sets all counts to zero."""
         self._images, self._hits = 0, dict.fromkeys(self.topk, 0)
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Tensor]]) -> None:

@@ -36,6 +36,7 @@ class RatioRangeResize(Augmentation):
         self.scale, self.ratio_range = (max(scale), min(scale)), tuple(ratio_range)
 
     def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws a ratio and returns the resize of a (H, W) or (H, W, C) image to the frame times it."""
         height, width = image.shape[:2]
         ratio = np.random.uniform(*self.ratio_range)
         long_side, short_side = (int(side * ratio) for side in self.scale)
@@ -74,9 +75,11 @@ class PhotometricTransform(Transform):
         return img if self.contrast_first else _scaled(img, self.contrast, 0.0)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Leaves points as they are."""
         return coords
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Leaves label maps as they are."""
         return segmentation
 
 
@@ -87,6 +90,8 @@ class PhotometricDistortion(Augmentation):
     """
 
     def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws what to change; the image itself does not matter."""
+
         def drawn() -> bool:
             return np.random.randint(2) == 1
 

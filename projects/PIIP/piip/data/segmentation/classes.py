@@ -49,6 +49,7 @@ class LabelClasses:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, without the ignored pixels."""
         return len(self.names)
 
     @property

@@ -100,6 +100,7 @@ class DINO(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the model, to which images are moved."""
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:

@@ -53,4 +53,5 @@ class ChannelMapper(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.convs[0].weight.dtype
