@@ -102,6 +102,7 @@ class BuildOperator(cpp_extension.BuildExtension):
         super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
     def run(self):
+        """Builds what can be built here, and says what is left out."""
         wish = os.environ.get("PIIP_BUILD_EXTENSION", "1")
         cuda, cuda_reason = decide_cuda()
         say(f"CUDA kernels: {'yes' if cuda else 'no'} ({cuda_reason})")
