@@ -12,11 +12,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import llava_piip
-from llava_piip.benchmark.sides import load_pair
 from llava_piip.checkpoints import convert_folder, export_folder
 from llava_piip.inference import ChatModel
 from llava_piip.serve import chat, web
 from llava_piip.train import merge, train
+from piip_tools.chat_benchmark.models import load_pair
 
 ROOT = Path(llava_piip.__file__).parents[1]
 AUTO_MAP = {
