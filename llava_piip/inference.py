@@ -144,6 +144,12 @@ class ChatModel:
             UserError: If placeholders and images do not match, or the template does not take the messages.
         """
         check_sampling(max_new_tokens=max_new_tokens)
+        parts = [
+            part for message in messages if isinstance(message.get("content"), list) for part in message["content"]
+        ]
+        asked = sum(isinstance(part, Mapping) and part.get("type") in ("image", "image_url") for part in parts)
+        if asked and not images:  # in a text alone, the placeholder is ordinary text
+            raise UserError(f"the messages have {asked} images, none is given: give them in the order of the messages")
         inputs = self.processor(text=[self.prompt(messages)], images=[list(images)])
         length = inputs["input_ids"].shape[1]
         if length + max_new_tokens > self.context_length:

@@ -155,7 +155,10 @@ def _table(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     if args.set and len(args.runs) != 1:
         parser.error("--set: expected one run that the scores belong to")
-    measured = {run.resolve().name: measured_scores(run) | dict(args.set) for run in args.runs}
+    names = [run.resolve().name for run in args.runs]
+    if len(set(names)) < len(names):  # as training calls them all "final"
+        names = [str(run) for run in args.runs]
+    measured = {name: measured_scores(run) | dict(args.set) for name, run in zip(names, args.runs, strict=True)}
     print(score_table(measured or None, args.row))
 
 

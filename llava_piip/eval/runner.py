@@ -123,9 +123,11 @@ def _wait(state: PartialState) -> None:
 
 def _begin(folder: Path, identity: dict[str, Any], *, restart: bool) -> None:
     """Makes the folder of a run, or makes sure that it is the one to go on with."""
+    path = folder / _SETTINGS
+    if folder.is_dir() and not path.exists() and any(found.name != _PARTS for found in folder.iterdir()):
+        raise EvalError(f"{folder}: holds other files than those of a run (no {_SETTINGS}): name another --output")
     if restart and folder.exists():
         shutil.rmtree(folder)
-    path = folder / _SETTINGS
     if path.exists():
         before = read_json(path)
         if other := [name for name, value in identity.items() if before.get(name) != value]:

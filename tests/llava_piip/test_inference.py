@@ -83,6 +83,12 @@ def test_an_answer_stops_when_asked_to(tiny_chat, pictures):
     assert stream.finish_reason == "cancelled" and not stream._thread.is_alive() and list(stream) == []
 
 
+def test_images_that_messages_name_and_nobody_gives_are_an_error(text_chat):
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    with pytest.raises(UserError, match="1 images, none is given"):
+        text_chat.encode([{"role": "user", "content": content}])
+
+
 def test_sampling_settings_are_those_asked_for_and_not_the_folders(text_chat, pictures):
     def answer(**settings):
         return "".join(text_chat.stream(QUESTION, pictures[:1], max_new_tokens=12, **settings))

@@ -22,7 +22,7 @@ from piip.bars import draw_bars
 from piip.data import Category, read_image
 from piip.predict import Predictor
 from piip_core.errors import UserError
-from piip_core.files import write_atomically
+from piip_core.files import explain_write_errors, write_atomically
 from piip_core.images import image_endings, image_formats
 
 __all__ = ["InputError", "collect_inputs", "draw_detections", "run_demo"]
@@ -63,6 +63,8 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
         InputError: If an input is missing or nothing that can be shown, or a folder has no image.
     """
     jobs = collect_inputs(inputs, output)
+    with explain_write_errors(output):
+        os.makedirs(output, exist_ok=True)
     results: list[dict[str, Any]] = []
     errors: list[str] = []
     image_id = 0
@@ -129,7 +131,8 @@ def collect_inputs(inputs: Sequence[str], output: str) -> list[_Job]:
     """Image and video files named by `inputs`, each with the output file it becomes.
 
     Raises:
-        InputError: If an input is missing or neither image, folder nor video, or a folder has no image.
+        InputError: If an input is missing or neither image, folder nor video, a folder has no image, or a result would
+            replace an input.
     """
     sources: list[tuple[Path, Path]] = []
     for text in inputs:
@@ -153,6 +156,9 @@ def collect_inputs(inputs: Sequence[str], output: str) -> list[_Job]:
             target = Path(output) / relative.with_name(f"{relative.stem}_{number}")
         taken.add(target)
         jobs.append(_Job(source, target, _is_video(source)))
+    written = {os.path.realpath(f"{job.target}{ending}") for job in jobs for ending in (".jpg", ".mp4", "_labels.png")}
+    if lost := [str(job.source) for job in jobs if os.path.realpath(job.source) in written]:
+        raise InputError(f"--output {output}: results would replace {lost[0]}: name another folder")
     return jobs
 
 

@@ -47,6 +47,8 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     if not os.path.isfile(config_file):
         raise ConfigError(f"--config-file {config_file!r}: no such file (looked from {os.getcwd()})")
+    if not config_file.endswith((".py", ".yaml", ".yml")):
+        raise ConfigError(f"--config-file {config_file!r}: expected a LazyConfig (.py or .yaml)")
     cfg = LazyConfig.load(config_file)
     parser = OverridesParser.create()
     for text in overrides:
@@ -107,8 +109,12 @@ def check_device(device: str) -> torch.device:
     """The device of `train.device`.
 
     Raises:
-        ConfigError: If it is a CUDA device and none is visible.
+        ConfigError: If it is no device, or a CUDA device and none is visible.
     """
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device={device}: expected cpu, cuda or cuda:N ({error})") from None
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"train.device={device}: no CUDA device is visible; use train.device=cpu")
     return torch.device(device)

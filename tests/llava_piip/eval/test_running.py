@@ -133,6 +133,15 @@ def test_other_run_in_the_same_folder_is_refused(run, pope_data, capsys):
     assert "question file" in capsys.readouterr().err
 
 
+def test_a_folder_of_other_things_is_no_run_and_stays(run, tmp_path, capsys):
+    mine = tmp_path / "out" / "pope" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for options in ((), ("--restart",)):
+        assert run("--limit", 2, *options) == 2 and mine.read_text() == "mine"
+        assert "holds other files" in capsys.readouterr().err
+
+
 def test_second_run_at_the_same_time_is_refused(run, tmp_path):
     assert run("--limit", 2) == 0
     part = tmp_path / "out" / "pope" / "parts" / "part-00000.jsonl"

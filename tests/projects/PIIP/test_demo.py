@@ -162,6 +162,14 @@ def test_inputs_that_cannot_be_shown_are_named(tmp_path):
         collect_inputs([str(tmp_path / "a.txt")], "out")
 
 
+def test_results_never_replace_an_input(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for inputs, output in ((tmp_path / "a.jpg", tmp_path), (tmp_path, tmp_path / "link")):
+        with pytest.raises(InputError, match=r"would replace .*a\.jpg"):
+            collect_inputs([str(inputs)], str(output))
+
+
 def test_the_command(tiny_config, run, shared_coco, tmp_path, repo_root):
     (tmp_path / "bad.png").write_bytes((shared_coco.images / "001.png").read_bytes()[:500])
     command = [sys.executable, str(repo_root / "tools" / "demo.py"), "--config-file", tiny_config]
