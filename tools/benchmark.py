@@ -175,6 +175,13 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("--chart", type=Path, metavar="FILE", help="also draw the results into FILE (.png, .svg)")
         command.set_defaults(title=title, **defaults)
     args = parser.parse_args()
+    for option in ("batch", "threads", "repeats"):
+        if getattr(args, option, 1) < 1:
+            parser.error(f"--{option} {getattr(args, option)}: expected 1 or more")
+    try:
+        torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device {args.device}: expected cpu, cuda or cuda:N")
     for option in ("breakdown", "vision_only"):
         if args.chart and getattr(args, option, False):
             parser.error(f"--chart: expected no --{option.replace('_', '-')}, of which there is no chart")

@@ -29,7 +29,8 @@ from typing import Any
 from tabulate import tabulate
 
 from piip_core import zoo
-from piip_core.files import atomic_path
+from piip_core.errors import UserError
+from piip_core.files import atomic_path, explain_write_errors
 from piip_core.zoo.ablations import ABLATIONS, TABLES
 from piip_tools.flops import published_count
 
@@ -143,10 +144,14 @@ def write_config(setting: zoo.ZooEntry, path: str | os.PathLike[str], output_dir
     cfg.train.output_dir = output_dir
     # What leads only to branches that are not merged gets no gradient
     cfg.train.ddp.find_unused_parameters = setting.config.merging.branches is not None
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     unregister()  # saving looks at every value
-    with atomic_path(path) as aside:
-        LazyConfig.save(cfg, str(aside))
+    try:
+        with explain_write_errors(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as aside:
+                LazyConfig.save(cfg, str(aside))
+    except UserError as error:
+        sys.exit(f"sweep: {error}")
 
 
 def main(argv: list[str] | None = None) -> None:
