@@ -137,7 +137,11 @@ class PIIPLlavaProcessor(ProcessorMixin):
         if not conversation:
             raise UserError("conversation=[]: expected at least one message")
         is_batch = isinstance(conversation[0], (list, tuple))
-        conversations = [protect_text(messages) for messages in (conversation if is_batch else [conversation])]
+        conversations = [
+            # message objects as well, which some versions of transformers take for lists of messages
+            protect_text([message if isinstance(message, Mapping) else vars(message) for message in messages])
+            for messages in (conversation if is_batch else [conversation])
+        ]
         # transformers' way to the masks differs from version to version
         has_masks = options.pop("return_assistant_tokens_mask", False) and options.get("return_dict")
         has_masks = has_masks and options.get("tokenize")
