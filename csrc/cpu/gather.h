@@ -1,17 +1,12 @@
 // Reading the pixels of located samples, and spreading gradients over them. One lane per channel everywhere.
 // Included by kernel_impl.h inside its own namespace, see there.
 
-// Adds a sample to the sums of a query and head: kCount vectors V of channels, and with kNarrow kLanes channels more.
-// `pixels` are the first four pixels of the level (top left, top right, bottom left, bottom right), `sample` leads from
-// there to the sample's. With kPair a vector holds two neighbouring pixels, each half as long, and so does the sum.
-template <bool kPair, bool kNarrow, typename V, int kCount, typename A>
+// Adds a sample to the sums of a query and head, kCount vectors V of channels. `pixels` are the first four pixels of the
+// level (top left, top right, bottom left, bottom right), `sample` leads from there to the sample's. With kPair a vector
+// holds two neighbouring pixels, each half as long, and so does the sum.
+template <bool kPair, typename V, int kCount, typename A>
 PIIP_INLINE void gather(
-    const A* corner,
-    const A* const (&pixels)[4],
-    int64_t sample,
-    V (&upper)[kCount],
-    V (&lower)[kCount],
-    Vec<A>& narrow) {
+    const A* corner, const A* const (&pixels)[4], int64_t sample, V (&upper)[kCount], V (&lower)[kCount]) {
   constexpr int64_t kLane = sizeof(V) / sizeof(A);
   if constexpr (kPair) {
     constexpr LanesUpTo<kLane> lanes;
@@ -27,30 +22,19 @@ PIIP_INLINE void gather(
     upper[j] += weights[1] * read<V>(pixels[1] + sample + j * kLane);
     lower[j] += weights[3] * read<V>(pixels[3] + sample + j * kLane);
   }
-  if constexpr (kNarrow) {
-    for (int k = 0; k < 4; ++k) {
-      narrow += corner[k] * read<Vec<A>>(pixels[k] + sample + kCount * kLane);
-    }
-  }
 }
 
-// In what products are added up: the longest vectors that can be shuffled, or as few lanes as kNarrow has channels.
-template <typename A, bool kNarrow>
-using Partial = Vec<A, !kOneRegister<A> ? kLanes / 2 : kNarrow ? kLanes : kWide<A>>;
+// In what products of vectors of kLane lanes are added up: the longest vectors that can be shuffled.
+template <typename A, int64_t kLane>
+using Partial = Vec<A, kOneRegister<A> ? kLane : kLanes / 2>;
 
 // The reverse for kSamples samples from `sample` on: spreads the gradient over their pixels, and adds up the products
-// of gradient and value, from which the gradients of locations and weights follow. kNarrow: kLanes channels more.
-template <int kSamples, bool kPair, bool kNarrow, typename V, int kCount, typename T, typename A>
+// of gradient and value, from which the gradients of locations and weights follow.
+template <int kSamples, bool kPair, typename V, int kCount, typename T, typename A>
 PIIP_INLINE void scatter(
-    const Samples<T>& s,
-    int64_t sample,
-    const V (&grad)[kCount],
-    Vec<A> narrow_grad,
-    const A* rows,
-    A* grad_rows,
-    bool add) {
+    const Samples<T>& s, int64_t sample, const V (&grad)[kCount], const A* rows, A* grad_rows, bool add) {
   constexpr int64_t kLane = sizeof(V) / sizeof(A);
-  using P = Partial<A, kNarrow>;
+  using P = Partial<A, kLane>;
   P products[(kPair ? 2 : 4) * kSamples];
   for (int i = 0; i < kSamples; ++i) {
     const A* corner = s.corner + 4 * (sample + i);
@@ -61,7 +45,7 @@ PIIP_INLINE void scatter(
       const int64_t pixels[4] = {top, top + kLanes, bottom, bottom + kLanes};
       for (int k = 0; k < 4; ++k) {
         A* grad_row = grad_rows + pixels[k];
-        write(grad_row, read<Vec<A>>(grad_row) + corner[k] * narrow_grad);
+        write(grad_row, read<Vec<A>>(grad_row) + corner[k] * read<Vec<A>>(grad));
       }
     } else {
       V weights[4];
@@ -77,13 +61,7 @@ PIIP_INLINE void scatter(
           }
           write(grad_row + j * kLane, read<V>(grad_row + j * kLane) + weights[k] * grad[j]);
         }
-        if constexpr (kNarrow) {
-          constexpr int64_t kEnd = kCount * kLane;
-          products[4 * i + k] = fold_to<P>(product) + narrow_grad * read<Vec<A>>(row + kEnd);
-          write(grad_row + kEnd, read<Vec<A>>(grad_row + kEnd) + corner[k] * narrow_grad);
-        } else {
-          products[4 * i + k] = fold_to<P>(product);
-        }
+        products[4 * i + k] = fold_to<P>(product);
       }
     }
   }
@@ -99,66 +77,66 @@ PIIP_INLINE void scatter(
   write(product, read<Vec<A, 4 * kSamples>>(&sums));
 }
 
-template <bool kNarrow, typename F>
-PIIP_INLINE void last_block(int64_t vectors, int64_t channel, const F& f) {
-  switch (vectors) {
+// Goes through `count` vectors of kLane channels in blocks that fit into registers: up to four. The last one comes first:
+// what it writes beyond a row is then overwritten by the next row's beginning.
+template <int64_t kLane, typename F>
+PIIP_INLINE void for_vectors(int64_t count, const F& f) {
+  const int64_t last = (count - 1) % 4 + 1;
+  count -= last;
+  switch (last) {
     case 1:
-      return f.template run<1, false, kNarrow>(channel, false);
+      f.template run<1, kLane>(count * kLane, false);
+      break;
     case 2:
-      return f.template run<2, false, kNarrow>(channel, false);
+      f.template run<2, kLane>(count * kLane, false);
+      break;
     case 3:
-      return f.template run<3, false, kNarrow>(channel, false);
-    case 4:
-      return f.template run<4, false, kNarrow>(channel, false);
+      f.template run<3, kLane>(count * kLane, false);
+      break;
+    default:
+      f.template run<4, kLane>(count * kLane, false);
+  }
+  while (count > 0) {
+    count -= 4;
+    f.template run<4, kLane>(count * kLane, true);
   }
 }
 
-// Goes through the channels of a padded row in blocks that fit into registers: up to four of the longest vectors, the
-// last block perhaps with kLanes channels more. That one comes first: what it writes beyond a row is then overwritten
-// by the next row's beginning. A row of half a vector is one block, of pairs of pixels.
+// Goes through the channels of a padded row in vectors as long as it is a multiple of. A row of half a vector is one
+// vector with a pair of pixels.
 template <typename A, typename F>
 PIIP_INLINE void for_blocks(int64_t padded, const F& f) {
-  int64_t vectors = padded / kWide<A>;
-  const int64_t last = (vectors - 1) % 4 + 1;
-  vectors -= last;
-  if constexpr (kWide<A> == 2 * kLanes) {
+  if constexpr (kWide<A> > kLanes) {
+    if (padded % kWide<A> == 0) {
+      return for_vectors<kWide<A>>(padded / kWide<A>, f);
+    }
     if (padded == kLanes) {
-      return f.template run<1, true, false>(0, false);
+      return f.template run<1, kWide<A>, true>(0, false);
     }
-    if (padded % kWide<A> != 0) {
-      last_block<true>(last, vectors * kWide<A>, f);
-    } else {
-      last_block<false>(last, vectors * kWide<A>, f);
-    }
-  } else {
-    last_block<false>(last, vectors * kWide<A>, f);
   }
-  while (vectors > 0) {
-    vectors -= 4;
-    f.template run<4, false, false>(vectors * kWide<A>, true);
-  }
+  for_vectors<kLanes>(padded / kLanes, f);
 }
 
 // A block of samples: `queries` queries and all their heads.
 template <typename T, typename A>
 struct Gather {
-  using V = Vec<A, kWide<A>>;
   const Samples<T>& s;
   const Map<T>& map;
   int64_t queries;
   A* sums;  // queries x heads x width
 
-  template <int kCount, bool kPair, bool kNarrow>
+  template <int kCount, int64_t kLane, bool kPair = false>
   PIIP_INLINE void run(int64_t channel, bool) const {
     if (s.per_head == 4 && s.call.levels == 1) {  // worth a loop that the compiler can unroll
-      run_of<kCount, kPair, kNarrow, 4>(channel);
+      run_of<kCount, kLane, kPair, 4>(channel);
     } else {
-      run_of<kCount, kPair, kNarrow, 0>(channel);
+      run_of<kCount, kLane, kPair, 0>(channel);
     }
   }
 
-  template <int kCount, bool kPair, bool kNarrow, int kPoints>
+  template <int kCount, int64_t kLane, bool kPair, int kPoints>
   PIIP_INLINE void run_of(int64_t channel) const {
+    using V = Vec<A, kLane>;
     const int64_t points = kPoints ? kPoints : s.call.points, levels = kPoints ? 1 : s.call.levels;
     const int64_t padded = s.padded;
     const int32_t* top = s.top;
@@ -168,23 +146,19 @@ struct Gather {
       const A* rows = map.rows + channel;
       for (int64_t head = 0; head < s.heads; ++head, rows += map.per_head, sum += s.call.width) {
         V upper[kCount] = {}, lower[kCount] = {};
-        Vec<A> narrow{};
         for (int64_t level = 0; level < levels; ++level) {
           const A* const below = rows + s.line_step[level * points];
           const A* const pixels[4] = {rows, rows + padded, below, below + padded};
           for (int64_t point = 0; point < points; ++point, corner += 4, ++top) {
-            gather<kPair, kNarrow>(corner, pixels, *top, upper, lower, narrow);
+            gather<kPair>(corner, pixels, *top, upper, lower);
           }
         }
         if constexpr (kPair) {
           write(sum, fold_to<Vec<A>>(upper[0] + lower[0]));
           continue;
         }
-        if constexpr (kNarrow) {
-          write(sum + kCount * kWide<A>, narrow);
-        }
         for (int j = 0; j < kCount; ++j) {
-          write(sum + j * kWide<A>, upper[j] + lower[j]);
+          write(sum + j * kLane, upper[j] + lower[j]);
         }
       }
     }
@@ -193,16 +167,16 @@ struct Gather {
 
 template <typename T, typename A>
 struct Scatter {
-  using V = Vec<A, kWide<A>>;
   const Samples<T>& s;
   const Map<T>& map;
   const Map<T>& grad_map;
   int64_t first, queries;
   const A* grads;  // queries x heads x padded
 
-  template <int kCount, bool kPair, bool kNarrow>
+  template <int kCount, int64_t kLane, bool kPair = false>
   PIIP_INLINE void run(int64_t channel, bool add) const {
-    constexpr int kFilling = sizeof(Partial<A, kNarrow>) / sizeof(A) / 4;  // as many as fill it, if there are registers
+    using V = Vec<A, kLane>;
+    constexpr int kFilling = sizeof(Partial<A, kLane>) / sizeof(A) / 4;  // as many as fill it, if there are registers
     constexpr int kSamples = kCount > 1 && kFilling > 2 ? 2 : kFilling;
     const A* grad = grads + channel;
     int64_t sample = 0;
@@ -214,23 +188,18 @@ struct Scatter {
       }
       for (int64_t head = 0; head < s.heads; ++head) {
         V vectors[kCount];
-        Vec<A> narrow{};
         for (int j = 0; j < kCount; ++j) {
-          vectors[j] = read<V>(grad + j * kWide<A>);
+          vectors[j] = read<V>(grad + j * kLane);
         }
         if constexpr (kPair) {
-          narrow = read<Vec<A>>(grad);
-          vectors[0] = repeat_half(vectors[0], LanesUpTo<kWide<A>>{});
-        }
-        if constexpr (kNarrow) {
-          narrow = read<Vec<A>>(grad + kCount * kWide<A>);
+          vectors[0] = repeat_half(vectors[0], LanesUpTo<kLane>{});
         }
         const int64_t last = sample + s.per_head;
         for (; sample + kSamples <= last; sample += kSamples) {
-          scatter<kSamples, kPair, kNarrow>(s, sample, vectors, narrow, rows, grad_rows, add);
+          scatter<kSamples, kPair>(s, sample, vectors, rows, grad_rows, add);
         }
         for (; sample < last; ++sample) {
-          scatter<1, kPair, kNarrow>(s, sample, vectors, narrow, rows, grad_rows, add);
+          scatter<1, kPair>(s, sample, vectors, rows, grad_rows, add);
         }
         grad += s.padded;
         rows += map.per_head;

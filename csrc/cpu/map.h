@@ -1,7 +1,7 @@
 // The value maps of a few heads in the layout that sampling reads, and the way back for their gradients.
 // Included by kernel_impl.h inside its own namespace, see there.
 
-// Widens rows of `width` elements into padded rows, zeros behind. Reads ahead, but nothing from `end` on; writes whole
+// Widens rows of `width` elements into padded rows, zeros after them. Reads ahead, but nothing from `end` on; writes whole
 // vectors of n, so perhaps more zeros than the padded row has.
 template <typename T, int64_t n>
 struct RowLoader {
@@ -36,7 +36,7 @@ struct RowLoader {
   const Bits keep;
 };
 
-// Rounds the first `width` elements of a padded row to `to`. Overwrites what lies behind, but nothing from `end` on.
+// Rounds the first `width` elements of a padded row to `to`. Overwrites what comes after, but nothing from `end` on.
 template <typename T, typename A>
 PIIP_INLINE void store_row(const A* from, int64_t width, T* to, const T* end) {
   int64_t channel = 0;

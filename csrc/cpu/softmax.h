@@ -14,29 +14,21 @@ struct Sum {
   }
 };
 
-// Combines each group of kGroup lanes; all lanes of the group have the result.
-template <typename Op, int64_t kGroup, typename A>
-PIIP_INLINE Vec<A, kWide<A>> across(Vec<A, kWide<A>> v) {
+// Combines each group of four lanes; all lanes of the group have the result.
+template <typename Op, typename A>
+PIIP_INLINE Vec<A, kWide<A>> across_fours(Vec<A, kWide<A>> v) {
   constexpr LanesUpTo<kWide<A>> lanes;
-  if constexpr (kGroup > 1) {
-    v = Op::of(v, swap_lanes<1>(v, lanes));
-  }
-  if constexpr (kGroup > 2) {
-    v = Op::of(v, swap_lanes<2>(v, lanes));
-  }
-  if constexpr (kGroup > 4) {
-    v = Op::of(v, swap_lanes<4>(v, lanes));
-  }
-  return v;
+  v = Op::of(v, swap_lanes<1>(v, lanes));
+  return Op::of(v, swap_lanes<2>(v, lanes));
 }
 
-template <int64_t kGroup, typename A>
-PIIP_TARGET void softmax_of(A* x, int64_t size) {
+template <typename A>
+PIIP_TARGET void softmax_of_fours(A* x, int64_t size) {
   using V = Vec<A, kWide<A>>;
   for (int64_t i = 0; i < size; i += kWide<A>) {
     const V logits = read<V>(x + i);
-    const V numerator = exponential<kWide<A>>(logits - across<Larger, kGroup, A>(logits));
-    write(x + i, numerator / across<Sum, kGroup, A>(numerator));
+    const V numerator = exponential<kWide<A>>(logits - across_fours<Larger, A>(logits));
+    write(x + i, numerator / across_fours<Sum, A>(numerator));
   }
 }
 
@@ -66,20 +58,14 @@ PIIP_TARGET void softmax_of_any(A* x, int64_t size, int64_t group) {
   }
 }
 
-// Replaces logits by weights. Goes through x in whole vectors, so also through some elements behind.
+// Replaces logits by weights. PIIP takes four points of one level. Goes through x in whole vectors, so also through some
+// elements after it.
 template <typename A>
 PIIP_TARGET void softmax(A* x, int64_t size, int64_t group) {
-  switch (group) {
-    case 1:
-      return softmax_of<1>(x, size);
-    case 2:
-      return softmax_of<2>(x, size);
-    case 4:
-      return softmax_of<4>(x, size);
-    case 8:
-      return softmax_of<8>(x, size);
-    default:
-      return softmax_of_any(x, size, group);
+  if (group == 4) {
+    softmax_of_fours(x, size);
+  } else {
+    softmax_of_any(x, size, group);
   }
 }
 
@@ -90,7 +76,7 @@ PIIP_TARGET void softmax_backward(const A* weight, A* grad, int64_t size, int64_
   if (group == 4) {
     for (int64_t i = 0; i < size; i += kWide<A>) {
       const V w = read<V>(weight + i), g = read<V>(grad + i);
-      write(grad + i, w * (g - across<Sum, 4, A>(w * g)));
+      write(grad + i, w * (g - across_fours<Sum, A>(w * g)));
     }
     return;
   }
