@@ -18,10 +18,7 @@ from ..errors import ConfigError, check
 from ..meta import on_meta
 from .base import Branch, BranchConfig, BranchState, NetworkConfig, register_branch, to_tuples
 from .convnext import StagedBranch
-from .transformer import TransformerBranch
-from .window import MapAttention
-
-__all__ = ["TimmConfig", "TimmTransformerBranch", "create_network", "embed_positions"]
+from .transformer import MapAttention, TransformerBranch
 
 _EXAMPLES = "vit_small_patch16_dinov3, eva02_base_patch14_224, vit_base_patch16_siglip_256, convnextv2_tiny"
 
@@ -169,17 +166,6 @@ class TimmTransformerBranch(TransformerBranch):
         count = self.model.num_prefix_tokens
         prefix = sequence[:, :count] if count else None
         return BranchState(sequence[:, count:].unflatten(1, grid), prefix, rotary)
-
-    def run_block(self, state: BranchState, index: int) -> BranchState:
-        """Runs one block: on maps where it takes them, else on the sequence, with rotary positions if there are any."""
-        block = self.model.blocks[index]
-        if isinstance(block.attn, MapAttention):  # takes maps, and then windows
-            return super().run_block(state, index)
-        options = {}
-        if state.rotary is not None:
-            options["rope"] = state.rotary[index] if getattr(self.model, "rope_mixed", False) else state.rotary
-        tokens, prefix = self.split(block(self.sequence(state), **options), state)
-        return state._replace(tokens=tokens, prefix=prefix)
 
 
 def embed_positions(model: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor | None]:

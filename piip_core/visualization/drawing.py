@@ -1,8 +1,11 @@
-"""Figures of what a `Trace` holds."""
+"""Figures of what a forward pass showed, and a JSON file that says what is on them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,12 +15,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from torch import Tensor, nn
 
+from ..files import atomic_path, write_atomically
 from .scene import Cells, Scene
-from .spectrum import Spectrum
-from .trace import BlockView, Reading, Trace
-
-__all__ = ["branch_colour", "draw_attention", "draw_sampling", "draw_spectra"]
+from .trace import BlockView, Reading, Spectrum, Trace, find_pyramid, trace_pyramid
 
 _BRANCH_COLOURS = ("#c0272d", "#e08a00", "#0b7d8c", "#4a3fb5")  # Branch 1 first; more branches start again
 _QUERY = "#00e5ff"
@@ -112,6 +114,94 @@ def draw_spectra(scene: Scene, trace: Trace, title: str) -> Figure:
     depth.legend(fontsize=8)
     _draw_planes(lower, shown)
     return figure
+
+
+def visualize(model: nn.Module, scene: Scene, output: Path | str, *, name: str, **options: Any) -> list[Path]:
+    """Draws attention.png, sampling.png (models with interactions) and spectra.png, and writes visualization.json.
+
+    Args:
+        model: With one PIIP inside, in evaluation mode.
+        scene: The image and the query.
+        output: Folder of the files.
+        name: What the titles call the model; also say there where its weights are from.
+        options: Of `trace_pyramid`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: If model, block or interaction are not as described.
+    """
+    trace = trace_pyramid(find_pyramid(model), scene, **options)
+    figures = {"attention.png": draw_attention(scene, trace, f"{name}: self-attention of the query, mean over heads")}
+    if trace.readings:
+        title = f"{name}: what the query reads in interaction {trace.interaction}"
+        figures["sampling.png"] = draw_sampling(scene, trace, title)
+    figures["spectra.png"] = draw_spectra(scene, trace, f"{name}: Fourier spectra of the features")
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    for file, figure in figures.items():
+        with atomic_path(output / file) as aside:
+            figure.savefig(aside, format="png")
+    with write_atomically(output / "visualization.json", "w") as file:
+        facts = {"model": name, "files": list(figures), **_describe(scene, trace)}
+        json.dump(facts, file, indent=2, default=Tensor.tolist)
+    return [output / file for file in (*figures, "visualization.json")]
+
+
+def _describe(scene: Scene, trace: Trace) -> dict[str, Any]:
+    """What the figures show, as plain data. Sizes are height and width; points are x and y."""
+    return {
+        "image_size": scene.original_size,
+        "resized_to": scene.size,
+        "padded_to": scene.pixel_values.shape[-2:],
+        "query": scene.query_pixel,
+        "interaction": trace.interaction,
+        "attention": [_describe_view(view) for view in trace.views],
+        "sampling": [
+            {
+                "reader": reading.reader,
+                "source": reading.source,
+                "map_size": (reading.cells.rows, reading.cells.columns),
+                "reference": reading.at,
+                "points": reading.points,
+                "weights": None if reading.points is None else reading.weights,
+            }
+            for reading in trace.readings
+        ],
+        "spectra": {
+            "before": [_describe_spectrum(spectrum) for spectrum in trace.before],
+            "after": [_describe_spectrum(spectrum) for spectrum in trace.after],
+            "highest_frequency_per_block": [
+                [spectrum.log_amplitudes[-1] for spectrum in spectra] for spectra in trace.depth
+            ],
+        },
+    }
+
+
+def _describe_view(view: BlockView) -> dict[str, Any]:
+    attention = view.attention
+    found = {
+        "branch": view.branch,
+        "block": view.block,
+        "map_size": (view.cells.rows, view.cells.columns),
+        "query_cell": view.cell,
+        "window": view.window,
+        "shown": "activation energy" if attention is None else "attention",
+    }
+    if attention is None:
+        return found
+    return found | {
+        "heads": len(attention.weights),
+        "seen_cells": attention.window,
+        "highest_weight": attention.weights.mean(dim=0).max(),
+        "on_prefix_tokens": attention.prefix.sum(dim=1).mean(),
+        "on_window_padding": attention.padding.mean(),
+    }
+
+
+def _describe_spectrum(spectrum: Spectrum) -> dict[str, Tensor]:
+    return {"frequencies": spectrum.frequencies, "log_amplitudes": spectrum.log_amplitudes}
 
 
 def _new_figure(size: tuple[float, float], title: str, dpi: int = 120) -> Figure:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["Cells", "Scene", "network_input", "prepare_scene"]
-
 
 @dataclass(frozen=True)
 class Cells:

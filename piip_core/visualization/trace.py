@@ -1,4 +1,4 @@
-"""One forward pass of a pyramid, with what happens inside of it written down."""
+"""One forward pass of a pyramid, with what happens inside of it written down (paper section IV-G)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,55 @@ from ..branches import BranchState
 from ..errors import ConfigError, UserError
 from ..interaction import DeformableCrossAttention, Interaction
 from ..pyramid import PIIP
-from .attention import AttentionCall, AttentionRow, attention_row, watch_attention
+from .attention import AttentionRow, attention_row, watch_attention
 from .scene import Cells, Scene
-from .spectrum import Spectrum, feature_spectrum
 
-__all__ = ["BlockView", "Reading", "Trace", "find_pyramid", "trace_pyramid"]
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Amplitudes of a feature map over spatial frequency, averaged over channels and relative to frequency 0.
+
+    Attributes:
+        frequencies: In units of the map's own highest frequency, half a cycle per cell (the "pi" of plots), (N,).
+        log_amplitudes: Natural logarithm of the amplitude at each of them over the amplitude at 0, (N,).
+        plane: The same over both axes with frequency 0 in the middle, (H, W).
+    """
+
+    frequencies: Tensor
+    log_amplitudes: Tensor
+    plane: Tensor
+
+
+def feature_spectrum(features: Tensor) -> Spectrum:
+    """Fourier spectrum of a map.
+
+    Each channel is scaled to the same total power, so that a few loud channels do not stand for all. Amplitudes are
+    root mean squares over channels and, for the curve, over rings of equal frequency: noise without structure is flat.
+
+    Args:
+        features: (H, W, C), at least 2 x 2 cells.
+
+    Raises:
+        ValueError: If the map is smaller.
+    """
+    height, width, _ = features.shape
+    if min(height, width) < 2:
+        raise ValueError(f"a map of {height} x {width} cells has no spectrum: expected at least 2 x 2")
+    power = torch.fft.fft2(features.cpu().double().permute(2, 0, 1)).abs().square()
+    tiny = torch.finfo(torch.float64).tiny
+    power = (power / power.sum(dim=(1, 2), keepdim=True).clamp(min=tiny)).mean(dim=0)
+    floor = power.max() * 1e-24  # what rounding leaves of a frequency that is not there
+    highest = min(height, width) // 2
+    y, x = (2 * torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
+    ring = torch.round((y[:, None].square() + x.square()).sqrt() * highest).long().flatten()
+    means = torch.bincount(ring, weights=power.flatten()) / torch.bincount(ring).clamp(min=1)
+    curve = means[: highest + 1]  # beyond, only the corners of the square contribute
+    zero = curve[0].clamp(min=floor)
+    return Spectrum(
+        frequencies=torch.arange(highest + 1, dtype=torch.float64) / highest,
+        log_amplitudes=0.5 * (curve.clamp(min=floor) / zero).log(),
+        plane=0.5 * (torch.fft.fftshift(power).clamp(min=floor) / zero).log(),
+    )
 
 
 @dataclass(frozen=True)
@@ -125,13 +169,11 @@ def trace_pyramid(
         expected = f"an index from 0 to {count - 1}" if count else "none: a single branch has no interactions"
         raise UserError(f"interaction {interaction}: the model has {count} interactions; expected {expected}")
     branches = pyramid.branches
-    chosen = _choose_blocks(pyramid, blocks)
     trace = Trace(interaction, views=[None] * len(branches), depth=[[] for _ in branches], cells=[None] * len(branches))
     with ExitStack() as stack:
-        for index, branch in enumerate(branches):
-            observer = _BlockObserver(trace, scene, pyramid, index, chosen[index], branch.run_block, progress)
+        for index, (branch, chosen) in enumerate(zip(branches, _choose_blocks(pyramid, blocks), strict=True)):
             # A block is a method and not always a module, so there is nothing to hang a forward hook on
-            branch.run_block = observer.run_block
+            branch.run_block = partial(_run_block, trace, scene, pyramid, index, chosen, progress, branch.run_block)
             stack.callback(delattr, branch, "run_block")  # the class's own is visible again
         if interaction is not None:
             _observe_interaction(stack, trace, scene, pyramid)
@@ -139,42 +181,36 @@ def trace_pyramid(
     return trace
 
 
-@dataclass
-class _BlockObserver:
+def _run_block(
+    trace: Trace,
+    scene: Scene,
+    pyramid: PIIP,
+    index: int,
+    chosen: int,
+    progress: Callable[[], None],
+    run_block: Callable[[BranchState, int], BranchState],
+    state: BranchState,
+    block: int,
+) -> BranchState:
     """Stands in for `run_block` of one branch and writes down what is asked for."""
-
-    trace: Trace
-    scene: Scene
-    pyramid: PIIP
-    index: int
-    chosen: int
-    original: Callable[[BranchState, int], BranchState]
-    progress: Callable[[], None]
-
-    def run_block(self, state: BranchState, block: int) -> BranchState:
-        branch = self.pyramid.branches[self.index]
-        with watch_attention(branch) if block == self.chosen else nullcontext([]) as calls:
-            after = self.original(state, block)
-        cells = _cells(self.pyramid, self.index, after.tokens, branch.strides[block])
-        if block == self.chosen:
-            self.trace.views[self.index] = self._view(calls, state, after, cells)
-        if self.trace.interaction is None:
-            self.trace.cells[self.index] = cells
-        self.trace.depth[self.index].append(_spectrum(self.scene, cells, after.tokens))
-        self.progress()
-        return after
-
-    def _view(self, calls: list[AttentionCall], state: BranchState, after: BranchState, cells: Cells) -> BlockView:
+    branch = pyramid.branches[index]
+    with watch_attention(branch) if block == chosen else nullcontext([]) as calls:
+        after = run_block(state, block)
+    cells = _cells(pyramid, index, after.tokens, branch.strides[block])
+    if block == chosen:
         if len(calls) > 1:
-            message = f"block {self.chosen} of branch {self.index + 1} calls attention {len(calls)} times"
-            raise NotImplementedError(message)
-        cell = cells.at(*self.scene.query)
-        window, attention = self.pyramid.branches[self.index].config.window_sizes[self.chosen], None
+            raise NotImplementedError(f"block {block} of branch {index + 1} calls attention {len(calls)} times")
+        cell, window, attention = cells.at(*scene.query), branch.config.window_sizes[block], None
         if calls:
             prefix = 0 if state.prefix is None else state.prefix.shape[1]
             attention = attention_row(calls[0], tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
         energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
-        return BlockView(self.index + 1, self.chosen, cells, cell, window, attention, energy)
+        trace.views[index] = BlockView(index + 1, block, cells, cell, window, attention, energy)
+    if trace.interaction is None:
+        trace.cells[index] = cells
+    trace.depth[index].append(_spectrum(scene, cells, after.tokens))
+    progress()
+    return after
 
 
 def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP) -> None:

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 
 from piip_core import BranchConfig, ViTConfig
 from piip_core.branches import build_branch
-from piip_core.branches.transformer import resize_position_grid
-from piip_core.branches.window import MapAttention
+from piip_core.branches.transformer import MapAttention, resize_position_grid
 
 DEIT_TINY = ViTConfig(embed_dim=192, depth=12, num_heads=3, layer_scale=None)
 

@@ -1,4 +1,4 @@
-"""Configuration of PIIP models in transformers' manner."""
+"""Configuration and image processor of PIIP models in transformers' manner."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import dataclasses
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import BitImageProcessorPil, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ... import zoo
 from ...config import ClassifierConfig, MergingConfig, PIIPConfig
-
-__all__ = ["PIIPTransformersConfig"]
+from ...zoo.entry import IMAGENET_MEAN, IMAGENET_STD
 
 DEFAULT_ROW = "piip_tsb_368_192_128"
 
@@ -118,6 +117,21 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width of Branch 1."""
         return self.dense.branches[0].network.dims[-1]
+
+
+def make_image_processor(config: PIIPTransformersConfig) -> BitImageProcessorPil:
+    """The processor with which classifiers are evaluated: short side to the input size (bicubic), centre crop.
+
+    It resizes with Pillow, as timm's evaluation does. What it saves, `AutoImageProcessor` loads without this package;
+    by default with torchvision, which differs by at most rounding; `backend="pil"` chooses Pillow.
+    """
+    side = config.image_size
+    return BitImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[value / 255 for value in IMAGENET_MEAN],
+        image_std=[value / 255 for value in IMAGENET_STD],
+    )
 
 
 def _imagenet_labels() -> dict[int, str]:

@@ -21,15 +21,6 @@ from ...errors import UserError
 from ...pyramid import PIIP, DensePIIP, dense_maps
 from .configuration import PIIPTransformersConfig
 
-__all__ = [
-    "PIIPBackbone",
-    "PIIPForImageClassification",
-    "PIIPModel",
-    "PIIPModelOutput",
-    "PIIPPreTrainedModel",
-    "build_then_partition",
-]
-
 Maps = tuple[Tensor, ...]
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from piip_core import BranchConfig, ViTConfig, zoo
 from piip_core.branches import UniPerceiverConfig, build_branch
-from piip_core.branches.window import FullWidthNormAttention
+from piip_core.branches.transformer import FullWidthNormAttention
 from piip_core.meta import on_meta
 
 INTERNVIT = ViTConfig(
