@@ -16,8 +16,6 @@ from .errors import ConfigError, check, check_choice
 from .merging import LAYER_NORM_EPS, ClassificationHeads, ClassificationMerging
 from .pyramid import PIIP, DensePIIP, ParameterLayers
 
-__all__ = ["FeatureMap", "PIIPClassifier", "build_model", "feature_maps", "head_inputs", "with_pooling"]
-
 # timm's names of what a head reads; the first patch has none there
 _POOLINGS = {"token": "class_token", "avg": "average", "first_patch": "first_patch"}
 _PYRAMID = "pyramid."
@@ -38,21 +36,13 @@ def with_pooling(config: ClassifierConfig, global_pool: str) -> ClassifierConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMap:
-    """A map that a branch has somewhere on its way.
+    """A map that a branch has somewhere on its way."""
 
-    Args:
-        branch: Number of the branch, from 1.
-        interaction: After this interaction, from 0; None for after the blocks that follow the last one.
-        dim: Channels.
-        reduction: Pixels of the input image per cell; fractional where the branch shrinks the image by a fraction.
-        final: Whether it is the last map of its branch.
-    """
-
-    branch: int
-    interaction: int | None
+    branch: int  # from 1
+    interaction: int | None  # after which, from 0; None for after the blocks that follow the last one
     dim: int
-    reduction: float
-    final: bool
+    reduction: float  # pixels of the input image per cell; a fraction where the branch shrinks the image by one
+    final: bool  # the last map of its branch
 
 
 def feature_maps(config: PIIPConfig) -> tuple[FeatureMap, ...]:
@@ -61,35 +51,30 @@ def feature_maps(config: PIIPConfig) -> tuple[FeatureMap, ...]:
     For branches of one stride each, as ViTs are, that is branch by branch, the one with the largest image first, and
     inside a branch from its first interaction to its end.
     """
-    order = sorted(range(len(config.branches)), key=lambda i: -config.branches[i].image_size)
-    found = [feature for i in order for feature in _maps_of_branch(config, i)]
+    largest = config.branches[config.largest_image - 1].image_size
+    found = []
+    for number, branch in sorted(enumerate(config.branches, 1), key=lambda pair: -pair[1].image_size):
+        segments = config.segments(number)
+        points: list[int | None] = list(range(config.num_interactions))
+        if not segments or segments[-1][1] + 1 < branch.network.depth:
+            points.append(None)
+        for point in points:
+            dim = config.dims_after(point)[number - 1]
+            reduction = config.strides_after(point)[number - 1] * largest / branch.image_size
+            found.append(
+                FeatureMap(
+                    branch=number,
+                    interaction=point,
+                    dim=dim,
+                    reduction=int(reduction) if reduction.is_integer() else reduction,
+                    final=point == points[-1],
+                )
+            )
     return tuple(sorted(found, key=lambda feature: feature.reduction))
-
-
-def _maps_of_branch(config: PIIPConfig, index: int) -> list[FeatureMap]:
-    branch, segments = config.branches[index], config.segments(index + 1)
-    points: list[int | None] = list(range(config.num_interactions))
-    if not segments or segments[-1][1] + 1 < branch.network.depth:
-        points.append(None)
-    shrunk = config.branches[config.largest_image - 1].image_size / branch.image_size
-    reductions = (config.strides_after(point)[index] * shrunk for point in points)
-    return [
-        FeatureMap(
-            branch=index + 1,
-            interaction=point,
-            dim=config.dims_after(point)[index],
-            reduction=int(reduction) if reduction.is_integer() else reduction,
-            final=point == points[-1],
-        )
-        for point, reduction in zip(points, reductions, strict=True)
-    ]
 
 
 class PIIPClassifier(nn.Module):
     """Pyramid and classification head (paper sections III-C and IV-D).
-
-    Args:
-        config: Branches, interactions and head.
 
     Attributes:
         num_classes: Number of classes; 0 without classifier.
@@ -141,10 +126,8 @@ class PIIPClassifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifiers by new ones; 0 classes: by none, so that `forward` gives pooled features.
 
-        Args:
-            num_classes: Number of classes.
-            global_pool: What the heads read from now on, as in `with_pooling`; None for no change. The class tokens
-                never see an interaction after the last blocks, so it goes, and comes (new) with other poolings.
+        With `global_pool` the heads read something else from now on, as in `with_pooling`. Class tokens never see an
+        interaction after the last blocks, so it goes, and comes (new) with other poolings.
 
         Raises:
             ConfigError: If `global_pool` is unknown, or not possible for the branches or the head.

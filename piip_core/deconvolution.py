@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Deconvolution", "join"]
-
 _CHUNK = 1 << 22  # elements of the gradient that are rearranged at a time: little memory, and still large products
 
 

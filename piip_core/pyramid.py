@@ -15,17 +15,12 @@ from .errors import ConfigError, UserError
 from .interaction import Interaction
 from .merging import BranchMerging, FeaturePyramid
 
-__all__ = ["DensePIIP", "PIIP", "ParameterLayers", "dense_maps", "resize_for_branch"]
-
 
 def resize_for_branch(image: Tensor, factor: float) -> Tensor:
-    """Shrinks an image for a branch as published: bilinear, no antialiasing, sides floor(side * factor).
+    """Shrinks an image (B, 3, H, W) by a factor, unless it is 1 or more, as published: bilinear, no antialiasing.
 
-    The sampling step is 1 / factor and not the ratio of the sides, which differs where a side does not divide.
-
-    Args:
-        image: (B, 3, H, W).
-        factor: Size of the branch over the largest size. From 1 on the image is returned unchanged.
+    Sides become floor(side * factor). The sampling step is 1 / factor and not the ratio of the sides, which differs
+    where a side does not divide.
     """
     if factor >= 1:
         return image
@@ -88,15 +83,9 @@ class PIIP(nn.Module):
     def forward_intermediates(
         self, image: Tensor, after: Collection[int] = ()
     ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
-        """Final maps and the maps after the interactions asked for.
+        """Final map of every branch, and the maps of all branches after each interaction (from 0) asked for.
 
-        Args:
-            image: (B, 3, H, W) at the resolution of the largest branch image; every branch shrinks it for itself.
-            after: Interactions, from 0.
-
-        Returns:
-            The final map of every branch, and for each interaction in `after` the map of every branch after it, all
-            (B, C_i, H_i, W_i).
+        The image (B, 3, H, W) has the resolution of the largest branch image; every branch shrinks it for itself.
         """
         states, intermediates = self.forward_states(image, after)
         return _to_maps(states), {k: _to_maps(found) for k, found in intermediates.items()}
@@ -114,14 +103,22 @@ class PIIP(nn.Module):
         ]
         intermediates = {}
         for k, interaction in enumerate(self.interactions):
-            states = [self._run(i, state, k) for i, state in enumerate(states)]
+            states = [
+                branch.run(state, segments[k][0], segments[k][1] + 1)
+                for branch, state, segments in zip(self.branches, states, self.segments, strict=True)
+            ]
             tokens = self._exchange(interaction, [state.tokens for state in states])
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
                 intermediates[k] = states
             if stop_early and k == max(after, default=None):
                 return states, intermediates
-        return [self._finish(i, state) for i, state in enumerate(states)], intermediates
+        done = [segments[-1][1] + 1 if segments else 0 for segments in self.segments]
+        final = [
+            branch.run(state, start, branch.num_blocks)
+            for branch, state, start in zip(self.branches, states, done, strict=True)
+        ]
+        return final, intermediates
 
     def forward_blocks(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Maps of Branch 1 after the named blocks, (B, C, H, W) each, in that order, without any interaction."""
@@ -131,15 +128,6 @@ class PIIP(nn.Module):
             state, done = branch.run(state, done, block + 1), block + 1
             maps[block] = state.tokens.permute(0, 3, 1, 2)
         return [maps[block] for block in blocks]
-
-    def _run(self, index: int, state: BranchState, interaction: int) -> BranchState:
-        first, last = self.segments[index][interaction]
-        return self.branches[index].run(state, first, last + 1)
-
-    def _finish(self, index: int, state: BranchState) -> BranchState:
-        """Runs the blocks that no interaction follows."""
-        branch, segments = self.branches[index], self.segments[index]
-        return branch.run(state, segments[-1][1] + 1 if segments else 0, branch.num_blocks)
 
     def _exchange(self, interaction: Interaction, tokens: list[Tensor]) -> list[Tensor]:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -164,13 +164,9 @@ class Branch(nn.Module, ABC):
 
     @abstractmethod
     def layer_of(self, name: str) -> int | None:
-        """Depth of a parameter for layer-wise learning-rate decay.
+        """Layer, for learning-rate decay, of a parameter by its name in the branch.
 
-        Args:
-            name: Parameter name relative to the branch.
-
-        Returns:
-            0 for embeddings, block index + 1 for blocks, None for a parameter that takes no part in the decay.
+        0 for embeddings, block index + 1 for blocks, None for a parameter that takes no part in the decay.
         """
 
     @abstractmethod

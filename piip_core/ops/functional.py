@@ -12,8 +12,6 @@ from torch import Tensor
 from . import _library
 from .reference import compute_dtype
 
-__all__ = ["deform_attn_grid", "flatten_spatial_shapes", "ms_deform_attn"]
-
 _VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor

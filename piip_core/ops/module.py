@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .functional import ms_deform_attn
 from .reference import compute_dtype, map_sizes
 
-__all__ = ["MSDeformAttn"]
-
 
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention (Deformable DETR, eq. 3), the cross-attention A of PIIP's interactions.

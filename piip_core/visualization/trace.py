@@ -92,25 +92,15 @@ class Reading:
 
 @dataclass
 class Trace:
-    """What a forward pass showed, branch by branch.
+    """What a forward pass showed, branch by branch. A single branch has no interaction."""
 
-    Attributes:
-        interaction: Index of the interaction looked into, from 0; None for a single branch.
-        views: What the chosen block of each branch looks at.
-        depth: Spectra after every block of each branch.
-        cells: Feature map of each branch around the interaction; of a single branch, after its last block.
-        before: Spectrum of each branch's features before the interaction; empty for a single branch.
-        after: The same after it.
-        readings: One per direction of each unit of the interaction, in the order they run.
-    """
-
-    interaction: int | None
-    views: list[BlockView]
-    depth: list[list[Spectrum]]
-    cells: list[Cells] = field(default_factory=list)
-    before: list[Spectrum] = field(default_factory=list)
+    interaction: int | None  # the one looked into, from 0
+    views: list[BlockView]  # of the chosen block of each branch
+    depth: list[list[Spectrum]]  # after every block of each branch
+    cells: list[Cells] = field(default_factory=list)  # around the interaction, or after the last block
+    before: list[Spectrum] = field(default_factory=list)  # of each branch's features before the interaction
     after: list[Spectrum] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)  # per direction of each unit, in the order they run
 
 
 def find_pyramid(model: nn.Module) -> PIIP:
