@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .deconvolution import Deconvolution
 from .errors import ConfigError, check_choice
+from .ops.deconvolution import Deconvolution
 
 GROUP_NORM_EPS = 1e-5
 LAYER_NORM_EPS = 1e-6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +82,10 @@ def draw_sampling(scene: Scene, trace: Trace, title: str) -> Figure:
 
 
 def draw_spectra(scene: Scene, trace: Trace, title: str) -> Figure:
-    """Fourier spectra: curves per branch on two frequency axes, over the depth, and over both axes of the map."""
+    """Fourier spectra: curves per branch on two frequency axes, and over the depth."""
     branches = range(1, len(trace.depth) + 1)
-    figure = _new_figure((13.2, 7.0), title, dpi=110)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.25, 1))
-    own, absolute, depth = upper.subplots(1, 3)
+    figure = _new_figure((13.2, 4.2), title, dpi=110)
+    own, absolute, depth = figure.subplots(1, 3)
     shown = trace.after or [spectra[-1] for spectra in trace.depth]
     place = "after the last block" if trace.interaction is None else f"around interaction {trace.interaction}"
     long_side = max(scene.size)
@@ -112,7 +110,6 @@ def draw_spectra(scene: Scene, trace: Trace, title: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     own.legend(fontsize=8, ncols=2 if trace.before else 1)
     depth.legend(fontsize=8)
-    _draw_planes(lower, shown)
     return figure
 
 
@@ -292,25 +289,6 @@ def _neighbourhood(reading: Reading, scene: Scene) -> tuple[float, float, float,
     half_width, half_height = width * share / 2, height * share / 2
     x, y = min(max(x, half_width), width - half_width), min(max(y, half_height), height - half_height)
     return x - half_width, y - half_height, x + half_width, y + half_height
-
-
-def _draw_planes(figure: Figure, spectra: Sequence[Spectrum]) -> None:
-    panels = figure.subplots(1, max(len(spectra), 3))
-    for unused in panels[len(spectra) :]:
-        unused.set_axis_off()
-    # One colour scale for all; without the few frequencies that hardly occur
-    scale = Normalize(min(float(spectrum.plane.quantile(0.02)) for spectrum in spectra), 0.0)
-    for number, (axes, spectrum) in enumerate(zip(panels, spectra, strict=False), 1):
-        rows, columns = spectrum.plane.shape
-        (left, right), (top, bottom) = ((-(2 * (n // 2) + 1) / n, (2 * (n - n // 2) - 1) / n) for n in (columns, rows))
-        extent = (left, right, bottom, top)
-        axes.imshow(spectrum.plane, extent=extent, cmap="magma", norm=scale, aspect="auto", interpolation="nearest")
-        axes.set_box_aspect(1)
-        axes.set_title(f"Branch {number}: {rows} x {columns} cells", color=branch_colour(number), fontsize=10)
-        axes.set(xticks=(-1, 0, 1), xticklabels=("-π", "0", "π"), yticks=(-1, 0, 1), yticklabels=("-π", "0", "π"))
-        axes.set(xlim=(left, 1), ylim=(1, top), facecolor="black")  # of an even side, one half of the highest is shown
-    bar = figure.colorbar(ScalarMappable(scale, "magma"), ax=list(panels), fraction=0.03)
-    bar.set_label("relative log amplitude")
 
 
 def _draw_cells(axes: Axes, cells: Cells) -> None:

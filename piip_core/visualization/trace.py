@@ -20,30 +20,17 @@ from .scene import Cells, Scene
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Amplitudes of a feature map over spatial frequency, averaged over channels and relative to frequency 0.
+    """Amplitudes of a feature map over spatial frequency, averaged over channels and relative to frequency 0."""
 
-    Attributes:
-        frequencies: In units of the map's own highest frequency, half a cycle per cell (the "pi" of plots), (N,).
-        log_amplitudes: Natural logarithm of the amplitude at each of them over the amplitude at 0, (N,).
-        plane: The same over both axes with frequency 0 in the middle, (H, W).
-    """
-
-    frequencies: Tensor
-    log_amplitudes: Tensor
-    plane: Tensor
+    frequencies: Tensor  # (N,), in units of the map's own highest, half a cycle per cell (the "pi" of plots)
+    log_amplitudes: Tensor  # (N,), natural logarithm of the amplitude at each of them over that at 0
 
 
 def feature_spectrum(features: Tensor) -> Spectrum:
-    """Fourier spectrum of a map.
+    """Fourier spectrum of a map (H, W, C) of at least 2 x 2 cells (paper Figure 9).
 
     Each channel is scaled to the same total power, so that a few loud channels do not stand for all. Amplitudes are
-    root mean squares over channels and, for the curve, over rings of equal frequency: noise without structure is flat.
-
-    Args:
-        features: (H, W, C), at least 2 x 2 cells.
-
-    Raises:
-        ValueError: If the map is smaller.
+    root mean squares over channels and rings of equal frequency: noise without structure is flat.
     """
     height, width, _ = features.shape
     if min(height, width) < 2:
@@ -56,13 +43,8 @@ def feature_spectrum(features: Tensor) -> Spectrum:
     y, x = (2 * torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
     ring = torch.round((y[:, None].square() + x.square()).sqrt() * highest).long().flatten()
     means = torch.bincount(ring, weights=power.flatten()) / torch.bincount(ring).clamp(min=1)
-    curve = means[: highest + 1]  # beyond, only the corners of the square contribute
-    zero = curve[0].clamp(min=floor)
-    return Spectrum(
-        frequencies=torch.arange(highest + 1, dtype=torch.float64) / highest,
-        log_amplitudes=0.5 * (curve.clamp(min=floor) / zero).log(),
-        plane=0.5 * (torch.fft.fftshift(power).clamp(min=floor) / zero).log(),
-    )
+    curve = means[: highest + 1].clamp(min=floor)  # beyond, only the corners of the square contribute
+    return Spectrum(torch.arange(highest + 1, dtype=torch.float64) / highest, 0.5 * (curve / curve[0]).log())
 
 
 @dataclass(frozen=True)

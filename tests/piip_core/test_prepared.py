@@ -32,10 +32,12 @@ def test_in_bfloat16_it_is_as_close_as_the_model_itself(tiny_model):
         assert (p.float() - e).norm() < 1.3 * (h.float() - e).norm()
 
 
-def test_works_under_autocast_and_in_one_graph(tiny_model):
-    image = torch.randn(1, 3, 96, 128)
-    expected = tiny_model(image)
-    prepared = prepare_for_inference(tiny_model)
+def test_works_under_autocast_and_in_one_graph(tiny_config, randomize):
+    interaction = InteractionConfig(num_interactions=1, num_heads=4)
+    config = tiny_config(dims=(32, 16), sizes=(64, 128), depth=1, window_size=3, interaction=interaction)
+    model, image = randomize(DensePIIP(config)).eval(), torch.randn(1, 3, 96, 128)
+    expected = model(image)
+    prepared = prepare_for_inference(model)
     with torch.autocast("cpu", torch.bfloat16):
         halves = prepared(image)
     compiled = torch.compile(prepared, fullgraph=True, backend="eager")(image)

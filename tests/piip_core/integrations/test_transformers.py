@@ -217,19 +217,6 @@ def test_gradient_checkpointing_changes_nothing(saved, image):
     assert not model.pyramid.grad_checkpointing
 
 
-def test_losses_by_problem_type(image):
-    config = PIIPTransformersConfig.from_classifier(classifier_config())
-    model = PIIPForImageClassification(config).eval()
-    logits = model(image).logits.detach()
-    one = model(image, labels=torch.tensor([2, 0]))
-    torch.testing.assert_close(one.loss, torch.nn.functional.cross_entropy(logits, torch.tensor([2, 0])))
-    several = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    model.config.problem_type = None
-    torch.testing.assert_close(
-        model(image, labels=several).loss, torch.nn.functional.binary_cross_entropy_with_logits(logits, several)
-    )
-
-
 def test_trainer_learns_and_saves_what_pipeline_uses(saved, tmp_path):
     folder, model = saved
     processor = AutoImageProcessor.from_pretrained(folder)
