@@ -182,21 +182,16 @@ class PIIPClassifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | list[tuple[Tensor, Tensor | None]] | tuple[list[BranchState], list[Any]]:
-        """Maps of all branches after the interactions, and the final states.
-
-        The list has every map of the branch with the largest image first (see `feature_maps`).
+        """Final states as from `forward_features` (with `stop_early`, where it ended), and maps on the way there.
 
         Args:
             x: Image (B, 3, H, W).
-            indices: Which maps of the list, in that order; the last n for an integer; None for all.
+            indices: Which of `feature_maps`, in that order; the last n for an integer; None for all.
             return_prefix_tokens: Give pairs of a map and its class tokens (B, P, C), None for a branch without any.
             norm: Apply the norm before the head of the map's branch.
             stop_early: End after the last interaction that is needed.
             output_fmt: "NCHW", "NHWC", "NCL" or "NLC".
             intermediates_only: Leave out the final states.
-
-        Returns:
-            The final states as from `forward_features` (with `stop_early`, where it ended), and the maps.
 
         Raises:
             ConfigError: If a map was removed by `prune_intermediate_layers`, or `norm` does not fit it.
@@ -229,13 +224,8 @@ class PIIPClassifier(nn.Module):
     ) -> list[int]:
         """Removes what the given maps do not need: later blocks and interactions, norms and head.
 
-        Args:
-            indices: The maps to keep, as in `forward_intermediates`.
-            prune_norm: Remove the norms before the heads; a merged head goes as a whole with `prune_head`.
-            prune_head: Remove the classifiers.
-
-        Returns:
-            The indices of the maps that are kept; they stay the same.
+        A merged head goes as a whole, where both its norm and head shall go. Indices are as in `forward_intermediates`
+        and stay the same; they are returned.
         """
         take = _resolve_indices(len(self.feature_maps), indices)
         points = [self.feature_maps[i].interaction for i in take]

@@ -148,8 +148,8 @@ def export_onnx(
     Args:
         model: As for `export_program`.
         path: File to write; the weights of a large model go to a second one beside it, named `path` + ".data".
-        image_size: As for `export_program`.
-        batch_size: As for `export_program`.
+        image_size: Height and width, fixed in the file.
+        batch_size: Images per call; None leaves it open.
         opset: ONNX operator set, 16 (the first with GridSample) or later.
         metadata: What to note in the file.
 

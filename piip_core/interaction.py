@@ -159,9 +159,9 @@ class InteractionUnit(nn.Module):
 class Interaction(nn.Module):
     """An ordered list of interaction units; each reads what the units before it wrote."""
 
-    def __init__(self, dims: Sequence[int], units: Sequence[UnitSpec], config: InteractionConfig) -> None:
+    def __init__(self, dims: Sequence[int], specs: Sequence[UnitSpec], config: InteractionConfig) -> None:
         super().__init__()
-        self.specs = tuple(units)
+        self.specs = tuple(specs)
         units = {f"{spec.low}_{spec.high}": InteractionUnit(dims, spec, config) for spec in self.specs}
         self.units = nn.ModuleDict(units)
 

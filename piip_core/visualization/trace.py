@@ -120,19 +120,17 @@ def trace_pyramid(
     interaction: int | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Trace:
-    """Runs a pyramid on an image and looks inside.
+    """Runs a pyramid, which is in evaluation mode, on an image and looks inside.
 
     Args:
-        pyramid: In evaluation mode, on any device.
+        pyramid: On any device.
         scene: The image and the query.
-        blocks: Indices from 0 of the blocks to look into: one for all branches, or one per branch from Branch 1 on;
-            None for the middle ones.
+        blocks: Indices from 0 of the blocks to look into, one for all branches or one per branch; None: in the middle.
         interaction: Index from 0; None for the middle one.
         progress: Called after every block.
 
     Raises:
         UserError: If a block or the interaction does not exist.
-        NotImplementedError: If a chosen block calls attention more than once.
     """
     count = len(pyramid.interactions)
     if interaction is None:

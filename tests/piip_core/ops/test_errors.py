@@ -36,17 +36,17 @@ CASES = {
     "other batch": (
         dict(sampling_locations=torch.ones(1, 13, 3, 1, 4, 2)),
         ValueError,
-        "1 batch on axis 0; expected 2",
+        r"\(1, 13, 3, 1, 4, 2\); expected .* = \(2, Q, 3, 1, P, 2\)",
     ),
     "other heads": (
         dict(sampling_locations=torch.ones(2, 13, 6, 1, 4, 2)),
         ValueError,
-        "6 heads on axis 2; expected 3",
+        r"\(2, 13, 6, 1, 4, 2\); expected .* = \(2, Q, 3, 1, P, 2\)",
     ),
     "other levels": (
         dict(spatial_shapes=[(5, 6), (5, 1)]),
         ValueError,
-        "1 levels on axis 3; expected 2 as in spatial_sha",
+        r"= \(2, Q, 3, 2, P, 2\) .* 2 levels in spatial_shapes",
     ),
     "other points": (
         dict(attention_weights=torch.ones(2, 13, 3, 1, 5)),
