@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .branches import BranchState
 from .config import BranchConfig, ClassifierConfig, PIIPConfig
-from .errors import ConfigError, check, check_choice
+from .errors import check, check_choice
 from .merging import LAYER_NORM_EPS, ClassificationHeads, ClassificationMerging
 from .pyramid import PIIP, DensePIIP, ParameterLayers
 
@@ -90,7 +90,7 @@ class PIIPClassifier(nn.Module):
         self.config = config
         self.num_classes = config.num_classes
         self.pyramid = PIIP(_pyramid_of(config))
-        self._list_feature_maps()
+        self.feature_maps = feature_maps(self.pyramid.config)
         dims = self.pyramid.dims
         if config.head == "separate":
             norms = [_final_norm(branch) for branch in config.pyramid.branches]
@@ -115,8 +115,6 @@ class PIIPClassifier(nn.Module):
 
     def forward_head(self, states: Sequence[BranchState], pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) from `forward_features`; with `pre_logits` the pooled features (B, num_features)."""
-        if self.head is None:
-            raise ConfigError("prune_intermediate_layers removed the head: use forward_intermediates")
         return self.head(head_inputs(self.config, states), pre_logits=pre_logits)
 
     def get_classifier(self) -> nn.Module:
@@ -140,7 +138,7 @@ class PIIPClassifier(nn.Module):
         if global_pool is not None:
             self.pyramid.set_interactions(_pyramid_of(self.config))
             self._adopt(self.pyramid.interactions)
-            self._list_feature_maps()
+            self.feature_maps = feature_maps(self.pyramid.config)
 
     def _adopt(self, module: nn.Module) -> None:
         """Brings a new part to the device, dtype and mode of the model."""
@@ -168,10 +166,6 @@ class PIIPClassifier(nn.Module):
             for feature in self.feature_maps
         ]
 
-    def _list_feature_maps(self) -> None:
-        self.feature_maps = feature_maps(self.pyramid.config)
-        self._kept = frozenset(range(len(self.feature_maps)))
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -191,19 +185,16 @@ class PIIPClassifier(nn.Module):
             norm: Apply the norm before the head of the map's branch.
             stop_early: End after the last interaction that is needed.
             output_fmt: "NCHW", "NHWC", "NCL" or "NLC".
-            intermediates_only: Leave out the final states.
+            intermediates_only: Leave out the final states, and end after the last interaction that is needed.
 
         Raises:
-            ConfigError: If a map was removed by `prune_intermediate_layers`, or `norm` does not fit it.
+            ConfigError: If there is no such map, or `norm` does not fit it.
         """
-        take = _resolve_indices(len(self.feature_maps), indices)
-        removed = sorted(set(take) - self._kept)
-        check(not removed, "indices", removed, f"some of {sorted(self._kept)}, which prune_intermediate_layers kept")
-        wanted = [self.feature_maps[i] for i in take]
+        wanted = [self.feature_maps[i] for i in _resolve_indices(len(self.feature_maps), indices)]
         norms = [self._norm_of(feature) if norm else nn.Identity() for feature in wanted]
         after = {feature.interaction for feature in wanted if feature.interaction is not None}
-        stop_early = stop_early and all(feature.interaction is not None for feature in wanted)
-        final, found = self.pyramid.forward_states(x, after, stop_early=stop_early)
+        early = (stop_early or intermediates_only) and all(feature.interaction is not None for feature in wanted)
+        final, found = self.pyramid.forward_states(x, after, stop_early=early)
         maps = []
         for feature, normalise in zip(wanted, norms, strict=True):
             states = final if feature.interaction is None else found[feature.interaction]
@@ -222,30 +213,23 @@ class PIIPClassifier(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what the given maps do not need: later blocks and interactions, norms and head.
+        """Removes classifiers, which maps do not need, and norms of separate heads; blocks and interactions stay.
 
-        A merged head goes as a whole, where both its norm and head shall go. Indices are as in `forward_intermediates`
-        and stay the same; they are returned.
+        Returns the indices, as `forward_intermediates` has them.
         """
-        take = _resolve_indices(len(self.feature_maps), indices)
-        points = [self.feature_maps[i].interaction for i in take]
-        if None not in points and max(points) + 1 < len(self.pyramid.interactions):
-            self.pyramid.truncate(max(points) + 1)
-        self._kept = frozenset(take)
         if prune_head:
             self.reset_classifier(0)
         if prune_norm and self.config.head == "separate":
             self.head.norms = nn.ModuleDict({number: nn.Identity() for number in self.head.norms})
-        elif prune_norm and prune_head:
-            self.head = None
-        return take
+        return _resolve_indices(len(self.feature_maps), indices)
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """Layer of a parameter by its name, for timm's layer-wise learning-rate decay; see `ParameterLayers`.
 
-        Fractional layers are rounded down. The published training gives interactions and heads the full rate.
+        Fractional layers are rounded down. The published training gives interactions and heads the full rate. Layers
+        are not grouped any further by `coarse`.
         """
-        layers = ParameterLayers(self.pyramid, coarse=coarse)
+        layers = ParameterLayers(self.pyramid)
 
         def layer_of(name: str) -> int:
             return int(layers(name.removeprefix(_PYRAMID))) if name.startswith(_PYRAMID) else layers.last

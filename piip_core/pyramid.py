@@ -69,13 +69,6 @@ class PIIP(nn.Module):
         )
         self.interactions = nn.ModuleList([*kept, *new])
 
-    def truncate(self, count: int) -> None:
-        """Drops everything after the first `count` (at least 1) interactions; `config` still describes the whole."""
-        for branch, segments in zip(self.branches, self.segments, strict=True):
-            branch.truncate(segments[count - 1][1] + 1)
-        self.interactions = self.interactions[:count]
-        self.segments = [segments[:count] for segments in self.segments]
-
     def forward(self, image: Tensor) -> list[Tensor]:
         """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the largest resolution."""
         return self.forward_intermediates(image)[0]
@@ -249,34 +242,24 @@ class ParameterLayers:
     layers: embeddings are layer 0, block l of that branch is layer l + 1, block l of a branch with d' blocks is layer
     (l + 1) * d / d', which may be fractional, and everything else is the last layer, d + 1.
 
-    Args:
-        pyramid: The pyramid.
-        coarse: Number the stages between interactions instead: embeddings are 0, the blocks before the first
-            interaction 1, and so on; everything else is the last.
-
     Attributes:
         last: The last layer, that of interactions and heads; 0 if no branch takes part.
     """
 
-    def __init__(self, pyramid: PIIP, *, coarse: bool = False) -> None:
-        self.pyramid, self.coarse = pyramid, coarse
+    def __init__(self, pyramid: PIIP) -> None:
+        self.pyramid = pyramid
         taking_part = [branch for branch in pyramid.branches if _takes_part(branch)]
         self.depth = taking_part[0].num_blocks if taking_part else 0
-        stages = pyramid.config.num_interactions + 1 if coarse else self.depth
-        self.last = stages + 1 if taking_part else 0
+        self.last = self.depth + 1 if taking_part else 0
 
     def __call__(self, name: str) -> float:
         """Layer of a parameter by its name relative to the pyramid."""
         parts = name.split(".", 2)
         if parts[0] != "branches":
             return self.last
-        index, branch = int(parts[1]), self.pyramid.branches[int(parts[1])]
+        branch = self.pyramid.branches[int(parts[1])]
         layer = branch.layer_of(parts[2])
-        if layer is None:
-            return self.last
-        if not self.coarse or layer == 0:
-            return layer * self.depth / branch.num_blocks
-        return 1 + sum(last < layer - 1 for _, last in self.pyramid.segments[index])
+        return self.last if layer is None else layer * self.depth / branch.num_blocks
 
 
 def _takes_part(branch: Branch) -> bool:

@@ -134,7 +134,7 @@ class BranchState(NamedTuple):
 class Branch(nn.Module, ABC):
     """A network cut into blocks that the pyramid runs in segments.
 
-    Subclasses wrap a library's network and implement `embed`, `run_block`, `layer_of` and `remove_block`. A "block" is
+    Subclasses wrap a library's network and implement `embed`, `run_block` and `layer_of`. A "block" is
     whatever the published segments count: a transformer block, a ConvNeXt layer or one of its downsampling layers.
 
     Attributes:
@@ -151,7 +151,7 @@ class Branch(nn.Module, ABC):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that the branch has; fewer than its network's depth after `truncate`."""
+        """Blocks that the branch has."""
         return len(self.dims)
 
     @abstractmethod
@@ -168,16 +168,6 @@ class Branch(nn.Module, ABC):
 
         0 for embeddings, block index + 1 for blocks, None for a parameter that takes no part in the decay.
         """
-
-    @abstractmethod
-    def remove_block(self, index: int) -> None:
-        """Removes the last block, whose index is given."""
-
-    def truncate(self, count: int) -> None:
-        """Keeps the first `count` blocks alone."""
-        for index in reversed(range(count, self.num_blocks)):
-            self.remove_block(index)
-        self.dims, self.strides = self.dims[:count], self.strides[:count]
 
     def run(self, state: BranchState, start: int, stop: int) -> BranchState:
         """Runs blocks `start` to `stop` (exclusive), recomputing them in the backward pass if checkpointing is on."""

@@ -105,10 +105,6 @@ class StagedBranch(Branch):
         block = self.model.stages.get_submodule(self._steps[index])
         return BranchState(block(state.tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
-    def remove_block(self, index: int) -> None:
-        """Replaces the last block, whose index is given, by an identity: names of other parameters stay."""
-        self.model.stages.set_submodule(self._steps[index], nn.Identity())
-
     def layer_of(self, name: str) -> int | None:
         """None: no parameter takes part in the decay."""
         return None

@@ -209,10 +209,6 @@ class TransformerBranch(Branch):
         count = state.prefix.shape[1]
         return state._replace(tokens=sequence[:, count:].unflatten(1, grid), prefix=sequence[:, :count])
 
-    def remove_block(self, index: int) -> None:
-        """Deletes the last block, whose index is given."""
-        del self.model.blocks[index]
-
     def layer_of(self, name: str) -> int | None:
         """Index + 1 for parameters of blocks, 0 for all others."""
         parts = name.split(".")[1:]  # without "model"

@@ -203,9 +203,6 @@ class PoolingBranch(Branch):
     def layer_of(self, name):
         return None
 
-    def remove_block(self, index):
-        pass
-
 
 @mock.patch.dict(FAMILIES)
 def test_a_family_of_ones_own_takes_one_call():

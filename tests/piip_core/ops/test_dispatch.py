@@ -196,13 +196,6 @@ print(json.dumps({
 """
 
 
-def as_sampling(case):
-    """The locations and weights of a case as what deform_attn_grid takes, for queries in one line."""
-    sizes = torch.tensor([(width, height) for height, width in case.spatial_shapes]).view(-1, 1, 2)
-    centres = make_reference_points(1, case.locations.shape[1], dtype=case.locations.dtype)[:, :, :, None, None]
-    return torch.cat((((case.locations - centres) * sizes).flatten(2), case.weights.flatten(2)), dim=-1)
-
-
 @pytest.mark.parametrize(
     "environment",
     [{"PIIP_DISABLE_EXTENSION": "1"}, {"PIIP_CPU_CAPABILITY": "portable"}, {"PIIP_CPU_CAPABILITY": "avx2"}],
@@ -215,7 +208,7 @@ def test_other_implementations_give_the_same(make_inputs, tmp_path, environment)
         for width in (6, 24, 33)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     ]
-    samplings = [as_sampling(case) for case in cases]
+    samplings = [case.sampling() for case in cases]
     torch.save(
         [
             (c.value, list(c.spatial_shapes), c.locations, c.weights, c.grad_output, sampling)
