@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import Format, RmsNorm, nchw_to
@@ -34,22 +33,16 @@ def with_pooling(config: ClassifierConfig, global_pool: str) -> ClassifierConfig
     return dataclasses.replace(config, pooling=_POOLINGS[global_pool])
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeatureMap:
-    """A map that a branch has somewhere on its way."""
-
-    branch: int  # from 1
-    interaction: int | None  # after which, from 0; None for after the blocks that follow the last one
-    dim: int
-    reduction: float  # pixels of the input image per cell; a fraction where the branch shrinks the image by one
-    final: bool  # the last map of its branch
-
-
-def feature_maps(config: PIIPConfig) -> tuple[FeatureMap, ...]:
-    """All maps of a pyramid, from the finest to the coarsest.
+def feature_maps(config: PIIPConfig) -> list[dict[str, Any]]:
+    """All maps of a pyramid, from the finest to the coarsest, as timm describes the features of a model.
 
     For branches of one stride each, as ViTs are, that is branch by branch, the one with the largest image first, and
     inside a branch from its first interaction to its end.
+
+    Returns:
+        For each map timm's `num_chs`, `reduction` (a fraction where the branch shrinks the image by one) and `module`;
+        the number of its `branch`, from 1; after which `interaction` it is, from 0, None for after the blocks that
+        follow the last one; and whether it is the `final` one of its branch.
     """
     largest = config.branches[config.largest_image - 1].image_size
     found = []
@@ -59,18 +52,18 @@ def feature_maps(config: PIIPConfig) -> tuple[FeatureMap, ...]:
         if not segments or segments[-1][1] + 1 < branch.network.depth:
             points.append(None)
         for point in points:
-            dim = config.dims_after(point)[number - 1]
             reduction = config.strides_after(point)[number - 1] * largest / branch.image_size
-            found.append(
-                FeatureMap(
-                    branch=number,
-                    interaction=point,
-                    dim=dim,
-                    reduction=int(reduction) if reduction.is_integer() else reduction,
-                    final=point == points[-1],
-                )
-            )
-    return tuple(sorted(found, key=lambda feature: feature.reduction))
+            module = f"branches.{number - 1}" if point is None else f"interactions.{point}"
+            info = {
+                "num_chs": config.dims_after(point)[number - 1],
+                "reduction": int(reduction) if reduction.is_integer() else reduction,
+                "module": _PYRAMID + module,
+                "branch": number,
+                "interaction": point,
+                "final": point == points[-1],
+            }
+            found.append(info)
+    return sorted(found, key=lambda info: info["reduction"])
 
 
 class PIIPClassifier(nn.Module):
@@ -80,17 +73,15 @@ class PIIPClassifier(nn.Module):
         num_classes: Number of classes; 0 without classifier.
         num_features: Width of the pooled features: of all branches together for separate heads, of Branch 1 for a
             merged one. Also `head_hidden_size`, as timm calls it.
-        feature_maps: The maps that `forward_intermediates` gives, in the order of its indices.
+        feature_info: The maps that `forward_intermediates` gives, as in `feature_maps`.
     """
-
-    feature_maps: tuple[FeatureMap, ...]
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
         self.pyramid = PIIP(_pyramid_of(config))
-        self.feature_maps = feature_maps(self.pyramid.config)
+        self.feature_info = feature_maps(self.pyramid.config)
         dims = self.pyramid.dims
         if config.head == "separate":
             norms = [_final_norm(branch) for branch in config.pyramid.branches]
@@ -138,7 +129,7 @@ class PIIPClassifier(nn.Module):
         if global_pool is not None:
             self.pyramid.set_interactions(_pyramid_of(self.config))
             self._adopt(self.pyramid.interactions)
-            self.feature_maps = feature_maps(self.pyramid.config)
+            self.feature_info = feature_maps(self.pyramid.config)
 
     def _adopt(self, module: nn.Module) -> None:
         """Brings a new part to the device, dtype and mode of the model."""
@@ -150,21 +141,6 @@ class PIIPClassifier(nn.Module):
         """What the heads read, as in `with_pooling`."""
         pooling = self.config.pooling if self.config.head == "separate" else "average"
         return next(name for name, value in _POOLINGS.items() if value == pooling)
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """timm's description of `feature_maps`: width, reduction, and the module and branch that a map comes from."""
-        return [
-            {
-                "num_chs": feature.dim,
-                "reduction": feature.reduction,
-                "module": f"pyramid.branches.{feature.branch - 1}"
-                if feature.interaction is None
-                else f"pyramid.interactions.{feature.interaction}",
-                "branch": feature.branch,
-            }
-            for feature in self.feature_maps
-        ]
 
     def forward_intermediates(
         self,
@@ -180,7 +156,7 @@ class PIIPClassifier(nn.Module):
 
         Args:
             x: Image (B, 3, H, W).
-            indices: Which of `feature_maps`, in that order; the last n for an integer; None for all.
+            indices: Which of `feature_info`, in that order; the last n for an integer; None for all.
             return_prefix_tokens: Give pairs of a map and its class tokens (B, P, C), None for a branch without any.
             norm: Apply the norm before the head of the map's branch.
             stop_early: End after the last interaction that is needed.
@@ -190,25 +166,26 @@ class PIIPClassifier(nn.Module):
         Raises:
             ConfigError: If there is no such map, or `norm` does not fit it.
         """
-        wanted = [self.feature_maps[i] for i in _resolve_indices(len(self.feature_maps), indices)]
-        norms = [self._norm_of(feature) if norm else nn.Identity() for feature in wanted]
-        after = {feature.interaction for feature in wanted if feature.interaction is not None}
-        early = (stop_early or intermediates_only) and all(feature.interaction is not None for feature in wanted)
-        final, found = self.pyramid.forward_states(x, after, stop_early=early)
+        wanted = [self.feature_info[i] for i in _resolve_indices(len(self.feature_info), indices)]
+        norms = [self._norm_of(info) if norm else nn.Identity() for info in wanted]
+        points = {info["interaction"] for info in wanted}
+        early = (stop_early or intermediates_only) and None not in points
+        final, found = self.pyramid.forward_states(x, points - {None}, stop_early=early)
         maps = []
-        for feature, normalise in zip(wanted, norms, strict=True):
-            states = final if feature.interaction is None else found[feature.interaction]
-            tokens, prefix, _ = states[feature.branch - 1]
+        for info, normalise in zip(wanted, norms, strict=True):
+            states = final if info["interaction"] is None else found[info["interaction"]]
+            tokens, prefix, _ = states[info["branch"] - 1]
             fitted = nchw_to(normalise(tokens).permute(0, 3, 1, 2).contiguous(), Format(output_fmt))
             prefix = None if prefix is None else normalise(prefix)
             maps.append((fitted, prefix) if return_prefix_tokens else fitted)
         return maps if intermediates_only else (final, maps)
 
-    def _norm_of(self, feature: FeatureMap) -> nn.Module:
+    def _norm_of(self, info: dict[str, Any]) -> nn.Module:
         check(self.config.head == "separate", "norm", True, "False: a merged head has no norm of a single branch")
-        width = self.pyramid.dims[feature.branch - 1]
-        check(feature.dim == width, "norm", True, f"False for a map of {feature.dim} channels: the norm has {width}")
-        return self.head.norms[str(feature.branch)]
+        number, dim = info["branch"], info["num_chs"]
+        width = self.pyramid.dims[number - 1]
+        check(dim == width, "norm", True, f"False for a map of {dim} channels: the norm has {width}")
+        return self.head.norms[str(number)]
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -221,7 +198,7 @@ class PIIPClassifier(nn.Module):
             self.reset_classifier(0)
         if prune_norm and self.config.head == "separate":
             self.head.norms = nn.ModuleDict({number: nn.Identity() for number in self.head.norms})
-        return _resolve_indices(len(self.feature_maps), indices)
+        return _resolve_indices(len(self.feature_info), indices)
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """Layer of a parameter by its name, for timm's layer-wise learning-rate decay; see `ParameterLayers`.

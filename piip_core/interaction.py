@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import InteractionConfig, UnitSpec
 from .errors import ConfigError
-from .ops import MSDeformAttn, deform_attn_grid, make_reference_points
+from .ops import MSDeformAttn, deform_attn_grid
 
 NORM_EPS = 1e-6
 
@@ -49,18 +49,6 @@ class DeformableCrossAttention(MSDeformAttn):
             sampling = torch.cat((self.sampling_offsets(query), self.attention_weights(query)), dim=-1)
         out = deform_attn_grid(values, [tuple(value.shape[1:3])], grid, sampling.flatten(1, 2), self.num_points)
         return self.output_proj(out).unflatten(1, grid)
-
-    def sampling_map(self, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Where every cell of the query map reads in the value map, and how much each point counts.
-
-        Returns:
-            Locations (B, Hq, Wq, num_heads, num_points, 2), (x, y) normalised to the value map, and weights (B, Hq, Wq,
-            num_heads, num_points).
-        """
-        grid = query.shape[1:3]
-        reference = make_reference_points(*grid, device=query.device)
-        locations, weights = self.sampling(query.flatten(1, 2), reference, [tuple(value.shape[1:3])])
-        return locations.squeeze(3).unflatten(1, grid), weights.squeeze(3).unflatten(1, grid)
 
 
 class CrossAttention(nn.Module):

@@ -111,7 +111,7 @@ def _fold(pyramid: PIIP) -> None:
 
 
 def _join(*linears: nn.Linear) -> nn.Linear:
-    """One linear for several of the same input; the others stay, for `sampling_map`."""
+    """One linear for several of the same input; the others stay, for `MSDeformAttn.sampling`."""
     weight, bias = torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
     joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     joined.weight, joined.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..branches import BranchState
 from ..errors import ConfigError, UserError
 from ..interaction import DeformableCrossAttention, Interaction
+from ..ops import make_reference_points
 from ..pyramid import PIIP
 from .attention import AttentionRow, attention_row, watch_attention
 from .scene import Cells, Scene
@@ -226,8 +227,10 @@ def _read(attention: nn.Module, query: Tensor, value: Tensor, cell: tuple[int, i
     """Normalised points (heads, P, 2) and their weights, or None and the weights of all cells, of one query."""
     row, column = cell
     if isinstance(attention, DeformableCrossAttention):
-        locations, weights = attention.sampling_map(query, value)
-        return locations[0, row, column], weights[0, row, column]
+        index = row * query.shape[2] + column
+        reference = make_reference_points(*query.shape[1:3], device=query.device)[:, index : index + 1]
+        locations, weights = attention.sampling(query[:, row, column, None], reference, [tuple(value.shape[1:3])])
+        return locations[0, 0, :, 0], weights[0, 0, :, 0]
     with watch_attention(attention) as calls:
         attention.forward(query, value)  # once more, without hooks
     return None, calls[0].weights(0, row * query.shape[2] + column).unflatten(1, value.shape[1:3])

@@ -100,7 +100,7 @@ def create_classifier(
     config = MODELS[name].published if published else MODELS[name].training
     if kwargs.get("features_only") and config.head == "separate":
         kwargs.setdefault("global_pool", "avg")  # with the last interaction, which class tokens would not need
-    final = tuple(i for i, feature in enumerate(feature_maps(config.pyramid)) if feature.final)
+    final = tuple(i for i, info in enumerate(feature_maps(config.pyramid)) if info["final"])
     try:
         model = build_model_with_cfg(
             partial(_build, config, pretrained_branches and not pretrained),
