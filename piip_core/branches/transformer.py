@@ -42,7 +42,7 @@ class PlainTransformerConfig(NetworkConfig):
     def __post_init__(self) -> None:
         name = type(self).__name__
         for field in dataclasses.fields(self):
-            if field.type == "int":
+            if field.type in (int, "int"):
                 value = getattr(self, field.name)
                 check(value > 0, f"{name}.{field.name}", value, "a positive integer")
         divides = self.embed_dim % self.num_heads == 0

@@ -18,7 +18,7 @@ def branch_of(**options):
 
 @torch.no_grad()
 def stage_outputs(branch, image):
-    """Maps (B, C, H, W) behind the last block of each stage, cut there as segments cut."""
+    """Maps (B, C, H, W) after the last block of each stage, cut there as segments cut."""
     state, start, maps = branch.embed(image), 0, []
     for last in NETWORK.last_blocks():
         state = branch.run(state, start, last + 1)

@@ -175,7 +175,7 @@ def full_width_attention(randomize):
 @pytest.mark.parametrize("size", [(6, 3), (5, 4)])
 @torch.no_grad()
 def test_normalised_attention_in_windows(size, pad_before_qkv, randomize):
-    """Without a bias, padding is zero before and behind the projection, and before and behind the norm."""
+    """Without a bias, padding is zero before and after the projection, and before and after the norm."""
     attention = full_width_attention(randomize)
     attention.window_size, attention.pad_before_qkv = 3, pad_before_qkv
     x = torch.randn(1, *size, 24)
@@ -213,7 +213,7 @@ def test_uniperceiver_embeds_patch_position_and_frame_and_normalises(randomize):
     torch.testing.assert_close(branch.embed(image).tokens, embedded)
 
 
-def test_uniperceiver_starts_as_the_identity_behind_its_embeddings():
+def test_uniperceiver_starts_as_the_identity_after_its_embeddings():
     """Layer scales start at zero, as published."""
     branch = build_branch(BranchConfig(network=UNIPERCEIVER, image_size=64)).eval()
     state = branch.embed(torch.randn(1, 3, 64, 64))
