@@ -2,8 +2,8 @@
 
 `piip::ms_deform_attn` samples at given locations with given weights, `piip::deform_attn_grid` makes both out of what a
 linear layer predicts. The compiled library, where it was built, brings the CPU and perhaps the CUDA kernels. Every
-other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference through the
-same operators, so autograd, torch.compile and torch.export see no difference.
+other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference through the same operators,
+so autograd, torch.compile and torch.export see no difference.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def ms_deform_attn_backward_reference(
 def _grid_sample_backward(grad: Tensor, image: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `grid_sample` (bilinear, zeros outside, align_corners=False) with respect to both inputs.
 
-    `grid_sample`'s operator by its name, which PyTorch does not document: this runs below autograd, where nothing public
-    gives gradients. Seen working with torch 2.10 to 2.14.
+    PyTorch does not document the name of this operator: we are below autograd, where nothing public gives gradients.
+    Seen working with torch 2.10 to 2.14.
     """
     return torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, 0, 0, False, [True, True])
 

@@ -13,8 +13,6 @@ from ... import zoo
 from ...config import ClassifierConfig, MergingConfig, PIIPConfig
 from ...zoo.entry import IMAGENET_MEAN, IMAGENET_STD
 
-DEFAULT_ROW = "piip_tsb_368_192_128"
-
 
 @strict
 class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -46,7 +44,7 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pyramid is None:
-            self.pyramid = zoo.classification(DEFAULT_ROW).training_config.pyramid.to_dict()
+            self.pyramid = zoo.classification("piip_tsb_368_192_128").training_config.pyramid.to_dict()
         levels = len(self.dense.merging.out_strides)
         self.stage_names = [f"stage{number}" for number in range(1, levels + 1)]
         features, indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)

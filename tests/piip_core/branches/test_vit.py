@@ -97,17 +97,6 @@ def test_window_attention_equals_masked_attention(size, randomize):
     torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_after_qkv_differs_only_where_padding_is_needed(randomize):
-    attention = randomize(MapAttention(16, num_heads=2, qkv_bias=True)).eval()
-    attention.window_size = 3
-    for size, equal in (((6, 6), True), ((6, 7), False)):
-        x = torch.randn(1, *size, 16)
-        attention.pad_before_qkv = True
-        before = attention(x)
-        attention.pad_before_qkv = False
-        assert torch.allclose(before, attention(x), atol=1e-5) == equal
-
-
 def values_of(module):
     """All parameters of a module in float64, by name."""
     return {name: parameter.detach().double() for name, parameter in module.named_parameters()}
