@@ -7,6 +7,7 @@ from .base import Branch, BranchConfig, BranchState, NetworkConfig, build_branch
 from .beit import BEiTConfig
 from .convnext import ConvNeXtConfig
 from .timm_model import TimmConfig
+from .transformer import PlainTransformerConfig
 from .vit import UniPerceiverConfig, ViTConfig
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BranchState",
     "ConvNeXtConfig",
     "NetworkConfig",
+    "PlainTransformerConfig",
     "TimmConfig",
     "UniPerceiverConfig",
     "ViTConfig",
