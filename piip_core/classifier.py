@@ -44,7 +44,6 @@ def feature_maps(config: PIIPConfig) -> list[dict[str, Any]]:
         the number of its `branch`, from 1; after which `interaction` it is, from 0, None for after the blocks that
         follow the last one; and whether it is the `final` one of its branch.
     """
-    largest = config.branches[config.largest_image - 1].image_size
     found = []
     for number, branch in sorted(enumerate(config.branches, 1), key=lambda pair: -pair[1].image_size):
         segments = config.segments(number)
@@ -52,7 +51,7 @@ def feature_maps(config: PIIPConfig) -> list[dict[str, Any]]:
         if not segments or segments[-1][1] + 1 < branch.network.depth:
             points.append(None)
         for point in points:
-            reduction = config.strides_after(point)[number - 1] * largest / branch.image_size
+            reduction = config.strides_after(point)[number - 1] * config.image_size / branch.image_size
             module = f"branches.{number - 1}" if point is None else f"interactions.{point}"
             info = {
                 "num_chs": config.dims_after(point)[number - 1],

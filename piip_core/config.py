@@ -235,6 +235,11 @@ class PIIPConfig(_Described):
         return max(range(1, len(self.branches) + 1), key=lambda n: (self.branches[n - 1].image_size, n))
 
     @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels: the largest image size of a branch."""
+        return self.branches[self.largest_image - 1].image_size
+
+    @property
     def merging_branches(self) -> tuple[int, ...]:
         """Numbers (from 1) of the branches that take part in merging."""
         chosen = self.merging.branches if self.merging is not None else None
@@ -304,8 +309,8 @@ class ClassifierConfig(_Described):
 
     @property
     def image_size(self) -> int:
-        """Side of the square input in pixels: the largest image size of a branch."""
-        return self.pyramid.branches[self.pyramid.largest_image - 1].image_size
+        """As of the pyramid."""
+        return self.pyramid.image_size
 
 
 def _to_plain(value: Any) -> Any:

@@ -47,8 +47,7 @@ class PIIP(nn.Module):
     def __init__(self, config: PIIPConfig) -> None:
         super().__init__()
         self.branches = nn.ModuleList(build_branch(branch) for branch in config.branches)
-        largest = config.branches[config.largest_image - 1]
-        self.factors = [branch.image_size / largest.image_size for branch in config.branches]
+        self.factors = [branch.image_size / config.image_size for branch in config.branches]
         self.interactions = nn.ModuleList()
         self.set_interactions(config)
         self.dims = [branch.dims[-1] for branch in self.branches]
