@@ -142,46 +142,49 @@ def trace_pyramid(
     branches = pyramid.branches
     trace = Trace(interaction, views=[None] * len(branches), depth=[[] for _ in branches], cells=[None] * len(branches))
     with ExitStack() as stack:
-        for index, (branch, chosen) in enumerate(zip(branches, _choose_blocks(pyramid, blocks), strict=True)):
-            # A block is a method and not always a module, so there is nothing to hang a forward hook on
-            branch.run_block = partial(_run_block, trace, scene, pyramid, index, chosen, progress, branch.run_block)
-            stack.callback(delattr, branch, "run_block")  # the class's own is visible again
+        for index, chosen in enumerate(_choose_blocks(pyramid, blocks)):
+            _observe_blocks(stack, trace, scene, pyramid, index, chosen, progress)
         if interaction is not None:
             _observe_interaction(stack, trace, scene, pyramid)
         pyramid(scene.pixel_values.to(next(pyramid.parameters()).device))
     return trace
 
 
-def _run_block(
+def _observe_blocks(
+    stack: ExitStack,
     trace: Trace,
     scene: Scene,
     pyramid: PIIP,
     index: int,
     chosen: int,
     progress: Callable[[], None],
-    run_block: Callable[[BranchState, int], BranchState],
-    state: BranchState,
-    block: int,
-) -> BranchState:
-    """Stands in for `run_block` of one branch and writes down what is asked for."""
+) -> None:
+    """Writes down what one branch has after each block, and where the chosen block looks, until the stack is closed."""
     branch = pyramid.branches[index]
-    with watch_attention(branch) if block == chosen else nullcontext([]) as calls:
-        after = run_block(state, block)
-    cells = _cells(pyramid, index, after.tokens, branch.strides[block])
-    if block == chosen:
-        if len(calls) > 1:
-            raise NotImplementedError(f"block {block} of branch {index + 1} calls attention {len(calls)} times")
-        cell, window, attention = cells.at(*scene.query), branch.config.window_sizes[block], None
-        if calls:
-            prefix = 0 if state.prefix is None else state.prefix.shape[1]
-            attention = attention_row(calls[0], tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
-        energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
-        trace.views[index] = BlockView(index + 1, block, cells, cell, window, attention, energy)
-    if trace.interaction is None:
-        trace.cells[index] = cells
-    trace.depth[index].append(_spectrum(scene, cells, after.tokens))
-    progress()
-    return after
+    original = branch.run_block
+
+    def run_block(state: BranchState, block: int) -> BranchState:
+        with watch_attention(branch) if block == chosen else nullcontext([]) as calls:
+            after = original(state, block)
+        cells = _cells(pyramid, index, after.tokens, branch.strides[block])
+        if block == chosen:
+            if len(calls) > 1:
+                raise NotImplementedError(f"block {block} of branch {index + 1} calls attention {len(calls)} times")
+            cell, window, attention = cells.at(*scene.query), branch.config.window_sizes[block], None
+            if calls:
+                prefix = 0 if state.prefix is None else state.prefix.shape[1]
+                attention = attention_row(calls[0], tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
+            energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
+            trace.views[index] = BlockView(index + 1, block, cells, cell, window, attention, energy)
+        if trace.interaction is None:
+            trace.cells[index] = cells
+        trace.depth[index].append(_spectrum(scene, cells, after.tokens))
+        progress()
+        return after
+
+    # A block is a method and not always a module, so there is nothing to hang a forward hook on
+    branch.run_block = run_block
+    stack.callback(delattr, branch, "run_block")  # the class's own is visible again
 
 
 def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP) -> None:
