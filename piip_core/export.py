@@ -39,17 +39,11 @@ class ExportError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCheck:
-    """How far a written file is from PyTorch, on a random image.
+    """How far a written file is from PyTorch, on a random image."""
 
-    Attributes:
-        files: What was written; the first one is what a runtime opens.
-        max_error: Largest absolute difference of an output.
-        max_value: Largest absolute value of that output, for scale.
-    """
-
-    files: tuple[Path, ...]
-    max_error: float
-    max_value: float
+    files: tuple[Path, ...]  # what was written; the first one is what a runtime opens
+    max_error: float  # largest absolute difference of an output
+    max_value: float  # largest absolute value of that output, for scale
 
     def __str__(self) -> str:
         size = sum(file.stat().st_size for file in self.files) / 1e6

@@ -56,18 +56,21 @@ _REBUILD = "run `pip install --no-build-isolation -v -e .` where a C++20 compile
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorStatus:
-    """Which kernels serve the operator in this process, and why."""
+    """Which kernels serve the operator in this process, and why.
+
+    Attributes:
+        compiled: Whether the compiled library is loaded; otherwise the PyTorch reference runs everywhere.
+        reason: Why the library is or is not loaded, in a sentence for the user.
+        cpu_capability: Instruction set of the CPU kernels in use: "default", "avx2" or "avx512".
+        cuda_version: CUDA runtime version (13000 for 13.0) the CUDA kernels were compiled with, None without them.
+        build: What setup.py recorded when it built (or could not build) the library, None if it left no record.
+    """
 
     compiled: bool
-    """Whether the compiled library is loaded; otherwise the PyTorch reference runs everywhere."""
     reason: str
-    """Why the library is or is not loaded, in a sentence for the user."""
-    cpu_capability: str | None
-    """Instruction set of the CPU kernels in use: "default", "avx2" or "avx512"."""
-    cuda_version: int | None
-    """CUDA runtime version (13000 for 13.0) the CUDA kernels were compiled with, None if there are none."""
-    build: dict[str, Any] | None
-    """What setup.py recorded when it built (or could not build) the library, None if it left no record."""
+    cpu_capability: str | None = None
+    cuda_version: int | None = None
+    build: dict[str, Any] | None = None
 
 
 def _read_build_record() -> dict[str, Any] | None:
@@ -104,7 +107,7 @@ def _load_library() -> OperatorStatus:
                 cuda_version=torch.ops.piip.cuda_version() or None,
                 build=build,
             )
-    return OperatorStatus(compiled=False, reason=reason, cpu_capability=None, cuda_version=None, build=build)
+    return OperatorStatus(compiled=False, reason=reason, build=build)
 
 
 _KEEP_ALIVE: list[torch.library.Library] = []
