@@ -112,16 +112,30 @@ class BuildOperator(cpp_extension.BuildExtension):
             info["cuda_architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
         if wish == "0":
             info["errors"].append("PIIP_BUILD_EXTENSION=0: not built, as asked")
-        else:
-            for with_cuda in [True, False] if cuda else [False]:
-                error = self.attempt(with_cuda)
-                if error is None:
-                    info.update(built=True, cuda=with_cuda)
-                    break
-                info["errors"].append(f"{'CUDA' if with_cuda else 'C++'} build failed: {error}")
-                if with_cuda:
-                    info["cuda_reason"] += ", but " + info["errors"][-1]
-        self.report(info, wish)
+        for with_cuda in [] if wish == "0" else [True, False] if cuda else [False]:
+            error = self.attempt(with_cuda)
+            if error is None:
+                info.update(built=True, cuda=with_cuda)
+                break
+            info["errors"].append(f"{'CUDA' if with_cuda else 'C++'} build failed: {error}")
+        for error in info["errors"]:
+            say(f"WARNING: {error}")
+        if wish == "require" and info["errors"]:
+            raise SystemExit("piip: PIIP_BUILD_EXTENSION=require, and the build above failed")
+        if cuda and not info["cuda"]:
+            info["cuda_reason"] += f", but {info['errors'][0]}"
+        if not info["built"]:
+            self.remove_stale_operators()
+            say(
+                "WARNING: installing WITHOUT the compiled deformable-attention operator. Everything works on the "
+                "PyTorch reference, several times slower. To get it: install a C++20 compiler (g++ or clang++) and "
+                "ninja, then run pip install --no-build-isolation -v -e . again."
+            )
+        target = (ROOT if self.inplace else Path(self.build_lib)) / BUILD_INFO
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_suffix(".tmp")
+        aside.write_text(json.dumps(info, indent=1) + "\n")
+        os.replace(aside, target)
 
     def attempt(self, cuda: bool) -> "str | None":
         """One build; returns the error's text, or None when it worked."""
@@ -136,35 +150,16 @@ class BuildOperator(cpp_extension.BuildExtension):
             self.inplace = inplace
         return None
 
-    def report(self, info: dict, wish: str):
-        """Writes the record beside the package and says what is missing."""
-        package_root = ROOT if self.inplace else Path(self.build_lib)
-        if not info["built"]:
-            for stale in (Path(self.build_lib), ROOT) if self.inplace else (Path(self.build_lib),):
-                for path in stale.glob("piip_core/_kernels*.so"):
-                    path.unlink()
-            self.extensions = []
-        for error in info["errors"]:
-            say(error)
-        if wish == "require" and (info["errors"] or not info["built"]):
-            raise SystemExit("piip: PIIP_BUILD_EXTENSION=require, and the build above failed")
-        if not info["built"]:
-            say(
-                "WARNING: installing WITHOUT the compiled deformable-attention operator. Everything works on the "
-                "PyTorch reference, several times slower. To get it: install a C++20 compiler (g++ or clang++) and "
-                "ninja, then run pip install --no-build-isolation -v -e . again."
-            )
-        elif info["errors"]:
-            say("WARNING: the CUDA kernels could not be compiled; the operator has its CPU kernels only.")
-        target = package_root / BUILD_INFO
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_suffix(".tmp")
-        aside.write_text(json.dumps(info, indent=1) + "\n")
-        os.replace(aside, target)
+    def remove_stale_operators(self):
+        """Removes those of earlier builds, which nothing replaces now."""
+        for folder in (Path(self.build_lib), ROOT) if self.inplace else (Path(self.build_lib),):
+            for path in folder.glob("piip_core/_kernels*.so"):
+                path.unlink()
+        self.extensions = []
 
 
 def say(text: str):
-    """pip shows this with -v; the same is repeated by piip_core at first use and by python -m piip_core.doctor."""
+    """pip shows this with -v; piip_core repeats it at first use, and so does python -m piip_core.doctor."""
     print(f"piip: {text}", file=sys.stderr, flush=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import Format, RmsNorm, nchw_to
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 
 from .branches import BranchState
 from .config import BranchConfig, ClassifierConfig, PIIPConfig
-from .errors import ConfigError, check, check_choice
+from .errors import check, check_choice
 from .merging import LAYER_NORM_EPS, ClassificationHeads, ClassificationMerging
 from .pyramid import PIIP, DensePIIP, ParameterLayers
-
-__all__ = ["FeatureMap", "PIIPClassifier", "build_model", "feature_maps", "head_inputs", "with_pooling"]
 
 # timm's names of what a head reads; the first patch has none there
 _POOLINGS = {"token": "class_token", "avg": "average", "first_patch": "first_patch"}
@@ -36,76 +33,54 @@ def with_pooling(config: ClassifierConfig, global_pool: str) -> ClassifierConfig
     return dataclasses.replace(config, pooling=_POOLINGS[global_pool])
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeatureMap:
-    """A map that a branch has somewhere on its way.
-
-    Args:
-        branch: Number of the branch, from 1.
-        interaction: After this interaction, from 0; None for after the blocks that follow the last one.
-        dim: Channels.
-        reduction: Pixels of the input image per cell; fractional where the branch shrinks the image by a fraction.
-        final: Whether it is the last map of its branch.
-    """
-
-    branch: int
-    interaction: int | None
-    dim: int
-    reduction: float
-    final: bool
-
-
-def feature_maps(config: PIIPConfig) -> tuple[FeatureMap, ...]:
-    """All maps of a pyramid, from the finest to the coarsest.
+def feature_maps(config: PIIPConfig) -> list[dict[str, Any]]:
+    """All maps of a pyramid, from the finest to the coarsest, as timm describes the features of a model.
 
     For branches of one stride each, as ViTs are, that is branch by branch, the one with the largest image first, and
     inside a branch from its first interaction to its end.
+
+    Returns:
+        For each map timm's `num_chs`, `reduction` (a fraction where the branch shrinks the image by one) and `module`;
+        the number of its `branch`, from 1; after which `interaction` it is, from 0, None for after the blocks that
+        follow the last one; and whether it is the `final` one of its branch.
     """
-    order = sorted(range(len(config.branches)), key=lambda i: -config.branches[i].image_size)
-    found = [feature for i in order for feature in _maps_of_branch(config, i)]
-    return tuple(sorted(found, key=lambda feature: feature.reduction))
-
-
-def _maps_of_branch(config: PIIPConfig, index: int) -> list[FeatureMap]:
-    branch, segments = config.branches[index], config.segments(index + 1)
-    points: list[int | None] = list(range(config.num_interactions))
-    if not segments or segments[-1][1] + 1 < branch.network.depth:
-        points.append(None)
-    shrunk = config.branches[config.largest_image - 1].image_size / branch.image_size
-    reductions = (config.strides_after(point)[index] * shrunk for point in points)
-    return [
-        FeatureMap(
-            branch=index + 1,
-            interaction=point,
-            dim=config.dims_after(point)[index],
-            reduction=int(reduction) if reduction.is_integer() else reduction,
-            final=point == points[-1],
-        )
-        for point, reduction in zip(points, reductions, strict=True)
-    ]
+    found = []
+    for number, branch in sorted(enumerate(config.branches, 1), key=lambda pair: -pair[1].image_size):
+        segments = config.segments(number)
+        points: list[int | None] = list(range(config.num_interactions))
+        if not segments or segments[-1][1] + 1 < branch.network.depth:
+            points.append(None)
+        for point in points:
+            reduction = config.strides_after(point)[number - 1] * config.image_size / branch.image_size
+            module = f"branches.{number - 1}" if point is None else f"interactions.{point}"
+            info = {
+                "num_chs": config.dims_after(point)[number - 1],
+                "reduction": int(reduction) if reduction.is_integer() else reduction,
+                "module": _PYRAMID + module,
+                "branch": number,
+                "interaction": point,
+                "final": point == points[-1],
+            }
+            found.append(info)
+    return sorted(found, key=lambda info: info["reduction"])
 
 
 class PIIPClassifier(nn.Module):
     """Pyramid and classification head (paper sections III-C and IV-D).
 
-    Args:
-        config: Branches, interactions and head.
-
     Attributes:
         num_classes: Number of classes; 0 without classifier.
         num_features: Width of the pooled features: of all branches together for separate heads, of Branch 1 for a
             merged one. Also `head_hidden_size`, as timm calls it.
-        feature_maps: The maps that `forward_intermediates` gives, in the order of its indices.
+        feature_info: The maps that `forward_intermediates` gives, as in `feature_maps`.
     """
-
-    feature_maps: tuple[FeatureMap, ...]
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
         self.pyramid = PIIP(_pyramid_of(config))
-        self._list_feature_maps()
+        self.feature_info = feature_maps(self.pyramid.config)
         dims = self.pyramid.dims
         if config.head == "separate":
             norms = [_final_norm(branch) for branch in config.pyramid.branches]
@@ -130,8 +105,6 @@ class PIIPClassifier(nn.Module):
 
     def forward_head(self, states: Sequence[BranchState], pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) from `forward_features`; with `pre_logits` the pooled features (B, num_features)."""
-        if self.head is None:
-            raise ConfigError("prune_intermediate_layers removed the head: use forward_intermediates")
         return self.head(head_inputs(self.config, states), pre_logits=pre_logits)
 
     def get_classifier(self) -> nn.Module:
@@ -141,10 +114,8 @@ class PIIPClassifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifiers by new ones; 0 classes: by none, so that `forward` gives pooled features.
 
-        Args:
-            num_classes: Number of classes.
-            global_pool: What the heads read from now on, as in `with_pooling`; None for no change. The class tokens
-                never see an interaction after the last blocks, so it goes, and comes (new) with other poolings.
+        With `global_pool` the heads read something else from now on, as in `with_pooling`. Class tokens never see an
+        interaction after the last blocks, so it goes, and comes (new) with other poolings.
 
         Raises:
             ConfigError: If `global_pool` is unknown, or not possible for the branches or the head.
@@ -157,7 +128,7 @@ class PIIPClassifier(nn.Module):
         if global_pool is not None:
             self.pyramid.set_interactions(_pyramid_of(self.config))
             self._adopt(self.pyramid.interactions)
-            self._list_feature_maps()
+            self.feature_info = feature_maps(self.pyramid.config)
 
     def _adopt(self, module: nn.Module) -> None:
         """Brings a new part to the device, dtype and mode of the model."""
@@ -170,25 +141,6 @@ class PIIPClassifier(nn.Module):
         pooling = self.config.pooling if self.config.head == "separate" else "average"
         return next(name for name, value in _POOLINGS.items() if value == pooling)
 
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """timm's description of `feature_maps`: width, reduction, and the module and branch that a map comes from."""
-        return [
-            {
-                "num_chs": feature.dim,
-                "reduction": feature.reduction,
-                "module": f"pyramid.branches.{feature.branch - 1}"
-                if feature.interaction is None
-                else f"pyramid.interactions.{feature.interaction}",
-                "branch": feature.branch,
-            }
-            for feature in self.feature_maps
-        ]
-
-    def _list_feature_maps(self) -> None:
-        self.feature_maps = feature_maps(self.pyramid.config)
-        self._kept = frozenset(range(len(self.feature_maps)))
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -199,80 +151,61 @@ class PIIPClassifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | list[tuple[Tensor, Tensor | None]] | tuple[list[BranchState], list[Any]]:
-        """Maps of all branches after the interactions, and the final states.
-
-        The list has every map of the branch with the largest image first (see `feature_maps`).
+        """Final states as from `forward_features` (with `stop_early`, where it ended), and maps on the way there.
 
         Args:
             x: Image (B, 3, H, W).
-            indices: Which maps of the list, in that order; the last n for an integer; None for all.
+            indices: Which of `feature_info`, in that order; the last n for an integer; None for all.
             return_prefix_tokens: Give pairs of a map and its class tokens (B, P, C), None for a branch without any.
             norm: Apply the norm before the head of the map's branch.
             stop_early: End after the last interaction that is needed.
             output_fmt: "NCHW", "NHWC", "NCL" or "NLC".
-            intermediates_only: Leave out the final states.
-
-        Returns:
-            The final states as from `forward_features` (with `stop_early`, where it ended), and the maps.
+            intermediates_only: Leave out the final states, and end after the last interaction that is needed.
 
         Raises:
-            ConfigError: If a map was removed by `prune_intermediate_layers`, or `norm` does not fit it.
+            ConfigError: If there is no such map, or `norm` does not fit it.
         """
-        take = _resolve_indices(len(self.feature_maps), indices)
-        removed = sorted(set(take) - self._kept)
-        check(not removed, "indices", removed, f"some of {sorted(self._kept)}, which prune_intermediate_layers kept")
-        wanted = [self.feature_maps[i] for i in take]
-        norms = [self._norm_of(feature) if norm else nn.Identity() for feature in wanted]
-        after = {feature.interaction for feature in wanted if feature.interaction is not None}
-        stop_early = stop_early and all(feature.interaction is not None for feature in wanted)
-        final, found = self.pyramid.forward_states(x, after, stop_early=stop_early)
+        wanted = [self.feature_info[i] for i in _resolve_indices(len(self.feature_info), indices)]
+        norms = [self._norm_of(info) if norm else nn.Identity() for info in wanted]
+        points = {info["interaction"] for info in wanted}
+        early = (stop_early or intermediates_only) and None not in points
+        final, found = self.pyramid.forward_states(x, points - {None}, stop_early=early)
         maps = []
-        for feature, normalise in zip(wanted, norms, strict=True):
-            states = final if feature.interaction is None else found[feature.interaction]
-            tokens, prefix, _ = states[feature.branch - 1]
+        for info, normalise in zip(wanted, norms, strict=True):
+            states = final if info["interaction"] is None else found[info["interaction"]]
+            tokens, prefix, _ = states[info["branch"] - 1]
             fitted = nchw_to(normalise(tokens).permute(0, 3, 1, 2).contiguous(), Format(output_fmt))
             prefix = None if prefix is None else normalise(prefix)
             maps.append((fitted, prefix) if return_prefix_tokens else fitted)
         return maps if intermediates_only else (final, maps)
 
-    def _norm_of(self, feature: FeatureMap) -> nn.Module:
+    def _norm_of(self, info: dict[str, Any]) -> nn.Module:
         check(self.config.head == "separate", "norm", True, "False: a merged head has no norm of a single branch")
-        width = self.pyramid.dims[feature.branch - 1]
-        check(feature.dim == width, "norm", True, f"False for a map of {feature.dim} channels: the norm has {width}")
-        return self.head.norms[str(feature.branch)]
+        number, dim = info["branch"], info["num_chs"]
+        width = self.pyramid.dims[number - 1]
+        check(dim == width, "norm", True, f"False for a map of {dim} channels: the norm has {width}")
+        return self.head.norms[str(number)]
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what the given maps do not need: later blocks and interactions, norms and head.
+        """Removes classifiers, which maps do not need, and norms of separate heads; blocks and interactions stay.
 
-        Args:
-            indices: The maps to keep, as in `forward_intermediates`.
-            prune_norm: Remove the norms before the heads; a merged head goes as a whole with `prune_head`.
-            prune_head: Remove the classifiers.
-
-        Returns:
-            The indices of the maps that are kept; they stay the same.
+        Returns the indices, as `forward_intermediates` has them.
         """
-        take = _resolve_indices(len(self.feature_maps), indices)
-        points = [self.feature_maps[i].interaction for i in take]
-        if None not in points and max(points) + 1 < len(self.pyramid.interactions):
-            self.pyramid.truncate(max(points) + 1)
-        self._kept = frozenset(take)
         if prune_head:
             self.reset_classifier(0)
         if prune_norm and self.config.head == "separate":
             self.head.norms = nn.ModuleDict({number: nn.Identity() for number in self.head.norms})
-        elif prune_norm and prune_head:
-            self.head = None
-        return take
+        return _resolve_indices(len(self.feature_info), indices)
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """Layer of a parameter by its name, for timm's layer-wise learning-rate decay; see `ParameterLayers`.
 
-        Fractional layers are rounded down. The published training gives interactions and heads the full rate.
+        Fractional layers are rounded down. The published training gives interactions and heads the full rate. Layers
+        are not grouped any further by `coarse`.
         """
-        layers = ParameterLayers(self.pyramid, coarse=coarse)
+        layers = ParameterLayers(self.pyramid)
 
         def layer_of(name: str) -> int:
             return int(layers(name.removeprefix(_PYRAMID))) if name.startswith(_PYRAMID) else layers.last

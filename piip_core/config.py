@@ -12,21 +12,25 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from .branches.base import FAMILIES, BranchConfig, NetworkConfig, freeze_sequences, is_sequence
 from .errors import ConfigError, check, check_choice
 
-__all__ = [
-    "BranchConfig",
-    "ClassifierConfig",
-    "InteractionConfig",
-    "MergingConfig",
-    "PIIPConfig",
-    "UnitSpec",
-    "even_segments",
-    "graph_presets",
-]
+ConfigT = TypeVar("ConfigT")
+
+
+class _Described:
+    """Configurations that are written to files."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and scalars, ready for JSON."""
+        return _to_plain(self)
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
+        """Inverse of `to_dict`. Unknown or missing fields raise ConfigError."""
+        return _build(cls, data)
 
 
 def even_segments(depth: int, count: int) -> tuple[tuple[int, int], ...]:
@@ -132,13 +136,8 @@ class InteractionConfig:
             units = presets[units]
         pattern = units if units and not isinstance(units[0], str) else (units,)
         specs = tuple(UnitSpec.parse(text) for text in pattern[interaction % len(pattern)])
-        for spec in specs:
-            check(
-                1 <= spec.low and spec.high <= num_branches,
-                "InteractionConfig.units",
-                f"{spec.low}..{spec.high}",
-                f"branch numbers from 1 to {num_branches}",
-            )
+        known = all(1 <= spec.low and spec.high <= num_branches for spec in specs)
+        check(known, "InteractionConfig.units", units, f"branch numbers from 1 to {num_branches}")
         pairs = [(spec.low, spec.high) for spec in specs]
         check(len(set(pairs)) == len(pairs), "InteractionConfig.units", units, "each pair of branches at most once")
         return specs
@@ -174,23 +173,17 @@ class MergingConfig:
         freeze_sequences(self, "branches", "intermediate_after", "out_blocks", "out_strides")
         check_choice("MergingConfig.kind", self.kind, ("simple", "regular", "single"))
         check_choice("MergingConfig.pyramid_norm", self.pyramid_norm, ("group", "layer"))
-        expected = len(self.out_strides) - 1 if self.kind == "regular" else 0
-        check(
-            len(self.intermediate_after) == expected,
-            "MergingConfig.intermediate_after",
-            self.intermediate_after,
-            f"{expected} interactions for kind={self.kind!r} and {len(self.out_strides)} out_strides",
-        )
-        check(
-            self.out_blocks is None or (self.kind == "single" and len(self.out_blocks) == len(self.out_strides)),
-            "MergingConfig.out_blocks",
-            self.out_blocks,
-            f"None, or for kind='single' {len(self.out_strides)} blocks, one per out_stride",
-        )
+        levels, after, blocks = len(self.out_strides), self.intermediate_after, self.out_blocks
+        count = levels - 1 if self.kind == "regular" else 0
+        expected = f"{count} interactions for kind={self.kind!r} and {levels} out_strides"
+        check(len(after) == count, "MergingConfig.intermediate_after", after, expected)
+        fits = blocks is None or (self.kind == "single" and len(blocks) == levels)
+        expected = f"None, or for kind='single' {levels} blocks, one per out_stride"
+        check(fits, "MergingConfig.out_blocks", blocks, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PIIPConfig:
+class PIIPConfig(_Described):
     """A whole PIIP backbone: branches from the largest model to the largest image, interactions, merging.
 
     `merging=None` leaves the branches unmerged (classification and multimodal heads bring their own merging).
@@ -207,43 +200,26 @@ class PIIPConfig:
         freeze_sequences(self, "branches")
         check(len(self.branches) > 0, "PIIPConfig.branches", self.branches, "at least one branch")
         count = self.num_interactions
+        expected = f"{count} segments, one per interaction (interaction.num_interactions={count})"
         for i, branch in enumerate(self.branches, 1):
-            check(
-                branch.segments is None or len(branch.segments) == count,
-                f"PIIPConfig.branches[{i}].segments",
-                branch.segments,
-                f"{count} segments, one per interaction (interaction.num_interactions={count})",
-            )
+            fits = branch.segments is None or len(branch.segments) == count
+            check(fits, f"PIIPConfig.branches[{i}].segments", branch.segments, expected)
         for k in range(count):
             self.interaction.graph(k, len(self.branches))
         if self.merging is not None:
             self._check_merging(self.merging)
 
     def _check_merging(self, merging: MergingConfig) -> None:
-        n = len(self.branches)
-        chosen = self.merging_branches
-        check(
-            bool(chosen) and set(chosen) <= set(range(1, n + 1)) and len(set(chosen)) == len(chosen),
-            "MergingConfig.branches",
-            merging.branches,
-            f"different numbers from 1 to {n}",
-        )
-        check(
-            merging.kind != "single" or n == 1,
-            "MergingConfig.kind",
-            merging.kind,
-            f"'simple' or 'regular' for {n} branches",
-        )
-        depth = self.branches[0].network.depth
+        n, chosen = len(self.branches), self.merging_branches
+        fits = bool(chosen) and set(chosen) <= set(range(1, n + 1)) and len(set(chosen)) == len(chosen)
+        check(fits, "MergingConfig.branches", merging.branches, f"different numbers from 1 to {n}")
+        expected = f"'simple' or 'regular' for {n} branches"
+        check(merging.kind != "single" or n == 1, "MergingConfig.kind", merging.kind, expected)
+        depth, count = self.branches[0].network.depth, self.num_interactions
         for block in merging.out_blocks or ():
             check(0 <= block < depth, "MergingConfig.out_blocks", block, f"blocks from 0 to {depth - 1}")
         for k in merging.intermediate_after:
-            check(
-                0 <= k < self.num_interactions,
-                "MergingConfig.intermediate_after",
-                k,
-                f"interactions from 0 to {self.num_interactions - 1}",
-            )
+            check(0 <= k < count, "MergingConfig.intermediate_after", k, f"interactions from 0 to {count - 1}")
 
     @property
     def num_interactions(self) -> int:
@@ -257,6 +233,11 @@ class PIIPConfig:
         That is the last branch, except in a parameter-direct pyramid (paper Figure 1d).
         """
         return max(range(1, len(self.branches) + 1), key=lambda n: (self.branches[n - 1].image_size, n))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels: the largest image size of a branch."""
+        return self.branches[self.largest_image - 1].image_size
 
     @property
     def merging_branches(self) -> tuple[int, ...]:
@@ -285,27 +266,9 @@ class PIIPConfig:
             return [branch.network.depth - 1 for branch in self.branches]
         return [max(self.segments(number)[interaction][1], 0) for number in range(1, len(self.branches) + 1)]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and scalars, ready for JSON."""
-        return _to_plain(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PIIPConfig:
-        """Inverse of `to_dict`. Unknown or missing fields raise ConfigError."""
-        data = dict(data)
-        branches = [
-            _build(BranchConfig, dict(b) | {"network": _network_from_dict(b.get("network", {}))})
-            for b in data.pop("branches", ())
-        ]
-        if "interaction" in data:
-            data["interaction"] = _build(InteractionConfig, data["interaction"])
-        if data.get("merging") is not None:
-            data["merging"] = _build(MergingConfig, data["merging"])
-        return _build(cls, data | {"branches": branches})
-
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig:
+class ClassifierConfig(_Described):
     """A pyramid with a classification head (paper sections III-C and IV-D).
 
     Args:
@@ -336,39 +299,18 @@ class ClassifierConfig:
         check(0 <= self.drop_rate < 1, "ClassifierConfig.drop_rate", self.drop_rate, "a rate in [0, 1)")
         check_choice("ClassifierConfig.head", self.head, ("separate", "merged"))
         check_choice("ClassifierConfig.pooling", self.pooling, ("class_token", "first_patch", "average"))
-        check(
-            self.pyramid.merging is None,
-            "ClassifierConfig.pyramid.merging",
-            self.pyramid.merging,
-            "None: the head of a classifier takes the place of merging",
-        )
+        merging, expected = self.pyramid.merging, "None: the head of a classifier takes the place of merging"
+        check(merging is None, "ClassifierConfig.pyramid.merging", merging, expected)
         if self.head == "separate" and self.pooling == "class_token":
-            without = [
-                n for n, b in enumerate(self.pyramid.branches, 1) if not getattr(b.network, "class_token", False)
-            ]
-            check(
-                not without,
-                "ClassifierConfig.pooling",
-                self.pooling,
-                f"'average' or 'first_patch', since branches {without} have no class token (network.class_token)",
-            )
+            networks = [branch.network for branch in self.pyramid.branches]
+            without = [n for n, network in enumerate(networks, 1) if not getattr(network, "class_token", False)]
+            expected = f"'average' or 'first_patch', since branches {without} have no class token (network.class_token)"
+            check(not without, "ClassifierConfig.pooling", self.pooling, expected)
 
     @property
     def image_size(self) -> int:
-        """Side of the square input in pixels: the largest image size of a branch."""
-        return self.pyramid.branches[self.pyramid.largest_image - 1].image_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and scalars, ready for JSON."""
-        return _to_plain(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ClassifierConfig:
-        """Inverse of `to_dict`. Unknown or missing fields raise ConfigError."""
-        data = dict(data)
-        if "pyramid" in data:
-            data["pyramid"] = PIIPConfig.from_dict(data["pyramid"])
-        return _build(cls, data)
+        """As of the pyramid."""
+        return self.pyramid.image_size
 
 
 def _to_plain(value: Any) -> Any:
@@ -378,18 +320,30 @@ def _to_plain(value: Any) -> Any:
     return [_to_plain(v) for v in value] if is_sequence(value) else value
 
 
-def _network_from_dict(data: Mapping[str, Any]) -> NetworkConfig:
-    data = dict(data)
-    family = data.pop("family", None)
-    check_choice("network.family", family, tuple(FAMILIES))
-    return _build(FAMILIES[family].config, data)
-
-
 def _build(cls: type, data: Mapping[str, Any]) -> Any:
+    data = dict(data)
+    if cls is NetworkConfig:
+        family = data.pop("family", None)
+        check_choice("network.family", family, tuple(FAMILIES))
+        cls = FAMILIES[family].config
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - known)
     check(not unknown, cls.__name__, unknown, f"only the fields {', '.join(sorted(known))}")
+    for name, part in _PARTS.get(cls, {}).items():
+        value = data.get(name)
+        if is_sequence(value):
+            data[name] = [_build(part, each) for each in value]
+        elif value is not None:
+            data[name] = _build(part, value)
     try:
         return cls(**data)
     except TypeError as error:  # a required field is missing
         raise ConfigError(f"{cls.__name__}: {error}") from None
+
+
+_PARTS: dict[type, dict[str, type]] = {
+    ClassifierConfig: {"pyramid": PIIPConfig},
+    PIIPConfig: {"branches": BranchConfig, "interaction": InteractionConfig, "merging": MergingConfig},
+    BranchConfig: {"network": NetworkConfig},
+}
+"""What the fields that hold other configurations are made of."""

@@ -1,11 +1,10 @@
-"""Prints what a bug report needs: versions, compilers, GPU, the compiled operator (or why not), what PIIP-LLaVA lacks.
+"""Prints what a bug report needs: versions, compilers, GPU, the compiled operator (or why not), what extras lack.
 
-Run `python -m piip_core.doctor`, with `--json` for machines.
+Run `python -m piip_core.doctor`.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -23,25 +22,6 @@ from packaging.version import InvalidVersion, Version
 
 from piip_core.ops import ms_deform_attn, ms_deform_attn_reference, operator_status
 
-__all__ = ["DETECTRON2_HINT", "LLAVA_HINT", "TESTED", "collect", "format_report", "installed_version", "untested"]
-
-# Names on the package index by what they are needed for
-PACKAGES = {
-    "this project": ("piip",),
-    "required": ("torch", "torchvision", "timm", "numpy", "safetensors", "pillow"),
-    "below 81 for detectron2.model_zoo": ("setuptools",),
-    "to compile the operator": ("ninja",),
-    "extra: detection": ("detectron2", "fvcore", "pycocotools"),
-    "extra: transformers, llava": ("transformers", "accelerate"),
-    "extra: deepspeed, llava": ("deepspeed",),
-    "extra: llava": ("jinja2", "sentencepiece", "open_clip_torch", "peft", "tensorboard"),
-    "extra: llava-qlora": ("bitsandbytes",),
-    "extra: web": ("gradio",),
-    "extra: client": ("openai",),
-    "extra: export": ("onnx", "onnxscript", "onnxruntime"),
-    "extra: demo": ("scikit-image", "scikit-learn"),
-}
-
 # Oldest and newest release that the tests passed with, docs/environments.md; those of pyproject.toml in between.
 TESTED = {
     "torch": ("2.10.0", "2.15.0"),
@@ -55,30 +35,13 @@ TESTED = {
     "gradio": ("6.31.0", "6.31.0"),
 }
 
-# Everything that each use of PIIP-LLaVA needs
-_CHAT = ("transformers", "jinja2")
-_TRAINING = (*_CHAT, "accelerate", "peft")
-LLAVA_NEEDS = {
-    "chat model": _CHAT,
-    "tokenizer.model files (Llama, Vicuna)": (*_CHAT, "sentencepiece"),
-    "CLIP weights by name": (*_CHAT, "open_clip_torch"),
-    "training, LoRA": _TRAINING,
-    "deepspeed launcher, ZeRO": (*_TRAINING, "deepspeed"),
-    "QLoRA": (*_TRAINING, "bitsandbytes"),
-}
-LLAVA_EXTRAS = ("llava", "llava-qlora", "transformers", "deepspeed")
-
 ENVIRONMENT = ("CUDA_HOME", "FORCE_CUDA", "PIIP_DISABLE_EXTENSION", "PIIP_CPU_CAPABILITY", "OMP_NUM_THREADS")
-
-DETECTRON2_HINT = (
-    "Detectron2 is on no package index. With PyTorch and a C++ compiler installed: "
-    "pip install --no-build-isolation -e '.[detection]' (needs access to github.com)"
-)
-LLAVA_HINT = "pip install --no-build-isolation -e '.[llava]', for QLoRA -e '.[llava-qlora]'"
 
 
 def collect() -> dict[str, Any]:
     """Gathers the report as nested dictionaries of JSON types; starts compilers with --version, nothing else."""
+    requirements = _read_requirements()
+    names = sorted({requirement.name for requirement in requirements} | set(TESTED))
     return {
         "system": {
             "platform": platform.platform(),
@@ -86,8 +49,9 @@ def collect() -> dict[str, Any]:
             "executable": sys.executable,
             "cpu_count": os.cpu_count(),
         },
-        "packages": {name: installed_version(name) for names in PACKAGES.values() for name in names},
-        "untested": untested(),
+        "packages": {name: installed_version(name) or "not installed" for name in names},
+        "detectron2_commit": _find_detectron2_commit(),
+        "untested": untested() or "nothing: all versions are among those tested",
         "torch": _torch_facts(),
         "build_tools": {
             "c++": _find_tool(os.environ.get("CXX", "c++")),
@@ -96,8 +60,7 @@ def collect() -> dict[str, Any]:
         },
         "environment": {name: os.environ.get(name, "not set") for name in ENVIRONMENT},
         "operator": _operator_facts(),
-        "detectron2": _detectron2_facts(),
-        "llava": _llava_facts(),
+        "extras": _check_extras(requirements),
     }
 
 
@@ -153,49 +116,45 @@ def _self_test(device: str) -> str:
     return f"{'ok' if difference < 1e-5 else 'WRONG'}, largest difference from float64 {difference:.1e}"
 
 
-def _detectron2_facts() -> dict[str, Any]:
-    version = installed_version("detectron2")
-    if version is None:
-        return {"found": False, "hint": DETECTRON2_HINT}
-    origin = importlib.metadata.distribution("detectron2").read_text("direct_url.json")
-    commit = json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
-    facts = {"found": True, "version": version, "commit": commit or "unknown"}
-    setuptools = installed_version("setuptools")
-    if setuptools and int(setuptools.split(".")[0]) >= 81:
-        facts["hint"] = (
-            f"detectron2.model_zoo needs setuptools below 81, found {setuptools}: pip install 'setuptools<81'"
-        )
-    return facts
-
-
-def _llava_facts() -> dict[str, str]:
-    """Which uses of PIIP-LLaVA are ready, and what the others lack."""
-    wanted = _wanted_versions()
-    facts = {}
-    for use, packages in LLAVA_NEEDS.items():
-        lacking = []
-        for name in packages:
-            requirement, version = wanted.get(name, Requirement(name)), installed_version(name)
-            if version is None or not requirement.specifier.contains(version, prereleases=True):
-                lacking.append(f"{name}{requirement.specifier} ({version or 'not installed'})")
-        facts[use] = f"needs {', '.join(lacking)}" if lacking else "ready"
-    if set(facts.values()) != {"ready"}:
-        facts["hint"] = LLAVA_HINT
-    return facts
-
-
-def _wanted_versions() -> dict[str, Requirement]:
-    """What this project's own metadata asks of the packages for PIIP-LLaVA; empty where it is not installed."""
+def _read_requirements() -> list[Requirement]:
+    """What this project's own metadata asks for; empty where it is not installed."""
     try:
-        lines = importlib.metadata.requires("piip") or []
+        return [Requirement(line) for line in importlib.metadata.requires("piip") or []]
     except importlib.metadata.PackageNotFoundError:
-        return {}
-    found = [Requirement(line) for line in lines]
-    return {
-        each.name: each
-        for each in found
-        if each.marker is not None and any(each.marker.evaluate({"extra": extra}) for extra in LLAVA_EXTRAS)
-    }
+        return []
+
+
+def _check_extras(requirements: list[Requirement]) -> dict[str, str]:
+    """For each extra of this project whether its packages are there, and which are not."""
+    found = {}
+    for extra in sorted(set(re.findall(r'extra == "([\w-]+)"', " ".join(str(each.marker) for each in requirements)))):
+        lacking = {}
+        for requirement in _of_extra(requirements, extra):
+            version = installed_version(requirement.name)
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
+                lacking[requirement.name] = f"{requirement.name}{requirement.specifier} ({version or 'not installed'})"
+        remedy = f": pip install --no-build-isolation -e '.[{extra}]'"
+        found[extra] = f"needs {', '.join(lacking.values())}{remedy}" if lacking else "ready"
+    return found
+
+
+def _of_extra(requirements: list[Requirement], extra: str) -> Iterator[Requirement]:
+    for requirement in requirements:
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.name != "piip":
+            yield requirement
+        for other in requirement.extras if requirement.name == "piip" else ():
+            yield from _of_extra(requirements, other)
+
+
+def _find_detectron2_commit() -> str | None:
+    """Detectron2 is on no package index and has no releases: its commit says which one it is."""
+    try:
+        origin = importlib.metadata.distribution("detectron2").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
 
 
 def installed_version(package: str) -> str | None:
@@ -223,34 +182,17 @@ def untested() -> list[str]:
     return lines
 
 
-def format_report(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any], indent: str = "") -> str:
     """The report as indented text."""
-    needed_for = {name: need for need, names in PACKAGES.items() for name in names}
-    packages = {name: f"{found or 'not installed'}  ({needed_for[name]})" for name, found in report["packages"].items()}
-    note = "; ".join(report["untested"]) or "all versions are among those tested"
-    return "\n".join(_indent(report | {"packages": packages, "untested": {"NOTE": note}}))
-
-
-def _indent(entries: dict[str, Any], indent: str = "") -> Iterator[str]:
-    for key, entry in entries.items():
+    lines = []
+    for key, entry in report.items():
         if isinstance(entry, dict):
-            yield f"{indent}{key}:"
-            yield from _indent(entry, indent + "  ")
+            lines += [f"{indent}{key}:", format_report(entry, indent + "  ")]
         else:
             text = ", ".join(map(str, entry)) or "none" if isinstance(entry, list) else entry
-            yield f"{indent}{key}: {'not found' if text is None else text}"
-
-
-def main() -> None:
-    """Entry point of `python -m piip_core.doctor`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m piip_core.doctor", description="Print what a bug report about PIIP needs."
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    args = parser.parse_args()
-    report = collect()
-    print(json.dumps(report, indent=1) if args.json else format_report(report))
+            lines.append(f"{indent}{key}: {'not found' if text is None else text}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(format_report(collect()))

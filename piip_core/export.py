@@ -10,12 +10,10 @@ import contextlib
 import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -25,8 +23,6 @@ from .errors import UserError
 from .files import flush, rename_durably
 from .ops import deform_attn_grid_reference, ms_deform_attn_reference
 from .pyramid import DensePIIP
-
-__all__ = ["ExportCheck", "ExportError", "export_onnx", "export_program", "save_program", "tensors_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +39,11 @@ class ExportError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCheck:
-    """How far a written file is from PyTorch, on a random image.
+    """How far a written file is from PyTorch, on a random image."""
 
-    Attributes:
-        files: What was written; the first one is what a runtime opens.
-        max_error: Largest absolute difference of an output.
-        max_value: Largest absolute value of that output, for scale.
-    """
-
-    files: tuple[Path, ...]
-    max_error: float
-    max_value: float
+    files: tuple[Path, ...]  # what was written; the first one is what a runtime opens
+    max_error: float  # largest absolute difference of an output
+    max_value: float  # largest absolute value of that output, for scale
 
     def __str__(self) -> str:
         size = sum(file.stat().st_size for file in self.files) / 1e6
@@ -111,14 +101,12 @@ def _round_scales_up(program: ExportedProgram) -> None:
     """
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.upsample_bilinear2d.vec and node.args[3] is not None:
-            node.args = (*node.args[:3], [_float32_from(factor) for factor in node.args[3]])
-
-
-def _float32_from(value: float) -> float:
-    """The smallest float32 that is not below the value."""
-    rounded = np.float32(value)
-    # as Python numbers: numpy would compare in float32
-    return float(rounded if float(rounded) >= value else np.nextafter(rounded, np.float32(np.inf)))
+            factors = [torch.tensor(factor, dtype=torch.float32) for factor in node.args[3]]
+            up = [
+                float(rounded if float(rounded) >= factor else rounded.nextafter(torch.tensor(torch.inf)))
+                for rounded, factor in zip(factors, node.args[3], strict=True)
+            ]
+            node.args = (*node.args[:3], up)
 
 
 def save_program(
@@ -126,14 +114,8 @@ def save_program(
 ) -> ExportCheck:
     """Writes a .pt2 file for `torch.export.load`, after a comparison of what it computes.
 
-    Args:
-        model: As for `export_program`.
-        path: File to write.
-        image_size: As for `export_program`.
-        batch_size: As for `export_program`.
-
-    Raises:
-        ExportError: If the model cannot be exported, or computes something else when loaded; then no file is left.
+    Arguments and errors are those of `export_program`; it is an ExportError, too, if the file computes something else
+    when loaded, and then no file is left.
     """
 
     def write(program: ExportedProgram, file: Path) -> Callable[[Tensor], list[Tensor]]:
@@ -160,8 +142,8 @@ def export_onnx(
     Args:
         model: As for `export_program`.
         path: File to write; the weights of a large model go to a second one beside it, named `path` + ".data".
-        image_size: As for `export_program`.
-        batch_size: As for `export_program`.
+        image_size: Height and width, fixed in the file.
+        batch_size: Images per call; None leaves it open.
         opset: ONNX operator set, 16 (the first with GridSample) or later.
         metadata: What to note in the file.
 
@@ -180,16 +162,15 @@ def export_onnx(
 
     def write(program: ExportedProgram, file: Path) -> Callable[[Tensor], list[Tensor]]:
         logger.info("translating to ONNX")
-        with _quiet():
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                input_names=[INPUT],
-                output_names=_output_names(model),
-                dynamic_shapes=({0: "batch"},) if batch_size is None else None,
-                verbose=False,
-            )
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=_output_names(model),
+            dynamic_shapes=({0: "batch"},) if batch_size is None else None,
+            verbose=False,
+        )
         onnx_program.model.metadata_props.update(metadata or {})
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
         onnx_program.save(file, external_data=size > MAX_BYTES_INSIDE)
@@ -250,20 +231,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch.onnx's remarks on its own insides."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _output_names(model: nn.Module) -> list[str] | None:

@@ -15,22 +15,6 @@ from PIL import ExifTags, Image
 
 from .errors import UserError
 
-__all__ = [
-    "ImageTooLargeError",
-    "UnreadableImageError",
-    "check_values",
-    "image_endings",
-    "image_formats",
-    "image_size",
-    "misread_values",
-    "opened_image",
-    "plain_rgb",
-    "read_image",
-    "spellings",
-    "stored_values",
-    "upright",
-]
-
 # Pillow's readers of these start a program (EPS), or know the kind of the file and nothing else
 _LEFT_OUT = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 _BITS_PER_SAMPLE, _PLANAR, _SAMPLE_FORMAT, _WIDTH, _HEIGHT = 258, 284, 339, 256, 257  # TIFF's tags

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from .config import InteractionConfig, UnitSpec
 from .errors import ConfigError
-from .ops import MSDeformAttn, deform_attn_grid, make_reference_points
-
-__all__ = ["ConvFFN", "CrossAttention", "DeformableCrossAttention", "Injection", "Interaction", "InteractionUnit"]
+from .ops import MSDeformAttn, deform_attn_grid
 
 NORM_EPS = 1e-6
 
@@ -26,37 +24,37 @@ class DeformableCrossAttention(MSDeformAttn):
     """Single-level deformable attention from one map to another.
 
     Queries at (y, x) of an H x W map look around ((x + 0.5) / W, (y + 0.5) / H) of the value map.
+
+    Attributes:
+        sampling_linear: `sampling_offsets` and `attention_weights` in one, after `prepare_for_inference`.
     """
+
+    def __init__(self, embed_dim: int, value_dim: int, config: InteractionConfig) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads=config.num_heads,
+            num_points=config.num_points,
+            value_ratio=config.value_ratio,
+            value_dim=value_dim,
+        )
+        self.sampling_linear: nn.Linear | None = None
 
     def forward(self, query: Tensor, value: Tensor) -> Tensor:
         """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C)."""
         grid = query.shape[1:3]
         values = self.value_proj(value).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
-        sampling = self.sampling_logits(query).flatten(1, 2)
-        out = deform_attn_grid(values, [tuple(value.shape[1:3])], grid, sampling, self.num_points)
+        if self.sampling_linear is not None:
+            sampling = self.sampling_linear(query)
+        else:
+            sampling = torch.cat((self.sampling_offsets(query), self.attention_weights(query)), dim=-1)
+        out = deform_attn_grid(values, [tuple(value.shape[1:3])], grid, sampling.flatten(1, 2), self.num_points)
         return self.output_proj(out).unflatten(1, grid)
-
-    def sampling_logits(self, query: Tensor) -> Tensor:
-        """Offsets and attention logits of every query side by side, (..., C) to (..., 3 * num_heads * num_points)."""
-        return torch.cat((self.sampling_offsets(query), self.attention_weights(query)), dim=-1)
-
-    def sampling_map(self, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Where every cell of the query map reads in the value map, and how much each point counts.
-
-        Returns:
-            Locations (B, Hq, Wq, num_heads, num_points, 2), (x, y) normalised to the value map, and weights (B, Hq, Wq,
-            num_heads, num_points).
-        """
-        grid = query.shape[1:3]
-        reference = make_reference_points(*grid, device=query.device)
-        locations, weights = self.sampling(query.flatten(1, 2), reference, [tuple(value.shape[1:3])])
-        return locations.squeeze(3).unflatten(1, grid), weights.squeeze(3).unflatten(1, grid)
 
 
 class CrossAttention(nn.Module):
     """Regular multi-head cross-attention over all positions of the other map (Table XVI's "regular" attention)."""
 
-    def __init__(self, embed_dim: int, num_heads: int, value_dim: int) -> None:
+    def __init__(self, embed_dim: int, value_dim: int, num_heads: int) -> None:
         super().__init__()
         if embed_dim % num_heads:
             raise ConfigError(
@@ -94,24 +92,11 @@ class ConvFFN(nn.Module):
         return self.fc2(self.act(x))
 
 
-def _build_attention(config: InteractionConfig, query_dim: int, value_dim: int) -> nn.Module:
-    if config.attention == "regular":
-        return CrossAttention(query_dim, config.num_heads, value_dim).apply(_init_weights)
-    return DeformableCrossAttention(
-        query_dim,
-        num_heads=config.num_heads,
-        num_levels=1,
-        num_points=config.num_points,
-        value_ratio=config.value_ratio,
-        value_dim=value_dim,
-    )
-
-
 class Injection(nn.Module):
     """One direction of an interaction unit: features of another branch flow into the query branch (equations 1, 2).
 
     Both residual paths start at zero (`attn_gamma`, `ffn_gamma`), so a fresh model computes what its pretrained
-    branches compute.
+    branches compute. `prepare_for_inference` makes these scales part of the weights before them, and None.
     """
 
     def __init__(self, query_dim: int, value_dim: int, config: InteractionConfig) -> None:
@@ -120,35 +105,37 @@ class Injection(nn.Module):
         self.proj = nn.Linear(value_dim, query_dim) if config.projection else nn.Identity()
         self.query_norm = _norm(config, query_dim)
         self.value_norm = _norm(config, feature_dim)
-        self.attn_gamma = _zeros(query_dim)
+        self.attn_gamma: nn.Parameter | None = nn.Parameter(torch.zeros(query_dim))
         self.ffn: ConvFFN | None = None
         if config.ffn:
             self.ffn_norm = _norm(config, query_dim)
             self.ffn = ConvFFN(query_dim, int(query_dim * config.ffn_ratio))
-            self.ffn_gamma = _zeros(query_dim)
+            self.ffn_gamma: nn.Parameter | None = nn.Parameter(torch.zeros(query_dim))
             self.drop_path = DropPath(config.drop_path_rate)
         self.apply(_init_weights)
         # after the rest: deformable attention brings its own initialisation
-        self.attn = _build_attention(config, query_dim, feature_dim)
+        if config.attention == "deformable":
+            self.attn: nn.Module = DeformableCrossAttention(query_dim, feature_dim, config)
+        else:
+            self.attn = CrossAttention(query_dim, feature_dim, config.num_heads).apply(_init_weights)
 
     def forward(self, query: Tensor, value: Tensor) -> Tensor:
         """Updated query map (B, Hq, Wq, Cq) from the value map (B, Hv, Wv, Cv)."""
         value = self.value_norm(self.proj(value))
-        query = query + self.attn_gamma * self.attn(self.query_norm(query), value)
+        query = query + _scale(self.attn_gamma, self.attn(self.query_norm(query), value))
         if self.ffn is not None:
-            query = query + self.drop_path(self.ffn_gamma * self.ffn(self.ffn_norm(query)))
+            query = query + self.drop_path(_scale(self.ffn_gamma, self.ffn(self.ffn_norm(query))))
         return query
 
 
 class InteractionUnit(nn.Module):
     """Exchange between two branches; both directions read the values from before the unit (paper Figure 4)."""
 
-    def __init__(
-        self, low_dim: int, high_dim: int, config: InteractionConfig, *, into_low: bool = True, into_high: bool = True
-    ) -> None:
+    def __init__(self, dims: Sequence[int], spec: UnitSpec, config: InteractionConfig) -> None:
         super().__init__()
-        self.into_low = Injection(low_dim, high_dim, config) if into_low else None
-        self.into_high = Injection(high_dim, low_dim, config) if into_high else None
+        low, high = dims[spec.low - 1], dims[spec.high - 1]
+        self.into_low = Injection(low, high, config) if spec.into_low else None
+        self.into_high = Injection(high, low, config) if spec.into_high else None
 
     def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of the lower- and the higher-numbered branch, before and after."""
@@ -160,21 +147,11 @@ class InteractionUnit(nn.Module):
 class Interaction(nn.Module):
     """An ordered list of interaction units; each reads what the units before it wrote."""
 
-    def __init__(self, dims: Sequence[int], units: Sequence[UnitSpec], config: InteractionConfig) -> None:
+    def __init__(self, dims: Sequence[int], specs: Sequence[UnitSpec], config: InteractionConfig) -> None:
         super().__init__()
-        self.specs = tuple(units)
-        self.units = nn.ModuleDict(
-            {
-                f"{spec.low}_{spec.high}": InteractionUnit(
-                    dims[spec.low - 1],
-                    dims[spec.high - 1],
-                    config,
-                    into_low=spec.into_low,
-                    into_high=spec.into_high,
-                )
-                for spec in self.specs
-            }
-        )
+        self.specs = tuple(specs)
+        units = {f"{spec.low}_{spec.high}": InteractionUnit(dims, spec, config) for spec in self.specs}
+        self.units = nn.ModuleDict(units)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """One map per branch, (B, H_i, W_i, C_i), before and after."""
@@ -185,8 +162,8 @@ class Interaction(nn.Module):
         return maps
 
 
-def _zeros(dim: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(dim))
+def _scale(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
 
 
 def _norm(config: InteractionConfig, dim: int) -> nn.Module:

@@ -8,7 +8,7 @@ visual tokens of a multimodal language model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .deconvolution import Deconvolution
 from .errors import ConfigError, check_choice
-
-__all__ = ["BranchMerging", "ClassificationHeads", "ClassificationMerging", "FeaturePyramid", "TokenMerging"]
+from .ops.deconvolution import Deconvolution
 
 GROUP_NORM_EPS = 1e-5
 LAYER_NORM_EPS = 1e-6
@@ -59,15 +57,19 @@ class BranchMerging(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps of all branches, (B, C_i, H_i, W_i), to (B, C_1, H, W) on the chosen grid."""
-        size = maps[self.grid - 1].shape[-2:]
-        merged = None
-        for number, weight in zip(self.branches, self.weights.unbind(), strict=True):
-            x = self.projections[str(number)](maps[number - 1])
-            if x.shape[-2:] != size:
-                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-            x = x * weight
-            merged = x if merged is None else merged + x
-        return merged
+        projected = (self.projections[str(number)](maps[number - 1]) for number in self.branches)
+        return _sum_on_grid(projected, self.weights, maps[self.grid - 1].shape[-2:])
+
+
+def _sum_on_grid(maps: Iterable[Tensor], weights: Tensor, size: tuple[int, int]) -> Tensor:
+    """Weighted sum of maps (B, C, H_i, W_i), resized to one size (equation 4)."""
+    merged = None
+    for x, weight in zip(maps, weights.unbind(), strict=True):
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        x = x * weight
+        merged = x if merged is None else merged + x
+    return merged
 
 
 def _join_scalar_weights(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -158,7 +160,7 @@ class ClassificationHeads(nn.Module):
     Args:
         norms: Final norm of every branch's network, Branch 1 first.
         dims: Width of every branch.
-        num_classes: Number of classes; 0 for none, to get pooled features.
+        num_classes: 0 for none, to get pooled features.
         drop_rate: Dropout before the classifiers.
     """
 
@@ -237,11 +239,8 @@ class ClassificationMerging(nn.Module):
 
         With `pre_logits`, or without classes, it gives the pooled features, (B, C_1).
         """
-        size = maps[self.grid - 1].shape[-2:]
-        merged = None
-        for projection, weight, x in zip(self.projections.values(), self.weights.unbind(), maps, strict=True):
-            x = F.interpolate(projection(x), size=size, mode="bilinear", align_corners=False) * weight
-            merged = x if merged is None else merged + x
+        projected = (projection(x) for projection, x in zip(self.projections.values(), maps, strict=True))
+        merged = _sum_on_grid(projected, self.weights, maps[self.grid - 1].shape[-2:])
         pooled = self.drop(self.norm(merged).mean(dim=(-2, -1)))
         return pooled if pre_logits else self.classifier(pooled)
 
@@ -257,7 +256,7 @@ class TokenMerging(nn.Module):
     """Visual tokens for a language model: one projector per branch, on one grid, summed (paper section III-D).
 
     A branch's map is resized to the grid, bilinearly and in fp32, and projected: linear, norm, GELU, linear. With one
-    branch and no norm that is the projector of LLaVA-1.5. A map that grows is resized behind the first linear, which
+    branch and no norm that is the projector of LLaVA-1.5. A map that grows is resized after the first linear, which
     commutes with interpolation and has fewer positions before it.
 
     Args:
@@ -295,7 +294,7 @@ class TokenMerging(nn.Module):
 
 
 class _TokenProjection(nn.Module):
-    """Linear, norm, GELU, linear over channels-last maps, resized before or behind the first linear."""
+    """Linear, norm, GELU, linear over channels-last maps, resized before or after the first linear."""
 
     def __init__(self, in_dim: int, out_dim: int, norm: str, num_groups: int) -> None:
         super().__init__()

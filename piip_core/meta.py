@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["on_meta"]
-
 # What the initialisations of torch and timm consist of
 _IN_PLACE = {
     Tensor.add_,

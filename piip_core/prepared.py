@@ -5,7 +5,6 @@ Everything here is exact but for the rounding of the new weights, which are comp
 
 from __future__ import annotations
 
-import operator
 from typing import TypeVar
 
 import torch
@@ -14,17 +13,14 @@ from timm.layers import LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .branches.transformer import TransformerBranch
-from .branches.window import MapAttention
+from .branches.transformer import MapAttention, TransformerBranch
 from .errors import UserError
 from .interaction import ConvFFN, CrossAttention, DeformableCrossAttention, Injection
 from .pyramid import PIIP
 
-__all__ = ["OneDNNLinear", "PreparedDeformableAttention", "PreparedInjection", "prepare_for_inference"]
-
 Model = TypeVar("Model", bound=nn.Module)
 
-_FOLDED = {  # linears whose weights become others
+_FOLDED = {  # linears whose weights change or go into others, the last one last
     DeformableCrossAttention: ("sampling_offsets", "attention_weights", "output_proj"),
     CrossAttention: ("proj",),
     ConvFFN: ("fc2",),
@@ -66,7 +62,9 @@ def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> 
     model.requires_grad_(False)
     for pyramid in pyramids:
         _fold(pyramid)
-        use_onednn_linears(pyramid)
+        for name, module in list(pyramid.named_modules()):
+            if type(module) is nn.Linear:
+                pyramid.set_submodule(name, OneDNNLinear(module))
         pyramid.inference_only = True
     for module in model.modules():
         if hasattr(module, "fold_for_inference"):
@@ -76,8 +74,8 @@ def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> 
 
 def _check_linears(pyramid: PIIP) -> None:
     for name, module in pyramid.named_modules():
-        for path in next((paths for kind, paths in _FOLDED.items() if isinstance(module, kind)), ()):
-            linear = operator.attrgetter(path)(module)
+        for path in _folded_linears(module):
+            linear = getattr(module, path)
             weight = getattr(linear, "weight", None)
             replaced = type(linear) is not nn.Linear or "forward" in vars(linear)
             if replaced or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
@@ -88,82 +86,41 @@ def _check_linears(pyramid: PIIP) -> None:
                 )
 
 
+def _folded_linears(module: nn.Module) -> tuple[str, ...]:
+    return next((names for kind, names in _FOLDED.items() if isinstance(module, kind)), ())
+
+
 def _fold(pyramid: PIIP) -> None:
-    for name, module in list(pyramid.named_modules()):
+    for module in list(pyramid.modules()):
         if isinstance(module, Injection):
-            pyramid.set_submodule(name, PreparedInjection(module))
+            _scale_output(module.attn, module.attn_gamma)
+            module.attn_gamma = None
+            if module.ffn is not None:
+                _scale_output(module.ffn, module.ffn_gamma)
+                module.ffn_gamma = None
+        elif isinstance(module, DeformableCrossAttention):
+            module.sampling_linear = _join(module.sampling_offsets, module.attention_weights)
         elif isinstance(module, Block) and isinstance(module.attn, MapAttention) and isinstance(module.mlp, Mlp):
-            for scale, linear in (("ls1", module.attn.proj), ("ls2", module.mlp.fc2)):
-                if isinstance(getattr(module, scale), LayerScale):
-                    _scale_output(linear, getattr(module, scale).gamma)
-                    setattr(module, scale, nn.Identity())
+            for name, before in (("ls1", module.attn), ("ls2", module.mlp)):
+                scale = getattr(module, name)
+                if isinstance(scale, LayerScale):
+                    _scale_output(before, scale.gamma)
+                    setattr(module, name, nn.Identity())
         elif isinstance(module, TransformerBranch):
             module.keep_positions = True
 
 
-class PreparedInjection(Injection):
-    """`Injection` without scales of its residuals, which are part of the linears before them.
-
-    Args:
-        injection: What it takes its modules from; their weights change.
-    """
-
-    def __init__(self, injection: Injection) -> None:
-        nn.Module.__init__(self)
-        for name, module in injection.named_children():
-            setattr(self, name, module)
-        if isinstance(injection.attn, DeformableCrossAttention):
-            self.attn = PreparedDeformableAttention(injection.attn)
-        _scale_output(_last_linear(injection.attn), injection.attn_gamma)
-        if injection.ffn is None:
-            self.ffn = None
-        else:
-            _scale_output(_last_linear(injection.ffn), injection.ffn_gamma)
-        self.training = injection.training
-
-    def forward(self, query: Tensor, value: Tensor) -> Tensor:
-        """Updated query map (B, Hq, Wq, Cq) from the value map (B, Hv, Wv, Cv)."""
-        query = query + self.attn(self.query_norm(query), self.value_norm(self.proj(value)))
-        return query if self.ffn is None else query + self.ffn(self.ffn_norm(query))
-
-
-class PreparedDeformableAttention(DeformableCrossAttention):
-    """`DeformableCrossAttention` with one linear for offsets and logits.
-
-    Args:
-        attention: What it takes its modules from. The two linears stay, for `sampling_map`.
-    """
-
-    def __init__(self, attention: DeformableCrossAttention) -> None:
-        nn.Module.__init__(self)
-        self.num_heads, self.num_levels = attention.num_heads, attention.num_levels
-        self.num_points = attention.num_points
-        for name, module in attention.named_children():
-            setattr(self, name, module)
-        both = self.sampling_offsets, self.attention_weights
-        weight, bias = torch.cat([linear.weight for linear in both]), torch.cat([linear.bias for linear in both])
-        self.sampling_linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        self.sampling_linear.weight = nn.Parameter(weight, requires_grad=False)
-        self.sampling_linear.bias = nn.Parameter(bias, requires_grad=False)
-        self.training = attention.training
-
-    def sampling_logits(self, query: Tensor) -> Tensor:
-        """Offsets and logits of every query, (..., C) to (..., 3 * num_heads * num_points), from one linear."""
-        return self.sampling_linear(query)
-
-
-def _last_linear(module: nn.Module) -> nn.Linear:
-    if isinstance(module, DeformableCrossAttention):
-        return module.output_proj
-    if isinstance(module, CrossAttention):
-        return module.proj
-    if isinstance(module, ConvFFN):
-        return module.fc2
-    raise TypeError(f"cannot tell the last linear of {type(module).__name__}")
+def _join(*linears: nn.Linear) -> nn.Linear:
+    """One linear for several of the same input; the others stay, for `MSDeformAttn.sampling`."""
+    weight, bias = torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    joined.weight, joined.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    return joined
 
 
 @torch.no_grad()
-def _scale_output(linear: nn.Linear, scale: Tensor) -> None:
+def _scale_output(module: nn.Module, scale: Tensor) -> None:
+    linear = getattr(module, _folded_linears(module)[-1])
     for parameter, factor in ((linear.weight, scale[:, None]), (linear.bias, scale)):
         if parameter is not None:
             parameter.copy_(parameter.double() * factor.double())
@@ -197,10 +154,3 @@ class OneDNNLinear(nn.Linear):
         column = input.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # channels last in memory
         result = F.conv2d(column, self.weight[:, :, None, None], self.bias)
         return result.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
-
-
-def use_onednn_linears(model: nn.Module) -> None:
-    """Replaces the linears of a model."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            model.set_submodule(name, OneDNNLinear(module))

@@ -15,17 +15,12 @@ from .errors import ConfigError, UserError
 from .interaction import Interaction
 from .merging import BranchMerging, FeaturePyramid
 
-__all__ = ["DensePIIP", "PIIP", "ParameterLayers", "dense_maps", "resize_for_branch"]
-
 
 def resize_for_branch(image: Tensor, factor: float) -> Tensor:
-    """Shrinks an image for a branch as published: bilinear, no antialiasing, sides floor(side * factor).
+    """Shrinks an image (B, 3, H, W) by a factor, unless it is 1 or more, as published: bilinear, no antialiasing.
 
-    The sampling step is 1 / factor and not the ratio of the sides, which differs where a side does not divide.
-
-    Args:
-        image: (B, 3, H, W).
-        factor: Size of the branch over the largest size. From 1 on the image is returned unchanged.
+    Sides become floor(side * factor). The sampling step is 1 / factor and not the ratio of the sides, which differs
+    where a side does not divide.
     """
     if factor >= 1:
         return image
@@ -52,8 +47,7 @@ class PIIP(nn.Module):
     def __init__(self, config: PIIPConfig) -> None:
         super().__init__()
         self.branches = nn.ModuleList(build_branch(branch) for branch in config.branches)
-        largest = config.branches[config.largest_image - 1]
-        self.factors = [branch.image_size / largest.image_size for branch in config.branches]
+        self.factors = [branch.image_size / config.image_size for branch in config.branches]
         self.interactions = nn.ModuleList()
         self.set_interactions(config)
         self.dims = [branch.dims[-1] for branch in self.branches]
@@ -74,13 +68,6 @@ class PIIP(nn.Module):
         )
         self.interactions = nn.ModuleList([*kept, *new])
 
-    def truncate(self, count: int) -> None:
-        """Drops everything after the first `count` (at least 1) interactions; `config` still describes the whole."""
-        for branch, segments in zip(self.branches, self.segments, strict=True):
-            branch.truncate(segments[count - 1][1] + 1)
-        self.interactions = self.interactions[:count]
-        self.segments = [segments[:count] for segments in self.segments]
-
     def forward(self, image: Tensor) -> list[Tensor]:
         """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the largest resolution."""
         return self.forward_intermediates(image)[0]
@@ -88,15 +75,9 @@ class PIIP(nn.Module):
     def forward_intermediates(
         self, image: Tensor, after: Collection[int] = ()
     ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
-        """Final maps and the maps after the interactions asked for.
+        """Final map of every branch, and the maps of all branches after each interaction (from 0) asked for.
 
-        Args:
-            image: (B, 3, H, W) at the resolution of the largest branch image; every branch shrinks it for itself.
-            after: Interactions, from 0.
-
-        Returns:
-            The final map of every branch, and for each interaction in `after` the map of every branch after it, all
-            (B, C_i, H_i, W_i).
+        The image (B, 3, H, W) has the resolution of the largest branch image; every branch shrinks it for itself.
         """
         states, intermediates = self.forward_states(image, after)
         return _to_maps(states), {k: _to_maps(found) for k, found in intermediates.items()}
@@ -114,14 +95,22 @@ class PIIP(nn.Module):
         ]
         intermediates = {}
         for k, interaction in enumerate(self.interactions):
-            states = [self._run(i, state, k) for i, state in enumerate(states)]
+            states = [
+                branch.run(state, segments[k][0], segments[k][1] + 1)
+                for branch, state, segments in zip(self.branches, states, self.segments, strict=True)
+            ]
             tokens = self._exchange(interaction, [state.tokens for state in states])
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
                 intermediates[k] = states
             if stop_early and k == max(after, default=None):
                 return states, intermediates
-        return [self._finish(i, state) for i, state in enumerate(states)], intermediates
+        done = [segments[-1][1] + 1 if segments else 0 for segments in self.segments]
+        final = [
+            branch.run(state, start, branch.num_blocks)
+            for branch, state, start in zip(self.branches, states, done, strict=True)
+        ]
+        return final, intermediates
 
     def forward_blocks(self, image: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Maps of Branch 1 after the named blocks, (B, C, H, W) each, in that order, without any interaction."""
@@ -131,15 +120,6 @@ class PIIP(nn.Module):
             state, done = branch.run(state, done, block + 1), block + 1
             maps[block] = state.tokens.permute(0, 3, 1, 2)
         return [maps[block] for block in blocks]
-
-    def _run(self, index: int, state: BranchState, interaction: int) -> BranchState:
-        first, last = self.segments[index][interaction]
-        return self.branches[index].run(state, first, last + 1)
-
-    def _finish(self, index: int, state: BranchState) -> BranchState:
-        """Runs the blocks that no interaction follows."""
-        branch, segments = self.branches[index], self.segments[index]
-        return branch.run(state, segments[-1][1] + 1 if segments else 0, branch.num_blocks)
 
     def _exchange(self, interaction: Interaction, tokens: list[Tensor]) -> list[Tensor]:
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -261,34 +241,24 @@ class ParameterLayers:
     layers: embeddings are layer 0, block l of that branch is layer l + 1, block l of a branch with d' blocks is layer
     (l + 1) * d / d', which may be fractional, and everything else is the last layer, d + 1.
 
-    Args:
-        pyramid: The pyramid.
-        coarse: Number the stages between interactions instead: embeddings are 0, the blocks before the first
-            interaction 1, and so on; everything else is the last.
-
     Attributes:
         last: The last layer, that of interactions and heads; 0 if no branch takes part.
     """
 
-    def __init__(self, pyramid: PIIP, *, coarse: bool = False) -> None:
-        self.pyramid, self.coarse = pyramid, coarse
+    def __init__(self, pyramid: PIIP) -> None:
+        self.pyramid = pyramid
         taking_part = [branch for branch in pyramid.branches if _takes_part(branch)]
         self.depth = taking_part[0].num_blocks if taking_part else 0
-        stages = pyramid.config.num_interactions + 1 if coarse else self.depth
-        self.last = stages + 1 if taking_part else 0
+        self.last = self.depth + 1 if taking_part else 0
 
     def __call__(self, name: str) -> float:
         """Layer of a parameter by its name relative to the pyramid."""
         parts = name.split(".", 2)
         if parts[0] != "branches":
             return self.last
-        index, branch = int(parts[1]), self.pyramid.branches[int(parts[1])]
+        branch = self.pyramid.branches[int(parts[1])]
         layer = branch.layer_of(parts[2])
-        if layer is None:
-            return self.last
-        if not self.coarse or layer == 0:
-            return layer * self.depth / branch.num_blocks
-        return 1 + sum(last < layer - 1 for _, last in self.pyramid.segments[index])
+        return self.last if layer is None else layer * self.depth / branch.num_blocks
 
 
 def _takes_part(branch: Branch) -> bool:

@@ -101,8 +101,7 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int], dict[st
         model = build_model(configs[0])
     else:
         model = build_trained(configs, args.checkpoint, ema=args.ema)
-    pyramid = getattr(configs[0], "pyramid", configs[0])
-    side = pyramid.branches[pyramid.largest_image - 1].image_size
+    side = configs[0].image_size
     height, width = (args.image_size * 2)[:2] if args.image_size else (side, side)
     return model, (height, width), {"model": args.config, "pixel_mean": str(list(mean)), "pixel_std": str(list(std))}
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,8 +27,12 @@ from piip_core.errors import UserError
 from piip_core.images import read_image
 from piip_core.pyramid import PIIP
 
-if TYPE_CHECKING:
-    from piip_core.visualization import Scene
+try:
+    from piip_core.visualization import Scene, find_pyramid, network_input, prepare_scene, visualize
+except ModuleNotFoundError as error:
+    if error.name != "matplotlib":
+        raise
+    sys.exit("visualize: drawing needs matplotlib: pip install matplotlib")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,8 +81,6 @@ def two_numbers(text: str) -> tuple[int, int]:
 
 def from_zoo(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn.Module, Scene]:
     """Title, model and prepared image for a published model."""
-    from piip_core.visualization import network_input, prepare_scene
-
     entry = zoo.get(args.model)
     image, pixel_values = network_input(
         original,
@@ -108,8 +109,6 @@ def from_config(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn
         from piip.predict import Predictor
     except ImportError as error:
         raise UserError(f"--config-file needs Detectron2 ({error}); see README.md") from error
-    from piip_core.visualization import prepare_scene
-
     cfg = load_config(args.config_file, args.opts)
     model = Predictor(cfg, args.checkpoint, device=args.device).model
     mapper = cfg.dataloader.test.mapper
@@ -124,12 +123,6 @@ def from_config(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        from piip_core.visualization import find_pyramid, visualize
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        sys.exit("visualize: drawing needs matplotlib: pip install matplotlib")
     try:
         original = read_image(args.image)
         name, model, scene = (from_zoo if args.model else from_config)(args, original)

@@ -4,25 +4,22 @@ A module has the configuration of its families beside their branches; `register_
 """
 
 from .base import Branch, BranchConfig, BranchState, NetworkConfig, build_branch, register_branch
-from .beit import BEiTBranch, BEiTConfig
-from .convnext import ConvNeXtBranch, ConvNeXtConfig
-from .timm_model import TimmConfig, TimmTransformerBranch
-from .vit import UniPerceiverBranch, UniPerceiverConfig, ViTBranch, ViTConfig
+from .beit import BEiTConfig
+from .convnext import ConvNeXtConfig
+from .timm_model import TimmConfig
+from .transformer import PlainTransformerConfig
+from .vit import UniPerceiverConfig, ViTConfig
 
 __all__ = [
-    "BEiTBranch",
     "BEiTConfig",
     "Branch",
     "BranchConfig",
     "BranchState",
-    "ConvNeXtBranch",
     "ConvNeXtConfig",
     "NetworkConfig",
+    "PlainTransformerConfig",
     "TimmConfig",
-    "TimmTransformerBranch",
-    "UniPerceiverBranch",
     "UniPerceiverConfig",
-    "ViTBranch",
     "ViTConfig",
     "build_branch",
     "register_branch",

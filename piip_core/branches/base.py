@@ -14,21 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import check, check_choice
 
-__all__ = [
-    "FAMILIES",
-    "Branch",
-    "BranchConfig",
-    "BranchState",
-    "Family",
-    "NetworkConfig",
-    "build_branch",
-    "freeze_sequences",
-    "is_sequence",
-    "register_branch",
-    "set_drop_path",
-    "to_tuples",
-]
-
 
 def is_sequence(value: object) -> bool:
     """Whether the value is a list, tuple or the like, and not a string."""
@@ -108,41 +93,23 @@ class BranchConfig:
         check(0 <= self.drop_path_rate < 1, "BranchConfig.drop_path_rate", self.drop_path_rate, "a rate in [0, 1)")
         check_choice("BranchConfig.window_padding", self.window_padding, ("before_qkv", "after_qkv"))
         check_choice("BranchConfig.drop_path_schedule", self.drop_path_schedule, ("constant", "linear"))
-        self._check_windows()
-        if self.segments is not None:
-            self._check_segments(self.segments)
-
-    def _check_windows(self) -> None:
         windows, depth = self.window_sizes, self.network.depth
         check(len(windows) == depth, "BranchConfig.window_size", windows, f"{depth} entries, one per block")
         for w in windows:
             check(w is None or w > 0, "BranchConfig.window_size", w, "a positive window side, or None for global")
-        check(
-            not self.network.no_windows or all(w is None for w in windows),
-            "BranchConfig.window_size",
-            self.window_size,
-            f"None: {self.network.no_windows}",
-        )
-
-    def _check_segments(self, segments: tuple[tuple[int, int], ...]) -> None:
-        expected = f"consecutive [first, last] pairs of blocks 0 to {self.network.depth - 1}"
-        start = 0
-        for pair in segments:
-            check(len(pair) == 2 and pair[0] == start and pair[1] >= start - 1, "segments", segments, expected)
+            expected = f"None: {self.network.no_windows}"
+            check(w is None or not self.network.no_windows, "BranchConfig.window_size", self.window_size, expected)
+        start, expected = 0, f"consecutive [first, last] pairs of blocks 0 to {depth - 1}"
+        for pair in self.segments or ():
+            fits = len(pair) == 2 and pair[0] == start and start - 1 <= pair[1] < depth
+            check(fits, "BranchConfig.segments", self.segments, expected)
             start = pair[1] + 1
-        check(start <= self.network.depth, "BranchConfig.segments", segments, expected)
 
     @property
     def window_sizes(self) -> tuple[int | None, ...]:
         """Window side of every block."""
         w = self.window_size
         return w if isinstance(w, tuple) else (w,) * self.network.depth
-
-    def drop_path_rates(self, count: int) -> tuple[float, ...]:
-        """Stochastic depth rate of each of `count` residual blocks."""
-        if self.drop_path_schedule == "constant":
-            return (self.drop_path_rate,) * count
-        return tuple(self.drop_path_rate * i / max(count - 1, 1) for i in range(count))
 
 
 class BranchState(NamedTuple):
@@ -158,11 +125,16 @@ class BranchState(NamedTuple):
     prefix: Tensor | None = None
     rotary: Tensor | None = None
 
+    def sequence(self) -> Tensor:
+        """All tokens as one sequence (B, P + H * W, C), the prefix first."""
+        tokens = self.tokens.flatten(1, 2)
+        return tokens if self.prefix is None else torch.cat((self.prefix, tokens), dim=1)
+
 
 class Branch(nn.Module, ABC):
     """A network cut into blocks that the pyramid runs in segments.
 
-    Subclasses wrap a library's network and implement `embed`, `run_block`, `layer_of` and `remove_block`. A "block" is
+    Subclasses wrap a library's network and implement `embed`, `run_block` and `layer_of`. A "block" is
     whatever the published segments count: a transformer block, a ConvNeXt layer or one of its downsampling layers.
 
     Attributes:
@@ -179,7 +151,7 @@ class Branch(nn.Module, ABC):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that the branch has; fewer than its network's depth after `truncate`."""
+        """Blocks that the branch has."""
         return len(self.dims)
 
     @abstractmethod
@@ -192,24 +164,10 @@ class Branch(nn.Module, ABC):
 
     @abstractmethod
     def layer_of(self, name: str) -> int | None:
-        """Depth of a parameter for layer-wise learning-rate decay.
+        """Layer, for learning-rate decay, of a parameter by its name in the branch.
 
-        Args:
-            name: Parameter name relative to the branch.
-
-        Returns:
-            0 for embeddings, block index + 1 for blocks, None for a parameter that takes no part in the decay.
+        0 for embeddings, block index + 1 for blocks, None for a parameter that takes no part in the decay.
         """
-
-    @abstractmethod
-    def remove_block(self, index: int) -> None:
-        """Removes the last block, whose index is given."""
-
-    def truncate(self, count: int) -> None:
-        """Keeps the first `count` blocks alone."""
-        for index in reversed(range(count, self.num_blocks)):
-            self.remove_block(index)
-        self.dims, self.strides = self.dims[:count], self.strides[:count]
 
     def run(self, state: BranchState, start: int, stop: int) -> BranchState:
         """Runs blocks `start` to `stop` (exclusive), recomputing them in the backward pass if checkpointing is on."""
@@ -221,19 +179,18 @@ class Branch(nn.Module, ABC):
         return state
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades compute for memory: block activations are recomputed in the backward pass."""
+        """Recomputes the activations of blocks in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
 
-BranchBuilder = Callable[[BranchConfig], Branch]
-BuilderT = TypeVar("BuilderT", bound=BranchBuilder)
+BuilderT = TypeVar("BuilderT", bound=Callable[[BranchConfig], Branch])
 
 
 class Family(NamedTuple):
     """Configuration and branch of a family of networks."""
 
     config: type[NetworkConfig]
-    branch: BranchBuilder
+    branch: Callable[[BranchConfig], Branch]
 
 
 FAMILIES: dict[str, Family] = {}
@@ -270,7 +227,9 @@ def build_branch(config: BranchConfig) -> Branch:
 
 def set_drop_path(blocks: Sequence[nn.Module], config: BranchConfig) -> None:
     """Sets the rates of stochastic depth of timm's blocks; timm itself knows the linear schedule alone."""
-    for block, rate in zip(blocks, config.drop_path_rates(len(blocks)), strict=True):
+    steps = max(len(blocks) - 1, 1)
+    for index, block in enumerate(blocks):
+        share = index / steps if config.drop_path_schedule == "linear" else 1.0
         for name in ("drop_path", "drop_path1", "drop_path2"):
             if hasattr(block, name):
-                setattr(block, name, DropPath(rate))
+                setattr(block, name, DropPath(config.drop_path_rate * share))

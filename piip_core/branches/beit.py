@@ -12,45 +12,29 @@ from timm.layers import gen_relative_position_index
 from timm.models.beit import Attention, Beit
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check
 from .base import BranchConfig, BranchState, register_branch
-from .transformer import PlainTransformerConfig, TransformerBranch
-from .window import attend_in_windows
-
-__all__ = ["BEiTBranch", "BEiTConfig", "RelativeBiasAttention"]
+from .transformer import PlainTransformerConfig, TransformerBranch, attend_in_windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class BEiTConfig(PlainTransformerConfig):
     """BEiT and BEiTv2: no position embedding, a relative position bias in every block.
 
+    Sizes are as in `PlainTransformerConfig`.
+
     Args:
-        embed_dim: Width of the tokens.
-        depth: Number of blocks.
-        num_heads: Self-attention heads.
-        mlp_ratio: Hidden width of the MLP over `embed_dim`.
-        patch_size: Side of a patch in pixels.
         qkv_bias: Biases of queries and values; keys have none.
         layer_scale: Initial value of the per-channel residual scales; None for a network without them.
-        norm_eps: Epsilon of the layer norms.
         bias_window: Side of the square of tokens whose relative positions each block's table covers; for a block with
             windows it is the window. A global block needs images of exactly that many patches.
     """
 
     family: ClassVar[str] = "beit"
 
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    patch_size: int = 16
     qkv_bias: bool = True
     layer_scale: float | None = 1e-6
-    norm_eps: float = 1e-6
     bias_window: int = 14
-
-    def __post_init__(self) -> None:
-        self._check_sizes("bias_window")
 
 
 class RelativeBiasAttention(Attention):
@@ -119,17 +103,11 @@ class BEiTBranch(TransformerBranch):
 
     def __init__(self, config: BranchConfig) -> None:
         net: BEiTConfig = config.network
+        expected = f"BEiTConfig.bias_window={net.bias_window}, for which the blocks have relative positions"
         for window in config.window_sizes:
-            if window not in (None, net.bias_window):
-                raise ConfigError(
-                    f"BranchConfig.window_size={window}: expected BEiTConfig.bias_window={net.bias_window}, for which "
-                    "the blocks have relative positions"
-                )
-        if config.window_padding != "before_qkv":
-            raise ConfigError(
-                f"BranchConfig.window_padding={config.window_padding!r}: expected 'before_qkv' with BEiTConfig, whose "
-                "blocks pad no other way"
-            )
+            check(window in (None, net.bias_window), "BranchConfig.window_size", window, expected)
+        padding = config.window_padding
+        check(padding == "before_qkv", "BranchConfig.window_padding", padding, "'before_qkv' for BEiT")
         model = Beit(
             img_size=net.patch_size,  # no tables of timm's are used
             patch_size=net.patch_size,

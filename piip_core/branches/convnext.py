@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,8 +11,6 @@ from torch import Tensor, nn
 
 from ..errors import check
 from .base import Branch, BranchConfig, BranchState, NetworkConfig, freeze_sequences, register_branch, set_drop_path
-
-__all__ = ["ConvNeXtBranch", "ConvNeXtConfig", "StagedBranch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +39,10 @@ class ConvNeXtConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         freeze_sequences(self, "depths", "stage_dims")
-        check(
-            len(self.depths) == 4 and min(self.depths) > 0,
-            "ConvNeXtConfig.depths",
-            self.depths,
-            "a positive number of blocks for each of 4 stages",
-        )
-        check(
-            len(self.stage_dims) == 4 and min(self.stage_dims) > 0,
-            "ConvNeXtConfig.stage_dims",
-            self.stage_dims,
-            "4 positive widths, one per stage",
-        )
+        for field in ("depths", "stage_dims"):
+            value = getattr(self, field)
+            fits = len(value) == 4 and min(value) > 0
+            check(fits, f"ConvNeXtConfig.{field}", value, "4 positive integers, one for each of 4 stages")
 
     @property
     def depth(self) -> int:
@@ -63,12 +52,12 @@ class ConvNeXtConfig(NetworkConfig):
     @property
     def dims(self) -> tuple[int, ...]:
         """Channels after each block; a downsampling has those of the stage that it leads to."""
-        return self._per_block(self.stage_dims)
+        return tuple(self.stage_dims[stage] for stage, _ in self.stage_of_blocks())
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels per cell after each block: 4, doubled by each downsampling."""
-        return self._per_block([4 * 2**stage for stage in range(len(self.depths))])
+        return tuple(4 * 2**stage for stage, _ in self.stage_of_blocks())
 
     def stage_of_blocks(self) -> tuple[tuple[int, int | None], ...]:
         """For every block its stage and its index in it; None is the downsampling into that stage."""
@@ -81,9 +70,6 @@ class ConvNeXtConfig(NetworkConfig):
     def last_blocks(self) -> tuple[int, ...]:
         """Index of the last block of each stage."""
         return tuple(itertools.accumulate(self.depths, lambda last, count: last + 1 + count, initial=-2))[1:]
-
-    def _per_block(self, per_stage: Sequence[int]) -> tuple[int, ...]:
-        return tuple(per_stage[stage] for stage, _ in self.stage_of_blocks())
 
 
 class StagedBranch(Branch):
@@ -118,10 +104,6 @@ class StagedBranch(Branch):
         """Runs one block or downsampling on the map (B, H, W, C); a downsampling halves height and width."""
         block = self.model.stages.get_submodule(self._steps[index])
         return BranchState(block(state.tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-    def remove_block(self, index: int) -> None:
-        """Replaces the last block, whose index is given, by an identity: names of other parameters stay."""
-        self.model.stages.set_submodule(self._steps[index], nn.Identity())
 
     def layer_of(self, name: str) -> int | None:
         """None: no parameter takes part in the decay."""

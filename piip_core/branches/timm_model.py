@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import timm
 from timm.models.convnext import ConvNeXt
@@ -18,10 +18,7 @@ from ..errors import ConfigError, check
 from ..meta import on_meta
 from .base import Branch, BranchConfig, BranchState, NetworkConfig, register_branch, to_tuples
 from .convnext import StagedBranch
-from .transformer import TransformerBranch
-from .window import MapAttention
-
-__all__ = ["TimmConfig", "TimmTransformerBranch", "create_network", "embed_positions"]
+from .transformer import MapAttention, TransformerBranch
 
 _EXAMPLES = "vit_small_patch16_dinov3, eva02_base_patch14_224, vit_base_patch16_siglip_256, convnextv2_tiny"
 
@@ -57,38 +54,15 @@ class TimmConfig(NetworkConfig):
         check(isinstance(self.name, str), "TimmConfig.name", self.name, "the name of a model of timm")
         pairs = self.options.items() if isinstance(self.options, Mapping) else self.options
         object.__setattr__(self, "options", tuple(sorted((str(key), to_tuples(value)) for key, value in pairs)))
-        _inspect(self)  # names are checked where they are given
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks; of a ConvNeXt the downsamplings count too."""
-        return len(self.dims)
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """Channels after each block, as timm's network says."""
-        return _inspect(self).dims
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels per cell after each block, as timm's network says."""
-        return _inspect(self).strides
-
-    @property
-    def no_windows(self) -> str:
-        """Why attention cannot work in windows, from the kind of network and its prefix tokens; empty if it can."""
-        return _inspect(self).no_windows
-
-
-class _Structure(NamedTuple):
-    dims: tuple[int, ...]
-    strides: tuple[int, ...]
-    no_windows: str
+        dims, strides, no_windows = _inspect(self)  # names are checked where they are given
+        found = {"depth": len(dims), "dims": dims, "strides": strides, "no_windows": no_windows}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
 @lru_cache(maxsize=64)
-def _inspect(config: TimmConfig) -> _Structure:
-    """Builds the network without memory, once per configuration, to look at it."""
+def _inspect(config: TimmConfig) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """Dims, strides and why there can be no windows, from a network without memory, once per configuration."""
     with on_meta():
         model = create_network(config)
     if isinstance(model, ConvNeXt):
@@ -98,7 +72,7 @@ def _inspect(config: TimmConfig) -> _Structure:
             for _ in range(len(stage.blocks) + (not isinstance(stage.downsample, nn.Identity)))
         ]
         dims, strides = zip(*steps, strict=True)
-        return _Structure(dims, strides, f"{config.name!r} is a ConvNeXt")
+        return dims, strides, f"{config.name!r} is a ConvNeXt"
     depth, patch = len(model.blocks), model.patch_embed.patch_size[0]
     if isinstance(model, Eva):
         reason = f"{config.name!r} has rotary positions, for global attention alone"
@@ -106,7 +80,7 @@ def _inspect(config: TimmConfig) -> _Structure:
         reason = "windows need keep_prefix_tokens=False: class and register tokens belong to no window"
     else:
         reason = ""
-    return _Structure((model.embed_dim,) * depth, (patch,) * depth, reason)
+    return (model.embed_dim,) * depth, (patch,) * depth, reason
 
 
 def create_network(config: TimmConfig) -> nn.Module:
@@ -169,17 +143,6 @@ class TimmTransformerBranch(TransformerBranch):
         count = self.model.num_prefix_tokens
         prefix = sequence[:, :count] if count else None
         return BranchState(sequence[:, count:].unflatten(1, grid), prefix, rotary)
-
-    def run_block(self, state: BranchState, index: int) -> BranchState:
-        """Runs one block: on maps where it takes them, else on the sequence, with rotary positions if there are any."""
-        block = self.model.blocks[index]
-        if isinstance(block.attn, MapAttention):  # takes maps, and then windows
-            return super().run_block(state, index)
-        options = {}
-        if state.rotary is not None:
-            options["rope"] = state.rotary[index] if getattr(self.model, "rope_mixed", False) else state.rotary
-        tokens, prefix = self.split(block(self.sequence(state), **options), state)
-        return state._replace(tokens=tokens, prefix=prefix)
 
 
 def embed_positions(model: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor | None]:

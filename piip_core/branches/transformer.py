@@ -1,25 +1,52 @@
-"""What all branches made of timm's transformer blocks share."""
+"""What branches made of timm's transformer blocks share: sizes, attention in windows, positions."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
 from ..errors import check
 from .base import Branch, BranchConfig, BranchState, NetworkConfig, set_drop_path
 
-__all__ = ["PlainTransformerConfig", "TransformerBranch", "resize_position_grid"]
-
 MAX_POSITIONS = 16
 
 
+@dataclass(frozen=True, kw_only=True)
 class PlainTransformerConfig(NetworkConfig):
-    """What all plain vision transformers share: one width and one stride."""
+    """What all plain vision transformers share: one width and one stride.
+
+    Args:
+        embed_dim: Width of the tokens.
+        depth: Number of blocks.
+        num_heads: Self-attention heads.
+        mlp_ratio: Hidden width of the MLP over `embed_dim`.
+        patch_size: Side of a patch in pixels.
+        norm_eps: Epsilon of the norms.
+    """
 
     embed_dim: int
+    depth: int
     num_heads: int
-    patch_size: int
+    mlp_ratio: float = 4.0
+    patch_size: int = 16
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field in dataclasses.fields(self):
+            if field.type in (int, "int"):
+                value = getattr(self, field.name)
+                check(value > 0, f"{name}.{field.name}", value, "a positive integer")
+        divides = self.embed_dim % self.num_heads == 0
+        check(divides, f"{name}.num_heads", self.num_heads, f"a divisor of embed_dim={self.embed_dim}")
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -31,28 +58,88 @@ class PlainTransformerConfig(NetworkConfig):
         """`patch_size` for every block."""
         return (self.patch_size,) * self.depth
 
-    def _check_sizes(self, *fields: str) -> None:
-        name = type(self).__name__
-        for field in ("embed_dim", "depth", "num_heads", "patch_size", *fields):
-            check(getattr(self, field) > 0, f"{name}.{field}", getattr(self, field), "a positive integer")
-        check(
-            self.embed_dim % self.num_heads == 0,
-            f"{name}.num_heads",
-            self.num_heads,
-            f"a divisor of embed_dim={self.embed_dim}",
-        )
+
+def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """Runs self-attention inside the windows of a map (B, H, W, C).
+
+    Windows are folded into the batch and no mask is passed, so any fused attention kernel applies. There is no shift.
+    A map that is no multiple of the window is padded with zeros at the bottom and right, which take part.
+
+    Args:
+        x: The map.
+        window_size: Side of the windows in tokens.
+        attend: Self-attention over sequences (B, N, C).
+    """
+    windows, padded = window_partition(x, window_size)
+    grid = windows.shape[1:3]
+    windows = attend(windows.flatten(1, 2)).unflatten(1, grid)
+    return window_unpartition(windows, window_size, tuple(x.shape[1:3]), padded)
+
+
+class MapAttention(Attention):
+    """timm's self-attention (same parameters) that also takes channels-last maps, and then may work in windows.
+
+    Attributes:
+        window_size: Side of the windows in tokens; None for global attention.
+        pad_before_qkv: Where a map that is no multiple of the window is padded with zeros; see
+            `BranchConfig.window_padding`.
+    """
+
+    window_size: int | None = None
+    pad_before_qkv: bool = True
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attends within `x`: a sequence (B, N, C), always globally, or a map (B, H, W, C).
+
+        Further arguments are those of timm's; windows know none.
+        """
+        if x.ndim == 3:
+            return self.attend(x, *args, **kwargs)
+        if self.window_size is None:
+            return self.attend(x.flatten(1, 2), *args, **kwargs).unflatten(1, x.shape[1:3])
+        if self.pad_before_qkv:
+            return attend_in_windows(x, self.window_size, self.attend)
+        return self.proj(attend_in_windows(self.qkv(x), self.window_size, self.attend_projected))
+
+    def attend(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Global attention within sequences (B, N, C)."""
+        return super().forward(x, *args, **kwargs)
+
+    def attend_projected(self, qkv: Tensor) -> Tensor:
+        """Attention from queries, keys and values side by side, (B, N, 3C) to (B, N, C), before the last linear."""
+        q, k, v = self.split_heads(qkv)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, N, head width), normalised where the network does so."""
+        qkv = qkv.unflatten(2, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class FullWidthNormAttention(MapAttention):
+    """Normalises queries and keys over the full width, all heads together (InternViT-6B); timm does it per head."""
+
+    def __init__(self, dim: int, *args: object, norm_layer: Callable[[int], nn.Module], **kwargs: object) -> None:
+        super().__init__(dim, *args, norm_layer=norm_layer, **kwargs)
+        self.q_norm, self.k_norm = norm_layer(dim), norm_layer(dim)
+
+    def attend(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Global attention within sequences (B, N, C), by PyTorch's kernels."""
+        return self.proj(self.attend_projected(self.qkv(x)))
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Splits (B, N, 3C) into heads (B, heads, N, head width), after the norms of queries and keys."""
+        q, k, v = qkv.chunk(3, dim=2)
+        heads = (self.num_heads, self.head_dim)
+        q, k, v = (t.unflatten(2, heads).transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))
+        return q, k, v
 
 
 def resize_position_grid(grid: Tensor, height: int, width: int) -> Tensor:
-    """Resizes position embeddings to another token grid: bicubic, in fp32, without antialiasing.
+    """Resizes position embeddings (1, N, C) of a square, row by row, to (1, height, width, C) in their dtype.
 
-    Args:
-        grid: (1, N, C) with N a square number, row-major.
-        height: Rows of the new grid.
-        width: Columns of the new grid.
-
-    Returns:
-        (1, height, width, C) in the dtype of `grid`.
+    Bicubic, in fp32, without antialiasing, as published.
     """
     side = int(grid.shape[1] ** 0.5)
     table = grid.unflatten(1, (side, side))
@@ -110,31 +197,17 @@ class TransformerBranch(Branch):
         return self._positions[key]
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
-        """Runs one block on the map (B, H, W, C), or with a prefix on the sequence of both."""
-        block = self.model.blocks[index]
+        """Runs one block on the map (B, H, W, C), or on the sequence of prefix and map."""
+        block, grid, options = self.model.blocks[index], state.tokens.shape[1:3], {}
+        if state.prefix is None and hasattr(block.attn, "window_size"):  # takes maps
+            return state._replace(tokens=block(state.tokens))
+        if state.rotary is not None:
+            options["rope"] = state.rotary[index] if getattr(self.model, "rope_mixed", False) else state.rotary
+        sequence = block(state.sequence(), **options)
         if state.prefix is None:
-            return BranchState(block(state.tokens))
-        tokens, prefix = self.split(block(self.sequence(state)), state)
-        return BranchState(tokens, prefix)
-
-    def remove_block(self, index: int) -> None:
-        """Deletes the last block, whose index is given."""
-        del self.model.blocks[index]
-
-    @staticmethod
-    def sequence(state: BranchState) -> Tensor:
-        """All tokens of a state as one sequence (B, P + H * W, C), the prefix first."""
-        tokens = state.tokens.flatten(1, 2)
-        return tokens if state.prefix is None else torch.cat((state.prefix, tokens), dim=1)
-
-    @staticmethod
-    def split(sequence: Tensor, state: BranchState) -> tuple[Tensor, Tensor | None]:
-        """Undoes `sequence`: the map (B, H, W, C) and the prefix."""
-        grid = state.tokens.shape[1:3]
-        if state.prefix is None:
-            return sequence.unflatten(1, grid), None
+            return state._replace(tokens=sequence.unflatten(1, grid))
         count = state.prefix.shape[1]
-        return sequence[:, count:].unflatten(1, grid), sequence[:, :count]
+        return state._replace(tokens=sequence[:, count:].unflatten(1, grid), prefix=sequence[:, :count])
 
     def layer_of(self, name: str) -> int | None:
         """Index + 1 for parameters of blocks, 0 for all others."""

@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import check, check_choice
 from .base import BranchConfig, BranchState, register_branch
-from .transformer import PlainTransformerConfig, TransformerBranch
-from .window import FullWidthNormAttention, MapAttention
-
-__all__ = ["UniPerceiverBranch", "UniPerceiverConfig", "ViTBranch", "ViTConfig"]
+from .transformer import FullWidthNormAttention, MapAttention, PlainTransformerConfig, TransformerBranch
 
 _NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": RmsNorm}
 _ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
@@ -26,17 +23,13 @@ _ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
 class ViTConfig(PlainTransformerConfig):
     """Plain vision transformer (DeiT, AugReg, MAE, DINOv2, InternViT, CLIP): pre-norm blocks, learned positions.
 
+    Sizes are as in `PlainTransformerConfig`.
+
     Args:
-        embed_dim: Width of the tokens.
-        depth: Number of blocks.
-        num_heads: Self-attention heads.
-        mlp_ratio: Hidden width of the MLP over `embed_dim`.
-        patch_size: Side of a patch in pixels.
         qkv_bias: Bias of the joint query-key-value linear.
         pos_grid: Side of the square grid of the learned position table, in patches.
         layer_scale: Initial value of the per-channel residual scales; None for a network without them.
         norm: "layernorm", or "rmsnorm" (InternViT-6B).
-        norm_eps: Epsilon of the norms.
         qk_norm: Normalise queries and keys over the full width, all heads together (InternViT-6B).
         activation: "gelu"; "gelu_tanh", its approximation in the fused MLP of some published models; "quick_gelu", its
             approximation in OpenAI's CLIP.
@@ -48,16 +41,10 @@ class ViTConfig(PlainTransformerConfig):
 
     family: ClassVar[str] = "vit"
 
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    patch_size: int = 16
     qkv_bias: bool = True
     pos_grid: int = 14
     layer_scale: float | None = 1.0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-6
     qk_norm: bool = False
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     pre_norm: bool = False
@@ -70,15 +57,11 @@ class ViTConfig(PlainTransformerConfig):
         return "a class token (class_token=True) belongs to no window" if self.class_token else ""
 
     def __post_init__(self) -> None:
-        self._check_sizes("pos_grid")
-        check_choice("ViTConfig.norm", self.norm, ("layernorm", "rmsnorm"))
-        check_choice("ViTConfig.activation", self.activation, ("gelu", "gelu_tanh", "quick_gelu"))
-        check(
-            self.class_token or not self.class_position,
-            "ViTConfig.class_position",
-            self.class_position,
-            "False for a network with class_token=False",
-        )
+        super().__post_init__()
+        check_choice("ViTConfig.norm", self.norm, tuple(_NORMS))
+        check_choice("ViTConfig.activation", self.activation, tuple(_ACTIVATIONS))
+        possible = self.class_token or not self.class_position
+        check(possible, "ViTConfig.class_position", self.class_position, "False for a network with class_token=False")
 
 
 @register_branch(ViTConfig)
@@ -121,32 +104,20 @@ class ViTBranch(TransformerBranch):
 class UniPerceiverConfig(PlainTransformerConfig):
     """Image branch of Uni-Perceiver: embeddings for positions and frames, a norm after them, pre-norm blocks.
 
+    Sizes are as in `PlainTransformerConfig`.
+
     Args:
-        embed_dim: Width of the tokens.
-        depth: Number of blocks.
-        num_heads: Self-attention heads.
-        mlp_ratio: Hidden width of the MLP over `embed_dim`.
-        patch_size: Side of a patch in pixels.
         pos_grid: Side of the square grid of the learned position table, in patches.
         num_frames: Entries of the frame table; an image is frame 0.
         layer_scale: Initial value of the per-channel residual scales.
-        norm_eps: Epsilon of the layer norms.
     """
 
     family: ClassVar[str] = "uniperceiver"
 
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    patch_size: int = 16
     pos_grid: int = 14
     num_frames: int = 8
     layer_scale: float = 0.0
     norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        self._check_sizes("pos_grid", "num_frames")
 
 
 @register_branch(UniPerceiverConfig)

@@ -2,8 +2,8 @@
 
 `piip::ms_deform_attn` samples at given locations with given weights, `piip::deform_attn_grid` makes both out of what a
 linear layer predicts. The compiled library, where it was built, brings the CPU and perhaps the CUDA kernels. Every
-other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference behind the
-same operators, so autograd, torch.compile and torch.export see no difference.
+other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference through the same operators,
+so autograd, torch.compile and torch.export see no difference.
 """
 
 from __future__ import annotations
@@ -56,18 +56,21 @@ _REBUILD = "run `pip install --no-build-isolation -v -e .` where a C++20 compile
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorStatus:
-    """Which kernels serve the operator in this process, and why."""
+    """Which kernels serve the operator in this process, and why.
+
+    Attributes:
+        compiled: Whether the compiled library is loaded; otherwise the PyTorch reference runs everywhere.
+        reason: Why the library is or is not loaded, in a sentence for the user.
+        cpu_capability: Instruction set of the CPU kernels in use: "default", "avx2" or "avx512".
+        cuda_version: CUDA runtime version (13000 for 13.0) the CUDA kernels were compiled with, None without them.
+        build: What setup.py recorded when it built (or could not build) the library, None if it left no record.
+    """
 
     compiled: bool
-    """Whether the compiled library is loaded; otherwise the PyTorch reference runs everywhere."""
     reason: str
-    """Why the library is or is not loaded, in a sentence for the user."""
-    cpu_capability: str | None
-    """Instruction set of the CPU kernels in use: "default", "avx2" or "avx512"."""
-    cuda_version: int | None
-    """CUDA runtime version (13000 for 13.0) the CUDA kernels were compiled with, None if there are none."""
-    build: dict[str, Any] | None
-    """What setup.py recorded when it built (or could not build) the library, None if it left no record."""
+    cpu_capability: str | None = None
+    cuda_version: int | None = None
+    build: dict[str, Any] | None = None
 
 
 def _read_build_record() -> dict[str, Any] | None:
@@ -104,7 +107,7 @@ def _load_library() -> OperatorStatus:
                 cuda_version=torch.ops.piip.cuda_version() or None,
                 build=build,
             )
-    return OperatorStatus(compiled=False, reason=reason, cpu_capability=None, cuda_version=None, build=build)
+    return OperatorStatus(compiled=False, reason=reason, build=build)
 
 
 _KEEP_ALIVE: list[torch.library.Library] = []
@@ -130,64 +133,14 @@ def _warn_reference_in_use(value: Tensor) -> None:
         )
 
 
-def _forward_reference(
-    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
+def _forward_reference(value: Tensor, *arguments: Any) -> Tensor:
     _warn_reference_in_use(value)
-    return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
+    return ms_deform_attn_reference(value, *arguments)
 
 
-def _backward_reference(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # PyTorch's own functions inside say what they cannot do deterministically
-    return ms_deform_attn_backward_reference(grad_output, value, spatial_shapes, sampling_locations, attention_weights)
-
-
-def _new_output(value: Tensor, per_query: Tensor) -> Tensor:
-    """(B, Q, M * D) for values (B, S, M, D) and what there is of every query, (B, Q, ...)."""
-    batch, _, heads, width = value.shape
-    return value.new_empty(batch, per_query.shape[1], heads * width)
-
-
-def _new_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
-
-
-def _forward_fake(
-    value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    return _new_output(value, sampling_locations)
-
-
-def _backward_fake(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_gradients(value, sampling_locations, attention_weights)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, ctx.spatial_shapes, sampling_locations, attention_weights = inputs
-    ctx.save_for_backward(value, sampling_locations, attention_weights)
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-    value, sampling_locations, attention_weights = ctx.saved_tensors
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    grad_value, grad_locations, grad_weights = _ms_deform_attn_backward(
-        grad_output, value, ctx.spatial_shapes, sampling_locations, attention_weights, deterministic
-    )
-    return grad_value, None, grad_locations, grad_weights
+def _backward_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    # Without `deterministic`: PyTorch's own functions inside say what they cannot do deterministically
+    return ms_deform_attn_backward_reference(*arguments[:5])
 
 
 # The fallback of the grid form goes through the other operator, so it uses that one's kernel where there is one.
@@ -214,35 +167,55 @@ def _grid_backward_composed(
     return grad_value, grid_sampling_backward(grad_locations, grad_weights, weights, value_shapes, sampling.dtype)
 
 
-def _grid_forward_fake(
-    value: Tensor, value_shapes: Sequence[int], query_shape: Sequence[int], sampling: Tensor, num_points: int
-) -> Tensor:
-    return _new_output(value, sampling)
+def _new_output(value: Tensor, per_query: Tensor) -> Tensor:
+    """(B, Q, M * D) for values (B, S, M, D) and what there is of every query, (B, Q, ...)."""
+    batch, _, heads, width = value.shape
+    return value.new_empty(batch, per_query.shape[1], heads * width)
 
 
-def _grid_backward_fake(
-    grad_output: Tensor,
-    value: Tensor,
-    value_shapes: Sequence[int],
-    query_shape: Sequence[int],
-    sampling: Tensor,
-    num_points: int,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return _new_gradients(value, sampling)
+def _new_gradients(*inputs: Any) -> tuple[Tensor, ...]:
+    """One for each tensor among the inputs of an operator."""
+    tensors = (tensor for tensor in inputs if isinstance(tensor, Tensor))
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
 
 
-def _grid_save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, ctx.value_shapes, ctx.query_shape, sampling, ctx.num_points = inputs
-    ctx.save_for_backward(value, sampling)
+# The reference serves every backend that the compiled library does not; a kernel registered for a backend goes first.
+for _name, _reference, _fake in (
+    ("piip::ms_deform_attn", _forward_reference, lambda value, _, locations, weights: _new_output(value, locations)),
+    ("piip::ms_deform_attn_backward", _backward_reference, lambda _, *inputs, **__: _new_gradients(*inputs)),
+    (
+        "piip::deform_attn_grid",
+        _grid_forward_composed,
+        lambda value, _, __, sampling, *___: _new_output(value, sampling),
+    ),
+    ("piip::deform_attn_grid_backward", _grid_backward_composed, lambda _, *inputs, **__: _new_gradients(*inputs)),
+):
+    _fragment = torch.library.Library("piip", "IMPL")
+    _fragment.impl(_name, _reference, "CompositeExplicitAutograd")
+    _KEEP_ALIVE.append(_fragment)
+    torch.library.register_fake(_name, _fake)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps the tensors among the inputs of an operator, and how the rest goes between them."""
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+
+def _inputs_of(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if value is None else value for value in ctx.others]
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grad_value, *grads = _ms_deform_attn_backward(grad_output, *_inputs_of(ctx), deterministic)
+    return grad_value, None, *grads
 
 
 def _grid_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, Tensor, None]:
-    value, sampling = ctx.saved_tensors
     deterministic = torch.are_deterministic_algorithms_enabled()
-    grad_value, grad_sampling = _deform_attn_grid_backward(
-        grad_output, value, ctx.value_shapes, ctx.query_shape, sampling, ctx.num_points, deterministic
-    )
+    grad_value, grad_sampling = _deform_attn_grid_backward(grad_output, *_inputs_of(ctx), deterministic)
     return grad_value, None, None, grad_sampling, None
 
 
@@ -257,19 +230,6 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
         "torch.func.vjp or jacrev. Where second derivatives are needed, use the gradient of a gradient "
         "(jacrev(jacrev(...))) of piip_core.ops.ms_deform_attn_reference, as far as grid_sample supports it."
     )
-
-
-# The reference serves every backend that the compiled library does not; a kernel registered for a backend goes first.
-for _name, _reference, _fake in (
-    ("piip::ms_deform_attn", _forward_reference, _forward_fake),
-    ("piip::ms_deform_attn_backward", _backward_reference, _backward_fake),
-    ("piip::deform_attn_grid", _grid_forward_composed, _grid_forward_fake),
-    ("piip::deform_attn_grid_backward", _grid_backward_composed, _grid_backward_fake),
-):
-    _fragment = torch.library.Library("piip", "IMPL")
-    _fragment.impl(_name, _reference, "CompositeExplicitAutograd")
-    _KEEP_ALIVE.append(_fragment)
-    torch.library.register_fake(_name, _fake)
 
 
 def _differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
@@ -317,5 +277,5 @@ def _join_batches(size: int, dims: tuple[Any, ...], arguments: tuple[Any, ...]) 
 
 _ms_deform_attn_backward = _differentiable("ms_deform_attn_backward", _refuse, _save_nothing)
 _deform_attn_grid_backward = _differentiable("deform_attn_grid_backward", _refuse, _save_nothing)
-ms_deform_attn = _differentiable("ms_deform_attn", _backward, _save_for_backward)
-deform_attn_grid = _differentiable("deform_attn_grid", _grid_backward, _grid_save_for_backward)
+ms_deform_attn = _differentiable("ms_deform_attn", _backward, _save_inputs)
+deform_attn_grid = _differentiable("deform_attn_grid", _grid_backward, _save_inputs)

@@ -12,8 +12,6 @@ from torch import Tensor
 from . import _library
 from .reference import compute_dtype
 
-__all__ = ["deform_attn_grid", "flatten_spatial_shapes", "ms_deform_attn"]
-
 _VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
@@ -115,13 +113,10 @@ def flatten_spatial_shapes(spatial_shapes: SpatialShapes, name: str = "spatial_s
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             raise ValueError(f"{name} has shape {tuple(spatial_shapes.shape)}; {expected}")
         spatial_shapes = spatial_shapes.tolist()
-    flat = []
     try:
-        for height, width in spatial_shapes:
-            flat += [height, width]
+        flat = [_integer(size) for height, width in spatial_shapes for size in (height, width)]
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {spatial_shapes!r}; {expected}") from None
-    flat = [_integer(size) for size in flat]
     for size in flat:
         if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
             raise TypeError(f"{name} holds {size!r} of type {type(size).__name__}; {expected}")
@@ -141,16 +136,12 @@ def _check(value: Tensor, shapes: list[int], sampling_locations: Tensor, attenti
     tensors = {"value": value, "sampling_locations": sampling_locations, "attention_weights": attention_weights}
     _check_tensors(tensors, shapes, "spatial_shapes")
     batch, _, heads, _ = value.shape
-    if sampling_locations.dim() != 6 or sampling_locations.shape[-1] != 2:
-        raise ValueError(f"sampling_locations has shape {tuple(sampling_locations.shape)}; expected (B, Q, M, L, P, 2)")
-    levels = len(shapes) // 2
-    for axis, expected, what in ((0, batch, "batch"), (2, heads, "heads"), (3, levels, "levels")):
-        if sampling_locations.shape[axis] != expected:
-            raise ValueError(
-                f"sampling_locations has shape {tuple(sampling_locations.shape)}, so {sampling_locations.shape[axis]} "
-                f"{what} on axis {axis}; expected {expected} as in "
-                + ("spatial_shapes" if what == "levels" else f"value of shape {tuple(value.shape)}")
-            )
+    levels, shape = len(shapes) // 2, tuple(sampling_locations.shape)
+    if shape != (batch, *shape[1:2], heads, levels, *shape[4:5], 2):
+        raise ValueError(
+            f"sampling_locations has shape {shape}; expected (B, Q, M, L, P, 2) = ({batch}, Q, {heads}, {levels}, P, 2)"
+            f" for value of shape {tuple(value.shape)} and {levels} levels in spatial_shapes"
+        )
     if attention_weights.shape != sampling_locations.shape[:-1]:
         raise ValueError(
             f"attention_weights has shape {tuple(attention_weights.shape)}; expected (B, Q, M, L, P) = "

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .functional import ms_deform_attn
 from .reference import compute_dtype, map_sizes
 
-__all__ = ["MSDeformAttn"]
-
 
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention (Deformable DETR, eq. 3), the cross-attention A of PIIP's interactions.
@@ -138,7 +136,3 @@ class MSDeformAttn(nn.Module):
             f"reference_points ends in an axis of {reference.shape[-1]}; expected 2 for points (x, y) or 4 for boxes "
             "(x, y, w, h)"
         )
-
-    def extra_repr(self) -> str:
-        """Numbers of heads, levels and points, for `print`."""
-        return f"num_heads={self.num_heads}, num_levels={self.num_levels}, num_points={self.num_points}"

@@ -41,13 +41,13 @@ def map_sizes(spatial_shapes: Sequence[int], like: Tensor) -> Tensor:
 def ms_deform_attn_reference(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Samples `value` at `sampling_locations` and sums with `attention_weights`; differentiable.
+    """`ms_deform_attn` in plain PyTorch, differentiable; weights have the dtype of locations.
 
     Args:
-        value: (B, S, M, D), S = sum of H * W over the levels.
-        spatial_shapes: H0, W0, H1, W1, ...
-        sampling_locations: (B, Q, M, L, P, 2), x and y in units of the level's width and height.
-        attention_weights: (B, Q, M, L, P), of the locations' dtype.
+        value: (B, S, M, D).
+        spatial_shapes: Flat, H0, W0, H1, W1, ...
+        sampling_locations: (B, Q, M, L, P, 2).
+        attention_weights: (B, Q, M, L, P).
 
     Returns:
         (B, Q, M * D) in the dtype of `value`.
@@ -94,8 +94,8 @@ def ms_deform_attn_backward_reference(
 def _grid_sample_backward(grad: Tensor, image: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `grid_sample` (bilinear, zeros outside, align_corners=False) with respect to both inputs.
 
-    The operator behind it by its name, which PyTorch does not document: this runs below autograd, where nothing public
-    gives gradients. Seen working with torch 2.10 to 2.14.
+    PyTorch does not document the name of this operator: we are below autograd, where nothing public gives gradients.
+    Seen working with torch 2.10 to 2.14.
     """
     return torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, 0, 0, False, [True, True])
 
@@ -138,10 +138,7 @@ def grid_sampling(
     num_points: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Locations and weights as `ms_deform_attn` takes them, from the arguments of `deform_attn_grid_reference`.
-
-    They are computed in `dtype`; None takes the one that goes with `value`.
-    """
+    """Locations and weights as `ms_deform_attn` takes them, computed in `dtype` or that which goes with `value`."""
     batch, queries = sampling.shape[:2]
     shape = (batch, queries, value.shape[2], len(value_shapes) // 2, num_points)
     samples = shape[2] * shape[3] * shape[4]
@@ -165,17 +162,6 @@ def grid_sampling_backward(
 def deform_attn_grid_reference(
     value: Tensor, value_shapes: Sequence[int], query_shape: Sequence[int], sampling: Tensor, num_points: int = 4
 ) -> Tensor:
-    """`deform_attn_grid` in plain PyTorch; differentiable.
-
-    Args:
-        value: (B, S, M, D), S = sum of H * W over the levels.
-        value_shapes: H0, W0, H1, W1, ...
-        query_shape: (Hq, Wq).
-        sampling: (B, Hq * Wq, 3 * M * L * P): offsets (M, L, P, 2), then logits (M, L, P).
-        num_points: P.
-
-    Returns:
-        (B, Hq * Wq, M * D) in the dtype of `value`.
-    """
+    """`deform_attn_grid` in plain PyTorch, differentiable; shapes are flat, H0, W0, H1, W1, ..."""
     locations, weights = grid_sampling(value, value_shapes, query_shape, sampling, num_points)
     return ms_deform_attn_reference(value, value_shapes, locations, weights)

@@ -1,10 +1,8 @@
 """Figures of the inside of a PIIP (paper section IV-G): attention maps, sampling points, Fourier spectra."""
 
-from .drawing import draw_attention, draw_sampling
-from .report import visualize
+from .drawing import draw_attention, draw_sampling, visualize
 from .scene import Scene, network_input, prepare_scene
-from .spectrum import feature_spectrum
-from .trace import find_pyramid, trace_pyramid
+from .trace import feature_spectrum, find_pyramid, trace_pyramid
 
 __all__ = [
     "Scene",

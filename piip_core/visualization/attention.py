@@ -18,27 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["AttentionCall", "AttentionRow", "attention_row", "watch_attention"]
-
-
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # that may be given by position
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Arguments of one call of scaled dot product attention.
+    """Arguments of one call of scaled dot product attention."""
 
-    Attributes:
-        query: (batch, heads, N, head width).
-        key: (batch, heads, S, head width).
-        bias: What is added to the logits, broadcastable to (batch, heads, N, S); a boolean mask is True where a key
-            takes part; None for nothing.
-        scale: Factor of the products.
-    """
-
-    query: Tensor
-    key: Tensor
-    bias: Tensor | None
+    query: Tensor  # (batch, heads, N, head width)
+    key: Tensor  # (batch, heads, S, head width)
+    bias: Tensor | None  # added to the logits, broadcastable to (batch, heads, N, S), or a mask of what takes part
     scale: float
 
     def weights(self, sequence: int, position: int) -> Tensor:
@@ -54,19 +43,12 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Where one cell of a map looks, per head; all weights of a head sum to 1.
+    """Where one cell of a map looks, per head; all weights of a head sum to 1."""
 
-    Attributes:
-        weights: Onto the cells of the map, (heads, H, W) float64.
-        prefix: Onto class or register tokens, (heads, P).
-        padding: Onto cells outside of the map that fill up the window, (heads,).
-        window: First row, first column, last row and last column (exclusive) of the cells that are seen.
-    """
-
-    weights: Tensor
-    prefix: Tensor
-    padding: Tensor
-    window: tuple[int, int, int, int]
+    weights: Tensor  # onto the cells of the map, (heads, H, W) float64
+    prefix: Tensor  # onto class or register tokens, (heads, P)
+    padding: Tensor  # onto cells outside of the map that fill up the window, (heads,)
+    window: tuple[int, int, int, int]  # first row and column, last row and column (exclusive) of what is seen
 
 
 class _AttentionWatch(TorchFunctionMode):
@@ -90,11 +72,10 @@ class _AttentionWatch(TorchFunctionMode):
 
 @contextmanager
 def watch_attention(module: nn.Module) -> Iterator[list[AttentionCall]]:
-    """Collects the attention calls of the block that runs inside the context.
+    """Collects the attention calls of the module that runs inside the context.
 
-    Args:
-        module: What is going to run. timm's layers inside it take their fused path meanwhile, which computes the same
-            as their other one, so that there is a call to see even with TIMM_FUSED_ATTN=0.
+    timm's layers in it take their fused path meanwhile, which computes the same as their other one, so that there is a
+    call to see even with TIMM_FUSED_ATTN=0.
     """
     unfused = [m for m in module.modules() if getattr(m, "fused_attn", None) is False]
     for layer in unfused:

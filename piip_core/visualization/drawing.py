@@ -1,8 +1,10 @@
-"""Figures of what a `Trace` holds."""
+"""Figures of what a forward pass showed, and a JSON file that says what is on them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,12 +14,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from torch import Tensor, nn
 
+from ..files import atomic_path, write_atomically
 from .scene import Cells, Scene
-from .spectrum import Spectrum
-from .trace import BlockView, Reading, Trace
-
-__all__ = ["branch_colour", "draw_attention", "draw_sampling", "draw_spectra"]
+from .trace import BlockView, Reading, Spectrum, Trace, find_pyramid, trace_pyramid
 
 _BRANCH_COLOURS = ("#c0272d", "#e08a00", "#0b7d8c", "#4a3fb5")  # Branch 1 first; more branches start again
 _QUERY = "#00e5ff"
@@ -81,11 +82,10 @@ def draw_sampling(scene: Scene, trace: Trace, title: str) -> Figure:
 
 
 def draw_spectra(scene: Scene, trace: Trace, title: str) -> Figure:
-    """Fourier spectra: curves per branch on two frequency axes, over the depth, and over both axes of the map."""
+    """Fourier spectra: curves per branch on two frequency axes, and over the depth."""
     branches = range(1, len(trace.depth) + 1)
-    figure = _new_figure((13.2, 7.0), title, dpi=110)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.25, 1))
-    own, absolute, depth = upper.subplots(1, 3)
+    figure = _new_figure((13.2, 4.2), title, dpi=110)
+    own, absolute, depth = figure.subplots(1, 3)
     shown = trace.after or [spectra[-1] for spectra in trace.depth]
     place = "after the last block" if trace.interaction is None else f"around interaction {trace.interaction}"
     long_side = max(scene.size)
@@ -110,8 +110,95 @@ def draw_spectra(scene: Scene, trace: Trace, title: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     own.legend(fontsize=8, ncols=2 if trace.before else 1)
     depth.legend(fontsize=8)
-    _draw_planes(lower, shown)
     return figure
+
+
+def visualize(model: nn.Module, scene: Scene, output: Path | str, *, name: str, **options: Any) -> list[Path]:
+    """Draws attention.png, sampling.png (models with interactions) and spectra.png, and writes visualization.json.
+
+    Args:
+        model: With one PIIP inside, in evaluation mode.
+        scene: The image and the query.
+        output: Folder of the files.
+        name: What the titles call the model; also say there where its weights are from.
+        options: Of `trace_pyramid`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: If model, block or interaction are not as described.
+    """
+    trace = trace_pyramid(find_pyramid(model), scene, **options)
+    figures = {"attention.png": draw_attention(scene, trace, f"{name}: self-attention of the query, mean over heads")}
+    if trace.readings:
+        title = f"{name}: what the query reads in interaction {trace.interaction}"
+        figures["sampling.png"] = draw_sampling(scene, trace, title)
+    figures["spectra.png"] = draw_spectra(scene, trace, f"{name}: Fourier spectra of the features")
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    for file, figure in figures.items():
+        with atomic_path(output / file) as aside:
+            figure.savefig(aside, format="png")
+    with write_atomically(output / "visualization.json", "w") as file:
+        facts = {"model": name, "files": list(figures), **_describe(scene, trace)}
+        json.dump(facts, file, indent=2, default=Tensor.tolist)
+    return [output / file for file in (*figures, "visualization.json")]
+
+
+def _describe(scene: Scene, trace: Trace) -> dict[str, Any]:
+    """What the figures show, as plain data. Sizes are height and width; points are x and y."""
+    return {
+        "image_size": scene.original_size,
+        "resized_to": scene.size,
+        "padded_to": scene.pixel_values.shape[-2:],
+        "query": scene.query_pixel,
+        "interaction": trace.interaction,
+        "attention": [_describe_view(view) for view in trace.views],
+        "sampling": [
+            {
+                "reader": reading.reader,
+                "source": reading.source,
+                "map_size": (reading.cells.rows, reading.cells.columns),
+                "reference": reading.at,
+                "points": reading.points,
+                "weights": None if reading.points is None else reading.weights,
+            }
+            for reading in trace.readings
+        ],
+        "spectra": {
+            "before": [_describe_spectrum(spectrum) for spectrum in trace.before],
+            "after": [_describe_spectrum(spectrum) for spectrum in trace.after],
+            "highest_frequency_per_block": [
+                [spectrum.log_amplitudes[-1] for spectrum in spectra] for spectra in trace.depth
+            ],
+        },
+    }
+
+
+def _describe_view(view: BlockView) -> dict[str, Any]:
+    attention = view.attention
+    found = {
+        "branch": view.branch,
+        "block": view.block,
+        "map_size": (view.cells.rows, view.cells.columns),
+        "query_cell": view.cell,
+        "window": view.window,
+        "shown": "activation energy" if attention is None else "attention",
+    }
+    if attention is None:
+        return found
+    return found | {
+        "heads": len(attention.weights),
+        "seen_cells": attention.window,
+        "highest_weight": attention.weights.mean(dim=0).max(),
+        "on_prefix_tokens": attention.prefix.sum(dim=1).mean(),
+        "on_window_padding": attention.padding.mean(),
+    }
+
+
+def _describe_spectrum(spectrum: Spectrum) -> dict[str, Tensor]:
+    return {"frequencies": spectrum.frequencies, "log_amplitudes": spectrum.log_amplitudes}
 
 
 def _new_figure(size: tuple[float, float], title: str, dpi: int = 120) -> Figure:
@@ -202,25 +289,6 @@ def _neighbourhood(reading: Reading, scene: Scene) -> tuple[float, float, float,
     half_width, half_height = width * share / 2, height * share / 2
     x, y = min(max(x, half_width), width - half_width), min(max(y, half_height), height - half_height)
     return x - half_width, y - half_height, x + half_width, y + half_height
-
-
-def _draw_planes(figure: Figure, spectra: Sequence[Spectrum]) -> None:
-    panels = figure.subplots(1, max(len(spectra), 3))
-    for unused in panels[len(spectra) :]:
-        unused.set_axis_off()
-    # One colour scale for all; without the few frequencies that hardly occur
-    scale = Normalize(min(float(spectrum.plane.quantile(0.02)) for spectrum in spectra), 0.0)
-    for number, (axes, spectrum) in enumerate(zip(panels, spectra, strict=False), 1):
-        rows, columns = spectrum.plane.shape
-        (left, right), (top, bottom) = ((-(2 * (n // 2) + 1) / n, (2 * (n - n // 2) - 1) / n) for n in (columns, rows))
-        extent = (left, right, bottom, top)
-        axes.imshow(spectrum.plane, extent=extent, cmap="magma", norm=scale, aspect="auto", interpolation="nearest")
-        axes.set_box_aspect(1)
-        axes.set_title(f"Branch {number}: {rows} x {columns} cells", color=branch_colour(number), fontsize=10)
-        axes.set(xticks=(-1, 0, 1), xticklabels=("-π", "0", "π"), yticks=(-1, 0, 1), yticklabels=("-π", "0", "π"))
-        axes.set(xlim=(left, 1), ylim=(1, top), facecolor="black")  # of an even side, one half of the highest is shown
-    bar = figure.colorbar(ScalarMappable(scale, "magma"), ax=list(panels), fraction=0.03)
-    bar.set_label("relative log amplitude")
 
 
 def _draw_cells(axes: Axes, cells: Cells) -> None:

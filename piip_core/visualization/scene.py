@@ -12,22 +12,14 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["Cells", "Scene", "network_input", "prepare_scene"]
-
 
 @dataclass(frozen=True)
 class Cells:
-    """The feature cells of a map, laid over the image.
-
-    Attributes:
-        rows: Height of the map.
-        columns: Width of the map.
-        size: Height and width of one cell in pixels of the network's input.
-    """
+    """The feature cells of a map, laid over the image."""
 
     rows: int
     columns: int
-    size: tuple[float, float]
+    size: tuple[float, float]  # height and width of a cell in pixels of the network's input
 
     def at(self, x: float, y: float) -> tuple[int, int]:
         """Row and column of the cell over a point; the nearest one where the network cuts the border off."""
@@ -50,20 +42,13 @@ class Scene:
     """An image ready for a network, and the position of the query.
 
     Points on it are (x, y) in pixels of `image`; the centre of its first pixel is (0.5, 0.5).
-
-    Attributes:
-        image: Resized, before normalisation and padding, (H, W, 3) uint8, RGB.
-        pixel_values: What the pyramid gets, (1, 3, H', W'): normalised, padded at the bottom and right.
-        query: The position asked about.
-        query_pixel: The same as it was given, in pixels of the original image.
-        original_size: Height and width of the original image.
     """
 
-    image: np.ndarray
-    pixel_values: Tensor
-    query: tuple[float, float]
-    query_pixel: tuple[int, int]
-    original_size: tuple[int, int]
+    image: np.ndarray  # resized, before normalisation and padding, (H, W, 3) uint8, RGB
+    pixel_values: Tensor  # what the pyramid gets, (1, 3, H', W'): normalised, padded at the bottom and right
+    query: tuple[float, float]  # the position asked about
+    query_pixel: tuple[int, int]  # the same as it was given, in pixels of the original image
+    original_size: tuple[int, int]  # height and width
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,7 +75,7 @@ def network_input(
         short_side: Limit of the shorter side.
         pixel_mean: Per channel.
         pixel_std: Per channel.
-        pad_divisor: Height and width of the padded image are multiples of it.
+        pad_divisor: Sides of the padded image are multiples of it.
 
     Returns:
         The resized image (h, w, 3) uint8, and the network's input (1, 3, h', w').

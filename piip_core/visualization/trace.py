@@ -1,4 +1,4 @@
-"""One forward pass of a pyramid, with what happens inside of it written down."""
+"""One forward pass of a pyramid, with what happens inside of it written down (paper section IV-G)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,39 @@ from torch import Tensor, nn
 from ..branches import BranchState
 from ..errors import ConfigError, UserError
 from ..interaction import DeformableCrossAttention, Interaction
+from ..ops import make_reference_points
 from ..pyramid import PIIP
-from .attention import AttentionCall, AttentionRow, attention_row, watch_attention
+from .attention import AttentionRow, attention_row, watch_attention
 from .scene import Cells, Scene
-from .spectrum import Spectrum, feature_spectrum
 
-__all__ = ["BlockView", "Reading", "Trace", "find_pyramid", "trace_pyramid"]
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Amplitudes of a feature map over spatial frequency, averaged over channels and relative to frequency 0."""
+
+    frequencies: Tensor  # (N,), in units of the map's own highest, half a cycle per cell (the "pi" of plots)
+    log_amplitudes: Tensor  # (N,), natural logarithm of the amplitude at each of them over that at 0
+
+
+def feature_spectrum(features: Tensor) -> Spectrum:
+    """Fourier spectrum of a map (H, W, C) of at least 2 x 2 cells (paper Figure 9).
+
+    Each channel is scaled to the same total power, so that a few loud channels do not stand for all. Amplitudes are
+    root mean squares over channels and rings of equal frequency: noise without structure is flat.
+    """
+    height, width, _ = features.shape
+    if min(height, width) < 2:
+        raise ValueError(f"a map of {height} x {width} cells has no spectrum: expected at least 2 x 2")
+    power = torch.fft.fft2(features.cpu().double().permute(2, 0, 1)).abs().square()
+    tiny = torch.finfo(torch.float64).tiny
+    power = (power / power.sum(dim=(1, 2), keepdim=True).clamp(min=tiny)).mean(dim=0)
+    floor = power.max() * 1e-24  # what rounding leaves of a frequency that is not there
+    highest = min(height, width) // 2
+    y, x = (2 * torch.fft.fftfreq(side, dtype=torch.float64) for side in (height, width))
+    ring = torch.round((y[:, None].square() + x.square()).sqrt() * highest).long().flatten()
+    means = torch.bincount(ring, weights=power.flatten()) / torch.bincount(ring).clamp(min=1)
+    curve = means[: highest + 1].clamp(min=floor)  # beyond, only the corners of the square contribute
+    return Spectrum(torch.arange(highest + 1, dtype=torch.float64) / highest, 0.5 * (curve / curve[0]).log())
 
 
 @dataclass(frozen=True)
@@ -48,25 +75,15 @@ class Reading:
 
 @dataclass
 class Trace:
-    """What a forward pass showed, branch by branch.
+    """What a forward pass showed, branch by branch. A single branch has no interaction."""
 
-    Attributes:
-        interaction: Index of the interaction looked into, from 0; None for a single branch.
-        views: What the chosen block of each branch looks at.
-        depth: Spectra after every block of each branch.
-        cells: Feature map of each branch around the interaction; of a single branch, after its last block.
-        before: Spectrum of each branch's features before the interaction; empty for a single branch.
-        after: The same after it.
-        readings: One per direction of each unit of the interaction, in the order they run.
-    """
-
-    interaction: int | None
-    views: list[BlockView]
-    depth: list[list[Spectrum]]
-    cells: list[Cells] = field(default_factory=list)
-    before: list[Spectrum] = field(default_factory=list)
+    interaction: int | None  # the one looked into, from 0
+    views: list[BlockView]  # of the chosen block of each branch
+    depth: list[list[Spectrum]]  # after every block of each branch
+    cells: list[Cells] = field(default_factory=list)  # around the interaction, or after the last block
+    before: list[Spectrum] = field(default_factory=list)  # of each branch's features before the interaction
     after: list[Spectrum] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)  # per direction of each unit, in the order they run
 
 
 def find_pyramid(model: nn.Module) -> PIIP:
@@ -104,19 +121,17 @@ def trace_pyramid(
     interaction: int | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Trace:
-    """Runs a pyramid on an image and looks inside.
+    """Runs a pyramid, which is in evaluation mode, on an image and looks inside.
 
     Args:
-        pyramid: In evaluation mode, on any device.
+        pyramid: On any device.
         scene: The image and the query.
-        blocks: Indices from 0 of the blocks to look into: one for all branches, or one per branch from Branch 1 on;
-            None for the middle ones.
+        blocks: Indices from 0 of the blocks to look into, one for all branches or one per branch; None: in the middle.
         interaction: Index from 0; None for the middle one.
         progress: Called after every block.
 
     Raises:
         UserError: If a block or the interaction does not exist.
-        NotImplementedError: If a chosen block calls attention more than once.
     """
     count = len(pyramid.interactions)
     if interaction is None:
@@ -125,56 +140,51 @@ def trace_pyramid(
         expected = f"an index from 0 to {count - 1}" if count else "none: a single branch has no interactions"
         raise UserError(f"interaction {interaction}: the model has {count} interactions; expected {expected}")
     branches = pyramid.branches
-    chosen = _choose_blocks(pyramid, blocks)
     trace = Trace(interaction, views=[None] * len(branches), depth=[[] for _ in branches], cells=[None] * len(branches))
     with ExitStack() as stack:
-        for index, branch in enumerate(branches):
-            observer = _BlockObserver(trace, scene, pyramid, index, chosen[index], branch.run_block, progress)
-            # A block is a method and not always a module, so there is nothing to hang a forward hook on
-            branch.run_block = observer.run_block
-            stack.callback(delattr, branch, "run_block")  # the class's own is visible again
+        for index, chosen in enumerate(_choose_blocks(pyramid, blocks)):
+            _observe_blocks(stack, trace, scene, pyramid, index, chosen, progress)
         if interaction is not None:
             _observe_interaction(stack, trace, scene, pyramid)
         pyramid(scene.pixel_values.to(next(pyramid.parameters()).device))
     return trace
 
 
-@dataclass
-class _BlockObserver:
-    """Stands in for `run_block` of one branch and writes down what is asked for."""
+def _observe_blocks(
+    stack: ExitStack,
+    trace: Trace,
+    scene: Scene,
+    pyramid: PIIP,
+    index: int,
+    chosen: int,
+    progress: Callable[[], None],
+) -> None:
+    """Writes down what one branch has after each block, and where the chosen block looks, until the stack is closed."""
+    branch = pyramid.branches[index]
+    original = branch.run_block
 
-    trace: Trace
-    scene: Scene
-    pyramid: PIIP
-    index: int
-    chosen: int
-    original: Callable[[BranchState, int], BranchState]
-    progress: Callable[[], None]
-
-    def run_block(self, state: BranchState, block: int) -> BranchState:
-        branch = self.pyramid.branches[self.index]
-        with watch_attention(branch) if block == self.chosen else nullcontext([]) as calls:
-            after = self.original(state, block)
-        cells = _cells(self.pyramid, self.index, after.tokens, branch.strides[block])
-        if block == self.chosen:
-            self.trace.views[self.index] = self._view(calls, state, after, cells)
-        if self.trace.interaction is None:
-            self.trace.cells[self.index] = cells
-        self.trace.depth[self.index].append(_spectrum(self.scene, cells, after.tokens))
-        self.progress()
+    def run_block(state: BranchState, block: int) -> BranchState:
+        with watch_attention(branch) if block == chosen else nullcontext([]) as calls:
+            after = original(state, block)
+        cells = _cells(pyramid, index, after.tokens, branch.strides[block])
+        if block == chosen:
+            if len(calls) > 1:
+                raise NotImplementedError(f"block {block} of branch {index + 1} calls attention {len(calls)} times")
+            cell, window, attention = cells.at(*scene.query), branch.config.window_sizes[block], None
+            if calls:
+                prefix = 0 if state.prefix is None else state.prefix.shape[1]
+                attention = attention_row(calls[0], tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
+            energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
+            trace.views[index] = BlockView(index + 1, block, cells, cell, window, attention, energy)
+        if trace.interaction is None:
+            trace.cells[index] = cells
+        trace.depth[index].append(_spectrum(scene, cells, after.tokens))
+        progress()
         return after
 
-    def _view(self, calls: list[AttentionCall], state: BranchState, after: BranchState, cells: Cells) -> BlockView:
-        if len(calls) > 1:
-            message = f"block {self.chosen} of branch {self.index + 1} calls attention {len(calls)} times"
-            raise NotImplementedError(message)
-        cell = cells.at(*self.scene.query)
-        window, attention = self.pyramid.branches[self.index].config.window_sizes[self.chosen], None
-        if calls:
-            prefix = 0 if state.prefix is None else state.prefix.shape[1]
-            attention = attention_row(calls[0], tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
-        energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
-        return BlockView(self.index + 1, self.chosen, cells, cell, window, attention, energy)
+    # A block is a method and not always a module, so there is nothing to hang a forward hook on
+    branch.run_block = run_block
+    stack.callback(delattr, branch, "run_block")  # the class's own is visible again
 
 
 def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP) -> None:
@@ -220,8 +230,10 @@ def _read(attention: nn.Module, query: Tensor, value: Tensor, cell: tuple[int, i
     """Normalised points (heads, P, 2) and their weights, or None and the weights of all cells, of one query."""
     row, column = cell
     if isinstance(attention, DeformableCrossAttention):
-        locations, weights = attention.sampling_map(query, value)
-        return locations[0, row, column], weights[0, row, column]
+        index = row * query.shape[2] + column
+        reference = make_reference_points(*query.shape[1:3], device=query.device)[:, index : index + 1]
+        locations, weights = attention.sampling(query[:, row, column, None], reference, [tuple(value.shape[1:3])])
+        return locations[0, 0, :, 0], weights[0, 0, :, 0]
     with watch_attention(attention) as calls:
         attention.forward(query, value)  # once more, without hooks
     return None, calls[0].weights(0, row * query.shape[2] + column).unflatten(1, value.shape[1:3])

@@ -1,11 +1,7 @@
-"""python -m piip_core.doctor: what a bug report needs, as text and as JSON."""
+"""python -m piip_core.doctor: what a bug report needs, and what the extras lack."""
 
 import importlib.metadata
-import json
-import subprocess
-import sys
 
-import pytest
 import torch
 
 from piip_core import doctor
@@ -24,56 +20,27 @@ def test_report_tells_the_state_of_this_environment():
         assert needed in text
 
 
-def test_missing_detectron2_comes_with_the_way_to_get_it(monkeypatch):
-    known = doctor.installed_version
-    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "detectron2" else known(name))
-    report = doctor.collect()
-    assert report["detectron2"]["found"] is False
-    assert "--no-build-isolation -e '.[detection]'" in doctor.format_report(report)
-
-
-def test_too_new_setuptools_is_pointed_out(monkeypatch):
-    versions = {"detectron2": "0.6", "setuptools": "82.0.1"}
-    monkeypatch.setattr(doctor, "installed_version", lambda name: versions.get(name))
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: importlib.metadata.PathDistribution.at("."))
-    assert "setuptools below 81, found 82.0.1" in doctor._detectron2_facts()["hint"]
-
-
-@pytest.fixture
-def versions(monkeypatch):
-    """Versions that the doctor finds, for a test to change; the project asks for some transformers and deepspeed."""
-    found = {name: "99.0" for packages in doctor.LLAVA_NEEDS.values() for name in packages}
-    asked = ["torch>=2.10", 'transformers>=5.23; extra == "llava"', 'deepspeed>=0.19.8; extra == "llava"']
-    monkeypatch.setattr(doctor, "installed_version", lambda name: found.get(name))
+def test_extras_say_what_they_lack(monkeypatch):
+    asked = [
+        "torch>=2.10",
+        'detectron2 @ git+https://example.org/detectron2 ; extra == "detection"',
+        'piip[tools]; extra == "detection"',
+        'setuptools<81; extra == "tools"',
+        'piip[tools]; extra == "llava-qlora"',
+        'transformers>=5.23; extra == "transformers"',
+    ]
+    versions = {"setuptools": "82.0.1", "transformers": "5.24.0"}
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
-    return found
-
-
-def test_llava_is_ready_with_its_packages(versions):
-    assert set(doctor._llava_facts().values()) == {"ready"}
-
-
-def test_missing_llava_packages_come_with_what_does_not_work(versions):
-    del versions["deepspeed"]
-    del versions["bitsandbytes"]
-    facts = doctor._llava_facts()
-    assert facts["deepspeed launcher, ZeRO"] == "needs deepspeed>=0.19.8 (not installed)"
-    assert facts["QLoRA"] == "needs bitsandbytes (not installed)"
-    assert facts["chat model"] == facts["training, LoRA"] == "ready"
-    assert "'.[llava]'" in facts["hint"]
-    versions["transformers"] = "5.9.1"
-    assert doctor._llava_facts()["training, LoRA"] == "needs transformers>=5.23 (5.9.1)"
-
-
-def test_llava_packages_are_those_of_the_extras():
-    """The doctor's lists, against what the project declares."""
-    asked = doctor._wanted_versions()
-    listed = {name: need for need, names in doctor.PACKAGES.items() for name in names}
-    for packages in doctor.LLAVA_NEEDS.values():
-        for name in packages:
-            assert name in listed
-            assert asked[name].specifier, name
-    assert {name for name, need in listed.items() if "llava" in need} <= set(asked)
+    report = doctor.collect()
+    needed = "setuptools<81 (82.0.1): pip install --no-build-isolation -e "
+    assert report["extras"] == {
+        "detection": f"needs detectron2 (not installed), {needed}'.[detection]'",
+        "llava-qlora": f"needs {needed}'.[llava-qlora]'",
+        "tools": f"needs {needed}'.[tools]'",
+        "transformers": "ready",
+    }
+    assert report["packages"]["transformers"] == "5.24.0" and report["packages"]["detectron2"] == "not installed"
 
 
 def test_wrong_operator_is_recognised(monkeypatch):
@@ -81,20 +48,10 @@ def test_wrong_operator_is_recognised(monkeypatch):
     assert doctor._self_test("cpu").startswith("WRONG")
 
 
-def test_command_prints_json():
-    result = subprocess.run(
-        [sys.executable, "-m", "piip_core.doctor", "--json"], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert set(report) == {
-        "system",
-        "packages",
-        "untested",
-        "torch",
-        "build_tools",
-        "environment",
-        "operator",
-        "detectron2",
-        "llava",
-    }
+def test_report_where_this_project_is_not_installed(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    report = doctor.collect()
+    assert report["extras"] == {} and report["packages"]["timm"] == importlib.metadata.version("timm")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from piip_core import DensePIIP, InteractionConfig, UserError, prepare_for_inference
-from piip_core.prepared import OneDNNLinear, use_onednn_linears
+from piip_core.prepared import OneDNNLinear
 
 
 @pytest.mark.parametrize("attention", ["deformable", "regular"])
@@ -32,10 +32,12 @@ def test_in_bfloat16_it_is_as_close_as_the_model_itself(tiny_model):
         assert (p.float() - e).norm() < 1.3 * (h.float() - e).norm()
 
 
-def test_works_under_autocast_and_in_one_graph(tiny_model):
-    image = torch.randn(1, 3, 96, 128)
-    expected = tiny_model(image)
-    prepared = prepare_for_inference(tiny_model)
+def test_works_under_autocast_and_in_one_graph(tiny_config, randomize):
+    interaction = InteractionConfig(num_interactions=1, num_heads=4)
+    config = tiny_config(dims=(32, 16), sizes=(64, 128), depth=1, window_size=3, interaction=interaction)
+    model, image = randomize(DensePIIP(config)).eval(), torch.randn(1, 3, 96, 128)
+    expected = model(image)
+    prepared = prepare_for_inference(model)
     with torch.autocast("cpu", torch.bfloat16):
         halves = prepared(image)
     compiled = torch.compile(prepared, fullgraph=True, backend="eager")(image)
@@ -81,10 +83,9 @@ def test_positions_are_computed_once_per_size(tiny_config, randomize, monkeypatc
 @pytest.mark.parametrize("shape", [(7, 24), (2, 3, 5, 24), (0, 24)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_onednn_linears(shape, bias):
-    plain = nn.Sequential(nn.Linear(24, 10, bias=bias))
-    model = copy.deepcopy(plain)
-    use_onednn_linears(model)
-    assert type(model[0]) is OneDNNLinear and list(model.state_dict()) == list(plain.state_dict())
+    plain = nn.Linear(24, 10, bias=bias)
+    model = OneDNNLinear(copy.deepcopy(plain))
+    assert list(model.state_dict()) == list(plain.state_dict())
     x = torch.randn(*shape)
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-6)

@@ -107,7 +107,7 @@ def test_transformers_initialised_flag():
 
 
 def test_transformers_datasets_cache():
-    """is_datasets_available.cache_clear, in piip_core/integrations/transformers/shadowing.py."""
+    """is_datasets_available.cache_clear, in piip_core/integrations/transformers/__init__.py."""
     utils = pytest.importorskip("transformers.utils")
     assert hasattr(utils.is_datasets_available, "cache_clear"), "is_datasets_available keeps no answer any more"
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from piip_core import PIIP, ConfigError, DensePIIP, InteractionConfig, MergingConfig
-from piip_core.meta import on_meta
 from piip_core.pyramid import resize_for_branch
 
 
@@ -148,22 +147,8 @@ def two_branches(tiny_config, randomize):
     return randomize(DensePIIP(config)).eval()
 
 
-def test_export(two_branches):
-    program = torch.export.export(two_branches, (torch.randn(1, 3, 96, 128),))
-    other = torch.randn(1, 3, 96, 128)
-    for expected, actual in zip(two_branches(other), program.module()(other), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_compile_in_one_graph(two_branches):
     compiled = torch.compile(two_branches, fullgraph=True, backend="aot_eager")
     image = torch.randn(1, 3, 96, 128)
     for expected, actual in zip(two_branches(image), compiled(image), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_meta_device(tiny_config):
-    with on_meta():
-        model = DensePIIP(tiny_config())
-        outputs = model(torch.empty(1, 3, 128, 128))
-    assert all(o.is_meta for o in outputs)

@@ -87,8 +87,6 @@ def test_arguments_that_do_not_go_together(tool, capsys, arguments, message):
     ("arguments", "message"),
     [
         (("--query", "80,5"), "query 80,5: outside of the image of 80 x 60"),
-        (("--interaction", "2"), "interaction 2: the model has 2"),
-        (("--block", "7"), "block 7: branch 1 has 2 blocks"),
         (("--weights", "gone.pth"), r"gone\.pth: no such file"),
     ],
 )

@@ -18,13 +18,10 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ... import zoo
-from ...branches import ViTConfig
 from ...checkpoints import from_published, load_pretrained
 from ...classifier import PIIPClassifier, feature_maps, with_pooling
-from ...config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
+from ...config import ClassifierConfig, PIIPConfig
 from ...errors import CheckpointError, check
-
-__all__ = ["MODELS", "create_classifier", "model_names", "register_classifier"]
 
 # Where a released file has the weights that a tag names
 _WEIGHTS = {"in1k": "model", "in1k_ema": "model_ema"}
@@ -37,29 +34,6 @@ class _Model:
     training: ClassifierConfig
     published: ClassifierConfig
     url: str | None = None
-
-
-def _tiny() -> ClassifierConfig:
-    """For tests: three branches that run in milliseconds."""
-    sizes = ((48, 4, 4, 32), (32, 2, 4, 48), (16, 2, 2, 96))
-    branches = (
-        BranchConfig(
-            network=ViTConfig(
-                embed_dim=dim,
-                depth=depth,
-                num_heads=heads,
-                patch_size=8,
-                pos_grid=side // 8,
-                layer_scale=None,
-                class_token=True,
-                class_position=True,
-            ),
-            image_size=side,
-        )
-        for dim, depth, heads, side in sizes
-    )
-    interaction = InteractionConfig(num_interactions=2, num_heads=4)
-    return ClassifierConfig(pyramid=PIIPConfig(branches=tuple(branches), interaction=interaction, merging=None))
 
 
 MODELS: dict[str, _Model] = {}
@@ -126,7 +100,7 @@ def create_classifier(
     config = MODELS[name].published if published else MODELS[name].training
     if kwargs.get("features_only") and config.head == "separate":
         kwargs.setdefault("global_pool", "avg")  # with the last interaction, which class tokens would not need
-    final = tuple(i for i, feature in enumerate(feature_maps(config.pyramid)) if feature.final)
+    final = tuple(i for i, info in enumerate(feature_maps(config.pyramid)) if info["final"])
     try:
         model = build_model_with_cfg(
             partial(_build, config, pretrained_branches and not pretrained),
@@ -246,4 +220,3 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 
 for _entry in zoo.classification_entries():
     register_classifier(_entry.name, _entry.training_config, published=_entry.config, url=_entry.checkpoint_url)
-register_classifier("piip_test", _tiny())

@@ -1,4 +1,4 @@
-"""Configuration of PIIP models in transformers' manner."""
+"""Configuration and image processor of PIIP models in transformers' manner."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import dataclasses
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import BitImageProcessorPil, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ... import zoo
 from ...config import ClassifierConfig, MergingConfig, PIIPConfig
-
-__all__ = ["PIIPTransformersConfig"]
-
-DEFAULT_ROW = "piip_tsb_368_192_128"
+from ...zoo.entry import IMAGENET_MEAN, IMAGENET_STD
 
 
 @strict
@@ -47,7 +44,7 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pyramid is None:
-            self.pyramid = zoo.classification(DEFAULT_ROW).training_config.pyramid.to_dict()
+            self.pyramid = zoo.classification("piip_tsb_368_192_128").training_config.pyramid.to_dict()
         levels = len(self.dense.merging.out_strides)
         self.stage_names = [f"stage{number}" for number in range(1, levels + 1)]
         features, indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
@@ -118,6 +115,21 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width of Branch 1."""
         return self.dense.branches[0].network.dims[-1]
+
+
+def make_image_processor(config: PIIPTransformersConfig) -> BitImageProcessorPil:
+    """The processor with which classifiers are evaluated: short side to the input size (bicubic), centre crop.
+
+    It resizes with Pillow, as timm's evaluation does. What it saves, `AutoImageProcessor` loads without this package;
+    by default with torchvision, which differs by at most rounding; `backend="pil"` chooses Pillow.
+    """
+    side = config.image_size
+    return BitImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[value / 255 for value in IMAGENET_MEAN],
+        image_std=[value / 255 for value in IMAGENET_STD],
+    )
 
 
 def _imagenet_labels() -> dict[int, str]:

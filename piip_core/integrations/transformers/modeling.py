@@ -17,18 +17,10 @@ from transformers.utils import can_return_tuple
 
 from ...branches import BranchState
 from ...classifier import PIIPClassifier, head_inputs
+from ...config import ClassifierConfig
 from ...errors import UserError
 from ...pyramid import PIIP, DensePIIP, dense_maps
 from .configuration import PIIPTransformersConfig
-
-__all__ = [
-    "PIIPBackbone",
-    "PIIPForImageClassification",
-    "PIIPModel",
-    "PIIPModelOutput",
-    "PIIPPreTrainedModel",
-    "build_then_partition",
-]
 
 Maps = tuple[Tensor, ...]
 Module = TypeVar("Module", bound=nn.Module)
@@ -124,10 +116,7 @@ class _WithHead(PIIPPreTrainedModel):
     config_class = PIIPTransformersConfig
     config: PIIPTransformersConfig
 
-    def _make(self, num_classes: int | None = None) -> None:
-        config = self.config.classifier
-        if num_classes is not None:
-            config = replace(config, num_classes=num_classes)
+    def _make(self, config: ClassifierConfig) -> None:
         model = build_then_partition(lambda: PIIPClassifier(config))
         self.pyramid, self.head = model.pyramid, model.head
         self.classifier_config = config
@@ -141,12 +130,8 @@ class _WithHead(PIIPPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         after = range(len(self.pyramid.interactions)) if output_hidden_states else ()
         states, between = self.pyramid.forward_states(self._image(pixel_values), after)
-        if not output_hidden_states:
-            return states, None
-        return states, tuple(_maps(found) for found in (*(between[k] for k in after), states))
-
-    def _head(self, states: list[BranchState], **options: Any) -> Tensor:
-        return self.head(head_inputs(self.classifier_config, states), **options)
+        hidden_states = tuple(_maps(found) for found in (*(between[k] for k in after), states))
+        return states, hidden_states if output_hidden_states else None
 
 
 class PIIPModel(_WithHead):
@@ -156,7 +141,7 @@ class PIIPModel(_WithHead):
 
     def __init__(self, config: PIIPTransformersConfig) -> None:
         super().__init__(config)
-        self._make(num_classes=0)
+        self._make(replace(config.classifier, num_classes=0))
 
     @can_return_tuple
     def forward(
@@ -164,7 +149,8 @@ class PIIPModel(_WithHead):
     ) -> PIIPModelOutput | tuple:
         """Maps and pooled features of images (B, 3, H, W), usually of side `config.image_size`."""
         states, hidden_states = self._states(pixel_values, output_hidden_states)
-        return PIIPModelOutput(_maps(states), self._head(states, pre_logits=True), hidden_states)
+        pooled = self.head(head_inputs(self.classifier_config, states), pre_logits=True)
+        return PIIPModelOutput(_maps(states), pooled, hidden_states)
 
 
 class PIIPForImageClassification(_WithHead):
@@ -175,7 +161,7 @@ class PIIPForImageClassification(_WithHead):
     def __init__(self, config: PIIPTransformersConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self._make()
+        self._make(config.classifier)
 
     @can_return_tuple
     def forward(
@@ -195,7 +181,7 @@ class PIIPForImageClassification(_WithHead):
             **kwargs: Handed to the loss.
         """
         states, hidden_states = self._states(pixel_values, output_hidden_states)
-        logits = self._head(states)
+        logits = self.head(head_inputs(self.classifier_config, states))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
 
@@ -226,11 +212,8 @@ class PIIPBackbone(BackboneMixin, PIIPPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         levels = tuple(dense_maps(self.pyramid, self.merging, self.feature_pyramid, self._image(pixel_values)))
-        wanted = set(self.out_features)
-        return BackboneOutput(
-            feature_maps=tuple(x for stage, x in zip(self.stage_names, levels, strict=True) if stage in wanted),
-            hidden_states=levels if output_hidden_states else None,
-        )
+        maps = tuple(x for stage, x in zip(self.stage_names, levels, strict=True) if stage in self.out_features)
+        return BackboneOutput(feature_maps=maps, hidden_states=levels if output_hidden_states else None)
 
 
 def _maps(states: list[BranchState]) -> Maps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from piip_core.checkpoints.names import unit_rules
 from piip_core.checkpoints.rules import RuleTable
-from piip_core.config import InteractionConfig
+from piip_core.config import InteractionConfig, UnitSpec
 from piip_core.errors import NotSupportedYet
 from piip_core.interaction import InteractionUnit
 from piip_core.ops import MSDeformAttn, make_reference_points
@@ -52,8 +52,8 @@ def verify_interaction(case: GoldenCase) -> Check:
         raise NotSupportedYet(f"attn_type={config['attn_type']!r} with norm={config['norm']!r}")
     state = case.below("state.")
     unit = InteractionUnit(
-        config["branch1_dim"],
-        config["branch2_dim"],
+        (config["branch1_dim"], config["branch2_dim"]),
+        UnitSpec(1, 2),
         InteractionConfig(
             attention=kinds[config["attn_type"]],
             num_heads=config["num_heads"],

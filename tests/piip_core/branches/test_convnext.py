@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.models.convnext import ConvNeXt
 
-from piip_core import BranchConfig
+from piip_core import BranchConfig, ConfigError
 from piip_core.branches import ConvNeXtConfig, build_branch
 from piip_core.checkpoints import convert_pretrained
 
@@ -18,7 +18,7 @@ def branch_of(**options):
 
 @torch.no_grad()
 def stage_outputs(branch, image):
-    """Maps (B, C, H, W) behind the last block of each stage, cut there as segments cut."""
+    """Maps (B, C, H, W) after the last block of each stage, cut there as segments cut."""
     state, start, maps = branch.embed(image), 0, []
     for last in NETWORK.last_blocks():
         state = branch.run(state, start, last + 1)
@@ -64,14 +64,15 @@ def test_a_branch_computes_what_transformers_does(size, with_head, randomize):
         torch.testing.assert_close(actual, stage, rtol=1e-4, atol=1e-5)
 
 
-def test_dims_and_strides_are_those_of_the_maps():
-    branch = branch_of().eval()
-    state = branch.embed(torch.randn(1, 3, 64, 64))
-    with torch.no_grad():
-        for index in range(branch.num_blocks):
-            state = branch.run(state, index, index + 1)
-            stride = branch.strides[index]
-            assert state.tokens.shape == (1, 64 // stride, 64 // stride, branch.dims[index])
+def test_downsampling_counts_as_a_block():
+    assert NETWORK.depth == 10 and NETWORK.last_blocks() == (0, 3, 7, 9)
+    assert NETWORK.strides == (4, 8, 8, 8, 16, 16, 16, 16, 32, 32)
+    state = (branch := branch_of().eval()).embed(torch.randn(1, 3, 64, 64))
+    for index, (dim, stride) in enumerate(zip(NETWORK.dims, NETWORK.strides, strict=True)):
+        state = branch.run_block(state, index)
+        assert state.tokens.shape == (1, 64 // stride, 64 // stride, dim)
+    with pytest.raises(ConfigError, match="4 stages"):
+        ConvNeXtConfig(depths=(1, 2))
 
 
 def test_stochastic_depth_grows_over_the_blocks_and_skips_the_downsampling():

@@ -6,14 +6,24 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
-from piip_core import PIIP, BranchConfig, PIIPConfig, ViTConfig
+from piip_core import (
+    PIIP,
+    BranchConfig,
+    DensePIIP,
+    InteractionConfig,
+    MergingConfig,
+    PIIPConfig,
+    ViTConfig,
+)
 from piip_core.branches import (
     BEiTConfig,
     Branch,
     BranchState,
     ConvNeXtConfig,
     NetworkConfig,
+    TimmConfig,
     UniPerceiverConfig,
     build_branch,
     register_branch,
@@ -28,6 +38,8 @@ NETWORKS = {
     "beit": BEiTConfig(**SIZES, bias_window=4),
     "uniperceiver": UniPerceiverConfig(**SIZES, pos_grid=4),
     "convnext": ConvNeXtConfig(depths=(1, 1, 2, 1), stage_dims=(8, 16, 24, 32)),
+    "timm convnext": TimmConfig(name="convnextv2_atto"),
+    "timm rotary": TimmConfig(name="vit_small_patch16_dinov3", options=SIZES),
 }
 WINDOWED = [name for name, network in NETWORKS.items() if not network.no_windows]
 
@@ -94,9 +106,19 @@ def test_a_window_as_large_as_the_map_is_global_attention(name, randomize):
         torch.testing.assert_close(run_all(windowed, image), run_all(everywhere, image), rtol=1e-5, atol=1e-5)
 
 
-def test_convolutions_have_no_windows():
-    with pytest.raises(ConfigError, match="window_size"):
-        branch_of("convnext", window_size=7)
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (NETWORKS["convnext"], "no attention"),
+        (NETWORKS["timm convnext"], "ConvNeXt"),
+        (NETWORKS["timm rotary"], "rotary"),
+        (TimmConfig(name="vit_tiny_patch16_224", options={"depth": 2}), "keep_prefix_tokens=False"),
+        (ViTConfig(**SIZES, class_token=True), "class_token"),
+    ],
+)
+def test_windows_that_cannot_be_say_why(network, reason):
+    with pytest.raises(ConfigError, match=rf"window_size=7: expected None: .*{reason}"):
+        BranchConfig(network=network, image_size=64, window_size=7)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -123,6 +145,46 @@ def test_no_two_parameters_share_memory(name):
     assert len(set(pointers)) == len(pointers)
 
 
+def test_families_mix_in_one_pyramid(randomize):
+    """Four families, interactions spread by themselves, gradients everywhere they are used."""
+    networks = [NETWORKS[name] for name in ("internvit", "beit", "uniperceiver", "convnext")]
+    branches = tuple(
+        BranchConfig(network=network, image_size=size, window_size=4 if network.family == "beit" else None)
+        for network, size in zip(networks, (32, 64, 96, 128), strict=True)
+    )
+    config = PIIPConfig(branches=branches, interaction=InteractionConfig(num_interactions=2, num_heads=4), merging=None)
+    assert PIIPConfig.from_dict(config.to_dict()) == config
+    model = randomize(PIIP(config))
+    maps = model(torch.randn(1, 3, 128, 96))
+    assert [m.shape[1:] for m in maps] == [(32, 2, 1), (32, 4, 3), (32, 6, 4), (32, 4, 3)]
+    sum(m.square().mean() for m in maps).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("attention", ["deformable", "regular"])
+@pytest.mark.parametrize("families", [("internvit", "beit"), ("uniperceiver", "vit"), ("beit", "convnext")])
+def test_every_layer_is_called(families, attention):
+    """Hooks, parametrisations, adapters and replaced forward methods work: no weight is used without its module."""
+    windows = [4 if family == "beit" else None for family in families]
+    config = PIIPConfig(
+        branches=tuple(
+            BranchConfig(network=NETWORKS[family], image_size=size, window_size=window)
+            for family, size, window in zip(families, (64, 96), windows, strict=True)
+        ),
+        interaction=InteractionConfig(num_interactions=2, num_heads=4, attention=attention),
+        merging=MergingConfig(out_strides=(8, 16, 32), num_groups=4),
+    )
+    model, called = DensePIIP(config), set()
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.add(module))
+    try:
+        model(torch.randn(1, 3, 96, 96))
+    finally:
+        hook.remove()
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    assert [name for name, module in layers.items() if module not in called] == []
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pooling(NetworkConfig):
     family = "pooling"
@@ -140,9 +202,6 @@ class PoolingBranch(Branch):
 
     def layer_of(self, name):
         return None
-
-    def remove_block(self, index):
-        pass
 
 
 @mock.patch.dict(FAMILIES)

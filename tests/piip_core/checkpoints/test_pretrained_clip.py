@@ -53,7 +53,7 @@ def test_transformers_clip_gives_its_own_features(tmp_path, whole):
     with torch.no_grad():
         state = branch.run(branch.embed(image), 0, 3)
         expected = reference(image, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(branch.sequence(state), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state.sequence(), expected, rtol=1e-4, atol=1e-5)
     expected = {"branches have no final norm"} | ({"belongs to the text side"} if whole else set())
     assert set(report.ignored.values()) == expected
 

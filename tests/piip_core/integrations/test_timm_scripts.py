@@ -12,7 +12,7 @@ from piip_core.integrations.timm import __main__ as runner
 
 def test_scripts_run_with_the_models_registered(monkeypatch, tmp_path, capsys):
     script = tmp_path / "script.py"
-    script.write_text("import sys, timm\nprint(__name__, sys.argv[1:], timm.is_model('piip_test'))\n")
+    script.write_text("import sys, timm\nprint(__name__, sys.argv[1:], timm.is_model('piip_tsb_368_192_128'))\n")
     monkeypatch.setattr(sys, "argv", ["timm", str(script), "--model", "piip_test"])
     runner.main()
     assert capsys.readouterr().out == "__main__ ['--model', 'piip_test'] True\n"
@@ -32,8 +32,8 @@ def test_timms_own_scripts_run_unchanged(tmp_path):
             folder.mkdir(parents=True)
             for i in range(4):
                 Image.new("RGB", (96, 96), (200 * (1 - label), 10 * i, 200 * label)).save(folder / f"{i}.png")
-    data = ["--data-dir", str(tmp_path), "--model", "piip_test", "--num-classes", "2", "-b", "4"]
-    data += ["--device", "cpu", "--no-prefetcher", "-j", "0"]
+    data = ["--data-dir", str(tmp_path), "--model", "piip_tsb_368_192_128", "--num-classes", "2", "-b", "4"]
+    data += ["--input-size", "3", "96", "96", "--device", "cpu", "--no-prefetcher", "-j", "0"]
     train = ["train.py", *data, "--output", str(tmp_path), "--experiment", "run", "--opt", "adamw", "--lr", "1e-3"]
     train += ["--model-ema", "--mixup", "0.8", "--cutmix", "1.0", "--layer-decay", "0.75", "--warmup-epochs", "0"]
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from piip_core.ops import make_reference_points
+
 SHAPES = ((5, 7), (3, 2), (1, 4))
 
 
@@ -30,6 +32,13 @@ class Inputs:
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.value, self.locations, self.weights
+
+    def sampling(self) -> Tensor:
+        """Locations and weights as what deform_attn_grid takes, for queries in one line."""
+        sizes = torch.tensor(self.spatial_shapes).flip(1)[:, None]
+        centres = make_reference_points(1, self.locations.shape[1], dtype=self.locations.dtype)[:, :, :, None, None]
+        offsets = (self.locations - centres) * sizes
+        return torch.cat((offsets.flatten(2), self.weights.flatten(2)), dim=-1)
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> "Inputs":
         """Values and gradient in `dtype`, the rest in the dtype that goes with it."""

@@ -1,50 +1,10 @@
-"""MSDeformAttn: against outputs and gradients of the published module, and its own promises."""
+"""MSDeformAttn: its own promises; outputs and gradients of the published module are among the golden cases."""
 
-import json
 import math
-from pathlib import Path
 
-import pytest
 import torch
-from safetensors.torch import load_file
 
 from piip_core.ops import MSDeformAttn, make_reference_points
-
-GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["nomask", "mask"])
-@pytest.mark.parametrize("name", ["msdeform_fp32", "msdeform_fp64", "msdeform_2level_fp64", "msdeform_boxref_fp64"])
-def test_golden(name, masked):
-    description, tensors = (
-        json.loads((GOLDENS / f"{name}.json").read_text()),
-        load_file(GOLDENS / f"{name}.safetensors"),
-    )
-    config, case = description["config"], "mask" if masked else "nomask"
-    module = MSDeformAttn(
-        config["d_model"],
-        config["n_heads"],
-        config["n_levels"],
-        config["n_points"],
-        value_ratio=config["ratio"],
-        value_dim=config["d_feat"],
-    ).to(tensors["input.query"].dtype)
-    module.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
-
-    query, value = tensors["input.query"].requires_grad_(), tensors["input.feat"].requires_grad_()
-    shapes = [tuple(shape) for shape in tensors["input.spatial_shapes"].tolist()]
-    mask = tensors["input.padding_mask"] if masked else None
-    output = module(query, tensors["input.reference_points"], value, shapes, mask)
-    index = torch.arange(output.numel(), dtype=output.dtype).view_as(output)
-    (output * torch.cos(0.37 * index)).sum().backward()
-
-    actual = {f"output.{case}": output, f"grad.{case}.query": query.grad, f"grad.{case}.feat": value.grad}
-    actual |= {f"grad.{case}.{key}": parameter.grad for key, parameter in module.named_parameters()}
-    assert set(actual) == {key for key in tensors if key.split(".")[1] == case}
-    for key, tensor in actual.items():
-        torch.testing.assert_close(
-            tensor, tensors[key], **description["tolerance"], msg=lambda m, key=key: f"{key}: {m}"
-        )
 
 
 def test_initial_offsets_form_a_star():

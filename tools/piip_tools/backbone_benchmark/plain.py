@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from piip_core.branches.transformer import TransformerBranch
-from piip_core.deconvolution import Deconvolution
 from piip_core.interaction import DeformableCrossAttention
 from piip_core.merging import BranchMerging, FeaturePyramid
 from piip_core.ops import make_reference_points, ms_deform_attn_reference
+from piip_core.ops.deconvolution import Deconvolution
 
 __all__ = ["plain_formulation"]
 

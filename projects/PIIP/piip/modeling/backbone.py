@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from piip_core import DensePIIP, PIIPConfig
 from piip_core.checkpoints import load_pretrained
-from piip_core.deconvolution import join
 from piip_core.meta import on_meta
+from piip_core.ops.deconvolution import join
 
 __all__ = ["PIIPBackbone", "PIIPFPN"]
 

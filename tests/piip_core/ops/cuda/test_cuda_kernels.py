@@ -123,14 +123,6 @@ def expected_fused(inputs, sampling) -> list[Tensor]:
     return with_gradients(reference, (inputs.value, sampling), inputs.grad_output)
 
 
-def sampling_of(inputs) -> Tensor:
-    """Offsets that lead to the inputs' locations from a single line of queries, and logits."""
-    queries, sizes = inputs.weights.shape[1], torch.tensor(inputs.spatial_shapes).flip(1)[:, None]
-    reference = torch.stack(((torch.arange(queries) + 0.5) / queries, torch.full((queries,), 0.5)), dim=-1)
-    offsets = (inputs.locations - reference[:, None, None, None]) * sizes
-    return torch.cat((offsets.flatten(2), inputs.weights.flatten(2)), dim=2).to(inputs.value.dtype)
-
-
 def assert_all_close(actual, expected, dtype):
     for ours, theirs in zip(actual, expected, strict=True):
         error = (ours.double() - theirs).abs().max() / theirs.abs().max()
@@ -149,7 +141,7 @@ def test_general_form(kernels, make_inputs, dtype, width, pack, threads, fixed_p
 @pytest.mark.parametrize("fixed_point", [False, True], ids=["atomic", "fixed_point"])
 def test_fused_form(kernels, make_inputs, dtype, width, pack, threads, fixed_point):
     inputs = make_inputs(3, 3, width, 13, SHAPES, dtype=dtype)
-    sampling = sampling_of(inputs)
+    sampling = inputs.sampling().to(inputs.value.dtype)
     actual = fused(kernels, inputs, sampling, pack, threads=threads, fixed_point=fixed_point)
     assert_all_close(actual, expected_fused(inputs, sampling), dtype)
 
@@ -190,7 +182,7 @@ def test_what_is_not_finite(kernels, make_inputs):
 
 def test_extreme_logits(kernels, make_inputs):
     inputs = make_inputs(1, 2, 6, 5, dtype=torch.float32)
-    sampling = sampling_of(inputs)
+    sampling = inputs.sampling().to(inputs.value.dtype)
     sampling[..., 2 * sampling.shape[2] // 3 :] *= 1e4
     assert_all_close(fused(kernels, inputs, sampling, 2, threads=3), expected_fused(inputs, sampling), torch.float32)
 

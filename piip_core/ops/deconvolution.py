@@ -6,26 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Deconvolution", "join"]
-
 _CHUNK = 1 << 22  # elements of the gradient that are rearranged at a time: little memory, and still large products
 
 
 class Deconvolution(nn.ConvTranspose2d):
-    """Transposed convolution whose windows touch but do not overlap: kernel size and stride are the same.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        factor: By which a map grows.
-    """
+    """Transposed convolution whose windows touch but do not overlap: kernel size and stride are `factor`."""
 
     def __init__(self, in_channels: int, out_channels: int, factor: int = 2) -> None:
         super().__init__(in_channels, out_channels, factor, stride=factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, D, factor * H, factor * W)."""
-        return deconvolve(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if x.device.type != "cpu" or not (torch.is_grad_enabled() and weight.requires_grad):
+            return F.conv_transpose2d(x, weight, bias, stride=self.stride)
+        if torch.is_autocast_enabled("cpu"):
+            x, weight, bias = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight, bias))
+        return _Deconvolve.apply(x, weight, bias)
 
 
 @torch.no_grad()
@@ -40,15 +37,6 @@ def join(deconvolution: Deconvolution, lateral: nn.Conv2d) -> Deconvolution:
     joined.weight.copy_(torch.einsum("icyx,oc->ioyx", deconvolution.weight.double(), mixing))
     joined.bias.copy_(mixing @ deconvolution.bias.double() + (0 if lateral.bias is None else lateral.bias.double()))
     return joined
-
-
-def deconvolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Transposed convolution of (B, C, H, W) with a weight (C, D, k, k) at stride k."""
-    if x.device.type != "cpu" or not (torch.is_grad_enabled() and weight.requires_grad):
-        return F.conv_transpose2d(x, weight, bias, stride=weight.shape[-1])
-    if torch.is_autocast_enabled("cpu"):
-        x, weight, bias = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight, bias))
-    return _Deconvolve.apply(x, weight, bias)
 
 
 class _Deconvolve(torch.autograd.Function):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from piip_core.deconvolution import Deconvolution, join
+from piip_core.ops.deconvolution import Deconvolution, join
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -31,7 +31,7 @@ def assert_as_in_float64(function, reference, inputs, dtype):
 @pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_deconvolution_and_its_gradients(monkeypatch, dtype, factor, channels_last, chunk):
-    monkeypatch.setattr("piip_core.deconvolution._CHUNK", chunk)
+    monkeypatch.setattr("piip_core.ops.deconvolution._CHUNK", chunk)
     layer = Deconvolution(6, 5, factor)
     image = torch.randn(2, 6, 3, 4)
     image = image.contiguous(memory_format=torch.channels_last) if channels_last else image

@@ -63,25 +63,6 @@ def test_features_are_timms(name, size, randomize):
     torch.testing.assert_close(state.tokens, expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_gets_a_gradient(name, randomize):
-    branch = build(name, randomize).train()
-    branch.set_grad_checkpointing()
-    run(branch, torch.randn(1, 3, 70, 84)).tokens.square().mean().backward()
-    assert not [name for name, parameter in branch.named_parameters() if parameter.grad is None]
-
-
-def test_depth_dims_and_strides_count_downsampling_as_blocks():
-    network = TimmConfig(name="convnextv2_atto")
-    assert network.depth == 15 and network.dims[:4] == (40, 40, 80, 80) and network.dims[-1] == 320
-    assert network.strides[:4] == (4, 4, 8, 8) and network.strides[-1] == 32
-    branch = build_branch(BranchConfig(network=network, image_size=64))
-    state = branch.embed(torch.randn(1, 3, 64, 64))
-    for index, (dim, stride) in enumerate(zip(network.dims, network.strides, strict=True)):
-        state = branch.run_block(state, index)
-        assert state.tokens.shape == (1, 64 // stride, 64 // stride, dim)
-
-
 def test_another_patch_size():
     network = TimmConfig(name="vit_small_patch14_reg4_dinov2", patch_size=16, options=SMALL)
     branch = build_branch(BranchConfig(network=network, image_size=224))
@@ -98,19 +79,6 @@ def test_windows_without_prefix_tokens(randomize):
     block = branch.model.blocks[0]
     halves = [block.attn(half) for half in state.tokens.split(4, dim=1)]
     torch.testing.assert_close(block.attn(state.tokens), torch.cat(halves, dim=1))
-
-
-@pytest.mark.parametrize(
-    ("network", "message"),
-    [
-        (TimmConfig(name="vit_tiny_patch16_224", options={"depth": 2}), "keep_prefix_tokens=False"),
-        (TimmConfig(name="eva02_tiny_patch14_224", options={"depth": 2}), "rotary"),
-        (TimmConfig(name="convnextv2_atto"), "ConvNeXt"),
-    ],
-)
-def test_windows_that_cannot_be_say_why(network, message):
-    with pytest.raises(ConfigError, match=message):
-        BranchConfig(network=network, image_size=224, window_size=7)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +133,3 @@ def test_pretrained_weights_of_timm(keep, tmp_path):
     if keep:
         assert torch.equal(table[:, 0], theirs.pos_embed[:, 0])
     assert torch.equal(branch.model.blocks[1].mlp.fc1.weight, theirs.blocks[1].mlp.fc1.weight)
-
-
-def test_layers_for_learning_rate_decay(randomize):
-    assert build("vit_small_patch16_dinov3", randomize).layer_of("model.blocks.1.ls1.gamma") == 2
-    assert build("vit_small_patch16_dinov3", randomize).layer_of("model.reg_token") == 0
-    assert build("convnextv2_atto", randomize).layer_of("model.stem.0.weight") is None
