@@ -8,34 +8,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
 from tqdm import tqdm
 
 from piip_core.archives import download, unpack_images
 from piip_core.errors import UserError
 from piip_core.files import atomic_path
 
-from .audit import audit
-from .audit_report import AuditReport
+from .audit import AuditReport, audit
 from .images import ImageFolder, same_stem
-from .problems import DataError
 from .published import PublishedFolder, PublishedSet
-from .records import read_records
-
-__all__ = ["NameRepair", "Preparation", "prepare_published", "provide_expected_names"]
+from .records import AnyPath, DataError, read_records
 
 # The only folder whose files are published under other names than the annotation file uses
 _RENAMED = "ocr_vqa"
-
-
-@dataclass
-class NameRepair:
-    """What `provide_expected_names` found and did; paths are relative to the image root."""
-
-    present: int = 0  # images that were there
-    provided: dict[str, str] = field(default_factory=dict)  # name -> the file that now also has it, or was converted
-    unreadable: dict[str, str] = field(default_factory=dict)  # name -> why the files of the same stem are of no use
-    missing: list[str] = field(default_factory=list)  # names without any file of the same stem
 
 
 @dataclass
@@ -44,7 +29,8 @@ class Preparation:
 
     done: list[str] = field(default_factory=list)  # what was unpacked, for people
     sources: dict[str, str] = field(default_factory=dict)  # what is missing -> where to get it and where to put it
-    names: NameRepair | None = None  # of images under other names than expected; None if that was not looked at
+    renamed: dict[str, str] = field(default_factory=dict)  # image -> the file that now also has its name
+    broken: dict[str, str] = field(default_factory=dict)  # image -> why the file under another name is of no use
     report: AuditReport | None = None  # without reading the images; None without the annotation file
 
     @property
@@ -57,11 +43,10 @@ class Preparation:
 
 def prepare_published(
     dataset: PublishedSet,
-    root: str | os.PathLike[str],
+    root: AnyPath,
     *,
-    archives: Mapping[str, str | os.PathLike[str]] | None = None,
+    archives: Mapping[str, AnyPath] | None = None,
     fetch: bool = False,
-    convert: bool = False,
     follow_links: bool = False,
     workers: int | None = None,
 ) -> Preparation:
@@ -72,7 +57,6 @@ def prepare_published(
         root: Folder that holds all data sets.
         archives: Name of a part -> its archive, where that is not at its usual place.
         fetch: Download what is missing.
-        convert: Write JPEGs where the annotation file expects them; otherwise files get a second name.
         follow_links: Whether links below `root` may lead out of it.
         workers: Number of processes that look for the images.
 
@@ -95,17 +79,16 @@ def prepare_published(
             if folder.part == _RENAMED and (image_root / folder.folder).is_dir():
                 images = (image for record in read_records(annotations) for image in record.images)
                 names = [image for image in images if str(PurePosixPath(image).parent) == folder.folder]
-                preparation.names = provide_expected_names(
-                    names, image_root, convert=convert, follow_links=follow_links
-                )
+                folder_of_images = ImageFolder(image_root, follow_links=follow_links)
+                preparation.renamed, preparation.broken = provide_expected_names(names, folder_of_images)
         preparation.report = audit(
-            annotations, image_root, decode="none", published=dataset, workers=workers, follow_links=follow_links
+            [annotations], [image_root], decode="none", published=dataset, workers=workers, follow_links=follow_links
         )
     return preparation
 
 
 def _prepare_folder(
-    preparation: Preparation, folder: PublishedFolder, root: Path, given: str | os.PathLike[str] | None, fetch: bool
+    preparation: Preparation, folder: PublishedFolder, root: Path, given: AnyPath | None, fetch: bool
 ) -> None:
     """Unpacks one archive if it is there, or notes where to get it."""
     archive, target = Path(given or root / folder.archive), root / folder.folder
@@ -120,50 +103,36 @@ def _prepare_folder(
         preparation.sources[folder.folder] = f"{folder.url}{note} -> {archive}, or --archive {folder.part}=FILE"
 
 
-def provide_expected_names(
-    names: Iterable[str], image_root: str | os.PathLike[str], *, convert: bool = False, follow_links: bool = False
-) -> NameRepair:
+def provide_expected_names(names: Iterable[str], images: ImageFolder) -> tuple[dict[str, str], dict[str, str]]:
     """Makes images available under expected names when they lie beside them with another ending.
 
     The tuning set names every OCR-VQA image `.jpg`; the download script keeps the endings of the addresses, so that
     some lie there as `.gif` or `.png`. They stay as they are: the expected name becomes a hard link (on file systems
-    without links a copy), which keeps the pixels; the ending does not matter for reading. With `convert` it becomes a
-    JPEG of the first frame. `follow_links` is that of `ImageFolder`.
+    without links a copy), which keeps the pixels; the ending does not matter for reading.
+
+    Returns:
+        The file for each name that was provided, and why a file of the same stem cannot be used.
     """
-    images, repair = ImageFolder(image_root, follow_links=follow_links), NameRepair()
+    provided, broken = {}, {}
     for name in tqdm(list(dict.fromkeys(names)), "Names", unit=" images", disable=None):
-        path, reasons = images.root / name, []
-        if path.is_file() and path.stat().st_size:
-            repair.present += 1
-            continue
-        for other in same_stem(path):
+        path = images.root / name
+        for other in () if path.is_file() and path.stat().st_size else same_stem(path):
             source = str(PurePosixPath(name).with_name(other.name))
             try:
-                image = images.open(source)
+                images.open(source)
             except DataError as error:
-                reasons.append(str(error))
+                broken[name] = str(error)
                 continue
-            _write(image if convert else None, images.locate(source), path)
-            repair.provided[name] = source
+            _link(images.locate(source), path)
+            provided[name] = source
+            broken.pop(name, None)
             break
-        else:
-            if reasons:
-                repair.unreadable[name] = "; ".join(reasons)
-            else:
-                repair.missing.append(name)
-    return repair
+    return provided, broken
 
 
-def _write(image: Image.Image | None, source: Path, path: Path) -> None:
-    """Writes an image as JPEG, or links its file."""
+def _link(source: Path, path: Path) -> None:
     try:
-        if image is None:
-            os.link(source, path)
-            return
+        os.link(source, path)
     except OSError:  # no links on this file system, or an empty file in the way
-        pass
-    with atomic_path(path) as aside:
-        if image is None:
+        with atomic_path(path) as aside:
             shutil.copyfile(source, aside)
-        else:
-            image.save(aside, format="JPEG", quality=95)

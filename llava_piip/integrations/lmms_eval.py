@@ -19,7 +19,7 @@ from tqdm import tqdm
 from piip_core.errors import UserError
 
 from ..conversation import IMAGE_TAG
-from ..eval.answering import default_dtype
+from ..eval.running import default_dtype
 from ..inference import ChatModel, MemoryLimitError, Quantization
 from .answering import Conversation, Likelihood, answer_batch, likelihood_batch, parts_message
 

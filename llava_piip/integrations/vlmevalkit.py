@@ -20,8 +20,8 @@ from vlmeval.vlm.base import BaseModel
 from piip_core.errors import UserError
 
 from ..data.images import read_image
-from ..eval.answering import default_dtype
 from ..eval.benchmark import LETTER
+from ..eval.running import default_dtype
 from ..inference import ChatModel, Quantization
 from .answering import Conversation, answer_batch, parts_message
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,14 +16,12 @@ from piip_core.errors import ConfigError
 
 from .arguments import DataArguments, ModelArguments, PIIPTrainingArguments
 
-__all__ = ["list_presets", "load_preset", "parse_arguments"]
-
 _FOLDER = Path(__file__).with_name("presets")
 _ARGUMENTS = (ModelArguments, DataArguments, PIIPTrainingArguments)
 
 
 def list_presets() -> list[str]:
-    """Names of the presets that come with the package, as `--preset` takes them."""
+    """Names of the presets that come with the package."""
     return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml"))
 
 
@@ -43,7 +41,7 @@ def load_preset(name: str | Path) -> dict[str, Any]:
 def parse_arguments(
     arguments: Sequence[str],
 ) -> tuple[ModelArguments, DataArguments, PIIPTrainingArguments]:
-    """Arguments of a run from a command line: `[PRESET] [--preset PRESET] [--key value ...]`.
+    """Arguments of a run from a command line: `[PRESET] [--key value ...]`.
 
     Raises:
         ConfigError: If a preset, a key or a value is not understood; the message names it and what is close.
@@ -52,20 +50,17 @@ def parse_arguments(
         _ARGUMENTS,
         prog="train.py",
         description="Trains PIIP-LLaVA. Example: deepspeed llava_piip/train/train.py "
-        "--preset piip_llava_clip_bl_512_256_7b/stage1 --annotations blip_laion_cc_sbu_558k.json "
+        "piip_llava_clip_bl_512_256_7b/stage1 --annotations blip_laion_cc_sbu_558k.json "
         "--image_root LLaVA-Pretrain/images --output_dir runs/stage1",
         epilog=f"presets: {', '.join(list_presets())}",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", metavar="PRESET", help="see --preset")
-    parser.add_argument("--preset", help="name of a preset (below), or a YAML file; given keys override its values")
+    preset = "name of a preset (below), or a YAML file; keys that follow override its values"
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help=preset)
     chosen, _ = parser.parse_known_args(list(arguments))
-    if chosen.name and chosen.preset:
-        raise ConfigError(f"{chosen.name!r}: expected --key value; the preset is {chosen.preset!r} already")
-    preset = chosen.preset or chosen.name
-    if preset:
-        parser.set_defaults(**load_preset(preset))
+    if chosen.preset:
+        parser.set_defaults(**load_preset(chosen.preset))
     model, data, training, _, unknown = parser.parse_args_into_dataclasses(
         list(arguments), return_remaining_strings=True, look_for_args_file=False
     )
@@ -119,6 +114,6 @@ def _fields() -> dict[str, dataclasses.Field]:
     return {field.name: field for cls in _ARGUMENTS for field in dataclasses.fields(cls) if field.init}
 
 
-def _close_to(key: str, *, dashes: str = "", names: Iterable[str] = ()) -> str:
-    close = difflib.get_close_matches(key.split("=")[0], list(names) or list(_fields()), n=3)
+def _close_to(key: str, *, dashes: str = "") -> str:
+    close = difflib.get_close_matches(key.split("=")[0], _fields(), n=3)
     return f"; did you mean {' or '.join(dashes + name for name in close)}?" if close else ""

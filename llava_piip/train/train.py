@@ -1,6 +1,6 @@
 """Trains PIIP-LLaVA.
 
-deepspeed llava_piip/train/train.py --preset piip_llava_clip_bl_512_256_7b/stage1 \
+deepspeed llava_piip/train/train.py piip_llava_clip_bl_512_256_7b/stage1 \
     --annotations blip_laion_cc_sbu_558k.json --image_root LLaVA-Pretrain/images --output_dir runs/stage1
 """
 
@@ -32,28 +32,14 @@ from piip_core.errors import SaveError, UserError
 from piip_core.files import explain_write_errors
 from piip_core.training_checkpoints import lock_run
 
-__all__ = ["main", "train"]
-
-
-def train(model: ModelArguments, data: DataArguments, training: PIIPTrainingArguments) -> PIIPTrainer:
-    """Runs one stage of training, to its end or from where it was interrupted, and saves the result.
-
-    Returns:
-        The trainer, with the log in `state.log_history`.
-
-    Raises:
-        UserError: For whatever the user can mend.
-    """
-    with locked(training):
-        trainer, checkpoint = prepare(model, data, training)
-        run(trainer, checkpoint)
-    return trainer
-
 
 @contextmanager
 def locked(training: PIIPTrainingArguments) -> Iterator[None]:
     """Keeps other trainings out of the output folder, and says in one line why something cannot be written."""
-    _join_processes(training)
+    # Before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many processes
+    if training.deepspeed is not None:
+        import_deepspeed().init_distributed()
+    _ = training.device  # makes the group of processes where DeepSpeed has not
     where = training.output_dir
     with lock_run(where, "give another --output_dir"), explain_write_errors(where, full_disk_only=True):
         yield
@@ -67,7 +53,6 @@ def prepare(
     Raises:
         UserError: If anything that was asked for is missing or does not fit.
     """
-    _join_processes(training)
     checkpoint = prepare_output(
         training.output_dir,
         resume=training.resume,
@@ -104,13 +89,6 @@ def prepare(
     return trainer, checkpoint
 
 
-def _join_processes(training: PIIPTrainingArguments) -> None:
-    """Before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many."""
-    if training.deepspeed is not None:
-        import_deepspeed().init_distributed()
-    _ = training.device  # makes the group of processes where DeepSpeed has not
-
-
 def run(trainer: PIIPTrainer, checkpoint: Path | None) -> None:
     """Trains and saves the result."""
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -144,14 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # All processes fail alike before the training and at saves, and one of each machine speaks; else the one that
         # failed
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or (started and not isinstance(error, SaveError)):
-            print(f"error: {_message(error)}", file=sys.stderr, flush=True)
+            # One from a worker of the data loader has a traceback in front
+            print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
         return 2
     return 0
-
-
-def _message(error: UserError) -> str:
-    """The message in one line; one that comes from a worker of the data loader has a traceback in front."""
-    return str(error).strip().splitlines()[-1]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import resource
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,15 +22,11 @@ from llava_piip.data.sampler import ModalityLengthSampler
 from piip_core.deepspeed_start import save_engine
 from piip_core.errors import ConfigError, SaveError
 from piip_core.files import write_atomically
-from piip_core.training_checkpoints import FailedSaves
+from piip_core.training_checkpoints import FailedSaves, RunFolder
 
-from ..loading import FINAL, ModelSource, base_model, load_tensors
+from ..loading import FINAL, PARTS, ModelSource, base_model, load_tensors, part_parameters
 from .arguments import PIIPTrainingArguments
-from .checkpointing import RunFolder, check_same_processes, run_folder
-from .parts import parameter_groups, trained_parts
-from .saving import gathered_state, save_trained
-
-__all__ = ["PIIPTrainer", "check_trainer"]
+from .checkpointing import check_same_processes, gathered_state, run_folder, save_trained
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +57,33 @@ def check_trainer(trainer: type = Trainer) -> None:
             f"transformers {transformers.__version__}: its Trainer has no {', '.join(missing)}, which training builds "
             "on; expected 5.16.1 to 5.24.0: pip install 'transformers<=5.24.0'"
         )
+
+
+def parameter_groups(
+    model: nn.Module, learning_rates: Mapping[str, float], weight_decay: float, decayed: Collection[str]
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: per part, with and without weight decay; frozen parameters are in none.
+
+    Args:
+        model: The model.
+        learning_rates: Of each part.
+        weight_decay: Of the parameters whose names are in `decayed`.
+        decayed: As transformers' `Trainer.get_decay_parameter_names` gives them.
+
+    Returns:
+        Dicts with `params`, `lr`, `weight_decay`, and `part`, which optimizers carry along unread.
+    """
+    groups = []
+    for part in PARTS:
+        by_decay: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in part_parameters(model, part).items():
+            if parameter.requires_grad:
+                by_decay.setdefault(weight_decay if name in decayed else 0.0, []).append(parameter)
+        groups += [
+            {"params": params, "lr": learning_rates[part], "weight_decay": decay, "part": part}
+            for decay, params in sorted(by_decay.items(), reverse=True)
+        ]
+    return groups
 
 
 class _OrderOfEpochs(TrainerCallback):
@@ -116,7 +140,7 @@ class PIIPTrainer(Trainer):
         if self.optimizer is None:
             target = base_model(self.model if model is None else model)
             optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
-            rates = {part: self.args.learning_rate_of(part) for part in trained_parts(target)}
+            rates = {part: self.args.learning_rate_of(part) for part in PARTS}
             decayed = frozenset(self.get_decay_parameter_names(target))
             groups = parameter_groups(target, rates, self.args.weight_decay, decayed)
             self.optimizer_cls_and_kwargs = (optimizer, settings | {"params": groups})

@@ -215,15 +215,11 @@ def test_a_conversation_without_words(make):
     assert make(*entries, on_error="skip").modality_lengths == [5, -1]
 
 
-def test_settings_that_cannot_work(make, images, processor):
-    with pytest.raises(ConfigError, match=r"on_error is 'ignore': expected 'raise' or 'skip'"):
+def test_settings_that_cannot_work(make, images):
+    with pytest.raises(ConfigError, match="on_error='ignore': expected one of 'raise', 'skip'"):
         make((None, ["a", "b"]), on_error="ignore")
-    with pytest.raises(ConfigError, match="max_length is 0"):
-        make((None, ["a", "b"]), max_length=0)
     with pytest.raises(ConfigError, match="is no folder"):
         make((None, ["a", "b"]), image_root=images / "gone")
-    with pytest.raises(ConfigError, match="records is empty"):
-        ConversationDataset([], processor)
 
 
 def test_workers_count_for_all(make):

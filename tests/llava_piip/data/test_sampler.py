@@ -98,7 +98,7 @@ def test_bad_input():
         ModalityLengthSampler([3, 0, -2], 1, 1)
     with pytest.raises(DataError, match="no samples to draw from"):
         ModalityLengthSampler([], 1, 1)
-    with pytest.raises(ConfigError, match=r"batch_size is 0: expected at least 1"):
+    with pytest.raises(ConfigError, match="batch_size=0: expected at least 1"):
         ModalityLengthSampler([1], 0, 1)
-    with pytest.raises(ConfigError, match=r"batches_per_step is -1"):
+    with pytest.raises(ConfigError, match="batches_per_step=-1"):
         ModalityLengthSampler([1], 1, -1)

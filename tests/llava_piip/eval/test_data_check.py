@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from llava_piip.eval.data_check import check_benchmarks
-from llava_piip.eval.mmbench import MMBENCH
-from llava_piip.eval.pope import POPE
+from llava_piip.eval.multiple_choice import MMBENCH
+from llava_piip.eval.short_answers import POPE
 
 SMALL = replace(POPE, published=21)
 
@@ -53,5 +53,5 @@ def test_command_line(pope_data, tmp_path, capsys, load_script):
     assert main(["pope", str(pope_data), "--workers", "1", "--report", str(tmp_path / "r.json")]) == 1
     assert "8910 | DIFFERS" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "r.json").read_text())
-    with pytest.raises(SystemExit, match="close matches are pope"):
+    with pytest.raises(SystemExit, match="no benchmark is named 'popes'"):
         main(["popes", str(pope_data)])

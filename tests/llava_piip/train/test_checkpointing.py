@@ -13,15 +13,10 @@ from zipfile import ZipFile
 import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
-from llava_piip.train.checkpointing import (
-    OutputFolderError,
-    RunFolder,
-    SaveError,
-    check_same_processes,
-    prepare_output,
-    run_folder,
-)
+from llava_piip.train.checkpointing import check_same_processes, prepare_output, run_folder
 from llava_piip.train.train import main
+from piip_core.errors import OutputFolderError, SaveError
+from piip_core.training_checkpoints import RunFolder
 
 # What a program can be interrupted at: everything Python does to files is announced to audit hooks under these names
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
