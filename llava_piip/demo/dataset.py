@@ -16,7 +16,6 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from piip_core.errors import check
 from piip_digits.data_folder import write_data_folder
 
 from ..conversation import IMAGE_TAG
@@ -34,8 +33,6 @@ from .questions import (
     render_chat_scene,
     seen_digits,
 )
-
-__all__ = ["ChatDataset", "imagine_conversations", "prepare_chat_dataset"]
 
 _FORMAT = 1  # raise it when the same settings would give other files: data sets already there are then made anew
 _TEXT_ONLY = 0.15  # part of the conversations that have no image
@@ -98,16 +95,10 @@ def prepare_chat_dataset(
         num_texts: Number of conversations about images that do not exist.
 
     Raises:
-        UserError: If a number is not positive, or the folder holds something that this function did not write.
+        UserError: If the folder holds something that this function did not write.
     """
-    for name, number in (("num_train", num_train), ("num_val", num_val), ("num_texts", num_texts)):
-        check(number >= 1, name, number, "at least 1")
-    settings = {
-        "format": _FORMAT,
-        "scenes": [num_train, num_val],
-        "texts": num_texts,
-        "config": asdict(CHAT_SCENES),
-    }
+    scenes = [num_train, num_val]
+    settings = {"format": _FORMAT, "scenes": scenes, "texts": num_texts, "config": asdict(CHAT_SCENES)}
     write = partial(_write_files, num_train=num_train, num_val=num_val, num_texts=num_texts)
     write_data_folder(Path(root), settings, write)
     return ChatDataset(Path(root))
@@ -118,10 +109,6 @@ def imagine_conversations(count: int, seed: int = 0) -> list[Messages]:
 
     Questions come in any order, for this is where the language model learns to look things up. Some conversations
     start with a caption, and some are sums without an image.
-
-    Args:
-        count: Number of conversations.
-        seed: Of everything random.
     """
     rng = Random(f"texts {seed}")
     conversations = []

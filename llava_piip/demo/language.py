@@ -17,8 +17,6 @@ from piip_core.files import publish_folder
 from ..conversation import encode_conversation, render_conversation
 from ..data import Collator
 
-__all__ = ["train_language_model"]
-
 Conversation = Sequence[Mapping[str, str]]
 
 _CHAT_TEMPLATE = "vicuna_v1"

@@ -13,23 +13,6 @@ from string import ascii_lowercase
 
 from piip_digits.scenes import NAMED_COLOURS, NUM_CLASSES, Scene, SceneConfig, render_scene
 
-__all__ = [
-    "CHAT_SCENES",
-    "DESCRIBE",
-    "PLACES",
-    "QUESTION_TYPES",
-    "Question",
-    "SeenDigit",
-    "ask_all",
-    "ask_round_by_round",
-    "ask_sums",
-    "caption",
-    "imagine",
-    "in_words",
-    "render_chat_scene",
-    "seen_digits",
-]
-
 CHAT_SCENES = SceneConfig(
     image_size=128,
     min_digits=1,

@@ -26,17 +26,6 @@ from piip_digits.scenes import NAMED_COLOURS, NUM_CLASSES
 
 from .questions import CHAT_SCENES
 
-__all__ = [
-    "CHAT_PYRAMID",
-    "PIXEL_MEAN",
-    "PIXEL_STD",
-    "DigitTeacher",
-    "chat_entry",
-    "chat_pyramid",
-    "classifier_pyramid",
-    "train_branches",
-]
-
 PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
 """Of the images that the branches learn from, so the image processor of the chat model needs them as well."""
 

@@ -139,17 +139,3 @@ def test_foreign_folders_are_not_touched(tmp_path):
     with pytest.raises(UserError, match="not a digit data set of this kind: move it away"):
         prepare_chat_dataset(tmp_path, num_train=1, num_val=1, num_texts=1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_train": 0}, "num_train=0"),
-        ({"num_val": -1}, "num_val=-1"),
-        ({"num_texts": 0}, "num_texts=0"),
-    ],
-)
-def test_settings_that_cannot_work(tmp_path, settings, message):
-    with pytest.raises(UserError, match=message):
-        prepare_chat_dataset(tmp_path / "chat", **settings)
-    assert not list(tmp_path.iterdir())

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from llava_piip import PIIPLlavaForConditionalGeneration, PIIPLlavaProcessor
-from llava_piip.demo import run, vision
+from llava_piip.demo import __main__ as run
+from llava_piip.demo import vision
 from llava_piip.demo.dataset import imagine_conversations, prepare_chat_dataset
 from llava_piip.demo.language import train_language_model
 from llava_piip.train.presets import parse_arguments
@@ -43,7 +44,7 @@ def short(monkeypatch, language, trained):
 
     def stage(command, env):
         options = dict(itertools.pairwise(command))
-        model, data, training = parse_arguments([*command[command.index("--preset") :], "--deepspeed", "none"])
+        model, data, training = parse_arguments([*command[command.index(str(run._TRAIN)) + 1 :], "--deepspeed", "none"])
         calls.append((model, data, training, command[: command.index(str(run._TRAIN))], env))
         shutil.copytree(options["--model"], f"{options['--output_dir']}/{run.FINAL}")
         return subprocess.CompletedProcess(command, 0)

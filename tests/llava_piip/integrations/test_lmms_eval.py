@@ -236,42 +236,6 @@ def test_lmms_eval_chooses_the_most_probable_answer(adapter, docs):
     assert scored.process_results(docs[0], results) == {"acc": 1.0}
 
 
-def rounds_of(doc, previous_output, round_idx, previous_round_info=None, **_):
-    """A task that asks about the answer before, without the picture, as often as the document has letters to it."""
-    if round_idx == doc["rounds"]:
-        return None, None, True, previous_output, None
-    info = (previous_round_info or 0) + 1
-    return [], f"Round {info}: why {previous_output[-1]}?", False, previous_output, info
-
-
-@pytest.mark.parametrize(("chat", "batch_size"), [(False, 1), (False, 4), (True, 4)])
-def test_rounds_follow_the_task(adapter, reference, docs, chat, batch_size):
-    rounds = [3, 1, 2, 3, 2]
-    counted = [{**doc, "rounds": count} for doc, count in zip(docs, rounds, strict=True)]
-
-    def to_messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
-        if round_idx is None:
-            content = [{"type": "image", "url": picture} for picture in doc["pictures"]]
-            return [{"role": "user", "content": [*content, {"type": "text", "text": doc["question"]}]}]
-        _, text, done, outputs, info = rounds_of(doc, previous_output, round_idx, previous_round_info)
-        return done or [{"role": "user", "content": [{"type": "text", "text": text}]}], done, outputs, info
-
-    model = adapter(PIIPLlavaChat if chat else PIIPLlava, batch_size=batch_size)
-    model.task_dict = {"drawn": {"test": counted}}
-    requests = []
-    for number, doc in enumerate(counted):
-        place = (number, "drawn", "test")
-        middle = (to_messages, SHORT) if chat else (SHORT, visuals_of, rounds_of)
-        requests.append(instance("generate_until_multi_round", doc["question"], *middle, *place))
-    answers = model.generate_until_multi_round(requests)
-    for doc, found in zip(counted, answers, strict=True):
-        expected = [alone(reference, doc)]
-        for number in range(1, doc["rounds"]):
-            expected.append(alone(reference, {"question": f"Round {number}: why {expected[-1]}?", "pictures": []}))
-        assert found == expected
-        assert unwrap_generation_output(found)[0] == expected
-
-
 @pytest.mark.parametrize(
     ("settings", "visuals", "error", "words"),
     [
