@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from piip_core.errors import ConfigError, UserError, check_choice
 from piip_core.files import write_atomically
+from piip_core.images import image_formats
 
-from .images import FORMAT_OF_SUFFIX, ImageFolder
+from .images import ImageFolder
 from .published import PublishedSet
 from .records import AnyPath, DataError, Problem, Record, parse_entry, read_entries, write_entries
 
@@ -28,11 +29,7 @@ Decode = Literal["none", "header", "full"]
 
 UNUSABLE_FILE = "file unusable"
 EMPTY_ANSWER = "answer empty or missing"
-REPEATED_ID = "id occurs before"
-OTHER_FORMAT = "format differs from the name"
-# Neither hurts: images are read by their content, and ids only name entries
-_INFORMATION = (REPEATED_ID, OTHER_FORMAT)
-_ORDER = (UNUSABLE_FILE, *(problem.value for problem in Problem), EMPTY_ANSWER, *_INFORMATION)
+_ORDER = (UNUSABLE_FILE, *(problem.value for problem in Problem), EMPTY_ANSWER)
 _READING = {
     "none": "the images were not read, only looked up",
     "header": "of the images only the headers were read: decode=full finds truncated ones too",
@@ -43,18 +40,13 @@ _CHUNK = 256  # images a worker process is handed at a time
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about an entry of a conversation file."""
+    """A problem: training would stop at the entry or skip it, wholly or in part."""
 
     file: str
     entry: int | None  # its index; None for what concerns the file
     kind: str  # a value of `Problem`, or one of this module's names
     message: str  # what was found, with the fix
     image: str | None = None  # if it is about one
-
-    @property
-    def is_problem(self) -> bool:
-        """Whether training would stop at the entry or skip it, wholly or in part; otherwise it is information."""
-        return self.kind not in _INFORMATION
 
 
 class Count(NamedTuple):
@@ -86,12 +78,7 @@ class AuditReport:
 
     decode: str  # how images were read
     files: list[FileSummary] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)  # in the order of files and entries
-
-    @property
-    def problems(self) -> list[Finding]:
-        """The findings that are more than information."""
-        return [finding for finding in self.findings if finding.is_problem]
+    problems: list[Finding] = field(default_factory=list)  # in the order of files and entries
 
     @property
     def ok(self) -> bool:
@@ -107,8 +94,8 @@ class AuditReport:
             "ok": self.ok,
             "decode": self.decode,
             "files": list(map(vars, self.files)),
-            "totals": Counter(finding.kind for finding in self.findings),
-            "findings": [asdict(finding) | {"problem": finding.is_problem} for finding in self.findings],
+            "totals": Counter(finding.kind for finding in self.problems),
+            "problems": list(map(asdict, self.problems)),
         }
         with write_atomically(path, "w") as file:
             json.dump(content, file, indent=1)
@@ -121,14 +108,12 @@ class AuditReport:
         if counts := [count for summary in self.files for count in summary.counts]:
             rows = [(*count, "as published" if count.found == count.published else "DIFFERS") for count in counts]
             parts.append(tabulate(rows, ["entries", "found", "published size", ""], "github"))
-        by_kind = {kind: [finding for finding in self.findings if finding.kind == kind] for kind in _ORDER}
         lines = []
-        for kind, found in by_kind.items():
-            if found:
-                lines.append(f"{'PROBLEM' if found[0].is_problem else 'information'}: {kind}: {len(found)}")
-                lines += [f"  {finding.message}" for finding in found[:examples]]
-            if len(found) > examples:
-                lines.append(f"  and {len(found) - examples} more")
+        for kind in _ORDER:
+            found = [finding.message for finding in self.problems if finding.kind == kind]
+            lines += [f"PROBLEM: {kind}: {len(found)}"] if found else []
+            lines += [f"  {message}" for message in found[:examples]]
+            lines += [f"  and {len(found) - examples} more"] if len(found) > examples else []
         return "\n\n".join(filter(None, [*parts, "\n".join(lines)]))
 
     def verdict(self) -> str:
@@ -155,10 +140,7 @@ def audit(
     workers: int | None = None,
     follow_links: bool = False,
 ) -> AuditReport:
-    """Checks conversation files with their images and reports everything found.
-
-    Problems are what training stops at or skips (`Problem`), and answers that are empty or missing. Information is what
-    is harmless: ids that repeat, and images in another format than their name says.
+    """Checks conversation files with their images and reports everything that training would stop at or skip.
 
     Args:
         annotations: Conversation files.
@@ -183,7 +165,7 @@ def audit(
         folder = ImageFolder(root, follow_links=follow_links)
         summary = FileSummary(str(Path(file)), str(folder.root))
         report.files.append(summary)
-        report.findings += _audit_file(summary, folder, decode, published, workers)
+        report.problems += _audit_file(summary, folder, decode, published, workers)
     return report
 
 
@@ -211,7 +193,6 @@ def _audit_file(
     """What is found in one file, in the order of its entries; the summary takes its numbers."""
     findings: list[Finding] = []
     users: dict[str, list[Record]] = {}  # image -> entries that name it
-    first_by_id: dict[str, int] = {}
     folder_of = partial(_folder_of, known=[] if published is None else published.relative_folders())
     for record in _records(summary, findings):
         for name in dict.fromkeys(record.images):
@@ -223,9 +204,6 @@ def _audit_file(
             summary.text_only += 1
         if kind_and_message := _text_problem(record):
             findings.append(Finding(record.source, record.index, *kind_and_message))
-        if (first := first_by_id.setdefault(record.id, record.index)) != record.index:
-            message = f"{record.where}: entry {first} has the same id"
-            findings.append(Finding(record.source, record.index, REPEATED_ID, message))
     places = {name: [(record.index, record.where) for record in records] for name, records in users.items()}
     findings += image_findings(summary, places, folder, decode, workers, folder_of)
     if published is not None and summary.entries:
@@ -271,16 +249,7 @@ def image_findings(
 ) -> Iterator[Finding]:
     """Looks at images, in worker processes if there are many, and yields what it means for the entries that name them.
 
-    Args:
-        summary: Of the file with the entries; takes the numbers of images.
-        users: Index of the entries that name each image, and what to call them in messages.
-        folder: Where the images are.
-        decode: See `audit`, as for `workers`.
-        workers: Number of processes.
-        folder_of: The folder that an image counts for.
-
-    Raises:
-        UserError: If a process ends while it reads images.
+    `users` has index and name of the entries by image; `folder_of` says what folder an image counts for in `summary`.
     """
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     alone = workers == 1 or len(users) <= _CHUNK
@@ -291,9 +260,10 @@ def image_findings(
             (found for chunk in chunks for found in chunk), "Images", len(users), unit=" images", disable=None
         ):
             summary.images_by_folder[folder_of(name)] += 1
-            summary.unusable_by_folder[folder_of(name)] += kind not in (None, OTHER_FORMAT)
-            for index, where in users[name] if kind else ():
-                yield Finding(summary.file, index, kind, f"{where}: {message}", name)
+            if kind is not None:
+                summary.unusable_by_folder[folder_of(name)] += 1
+                for index, where in users[name]:
+                    yield Finding(summary.file, index, kind, f"{where}: {message}", name)
     except RuntimeError as error:
         raise UserError(
             f"a process that read images of {folder.root} ended: too little memory, or an image that crashes the "
@@ -302,35 +272,30 @@ def image_findings(
 
 
 def _look_at(folder: ImageFolder, decode: Decode, names: Sequence[str]) -> list[tuple[str, str | None, str]]:
-    """For each image its name, a kind of `Finding` or None, and the message."""
+    """For each image its name, and a kind of problem with the message, or None."""
     found: list[tuple[str, str | None, str]] = []
     for name in names:
         try:
             path = folder.locate(name)
-            format_ = None if decode == "none" else _format(path)
             # A header that cannot be read: reading it all tells what is wrong in the words that training would use
-            if decode == "full" or (decode == "header" and format_ is None):
+            if decode == "full" or (decode == "header" and not _has_header(path)):
                 folder.open(name)
+            found.append((name, None, ""))
         except DataError as error:
             found.append((name, error.problem.value, str(error)))
-        else:
-            expected = FORMAT_OF_SUFFIX.get(PurePosixPath(name).suffix.lower())
-            differs = None not in (format_, expected) and format_ != expected
-            found.append((name, OTHER_FORMAT if differs else None, f"image {name!r} is a {format_} file"))
     return found
 
 
-def _format(path: Path) -> str | None:
-    """The format of an image file by its content, from the header alone; None if it is no image."""
+def _has_header(path: Path) -> bool:
+    """Whether a file starts like an image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=sorted(set(FORMAT_OF_SUFFIX.values()))) as image:
-                # A phone's JPEG with a second image inside
-                return "JPEG" if image.format == "MPO" else image.format
+            with Image.open(path, formats=image_formats()):
+                return True
     except Exception:  # readers meet broken content with errors of many types
-        return None
+        return False
 
 
 def _folder_of(name: str, known: Sequence[str]) -> str:

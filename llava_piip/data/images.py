@@ -17,9 +17,7 @@ from piip_core.images import image_formats, spellings, upright
 from ..image_processing import ImageError, rgb_image
 from .records import DataError, Problem
 
-# The formats that their names promise, the likeliest first
-FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF"}
-FORMAT_OF_SUFFIX |= {".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # the likeliest first
 
 
 class ImageFolder:
@@ -106,7 +104,7 @@ class ImageFolder:
 
 def same_stem(path: Path) -> Iterator[Path]:
     """The files that are not empty and differ from a path in the ending alone, the likeliest first."""
-    others = (path.with_suffix(suffix) for suffix in (*FORMAT_OF_SUFFIX, *map(str.upper, FORMAT_OF_SUFFIX)))
+    others = (path.with_suffix(ending) for ending in (*_ENDINGS, *map(str.upper, _ENDINGS)))
     return (other for other in others if other.is_file() and other.stat().st_size)
 
 

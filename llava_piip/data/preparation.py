@@ -14,7 +14,6 @@ from piip_core.archives import download, unpack_images
 from piip_core.errors import UserError
 from piip_core.files import atomic_path
 
-from .audit import AuditReport, audit
 from .images import ImageFolder, same_stem
 from .published import PublishedFolder, PublishedSet
 from .records import AnyPath, DataError, read_records
@@ -30,15 +29,6 @@ class Preparation:
     done: list[str] = field(default_factory=list)  # what was unpacked, for people
     sources: dict[str, str] = field(default_factory=dict)  # what is missing -> where to get it and where to put it
     renamed: dict[str, str] = field(default_factory=dict)  # image -> the file that now also has its name
-    broken: dict[str, str] = field(default_factory=dict)  # image -> why the file under another name is of no use
-    report: AuditReport | None = None  # without reading the images; None without the annotation file
-
-    @property
-    def complete(self) -> bool:
-        """Whether every image of the annotation file is there."""
-        if self.report is None or self.sources:
-            return False
-        return not any(summary.unusable_by_folder.total() for summary in self.report.files)
 
 
 def prepare_published(
@@ -48,7 +38,6 @@ def prepare_published(
     archives: Mapping[str, AnyPath] | None = None,
     fetch: bool = False,
     follow_links: bool = False,
-    workers: int | None = None,
 ) -> Preparation:
     """Lays out a published data set as far as its files are there; what is done already is not done again.
 
@@ -58,7 +47,6 @@ def prepare_published(
         archives: Name of a part -> its archive, where that is not at its usual place.
         fetch: Download what is missing.
         follow_links: Whether links below `root` may lead out of it.
-        workers: Number of processes that look for the images.
 
     Raises:
         UserError: If an archive is damaged or unsafe, a download fails, or a part is unknown.
@@ -67,23 +55,17 @@ def prepare_published(
     parts = [folder.part for folder in dataset.folders]
     if unknown := sorted(set(archives) - set(parts)):
         raise UserError(f"archive for {', '.join(unknown)}: {dataset.title} consists of {', '.join(parts)}")
-    annotations, image_root = root / dataset.annotations, root / dataset.image_root
+    annotations, images = root / dataset.annotations, root / dataset.image_root
     if fetch:
         download(dataset.url, annotations)
     if not annotations.is_file():
         preparation.sources[dataset.annotations] = f"{dataset.url} -> {annotations}"
     for folder in dataset.folders:
         _prepare_folder(preparation, folder, root, archives.get(folder.part), fetch)
-    if annotations.is_file() and image_root.is_dir():
-        for folder in dataset.folders:
-            if folder.part == _RENAMED and (image_root / folder.folder).is_dir():
-                images = (image for record in read_records(annotations) for image in record.images)
-                names = [image for image in images if str(PurePosixPath(image).parent) == folder.folder]
-                folder_of_images = ImageFolder(image_root, follow_links=follow_links)
-                preparation.renamed, preparation.broken = provide_expected_names(names, folder_of_images)
-        preparation.report = audit(
-            [annotations], [image_root], decode="none", published=dataset, workers=workers, follow_links=follow_links
-        )
+        if folder.part == _RENAMED and annotations.is_file() and (root / folder.folder).is_dir():
+            names = (image for record in read_records(annotations) for image in record.images)
+            there = [name for name in names if (images / name).parent == root / folder.folder]
+            preparation.renamed = provide_expected_names(there, ImageFolder(images, follow_links=follow_links))
     return preparation
 
 
@@ -103,7 +85,7 @@ def _prepare_folder(
         preparation.sources[folder.folder] = f"{folder.url}{note} -> {archive}, or --archive {folder.part}=FILE"
 
 
-def provide_expected_names(names: Iterable[str], images: ImageFolder) -> tuple[dict[str, str], dict[str, str]]:
+def provide_expected_names(names: Iterable[str], images: ImageFolder) -> dict[str, str]:
     """Makes images available under expected names when they lie beside them with another ending.
 
     The tuning set names every OCR-VQA image `.jpg`; the download script keeps the endings of the addresses, so that
@@ -111,23 +93,21 @@ def provide_expected_names(names: Iterable[str], images: ImageFolder) -> tuple[d
     without links a copy), which keeps the pixels; the ending does not matter for reading.
 
     Returns:
-        The file for each name that was provided, and why a file of the same stem cannot be used.
+        The file for each name that was provided.
     """
-    provided, broken = {}, {}
+    provided = {}
     for name in tqdm(list(dict.fromkeys(names)), "Names", unit=" images", disable=None):
         path = images.root / name
         for other in () if path.is_file() and path.stat().st_size else same_stem(path):
             source = str(PurePosixPath(name).with_name(other.name))
             try:
                 images.open(source)
-            except DataError as error:
-                broken[name] = str(error)
+            except DataError:  # the next may be one
                 continue
             _link(images.locate(source), path)
             provided[name] = source
-            broken.pop(name, None)
             break
-    return provided, broken
+    return provided
 
 
 def _link(source: Path, path: Path) -> None:

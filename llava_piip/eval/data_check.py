@@ -29,21 +29,21 @@ def check_benchmarks(
         summary = FileSummary(str(file), str(folder or file))
         report.files.append(summary)
         missing = benchmark.missing_files(data)
-        report.findings += [_unusable(file, f"{path}: missing; {SOURCES}") for path in missing]
+        report.problems += [_unusable(file, f"{path}: missing; {SOURCES}") for path in missing]
         try:
             questions = benchmark.read(file)
         except UserError as error:
             if file not in missing:
-                report.findings.append(_unusable(file, str(error)))
+                report.problems.append(_unusable(file, str(error)))
             continue
         summary.entries = len(questions)
         summary.with_image = sum(question.image is not None for question in questions)
         summary.text_only = len(questions) - summary.with_image
         summary.counts.append(Count(f"{benchmark.title}: questions", len(questions), benchmark.published))
-        report.findings += _repeated(file, questions)
+        report.problems += _repeated(file, questions)
         if not missing:
-            report.findings += _trial(benchmark, file, questions)
-        report.findings += _embedded_images(summary, questions, decode)
+            report.problems += _trial(benchmark, file, questions)
+        report.problems += _embedded_images(summary, questions, decode)
         if folder is not None and folder.is_dir():
             users: dict[str, list[tuple[int, str]]] = {}
             for index, question in enumerate(questions):
@@ -51,7 +51,7 @@ def check_benchmarks(
                     users.setdefault(question.image, []).append((index, f"{file}: question {question.id!r}"))
                     summary.entries_by_folder[str(Path(question.image).parent)] += 1
             images = ImageFolder(folder, follow_links=True)
-            report.findings += image_findings(summary, users, images, decode, workers, lambda n: str(Path(n).parent))
+            report.problems += image_findings(summary, users, images, decode, workers, lambda n: str(Path(n).parent))
     return report
 
 

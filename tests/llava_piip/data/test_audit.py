@@ -13,7 +13,7 @@ from PIL import Image
 from llava_piip.conversation import EncodedConversation
 from llava_piip.data import ConversationDataset, DataError, Problem, read_records
 from llava_piip.data import audit as module
-from llava_piip.data.audit import EMPTY_ANSWER, OTHER_FORMAT, REPEATED_ID, UNUSABLE_FILE, write_clean
+from llava_piip.data.audit import EMPTY_ANSWER, UNUSABLE_FILE, write_clean
 from llava_piip.data.published import PUBLISHED
 from piip_core.errors import ConfigError, UserError
 
@@ -44,7 +44,7 @@ def write(path: Path, entries: list) -> Path:
 
 
 def found(report) -> list[tuple]:
-    return [(finding.entry, finding.kind) for finding in report.findings]
+    return [(finding.entry, finding.kind) for finding in report.problems]
 
 
 # What is in the tree of `broken`, and what has to be found with full decoding
@@ -57,7 +57,7 @@ BROKEN = [
     (entry(5, "coco/cut.jpg"), [Problem.BROKEN.value]),
     (entry(6, "../outside.jpg"), [Problem.OUTSIDE.value]),
     (entry(7, "coco/link.jpg"), [Problem.OUTSIDE.value]),
-    (entry(8, "ocr_vqa/gif.jpg"), [OTHER_FORMAT]),
+    (entry(8, "ocr_vqa/gif.jpg"), []),
     (entry(9, "coco/good.jpg", turns("<image>\nWhat?", "")), [EMPTY_ANSWER]),
     (entry(10, None, turns("Hello?", "Hi.", "Who are you?")), [EMPTY_ANSWER]),
     (entry(11, None, turns("Hello?", " \n", "And?", "Yes.")), [EMPTY_ANSWER]),
@@ -67,7 +67,7 @@ BROKEN = [
     (entry(15, "coco/good.jpg", turns("<image>\nOne.", "Yes", "<image>\nTwo.", "No")), [Problem.PLACEHOLDERS.value]),
     (entry(16, None, turns("<image>\nForgotten field", "Yes")), [Problem.PLACEHOLDERS.value]),
     (entry(17, None, turns("What does the tag <image> do in HTML?", "Nothing")), []),
-    (entry(0), [REPEATED_ID]),
+    (entry(0), []),
     ("text", [Problem.RECORD.value]),
     ({"id": 20}, [Problem.RECORD.value]),
     (entry(21, ["coco/good.jpg", "coco/absent.jpg"], turns("<image> and <image>", "Two")), [Problem.MISSING.value]),
@@ -96,10 +96,10 @@ def broken(tmp_path) -> Path:
 def test_every_defect_is_found_at_its_entry(broken, decode):
     report = audit(broken / "all.json", broken, decode=decode)
     expected = [(number, kind) for number, (_, kinds) in enumerate(BROKEN) for kind in kinds]
-    unseen = {"full": [], "header": [5], "none": [4, 5, 8]}[decode]  # what needs more than this to be seen
+    unseen = {"full": [], "header": [5], "none": [4, 5]}[decode]  # what needs more than this to be seen
     assert Counter(found(report)) == Counter(item for item in expected if item[0] not in unseen)
     assert not report.ok
-    for finding in report.findings:
+    for finding in report.problems:
         assert finding.message.startswith(f"{broken / 'all.json'}: entry {finding.entry}")
         assert finding.file == str(broken / "all.json")
     (summary,) = report.files
@@ -140,7 +140,7 @@ def test_good_data_are_in_order(tmp_path):
     picture(tmp_path / "a" / "1.jpg")
     picture(tmp_path / "a" / "2.PNG", "PNG")
     report = audit(write(tmp_path / "good.json", [entry(0, "a/1.jpg"), entry(1, "a/2.PNG"), entry(2)]), tmp_path)
-    assert report.ok and report.findings == []
+    assert report.ok
     assert "Everything is in order" in report.verdict()
 
 
@@ -194,7 +194,7 @@ def test_published_sizes(tmp_path):
         ("images in gqa", 0, 1),
         ("text only", 1, 1),
     ]
-    assert report.findings == [] and not report.ok
+    assert report.problems == [] and not report.ok
     assert set(report.files[0].images_by_folder) == {"coco/train2017", "vg/VG_100K", "vg/VG_100K_2"}
     assert "published size" in report.summary() and "DIFFERS" in report.summary()
     assert "counts that differ from the published ones: 1" in report.verdict()
@@ -225,7 +225,7 @@ def test_unusable_file_is_a_problem_and_the_next_is_checked(tmp_path, content, m
     if content is not None:
         bad.write_bytes(content)
     report = audit([bad, good], [tmp_path])
-    (problem,) = [finding for finding in report.findings if finding.entry is None]
+    (problem,) = [finding for finding in report.problems if finding.entry is None]
     assert problem.file == str(bad) and problem.kind == UNUSABLE_FILE and not report.ok
     assert "unusable files: 1" in report.verdict()
     assert re.search(match, problem.message)
@@ -238,13 +238,11 @@ def test_unusable_file_is_a_problem_and_the_next_is_checked(tmp_path, content, m
 def test_clean_file_has_the_good_entries_unchanged(broken, tmp_path, suffix):
     report = audit(broken / "all.json", broken, decode="full")
     clean = tmp_path / f"clean{suffix}"
-    harmless = [[], [OTHER_FORMAT], [REPEATED_ID]]
-    expected = [value for value, kinds in BROKEN if kinds in harmless]
+    expected = [value for value, kinds in BROKEN if not kinds]
     assert write_clean(report, broken / "all.json", clean) == len(expected)
     text = clean.read_text(encoding="utf-8")
     assert (json.loads(text) if suffix == ".json" else list(map(json.loads, text.splitlines()))) == expected
-    again = audit(clean, broken, decode="full")
-    assert again.ok and {f.kind for f in again.findings} == {OTHER_FORMAT, REPEATED_ID}
+    assert audit(clean, broken, decode="full").ok
 
 
 def test_clean_file_that_cannot_be_written(broken, tmp_path, monkeypatch):
@@ -275,14 +273,12 @@ def test_json_report_and_summary(broken, tmp_path):
     report.write_json(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["ok"] is False and content["decode"] == "full"
-    assert content["totals"] == Counter(finding.kind for finding in report.findings)
-    assert [(f["entry"], f["kind"]) for f in content["findings"]] == found(report)
-    assert {f["kind"] for f in content["findings"] if not f["problem"]} == {OTHER_FORMAT, REPEATED_ID}
+    assert content["totals"] == Counter(finding.kind for finding in report.problems)
+    assert [(f["entry"], f["kind"]) for f in content["problems"]] == found(report)
     assert content["files"][0]["images_by_folder"] == {"coco": 6, "ocr_vqa": 1, "..": 1}
     summary = report.summary(examples=1)
     assert f"PROBLEM: {Problem.MISSING.value}: 3\n" in summary and "and 2 more" in summary
-    assert "information: format differs from the name: 1\n" in summary
-    bad = sum(any(kind not in (OTHER_FORMAT, REPEATED_ID) for kind in kinds) for _, kinds in BROKEN)
+    bad = sum(bool(kinds) for _, kinds in BROKEN)
     assert report.verdict().startswith(f"entries with problems: {bad} of {len(BROKEN)} (")
 
 
