@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,13 @@ from ..serve.dialogue import open_image
 from ..serve.terminal import Terminal
 from .dataset import ChatDataset, prepare_chat_dataset
 from .language import train_language_model
-from .questions import Question
-from .results import MOST_TOKENS, answer_all, draw_dialogues, format_scores, is_right, score
+from .results import MOST_TOKENS, answer_all, format_scores, is_right, score
 from .vision import PIXEL_MEAN, PIXEL_STD, chat_entry, chat_pyramid, classifier_pyramid, train_branches
 
 _FOLDER = Path(__file__).resolve().parent
 _ROOT = _FOLDER.parents[1]
 _PROCESSES = 2
-_DRAWN, _PRINTED = 12, 4  # dialogues
+_PRINTED = 8  # dialogues
 _TRAIN = _ROOT / "llava_piip" / "train" / "train.py"
 
 
@@ -148,18 +148,12 @@ def _evaluate(output: Path, chat: ChatModel, data: ChatDataset) -> None:
     scores = score(questions, answers, data.training_questions())
     with write_atomically(output / "scores.json", "w") as file:
         json.dump([entry._asdict() for entry in scores], file, indent=2)
-    rounds: dict[Path, list[tuple[Question, str]]] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        rounds.setdefault(data.image_root / str(question.image), []).append((question, answer))
-    dialogues = list(rounds.items())[:_DRAWN]
-    drawing = output / "dialogues.png"
-    draw_dialogues(drawing, dialogues, "Questions and images never seen in training")
-    for image, asked in dialogues[:_PRINTED]:
-        print(f"\n{image}")
+    dialogues = groupby(zip(questions, answers, strict=True), lambda pair: pair[0].image)
+    for image, asked in islice(dialogues, _PRINTED):
+        print(f"\n{data.image_root / image}")
         for question, answer in asked:
             print(f"  {question.text}  ->  {answer}" + ("" if is_right(question, answer) else f"  ({question.answer})"))
     print(f"\n{format_scores(scores)}")
-    _print_step("Image to open", str(drawing))
 
 
 def _print_step(title: str, text: str) -> None:

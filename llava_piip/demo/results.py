@@ -1,4 +1,4 @@
-"""What the trained model answers: accuracy beside that of not looking, and a drawing of dialogues."""
+"""What the trained model answers, and its accuracy beside that of not looking."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
-
-from piip_core.files import atomic_path
 
 from ..conversation import IMAGE_TAG
 from ..data.images import read_image
@@ -22,7 +17,6 @@ from ..integrations.answering import Conversation, answer_batch
 from .questions import QUESTION_TYPES, Question
 
 MOST_TOKENS = 48
-RIGHT, WRONG, _ASKED = "#1a7f37", "#cf222e", "#57606a"
 
 
 class TypeScore(NamedTuple):
@@ -88,51 +82,3 @@ def format_scores(scores: Sequence[TypeScore]) -> str:
 
 def _accuracy(answered: Sequence[tuple[Question, str]]) -> float:
     return sum(is_right(question, answer) for question, answer in answered) / len(answered)
-
-
-def draw_dialogues(
-    path: Path | str, dialogues: Sequence[tuple[Path, Sequence[tuple[Question, str]]]], title: str = ""
-) -> None:
-    """Draws images, each with its dialogue beside it, and writes them as one PNG.
-
-    Right answers are green, wrong ones red with the right answer after them.
-
-    Args:
-        path: File to write.
-        dialogues: An image, and the questions about it with their answers, for each; at least one.
-        title: Text above them.
-    """
-    columns = min(2, len(dialogues))
-    rows = -(-len(dialogues) // columns)
-    figure = Figure(figsize=(6.4 * columns, 2.3 * rows + 0.6 * bool(title)), layout="constrained", dpi=120)
-    if title:
-        figure.suptitle(title, fontsize=15, weight="bold")
-    panels = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[2, 3.6] * columns)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for (left, right), (image, rounds) in zip(panels.reshape(-1, 2), dialogues, strict=False):
-        with Image.open(image) as opened:
-            left.imshow(opened.convert("RGB"), interpolation="lanczos")
-        _write_rounds(right, rounds)
-    with atomic_path(path) as aside:
-        figure.savefig(aside, format="png")
-
-
-def _write_rounds(axes: Axes, rounds: Sequence[tuple[Question, str]]) -> None:
-    """Writes questions and answers from top to bottom."""
-    height = 1 / max(len(rounds), 4)
-    for index, (question, answer) in enumerate(rounds):
-        top, right = 1 - index * height, is_right(question, answer)
-        axes.text(0, top - 0.3 * height, _shorten(question.text, 52), color=_ASKED, fontsize=11, va="center")
-        text = f"{'✓' if right else '✗'}  {_shorten(answer, 30) or '(nothing)'}"
-        style = dict(color=RIGHT if right else WRONG, fontsize=12, weight="bold", va="center")
-        said = axes.text(0.02, top - 0.7 * height, text, **style)
-        if not right:
-            style = dict(color=_ASKED, fontsize=10, va="center")
-            axes.annotate(f"   right: {question.answer}", (1, 0.5), xycoords=said, **style)
-
-
-def _shorten(text: str, most: int) -> str:
-    """One line of at most `most` letters; dollar signs are not formulas."""
-    line = " ".join(text.split())
-    return (line if len(line) <= most else line[: most - 1] + "…").replace("$", r"\$")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +55,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m llava_piip.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)}, all, or {_TABLE}")
+    names = f"{', '.join(BENCHMARKS)}, all, or {_TABLE}"
+    parser.add_argument("benchmarks", nargs="+", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK", help=names)
     parser.add_argument("--model", type=Path, metavar="DIR", help="what training saved or the converter wrote")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of all benchmarks")
     parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: output/eval/NAME OF THE MODEL)")
@@ -72,10 +73,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--partial", action="store_true", help="score answers that are incomplete")
     parser.add_argument("--restart", action="store_true", help="forget earlier answers instead of going on with them")
     args = parser.parse_args(arguments)
-    try:
-        args.benchmarks = find_benchmarks(args.benchmarks)
-    except EvalError as error:
-        parser.error(f"{error}; or {_TABLE}")
+    args.benchmarks = find_benchmarks(args.benchmarks)
     if len(args.benchmarks) > 1 and (args.answers or args.questions or args.images):
         parser.error("--answers, --questions and --images are for a single benchmark")
     if (args.model is None) == (args.answers is None):
@@ -188,9 +186,8 @@ def score_table(measured: Mapping[str, Mapping[str, float]] | None = None, rows:
     entries = zoo.multimodal_entries() if rows is None else [zoo.multimodal(name) for name in rows]
     lines = []
     for entry in entries:
-        scores = [getattr(entry.scores, benchmark.score_field) for benchmark in BENCHMARKS.values()]
         model = (entry.title, entry.resolution, entry.language_model.rpartition("/")[2])
-        lines.append([*model, *map(_printed, (*scores, entry.scores.average))])
+        lines.append([*model, *map(_printed, astuple(entry.scores))])
     for name, values in (measured or {"yours": {}}).items():
         scores = [values.get(name) for name in BENCHMARKS]
         mean = None if None in scores else sum(scores) / len(scores)

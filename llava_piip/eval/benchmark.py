@@ -78,7 +78,6 @@ class Benchmark:
 
     name: str  # on the command line
     title: str  # in the literature
-    score_field: str  # of `piip_core.zoo.MultimodalScores`, that the score compares with
     folder: str  # below that of all benchmarks, as in LLaVA-1.5's evaluation archive
     questions: str  # the question file in it
     images: str | None  # the folder of images in it; None where the question file holds them

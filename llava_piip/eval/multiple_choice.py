@@ -169,7 +169,6 @@ def _export_mmbench(path: Path, target: Path, answers: Sequence[Answer]) -> None
 MMBENCH = Benchmark(
     name="mmbench",
     title="MMBench-EN (dev)",
-    score_field="mmbench",
     folder="mmbench",
     questions="mmbench_dev_20230712.tsv",
     images=None,
@@ -280,7 +279,6 @@ def _export_scienceqa(questions_file: Path, target: Path, answers: Sequence[Answ
 SCIENCEQA = Benchmark(
     name="scienceqa",
     title="ScienceQA-IMG",
-    score_field="scienceqa_image",
     folder="scienceqa",
     questions="llava_test_CQM-A.json",
     images="images/test",
@@ -354,7 +352,6 @@ def _export_seed(questions_file: Path, target: Path, answers: Sequence[Answer]) 
 SEED = Benchmark(
     name="seed",
     title="SEED-Bench (image)",
-    score_field="seed_image",
     folder="seed_bench",
     questions="llava-seed-bench.jsonl",
     images=".",

@@ -33,6 +33,7 @@ from piip_core.training_checkpoints import lock_run
 from ..conversation import IMAGE_TAG, render_conversation
 from ..data.images import ImageFolder, read_image
 from ..inference import ChatModel
+from ..integrations.answering import answer_inputs
 from ..processing import PIIPLlavaProcessor
 from .benchmark import Answer, Benchmark, EvalError, Question, Score, read_json, read_json_lines, write_json
 
@@ -108,26 +109,16 @@ def _answers(
     # Images of the archives are links to one copy in many installations
     images = None if folder is None else ImageFolder(folder, follow_links=True)
     prepare = partial(_prepare, benchmark, model.processor, images)
-    for questions, inputs in DataLoader(batches, batch_size=None, collate_fn=prepare, num_workers=workers):
+    for inputs in DataLoader(batches, batch_size=None, collate_fn=prepare, num_workers=workers):
         if isinstance(inputs, UserError):
             raise inputs
-        length = inputs["input_ids"].shape[1]
-        room = model.context_length - length
-        if room < 1:
-            raise UserError(
-                f"question {questions[0].id!r} or one beside it has {length} tokens, visual ones included, and the "
-                f"model's context is {model.context_length}: prompts are not cut"
-            )
-        yield model.generate(inputs, model.generation_config(max_new_tokens=min(benchmark.max_new_tokens, room)))
+        yield answer_inputs(model, inputs, max_new_tokens=benchmark.max_new_tokens)
 
 
 def _prepare(
     benchmark: Benchmark, processor: PIIPLlavaProcessor, folder: ImageFolder | None, questions: Sequence[Question]
-) -> tuple[Sequence[Question], BatchFeature | UserError]:
-    """Questions with what the model takes of them, or with what is wrong, such as a missing image.
-
-    Raised in a worker, that would come as a traceback.
-    """
+) -> BatchFeature | UserError:
+    """What the model takes of questions, or what is wrong, such as a missing image: raised, it would be a traceback."""
     template, tokenizer = processor.chat_template, processor.tokenizer
     try:
         prompts = [prompt_of(question, chat_template=template, tokenizer=tokenizer) for question in questions]
@@ -137,9 +128,9 @@ def _prepare(
             for question, prompt in zip(questions, prompts, strict=True)
         ]
         convert = benchmark.convert_before_padding
-        return questions, processor(text=prompts, images=images, convert_before_padding=convert)
+        return processor(text=prompts, images=images, convert_before_padding=convert)
     except UserError as error:
-        return questions, error
+        return error
 
 
 def _wait(state: PartialState) -> None:

@@ -1,4 +1,4 @@
-"""Adapters for other projects' programs. Nothing else imports them: each needs the program that it serves."""
+"""Adapters for other projects' programs; each needs the program that it serves. `answering` is what they share."""
 
 from __future__ import annotations
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from ..loading import (
     part_parameters,
     part_state,
 )
+from .arguments import PIIPTrainingArguments
 
 
 def run_folder(run: str | os.PathLike[str]) -> RunFolder:
@@ -36,40 +38,21 @@ def run_folder(run: str | os.PathLike[str]) -> RunFolder:
     return RunFolder(Path(run), "trainer_state.json", fewer="--save_total_limit", resume="--resume true")
 
 
-def prepare_output(
-    run: str | os.PathLike[str],
-    *,
-    resume: bool = False,
-    resume_from: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    writes: bool = True,
-    wait: Callable[[], None] = lambda: None,
-) -> Path | None:
-    """Makes sure that a run can write to its folder, and finds the checkpoint to go on from.
+def prepare_output(training: PIIPTrainingArguments) -> Path | None:
+    """Makes sure that a run can write to its folder, and finds the checkpoint to go on from, None for a new start.
 
     All processes call it together; what a killed run left half written is removed.
 
-    Args:
-        run: Folder of the run.
-        resume: Go on from the last checkpoint, if there is one.
-        resume_from: Go on from this checkpoint.
-        overwrite: Delete the checkpoints of an earlier run.
-        writes: Whether this process writes to the folder.
-        wait: Returns when all processes have called it.
-
-    Returns:
-        The checkpoint, or None for a start from the beginning.
-
     Raises:
-        OutputFolderError: If the folder holds something and none of the three is asked for, or `resume_from` is no
-            complete checkpoint.
+        OutputFolderError: If the folder holds something and the arguments do not say what to do with it, or
+            `resume_from_checkpoint` is no complete checkpoint.
     """
-    folder = run_folder(run)
+    folder, resume_from = run_folder(training.output_dir), training.resume_from_checkpoint
     run = folder.path
     if run.exists() and not run.is_dir():
         raise OutputFolderError(f"output_dir {run}: is a file; expected a folder, which may not exist yet")
     content = folder.content()
-    if content and not (resume or resume_from or overwrite):
+    if content and not (training.resume or resume_from or training.overwrite_output_dir):
         some = ", ".join(content[:4]) + (", ..." if len(content) > 4 else "")
         raise OutputFolderError(
             f"output_dir {run}: is not empty ({some}). Give --resume true to go on with the run in it, "
@@ -81,16 +64,16 @@ def prepare_output(
             f"resume_from_checkpoint {resume_from}: is no complete checkpoint, it has no {folder.state_file}. Complete "
             f"ones in {run}: {complete}"
         )
-    wait()  # nobody deletes or makes anything before everybody has looked
+    writes, state = training.should_save, PartialState()
+    state.wait_for_everyone()  # nobody deletes or makes anything before everybody has looked
     if writes:
-        if overwrite:
-            for path in [*folder.checkpoints(), run / FINAL]:
-                folder.discard(path)
+        for path in [*folder.checkpoints(), run / FINAL] if training.overwrite_output_dir else []:
+            folder.discard(path)
         folder.clear_staging()
-    wait()
+    state.wait_for_everyone()
     if resume_from is not None:
         return Path(resume_from)
-    return folder.checkpoints()[-1] if resume and folder.checkpoints() else None
+    return folder.checkpoints()[-1] if training.resume and folder.checkpoints() else None
 
 
 def check_same_processes(checkpoint: Path, num_processes: int) -> None:
@@ -114,12 +97,8 @@ def save_trained(
 ) -> None:
     """Writes the parts that were trained, the projector in any case, and the adapters if the model has any.
 
-    Args:
-        model: The model, or peft's around it.
-        folder: Where to; made if missing.
-        source: Where the rest comes from.
-        state_dict: Its weights, gathered from all processes; None takes them from the model.
-        processor: Saved beside it.
+    `source` says where the rest comes from. `state_dict` has the weights, gathered from all processes; None takes them
+    from the model, which may be peft's.
     """
     folder, base = Path(folder), base_model(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,9 +127,7 @@ def save_trained(
 def gathered_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """What `save_trained` needs of a model that ZeRO-3 has partitioned; all processes must call it.
 
-    Args:
-        model: The model, or peft's around it.
-        keep: Whether this process gets it; the others get nothing.
+    A process gets nothing unless `keep` says so.
     """
     # a frozen projector may have come from an earlier stage, so it is saved too
     projector = {id(parameter) for parameter in part_parameters(base_model(model), "projector").values()}

@@ -17,7 +17,6 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from accelerate import PartialState
 from transformers import set_seed
 
 from llava_piip.chat_templates import resolve_chat_template
@@ -53,14 +52,7 @@ def prepare(
     Raises:
         UserError: If anything that was asked for is missing or does not fit.
     """
-    checkpoint = prepare_output(
-        training.output_dir,
-        resume=training.resume,
-        resume_from=training.resume_from_checkpoint,
-        overwrite=training.overwrite_output_dir,
-        writes=training.should_save,
-        wait=PartialState().wait_for_everyone,
-    )
+    checkpoint = prepare_output(training)
     # a mistake there is found before gigabytes are loaded
     records = read_records(data.annotations, on_error=data.on_error)
     set_seed(training.seed)

@@ -64,25 +64,15 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: per part, with and without weight decay; frozen parameters are in none.
 
-    Args:
-        model: The model.
-        learning_rates: Of each part.
-        weight_decay: Of the parameters whose names are in `decayed`.
-        decayed: As transformers' `Trainer.get_decay_parameter_names` gives them.
-
-    Returns:
-        Dicts with `params`, `lr`, `weight_decay`, and `part`, which optimizers carry along unread.
+    `decayed` has the names of parameters with weight decay. Each group says its `part`, which optimizers carry along.
     """
     groups = []
     for part in PARTS:
-        by_decay: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in part_parameters(model, part).items():
-            if parameter.requires_grad:
-                by_decay.setdefault(weight_decay if name in decayed else 0.0, []).append(parameter)
-        groups += [
-            {"params": params, "lr": learning_rates[part], "weight_decay": decay, "part": part}
-            for decay, params in sorted(by_decay.items(), reverse=True)
-        ]
+        trained = {name: p for name, p in part_parameters(model, part).items() if p.requires_grad}
+        for decay in sorted({weight_decay, 0.0}, reverse=True):
+            params = [p for name, p in trained.items() if (weight_decay if name in decayed else 0.0) == decay]
+            if params:
+                groups.append({"params": params, "lr": learning_rates[part], "weight_decay": decay, "part": part})
     return groups
 
 
@@ -165,8 +155,9 @@ class PIIPTrainer(Trainer):
         """Rates that the last update used, of parts with one of their own; `first` is that of the first group."""
         own = {group["part"]: self.args.learning_rate_of(group["part"]) for group in self.optimizer.param_groups}
         base = next(iter(own.values()))
-        same = len(set(own.values())) == 1 or not base
-        return {} if same else {f"learning_rate_{part}": first * rate / base for part, rate in own.items()}
+        if len(set(own.values())) == 1 or not base:
+            return {}
+        return {f"learning_rate_{part}": first * rate / base for part, rate in own.items()}
 
     def _throughput(self) -> dict[str, float]:
         """Tokens and images per second over all processes since the last call, and the largest peak of memory."""

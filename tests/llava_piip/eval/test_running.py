@@ -195,7 +195,7 @@ def test_given_answers_are_scored(pope_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pop", "--data", "x", "--model", "."], "no benchmark is named 'pop'"),
+        (["pop", "--data", "x", "--model", "."], "invalid choice: 'pop'"),
         (["pope", "--data", "x"], "expected --model"),
         (["pope", "gqa", "--data", "x", "--answers", "y"], "single benchmark"),
         (["pope", "--data", "x", "--model", "."] + ["--batch-size", "0"], "expected at least 1"),

@@ -38,8 +38,8 @@ def table(path, rows):
 
 
 def test_the_eight_are_the_published_ones():
-    fields = [benchmark.score_field for benchmark in BENCHMARKS.values()]
-    assert [*fields, "average"] == list(MultimodalScores.__dataclass_fields__)
+    fields = [name.partition("_")[0] for name in MultimodalScores.__dataclass_fields__]  # the table relies on the order
+    assert fields == [name if name != "mmvet" else "mm" for name in BENCHMARKS] + ["average"]
     assert {benchmark.name: benchmark.published for benchmark in BENCHMARKS.values()} == {
         "mmbench": 4377,
         "mmvet": 218,
