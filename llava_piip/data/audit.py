@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from PIL import Image
 from tabulate import tabulate
@@ -49,14 +49,6 @@ class Finding:
     image: str | None = None  # if it is about one
 
 
-class Count(NamedTuple):
-    """A number beside the published one."""
-
-    what: str
-    found: int
-    published: int
-
-
 @dataclass
 class FileSummary:
     """Numbers of one conversation file."""
@@ -69,7 +61,7 @@ class FileSummary:
     entries_by_folder: Counter[str] = field(default_factory=Counter)  # of their first image
     images_by_folder: Counter[str] = field(default_factory=Counter)  # each image once
     unusable_by_folder: Counter[str] = field(default_factory=Counter)  # of these, or missing
-    counts: list[Count] = field(default_factory=list)  # beside the published ones
+    counts: list[tuple[str, int, int]] = field(default_factory=list)  # of what, found, published
 
 
 @dataclass
@@ -85,8 +77,8 @@ class AuditReport:
         """Whether there are no problems and every count is the published one."""
         return not self.problems and not self._other_counts()
 
-    def _other_counts(self) -> list[Count]:
-        return [count for summary in self.files for count in summary.counts if count.found != count.published]
+    def _other_counts(self) -> int:
+        return sum(found != published for summary in self.files for _, found, published in summary.counts)
 
     def write_json(self, path: AnyPath) -> None:
         """Writes everything as JSON; an interruption leaves the old file."""
@@ -106,7 +98,7 @@ class AuditReport:
         parts = [tabulate(files, ["file", "entries", "with image", "text only", "image folder"], "github")]
         parts += [_folder_table(summary, max_folders) for summary in self.files]
         if counts := [count for summary in self.files for count in summary.counts]:
-            rows = [(*count, "as published" if count.found == count.published else "DIFFERS") for count in counts]
+            rows = [(*count, "as published" if count[1] == count[2] else "DIFFERS") for count in counts]
             parts.append(tabulate(rows, ["entries", "found", "published size", ""], "github"))
         lines = []
         for kind in _ORDER:
@@ -125,7 +117,7 @@ class AuditReport:
             "unusable files": str(sum(entry is None for _, entry in bad)),
             "entries with problems": f"{sum(entry is not None for _, entry in bad)} of "
             f"{sum(summary.entries for summary in self.files)}",
-            "counts that differ from the published ones": str(len(self._other_counts())),
+            "counts that differ from the published ones": str(self._other_counts()),
         }
         found = [f"{what}: {number}" for what, number in numbers.items() if not number.startswith("0")]
         return f"{'; '.join(found)} ({_READING[self.decode]})."
@@ -170,11 +162,7 @@ def audit(
 
 
 def write_clean(report: AuditReport, annotations: AnyPath, output: AnyPath) -> int:
-    """Writes a file without the entries that have a problem, `.json` or `.jsonl`, and returns how many it has.
-
-    Raises:
-        UserError: If the audited file could not be read, would be overwritten, or no entry is left.
-    """
+    """Writes a file without the entries that have a problem, `.json` or `.jsonl`, and returns how many it has."""
     path, output = Path(annotations), Path(output)
     bad = {finding.entry for finding in report.problems if finding.file == str(path)}
     if None in bad:
@@ -192,11 +180,11 @@ def _audit_file(
 ) -> list[Finding]:
     """What is found in one file, in the order of its entries; the summary takes its numbers."""
     findings: list[Finding] = []
-    users: dict[str, list[Record]] = {}  # image -> entries that name it
+    users: dict[str, list[tuple[int, str]]] = {}  # image -> entries that name it
     folder_of = partial(_folder_of, known=[] if published is None else published.relative_folders())
     for record in _records(summary, findings):
         for name in dict.fromkeys(record.images):
-            users.setdefault(name, []).append(record)
+            users.setdefault(name, []).append((record.index, record.where))
         if record.images:
             summary.with_image += 1
             summary.entries_by_folder[folder_of(record.images[0])] += 1
@@ -204,10 +192,14 @@ def _audit_file(
             summary.text_only += 1
         if kind_and_message := _text_problem(record):
             findings.append(Finding(record.source, record.index, *kind_and_message))
-    places = {name: [(record.index, record.where) for record in records] for name, records in users.items()}
-    findings += image_findings(summary, places, folder, decode, workers, folder_of)
+    findings += image_findings(summary, users, folder, decode, workers, folder_of)
     if published is not None and summary.entries:
-        summary.counts += _counts(summary, published)
+        found = Counter({"": summary.text_only})
+        for place, number in summary.entries_by_folder.items():
+            found[place.partition("/")[0]] += number
+        summary.counts.append((f"{published.title}: all", summary.entries, published.records))
+        for place, number in published.records_by_folder.items():
+            summary.counts.append((f"images in {place}" if place else "text only", found[place], number))
     return sorted(findings, key=lambda finding: -1 if finding.entry is None else finding.entry)
 
 
@@ -305,17 +297,6 @@ def _folder_of(name: str, known: Sequence[str]) -> str:
             return folder
     parts = PurePosixPath(name).parts
     return parts[0] if len(parts) > 1 else "."
-
-
-def _counts(summary: FileSummary, published: PublishedSet) -> list[Count]:
-    """The comparison with the published sizes."""
-    found = Counter({"": summary.text_only})
-    for folder, number in summary.entries_by_folder.items():
-        found[folder.partition("/")[0]] += number
-    return [Count(f"{published.title}: all", summary.entries, published.records)] + [
-        Count(f"images in {folder}" if folder else "text only", found[folder], number)
-        for folder, number in published.records_by_folder.items()
-    ]
 
 
 def _folder_table(summary: FileSummary, max_folders: int) -> str:

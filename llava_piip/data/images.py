@@ -63,11 +63,7 @@ class ImageFolder:
         return path
 
     def open(self, name: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:
-        """Reads an image, by content whatever its name ends in; see `locate` and `read_image`.
-
-        Raises:
-            DataError: As `locate` and `read_image`.
-        """
+        """Reads an image, by content whatever its name ends in; see `locate` and `read_image`."""
         return read_image(self.locate(name), f"image {name!r}", convert=convert, as_viewed=as_viewed)
 
     def _inside(self, name: str) -> Path:

@@ -178,11 +178,7 @@ def read_records(paths: AnyPath | Sequence[AnyPath], *, on_error: Literal["raise
 
 
 def read_entries(path: AnyPath) -> Iterator[Any]:
-    """What a conversation file lists, whatever it is; for `parse_entry`.
-
-    Raises:
-        DataError: If the file is missing, is not what its name says, or has no entries.
-    """
+    """What a conversation file lists, whatever it is; for `parse_entry`."""
     path = Path(path)
     if path.suffix.lower() not in (".json", ".jsonl"):
         raise DataError(f"{path}: expected a file named .json (a list of entries) or .jsonl (an entry per line)")
@@ -206,9 +202,6 @@ def write_entries(path: AnyPath, entries: Iterable[Any]) -> int:
     """Writes a conversation file, `.json` or `.jsonl`, an entry per line, and returns their number.
 
     An interruption leaves the old file.
-
-    Raises:
-        UserError: If the name ends in something else.
     """
     path, count = Path(path), 0
     if path.suffix.lower() not in (".json", ".jsonl"):
@@ -223,11 +216,7 @@ def write_entries(path: AnyPath, entries: Iterable[Any]) -> int:
 
 
 def parse_entry(entry: Any, source: str, index: int) -> Record:
-    """Makes a record of a JSON value that a file lists.
-
-    Raises:
-        DataError: If it is no record; names file, entry, what was expected and the fix.
-    """
+    """Makes a record of a JSON value that a file lists."""
     where = f"{source}: entry {index}"
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {_short(entry)}, expected an object like {_EXAMPLE}")

@@ -34,7 +34,7 @@ from ..inference import ChatModel
 from ..loading import FINAL
 from ..serve.dialogue import open_image
 from ..serve.terminal import Terminal
-from .dataset import ChatDataset, prepare_chat_dataset
+from .dataset import NUM_TEXTS, ChatDataset, imagine_conversations, prepare_chat_dataset
 from .language import train_language_model
 from .results import MOST_TOKENS, answer_all, format_scores, is_right, score
 from .vision import PIXEL_MEAN, PIXEL_STD, chat_entry, chat_pyramid, classifier_pyramid, train_branches
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     data = prepare_chat_dataset(args.data)
     _print_step("Scenes and questions", str(args.data))
-    start = _make_start(args.output, data, args.classifier)
+    start = _make_start(args.output, args.classifier)
     common = ["--model", str(start), "--image_root", str(data.image_root), *args.overrides]
     projector = _train_stage("stage1", args.output, [*common, "--annotations", str(data.captions)])
     own = ["--annotations", str(data.conversations), "--projector", str(projector)]
@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
         Terminal(chat, settings={"max_new_tokens": MOST_TOKENS}, more_images=images).run()
 
 
-def _make_start(output: Path, data: ChatDataset, classifier: Path | None) -> Path:
+def _make_start(output: Path, classifier: Path | None) -> Path:
     """The model before the two stages: trained branches and language model, projectors at random."""
     branches, language, start = output / "branches", output / "language_model", output / "start"
     if classifier and branches.is_dir():
@@ -114,7 +114,7 @@ def _make_start(output: Path, data: ChatDataset, classifier: Path | None) -> Pat
             print(f"Branch {number}: {accuracy:.1%} of unseen digits")
         vision, pyramid = {}, chat_pyramid(branches)
     _print_step("Language", "a tokenizer and a small Llama learn from text")
-    loss = train_language_model(language, data.texts())
+    loss = train_language_model(language, imagine_conversations(NUM_TEXTS))
     print(f"Language model: {loss:.2f} per token of answers about images in words")
     model, processor = assemble(chat_entry(pyramid), language_model=language, **vision)
     processor.image_processor.image_mean, processor.image_processor.image_std = PIXEL_MEAN, PIXEL_STD

@@ -27,16 +27,7 @@ _LEARNING_RATE = 4e-3
 
 
 def train_language_model(folder: Path, conversations: Sequence[Conversation], *, batch_size: int = 32) -> float:
-    """Trains a tokenizer and a small Llama on conversations without images, and saves both in one folder.
-
-    Args:
-        folder: Written whole.
-        conversations: {"role": ..., "content": ...} messages; the answers are learned. Each is seen once.
-        batch_size: Conversations per update.
-
-    Returns:
-        The loss at the end, per token of the answers.
-    """
+    """Trains a tokenizer and a small Llama on conversations without images, and saves both in one folder."""
     torch.manual_seed(0)
     tokenizer = _train_tokenizer(conversations[:_TOKENIZER_TEXTS])
     config = LlamaConfig(

@@ -72,11 +72,7 @@ class SeenDigit:
 
 
 def render_chat_scene(split: str, index: int) -> Scene:
-    """Draws a scene of the chat: of five in a row, two have one digit, two have two and one has three.
-
-    Raises:
-        RuntimeError: If the digits do not fit into a scene.
-    """
+    """Draws a scene of the chat: of five in a row, two have one digit, two have two and one has three."""
     number = _NUMBERS[index % len(_NUMBERS)]
     config = replace(CHAT_SCENES, min_digits=number, max_digits=number)
     for attempt in range(_MAX_DRAWS):

@@ -171,14 +171,6 @@ def train_branches(folder: Path, *, steps: Sequence[int] = (1500, 1300), num_val
     """Teaches digits to the branches of `CHAT_PYRAMID`, all at the same time: one process with one thread for each.
 
     The same steps give the same weights.
-
-    Args:
-        folder: Where to put the weights, `branch1.safetensors` and so on.
-        steps: Updates of each branch.
-        num_val: Digits that accuracy is measured on, never seen in training, on photographs never seen in training.
-
-    Returns:
-        The part of these digits that each branch tells where there is a digit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = get_context("spawn")  # forking a process that has used PyTorch's threads can hang

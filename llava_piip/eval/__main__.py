@@ -164,11 +164,7 @@ def _named_score(text: str) -> tuple[str, float]:
 
 
 def measured_scores(output: Path) -> dict[str, float]:
-    """Scores in a folder of results, by benchmark; those that are scored elsewhere are not there.
-
-    Raises:
-        EvalError: If the folder has no scores.
-    """
+    """Scores in a folder of results, by benchmark; those that are scored elsewhere are not there."""
     files = {name: output / name / SCORES for name in BENCHMARKS}
     contents = {name: read_json(path) for name, path in files.items() if path.exists()}
     found = {name: content["value"] for name, content in contents.items() if content["complete"]}
@@ -178,11 +174,7 @@ def measured_scores(output: Path) -> dict[str, float]:
 
 
 def score_table(measured: Mapping[str, Mapping[str, float]] | None = None, rows: Sequence[str] | None = None) -> str:
-    """The published rows (those named, or all of `piip_core.zoo.multimodal_entries()`), and those of measured models.
-
-    Raises:
-        ConfigError: For an unknown name.
-    """
+    """The published rows of the zoo (those named, or all), and those of measured models."""
     entries = zoo.multimodal_entries() if rows is None else [zoo.multimodal(name) for name in rows]
     lines = []
     for entry in entries:

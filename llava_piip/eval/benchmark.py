@@ -58,11 +58,7 @@ class Score:
 
 
 def read_llava_questions(path: Path) -> list[Question]:
-    """Questions of a file with an object per line: question_id, image, text, category.
-
-    Raises:
-        EvalError: If the file or a line cannot be used.
-    """
+    """Questions of a file with an object per line: question_id, image, text, category."""
     questions = [
         Question(entry["question_id"], entry["text"], entry["image"], category=str(entry.get("category", "")))
         for _, entry in read_json_lines(path, _QUESTION)
@@ -119,11 +115,7 @@ def percent(right: float, count: int) -> float | None:
 
 
 def checked(value: Any, form: Any, where: str) -> Any:
-    """A JSON value, if it has a form: a type, several types, `[form of each]`, or `{"name": form, ...}` and more.
-
-    Raises:
-        EvalError: If it has not; says where.
-    """
+    """A JSON value, if it has a form: a type, several types, `[form of each]`, or `{"name": form, ...}` and more."""
     kinds = (type(form),) if isinstance(form, (list, dict)) else form if isinstance(form, tuple) else (form,)
     if not isinstance(value, kinds) or isinstance(value, bool):
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -140,11 +132,7 @@ def checked(value: Any, form: Any, where: str) -> Any:
 
 
 def read_json(path: Path, form: Any = object) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        EvalError: If it is missing, is no JSON or has not the form that `checked` takes.
-    """
+    """The content of a JSON file."""
     with reading(path, EvalError, SOURCES):
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from piip_core.errors import UserError
 
-from ..data.audit import UNUSABLE_FILE, AuditReport, Count, Decode, FileSummary, Finding, image_findings
+from ..data.audit import UNUSABLE_FILE, AuditReport, Decode, FileSummary, Finding, image_findings
 from ..data.images import ImageFolder, read_image
 from ..data.records import DataError, Problem
 from .benchmark import SOURCES, Answer, Benchmark, Question
@@ -39,7 +39,7 @@ def check_benchmarks(
         summary.entries = len(questions)
         summary.with_image = sum(question.image is not None for question in questions)
         summary.text_only = len(questions) - summary.with_image
-        summary.counts.append(Count(f"{benchmark.title}: questions", len(questions), benchmark.published))
+        summary.counts.append((f"{benchmark.title}: questions", len(questions), benchmark.published))
         report.problems += _repeated(file, questions)
         if not missing:
             report.problems += _trial(benchmark, file, questions)

@@ -55,11 +55,7 @@ def prompt_of(question: Question, *, chat_template: str, tokenizer: Any = None) 
 
 
 def image_of(question: Question, benchmark: Benchmark, images: ImageFolder | None) -> Image.Image:
-    """The image of a question that has one.
-
-    Raises:
-        DataError: If it is missing or broken.
-    """
+    """The image of a question that has one."""
     convert = benchmark.convert_before_padding
     if isinstance(question.image, bytes):
         return read_image(question.image, f"the image of question {question.id}", convert=convert)
@@ -67,12 +63,7 @@ def image_of(question: Question, benchmark: Benchmark, images: ImageFolder | Non
 
 
 def answer_benchmark(benchmark: Benchmark, args: argparse.Namespace, state: PartialState, model: ChatModel) -> Path:
-    """Answers what is not answered yet, and returns the answers file. Every process calls it.
-
-    Raises:
-        UserError: If the output folder has answers of another model or other questions, or another run writes to it.
-        DataError: If an image is missing or broken; what was answered before stays.
-    """
+    """Answers what is not answered yet, and returns the answers file. Every process calls it."""
     folder = args.output / benchmark.name
     parts, model_id = folder / _PARTS, args.model.resolve().name
     questions = benchmark.read(benchmark.question_file(args.data))[: args.limit]
@@ -209,12 +200,6 @@ def score_answers(
 
     With `--partial`, lines that are no JSON are skipped, and missing answers are treated by the benchmark's own rule.
     With `--limit`, questions beyond it may be missing.
-
-    Returns:
-        The score, None where it comes from elsewhere; the written file, if the benchmark has one.
-
-    Raises:
-        EvalError: If the answers are incomplete or cannot be used.
     """
     questions_file, folder = benchmark.question_file(args.data), args.output / benchmark.name
     answers, skipped = read_answers(answers_file, skip_broken=args.partial)
@@ -242,22 +227,14 @@ def score_answers(
 
 
 def read_answers(path: Path, *, skip_broken: bool = False) -> tuple[list[Answer], int]:
-    """The answers of a file in LLaVA-1.5's format, and how many lines were skipped because they are no JSON.
-
-    Raises:
-        EvalError: If the file or a line cannot be used, or skipped.
-    """
+    """The answers of a file in LLaVA-1.5's format, and how many lines were skipped because they are no JSON."""
     broken: list[int] | None = [] if skip_broken else None
     entries = [entry for _, entry in read_json_lines(path, _ANSWER, broken=broken)]
     return [Answer(entry["question_id"], entry["prompt"], entry["text"]) for entry in entries], len(broken or [])
 
 
 def check_complete(questions: Sequence[Question], answers: Sequence[Answer], where: str) -> None:
-    """Refuses answers that leave questions out, answer one twice, or answer others.
-
-    Raises:
-        EvalError: With the numbers and the first examples.
-    """
+    """Refuses answers that leave questions out, answer one twice, or answer others."""
     asked, found = (Counter((entry.id, entry.prompt) for entry in entries) for entries in (questions, answers))
     faults = {
         "questions have no answer": asked - found,

@@ -90,12 +90,7 @@ def answer_scores(answers: Sequence[str]) -> dict[str, float]:
 
 
 def question_of_prompt(prompt: str) -> str:
-    """The question within a prompt, in lower case, by which annotations are found.
-
-    Raises:
-        EvalError: If it is none of the known forms: the question and the instruction in lines of their own, with the
-            recognised text before or after the question, or not.
-    """
+    """The question within a prompt, in lower case, by which annotations are found."""
     if match := _OLD_FORM.fullmatch(prompt):
         return match["question"].lower()
     lines = prompt.split("\n")

@@ -1,4 +1,4 @@
-"""PIIP-LLaVA as models of lmms-eval 0.7: `lmms-eval --model piip_llava --model_args pretrained=FOLDER`."""
+"""PIIP-LLaVA as a model of lmms-eval 0.7: `lmms-eval --model piip_llava --model_args pretrained=FOLDER`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from accelerate import PartialState
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
@@ -71,7 +70,6 @@ class PIIPLlava(lmms):
     """
 
     is_simple = True
-    _settings_index = 1  # among the arguments of a request
 
     def __init__(
         self,
@@ -104,7 +102,7 @@ class PIIPLlava(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers to requests with the arguments (text, settings, images of a document, document, task, split)."""
-        settings = [_settings(request.args[self._settings_index]) for request in requests]
+        settings = [_settings(request.args[1]) for request in requests]
         answers: dict[int, str] = {}
         while left := [i for i in range(len(requests)) if i not in answers]:
             same = [i for i in left if settings[i] == settings[left[0]]]
@@ -195,20 +193,6 @@ class PIIPLlava(lmms):
         return results
 
 
-class PIIPLlavaChat(PIIPLlava):
-    """A model that gets a task's messages ("chat" in lmms-eval): images and texts in the task's order.
-
-    The arguments of requests are (text, messages of a document, settings, document, task, split).
-    """
-
-    is_simple = False
-    _settings_index = 2
-
-    def _asked(self, request: Instance) -> Conversation:
-        _, to_messages, *_ = request.args
-        return _chat(to_messages(self._document(request)))
-
-
 def _where(request: Instance) -> str:
     """What to call a request."""
     if len(request.args) <= 2:
@@ -226,21 +210,6 @@ def _question(text: str, visuals: Any) -> Conversation:
     if images and not tags:
         return Conversation([parts_message("user", [*[None] * len(images), text])], images)
     return Conversation([{"role": "user", "content": text}], images)
-
-
-def _chat(messages: Any) -> Conversation:
-    """A conversation in lmms-eval's format, with images and texts in their order."""
-    checked, images, found = [], [], ChatMessages(messages=messages)
-    for message in found.messages:
-        parts: list[str | None] = []
-        for part in message.content:
-            if part.type == "text":
-                parts.append(part.text)
-            else:
-                images.append(_image(part.url if part.type == "image" else f"{part.type} {part.url}"))
-                parts.append(None)
-        checked.append(parts_message(message.role, parts))
-    return Conversation(checked, images)
 
 
 def _image(visual: Any) -> Image.Image:

@@ -199,11 +199,7 @@ class PIIPTrainingArguments(TrainingArguments):
 
 
 def deepspeed_config(name: str) -> Path:
-    """File of a DeepSpeed configuration that comes with the package ("zero2"), or the path as given.
-
-    Raises:
-        ConfigError: If there is neither.
-    """
+    """File of a DeepSpeed configuration that comes with the package ("zero2"), or the path as given."""
     packaged = {path.stem: path for path in _DEEPSPEED_FOLDER.glob("*.json")}
     if name not in packaged and not Path(name).is_file():
         known = ", ".join(sorted(packaged))

@@ -26,11 +26,7 @@ from .arguments import ModelArguments, PIIPTrainingArguments
 
 
 def build_for_training(model: ModelArguments, training: PIIPTrainingArguments) -> tuple[nn.Module, Any, ModelSource]:
-    """Model, processor and their source, with the right parameters trainable and adapters added.
-
-    Raises:
-        UserError: If row, language model, projector or adapters do not fit one another.
-    """
+    """Model, processor and their source, with the right parameters trainable and adapters added."""
     check(
         model.pretrained_vision or "vision_tower" in training.train_parts or Path(model.model).is_dir(),
         "pretrained_vision",
@@ -90,11 +86,7 @@ def _build_partitioned(source: ModelSource, training: PIIPTrainingArguments, **s
 
 
 def freeze_except(model: nn.Module, parts: Iterable[str]) -> None:
-    """Makes the parameters of the named parts trainable, and no others.
-
-    Raises:
-        ConfigError: If there is no such part.
-    """
+    """Makes the parameters of the named parts trainable, and no others."""
     chosen = [parameter for part in parts for parameter in part_parameters(model, part).values()]
     model.requires_grad_(False)
     for parameter in chosen:
@@ -102,15 +94,7 @@ def freeze_except(model: nn.Module, parts: Iterable[str]) -> None:
 
 
 def language_model_linears(model: nn.Module, target: Iterable[str] = ()) -> list[str]:
-    """Full names of the linear layers inside the language model; the output layer is not among them.
-
-    Args:
-        model: The model.
-        target: Last components of the names to choose, such as "q_proj"; none chooses all.
-
-    Raises:
-        ConfigError: If a name of `target` is not there.
-    """
+    """Full names of the linear layers inside the language model; the output layer is not among them."""
     named = model.get_submodule("model.language_model").named_modules(prefix="model.language_model")
     last = {name: name.rpartition(".")[2] for name, module in named if isinstance(module, nn.Linear)}
     for name in target:
@@ -120,11 +104,7 @@ def language_model_linears(model: nn.Module, target: Iterable[str] = ()) -> list
 
 
 def add_adapters(model: nn.Module, arguments: PIIPTrainingArguments) -> PeftModel:
-    """Puts adapters on the language model, trained together with the parts that `arguments` name.
-
-    Raises:
-        ConfigError: If a layer to adapt does not exist.
-    """
+    """Puts adapters on the language model, trained together with the parts that `arguments` name."""
     config = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,

@@ -77,11 +77,7 @@ def prepare_output(training: PIIPTrainingArguments) -> Path | None:
 
 
 def check_same_processes(checkpoint: Path, num_processes: int) -> None:
-    """Refuses a checkpoint of ZeRO partitions that were cut for another number of processes.
-
-    Raises:
-        OutputFolderError: If the numbers differ.
-    """
+    """Refuses a checkpoint of ZeRO partitions that were cut for another number of processes."""
     file = checkpoint / "training_arguments.json"
     written = read_json(file, CheckpointError).get("num_processes", num_processes) if file.is_file() else num_processes
     RunFolder.check_same_processes(checkpoint, written, num_processes, f"--model {checkpoint}")

@@ -47,11 +47,7 @@ def locked(training: PIIPTrainingArguments) -> Iterator[None]:
 def prepare(
     model: ModelArguments, data: DataArguments, training: PIIPTrainingArguments
 ) -> tuple[PIIPTrainer, Path | None]:
-    """The trainer of a run with its model and data, and the checkpoint to go on from.
-
-    Raises:
-        UserError: If anything that was asked for is missing or does not fit.
-    """
+    """The trainer of a run with its model and data, and the checkpoint to go on from."""
     checkpoint = prepare_output(training)
     # a mistake there is found before gigabytes are loaded
     records = read_records(data.annotations, on_error=data.on_error)

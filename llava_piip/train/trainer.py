@@ -46,11 +46,7 @@ _REPLACED = (
 
 
 def check_trainer(trainer: type = Trainer) -> None:
-    """Refuses a Trainer that would not call what is replaced here, and so would train or save otherwise.
-
-    Raises:
-        ConfigError: Names what is missing.
-    """
+    """Refuses a Trainer that would not call what is replaced here, and so would train or save otherwise."""
     missing = [name for name in _REPLACED if not callable(getattr(trainer, name, None))]
     if missing:
         raise ConfigError(
@@ -197,11 +193,7 @@ class PIIPTrainer(Trainer):
             run.keep_last(self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_final(self) -> Path:
-        """Saves the model and its processor as `final` in the folder of the run; all processes call it.
-
-        Raises:
-            SaveError: If it cannot be written.
-        """
+        """Saves the model and its processor as `final` in the folder of the run; all processes call it."""
         run = run_folder(self.args.output_dir)
         return run.save(FINAL, lambda folder: self.save_model(str(folder)), main=self.args.should_save)
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ def short(monkeypatch, language, trained):
         shutil.copytree(options["--model"], f"{options['--output_dir']}/{run.FINAL}")
         return subprocess.CompletedProcess(command, 0)
 
-    small = functools.partial(prepare_chat_dataset, num_train=4, num_val=3, num_texts=320)
+    small = functools.partial(prepare_chat_dataset, num_train=4, num_val=3)
     monkeypatch.setattr(run, "prepare_chat_dataset", small)
     monkeypatch.setattr(run, "train_branches", train_branches)
     monkeypatch.setattr(run, "train_language_model", lambda folder, texts: shutil.copytree(language, folder) and 5.0)
@@ -102,10 +101,9 @@ def test_a_digits_classifier_is_the_start_of_the_vision_tower(short, tmp_path, m
         parameter.data += 0.02 * torch.randn_like(parameter)  # the gates of new interactions are closed
     path = write_checkpoint(tmp_path / "digits.safetensors", classifier.state_dict())
     monkeypatch.setattr(run, "train_branches", None)  # nothing to be learned
-    data = SimpleNamespace(texts=list)
     with pytest.raises(CheckpointError, match=r"gone\.pth: no such file"):
-        run._make_start(tmp_path / "run", data, tmp_path / "gone.pth")
-    start = run._make_start(tmp_path / "run", data, path)
+        run._make_start(tmp_path / "run", tmp_path / "gone.pth")
+    start = run._make_start(tmp_path / "run", path)
 
     model = PIIPLlavaForConditionalGeneration.from_pretrained(start)
     image = torch.rand(1, 3, 128, 128)
@@ -119,4 +117,4 @@ def test_a_digits_classifier_is_the_start_of_the_vision_tower(short, tmp_path, m
 
     (tmp_path / "run" / "branches").mkdir()
     with pytest.raises(UserError, match="started without --classifier"):
-        run._make_start(tmp_path / "run", data, path)
+        run._make_start(tmp_path / "run", path)

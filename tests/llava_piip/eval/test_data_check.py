@@ -37,7 +37,7 @@ def test_everything_wrong_is_found(pope_data):
     assert "8 questions of category 'adversarial', but 7 labels" in labels.message
     (twice,) = (finding for finding in report.problems if finding.kind == "entry malformed")
     assert twice.entry == 21 and "is question 0 again" in twice.message
-    assert [(count.found, count.published) for count in report.files[0].counts] == [(22, 21)]
+    assert report.files[0].counts == [("POPE: questions", 22, 21)]
 
 
 def test_missing_files_are_listed(pope_data):

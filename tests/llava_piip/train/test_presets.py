@@ -104,7 +104,7 @@ def test_a_preset_of_ones_own_builds_on_one_of_the_package(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stage2", "--model", "m", "--learnign_rate", "1"], "did you mean --learning_rate"),
+        (["stage2", "--model", "m", "--learnign_rate", "1"], "did you mean learning_rate"),
         (["stage2", "--model", "m", "--learn", "1"], "'--learn': no such argument"),  # nothing is abbreviated
         (["stage3", "--model", "m"], "did you mean stage"),
         (["stage2", "--model", "m", "--learning_rate", "high"], "invalid float value: 'high'"),
