@@ -23,7 +23,7 @@ from piip_core.images import image_formats
 
 from .images import ImageFolder
 from .published import PublishedSet
-from .records import AnyPath, DataError, Problem, Record, parse_entry, read_entries, write_entries
+from .records import AnyPath, DataError, Problem, Record, parse_entry, read_entries
 
 Decode = Literal["none", "header", "full"]
 
@@ -159,20 +159,6 @@ def audit(
         report.files.append(summary)
         report.problems += _audit_file(summary, folder, decode, published, workers)
     return report
-
-
-def write_clean(report: AuditReport, annotations: AnyPath, output: AnyPath) -> int:
-    """Writes a file without the entries that have a problem, `.json` or `.jsonl`, and returns how many it has."""
-    path, output = Path(annotations), Path(output)
-    bad = {finding.entry for finding in report.problems if finding.file == str(path)}
-    if None in bad:
-        raise UserError(f"{path}: could not be read to its end, so what is good cannot be told; repair it first")
-    if output.exists() and output.samefile(path):
-        raise UserError(f"{output}: is the file that was audited; choose another name")
-    good = [entry for index, entry in enumerate(read_entries(path)) if index not in bad]
-    if not good:
-        raise UserError(f"{path}: has no entry without a problem; is the image folder the right one?")
-    return write_entries(output, good)
 
 
 def _audit_file(

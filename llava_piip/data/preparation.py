@@ -86,14 +86,11 @@ def _prepare_folder(
 
 
 def provide_expected_names(names: Iterable[str], images: ImageFolder) -> dict[str, str]:
-    """Makes images available under expected names when they lie beside them with another ending.
+    """Makes images available under expected names when they lie beside them with another ending, and says which file.
 
     The tuning set names every OCR-VQA image `.jpg`; the download script keeps the endings of the addresses, so that
     some lie there as `.gif` or `.png`. They stay as they are: the expected name becomes a hard link (on file systems
     without links a copy), which keeps the pixels; the ending does not matter for reading.
-
-    Returns:
-        The file for each name that was provided.
     """
     provided = {}
     for name in tqdm(list(dict.fromkeys(names)), "Names", unit=" images", disable=None):

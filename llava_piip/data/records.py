@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from piip_core.errors import UserError
-from piip_core.files import write_atomically
 
 from ..conversation import IMAGE_TAG, ConversationError, messages_from_llava
 
@@ -196,23 +195,6 @@ def read_entries(path: AnyPath) -> Iterator[Any]:
             yield entry
     if empty:
         raise DataError(f"{path}: has no entries; expected some like {_EXAMPLE}")
-
-
-def write_entries(path: AnyPath, entries: Iterable[Any]) -> int:
-    """Writes a conversation file, `.json` or `.jsonl`, an entry per line, and returns their number.
-
-    An interruption leaves the old file.
-    """
-    path, count = Path(path), 0
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        raise UserError(f"{path}: expected a name that ends in .json or .jsonl")
-    start, separator, end = ("[\n", ",\n", "\n]\n") if path.suffix.lower() == ".json" else ("", "\n", "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path, "w") as file:
-        for count, entry in enumerate(entries, 1):
-            file.write((separator if count > 1 else start) + json.dumps(entry))
-        file.write(end)
-    return count
 
 
 def parse_entry(entry: Any, source: str, index: int) -> Record:

@@ -26,10 +26,6 @@ class ModalityLengthSampler(Sampler[int]):
         batch_size: Samples of one process in one forward pass.
         batches_per_step: Batches that make one update: processes times gradient accumulation steps.
         seed: With the epoch, decides the order.
-
-    Raises:
-        ConfigError: If a number is below one.
-        DataError: If there are no lengths, or one is zero; names the first.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, batches_per_step: int, *, seed: int = 0) -> None:

@@ -27,7 +27,10 @@ _LEARNING_RATE = 4e-3
 
 
 def train_language_model(folder: Path, conversations: Sequence[Conversation], *, batch_size: int = 32) -> float:
-    """Trains a tokenizer and a small Llama on conversations without images, and saves both in one folder."""
+    """Trains a tokenizer and a small Llama on conversations without images, and saves both in one folder.
+
+    Each conversation is seen once. Returns the loss at the end, per token of the answers.
+    """
     torch.manual_seed(0)
     tokenizer = _train_tokenizer(conversations[:_TOKENIZER_TEXTS])
     config = LlamaConfig(

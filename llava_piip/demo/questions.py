@@ -47,19 +47,12 @@ QUESTION_TYPES = tuple(_WORDINGS)
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer.
+    """A question with its answer."""
 
-    Attributes:
-        type: One of `QUESTION_TYPES`.
-        text: The question.
-        answer: The only right answer: a number in digits, a place or a colour.
-        image: File name of the image, relative to the data set; None for a question without an image.
-    """
-
-    type: str
+    type: str  # one of `QUESTION_TYPES`
     text: str
-    answer: str
-    image: str | None = None
+    answer: str  # the only right one: a number in digits, a place or a colour
+    image: str | None = None  # file name relative to the data set; None for a question without an image
 
 
 @dataclass(frozen=True)

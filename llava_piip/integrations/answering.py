@@ -41,10 +41,7 @@ def parts_message(role: str, parts: Sequence[str | None]) -> dict[str, Any]:
 def answer_batch(model: ChatModel, conversations: Sequence[Conversation], **settings: Any) -> list[str]:
     """Answers the last messages of conversations, all at once; each answer is what it would be alone.
 
-    Args:
-        model: Answers.
-        conversations: What to answer.
-        **settings: Of `answer_inputs`.
+    The settings are those of `answer_inputs`.
 
     Raises:
         UserError: If placeholders and images do not match, the template does not take the messages, or as

@@ -73,12 +73,10 @@ def test_prepare_says_what_is_missing(prepare, root, capsys):
     assert f"-> {root / 'coco/train2017.zip'}, or --archive coco=FILE" in out
 
 
-def test_verify_reports_and_cleans(verify, root, tmp_path, capsys):
-    report, clean = tmp_path / "report.json", tmp_path / "clean.json"
-    arguments = ["finetune", str(root), "--report", str(report), "--clean", str(clean)]
+def test_verify_reports(verify, root, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    arguments = ["finetune", str(root), "--report", str(report)]
     assert verify.main(arguments) == 1
-    assert f"{clean}: 1 of 3 entries" in capsys.readouterr().out
-    assert [entry["id"] for entry in json.loads(clean.read_text())] == ["text"]
     assert [finding["image"] for finding in json.loads(report.read_text())["problems"]] == NAMES
     with pytest.raises(SystemExit):
         verify.main(arguments)
@@ -86,22 +84,13 @@ def test_verify_reports_and_cleans(verify, root, tmp_path, capsys):
     assert verify.main([*arguments, "--force"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        (["finetune", "x", "--archive", "coco"], "expected PART=FILE"),
-    ],
-)
-def test_prepare_with_bad_arguments(prepare, capsys, arguments, match):
+def test_prepare_with_bad_arguments(prepare, capsys):
     with pytest.raises(SystemExit):
-        prepare.main(arguments)
-    assert match in capsys.readouterr().err
+        prepare.main(["finetune", "x", "--archive", "coco"])
+    assert "expected PART=FILE" in capsys.readouterr().err
 
 
-def test_verify_with_bad_arguments(verify, root, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        verify.main(["files", "--annotations", "a.json", "b.json", "--image_root", "x", "--clean", "c.json"])
-    assert "expected a single file" in capsys.readouterr().err
+def test_verify_with_bad_arguments(verify, tmp_path):
     with pytest.raises(SystemExit, match=r"error: image folder .* is no folder"):
         verify.main(["files", "--annotations", "a.json", "--image_root", str(tmp_path / "absent")])
     with pytest.raises(SystemExit, match=r"is no folder.*prepare_llava.py finetune .* says what is missing"):

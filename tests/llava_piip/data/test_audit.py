@@ -13,7 +13,7 @@ from PIL import Image
 from llava_piip.conversation import EncodedConversation
 from llava_piip.data import ConversationDataset, DataError, Problem, read_records
 from llava_piip.data import audit as module
-from llava_piip.data.audit import EMPTY_ANSWER, UNUSABLE_FILE, write_clean
+from llava_piip.data.audit import EMPTY_ANSWER, UNUSABLE_FILE
 from llava_piip.data.published import PUBLISHED
 from piip_core.errors import ConfigError, UserError
 
@@ -230,42 +230,6 @@ def test_unusable_file_is_a_problem_and_the_next_is_checked(tmp_path, content, m
     assert "unusable files: 1" in report.verdict()
     assert re.search(match, problem.message)
     assert report.files[1].entries == 1
-    with pytest.raises(UserError, match="could not be read to its end"):
-        write_clean(report, bad, tmp_path / "clean.json")
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_clean_file_has_the_good_entries_unchanged(broken, tmp_path, suffix):
-    report = audit(broken / "all.json", broken, decode="full")
-    clean = tmp_path / f"clean{suffix}"
-    expected = [value for value, kinds in BROKEN if not kinds]
-    assert write_clean(report, broken / "all.json", clean) == len(expected)
-    text = clean.read_text(encoding="utf-8")
-    assert (json.loads(text) if suffix == ".json" else list(map(json.loads, text.splitlines()))) == expected
-    assert audit(clean, broken, decode="full").ok
-
-
-def test_clean_file_that_cannot_be_written(broken, tmp_path, monkeypatch):
-    path = broken / "all.json"
-    report = audit(path, broken)
-    before = path.read_bytes()
-    with pytest.raises(UserError, match="choose another name"):
-        write_clean(report, path, path)
-    with pytest.raises(UserError, match=r"ends in \.json or \.jsonl"):
-        write_clean(report, path, tmp_path / "clean.txt")
-    only_bad = write(broken / "bad.json", [entry(2, "coco/absent.jpg")])
-    with pytest.raises(UserError, match="no entry without a problem"):
-        write_clean(audit(only_bad, broken), only_bad, tmp_path / "clean.json")
-
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    (tmp_path / "clean.json").write_text("old")
-    with pytest.raises(UserError, match="No space left"):
-        write_clean(report, path, tmp_path / "clean.json")
-    assert (tmp_path / "clean.json").read_text() == "old" and path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.json", "data", "outside.jpg"]
 
 
 def test_json_report_and_summary(broken, tmp_path):

@@ -3,9 +3,6 @@
 import base64
 import io
 import json
-import math
-import random
-from collections import Counter
 
 import pytest
 from openpyxl import load_workbook
@@ -13,7 +10,7 @@ from PIL import Image
 
 from llava_piip.eval import BENCHMARKS, Answer, EvalError, find_benchmarks
 from llava_piip.eval.multiple_choice import MMBENCH, SCIENCEQA, SEED, chosen_letter, read_mmbench
-from llava_piip.eval.short_answers import POPE, answer_scores
+from llava_piip.eval.short_answers import POPE
 from piip_core.zoo import MultimodalScores
 
 OPTIONS = {"A": "a red ball", "B": "cat", "C": "dog", "D": "the cat's tail"}
@@ -122,16 +119,6 @@ def test_images_of_tables(tmp_path):
     path.write_text("\t".join(HEADER) + "\n1\tx\n")
     with pytest.raises(EvalError, match="has not 14 cells"):
         read_mmbench(path)
-
-
-def test_worth_of_answers_is_the_mean_over_nine_people():
-    """Against leaving out each of the ten in turn."""
-    generator = random.Random(0)
-    for _ in range(50):
-        people = [generator.choice(["red", "blue", "green", "gray"]) for _ in range(10)]
-        for answer, worth in answer_scores(people).items():
-            others = [Counter(people[:i] + people[i + 1 :])[answer] for i in range(10)]
-            assert worth == pytest.approx(math.fsum(min(1, count / 3) for count in others) / 10)
 
 
 def test_images_alone_of_seed(tmp_path, write_lines):
