@@ -136,14 +136,6 @@ def test_the_audit_agrees_with_training(broken, tmp_path):
             dataset[number]
 
 
-def test_good_data_are_in_order(tmp_path):
-    picture(tmp_path / "a" / "1.jpg")
-    picture(tmp_path / "a" / "2.PNG", "PNG")
-    report = audit(write(tmp_path / "good.json", [entry(0, "a/1.jpg"), entry(1, "a/2.PNG"), entry(2)]), tmp_path)
-    assert report.ok
-    assert "Everything is in order" in report.verdict()
-
-
 def test_worker_processes_find_the_same(tmp_path):
     image = picture(tmp_path / "0.jpg", size=8)
     entries = [entry(number, f"{number}.jpg") for number in range(600)]
@@ -244,15 +236,6 @@ def test_json_report_and_summary(broken, tmp_path):
     assert f"PROBLEM: {Problem.MISSING.value}: 3\n" in summary and "and 2 more" in summary
     bad = sum(bool(kinds) for _, kinds in BROKEN)
     assert report.verdict().startswith(f"entries with problems: {bad} of {len(BROKEN)} (")
-
-
-def test_many_folders_are_summed_up(tmp_path):
-    for number in range(5):
-        picture(tmp_path / str(number) / "1.jpg", size=8)
-    path = write(tmp_path / "a.json", [entry(n, f"{n}/{name}.jpg") for n in range(5) for name in (1, 2)])
-    rows = audit(path, tmp_path).summary(max_folders=2).splitlines()
-    (row,) = [row for row in rows if "more folders" in row]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == ["3 more folders", "6", "6", "3"]
 
 
 def test_arguments_that_do_not_fit(tmp_path):

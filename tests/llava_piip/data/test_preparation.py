@@ -99,19 +99,6 @@ def test_an_unpacked_folder_without_its_archive_is_taken_as_it_is(root, finetune
     assert not prepare_published(finetune, root).sources
 
 
-def test_pretraining_set(tmp_path):
-    pretrain = replace(PUBLISHED["pretrain"], records=2)
-    (tmp_path / "LLaVA-Pretrain").mkdir()
-    names = ["00453/004539375.jpg", "00001/000010000.jpg"]
-    (tmp_path / pretrain.annotations).write_text(json.dumps([entry(i, name) for i, name in enumerate(names)]))
-    with zipfile.ZipFile(tmp_path / "LLaVA-Pretrain/images.zip", "w") as opened:
-        for name in names:
-            opened.writestr(name, picture(tmp_path / "picture.jpg").read_bytes())
-    done = prepare_published(pretrain, tmp_path)
-    assert not done.sources and not done.renamed
-    assert (tmp_path / "LLaVA-Pretrain/images/00453/004539375.jpg").is_file()
-
-
 def test_only_what_is_missing_is_downloaded(root, finetune, monkeypatch):
     wanted = []
 
