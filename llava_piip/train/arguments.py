@@ -30,23 +30,15 @@ def _argument(default: Any, text: str) -> Any:
 class ModelArguments:
     """Where the model to train comes from."""
 
-    model: str | None = _argument(
-        None, "a row of the zoo, such as piip_llava_clip_bl_512_256_7b, or a saved model's folder"
-    )
-    language_model: str | None = _argument(
-        None, "name or folder of the language model of a row; None takes the one that the row was published with"
-    )
+    model: str | None = _argument(None, "a row of the zoo, or a saved model's folder")
+    language_model: str | None = _argument(None, "name or folder of a row's language model; None: the published one")
     pretrained_vision: bool = _argument(True, "start a row's branches from their pretrained weights; false: at random")
     projector: str | None = _argument(None, "folder that stage 1 saved, whose projector to start from")
     attn_implementation: str | None = _argument(None, "attention of the language model: sdpa, flash_attention_2, eager")
 
     def __post_init__(self) -> None:
-        check(
-            self.model is not None,
-            "model",
-            self.model,
-            "a row of the zoo (--model piip_llava_clip_bl_512_256_7b) or a folder",
-        )
+        given = "a row of the zoo (--model piip_llava_clip_bl_512_256_7b) or a folder"
+        check(self.model is not None, "model", self.model, given)
 
 
 @dataclass
@@ -55,33 +47,21 @@ class DataArguments:
 
     annotations: list[str] = _argument([], "files in LLaVA's JSON format")
     image_root: list[str] = _argument([], "folder that image paths are relative to: one, or one per annotation file")
-    on_error: str = _argument(
-        "raise", "a malformed entry or an unusable image: 'raise' stops, 'skip' leaves it out and counts"
-    )
+    on_error: str = _argument("raise", "an entry or image that cannot be used: 'raise' stops, 'skip' leaves it out")
     follow_links: bool = _argument(False, "whether links below an image folder may lead out of it")
     chat_template: str = _argument("vicuna_v1", "how conversations become text: vicuna_v1, plain, llava_v1")
     max_length: int = _argument(2048, "longest sequence, image tokens included; longer ones are cut at a turn boundary")
     pad_to_square: bool = _argument(True, "pad images to a square; false cuts one out of their middle (stage 1)")
-    images_as_viewed: bool = _argument(
-        True,
-        "turn images as their orientation tag says and put transparent ones on white; false as published, as the "
-        "presets have it",
-    )
-    group_by_modality: bool = _argument(
-        True, "batches of similar length, text-only samples apart from those with images"
-    )
+    images_as_viewed: bool = _argument(True, "follow orientation tags, and put transparent images on white")
+    group_by_modality: bool = _argument(True, "batches of similar length, text-only samples apart")
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, ("raise", "skip"))
         check(self.max_length > 0, "max_length", self.max_length, "a positive number of tokens")
         files = len(self.annotations)
         check(files > 0, "annotations", self.annotations, "files to train on: --annotations FILE [FILE ...]")
-        check(
-            len(self.image_root) in (0, 1, files),
-            "image_root",
-            self.image_root,
-            f"one folder, or one for each of the {files} annotation files, in their order",
-        )
+        each = f"one folder, or one for each of the {files} annotation files, in their order"
+        check(len(self.image_root) in (0, 1, files), "image_root", self.image_root, each)
 
     def roots(self) -> str | dict[str, str] | None:
         """Image folders as `ConversationDataset` takes them."""
@@ -98,9 +78,7 @@ class PIIPTrainingArguments(TrainingArguments):
     projector_lr: float | None = _argument(None, "learning rate of the projector; None: learning_rate")
     vision_lr: float | None = _argument(None, "learning rate of the vision tower; None: learning_rate")
     language_lr: float | None = _argument(None, "learning rate of the language model; None: learning_rate")
-    total_batch_size: int | None = _argument(
-        None, "samples of one update over all devices, however many: sets gradient_accumulation_steps; 0: no"
-    )
+    total_batch_size: int | None = _argument(None, "samples of one update over all devices; 0: not set here")
     loss_average: str = _argument(
         "batch",
         "'batch': every supervised token of an update weighs the same. 'micro_batch': every micro batch of each "
@@ -115,26 +93,18 @@ class PIIPTrainingArguments(TrainingArguments):
     )
     bits: int = _argument(16, "precision of the frozen language model under LoRA: 16, or 8 or 4 (QLoRA, bitsandbytes)")
     resume: bool = _argument(False, "go on from the last checkpoint in output_dir; without one, start at the beginning")
-    overwrite_output_dir: bool = _argument(
-        False, "start anew in a folder with an earlier run, deleting its checkpoints"
-    )
+    overwrite_output_dir: bool = _argument(False, "start anew in a folder of an earlier run, deleting its checkpoints")
     remove_unused_columns: bool = _argument(False, "left to the data loader")
     # As transformers has them since 5.23
-    activation_checkpointing: bool | None = _argument(
-        None, "compute activations again in the backward pass, which spares memory"
-    )
+    activation_checkpointing: bool | None = _argument(None, "compute activations again, which spares memory")
     activation_checkpointing_kwargs: dict[str, Any] | str | None = _argument(None, "options of torch.utils.checkpoint")
 
     def __post_init__(self) -> None:
         self._check_parts()
         check_choice("loss_average", self.loss_average, ("batch", "micro_batch"))
         check(bool(self.output_dir), "output_dir", self.output_dir, "a folder for the run: --output_dir DIR")
-        check(
-            not (self.resume and self.overwrite_output_dir),
-            "overwrite_output_dir",
-            True,
-            "False together with resume=True",
-        )
+        both = self.resume and self.overwrite_output_dir
+        check(not both, "overwrite_output_dir", True, "False together with resume=True")
         if self.total_batch_size:
             self._accumulate()
         if isinstance(self.deepspeed, str):

@@ -119,28 +119,6 @@ def test_conversations_that_cannot_be_used(make, texts, settings, message):
     assert kind is Problem.CONVERSATION and message in text
 
 
-@pytest.mark.parametrize(
-    ("roles", "message"), [(["human", "bot"], "'bot'"), (["human", "human"], "alternate"), (["gpt"], "'human'")]
-)
-def test_roles_out_of_order(write, processor, roles, message):
-    turns = [{"from": role, "value": "text"} for role in roles]
-    dataset = ConversationDataset(read_records(write([{"id": "id0", "conversations": turns}])), processor)
-    kind, text = failure(dataset)
-    assert kind is Problem.CONVERSATION and message in text
-
-
-def test_image_errors_name_the_entry(make, images):
-    (images / "broken.jpg").write_bytes((images / "blue.jpg").read_bytes()[:-200])
-    (images / "empty.jpg").touch()
-    names = ["gone.jpg", "../images/red.png", "broken.jpg", "empty.jpg", "red.jpg"]
-    dataset = make(*((name, [QUESTION, "a"]) for name in names))
-    found = [failure(dataset, index) for index in range(5)]
-    kinds = [Problem.MISSING, Problem.OUTSIDE, Problem.BROKEN, Problem.EMPTY, Problem.MISSING]
-    assert [kind for kind, _ in found] == kinds
-    assert all(repr(name) in text for name, (_, text) in zip(names, found, strict=True))
-    assert "'red.png' exists" in found[-1][1]
-
-
 def test_skipping_takes_the_next_of_the_same_kind(make, caplog):
     caplog.set_level(logging.WARNING)
     entries = [
