@@ -164,3 +164,18 @@ def test_broken_question_files_say_where(tmp_path, content, message):
     with pytest.raises(EvalError, match=r"llava_test_CQM-A\.json") as error:
         SCIENCEQA.read(path)
     assert message in str(error.value)
+
+
+def test_broken_lines_say_where(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question_id": 1, "image": "x", "text": "t"}\n{"question_id": 2, "te\n')
+    with pytest.raises(EvalError, match="line 2 is no JSON object"):
+        POPE.read(path)
+    path.write_text('{"question_id": true, "image": "x", "text": "t"}\n')
+    with pytest.raises(EvalError, match="line 1: 'question_id' is 'True'"):
+        POPE.read(path)
+    path.write_text("")
+    with pytest.raises(EvalError, match="no questions"):
+        POPE.read(path)
+    with pytest.raises(EvalError, match="No such file"):
+        POPE.read(tmp_path / "nothing.jsonl")
