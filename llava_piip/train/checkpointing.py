@@ -26,7 +26,6 @@ from ..loading import (
     ModelSource,
     base_model,
     gathered,
-    part_modules,
     part_parameters,
     part_state,
 )
@@ -100,12 +99,8 @@ def save_trained(
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state_dict is None else state_dict
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""  # that peft puts in front of names
-    # Of a language model with adapters, the adapters alone are trained
-    trained = [
-        part
-        for part in PARTS
-        if all(p.requires_grad for module in part_modules(base, part).values() for p in module.parameters())
-    ]
+    # Not a language model with adapters
+    trained = [part for part in PARTS if all(p.requires_grad for p in part_parameters(base, part).values())]
     parts = list(dict.fromkeys(["projector", *trained]))
     for part in parts:
         write_checkpoint(
