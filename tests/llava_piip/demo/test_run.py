@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from llava_piip import PIIPLlavaForConditionalGeneration, PIIPLlavaProcessor
 from llava_piip.demo import __main__ as run
 from llava_piip.demo import vision
-from llava_piip.demo.dataset import imagine_conversations, prepare_chat_dataset
-from llava_piip.demo.language import train_language_model
+from llava_piip.demo.dataset import prepare_chat_dataset
 from llava_piip.train.presets import parse_arguments
 from piip_core import ClassifierConfig, PIIPClassifier
 from piip_core.checkpoints import write_checkpoint
@@ -23,16 +22,8 @@ from piip_core.errors import CheckpointError, UserError
 from piip_digits.model import demo_config
 
 
-@pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    """A language model after ten updates."""
-    folder = tmp_path_factory.mktemp("language") / "model"
-    train_language_model(folder, imagine_conversations(320), batch_size=32)
-    return folder
-
-
 @pytest.fixture
-def short(monkeypatch, language, trained):
+def short(monkeypatch, language_model, trained):
     """Hardly trained branches, ten updates of the language model, and stages that give back what they start from."""
     calls = []
 
@@ -50,7 +41,9 @@ def short(monkeypatch, language, trained):
     small = functools.partial(prepare_chat_dataset, num_train=4, num_val=3)
     monkeypatch.setattr(run, "prepare_chat_dataset", small)
     monkeypatch.setattr(run, "train_branches", train_branches)
-    monkeypatch.setattr(run, "train_language_model", lambda folder, texts: shutil.copytree(language, folder) and 5.0)
+    monkeypatch.setattr(
+        run, "train_language_model", lambda folder, texts: shutil.copytree(language_model[0], folder) and 5.0
+    )
     monkeypatch.setattr(run.subprocess, "run", stage)
     return calls
 
