@@ -4,10 +4,9 @@
 $ python datasets/verify_llava.py pretrain /data                   # LCS-558K, prepared by prepare_llava.py
 $ python datasets/verify_llava.py finetune /data --decode full     # mix665k, and decode every image
 $ python datasets/verify_llava.py files --annotations a.json b.json --image_root /data/a /data/b
-$ python datasets/verify_llava.py finetune /data --report report.json --clean /data/clean665k.json
+$ python datasets/verify_llava.py finetune /data --report report.json
 
---clean writes a conversation file without the entries that have a problem. The exit status is 0 if everything is in
-order, 1 if something is wrong.
+The exit status is 0 if everything is in order, 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     add_decode(common)
     add_report_options(common)
-    common.add_argument("--clean", type=Path, metavar="FILE", help="write entries without a problem (.json, .jsonl)")
     common.add_argument("--follow-links", action="store_true", help="allow links that lead out of the image folder")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True, metavar="{pretrain,finetune,files}")
@@ -36,9 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     roots = files.add_argument("--image-root", "--image_root", nargs="+", required=True, metavar="FOLDER")
     roots.help = "one for all files, or one for each"
     args = parser.parse_args(argv)
-    if args.clean and args.what == "files" and len(args.annotations) > 1:
-        parser.error(f"--clean {args.clean}: expected a single file in --annotations, not {len(args.annotations)}")
-    check_report_options(parser, args, args.clean)
+    check_report_options(parser, args)
     return args
 
 
@@ -46,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Checks what the command line names, and returns the exit status."""
     args = parse_args(argv)
     # Loads torch and transformers: not for --help
-    from llava_piip.data.audit import audit, write_clean
+    from llava_piip.data.audit import audit
     from llava_piip.data.published import PUBLISHED
 
     if args.what == "files":
@@ -57,12 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         advice = f" (prepare_llava.py {args.what} {args.root} says what is missing)"
     options = {"decode": args.decode, "workers": args.workers, "follow_links": args.follow_links}
     with errors_as_messages(advice):
-        report = audit(annotations, roots, published=published, **options)
-        status = tell(report, args)
-        if args.clean:
-            number = write_clean(report, annotations[0], args.clean)
-            print(f"\n{args.clean}: {number} of {report.files[0].entries} entries")
-    return status
+        return tell(audit(annotations, roots, published=published, **options), args)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Training data: conversation files, images, samples, batches and their order."""
 
-from .collate import Collator
-from .dataset import ConversationDataset
+from .dataset import Collator, ConversationDataset
 from .images import ImageFolder
-from .problems import DataError, Problem
-from .records import Record, Records, read_records
+from .records import DataError, Problem, Record, Records, read_records
 from .sampler import ModalityLengthSampler
 
 __all__ = [

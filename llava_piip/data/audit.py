@@ -2,65 +2,140 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from PIL import Image
+from tabulate import tabulate
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from piip_core.errors import ConfigError, UserError
+from piip_core.errors import ConfigError, UserError, check_choice
+from piip_core.files import write_atomically
+from piip_core.images import image_formats
 
-from ..conversation import IMAGE_TAG, ConversationError, messages_from_llava
-from .audit_report import (
-    EMPTY_ANSWER,
-    OTHER_FORMAT,
-    REPEATED_ID,
-    UNUSABLE_FILE,
-    AuditReport,
-    Count,
-    FileSummary,
-    Finding,
-)
-from .dataset import count_placeholders
-from .images import FORMAT_OF_SUFFIX, ImageFolder
-from .own_annotations import write_entries
-from .problems import DataError, Problem
+from .images import ImageFolder
 from .published import PublishedSet
-from .records import Record, parse_entry, read_entries
-
-__all__ = ["Decode", "audit", "image_findings", "write_clean"]
+from .records import AnyPath, DataError, Problem, Record, parse_entry, read_entries
 
 Decode = Literal["none", "header", "full"]
-AnyPath = str | os.PathLike[str]
 
+UNUSABLE_FILE = "file unusable"
+EMPTY_ANSWER = "answer empty or missing"
+_ORDER = (UNUSABLE_FILE, *(problem.value for problem in Problem), EMPTY_ANSWER)
+_READING = {
+    "none": "the images were not read, only looked up",
+    "header": "of the images only the headers were read: decode=full finds truncated ones too",
+    "full": "all images were decoded",
+}
 _CHUNK = 256  # images a worker process is handed at a time
 
 
+@dataclass(frozen=True)
+class Finding:
+    """A problem: training would stop at the entry or skip it, wholly or in part."""
+
+    file: str
+    entry: int | None  # its index; None for what concerns the file
+    kind: str  # a value of `Problem`, or one of this module's names
+    message: str  # what was found, with the fix
+    image: str | None = None  # if it is about one
+
+
+@dataclass
+class FileSummary:
+    """Numbers of one conversation file."""
+
+    file: str
+    image_root: str
+    entries: int = 0  # malformed ones too
+    with_image: int = 0
+    text_only: int = 0
+    entries_by_folder: Counter[str] = field(default_factory=Counter)  # of their first image
+    images_by_folder: Counter[str] = field(default_factory=Counter)  # each image once
+    unusable_by_folder: Counter[str] = field(default_factory=Counter)  # of these, or missing
+    counts: list[tuple[str, int, int]] = field(default_factory=list)  # of what, found, published
+
+
+@dataclass
+class AuditReport:
+    """The result of an audit."""
+
+    decode: str  # how images were read
+    files: list[FileSummary] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)  # in the order of files and entries
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems and every count is the published one."""
+        return not self.problems and not self._other_counts()
+
+    def _other_counts(self) -> int:
+        return sum(found != published for summary in self.files for _, found, published in summary.counts)
+
+    def write_json(self, path: AnyPath) -> None:
+        """Writes everything as JSON; an interruption leaves the old file."""
+        content = {
+            "ok": self.ok,
+            "decode": self.decode,
+            "files": list(map(vars, self.files)),
+            "totals": Counter(finding.kind for finding in self.problems),
+            "problems": list(map(asdict, self.problems)),
+        }
+        with write_atomically(path, "w") as file:
+            json.dump(content, file, indent=1)
+
+    def summary(self, *, examples: int = 3, max_folders: int = 20) -> str:
+        """Tables for people, with so many findings of each kind and so many image folders of each file."""
+        files = [(s.file, s.entries, s.with_image, s.text_only, s.image_root) for s in self.files]
+        parts = [tabulate(files, ["file", "entries", "with image", "text only", "image folder"], "github")]
+        parts += [_folder_table(summary, max_folders) for summary in self.files]
+        if counts := [count for summary in self.files for count in summary.counts]:
+            rows = [(*count, "as published" if count[1] == count[2] else "DIFFERS") for count in counts]
+            parts.append(tabulate(rows, ["entries", "found", "published size", ""], "github"))
+        lines = []
+        for kind in _ORDER:
+            found = [finding.message for finding in self.problems if finding.kind == kind]
+            lines += [f"PROBLEM: {kind}: {len(found)}"] if found else []
+            lines += [f"  {message}" for message in found[:examples]]
+            lines += [f"  and {len(found) - examples} more"] if len(found) > examples else []
+        return "\n\n".join(filter(None, [*parts, "\n".join(lines)]))
+
+    def verdict(self) -> str:
+        """One line."""
+        if self.ok:
+            return f"Everything is in order ({_READING[self.decode]})."
+        bad = {(finding.file, finding.entry) for finding in self.problems}
+        numbers = {
+            "unusable files": str(sum(entry is None for _, entry in bad)),
+            "entries with problems": f"{sum(entry is not None for _, entry in bad)} of "
+            f"{sum(summary.entries for summary in self.files)}",
+            "counts that differ from the published ones": str(self._other_counts()),
+        }
+        found = [f"{what}: {number}" for what, number in numbers.items() if not number.startswith("0")]
+        return f"{'; '.join(found)} ({_READING[self.decode]})."
+
+
 def audit(
-    annotations: AnyPath | Sequence[AnyPath],
-    image_roots: AnyPath | Sequence[AnyPath],
+    annotations: Sequence[AnyPath],
+    image_roots: Sequence[AnyPath],
     *,
     decode: Decode = "header",
     published: PublishedSet | None = None,
     workers: int | None = None,
     follow_links: bool = False,
 ) -> AuditReport:
-    """Checks conversation files with their images and reports everything found.
-
-    Problems are what training stops at or skips (`Problem`), and answers that are empty or missing. Information is what
-    is harmless: ids that repeat, and images in another format than their name says.
+    """Checks conversation files with their images and reports everything that training would stop at or skip.
 
     Args:
-        annotations: A conversation file, or several.
+        annotations: Conversation files.
         image_roots: The folder that image names are relative to, or one per file.
         decode: How far images are read. "none": they exist, are not empty and lie in the folder. "header": and start
             like an image. "full": and can be decoded to the end.
@@ -71,185 +146,134 @@ def audit(
     Raises:
         ConfigError: If arguments do not fit together or there is no such image folder.
     """
-    files = [annotations] if isinstance(annotations, (str, os.PathLike)) else list(annotations)
-    roots = [image_roots] if isinstance(image_roots, (str, os.PathLike)) else list(image_roots)
-    if len(roots) == 1:
-        roots *= len(files)
-    if not files or len(roots) != len(files):
+    roots = list(image_roots) * (len(annotations) if len(image_roots) == 1 else 1)
+    if not annotations or len(roots) != len(annotations):
         raise ConfigError(
-            f"{len(roots)} image folders for {len(files)} conversation files: expected one, or one per file"
+            f"{len(roots)} image folders for {len(annotations)} conversation files: expected one, or one per file"
         )
-    if decode not in get_args(Decode):
-        raise ConfigError(f"decode={decode!r}: expected {', '.join(get_args(Decode))}")
-    if published is not None and len(files) > 1:
-        raise ConfigError(f"{len(files)} files to compare with the sizes of {published.title}: expected one")
+    check_choice("decode", decode, get_args(Decode))
     report = AuditReport(decode)
-    for file, root in zip(files, roots, strict=True):
-        _audit_file(report, Path(file), ImageFolder(root, follow_links=follow_links), published, workers)
+    for file, root in zip(annotations, roots, strict=True):
+        folder = ImageFolder(root, follow_links=follow_links)
+        summary = FileSummary(str(Path(file)), str(folder.root))
+        report.files.append(summary)
+        report.problems += _audit_file(summary, folder, decode, published, workers)
     return report
 
 
-def write_clean(report: AuditReport, annotations: AnyPath, output: AnyPath) -> int:
-    """Writes a file without the entries that have a problem, `.json` or `.jsonl`, and returns how many it has.
-
-    Raises:
-        UserError: If the file was not audited or could not be read to its end, would be overwritten, or no entry is
-            left.
-    """
-    path, output = Path(annotations), Path(output)
-    if str(path) not in [summary.file for summary in report.files]:
-        raise UserError(f"{path}: is not one of the files of this audit")
-    bad = {finding.entry for finding in report.problems if finding.file == str(path)}
-    if None in bad:
-        raise UserError(f"{path}: could not be read to its end, so what is good cannot be told; repair it first")
-    if output.exists() and output.samefile(path):
-        raise UserError(f"{output}: is the file that was audited; choose another name")
-    good = (text for index, (_, text) in enumerate(read_entries(path)) if index not in bad)
-    first = next(good, None)
-    if first is None:
-        raise UserError(f"{path}: has no entry without a problem; is the image folder the right one?")
-    return write_entries(output, chain([first], good))
-
-
 def _audit_file(
-    report: AuditReport, path: Path, folder: ImageFolder, published: PublishedSet | None, workers: int | None
-) -> None:
-    """Adds one file to a report."""
-    summary = FileSummary(str(path), str(folder.root))
-    report.files.append(summary)
-    users: dict[str, list[tuple[int, str]]] = {}  # image -> entries that name it
+    summary: FileSummary, folder: ImageFolder, decode: Decode, published: PublishedSet | None, workers: int | None
+) -> list[Finding]:
+    """What is found in one file, in the order of its entries; the summary takes its numbers."""
     findings: list[Finding] = []
-    first_by_id: dict[str, int] = {}
+    users: dict[str, list[tuple[int, str]]] = {}  # image -> entries that name it
     folder_of = partial(_folder_of, known=[] if published is None else published.relative_folders())
-    for record in _records(path, summary, findings):
-        summary.with_image += bool(record.images)
-        summary.text_only += not record.images
+    for record in _records(summary, findings):
         for name in dict.fromkeys(record.images):
-            users.setdefault(name, []).append((record.index, record.id))
+            users.setdefault(name, []).append((record.index, record.where))
         if record.images:
+            summary.with_image += 1
             summary.entries_by_folder[folder_of(record.images[0])] += 1
-        findings += _text_findings(record)
-        if (first := first_by_id.setdefault(record.id, record.index)) != record.index:
-            findings.append(_finding(record, REPEATED_ID, f"{record.where}: entry {first} has the same id"))
-    findings += image_findings(summary, users, folder, report.decode, workers, folder_of)
-    report.findings += sorted(findings, key=lambda finding: -1 if finding.entry is None else finding.entry)
+        else:
+            summary.text_only += 1
+        if kind_and_message := _text_problem(record):
+            findings.append(Finding(record.source, record.index, *kind_and_message))
+    findings += image_findings(summary, users, folder, decode, workers, folder_of)
     if published is not None and summary.entries:
-        summary.counts += _counts(summary, published)
+        found = Counter({"": summary.text_only})
+        for place, number in summary.entries_by_folder.items():
+            found[place.partition("/")[0]] += number
+        summary.counts.append((f"{published.title}: all", summary.entries, published.records))
+        for place, number in published.records_by_folder.items():
+            summary.counts.append((f"images in {place}" if place else "text only", found[place], number))
+    return sorted(findings, key=lambda finding: -1 if finding.entry is None else finding.entry)
 
 
-def _records(path: Path, summary: FileSummary, findings: list[Finding]) -> Iterator[Record]:
+def _records(summary: FileSummary, findings: list[Finding]) -> Iterator[Record]:
     """The well-formed entries of a file; adds findings for the others."""
     try:
-        for index, (entry, _) in enumerate(read_entries(path)):
+        for index, entry in enumerate(read_entries(summary.file)):
             summary.entries += 1
             try:
-                record = parse_entry(entry, str(path), index)
+                yield parse_entry(entry, summary.file, index)
             except DataError as error:
-                findings.append(Finding(str(path), index, None, error.problem.value, None, str(error)))
-            else:
-                yield record
+                findings.append(Finding(summary.file, index, error.problem.value, str(error)))
     except DataError as error:
-        findings.append(Finding(str(path), None, None, UNUSABLE_FILE, None, str(error)))
+        findings.append(Finding(summary.file, None, UNUSABLE_FILE, str(error)))
 
 
-def _text_findings(record: Record) -> Iterator[Finding]:
-    """What is wrong with the conversation of an entry."""
+def _text_problem(record: Record) -> tuple[str, str] | None:
+    """What is wrong with the conversation of an entry, if anything is: its kind, and a message."""
     try:
-        messages = messages_from_llava(record.conversations, has_image=len(record.images) == 1)
-    except ConversationError as error:
-        yield _finding(record, Problem.CONVERSATION.value, f"{record.where}: {error}")
-        return
-    found = count_placeholders(messages, has_images=bool(record.images))
-    if found != len(record.images):
-        message = f"{found} placeholders {IMAGE_TAG} for {len(record.images)} images; correct the entry"
-        yield _finding(record, Problem.PLACEHOLDERS.value, f"{record.where}: {message}")
-    # A greeting before the first question is not trained on
-    answers = [(turn, said) for turn, said in enumerate(record.conversations, 1) if said["from"] == "gpt" and turn > 1]
-    if empty := [turn for turn, said in answers if not said["value"].strip()]:
-        yield _finding(record, EMPTY_ANSWER, f"{record.where}: turn {empty[0]} is an empty answer: nothing to learn")
-    elif messages[-1]["role"] == "user":
-        yield _finding(record, EMPTY_ANSWER, f"{record.where}: the last question has no answer: nothing to learn")
+        messages = record.messages()
+    except DataError as error:
+        return error.problem.value, str(error)
+    if messages[-1]["role"] == "user":
+        return EMPTY_ANSWER, f"{record.where}: the last question has no answer: nothing to learn"
+    greetings = len(record.conversations) - len(messages)
+    for number, message in enumerate(messages, 1 + greetings):
+        if message["role"] == "assistant" and not message["content"].strip():
+            return EMPTY_ANSWER, f"{record.where}: turn {number} is an empty answer: nothing to learn"
+    return None
 
 
 def image_findings(
     summary: FileSummary,
     users: Mapping[str, Sequence[tuple[int, str]]],
     folder: ImageFolder,
-    decode: str,
+    decode: Decode,
     workers: int | None,
     folder_of: Callable[[str], str],
 ) -> Iterator[Finding]:
     """Looks at images, in worker processes if there are many, and yields what it means for the entries that name them.
 
-    Args:
-        summary: Of the file with the entries; takes the numbers of images.
-        users: Index and id of the entries that name each image.
-        folder: Where the images are.
-        decode: See `audit`, as for `workers`.
-        workers: Number of processes.
-        folder_of: The folder that an image counts for.
-
-    Raises:
-        UserError: If a process ends while it reads images.
+    `users` has index and name of the entries by image; `folder_of` says what folder an image counts for in `summary`.
     """
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    alone = workers <= 1 or len(users) <= _CHUNK
-    with nullcontext() if alone else ProcessPoolExecutor(min(workers, -(-len(users) // _CHUNK))) as pool:
-        look = partial(_look, folder, decode)
-        try:
-            looks = map(look, users) if pool is None else pool.map(look, users, chunksize=_CHUNK)
-            bar = tqdm(looks, "Images", len(users), unit=" images", disable=None)
-            for (name, entries), (problem, found) in zip(users.items(), bar, strict=True):
-                summary.images_by_folder[folder_of(name)] += 1
-                summary.unusable_by_folder[folder_of(name)] += problem is not None
-                expected = FORMAT_OF_SUFFIX.get(PurePosixPath(name).suffix.lower())
-                if problem is not None:
-                    kind, message = problem, found
-                elif None not in (found, expected) and found != expected:
-                    kind, message = OTHER_FORMAT, f"image {name!r} is a {found} file"
-                else:
-                    continue
-                for index, record_id in entries:
-                    where = f"{summary.file}: entry {index} (id {record_id!r})"
-                    yield Finding(summary.file, index, record_id, kind, name, f"{where}: {message}")
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"a process that read images of {folder.root} ended: too little memory, or an image that crashes the "
-                "reader; workers=1 shows which"
-            ) from error
-        finally:
-            if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _look(folder: ImageFolder, decode: str, name: str) -> tuple[str | None, str | None]:
-    """A value of `Problem` and the message; or None and the image's format, as far as it was looked at."""
+    alone = workers == 1 or len(users) <= _CHUNK
+    look = partial(_look_at, folder, decode)
+    chunks = DataLoader(list(users), _CHUNK, num_workers=0 if alone else workers, collate_fn=look)
     try:
-        path = folder.locate(name)
-        found = None if decode == "none" else _format(path)
-        # A header that cannot be read: reading it all tells what is wrong in the words that training would use
-        if decode == "full" or (decode == "header" and found is None):
-            folder.open(name)
-    except DataError as error:
-        return error.problem.value, str(error)
-    return None, found
+        for name, kind, message in tqdm(
+            (found for chunk in chunks for found in chunk), "Images", len(users), unit=" images", disable=None
+        ):
+            summary.images_by_folder[folder_of(name)] += 1
+            if kind is not None:
+                summary.unusable_by_folder[folder_of(name)] += 1
+                for index, where in users[name]:
+                    yield Finding(summary.file, index, kind, f"{where}: {message}", name)
+    except RuntimeError as error:
+        raise UserError(
+            f"a process that read images of {folder.root} ended: too little memory, or an image that crashes the "
+            f"reader; workers=1 shows which ({error})"
+        ) from error
 
 
-def _format(path: Path) -> str | None:
-    """The format of an image file by its content, from the header alone; None if it is no image."""
+def _look_at(folder: ImageFolder, decode: Decode, names: Sequence[str]) -> list[tuple[str, str | None, str]]:
+    """For each image its name, and a kind of problem with the message, or None."""
+    found: list[tuple[str, str | None, str]] = []
+    for name in names:
+        try:
+            path = folder.locate(name)
+            # A header that cannot be read: reading it all tells what is wrong in the words that training would use
+            if decode == "full" or (decode == "header" and not _has_header(path)):
+                folder.open(name)
+            found.append((name, None, ""))
+        except DataError as error:
+            found.append((name, error.problem.value, str(error)))
+    return found
+
+
+def _has_header(path: Path) -> bool:
+    """Whether a file starts like an image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=sorted(set(FORMAT_OF_SUFFIX.values()))) as image:
-                # A phone's JPEG with a second image inside
-                return "JPEG" if image.format == "MPO" else image.format
+            with Image.open(path, formats=image_formats()):
+                return True
     except Exception:  # readers meet broken content with errors of many types
-        return None
-
-
-def _finding(record: Record, kind: str, message: str) -> Finding:
-    return Finding(record.source, record.index, record.id, kind, None, message)
+        return False
 
 
 def _folder_of(name: str, known: Sequence[str]) -> str:
@@ -261,12 +285,11 @@ def _folder_of(name: str, known: Sequence[str]) -> str:
     return parts[0] if len(parts) > 1 else "."
 
 
-def _counts(summary: FileSummary, published: PublishedSet) -> list[Count]:
-    """The comparison with the published sizes."""
-    found = Counter({"": summary.text_only})
-    for folder, number in summary.entries_by_folder.items():
-        found[folder.partition("/")[0]] += number
-    return [Count(f"{published.title}: all", summary.entries, published.records)] + [
-        Count(f"images in {folder}" if folder else "text only", found[folder], number)
-        for folder, number in published.records_by_folder.items()
-    ]
+def _folder_table(summary: FileSummary, max_folders: int) -> str:
+    shown = dict(summary.images_by_folder.most_common(max_folders))
+    numbers = (summary.entries_by_folder, summary.images_by_folder, summary.unusable_by_folder)
+    rows = [(folder, *(by_folder[folder] for by_folder in numbers)) for folder in sorted(shown)]
+    if left := [folder for folder in summary.images_by_folder if folder not in shown]:
+        sums = (sum(by_folder[folder] for folder in left) for by_folder in numbers)
+        rows.append((f"{len(left)} more folders", *sums))
+    return tabulate(rows, ["images in", "entries", "images", "missing or unusable"], "github") if rows else ""

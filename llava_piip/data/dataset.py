@@ -1,38 +1,39 @@
-"""Conversations about images as a torch dataset; see `ConversationDataset`."""
+"""Conversations about images as a torch dataset, and batches of its samples."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, get_worker_info
 
-from piip_core.errors import ConfigError
+from piip_core.errors import ConfigError, check_choice
 
-from ..conversation import IMAGE_TAG, ConversationError, EncodedConversation, messages_from_llava
+from ..conversation import IGNORE_INDEX, ConversationError
 from ..image_processing import ImageError
 from .images import ImageFolder
-from .problems import DataError, Problem, SharedCounts
-from .records import Record
+from .records import DataError, Problem, Record
 
 if TYPE_CHECKING:
     from ..processing import PIIPLlavaProcessor
-
-__all__ = ["ConversationDataset", "count_placeholders", "is_placeholder"]
 
 _log = logging.getLogger(__name__)
 
 _IMAGE_WORDS = 128  # what the published `lengths` count an image as
 _MOST_SKIPPED_IN_A_ROW = 100
 _TURNS_CUT, _CONVERSATIONS_CUT = "turns cut", "conversations cut"
+_COUNTED = (*(problem.value for problem in Problem), _TURNS_CUT, _CONVERSATIONS_CUT)
+_MAX_WORKERS = 128
 
 Folder = str | os.PathLike[str]
 
@@ -59,7 +60,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         as_viewed: Whether images are taken as viewers show them; see `llava_piip.data.images.viewed_image`.
 
     Raises:
-        ConfigError: If there are no records, a folder does not exist or a setting is unknown.
+        ConfigError: If a folder does not exist or `on_error` is unknown.
     """
 
     def __init__(
@@ -74,12 +75,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         follow_links: bool = False,
         as_viewed: bool = False,
     ) -> None:
-        if on_error not in ("raise", "skip"):
-            raise ConfigError(f"ConversationDataset.on_error is {on_error!r}: expected 'raise' or 'skip'")
-        if not len(records):
-            raise ConfigError("ConversationDataset.records is empty: expected at least one entry")
-        if max_length is not None and max_length < 1:
-            raise ConfigError(f"ConversationDataset.max_length is {max_length}: expected a number of ids or None")
+        check_choice("on_error", on_error, ("raise", "skip"))
         self.records, self.processor = records, processor
         self.chat_template, self.max_length, self.on_error = chat_template, max_length, on_error
         self._as_viewed = as_viewed
@@ -87,7 +83,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self._folders = {
             source and str(Path(source)): ImageFolder(root, follow_links=follow_links) for source, root in roots.items()
         }
-        self._counts = SharedCounts([problem.value for problem in Problem] + [_TURNS_CUT, _CONVERSATIONS_CUT])
+        # In shared memory: a row for this process and one for each worker of a DataLoader
+        self._counts = torch.zeros(1 + _MAX_WORKERS, len(_COUNTED), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -108,7 +105,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 return self._sample(record)
             except DataError as error:
                 errors.append(error)
-                if self._counts.add(error.problem.value) == 1:
+                if self._add(error.problem.value) == 1:
                     kind = error.problem.value
                     _log.warning("Sample skipped (%s; further ones are only counted): %s", kind, error)
         raise DataError(
@@ -119,17 +116,18 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     @property
     def skipped(self) -> dict[str, int]:
         """How many samples were skipped for which reason, by this process and its `DataLoader` workers."""
-        return {problem.value: self._counts[problem.value] for problem in Problem if self._counts[problem.value]}
+        counts = {problem.value: self._total(problem.value) for problem in Problem}
+        return {kind: count for kind, count in counts.items() if count}
 
     @property
     def turns_cut(self) -> int:
         """How many rounds (question and answer) were cut from conversations longer than `max_length`."""
-        return self._counts[_TURNS_CUT]
+        return self._total(_TURNS_CUT)
 
     @property
     def conversations_cut(self) -> int:
         """How many times a conversation longer than `max_length` was cut."""
-        return self._counts[_CONVERSATIONS_CUT]
+        return self._total(_CONVERSATIONS_CUT)
 
     @cached_property
     def modality_lengths(self) -> list[int]:
@@ -158,7 +156,13 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         return islice((other for other in others if bool(other.images) == kind), _MOST_SKIPPED_IN_A_ROW)
 
     def _sample(self, record: Record) -> dict[str, Tensor]:
-        encoded = self._encoded(record)
+        messages, has_images = record.messages(), bool(record.images)
+        try:
+            encoded = self.processor.encode_conversation(
+                messages, chat_template=self.chat_template, max_length=self.max_length, has_images=has_images
+            )
+        except ConversationError as error:
+            raise DataError(f"{record.where}: {error}", Problem.CONVERSATION) from error
         sample = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels)}
         # Rounds that were cut took their placeholders with them
         images = [self._image(record, name) for name in record.images[: encoded.num_images]]
@@ -172,26 +176,6 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             self._count_cut(record, encoded.turns_cut)
         return sample
 
-    def _encoded(self, record: Record) -> EncodedConversation:
-        num_images = len(record.images)
-        try:
-            messages = messages_from_llava(record.conversations, has_image=num_images == 1)
-            encoded = self.processor.encode_conversation(
-                messages, chat_template=self.chat_template, max_length=self.max_length, has_images=num_images > 0
-            )
-        except ConversationError as error:
-            raise DataError(f"{record.where}: {error}", Problem.CONVERSATION) from error
-        found = encoded.num_images
-        if encoded.turns_cut or not num_images:
-            found = count_placeholders(messages, has_images=num_images > 0)
-        if found != num_images:
-            raise DataError(
-                f"{record.where}: {found} placeholders {IMAGE_TAG} in the text and {num_images} images in the field "
-                "'image', expected one placeholder for each image; correct the entry",
-                Problem.PLACEHOLDERS,
-            )
-        return encoded
-
     def _image(self, record: Record, name: str) -> Image.Image:
         folder = self._folders.get(None) or self._folders.get(record.source)
         if folder is None:  # a mistake of the program and not of the entry: never skipped
@@ -203,18 +187,64 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             raise DataError(f"{record.where}: {error}", error.problem) from error
 
     def _count_cut(self, record: Record, turns: int) -> None:
-        self._counts.add(_TURNS_CUT, turns)
-        if self._counts.add(_CONVERSATIONS_CUT) == 1:
+        self._add(_TURNS_CUT, turns)
+        if self._add(_CONVERSATIONS_CUT) == 1:
             message = "%s: longer than %s ids, %d rounds cut from its end (further ones are only counted)"
             _log.warning(message, record.where, self.max_length, turns)
 
+    def _add(self, name: str, number: int = 1) -> int:
+        """Adds to one count and returns what this worker or process has counted of it."""
+        worker = get_worker_info()
+        count = self._counts[0 if worker is None else 1 + worker.id % _MAX_WORKERS, _COUNTED.index(name)]
+        count += number
+        return int(count)
 
-def count_placeholders(messages: Iterable[Mapping[str, str]], *, has_images: bool) -> int:
-    """Placeholders of an entry; without images, the tag within a text is ordinary."""
-    texts = [message["content"] for message in messages]
-    return sum(text.count(IMAGE_TAG) for text in texts) if has_images else sum(map(is_placeholder, texts))
+    def _total(self, name: str) -> int:
+        return int(self._counts[:, _COUNTED.index(name)].sum())
 
 
-def is_placeholder(text: str) -> bool:
-    """Whether a message of an entry without images looks as if an image belongs to it: a line of the tag at an end."""
-    return text == IMAGE_TAG or text.startswith(IMAGE_TAG + "\n") or text.endswith("\n" + IMAGE_TAG)
+@dataclass(frozen=True)
+class Collator:
+    """Pads samples on the right to the longest of them and puts their images one after the other.
+
+    A batch has `input_ids` and `labels` (B, N) int64, `attention_mask` (B, N) int64, and `pixel_values`
+    (images of the whole batch, 3, S, S) in the order of the samples, if there are images at all: text-only samples
+    contribute none. The mask comes from the lengths, so an id that happens to be that of the padding stays visible
+    inside of a text.
+
+    Attributes:
+        pad_token_id: Id of the padding; labels there are -100.
+    """
+
+    pad_token_id: int
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any) -> Collator:
+        """A collator that pads with the tokenizer's padding id.
+
+        Raises:
+            ConfigError: If the tokenizer has none.
+        """
+        if tokenizer.pad_token_id is None:
+            raise ConfigError(
+                "the tokenizer has no padding token: set one, tokenizer.pad_token = tokenizer.unk_token "
+                "(Llama, Vicuna) or tokenizer.eos_token; padding is masked, so any will do"
+            )
+        return cls(tokenizer.pad_token_id)
+
+    def __call__(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Makes a batch of items of `ConversationDataset`.
+
+        Raises:
+            DataError: If there are no samples.
+        """
+        if not samples:
+            raise DataError("a batch of no samples: expected at least one")
+        ids = [sample["input_ids"] for sample in samples]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence([sample["labels"] for sample in samples], True, IGNORE_INDEX),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+        images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+        return batch | {"pixel_values": torch.cat(images)} if images else batch

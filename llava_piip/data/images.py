@@ -15,15 +15,9 @@ from piip_core.errors import ConfigError
 from piip_core.images import image_formats, spellings, upright
 
 from ..image_processing import ImageError, rgb_image
-from .problems import DataError, Problem
+from .records import DataError, Problem
 
-__all__ = ["FORMAT_OF_SUFFIX", "ImageFolder", "read_image", "same_stem", "viewed_image"]
-
-# What image sets consist of. Others are refused: some of Pillow's readers start programs (EPS: Ghostscript).
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-# The formats that their names promise, the likeliest first
-FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF"}
-FORMAT_OF_SUFFIX |= {".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}
+_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # the likeliest first
 
 
 class ImageFolder:
@@ -69,11 +63,7 @@ class ImageFolder:
         return path
 
     def open(self, name: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:
-        """Reads an image, by content whatever its name ends in; see `locate` and `read_image`.
-
-        Raises:
-            DataError: As `locate` and `read_image`.
-        """
+        """Reads an image, by content whatever its name ends in; see `locate` and `read_image`."""
         return read_image(self.locate(name), f"image {name!r}", convert=convert, as_viewed=as_viewed)
 
     def _inside(self, name: str) -> Path:
@@ -110,7 +100,7 @@ class ImageFolder:
 
 def same_stem(path: Path) -> Iterator[Path]:
     """The files that are not empty and differ from a path in the ending alone, the likeliest first."""
-    others = (path.with_suffix(suffix) for suffix in (*FORMAT_OF_SUFFIX, *map(str.upper, FORMAT_OF_SUFFIX)))
+    others = (path.with_suffix(ending) for ending in (*_ENDINGS, *map(str.upper, _ENDINGS)))
     return (other for other in others if other.is_file() and other.stat().st_size)
 
 
@@ -134,8 +124,8 @@ def read_image(source: Path | bytes, what: str, *, convert: bool = True, as_view
         warnings.simplefilter("ignore")  # of transparency and metadata, neither of which is used
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            formats = [name for name in _FORMATS if name in image_formats()]  # Pillow before 11.3 has no AVIF
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+            opened = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=image_formats())
+            with opened as image:
                 image.load()
                 if as_viewed:
                     return viewed_image(image)
@@ -146,7 +136,12 @@ def read_image(source: Path | bytes, what: str, *, convert: bool = True, as_view
                 Problem.TOO_LARGE,
             ) from None
         except UnidentifiedImageError:
-            raise DataError(f"{what} {_no_image(source)}", Problem.BROKEN) from None
+            start = (source if isinstance(source, bytes) else source.read_bytes())[:16]
+            raise DataError(
+                f"{what} is no image (its content starts with {start!r}), expected JPEG, PNG or another image format: "
+                "load it again",
+                Problem.BROKEN,
+            ) from None
         except ImageError as error:
             raise DataError(f"{what}: {error}", Problem.UNUSABLE) from None
         except MemoryError:
@@ -171,12 +166,3 @@ def viewed_image(image: Image.Image) -> Image.Image:
         return rgb_image(image)
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _no_image(source: Path | bytes) -> str:
-    if isinstance(source, bytes):
-        start = source[:16]
-    else:
-        with source.open("rb") as file:
-            start = file.read(16)
-    return f"is no image (its content starts with {start!r}), expected one of {', '.join(_FORMATS)}: load it again"

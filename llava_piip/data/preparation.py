@@ -8,34 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
 from tqdm import tqdm
 
 from piip_core.archives import download, unpack_images
 from piip_core.errors import UserError
 from piip_core.files import atomic_path
 
-from .audit import audit
-from .audit_report import AuditReport
 from .images import ImageFolder, same_stem
-from .problems import DataError
 from .published import PublishedFolder, PublishedSet
-from .records import read_records
-
-__all__ = ["NameRepair", "Preparation", "prepare_published", "provide_expected_names"]
+from .records import AnyPath, DataError, read_records
 
 # The only folder whose files are published under other names than the annotation file uses
 _RENAMED = "ocr_vqa"
-
-
-@dataclass
-class NameRepair:
-    """What `provide_expected_names` found and did; paths are relative to the image root."""
-
-    present: int = 0  # images that were there
-    provided: dict[str, str] = field(default_factory=dict)  # name -> the file that now also has it, or was converted
-    unreadable: dict[str, str] = field(default_factory=dict)  # name -> why the files of the same stem are of no use
-    missing: list[str] = field(default_factory=list)  # names without any file of the same stem
 
 
 @dataclass
@@ -44,26 +28,16 @@ class Preparation:
 
     done: list[str] = field(default_factory=list)  # what was unpacked, for people
     sources: dict[str, str] = field(default_factory=dict)  # what is missing -> where to get it and where to put it
-    names: NameRepair | None = None  # of images under other names than expected; None if that was not looked at
-    report: AuditReport | None = None  # without reading the images; None without the annotation file
-
-    @property
-    def complete(self) -> bool:
-        """Whether every image of the annotation file is there."""
-        if self.report is None or self.sources:
-            return False
-        return not any(summary.unusable_by_folder.total() for summary in self.report.files)
+    renamed: dict[str, str] = field(default_factory=dict)  # image -> the file that now also has its name
 
 
 def prepare_published(
     dataset: PublishedSet,
-    root: str | os.PathLike[str],
+    root: AnyPath,
     *,
-    archives: Mapping[str, str | os.PathLike[str]] | None = None,
+    archives: Mapping[str, AnyPath] | None = None,
     fetch: bool = False,
-    convert: bool = False,
     follow_links: bool = False,
-    workers: int | None = None,
 ) -> Preparation:
     """Lays out a published data set as far as its files are there; what is done already is not done again.
 
@@ -72,9 +46,7 @@ def prepare_published(
         root: Folder that holds all data sets.
         archives: Name of a part -> its archive, where that is not at its usual place.
         fetch: Download what is missing.
-        convert: Write JPEGs where the annotation file expects them; otherwise files get a second name.
         follow_links: Whether links below `root` may lead out of it.
-        workers: Number of processes that look for the images.
 
     Raises:
         UserError: If an archive is damaged or unsafe, a download fails, or a part is unknown.
@@ -83,29 +55,22 @@ def prepare_published(
     parts = [folder.part for folder in dataset.folders]
     if unknown := sorted(set(archives) - set(parts)):
         raise UserError(f"archive for {', '.join(unknown)}: {dataset.title} consists of {', '.join(parts)}")
-    annotations, image_root = root / dataset.annotations, root / dataset.image_root
+    annotations, images = root / dataset.annotations, root / dataset.image_root
     if fetch:
         download(dataset.url, annotations)
     if not annotations.is_file():
         preparation.sources[dataset.annotations] = f"{dataset.url} -> {annotations}"
     for folder in dataset.folders:
         _prepare_folder(preparation, folder, root, archives.get(folder.part), fetch)
-    if annotations.is_file() and image_root.is_dir():
-        for folder in dataset.folders:
-            if folder.part == _RENAMED and (image_root / folder.folder).is_dir():
-                images = (image for record in read_records(annotations) for image in record.images)
-                names = [image for image in images if str(PurePosixPath(image).parent) == folder.folder]
-                preparation.names = provide_expected_names(
-                    names, image_root, convert=convert, follow_links=follow_links
-                )
-        preparation.report = audit(
-            annotations, image_root, decode="none", published=dataset, workers=workers, follow_links=follow_links
-        )
+        if folder.part == _RENAMED and annotations.is_file() and (root / folder.folder).is_dir():
+            names = (image for record in read_records(annotations) for image in record.images)
+            there = [name for name in names if (images / name).parent == root / folder.folder]
+            preparation.renamed = provide_expected_names(there, ImageFolder(images, follow_links=follow_links))
     return preparation
 
 
 def _prepare_folder(
-    preparation: Preparation, folder: PublishedFolder, root: Path, given: str | os.PathLike[str] | None, fetch: bool
+    preparation: Preparation, folder: PublishedFolder, root: Path, given: AnyPath | None, fetch: bool
 ) -> None:
     """Unpacks one archive if it is there, or notes where to get it."""
     archive, target = Path(given or root / folder.archive), root / folder.folder
@@ -120,50 +85,31 @@ def _prepare_folder(
         preparation.sources[folder.folder] = f"{folder.url}{note} -> {archive}, or --archive {folder.part}=FILE"
 
 
-def provide_expected_names(
-    names: Iterable[str], image_root: str | os.PathLike[str], *, convert: bool = False, follow_links: bool = False
-) -> NameRepair:
-    """Makes images available under expected names when they lie beside them with another ending.
+def provide_expected_names(names: Iterable[str], images: ImageFolder) -> dict[str, str]:
+    """Makes images available under expected names when they lie beside them with another ending, and says which file.
 
     The tuning set names every OCR-VQA image `.jpg`; the download script keeps the endings of the addresses, so that
     some lie there as `.gif` or `.png`. They stay as they are: the expected name becomes a hard link (on file systems
-    without links a copy), which keeps the pixels; the ending does not matter for reading. With `convert` it becomes a
-    JPEG of the first frame. `follow_links` is that of `ImageFolder`.
+    without links a copy), which keeps the pixels; the ending does not matter for reading.
     """
-    images, repair = ImageFolder(image_root, follow_links=follow_links), NameRepair()
+    provided = {}
     for name in tqdm(list(dict.fromkeys(names)), "Names", unit=" images", disable=None):
-        path, reasons = images.root / name, []
-        if path.is_file() and path.stat().st_size:
-            repair.present += 1
-            continue
-        for other in same_stem(path):
+        path = images.root / name
+        for other in () if path.is_file() and path.stat().st_size else same_stem(path):
             source = str(PurePosixPath(name).with_name(other.name))
             try:
-                image = images.open(source)
-            except DataError as error:
-                reasons.append(str(error))
+                images.open(source)
+            except DataError:  # the next may be one
                 continue
-            _write(image if convert else None, images.locate(source), path)
-            repair.provided[name] = source
+            _link(images.locate(source), path)
+            provided[name] = source
             break
-        else:
-            if reasons:
-                repair.unreadable[name] = "; ".join(reasons)
-            else:
-                repair.missing.append(name)
-    return repair
+    return provided
 
 
-def _write(image: Image.Image | None, source: Path, path: Path) -> None:
-    """Writes an image as JPEG, or links its file."""
+def _link(source: Path, path: Path) -> None:
     try:
-        if image is None:
-            os.link(source, path)
-            return
+        os.link(source, path)
     except OSError:  # no links on this file system, or an empty file in the way
-        pass
-    with atomic_path(path) as aside:
-        if image is None:
+        with atomic_path(path) as aside:
             shutil.copyfile(source, aside)
-        else:
-            image.save(aside, format="JPEG", quality=95)

@@ -1,31 +1,65 @@
-"""Reading LLaVA's conversation files."""
+"""Reading LLaVA's conversation files, and the errors of training data."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
+from piip_core.errors import UserError
 
-from .problems import DataError, reading
-
-__all__ = ["Record", "Records", "parse_entry", "read_entries", "read_records"]
+from ..conversation import IMAGE_TAG, ConversationError, messages_from_llava
 
 _log = logging.getLogger(__name__)
 
-_NAMED = 3  # malformed entries that the log names
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+AnyPath = str | os.PathLike[str]
 
+_NAMED = 3  # malformed entries that the log names
 _EXAMPLE = '{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nHi"}, ...]}'
-_WHITESPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Problem(Enum):
+    """Kinds of unusable samples; the value is the name in reports."""
+
+    MISSING = "image missing"
+    OUTSIDE = "image outside of its folder"
+    EMPTY = "image file empty"
+    UNREADABLE = "image file unreadable"
+    BROKEN = "image broken"
+    TOO_LARGE = "image too large"
+    UNUSABLE = "image of an unusable kind"
+    PLACEHOLDERS = "placeholders do not match the images"
+    CONVERSATION = "conversation unusable"
+    RECORD = "entry malformed"
+
+
+class DataError(UserError):
+    """Training data that cannot be used; the message names the file, the entry and the fix.
+
+    Attributes:
+        problem: The kind, by which skipped samples are counted.
+    """
+
+    def __init__(self, message: str, problem: Problem = Problem.RECORD) -> None:
+        super().__init__(message)  # the message alone: DataLoader builds the error anew from it in the main process
+        self.problem = problem
+
+
+@contextmanager
+def reading(path: Path, error_type: type[UserError], advice: str) -> Iterator[None]:
+    """Turns what makes a text file unreadable into an error that names it."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
+        raise error_type(f"{path}: cannot be read ({reason}); {advice}") from error
 
 
 @dataclass(frozen=True)
@@ -35,7 +69,7 @@ class Record:
     Attributes:
         id: The entry's id; its index where it has none.
         images: Names of image files relative to the image folder, empty for text only.
-        conversations: Turns {"from": ..., "value": ...}; who may speak when is checked by `messages_from_llava`.
+        conversations: Turns {"from": ..., "value": ...}; `messages` checks who may speak when.
         source: The file.
         index: Index of the entry in the file.
     """
@@ -51,13 +85,37 @@ class Record:
         """File, entry and id, for messages."""
         return f"{self.source}: entry {self.index} (id {self.id!r})"
 
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as messages, by LLaVA's rule for the placeholder if there is one image.
+
+        Raises:
+            DataError: If turns are out of order, or there is not one placeholder for each image.
+        """
+        try:
+            messages = messages_from_llava(self.conversations, has_image=len(self.images) == 1)
+        except ConversationError as error:
+            raise DataError(f"{self.where}: {error}", Problem.CONVERSATION) from error
+        texts = [message["content"] for message in messages]
+        found = sum(text.count(IMAGE_TAG) if self.images else is_placeholder(text) for text in texts)
+        if found != len(self.images):
+            raise DataError(
+                f"{self.where}: {found} placeholders {IMAGE_TAG} in the text and {len(self.images)} images in the "
+                "field 'image', expected one placeholder for each image; correct the entry",
+                Problem.PLACEHOLDERS,
+            )
+        return messages
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a message of an entry without images looks as if an image belongs to it: a line of the tag at an end."""
+    return text == IMAGE_TAG or text.startswith(IMAGE_TAG + "\n") or text.endswith("\n" + IMAGE_TAG)
+
 
 class Records(Sequence[Record]):
-    """The entries of one or several files, in order.
+    """The entries of one or several files, in order; `read_records` makes it.
 
-    Kept as the files' own text in one block and parsed when asked for: a million entries need little more than the
-    size of their files, and forked workers share the block (lists of objects are copied, page by page, as soon as a
-    worker looks at them). `read_records` makes it.
+    Kept as text in one block, which forked workers share: lists of objects are copied, page by page, as soon as a
+    worker looks at them.
 
     Attributes:
         malformed: How many entries were left out.
@@ -67,25 +125,24 @@ class Records(Sequence[Record]):
         self.malformed = 0
         self._sources = sources
         self._block, self._ends = bytearray(), array("Q", [0])
-        self._indices, self._source_of = array("I"), array("H")
 
-    def add(self, source: int, index: int, text: str) -> None:
-        """Adds an entry: the number of its source, its index there, and its text."""
-        self._block += text.encode()
+    def add(self, record: Record) -> None:
+        """Adds an entry of one of the sources."""
+        source = self._sources.index(record.source)
+        self._block += json.dumps([record.id, record.images, record.conversations, source, record.index]).encode()
         self._ends.append(len(self._block))
-        self._indices.append(index)
-        self._source_of.append(source)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]  # negative ones, and IndexError
-        entry = json.loads(self._block[self._ends[index] : self._ends[index + 1]])
-        return parse_entry(entry, self._sources[self._source_of[index]], self._indices[index])
+        text = self._block[self._ends[index] : self._ends[index + 1]]
+        name, images, conversations, source, number = json.loads(text)
+        return Record(name, tuple(images), tuple(conversations), self._sources[source], number)
 
 
-def read_records(paths: Paths, *, on_error: Literal["raise", "skip"] = "raise") -> Records:
+def read_records(paths: AnyPath | Sequence[AnyPath], *, on_error: Literal["raise", "skip"] = "raise") -> Records:
     """Reads conversation files: a list in .json, or one entry per line in .jsonl.
 
     Args:
@@ -96,23 +153,21 @@ def read_records(paths: Paths, *, on_error: Literal["raise", "skip"] = "raise") 
         DataError: If a file is missing, is not what its name says or has no entries; if an entry is malformed and not
             to be skipped, or all are; with file, entry and fix.
     """
-    files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    files = [str(Path(path)) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     if not files:
         raise DataError("no conversation file was given: name at least one .json or .jsonl file")
     errors: list[DataError] = []
-    records = Records([str(Path(file)) for file in files])
-    for number, file in enumerate(files):
-        for index, (entry, text) in enumerate(read_entries(file)):
+    records = Records(files)
+    for file in files:
+        for index, entry in enumerate(read_entries(file)):
             try:
-                parse_entry(entry, str(Path(file)), index)
+                records.add(parse_entry(entry, file, index))
             except DataError as error:
                 if on_error == "raise":
                     raise
                 errors.append(error)
                 if len(errors) <= _NAMED:
                     _log.warning("Entry left out: %s", error)
-            else:
-                records.add(number, index, text)
     records.malformed = len(errors)
     if errors and not records:
         raise DataError(f"{errors[0]}; none of {len(errors)} entries can be used")
@@ -121,35 +176,29 @@ def read_records(paths: Paths, *, on_error: Literal["raise", "skip"] = "raise") 
     return records
 
 
-def read_entries(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
-    """What a conversation file lists, whatever it is, each with its text; for `parse_entry`.
-
-    Raises:
-        DataError: If the file is missing, is not what its name says, or has no entries.
-    """
+def read_entries(path: AnyPath) -> Iterator[Any]:
+    """What a conversation file lists, whatever it is; for `parse_entry`."""
     path = Path(path)
-    readers = {".json": _entries_of_list, ".jsonl": _entries_of_lines}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() not in (".json", ".jsonl"):
         raise DataError(f"{path}: expected a file named .json (a list of entries) or .jsonl (an entry per line)")
-    empty = True
-    with (
-        reading(path, DataError, "give the path of a conversation file"),
-        tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=3, leave=False) as bar,
-    ):
-        for entry, text in readers[path.suffix.lower()](path):
+    with reading(path, DataError, "give the path of a conversation file"), path.open(encoding="utf-8-sig") as file:
+        if path.suffix.lower() == ".json":
+            entries = _parse_json(file.read(), str(path))
+            if not isinstance(entries, list):
+                raise DataError(f"{path}: starts with no list '[' of entries; one entry per line must be named .jsonl")
+        else:
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            entries = (_parse_json(line, f"{path}: line {number}") for number, line in lines)
+        empty = True
+        for entry in entries:
             empty = False
-            bar.update(len(text))
-            yield entry, text
+            yield entry
     if empty:
         raise DataError(f"{path}: has no entries; expected some like {_EXAMPLE}")
 
 
 def parse_entry(entry: Any, source: str, index: int) -> Record:
-    """Makes a record of a JSON value that a file lists.
-
-    Raises:
-        DataError: If it is no record; names file, entry, what was expected and the fix.
-    """
+    """Makes a record of a JSON value that a file lists."""
     where = f"{source}: entry {index}"
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {_short(entry)}, expected an object like {_EXAMPLE}")
@@ -173,67 +222,8 @@ def parse_entry(entry: Any, source: str, index: int) -> Record:
                 f"{where}: turn {number} has half of a character (a lone surrogate) at position {error.start} of its "
                 "text; remove it"
             ) from None
-    return Record(str(name), _images(entry, where), tuple(turns), source, index)
-
-
-def _entries_of_list(path: Path) -> Iterator[tuple[Any, str]]:
-    """Entries and their text; one at a time, because the whole list as objects takes many times the file's size."""
-    text = path.read_text(encoding="utf-8-sig")
-    decoder = json.JSONDecoder()
-    position = _skip(text, 0)
-    if position == len(text):
-        return
-    if text[position] != "[":
-        raise DataError(
-            f"{path}: starts with {text[position : position + 20]!r}, expected a list '[' of entries; "
-            "a file with one entry per line must be named .jsonl"
-        )
-    position = _skip(text, position + 1)
-    if text[position : position + 1] == "]":
-        return
-    for index in count():
-        try:
-            entry, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: entry {index}: {_json_fault(error, text)}") from None
-        yield entry, text[position:end]
-        position = _skip(text, end)
-        if text[position : position + 1] == "]":
-            break
-        if text[position : position + 1] != ",":
-            found = f"{text[position : position + 20]!r} follows" if position < len(text) else "the file ends"
-            raise DataError(
-                f"{path}: {found} after entry {index}, expected ',' or ']'; an incomplete file must be loaded again"
-            )
-        position = _skip(text, position + 1)
-    if (position := _skip(text, position + 1)) < len(text):
-        raise DataError(f"{path}: {text[position : position + 20]!r} follows the list, expected its end; remove it")
-
-
-def _entries_of_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    with path.open(encoding="utf-8-sig") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        for index, (number, line) in enumerate(lines):
-            try:
-                yield json.loads(line), line.strip()
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}: entry {index} (line {number}): {_json_fault(error, line)}; "
-                    "a list over several lines must be named .json"
-                ) from None
-
-
-def _skip(text: str, position: int) -> int:
-    """Where the white space ends that starts at a position."""
-    return _WHITESPACE.match(text, position).end()
-
-
-def _json_fault(error: ValueError | RecursionError, text: str) -> str:
-    if not isinstance(error, json.JSONDecodeError):  # thousands of digits or brackets
-        return f"{error}; correct the file"
-    if error.pos >= len(text.rstrip()):
-        return f"the text ends inside of it ({error.msg}); an incomplete file must be loaded again"
-    return f"{error.msg} at line {error.lineno}, column {error.colno}; correct the file"
+    turns = tuple({"from": turn["from"], "value": turn["value"]} for turn in turns)
+    return Record(str(name), _images(entry, where), turns, source, index)
 
 
 def _images(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -248,6 +238,16 @@ def _images(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
             "leave the field out where there is no image"
         )
     return tuple(names)
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # of thousands of digits or brackets
+        raise DataError(
+            f"{where}: no JSON ({error}); load an incomplete file again. A list of entries must be named .json, an "
+            "entry per line .jsonl"
+        ) from None
 
 
 def _short(value: Any) -> str:

@@ -9,11 +9,9 @@ import torch
 from torch import Generator
 from torch.utils.data import Sampler
 
-from piip_core.errors import ConfigError
+from piip_core.errors import check
 
-from .problems import DataError
-
-__all__ = ["ModalityLengthSampler", "group_by_length", "group_by_modality"]
+from .records import DataError
 
 
 class ModalityLengthSampler(Sampler[int]):
@@ -28,16 +26,11 @@ class ModalityLengthSampler(Sampler[int]):
         batch_size: Samples of one process in one forward pass.
         batches_per_step: Batches that make one update: processes times gradient accumulation steps.
         seed: With the epoch, decides the order.
-
-    Raises:
-        ConfigError: If a number is below one.
-        DataError: If there are no lengths, or one is zero; names the first.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, batches_per_step: int, *, seed: int = 0) -> None:
-        for name, value in (("batch_size", batch_size), ("batches_per_step", batches_per_step)):
-            if value < 1:
-                raise ConfigError(f"ModalityLengthSampler.{name} is {value}: expected at least 1")
+        check(batch_size > 0, "batch_size", batch_size, "at least 1")
+        check(batches_per_step > 0, "batches_per_step", batches_per_step, "at least 1")
         _check(lengths)
         self.lengths, self.batch_size, self.batches_per_step = lengths, batch_size, batches_per_step
         self.seed, self.epoch = seed, 0

@@ -1,4 +1,4 @@
-"""The data set of the chat demo: images, LLaVA's two kinds of training files, texts, and questions for validation."""
+"""The data of the chat demo: images, LLaVA's two kinds of training files, questions for validation, and texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from piip_core.errors import check
 from piip_digits.data_folder import write_data_folder
 
 from ..conversation import IMAGE_TAG
@@ -35,8 +34,7 @@ from .questions import (
     seen_digits,
 )
 
-__all__ = ["ChatDataset", "imagine_conversations", "prepare_chat_dataset"]
-
+NUM_TEXTS = 12800  # conversations that the language model learns from, each seen once
 _FORMAT = 1  # raise it when the same settings would give other files: data sets already there are then made anew
 _TEXT_ONLY = 0.15  # part of the conversations that have no image
 _TEXT_SUMS, _TEXT_CAPTIONS = 0.2, 0.3  # parts of the texts: sums alone, and, of the others, with a caption
@@ -56,13 +54,12 @@ class ChatDataset:
         captions: First stage, in LLaVA's format: a caption for every training image.
         conversations: Second stage, in LLaVA's format: questions and answers, some of them without an image.
         questions: Validation, a `Question` per line, each for a conversation of its own.
-        text: For the language model: what `imagine_conversations` gives.
     """
 
     def __init__(self, root: Path) -> None:
         self.image_root = root
         self.captions, self.conversations = root / "captions.json", root / "conversations.json"
-        self.questions, self.text = root / "questions.jsonl", root / "text.json"
+        self.questions = root / "questions.jsonl"
 
     def images(self, split: str = "val") -> list[Path]:
         """The images of a split, in order."""
@@ -81,35 +78,16 @@ class ChatDataset:
                 found.append(Question(kind, text, answer, entry.get("image")))
         return found
 
-    def texts(self) -> list[Messages]:
-        """What the language model learns from."""
-        return json.loads(self.text.read_text())
 
-
-def prepare_chat_dataset(
-    root: Path | str, num_train: int = 4000, num_val: int = 300, num_texts: int = 12800
-) -> ChatDataset:
+def prepare_chat_dataset(root: Path | str, num_train: int = 4000, num_val: int = 300) -> ChatDataset:
     """Makes the data set, unless it is there already; training and validation share no digit and no photograph.
 
-    Args:
-        root: Folder of the data set, commonly `datasets/digit_chat`.
-        num_train: Number of training images.
-        num_val: Number of validation images.
-        num_texts: Number of conversations about images that do not exist.
-
     Raises:
-        UserError: If a number is not positive, or the folder holds something that this function did not write.
+        UserError: If the folder holds something that this function did not write.
     """
-    for name, number in (("num_train", num_train), ("num_val", num_val), ("num_texts", num_texts)):
-        check(number >= 1, name, number, "at least 1")
-    settings = {
-        "format": _FORMAT,
-        "scenes": [num_train, num_val],
-        "texts": num_texts,
-        "config": asdict(CHAT_SCENES),
-    }
-    write = partial(_write_files, num_train=num_train, num_val=num_val, num_texts=num_texts)
-    write_data_folder(Path(root), settings, write)
+    scenes = [num_train, num_val]
+    settings = {"format": _FORMAT, "scenes": scenes, "texts": NUM_TEXTS, "config": asdict(CHAT_SCENES)}
+    write_data_folder(Path(root), settings, partial(_write_files, num_train=num_train, num_val=num_val))
     return ChatDataset(Path(root))
 
 
@@ -118,10 +96,6 @@ def imagine_conversations(count: int, seed: int = 0) -> list[Messages]:
 
     Questions come in any order, for this is where the language model learns to look things up. Some conversations
     start with a caption, and some are sums without an image.
-
-    Args:
-        count: Number of conversations.
-        seed: Of everything random.
     """
     rng = Random(f"texts {seed}")
     conversations = []
@@ -141,7 +115,7 @@ def imagine_conversations(count: int, seed: int = 0) -> list[Messages]:
     return conversations
 
 
-def _write_files(root: Path, num_train: int, num_val: int, num_texts: int) -> None:
+def _write_files(root: Path, num_train: int, num_val: int) -> None:
     files = ChatDataset(root)
     train, val = _draw_scenes(root, "train", num_train), _draw_scenes(root, "val", num_val)
     captions = [_as_llava([DESCRIBE, caption(digits)], name) for name, digits in train.items()]
@@ -161,7 +135,6 @@ def _write_files(root: Path, num_train: int, num_val: int, num_texts: int) -> No
     rng = Random("questions")
     to_ask = [replace(question, image=name) for name in val for question in ask_all(val[name], rng)]
     files.questions.write_text("".join(json.dumps(asdict(question)) + "\n" for question in to_ask))
-    files.text.write_text(json.dumps(imagine_conversations(num_texts)))
 
 
 def _draw_scenes(root: Path, split: str, count: int) -> dict[str, list[SeenDigit]]:

@@ -17,8 +17,6 @@ from piip_core.files import publish_folder
 from ..conversation import encode_conversation, render_conversation
 from ..data import Collator
 
-__all__ = ["train_language_model"]
-
 Conversation = Sequence[Mapping[str, str]]
 
 _CHAT_TEMPLATE = "vicuna_v1"
@@ -31,13 +29,7 @@ _LEARNING_RATE = 4e-3
 def train_language_model(folder: Path, conversations: Sequence[Conversation], *, batch_size: int = 32) -> float:
     """Trains a tokenizer and a small Llama on conversations without images, and saves both in one folder.
 
-    Args:
-        folder: Written whole.
-        conversations: {"role": ..., "content": ...} messages; the answers are learned. Each is seen once.
-        batch_size: Conversations per update.
-
-    Returns:
-        The loss at the end, per token of the answers.
+    Each conversation is seen once. Returns the loss at the end, per token of the answers.
     """
     torch.manual_seed(0)
     tokenizer = _train_tokenizer(conversations[:_TOKENIZER_TEXTS])

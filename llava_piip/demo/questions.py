@@ -13,23 +13,6 @@ from string import ascii_lowercase
 
 from piip_digits.scenes import NAMED_COLOURS, NUM_CLASSES, Scene, SceneConfig, render_scene
 
-__all__ = [
-    "CHAT_SCENES",
-    "DESCRIBE",
-    "PLACES",
-    "QUESTION_TYPES",
-    "Question",
-    "SeenDigit",
-    "ask_all",
-    "ask_round_by_round",
-    "ask_sums",
-    "caption",
-    "imagine",
-    "in_words",
-    "render_chat_scene",
-    "seen_digits",
-]
-
 CHAT_SCENES = SceneConfig(
     image_size=128,
     min_digits=1,
@@ -64,19 +47,12 @@ QUESTION_TYPES = tuple(_WORDINGS)
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer.
+    """A question with its answer."""
 
-    Attributes:
-        type: One of `QUESTION_TYPES`.
-        text: The question.
-        answer: The only right answer: a number in digits, a place or a colour.
-        image: File name of the image, relative to the data set; None for a question without an image.
-    """
-
-    type: str
+    type: str  # one of `QUESTION_TYPES`
     text: str
-    answer: str
-    image: str | None = None
+    answer: str  # the only right one: a number in digits, a place or a colour
+    image: str | None = None  # file name relative to the data set; None for a question without an image
 
 
 @dataclass(frozen=True)
@@ -89,11 +65,7 @@ class SeenDigit:
 
 
 def render_chat_scene(split: str, index: int) -> Scene:
-    """Draws a scene of the chat: of five in a row, two have one digit, two have two and one has three.
-
-    Raises:
-        RuntimeError: If the digits do not fit into a scene.
-    """
+    """Draws a scene of the chat: of five in a row, two have one digit, two have two and one has three."""
     number = _NUMBERS[index % len(_NUMBERS)]
     config = replace(CHAT_SCENES, min_digits=number, max_digits=number)
     for attempt in range(_MAX_DRAWS):

@@ -26,17 +26,6 @@ from piip_digits.scenes import NAMED_COLOURS, NUM_CLASSES
 
 from .questions import CHAT_SCENES
 
-__all__ = [
-    "CHAT_PYRAMID",
-    "PIXEL_MEAN",
-    "PIXEL_STD",
-    "DigitTeacher",
-    "chat_entry",
-    "chat_pyramid",
-    "classifier_pyramid",
-    "train_branches",
-]
-
 PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
 """Of the images that the branches learn from, so the image processor of the chat model needs them as well."""
 
@@ -181,15 +170,8 @@ def chat_entry(vision: PIIPConfig) -> MultimodalEntry:
 def train_branches(folder: Path, *, steps: Sequence[int] = (1500, 1300), num_val: int = 1024) -> list[float]:
     """Teaches digits to the branches of `CHAT_PYRAMID`, all at the same time: one process with one thread for each.
 
-    The same steps give the same weights.
-
-    Args:
-        folder: Where to put the weights, `branch1.safetensors` and so on.
-        steps: Updates of each branch.
-        num_val: Digits that accuracy is measured on, never seen in training, on photographs never seen in training.
-
-    Returns:
-        The part of these digits that each branch tells where there is a digit.
+    Writes `branch1.safetensors` and so on; the same steps give the same weights. Returns the part of `num_val` unseen
+    digits that each branch tells.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = get_context("spawn")  # forking a process that has used PyTorch's threads can hang

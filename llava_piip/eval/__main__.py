@@ -13,26 +13,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import PartialState
+from tabulate import tabulate
 
+from piip_core import zoo
 from piip_core.errors import UserError
 
 from ..inference import DTYPES, ChatModel
-from . import BENCHMARKS, EIGHT, find_benchmarks
-from .answering import default_dtype
-from .benchmark import Benchmark
-from .data_check import missing_files
-from .files import EvalError
-from .runner import answer_benchmark, score_answers
-from .table import measured_scores, score_table
-
-__all__ = ["main"]
+from . import BENCHMARKS, find_benchmarks
+from .benchmark import SOURCES, Benchmark, EvalError, read_json
+from .running import SCORES, answer_benchmark, default_dtype, score_answers
 
 _TABLE = "table"
 _LONGEST_WAIT = timedelta(days=7)  # of a process for the others
@@ -59,9 +55,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m llava_piip.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "benchmarks", nargs="+", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)}, all (the eight), or {_TABLE}"
-    )
+    names = f"{', '.join(BENCHMARKS)}, all, or {_TABLE}"
+    parser.add_argument("benchmarks", nargs="+", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK", help=names)
     parser.add_argument("--model", type=Path, metavar="DIR", help="what training saved or the converter wrote")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of all benchmarks")
     parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: output/eval/NAME OF THE MODEL)")
@@ -78,10 +73,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--partial", action="store_true", help="score answers that are incomplete")
     parser.add_argument("--restart", action="store_true", help="forget earlier answers instead of going on with them")
     args = parser.parse_args(arguments)
-    try:
-        args.benchmarks = find_benchmarks(args.benchmarks)
-    except EvalError as error:
-        parser.error(f"{error}; or {_TABLE}")
+    args.benchmarks = find_benchmarks(args.benchmarks)
     if len(args.benchmarks) > 1 and (args.answers or args.questions or args.images):
         parser.error("--answers, --questions and --images are for a single benchmark")
     if (args.model is None) == (args.answers is None):
@@ -125,10 +117,10 @@ def _check_files(args: argparse.Namespace) -> None:
     for benchmark in args.benchmarks:
         if absent := [name for name in benchmark.needs if find_spec(name) is None]:
             raise EvalError(f"{benchmark.title} needs {' '.join(absent)}: pip install {' '.join(absent)}")
-        missing += missing_files(benchmark, args.data, with_images=args.answers is None)
+        missing += benchmark.missing_files(args.data, with_images=args.answers is None)
     if missing:
         listed = "\n  ".join(map(str, missing))
-        raise EvalError(f"files or folders are missing (docs/evaluation.md says where they come from):\n  {listed}")
+        raise EvalError(f"files or folders are missing ({SOURCES}):\n  {listed}")
 
 
 def _report(benchmark: Benchmark, args: argparse.Namespace, answers: Path) -> None:
@@ -164,12 +156,40 @@ def _table(arguments: Sequence[str]) -> None:
 
 def _named_score(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    names = [benchmark.name for benchmark in EIGHT]
     try:
-        return names[names.index(name)], float(value)
-    except ValueError:
-        message = f"{text!r}: expected NAME=SCORE, such as vqav2=79.1, with one of {', '.join(names)}"
+        return BENCHMARKS[name].name, float(value)
+    except (KeyError, ValueError):
+        message = f"{text!r}: expected NAME=SCORE, such as vqav2=79.1, with one of {', '.join(BENCHMARKS)}"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def measured_scores(output: Path) -> dict[str, float]:
+    """Scores in a folder of results, by benchmark; those that are scored elsewhere are not there."""
+    files = {name: output / name / SCORES for name in BENCHMARKS}
+    contents = {name: read_json(path) for name, path in files.items() if path.exists()}
+    found = {name: content["value"] for name, content in contents.items() if content["complete"]}
+    if not found:
+        raise EvalError(f"{output}: has no scores of complete runs; expected BENCHMARK/{SCORES} below it")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def score_table(measured: Mapping[str, Mapping[str, float]] | None = None, rows: Sequence[str] | None = None) -> str:
+    """The published rows of the zoo (those named, or all), and those of measured models."""
+    entries = zoo.multimodal_entries() if rows is None else [zoo.multimodal(name) for name in rows]
+    lines = []
+    for entry in entries:
+        model = (entry.title, entry.resolution, entry.language_model.rpartition("/")[2])
+        lines.append([*model, *map(_printed, astuple(entry.scores))])
+    for name, values in (measured or {"yours": {}}).items():
+        scores = [values.get(name) for name in BENCHMARKS]
+        mean = None if None in scores else sum(scores) / len(scores)
+        lines.append([f"**{name}**", "", "", *map(_printed, (*scores, mean))])
+    header = ("model", "image", "language model", *(benchmark.title for benchmark in BENCHMARKS.values()), "mean")
+    return tabulate(lines, header, "github", disable_numparse=True)
+
+
+def _printed(score: float | None) -> str:
+    return "" if score is None else f"{score:.1f}"
 
 
 if __name__ == "__main__":

@@ -6,24 +6,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from piip_core.errors import ConfigError, UserError
+from piip_core.errors import UserError
 
-from ..data.audit import Decode, image_findings
-from ..data.audit_report import UNUSABLE_FILE, AuditReport, Count, FileSummary, Finding
+from ..data.audit import UNUSABLE_FILE, AuditReport, Decode, FileSummary, Finding, image_findings
 from ..data.images import ImageFolder, read_image
-from ..data.problems import DataError, Problem
-from .benchmark import Answer, Benchmark, Question
-from .files import EvalError
-
-__all__ = ["check_benchmarks", "missing_files"]
-
-
-def missing_files(benchmark: Benchmark, data: Path, *, with_images: bool = True) -> list[Path]:
-    """Files and folders that a benchmark needs and that are not there."""
-    questions, images = benchmark.question_file(data), benchmark.image_folder(data)
-    files = [questions, *(questions.parent / name for name in benchmark.labels)]
-    missing = [path for path in files if not path.is_file()]
-    return missing + [images] if with_images and images is not None and not images.is_dir() else missing
+from ..data.records import DataError, Problem
+from .benchmark import SOURCES, Answer, Benchmark, Question
 
 
 def check_benchmarks(
@@ -40,39 +28,35 @@ def check_benchmarks(
         file, folder = benchmark.question_file(data), benchmark.image_folder(data)
         summary = FileSummary(str(file), str(folder or file))
         report.files.append(summary)
-        missing = missing_files(benchmark, data)
-        report.findings += [
-            _unusable(file, f"{path}: missing; docs/evaluation.md says where it comes from") for path in missing
-        ]
+        missing = benchmark.missing_files(data)
+        report.problems += [_unusable(file, f"{path}: missing; {SOURCES}") for path in missing]
         try:
             questions = benchmark.read(file)
-        except (EvalError, DataError) as error:
+        except UserError as error:
             if file not in missing:
-                report.findings.append(_unusable(file, str(error)))
+                report.problems.append(_unusable(file, str(error)))
             continue
         summary.entries = len(questions)
         summary.with_image = sum(question.image is not None for question in questions)
         summary.text_only = len(questions) - summary.with_image
-        if benchmark.published is not None:
-            summary.counts.append(Count(f"{benchmark.title}: questions", len(questions), benchmark.published))
-        report.findings += _repeated(file, questions)
+        summary.counts.append((f"{benchmark.title}: questions", len(questions), benchmark.published))
+        report.problems += _repeated(file, questions)
         if not missing:
-            report.findings += _trial(benchmark, file, questions)
-        report.findings += _embedded_images(summary, questions, decode)
+            report.problems += _trial(benchmark, file, questions)
+        report.problems += _embedded_images(summary, questions, decode)
         if folder is not None and folder.is_dir():
             users: dict[str, list[tuple[int, str]]] = {}
             for index, question in enumerate(questions):
                 if isinstance(question.image, str):
-                    users.setdefault(question.image, []).append((index, str(question.id)))
-            for name, entries in users.items():
-                summary.entries_by_folder[str(Path(name).parent)] += len(entries)
+                    users.setdefault(question.image, []).append((index, f"{file}: question {question.id!r}"))
+                    summary.entries_by_folder[str(Path(question.image).parent)] += 1
             images = ImageFolder(folder, follow_links=True)
-            report.findings += image_findings(summary, users, images, decode, workers, lambda n: str(Path(n).parent))
+            report.problems += image_findings(summary, users, images, decode, workers, lambda n: str(Path(n).parent))
     return report
 
 
 def _unusable(file: Path, message: str) -> Finding:
-    return Finding(str(file), None, None, UNUSABLE_FILE, None, message)
+    return Finding(str(file), None, UNUSABLE_FILE, message)
 
 
 def _repeated(file: Path, questions: Sequence[Question]) -> Iterator[Finding]:
@@ -81,11 +65,11 @@ def _repeated(file: Path, questions: Sequence[Question]) -> Iterator[Finding]:
         before = first.setdefault((question.id, question.prompt), index)
         if before != index:
             message = f"{file}: question {index} (id {question.id!r}) is question {before} again: it would count twice"
-            yield Finding(str(file), index, str(question.id), Problem.RECORD.value, None, message)
+            yield Finding(str(file), index, Problem.RECORD.value, message)
 
 
 def _trial(benchmark: Benchmark, file: Path, questions: Sequence[Question]) -> Iterator[Finding]:
-    answers = [Answer(q.id, q.prompt, "A", dict(q.fields)) for q in questions]
+    answers = [Answer(question.id, question.prompt, "A") for question in questions]
     try:
         if benchmark.score is not None:
             benchmark.score(file, answers)
@@ -93,7 +77,7 @@ def _trial(benchmark: Benchmark, file: Path, questions: Sequence[Question]) -> I
             name, export = benchmark.export
             with tempfile.TemporaryDirectory() as folder:
                 export(file, Path(folder, name), answers)
-    except (ConfigError, UserError) as error:
+    except UserError as error:
         yield _unusable(file, f"labels do not fit the questions: {error}")
 
 
@@ -107,5 +91,4 @@ def _embedded_images(summary: FileSummary, questions: Sequence[Question], decode
                     read_image(question.image, f"the image of question {question.id}")
             except DataError as error:
                 summary.unusable_by_folder["(in the file)"] += 1
-                message = f"{summary.file}: {error}"
-                yield Finding(summary.file, index, str(question.id), error.problem.value, None, message)
+                yield Finding(summary.file, index, error.problem.value, f"{summary.file}: {error}")

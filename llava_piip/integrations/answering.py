@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
 
 from piip_core.errors import UserError
 
 from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages
 from ..inference import ChatModel, ContextLengthError, MemoryLimitError
-
-__all__ = ["Conversation", "Likelihood", "answer_batch", "likelihood_batch", "parts_message"]
 
 
 class Conversation(NamedTuple):
@@ -39,9 +38,23 @@ def parts_message(role: str, parts: Sequence[str | None]) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def answer_batch(
+def answer_batch(model: ChatModel, conversations: Sequence[Conversation], **settings: Any) -> list[str]:
+    """Answers the last messages of conversations, all at once; each answer is what it would be alone.
+
+    The settings are those of `answer_inputs`.
+
+    Raises:
+        UserError: If placeholders and images do not match, the template does not take the messages, or as
+            `answer_inputs`.
+    """
+    prompts = [model.prompt(conversation.messages) for conversation in conversations]
+    inputs = model.processor(text=prompts, images=[list(conversation.images) for conversation in conversations])
+    return answer_inputs(model, inputs, **settings)
+
+
+def answer_inputs(
     model: ChatModel,
-    conversations: Sequence[Conversation],
+    inputs: BatchFeature,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -49,11 +62,11 @@ def answer_batch(
     until: Sequence[str] = (),
     **others: Any,
 ) -> list[str]:
-    """Answers the last messages of conversations, all at once; each answer is what it would be alone.
+    """Answers what the processor made of prompts and images.
 
     Args:
         model: Answers.
-        conversations: What to answer.
+        inputs: With `input_ids`, `attention_mask` and, if there are images, `pixel_values`.
         max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
         temperature: 0 takes the most probable token each time.
         top_p: Sample among the most probable tokens that together have this probability.
@@ -61,14 +74,10 @@ def answer_batch(
         **others: More settings of transformers' `GenerationConfig`, such as `num_beams`.
 
     Raises:
-        SamplingError: For a value that cannot work.
         ContextLengthError: If a conversation leaves no room for an answer.
         MemoryLimitError: If memory is too small.
-        UserError: If placeholders and images do not match, the template does not take the messages, or a setting is
-            unknown.
+        UserError: For a setting that is unknown or cannot work.
     """
-    prompts = [model.prompt(conversation.messages) for conversation in conversations]
-    inputs = model.processor(text=prompts, images=[list(conversation.images) for conversation in conversations])
     lengths = inputs["attention_mask"].sum(1).tolist()
     limits = [min(max_new_tokens, model.context_length - length) for length in lengths]
     if min(limits) < 1:

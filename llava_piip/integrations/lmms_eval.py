@@ -1,4 +1,4 @@
-"""PIIP-LLaVA as models of lmms-eval 0.7: `lmms-eval --model piip_llava --model_args pretrained=FOLDER`."""
+"""PIIP-LLaVA as a model of lmms-eval 0.7: `lmms-eval --model piip_llava --model_args pretrained=FOLDER`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
 from piip_core.errors import UserError
 
 from ..conversation import IMAGE_TAG
-from ..eval.answering import default_dtype
+from ..eval.running import default_dtype
 from ..inference import ChatModel, MemoryLimitError, Quantization
 from .answering import Conversation, Likelihood, answer_batch, likelihood_batch, parts_message
-
-__all__ = ["PIIPLlava", "PIIPLlavaChat"]
 
 DEFAULT_NEW_TOKENS = 1024  # of lmms-eval's own LLaVA where a task says nothing
 
@@ -34,25 +31,6 @@ _OTHER_SETTINGS = ("top_k", "repetition_penalty")
 _IGNORED_SETTINGS = ("image_aspect_ratio", "max_agentic_steps", "seed", "skip_special_tokens", "visual_cot")
 
 _log = logging.getLogger(__name__)
-
-
-class _Asked(NamedTuple):
-    """What makes the conversation of a document when its turn comes, for it holds images; and what to call it."""
-
-    where: str
-    make: Callable[[], Conversation]
-
-
-# What makes the conversation of the next round if there is one, the answers so far, and what the task keeps
-_Following = tuple[Callable[[], Conversation] | None, list[str], Any]
-
-
-class _Plan(NamedTuple):
-    """The settings of a request, and what makes conversations of its document: the first one, and the following."""
-
-    settings: Mapping[str, Any]
-    first: Callable[[Any], Conversation]
-    following: Callable[..., _Following]
 
 
 class _Value(tuple, GenerationResult):
@@ -124,15 +102,18 @@ class PIIPLlava(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers to requests with the arguments (text, settings, images of a document, document, task, split)."""
-        answers = [rounds[0] for rounds in self._rounds(requests, most=1)]
-        return self._remembered("generate_until", requests, answers)
+        settings = [_settings(request.args[1]) for request in requests]
+        answers: dict[int, str] = {}
+        while left := [i for i in range(len(requests)) if i not in answers]:
+            same = [i for i in left if settings[i] == settings[left[0]]]
+            work = partial(answer_batch, self.chat, **settings[left[0]])
+            found = self._batched([requests[i] for i in same], self._asked, work, "", "lmms-eval: answers")
+            answers |= zip(same, found, strict=True)
+        return self._remembered("generate_until", requests, [answers[i] for i in range(len(requests))])
 
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Answers of all rounds, each in a conversation of its own, as the task makes it from the answers before.
-
-        The arguments are (text, settings, images of a document, text of a round, document, task, split).
-        """
-        return self._remembered("generate_until_multi_round", requests, self._rounds(requests, most=math.inf))
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refuses tasks of several rounds."""
+        raise NotImplementedError("PIIP-LLaVA's adapter answers no tasks of several rounds: leave them out of --tasks")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """How probable given answers are, and whether greedy generation gives them; see `likelihood`.
@@ -140,22 +121,17 @@ class PIIPLlava(lmms):
         The arguments are (text, answer or how to get it, images of a document, document, task, split), or
         (text, answer). An answer counts as the training has it: after the role, with its end token.
         """
-        asked = {i: _Asked(_where(each), partial(self._answered, each)) for i, each in enumerate(requests)}
-        impossible = Likelihood(-math.inf, 1, is_greedy=False)
-        found = self._batched(asked, partial(likelihood_batch, self.chat), impossible, "lmms-eval: likelihoods")
-        values = []
-        for total, num_tokens, is_greedy in found.values():
-            values.append(_Value(total if self.likelihood == "logprob" else -total / num_tokens, is_greedy))
+        impossible, work = Likelihood(-math.inf, 1, is_greedy=False), partial(likelihood_batch, self.chat)
+        found = self._batched(requests, self._answered, work, impossible, "lmms-eval: likelihoods")
+        values = [
+            _Value(total if self.likelihood == "logprob" else -total / num_tokens, is_greedy)
+            for total, num_tokens, is_greedy in found
+        ]
         return self._remembered("loglikelihood", requests, values)
 
-    def _plan(self, text: str, settings: Any, to_visuals: Any, to_text: Any = None) -> _Plan:
-        """How a request is asked, of its arguments in front of document, task and split."""
-
-        def following(doc: Any, **before: Any) -> _Following:
-            visuals, question, finished, answers, info = to_text(doc, **before)
-            return None if finished else partial(_asked, question, visuals), list(answers), info
-
-        return _Plan(settings, lambda doc: _asked(text, to_visuals(doc)), following)
+    def _asked(self, request: Instance) -> Conversation:
+        text, _, to_visuals, *_ = request.args
+        return _question(text, to_visuals(self._document(request)))
 
     def _answered(self, request: Instance) -> Conversation:
         text, answer, *document = request.args
@@ -164,7 +140,7 @@ class PIIPLlava(lmms):
             doc = self._document(request)
             visuals = document[0](doc)
             answer = answer if isinstance(answer, str) else answer(doc)
-        messages, images = _asked(text, visuals)
+        messages, images = _question(text, visuals)
         # The template puts the blank in front of an answer where it needs one
         return Conversation([*messages, {"role": "assistant", "content": answer.strip()}], images)
 
@@ -172,74 +148,42 @@ class PIIPLlava(lmms):
         *_, doc_id, task, split = request.args
         return self.task_dict[task][split][doc_id]
 
-    def _rounds(self, requests: Sequence[Instance], most: float) -> list[list[str]]:
-        """The answers of at most so many rounds.
-
-        Tasks say after each round what comes next, and a round is answered in batches.
-        """
-        plans = [self._plan(*request.args[:-3]) for request in requests]
-        settings = [_settings(plan.settings) for plan in plans]
-        current = {
-            i: _Asked(_where(request), lambda i=i, request=request: plans[i].first(self._document(request)))
-            for i, request in enumerate(requests)
-        }
-        answers: list[list[str]] = [[] for _ in requests]
-        infos: list[Any] = [None] * len(requests)
-        index = 0
-        while current:
-            texts, current = self._answers(current, settings), {}
-            index += 1
-            for i, text in texts.items():
-                answers[i] = [*answers[i], text]
-                if index < most:
-                    before = {"round_idx": index, "previous_output": answers[i], "previous_round_info": infos[i]}
-                    make, answers[i], infos[i] = plans[i].following(self._document(requests[i]), **before)
-                    if make is not None:
-                        current[i] = _Asked(f"{_where(requests[i])}, round {index}", make)
-        return answers
-
-    def _answers(self, asked: Mapping[int, _Asked], settings: Sequence[dict[str, Any]]) -> dict[int, str]:
-        """Answers to conversations, those with the same settings together."""
-        answers: dict[int, str] = {}
-        while left := [i for i in asked if i not in answers]:
-            kind = settings[left[0]]
-            same = {i: asked[i] for i in left if settings[i] == kind}
-            answers |= self._batched(same, partial(answer_batch, self.chat, **kind), "", "lmms-eval: answers")
-        return answers
-
     def _batched(
-        self, asked: Mapping[int, _Asked], work: Callable[[list[Conversation]], list[Any]], failed: Any, title: str
-    ) -> dict[int, Any]:
-        """Results of batches.
+        self,
+        requests: Sequence[Instance],
+        make: Callable[[Instance], Conversation],
+        work: Callable[[list[Conversation]], list[Any]],
+        failed: Any,
+        title: str,
+    ) -> list[Any]:
+        """Results of batches; each conversation is made when its turn comes, for it holds images.
 
         A document that cannot be asked costs the others nothing: it gets `failed`, and the log names it.
 
         Raises:
             UserError: If none can be asked, or memory is too small.
         """
-        results, errors, numbers = dict.fromkeys(asked, failed), {}, list(asked)
+        errors = []
 
-        def attempt(batch: list[int]) -> None:
+        def attempt(batch: Sequence[Instance]) -> list[Any]:
             try:
-                results.update(zip(batch, work([asked[i].make() for i in batch]), strict=True))
+                return work([make(request) for request in batch])
             except MemoryLimitError:
                 raise
             except UserError as error:
-                if len(batch) == 1:
-                    errors[batch[0]] = error
-                else:
-                    for i in batch:
-                        attempt([i])
+                if len(batch) > 1:
+                    return [result for request in batch for result in attempt([request])]
+                errors.append(f"{_where(batch[0])}: {error}")
+                return [failed]
 
-        with tqdm(total=len(asked), desc=title, unit="request", disable=self.rank != 0) as bar:
-            for start in range(0, len(asked), self.batch_size):
-                batch = numbers[start : start + self.batch_size]
-                attempt(batch)
-                bar.update(len(batch))
-        for i, error in errors.items():
-            message = f"{asked[i].where}: {error}"
-            if len(errors) == len(asked):
-                raise UserError(message) from error
+        results = []
+        with tqdm(total=len(requests), desc=title, unit="request", disable=self.rank != 0) as bar:
+            for start in range(0, len(requests), self.batch_size):
+                results += attempt(requests[start : start + self.batch_size])
+                bar.update(len(results) - bar.n)
+        if errors and len(errors) == len(requests):
+            raise UserError(errors[0])
+        for message in errors:
             _log.error("cannot be asked, and counts as %r: %s", failed, message)
         return results
 
@@ -247,25 +191,6 @@ class PIIPLlava(lmms):
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial(kind, request.args, result)
         return results
-
-
-class PIIPLlavaChat(PIIPLlava):
-    """A model that gets a task's messages ("chat" in lmms-eval): images and texts in the task's order.
-
-    The arguments of requests are (text, messages of a document, settings, document, task, split).
-    """
-
-    is_simple = False
-
-    def _plan(self, text: str, to_messages: Any, settings: Any) -> _Plan:
-        def following(doc: Any, **before: Any) -> _Following:
-            found = to_messages(doc, **before)
-            if not isinstance(found, tuple):  # a task with a single round
-                return None, before["previous_output"], None
-            messages, finished, answers, info = found
-            return None if finished else partial(_chatted, messages), list(answers), info
-
-        return _Plan(settings, lambda doc: _chatted(to_messages(doc)), following)
 
 
 def _where(request: Instance) -> str:
@@ -276,7 +201,7 @@ def _where(request: Instance) -> str:
     return f"{task}, document {doc_id}"
 
 
-def _asked(text: str, visuals: Any) -> Conversation:
+def _question(text: str, visuals: Any) -> Conversation:
     """A question with images in front of it, or where it says `<image>`."""
     images = [_image(visual) for visual in visuals or []]
     tags = text.count(IMAGE_TAG)
@@ -285,21 +210,6 @@ def _asked(text: str, visuals: Any) -> Conversation:
     if images and not tags:
         return Conversation([parts_message("user", [*[None] * len(images), text])], images)
     return Conversation([{"role": "user", "content": text}], images)
-
-
-def _chatted(messages: Any) -> Conversation:
-    """A conversation in lmms-eval's format, with images and texts in their order."""
-    checked, images, found = [], [], ChatMessages(messages=messages)
-    for message in found.messages:
-        parts: list[str | None] = []
-        for part in message.content:
-            if part.type == "text":
-                parts.append(part.text)
-            else:
-                images.append(_image(part.url if part.type == "image" else f"{part.type} {part.url}"))
-                parts.append(None)
-        checked.append(parts_message(message.role, parts))
-    return Conversation(checked, images)
 
 
 def _image(visual: Any) -> Image.Image:

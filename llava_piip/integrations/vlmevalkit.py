@@ -20,16 +20,12 @@ from vlmeval.vlm.base import BaseModel
 from piip_core.errors import UserError
 
 from ..data.images import read_image
-from ..eval.answering import default_dtype
 from ..eval.benchmark import LETTER
+from ..eval.running import default_dtype
 from ..inference import ChatModel, Quantization
 from .answering import Conversation, answer_batch, parts_message
 
-__all__ = ["PIIPLlava", "main", "register"]
-
 DEFAULT_NEW_TOKENS = 2048  # of VLMEvalKit's own LLaVA
-
-_KINDS = ("text", "image")
 
 
 class PIIPLlava(BaseModel):
@@ -50,7 +46,7 @@ class PIIPLlava(BaseModel):
 
     INSTALL_REQ = False
     INTERLEAVE = True
-    allowed_types: ClassVar[list[str]] = list(_KINDS)
+    allowed_types: ClassVar[list[str]] = ["text", "image"]
 
     def __init__(
         self,
@@ -93,11 +89,6 @@ class PIIPLlava(BaseModel):
 def register(name: str, folder: str, **settings: Any) -> None:
     """Makes a folder's model known to VLMEvalKit's `--model`, and the class `PIIPLlava` to its JSON files.
 
-    Args:
-        name: Name of the model for `--model`.
-        folder: Folder of the model.
-        **settings: Other arguments of `PIIPLlava`.
-
     Raises:
         UserError: If VLMEvalKit has a model of that name.
     """
@@ -132,10 +123,10 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
         content = message["content"]
         parts: list[str | None] = []
         for part in [{"type": "text", "value": content}] if isinstance(content, str) else content:
-            if part["type"] not in _KINDS:
-                raise UserError(f"a message has a part of type {part['type']!r}: expected {' or '.join(_KINDS)}")
             if part["type"] == "image":
                 images.append(read_image(Path(part["value"]), f"image {part['value']!r}"))
+            elif part["type"] != "text":
+                raise UserError(f"a message has a part of type {part['type']!r}: expected text or image")
             parts.append(None if part["type"] == "image" else part["value"])
         turns.append(parts_message(message["role"], parts))
     return Conversation(turns, images)

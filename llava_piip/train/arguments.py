@@ -15,92 +15,53 @@ from piip_core.errors import ConfigError, check, check_choice
 
 from ..loading import PARTS
 
-__all__ = ["DataArguments", "ModelArguments", "PIIPTrainingArguments", "accumulation_steps", "deepspeed_config"]
+# ruff: noqa: RUF009  (_argument is dataclasses.field)
 
 _DEEPSPEED_FOLDER = Path(__file__).with_name("deepspeed")
-LOSS_AVERAGES = ("batch", "micro_batch")
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _argument(default: Any, text: str) -> Any:
+    """A field with a text for `--help`; a list is copied for each object."""
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": text})
 
 
 @dataclass
 class ModelArguments:
     """Where the model to train comes from."""
 
-    model: str | None = field(
-        default=None,
-        metadata=_help("a row of the zoo, such as piip_llava_clip_bl_512_256_7b, or a saved model's folder"),
-    )
-    language_model: str | None = field(
-        default=None,
-        metadata=_help(
-            "name or folder of the language model of a row; None takes the one that the row was published with"
-        ),
-    )
-    pretrained_vision: bool = field(
-        default=True, metadata=_help("start a row's branches from their pretrained weights; false: at random")
-    )
-    projector: str | None = field(
-        default=None, metadata=_help("folder that stage 1 saved, whose projector to start from")
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata=_help("attention of the language model: sdpa, flash_attention_2, eager")
-    )
+    model: str | None = _argument(None, "a row of the zoo, or a saved model's folder")
+    language_model: str | None = _argument(None, "name or folder of a row's language model; None: the published one")
+    pretrained_vision: bool = _argument(True, "start a row's branches from their pretrained weights; false: at random")
+    projector: str | None = _argument(None, "folder that stage 1 saved, whose projector to start from")
+    attn_implementation: str | None = _argument(None, "attention of the language model: sdpa, flash_attention_2, eager")
 
     def __post_init__(self) -> None:
-        if self.model is None:
-            raise ConfigError(
-                "model=None: expected a row of the zoo (--model piip_llava_clip_bl_512_256_7b) or a folder"
-            )
+        given = "a row of the zoo (--model piip_llava_clip_bl_512_256_7b) or a folder"
+        check(self.model is not None, "model", self.model, given)
 
 
 @dataclass
 class DataArguments:
     """What to train on."""
 
-    annotations: list[str] = field(default_factory=list, metadata=_help("files in LLaVA's JSON format"))
-    image_root: list[str] = field(
-        default_factory=list, metadata=_help("folder that image paths are relative to: one, or one per annotation file")
-    )
-    on_error: str = field(
-        default="raise",
-        metadata=_help("a malformed entry or an unusable image: 'raise' stops, 'skip' leaves it out and counts"),
-    )
-    follow_links: bool = field(default=False, metadata=_help("whether links below an image folder may lead out of it"))
-    chat_template: str = field(
-        default="vicuna_v1", metadata=_help("how conversations become text: vicuna_v1, plain, llava_v1")
-    )
-    max_length: int = field(
-        default=2048, metadata=_help("longest sequence, image tokens included; longer ones are cut at a turn boundary")
-    )
-    pad_to_square: bool = field(
-        default=True, metadata=_help("pad images to a square; false cuts one out of their middle (stage 1)")
-    )
-    images_as_viewed: bool = field(
-        default=True,
-        metadata=_help(
-            "turn images as their orientation tag says and put transparent ones on white; false as published, as the "
-            "presets have it"
-        ),
-    )
-    group_by_modality: bool = field(
-        default=True, metadata=_help("batches of similar length, text-only samples apart from those with images")
-    )
+    annotations: list[str] = _argument([], "files in LLaVA's JSON format")
+    image_root: list[str] = _argument([], "folder that image paths are relative to: one, or one per annotation file")
+    on_error: str = _argument("raise", "an entry or image that cannot be used: 'raise' stops, 'skip' leaves it out")
+    follow_links: bool = _argument(False, "whether links below an image folder may lead out of it")
+    chat_template: str = _argument("vicuna_v1", "how conversations become text: vicuna_v1, plain, llava_v1")
+    max_length: int = _argument(2048, "longest sequence, image tokens included; longer ones are cut at a turn boundary")
+    pad_to_square: bool = _argument(True, "pad images to a square; false cuts one out of their middle (stage 1)")
+    images_as_viewed: bool = _argument(True, "follow orientation tags, and put transparent images on white")
+    group_by_modality: bool = _argument(True, "batches of similar length, text-only samples apart")
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, ("raise", "skip"))
         check(self.max_length > 0, "max_length", self.max_length, "a positive number of tokens")
-        check(
-            bool(self.annotations), "annotations", self.annotations, "files to train on: --annotations FILE [FILE ...]"
-        )
-        check(
-            len(self.image_root) in (0, 1, len(self.annotations)),
-            "image_root",
-            self.image_root,
-            f"one folder, or one for each of the {len(self.annotations)} annotation files, in their order",
-        )
+        files = len(self.annotations)
+        check(files > 0, "annotations", self.annotations, "files to train on: --annotations FILE [FILE ...]")
+        each = f"one folder, or one for each of the {files} annotation files, in their order"
+        check(len(self.image_root) in (0, 1, files), "image_root", self.image_root, each)
 
     def roots(self) -> str | dict[str, str] | None:
         """Image folders as `ConversationDataset` takes them."""
@@ -113,77 +74,39 @@ class DataArguments:
 class PIIPTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments, and what is particular here: parts, their learning rates, adapters, resuming."""
 
-    train_parts: list[str] = field(
-        default_factory=lambda: ["projector"], metadata=_help(f"what to train: any of {', '.join(PARTS)}")
+    train_parts: list[str] = _argument(["projector"], f"what to train: any of {', '.join(PARTS)}")
+    projector_lr: float | None = _argument(None, "learning rate of the projector; None: learning_rate")
+    vision_lr: float | None = _argument(None, "learning rate of the vision tower; None: learning_rate")
+    language_lr: float | None = _argument(None, "learning rate of the language model; None: learning_rate")
+    total_batch_size: int | None = _argument(None, "samples of one update over all devices; 0: not set here")
+    loss_average: str = _argument(
+        "batch",
+        "'batch': every supervised token of an update weighs the same. 'micro_batch': every micro batch of each "
+        "device weighs the same, as the published models were trained",
     )
-    projector_lr: float | None = field(
-        default=None, metadata=_help("learning rate of the projector; None: learning_rate")
+    lora: bool = _argument(False, "train adapters on the language model instead of all its weights")
+    lora_rank: int = _argument(128, "width of the adapters")
+    lora_alpha: float = _argument(256.0, "strength of the adapters, times 1 / rank")
+    lora_dropout: float = _argument(0.05, "dropout in front of the adapters")
+    lora_target: list[str] = _argument(
+        [], "names of the linear layers to adapt, such as q_proj; none: all in the blocks"
     )
-    vision_lr: float | None = field(
-        default=None, metadata=_help("learning rate of the vision tower; None: learning_rate")
-    )
-    language_lr: float | None = field(
-        default=None, metadata=_help("learning rate of the language model; None: learning_rate")
-    )
-    total_batch_size: int | None = field(
-        default=None,
-        metadata=_help("samples of one update over all devices, however many: sets gradient_accumulation_steps; 0: no"),
-    )
-    loss_average: str = field(
-        default="batch",
-        metadata=_help(
-            "'batch': every supervised token of an update weighs the same. 'micro_batch': every micro batch of each "
-            "device weighs the same, as the published models were trained"
-        ),
-    )
-    lora: bool = field(default=False, metadata=_help("train adapters on the language model instead of all its weights"))
-    lora_rank: int = field(default=128, metadata=_help("width of the adapters"))
-    lora_alpha: float = field(default=256.0, metadata=_help("strength of the adapters, times 1 / rank"))
-    lora_dropout: float = field(default=0.05, metadata=_help("dropout in front of the adapters"))
-    lora_target: list[str] = field(
-        default_factory=list,
-        metadata=_help("names of the linear layers to adapt, such as q_proj; none: all in the blocks"),
-    )
-    bits: int = field(
-        default=16,
-        metadata=_help("precision of the frozen language model under LoRA: 16, or 8 or 4 (QLoRA, bitsandbytes)"),
-    )
-    resume: bool = field(
-        default=False,
-        metadata=_help("go on from the last checkpoint in output_dir; without one, start at the beginning"),
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata=_help("start anew in a folder with an earlier run, deleting its checkpoints")
-    )
-    remove_unused_columns: bool = field(default=False, metadata=_help("left to the data loader"))
+    bits: int = _argument(16, "precision of the frozen language model under LoRA: 16, or 8 or 4 (QLoRA, bitsandbytes)")
+    resume: bool = _argument(False, "go on from the last checkpoint in output_dir; without one, start at the beginning")
+    overwrite_output_dir: bool = _argument(False, "start anew in a folder of an earlier run, deleting its checkpoints")
+    remove_unused_columns: bool = _argument(False, "left to the data loader")
     # As transformers has them since 5.23
-    activation_checkpointing: bool | None = field(
-        default=None, metadata=_help("compute activations again in the backward pass, which spares memory")
-    )
-    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("options of torch.utils.checkpoint")
-    )
+    activation_checkpointing: bool | None = _argument(None, "compute activations again, which spares memory")
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = _argument(None, "options of torch.utils.checkpoint")
 
     def __post_init__(self) -> None:
-        for part in self.train_parts:
-            check_choice("train_parts", part, PARTS)
-        check(len(set(self.train_parts)) == len(self.train_parts), "train_parts", self.train_parts, "each part once")
-        check_choice("loss_average", self.loss_average, LOSS_AVERAGES)
-        self._check_adapters()
+        self._check_parts()
+        check_choice("loss_average", self.loss_average, ("batch", "micro_batch"))
         check(bool(self.output_dir), "output_dir", self.output_dir, "a folder for the run: --output_dir DIR")
-        if self.resume_from_checkpoint == "auto":
-            self.resume, self.resume_from_checkpoint = True, None
-        if self.resume and self.overwrite_output_dir:
-            raise ConfigError("overwrite_output_dir=True: expected False together with resume=True")
+        both = self.resume and self.overwrite_output_dir
+        check(not both, "overwrite_output_dir", True, "False together with resume=True")
         if self.total_batch_size:
-            devices = int(os.environ.get("WORLD_SIZE", 1))  # as every launcher says it; torch may not have started yet
-            steps = accumulation_steps(self.total_batch_size, self.per_device_train_batch_size, devices)
-            if self.gradient_accumulation_steps not in (1, steps):
-                raise ConfigError(
-                    f"gradient_accumulation_steps={self.gradient_accumulation_steps}: total_batch_size="
-                    f"{self.total_batch_size} needs {steps} here; leave it out, or give --total_batch_size 0"
-                )
-            self.gradient_accumulation_steps = steps
+            self._accumulate()
         if isinstance(self.deepspeed, str):
             self.deepspeed = None if self.deepspeed == "none" else str(deepspeed_config(self.deepspeed))
         if self.deepspeed and "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
@@ -206,19 +129,38 @@ class PIIPTrainingArguments(TrainingArguments):
             self.activation_checkpointing = self.gradient_checkpointing
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
-    def _check_adapters(self) -> None:
+    def _check_parts(self) -> None:
+        """Refuses parts and adapters that cannot be."""
+        for part in self.train_parts:
+            check_choice("train_parts", part, PARTS)
+        check(len(set(self.train_parts)) == len(self.train_parts), "train_parts", self.train_parts, "each part once")
         check(self.bits in (16, 8, 4), "bits", self.bits, "16, 8 or 4")
         check(self.bits == 16 or self.lora, "bits", self.bits, "16 without --lora: quantised weights cannot be trained")
         check(self.lora_rank > 0, "lora_rank", self.lora_rank, "a positive number")
         check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "a share from 0 to below 1")
-        if self.lora and "language_model" in self.train_parts:
+        if self.lora:
+            replaced = "no 'language_model' with lora=True, which trains adapters in its place"
+            check("language_model" not in self.train_parts, "train_parts", self.train_parts, replaced)
+        else:
+            check(bool(self.train_parts), "train_parts", self.train_parts, f"at least one of {', '.join(PARTS)}")
+
+    def _accumulate(self) -> None:
+        """Sets the number of micro batches of each device that make up `total_batch_size` samples."""
+        devices = int(os.environ.get("WORLD_SIZE", 1))  # as every launcher says it; torch may not have started yet
+        at_once = devices * self.per_device_train_batch_size
+        if self.total_batch_size < 1 or self.total_batch_size % at_once:
             raise ConfigError(
-                f"train_parts={self.train_parts}: expected no 'language_model' with lora=True, which trains adapters "
-                "in its place"
+                f"total_batch_size={self.total_batch_size}: expected a multiple of per_device_train_batch_size x "
+                f"devices = {self.per_device_train_batch_size} x {devices} = {at_once}; change "
+                "per_device_train_batch_size"
             )
-        check(
-            bool(self.train_parts) or self.lora, "train_parts", self.train_parts, f"at least one of {', '.join(PARTS)}"
-        )
+        steps = self.total_batch_size // at_once
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ConfigError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: total_batch_size="
+                f"{self.total_batch_size} needs {steps} here; leave it out, or give --total_batch_size 0"
+            )
+        self.gradient_accumulation_steps = steps
 
     def learning_rate_of(self, part: str) -> float:
         """Learning rate of one part; adapters count as the language model."""
@@ -226,31 +168,10 @@ class PIIPTrainingArguments(TrainingArguments):
         return self.learning_rate if own is None else own
 
 
-def accumulation_steps(total: int, per_device: int, devices: int) -> int:
-    """Micro batches of each device that make up `total` samples.
-
-    Raises:
-        ConfigError: If the number is not whole.
-    """
-    at_once = devices * per_device
-    if total < 1 or total % at_once:
-        raise ConfigError(
-            f"total_batch_size={total}: expected a multiple of per_device_train_batch_size x devices = "
-            f"{per_device} x {devices} = {at_once}; change per_device_train_batch_size"
-        )
-    return total // at_once
-
-
 def deepspeed_config(name: str) -> Path:
-    """File of a DeepSpeed configuration that comes with the package ("zero2"), or the path as given.
-
-    Raises:
-        ConfigError: If there is neither.
-    """
-    packaged = _DEEPSPEED_FOLDER / f"{name}.json"
-    if packaged.is_file():
-        return packaged
-    if not Path(name).is_file():
-        known = ", ".join(sorted(path.stem for path in _DEEPSPEED_FOLDER.glob("*.json")))
+    """File of a DeepSpeed configuration that comes with the package ("zero2"), or the path as given."""
+    packaged = {path.stem: path for path in _DEEPSPEED_FOLDER.glob("*.json")}
+    if name not in packaged and not Path(name).is_file():
+        known = ", ".join(sorted(packaged))
         raise ConfigError(f"deepspeed={name!r}: no such file; expected {known}, none, or the path of a JSON file")
-    return Path(name)
+    return packaged.get(name, Path(name))

@@ -17,20 +17,13 @@ from piip_core.files import publish_folder
 
 from ..loading import load_trained
 
-__all__ = ["main", "merge"]
-
 
 def merge(folder: str | Path, output: str | Path) -> None:
-    """Writes the whole model of a save of trained parts or adapters, for use without what it was trained from.
-
-    Args:
-        folder: The save, or the folder of its run.
-        output: A new or empty folder.
+    """Writes the whole model of a save of trained parts or adapters, or of its run, into a new or empty folder.
 
     Raises:
         CheckpointError: If the save cannot be loaded.
-        UserError: If `output` is no empty folder.
-        OSError: If the model cannot be written; `output` is then as it was.
+        UserError: If `output` is no empty folder, or cannot be written; it is then as it was.
     """
     with publish_folder(output) as aside:
         model, processor = load_trained(folder)
@@ -52,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         merge(given.folder, given.output)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,19 +12,19 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from piip_core import zoo
 from piip_core.errors import ConfigError
 
 from .arguments import DataArguments, ModelArguments, PIIPTrainingArguments
-
-__all__ = ["list_presets", "load_preset", "parse_arguments"]
 
 _FOLDER = Path(__file__).with_name("presets")
 _ARGUMENTS = (ModelArguments, DataArguments, PIIPTrainingArguments)
 
 
 def list_presets() -> list[str]:
-    """Names of the presets that come with the package, as `--preset` takes them."""
-    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml"))
+    """Names of the presets that come with the package: for each row of the zoo its stages, and those without a row."""
+    rows = [f"{entry.name}/{stage}" for entry in zoo.multimodal_entries() for stage in ("stage1", "stage2")]
+    return sorted([*rows, *(path.stem for path in _FOLDER.glob("*.yaml"))])
 
 
 def load_preset(name: str | Path) -> dict[str, Any]:
@@ -37,40 +37,33 @@ def load_preset(name: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: If a file is missing or no mapping, has an unknown key, or bases go in a circle.
     """
-    return _load(_find(str(name), None), ())
+    return _load(str(name), Path(), ())
 
 
 def parse_arguments(
     arguments: Sequence[str],
 ) -> tuple[ModelArguments, DataArguments, PIIPTrainingArguments]:
-    """Arguments of a run from a command line: `[PRESET] [--preset PRESET] [--key value ...]`.
-
-    Raises:
-        ConfigError: If a preset, a key or a value is not understood; the message names it and what is close.
-    """
+    """Arguments of a run from a command line: `[PRESET] [--key value ...]`."""
     parser = _Parser(
         _ARGUMENTS,
         prog="train.py",
         description="Trains PIIP-LLaVA. Example: deepspeed llava_piip/train/train.py "
-        "--preset piip_llava_clip_bl_512_256_7b/stage1 --annotations blip_laion_cc_sbu_558k.json "
+        "piip_llava_clip_bl_512_256_7b/stage1 --annotations blip_laion_cc_sbu_558k.json "
         "--image_root LLaVA-Pretrain/images --output_dir runs/stage1",
         epilog=f"presets: {', '.join(list_presets())}",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", metavar="PRESET", help="see --preset")
-    parser.add_argument("--preset", help="name of a preset (below), or a YAML file; given keys override its values")
+    preset = "name of a preset (below), or a YAML file; keys that follow override its values"
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help=preset)
     chosen, _ = parser.parse_known_args(list(arguments))
-    if chosen.name and chosen.preset:
-        raise ConfigError(f"{chosen.name!r}: expected --key value; the preset is {chosen.preset!r} already")
-    preset = chosen.preset or chosen.name
-    if preset:
-        parser.set_defaults(**load_preset(preset))
+    if chosen.preset:
+        parser.set_defaults(**load_preset(chosen.preset))
     model, data, training, _, unknown = parser.parse_args_into_dataclasses(
         list(arguments), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ConfigError(f"{unknown[0]!r}: no such argument{_close_to(unknown[0].lstrip('-'), dashes='--')}")
+        raise ConfigError(f"{unknown[0]!r}: no such argument{_close_to(unknown[0], _fields())}")
     return model, data, training
 
 
@@ -81,11 +74,16 @@ class _Parser(HfArgumentParser):
         raise ConfigError(f"{message}; --help lists all arguments")
 
 
-def _load(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _load(name: str, beside: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    row, _, stage = name.rpartition("/")
+    if name in list_presets() and row:
+        content = _load(stage, _FOLDER, chain) | {"model": row}
+        if stage == "stage2" and row.startswith("llava_1_5"):  # which leaves its vision tower as it is
+            content["train_parts"] = ["projector", "language_model"]
+        return content
+    path = _find(name, beside)
     if path in chain:
-        raise ConfigError(
-            f"{path}: builds on itself, by way of {' -> '.join(p.name for p in chain[chain.index(path) :])}"
-        )
+        raise ConfigError(f"{path}: builds on itself, by way of {' -> '.join(p.name for p in chain)}")
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -93,32 +91,28 @@ def _load(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, got a {type(content).__name__}")
-    base = content.pop("base", None)
-    fields = _fields()
+    base, fields = content.pop("base", None), _fields()
     for key, value in content.items():
         if key not in fields:
-            raise ConfigError(f"{path}: {key!r}: no such argument{_close_to(str(key))}")
+            raise ConfigError(f"{path}: {key!r}: no such argument{_close_to(str(key), fields)}")
         if isinstance(value, list) and "list" not in str(fields[key].type):
             raise ConfigError(f"{path}: {key}={value!r}: expected a single value")
         if isinstance(value, str) and "list" in str(fields[key].type):
             content[key] = [value]
-    return (_load(_find(str(base), path), (*chain, path)) if base else {}) | content
+    return (_load(str(base), path.parent, (*chain, path)) if base else {}) | content
 
 
-def _find(name: str, beside: Path | None) -> Path:
-    candidates = [Path(name) if beside is None else beside.parent / name, _FOLDER / f"{name}.yaml"]
-    for candidate in candidates:
+def _find(name: str, beside: Path) -> Path:
+    for candidate in (beside / name, _FOLDER / f"{name}.yaml"):
         if candidate.is_file():
             return candidate.resolve()
-    close = difflib.get_close_matches(name, list_presets(), n=3)
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(list_presets())}"
-    raise ConfigError(f"preset {name!r}: no such preset or file. {hint}")
+    raise ConfigError(f"preset {name!r}: no such preset or file{_close_to(name, list_presets())}")
 
 
 def _fields() -> dict[str, dataclasses.Field]:
     return {field.name: field for cls in _ARGUMENTS for field in dataclasses.fields(cls) if field.init}
 
 
-def _close_to(key: str, *, dashes: str = "", names: Iterable[str] = ()) -> str:
-    close = difflib.get_close_matches(key.split("=")[0], list(names) or list(_fields()), n=3)
-    return f"; did you mean {' or '.join(dashes + name for name in close)}?" if close else ""
+def _close_to(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lstrip("-").split("=")[0], known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else "; --help lists all"

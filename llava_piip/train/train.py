@@ -1,6 +1,6 @@
 """Trains PIIP-LLaVA.
 
-deepspeed llava_piip/train/train.py --preset piip_llava_clip_bl_512_256_7b/stage1 \
+deepspeed llava_piip/train/train.py piip_llava_clip_bl_512_256_7b/stage1 \
     --annotations blip_laion_cc_sbu_558k.json --image_root LLaVA-Pretrain/images --output_dir runs/stage1
 """
 
@@ -17,7 +17,6 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from accelerate import PartialState
 from transformers import set_seed
 
 from llava_piip.chat_templates import resolve_chat_template
@@ -32,28 +31,14 @@ from piip_core.errors import SaveError, UserError
 from piip_core.files import explain_write_errors
 from piip_core.training_checkpoints import lock_run
 
-__all__ = ["main", "train"]
-
-
-def train(model: ModelArguments, data: DataArguments, training: PIIPTrainingArguments) -> PIIPTrainer:
-    """Runs one stage of training, to its end or from where it was interrupted, and saves the result.
-
-    Returns:
-        The trainer, with the log in `state.log_history`.
-
-    Raises:
-        UserError: For whatever the user can mend.
-    """
-    with locked(training):
-        trainer, checkpoint = prepare(model, data, training)
-        run(trainer, checkpoint)
-    return trainer
-
 
 @contextmanager
 def locked(training: PIIPTrainingArguments) -> Iterator[None]:
     """Keeps other trainings out of the output folder, and says in one line why something cannot be written."""
-    _join_processes(training)
+    # Before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many processes
+    if training.deepspeed is not None:
+        import_deepspeed().init_distributed()
+    _ = training.device  # makes the group of processes where DeepSpeed has not
     where = training.output_dir
     with lock_run(where, "give another --output_dir"), explain_write_errors(where, full_disk_only=True):
         yield
@@ -62,20 +47,8 @@ def locked(training: PIIPTrainingArguments) -> Iterator[None]:
 def prepare(
     model: ModelArguments, data: DataArguments, training: PIIPTrainingArguments
 ) -> tuple[PIIPTrainer, Path | None]:
-    """The trainer of a run with its model and data, and the checkpoint to go on from.
-
-    Raises:
-        UserError: If anything that was asked for is missing or does not fit.
-    """
-    _join_processes(training)
-    checkpoint = prepare_output(
-        training.output_dir,
-        resume=training.resume,
-        resume_from=training.resume_from_checkpoint,
-        overwrite=training.overwrite_output_dir,
-        writes=training.should_save,
-        wait=PartialState().wait_for_everyone,
-    )
+    """The trainer of a run with its model and data, and the checkpoint to go on from."""
+    checkpoint = prepare_output(training)
     # a mistake there is found before gigabytes are loaded
     records = read_records(data.annotations, on_error=data.on_error)
     set_seed(training.seed)
@@ -102,13 +75,6 @@ def prepare(
         group_by_modality=data.group_by_modality,
     )
     return trainer, checkpoint
-
-
-def _join_processes(training: PIIPTrainingArguments) -> None:
-    """Before there is a model: ZeRO-3 cuts it up as it is made, and has to know for how many."""
-    if training.deepspeed is not None:
-        import_deepspeed().init_distributed()
-    _ = training.device  # makes the group of processes where DeepSpeed has not
 
 
 def run(trainer: PIIPTrainer, checkpoint: Path | None) -> None:
@@ -144,14 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # All processes fail alike before the training and at saves, and one of each machine speaks; else the one that
         # failed
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or (started and not isinstance(error, SaveError)):
-            print(f"error: {_message(error)}", file=sys.stderr, flush=True)
+            # One from a worker of the data loader has a traceback in front
+            print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
         return 2
     return 0
-
-
-def _message(error: UserError) -> str:
-    """The message in one line; one that comes from a worker of the data loader has a traceback in front."""
-    return str(error).strip().splitlines()[-1]
 
 
 if __name__ == "__main__":

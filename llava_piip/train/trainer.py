@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import resource
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,15 +22,11 @@ from llava_piip.data.sampler import ModalityLengthSampler
 from piip_core.deepspeed_start import save_engine
 from piip_core.errors import ConfigError, SaveError
 from piip_core.files import write_atomically
-from piip_core.training_checkpoints import FailedSaves
+from piip_core.training_checkpoints import FailedSaves, RunFolder
 
-from ..loading import FINAL, ModelSource, base_model, load_tensors
+from ..loading import FINAL, PARTS, ModelSource, base_model, load_tensors, part_parameters
 from .arguments import PIIPTrainingArguments
-from .checkpointing import RunFolder, check_same_processes, run_folder
-from .parts import parameter_groups, trained_parts
-from .saving import gathered_state, save_trained
-
-__all__ = ["PIIPTrainer", "check_trainer"]
+from .checkpointing import check_same_processes, gathered_state, run_folder, save_trained
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +46,30 @@ _REPLACED = (
 
 
 def check_trainer(trainer: type = Trainer) -> None:
-    """Refuses a Trainer that would not call what is replaced here, and so would train or save otherwise.
-
-    Raises:
-        ConfigError: Names what is missing.
-    """
+    """Refuses a Trainer that would not call what is replaced here, and so would train or save otherwise."""
     missing = [name for name in _REPLACED if not callable(getattr(trainer, name, None))]
     if missing:
         raise ConfigError(
             f"transformers {transformers.__version__}: its Trainer has no {', '.join(missing)}, which training builds "
             "on; expected 5.16.1 to 5.24.0: pip install 'transformers<=5.24.0'"
         )
+
+
+def parameter_groups(
+    model: nn.Module, learning_rates: Mapping[str, float], weight_decay: float, decayed: Collection[str]
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: per part, with and without weight decay; frozen parameters are in none.
+
+    `decayed` has the names of parameters with weight decay. Each group says its `part`, which optimizers carry along.
+    """
+    groups = []
+    for part in PARTS:
+        trained = {name: p for name, p in part_parameters(model, part).items() if p.requires_grad}
+        for decay in sorted({weight_decay, 0.0}, reverse=True):
+            params = [p for name, p in trained.items() if (weight_decay if name in decayed else 0.0) == decay]
+            if params:
+                groups.append({"params": params, "lr": learning_rates[part], "weight_decay": decay, "part": part})
+    return groups
 
 
 class _OrderOfEpochs(TrainerCallback):
@@ -116,7 +126,7 @@ class PIIPTrainer(Trainer):
         if self.optimizer is None:
             target = base_model(self.model if model is None else model)
             optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
-            rates = {part: self.args.learning_rate_of(part) for part in trained_parts(target)}
+            rates = {part: self.args.learning_rate_of(part) for part in PARTS}
             decayed = frozenset(self.get_decay_parameter_names(target))
             groups = parameter_groups(target, rates, self.args.weight_decay, decayed)
             self.optimizer_cls_and_kwargs = (optimizer, settings | {"params": groups})
@@ -141,8 +151,9 @@ class PIIPTrainer(Trainer):
         """Rates that the last update used, of parts with one of their own; `first` is that of the first group."""
         own = {group["part"]: self.args.learning_rate_of(group["part"]) for group in self.optimizer.param_groups}
         base = next(iter(own.values()))
-        same = len(set(own.values())) == 1 or not base
-        return {} if same else {f"learning_rate_{part}": first * rate / base for part, rate in own.items()}
+        if len(set(own.values())) == 1 or not base:
+            return {}
+        return {f"learning_rate_{part}": first * rate / base for part, rate in own.items()}
 
     def _throughput(self) -> dict[str, float]:
         """Tokens and images per second over all processes since the last call, and the largest peak of memory."""
@@ -182,11 +193,7 @@ class PIIPTrainer(Trainer):
             run.keep_last(self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_final(self) -> Path:
-        """Saves the model and its processor as `final` in the folder of the run; all processes call it.
-
-        Raises:
-            SaveError: If it cannot be written.
-        """
+        """Saves the model and its processor as `final` in the folder of the run; all processes call it."""
         run = run_folder(self.args.output_dir)
         return run.save(FINAL, lambda folder: self.save_model(str(folder)), main=self.args.should_save)
 

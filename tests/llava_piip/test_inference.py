@@ -16,8 +16,8 @@ from llava_piip.chat_templates import CHAT_TEMPLATES
 from llava_piip.inference import ChatModel, ContextLengthError
 from llava_piip.loading import ModelSource
 from llava_piip.train.arguments import PIIPTrainingArguments
-from llava_piip.train.lora import add_adapters
-from llava_piip.train.saving import save_trained
+from llava_piip.train.building import add_adapters
+from llava_piip.train.checkpointing import save_trained
 from piip_core.errors import CheckpointError, ConfigError, UserError
 
 NEVER = ("llava_piip.serve", "llava_piip.train")

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections import Counter
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,15 @@ from PIL import Image
 
 from llava_piip.conversation import EncodedConversation
 from llava_piip.data import ConversationDataset, DataError, Problem, read_records
-from llava_piip.data.audit import audit, write_clean
-from llava_piip.data.audit_report import EMPTY_ANSWER, OTHER_FORMAT, REPEATED_ID, UNUSABLE_FILE, Count
+from llava_piip.data import audit as module
+from llava_piip.data.audit import EMPTY_ANSWER, UNUSABLE_FILE
 from llava_piip.data.published import PUBLISHED
 from piip_core.errors import ConfigError, UserError
+
+
+def audit(annotations, image_roots, **settings):
+    files, roots = ([given] if isinstance(given, Path) else given for given in (annotations, image_roots))
+    return module.audit(files, roots, **settings)
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -40,7 +44,7 @@ def write(path: Path, entries: list) -> Path:
 
 
 def found(report) -> list[tuple]:
-    return [(finding.entry, finding.kind) for finding in report.findings]
+    return [(finding.entry, finding.kind) for finding in report.problems]
 
 
 # What is in the tree of `broken`, and what has to be found with full decoding
@@ -53,7 +57,7 @@ BROKEN = [
     (entry(5, "coco/cut.jpg"), [Problem.BROKEN.value]),
     (entry(6, "../outside.jpg"), [Problem.OUTSIDE.value]),
     (entry(7, "coco/link.jpg"), [Problem.OUTSIDE.value]),
-    (entry(8, "ocr_vqa/gif.jpg"), [OTHER_FORMAT]),
+    (entry(8, "ocr_vqa/gif.jpg"), []),
     (entry(9, "coco/good.jpg", turns("<image>\nWhat?", "")), [EMPTY_ANSWER]),
     (entry(10, None, turns("Hello?", "Hi.", "Who are you?")), [EMPTY_ANSWER]),
     (entry(11, None, turns("Hello?", " \n", "And?", "Yes.")), [EMPTY_ANSWER]),
@@ -63,7 +67,7 @@ BROKEN = [
     (entry(15, "coco/good.jpg", turns("<image>\nOne.", "Yes", "<image>\nTwo.", "No")), [Problem.PLACEHOLDERS.value]),
     (entry(16, None, turns("<image>\nForgotten field", "Yes")), [Problem.PLACEHOLDERS.value]),
     (entry(17, None, turns("What does the tag <image> do in HTML?", "Nothing")), []),
-    (entry(0), [REPEATED_ID]),
+    (entry(0), []),
     ("text", [Problem.RECORD.value]),
     ({"id": 20}, [Problem.RECORD.value]),
     (entry(21, ["coco/good.jpg", "coco/absent.jpg"], turns("<image> and <image>", "Two")), [Problem.MISSING.value]),
@@ -92,14 +96,12 @@ def broken(tmp_path) -> Path:
 def test_every_defect_is_found_at_its_entry(broken, decode):
     report = audit(broken / "all.json", broken, decode=decode)
     expected = [(number, kind) for number, (_, kinds) in enumerate(BROKEN) for kind in kinds]
-    unseen = {"full": [], "header": [5], "none": [4, 5, 8]}[decode]  # what needs more than this to be seen
+    unseen = {"full": [], "header": [5], "none": [4, 5]}[decode]  # what needs more than this to be seen
     assert Counter(found(report)) == Counter(item for item in expected if item[0] not in unseen)
     assert not report.ok
-    for finding in report.findings:
+    for finding in report.problems:
         assert finding.message.startswith(f"{broken / 'all.json'}: entry {finding.entry}")
         assert finding.file == str(broken / "all.json")
-        value = BROKEN[finding.entry][0]
-        assert finding.id == (value["id"] if finding.kind != Problem.RECORD.value else None)
     (summary,) = report.files
     assert (summary.entries, summary.with_image, summary.text_only) == (len(BROKEN), 13, 9)
     assert summary.entries_by_folder == {"coco": 11, "ocr_vqa": 1, "..": 1}
@@ -129,19 +131,9 @@ def test_the_audit_agrees_with_training(broken, tmp_path):
         if problems:
             with pytest.raises(DataError) as error:
                 dataset[number]
-            (said,) = [f.message for f in problems if f.kind == error.value.problem.value]
-            if error.value.problem is not Problem.PLACEHOLDERS:
-                assert str(error.value) == said
+            assert str(error.value) in [f.message for f in problems if f.kind == error.value.problem.value]
         else:
             dataset[number]
-
-
-def test_good_data_are_in_order(tmp_path):
-    picture(tmp_path / "a" / "1.jpg")
-    picture(tmp_path / "a" / "2.PNG", "PNG")
-    report = audit(write(tmp_path / "good.json", [entry(0, "a/1.jpg"), entry(1, "a/2.PNG"), entry(2)]), tmp_path)
-    assert report.ok and report.findings == []
-    assert "Everything is in order" in report.verdict()
 
 
 def test_worker_processes_find_the_same(tmp_path):
@@ -157,11 +149,7 @@ def test_worker_processes_find_the_same(tmp_path):
 
 
 def test_worker_process_that_ends_is_told(tmp_path, monkeypatch):
-    def map_(*args, **options):
-        raise BrokenProcessPool
-        yield
-
-    monkeypatch.setattr("llava_piip.data.audit.ProcessPoolExecutor.map", map_)
+    monkeypatch.setattr(module, "_look_at", lambda *_: os._exit(1))
     path = write(tmp_path / "many.json", [entry(number, f"{number}.jpg") for number in range(600)])
     with pytest.raises(UserError, match="workers=1 shows which"):
         audit(path, tmp_path, workers=2)
@@ -192,13 +180,13 @@ def test_published_sizes(tmp_path):
     path = write(tmp_path / "a.json", [*(entry(i, name) for i, name in enumerate(names)), entry(3)])
     report = audit(path, tmp_path, published=published)
     assert report.files[0].counts == [
-        Count("small: all", 4, 4),
-        Count("images in coco", 1, 1),
-        Count("images in vg", 2, 2),
-        Count("images in gqa", 0, 1),
-        Count("text only", 1, 1),
+        ("small: all", 4, 4),
+        ("images in coco", 1, 1),
+        ("images in vg", 2, 2),
+        ("images in gqa", 0, 1),
+        ("text only", 1, 1),
     ]
-    assert report.findings == [] and not report.ok
+    assert report.problems == [] and not report.ok
     assert set(report.files[0].images_by_folder) == {"coco/train2017", "vg/VG_100K", "vg/VG_100K_2"}
     assert "published size" in report.summary() and "DIFFERS" in report.summary()
     assert "counts that differ from the published ones: 1" in report.verdict()
@@ -217,64 +205,23 @@ def test_sizes_of_the_published_sets():
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"", "has no entries"),
         (b"[]", "has no entries"),
         (b'{"id": 1}', r"must be named \.jsonl"),
-        (b'[{"id": 1}, {"id', "entry 1"),
+        (b'[{"id": 1}, {"id', "incomplete file"),
         (b"[\xff]", "not UTF-8"),
-        (None, "no such file"),
+        (None, "No such file"),
     ],
 )
 def test_unusable_file_is_a_problem_and_the_next_is_checked(tmp_path, content, match):
     bad, good = tmp_path / "bad.json", write(tmp_path / "good.json", [entry(0)])
     if content is not None:
         bad.write_bytes(content)
-    report = audit([bad, good], tmp_path)
-    (problem,) = [finding for finding in report.findings if finding.entry is None]
+    report = audit([bad, good], [tmp_path])
+    (problem,) = [finding for finding in report.problems if finding.entry is None]
     assert problem.file == str(bad) and problem.kind == UNUSABLE_FILE and not report.ok
     assert "unusable files: 1" in report.verdict()
     assert re.search(match, problem.message)
     assert report.files[1].entries == 1
-    with pytest.raises(UserError, match="could not be read to its end"):
-        write_clean(report, bad, tmp_path / "clean.json")
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_clean_file_has_the_good_entries_unchanged(broken, tmp_path, suffix):
-    report = audit(broken / "all.json", broken, decode="full")
-    clean = tmp_path / f"clean{suffix}"
-    harmless = [[], [OTHER_FORMAT], [REPEATED_ID]]
-    expected = [value for value, kinds in BROKEN if kinds in harmless]
-    assert write_clean(report, broken / "all.json", clean) == len(expected)
-    text = clean.read_text(encoding="utf-8")
-    assert (json.loads(text) if suffix == ".json" else list(map(json.loads, text.splitlines()))) == expected
-    again = audit(clean, broken, decode="full")
-    assert again.ok and {f.kind for f in again.findings} == {OTHER_FORMAT, REPEATED_ID}
-
-
-def test_clean_file_that_cannot_be_written(broken, tmp_path, monkeypatch):
-    path = broken / "all.json"
-    report = audit(path, broken)
-    before = path.read_bytes()
-    with pytest.raises(UserError, match="choose another name"):
-        write_clean(report, path, path)
-    with pytest.raises(UserError, match="not one of the files"):
-        write_clean(report, broken / "other.json", tmp_path / "clean.json")
-    with pytest.raises(UserError, match=r"ends in \.json or \.jsonl"):
-        write_clean(report, path, tmp_path / "clean.txt")
-    only_bad = write(broken / "bad.json", [entry(2, "coco/absent.jpg")])
-    with pytest.raises(UserError, match="no entry without a problem"):
-        write_clean(audit(only_bad, broken), only_bad, tmp_path / "clean.json")
-
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    (tmp_path / "clean.json").write_text("old")
-    with pytest.raises(UserError, match="No space left"):
-        write_clean(report, path, tmp_path / "clean.json")
-    assert (tmp_path / "clean.json").read_text() == "old" and path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean.json", "data", "outside.jpg"]
 
 
 def test_json_report_and_summary(broken, tmp_path):
@@ -282,24 +229,13 @@ def test_json_report_and_summary(broken, tmp_path):
     report.write_json(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["ok"] is False and content["decode"] == "full"
-    assert content["totals"] == Counter(finding.kind for finding in report.findings)
-    assert [(f["entry"], f["kind"]) for f in content["findings"]] == found(report)
-    assert {f["kind"] for f in content["findings"] if not f["problem"]} == {OTHER_FORMAT, REPEATED_ID}
+    assert content["totals"] == Counter(finding.kind for finding in report.problems)
+    assert [(f["entry"], f["kind"]) for f in content["problems"]] == found(report)
     assert content["files"][0]["images_by_folder"] == {"coco": 6, "ocr_vqa": 1, "..": 1}
     summary = report.summary(examples=1)
     assert f"PROBLEM: {Problem.MISSING.value}: 3\n" in summary and "and 2 more" in summary
-    assert "information: format differs from the name: 1\n" in summary
-    bad = sum(any(kind not in (OTHER_FORMAT, REPEATED_ID) for kind in kinds) for _, kinds in BROKEN)
+    bad = sum(bool(kinds) for _, kinds in BROKEN)
     assert report.verdict().startswith(f"entries with problems: {bad} of {len(BROKEN)} (")
-
-
-def test_many_folders_are_summed_up(tmp_path):
-    for number in range(5):
-        picture(tmp_path / str(number) / "1.jpg", size=8)
-    path = write(tmp_path / "a.json", [entry(n, f"{n}/{name}.jpg") for n in range(5) for name in (1, 2)])
-    rows = audit(path, tmp_path).summary(max_folders=2).splitlines()
-    (row,) = [row for row in rows if "more folders" in row]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == ["3 more folders", "6", "6", "3"]
 
 
 def test_arguments_that_do_not_fit(tmp_path):
@@ -308,7 +244,5 @@ def test_arguments_that_do_not_fit(tmp_path):
         audit(path, [tmp_path, tmp_path])
     with pytest.raises(ConfigError, match="decode='all'"):
         audit(path, tmp_path, decode="all")
-    with pytest.raises(ConfigError, match="expected one"):
-        audit([path, path], tmp_path, published=PUBLISHED["finetune"])
     with pytest.raises(ConfigError, match="is no folder"):
         audit(path, tmp_path / "absent")

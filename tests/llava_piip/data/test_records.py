@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 
 import pytest
 
@@ -66,7 +65,7 @@ GOOD = {"id": "1", "conversations": TURNS}
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"a": 1}, "starts with .* expected a list .* must be named .jsonl"),
+        ({"a": 1}, "starts with no list .* must be named .jsonl"),
         ([], "has no entries"),
         ([GOOD, 3], "entry 1 is 3, expected an object"),
         ([GOOD, {"id": "x"}], r"entry 1 \(id 'x'\): 'conversations' is missing \(fields: id\)"),
@@ -124,20 +123,16 @@ def test_malformed_entries_are_left_out_and_counted(write, name, caplog):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", '[{"id": "1", "conversations"', "entry 0: the text ends inside of it .* loaded again"),
-        ("a.json", json.dumps([GOOD])[:-1], r"the file ends after entry 0, expected ',' or '\]'"),
-        ("a.json", json.dumps([GOOD])[:-1] + ",", "entry 1: the text ends inside"),
-        ("a.json", json.dumps([GOOD])[:-1] + " {}]", "'{}]' follows after entry 0"),
-        ("a.json", json.dumps([GOOD]) + "[]", r"'\[\]' follows the list"),
-        ("a.json", "[{'id': 1}]", "entry 0: .* at line 1, column 3"),
-        ("a.json", "", "has no entries"),
-        ("a.json", "[", "entry 0: the text ends inside"),
-        ("a.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), "must be named .jsonl"),
-        ("a.jsonl", json.dumps([GOOD], indent=1), r"entry 0 \(line 1\): .* must be named .json"),
-        ("a.jsonl", json.dumps(GOOD) + "\n\n{oops}\n", r"entry 1 \(line 3\)"),
+        ("a.json", '[{"id": "1", "conversations"', "a.json: no JSON .* load an incomplete file again"),
+        ("a.json", json.dumps([GOOD])[:-1] + " {}]", "no JSON"),
+        ("a.json", json.dumps([GOOD]) + "[]", "Extra data"),
+        ("a.json", "[{'id': 1}]", "line 1 column 3"),
+        ("a.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), "an entry per line .jsonl"),
+        ("a.jsonl", json.dumps([GOOD], indent=1), "a.jsonl: line 1: .* must be named .json"),
+        ("a.jsonl", json.dumps(GOOD) + "\n\n{oops}\n", "a.jsonl: line 3"),
         ("a.jsonl", "\n \n", "has no entries"),
-        ("a.json", "[" * 100_000, "entry 0: .* correct the file"),
-        ("a.jsonl", '{"id": ' + "9" * 5000 + "}", "entry 0 .line 1.: .* correct the file"),
+        ("a.json", "[" * 100_000, "no JSON"),
+        ("a.jsonl", '{"id": ' + "9" * 5000 + "}", "line 1: no JSON"),
         ("a.txt", json.dumps([GOOD]), r"expected a file named .json .* or .jsonl"),
     ],
 )
@@ -149,13 +144,13 @@ def test_broken_files_say_where_and_what_to_do(tmp_path, name, text, message):
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(DataError, match=r"gone.json: no such file"):
+    with pytest.raises(DataError, match=r"gone.json: cannot be read .No such file"):
         read_records(tmp_path / "gone.json")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(DataError, match="cannot be read"):
         read_records(tmp_path / "folder.json")
     (tmp_path / "latin.json").write_bytes('[{"id": "ü"}]'.encode("latin-1"))
-    with pytest.raises(DataError, match=re.escape("not UTF-8 text")):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         read_records(tmp_path / "latin.json")
     with pytest.raises(DataError, match="no conversation file was given"):
         read_records([])

@@ -1,6 +1,5 @@
 """The small language model: a tokenizer that reads everything, and weights that transformers loads."""
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -8,22 +7,16 @@ from llava_piip.demo import language
 from llava_piip.demo.dataset import imagine_conversations
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("language") / "model"
-    return folder, language.train_language_model(folder, imagine_conversations(640), batch_size=64)
-
-
-def test_words_of_the_demo_are_single_tokens_and_any_text_comes_back(trained):
-    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+def test_words_of_the_demo_are_single_tokens_and_any_text_comes_back(language_model):
+    tokenizer = AutoTokenizer.from_pretrained(language_model[0])
     for word in (" red", " p", " digits", " colour", " bottom", " 7", " 12"):
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     for text in ("Wo ist die Sieben?", "7️⃣ plus 七", "tabs\tand\n\nlines"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_ten_updates_learn_something_and_are_saved(trained):
-    folder, loss = trained
+def test_ten_updates_learn_something_and_are_saved(language_model):
+    folder, loss = language_model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     unseen = imagine_conversations(64, seed=1)
@@ -33,12 +26,3 @@ def test_ten_updates_learn_something_and_are_saved(trained):
     uniform = torch.tensor(float(len(tokenizer))).log()
     assert found < 0.7 * uniform and loss < uniform
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model"]
-
-
-def test_training_is_repeatable(trained, tmp_path):
-    torch.rand(1)  # whatever happened before
-    language.train_language_model(tmp_path / "again", imagine_conversations(640), batch_size=64)
-    first, second = (
-        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (trained[0], tmp_path / "again")
-    )
-    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)

@@ -10,7 +10,7 @@ from llava_piip.demo.questions import CHAT_SCENES
 from llava_piip.image_processing import PIIPImageProcessor
 from piip_core import PIIP
 from piip_core.checkpoints import load_pretrained
-from piip_digits.composer import ABSENT, ComposedDigits, DigitComposer
+from piip_digits.composer import DigitComposer
 from piip_digits.scenes import NAMED_COLOURS
 from piip_tools.timing import limited_threads
 
@@ -42,24 +42,6 @@ def test_training_starts_and_ends_the_same_every_time(trained, tmp_path):
     assert again == trained[1][1]
     first, second = (load_file(folder / "branch2.safetensors") for folder in (trained[0], tmp_path))
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
-
-
-def test_every_digit_is_taught_to_the_cell_with_its_centre():
-    nobody = ABSENT
-    batch = ComposedDigits(
-        images=torch.zeros(2, 3, 128, 128),
-        labels=torch.tensor([[7, nobody, 3], [9, nobody, nobody]]),
-        centres=torch.tensor([[[10.0, 70.0], [0.0, 0.0], [127.0, 31.0]], [[64.0, 63.9], [0.0, 0.0], [0.0, 0.0]]]),
-        colours=torch.tensor([[1, nobody, 5], [0, nobody, nobody]]),
-    )
-    digits, colours = vision._cell_targets(batch, 4)
-    none = vision._NO_DIGIT
-    assert digits.tolist() == [
-        [[none, none, none, 3], [none] * 4, [7, none, none, none], [none] * 4],
-        [[none] * 4, [none, none, 9, none], [none] * 4, [none] * 4],
-    ]
-    assert torch.equal(colours != nobody, digits != none)
-    assert colours[0, 2, 0] == 1 and colours[0, 0, 3] == 5 and colours[1, 1, 2] == 0
 
 
 @pytest.mark.parametrize("loss", [vision._loss_alone, vision._loss_of_cells])

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from llava_piip.eval.data_check import check_benchmarks
-from llava_piip.eval.mmbench import MMBENCH
-from llava_piip.eval.pope import POPE
+from llava_piip.eval.multiple_choice import MMBENCH
+from llava_piip.eval.short_answers import POPE
 
 SMALL = replace(POPE, published=21)
 
@@ -37,7 +37,7 @@ def test_everything_wrong_is_found(pope_data):
     assert "8 questions of category 'adversarial', but 7 labels" in labels.message
     (twice,) = (finding for finding in report.problems if finding.kind == "entry malformed")
     assert twice.entry == 21 and "is question 0 again" in twice.message
-    assert [(count.found, count.published) for count in report.files[0].counts] == [(22, 21)]
+    assert report.files[0].counts == [("POPE: questions", 22, 21)]
 
 
 def test_missing_files_are_listed(pope_data):
@@ -53,5 +53,5 @@ def test_command_line(pope_data, tmp_path, capsys, load_script):
     assert main(["pope", str(pope_data), "--workers", "1", "--report", str(tmp_path / "r.json")]) == 1
     assert "8910 | DIFFERS" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "r.json").read_text())
-    with pytest.raises(SystemExit, match="close matches are pope"):
+    with pytest.raises(SystemExit, match="no benchmark is named 'popes'"):
         main(["popes", str(pope_data)])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from llava_piip.eval import BENCHMARKS, runner
+from llava_piip.eval import BENCHMARKS, running
 from llava_piip.eval import __main__ as command
-from llava_piip.eval.answers import appending
-from llava_piip.eval.pope import POPE
+from llava_piip.eval.short_answers import POPE
 from llava_piip.inference import ChatModel
+from piip_core.files import lock_folder
 
 
 @pytest.fixture(autouse=True)
@@ -77,16 +77,17 @@ def test_killed_run_goes_on(run, tmp_path, monkeypatch):
     whole = answers_of(tmp_path / "whole")
 
     def die_in_third_batch(_):
-        written, write = [], runner.add_records
+        written, write = [], running._add
 
-        def dying(descriptor, records):
+        def dying(records, file):
             written.append(1)
             if len(written) == 3:
-                os.write(descriptor, b'{"question_id": 5, "pro')
+                file.write('{"question_id": 5, "pro')
+                file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(descriptor, records)
+            write(records, file)
 
-        runner.add_records = dying
+        running._add = dying
         run("--batch-size", 4)
 
     assert in_processes(die_in_third_batch, 0) == [-signal.SIGKILL]
@@ -146,7 +147,7 @@ def test_second_run_at_the_same_time_is_refused(run, tmp_path):
     assert run("--limit", 2) == 0
     part = tmp_path / "out" / "pope" / "parts" / "part-00000.jsonl"
     part.write_text(part.read_text().splitlines(keepends=True)[0])
-    with appending(part):
+    with lock_folder(tmp_path / "out" / "pope", ""):
         assert in_processes(lambda _: os._exit(run("--limit", 2)), 0) == [2]
     assert part.read_text().count("\n") == 1
     assert run("--limit", 2) == 0
@@ -194,7 +195,7 @@ def test_given_answers_are_scored(pope_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pop", "--data", "x", "--model", "."], "close matches are pope"),
+        (["pop", "--data", "x", "--model", "."], "invalid choice: 'pop'"),
         (["pope", "--data", "x"], "expected --model"),
         (["pope", "gqa", "--data", "x", "--answers", "y"], "single benchmark"),
         (["pope", "--data", "x", "--model", "."] + ["--batch-size", "0"], "expected at least 1"),

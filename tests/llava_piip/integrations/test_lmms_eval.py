@@ -9,7 +9,7 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from llava_piip.inference import ChatModel
 from llava_piip.integrations import lmms_eval_models
-from llava_piip.integrations.lmms_eval import PIIPLlava, PIIPLlavaChat
+from llava_piip.integrations.lmms_eval import PIIPLlava
 from piip_core.errors import UserError
 
 QUESTIONS = ["What is it?", "Is there a cup in the picture, and a red one?", "Say it.", "Why?", "How many are there?"]
@@ -35,8 +35,8 @@ def reference(chat_folder):
 def adapter(chat_folder, docs):
     """Makes adapters as lmms-eval does."""
 
-    def make(cls=PIIPLlava, options="", batch_size=1):
-        model = cls.create_from_arg_string(f"pretrained={chat_folder}{options}", {"batch_size": batch_size})
+    def make(options="", batch_size=1):
+        model = PIIPLlava.create_from_arg_string(f"pretrained={chat_folder}{options}", {"batch_size": batch_size})
         model.task_dict = {"drawn": {"test": docs}}
         return model
 
@@ -68,12 +68,11 @@ def alone(reference, doc, new_tokens=8, **settings):
     return reference.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_lmms_eval_finds_both_classes():
+def test_lmms_eval_finds_the_class():
     registry = ModelRegistryV2()
     for manifest in registry._coerce_payload_to_manifests(lmms_eval_models):
         registry.register_manifest(manifest)
     assert registry.get_model_class("piip_llava") is PIIPLlava
-    assert registry.get_model_class("piip_llava_chat") is PIIPLlavaChat
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -82,19 +81,6 @@ def test_answers_are_the_models_own_in_any_batch(adapter, reference, docs, batch
     assert len(set(expected)) == len(docs)
     answers = adapter(batch_size=batch_size).generate_until(questions_for(docs))
     assert [unwrap_generation_output(answer)[0] for answer in answers] == expected
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_chat_messages_give_the_same_answers(adapter, reference, docs, batch_size):
-    def to_messages(doc):
-        content = [{"type": "image", "url": picture} for picture in doc["pictures"]]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": doc["question"]}]}]
-
-    requests = [
-        instance("generate_until", "", to_messages, SHORT, number, "drawn", "test") for number in range(len(docs))
-    ]
-    answers = adapter(PIIPLlavaChat, batch_size=batch_size).generate_until(requests)
-    assert answers == [alone(reference, doc) for doc in docs]
 
 
 def test_requests_with_other_settings_are_not_mixed(adapter, reference, docs):
@@ -236,42 +222,6 @@ def test_lmms_eval_chooses_the_most_probable_answer(adapter, docs):
     assert scored.process_results(docs[0], results) == {"acc": 1.0}
 
 
-def rounds_of(doc, previous_output, round_idx, previous_round_info=None, **_):
-    """A task that asks about the answer before, without the picture, as often as the document has letters to it."""
-    if round_idx == doc["rounds"]:
-        return None, None, True, previous_output, None
-    info = (previous_round_info or 0) + 1
-    return [], f"Round {info}: why {previous_output[-1]}?", False, previous_output, info
-
-
-@pytest.mark.parametrize(("chat", "batch_size"), [(False, 1), (False, 4), (True, 4)])
-def test_rounds_follow_the_task(adapter, reference, docs, chat, batch_size):
-    rounds = [3, 1, 2, 3, 2]
-    counted = [{**doc, "rounds": count} for doc, count in zip(docs, rounds, strict=True)]
-
-    def to_messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
-        if round_idx is None:
-            content = [{"type": "image", "url": picture} for picture in doc["pictures"]]
-            return [{"role": "user", "content": [*content, {"type": "text", "text": doc["question"]}]}]
-        _, text, done, outputs, info = rounds_of(doc, previous_output, round_idx, previous_round_info)
-        return done or [{"role": "user", "content": [{"type": "text", "text": text}]}], done, outputs, info
-
-    model = adapter(PIIPLlavaChat if chat else PIIPLlava, batch_size=batch_size)
-    model.task_dict = {"drawn": {"test": counted}}
-    requests = []
-    for number, doc in enumerate(counted):
-        place = (number, "drawn", "test")
-        middle = (to_messages, SHORT) if chat else (SHORT, visuals_of, rounds_of)
-        requests.append(instance("generate_until_multi_round", doc["question"], *middle, *place))
-    answers = model.generate_until_multi_round(requests)
-    for doc, found in zip(counted, answers, strict=True):
-        expected = [alone(reference, doc)]
-        for number in range(1, doc["rounds"]):
-            expected.append(alone(reference, {"question": f"Round {number}: why {expected[-1]}?", "pictures": []}))
-        assert found == expected
-        assert unwrap_generation_output(found)[0] == expected
-
-
 @pytest.mark.parametrize(
     ("settings", "visuals", "error", "words"),
     [
@@ -319,17 +269,6 @@ def test_placeholders_and_images_must_match(adapter):
     request = instance("generate_until", "<image> or <image>?", SHORT, visuals_of, 0, "drawn", "test")
     with pytest.raises(UserError, match="document 0: the text has 2 <image> for 1 images"):
         adapter().generate_until([request])
-
-
-def test_a_literal_tag_in_messages_is_text(adapter, reference, pictures):
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Is <image>"}, {"type": "image", "url": pictures[0]}]}
-    ]
-    request = instance("generate_until", "", lambda _: messages, SHORT, 0, "drawn", "test")
-    [answer] = adapter(PIIPLlavaChat).generate_until([request])
-    content = [{"type": "text", "text": "Is <image>"}, {"type": "image"}]
-    stream = reference.stream([{"role": "user", "content": content}], pictures[:1], max_new_tokens=8)
-    assert answer == "".join(stream).strip()
 
 
 def test_nothing_is_cut(adapter):

@@ -8,20 +8,16 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
-from llava_piip.train.checkpointing import (
-    OutputFolderError,
-    RunFolder,
-    SaveError,
-    check_same_processes,
-    prepare_output,
-    run_folder,
-)
+from llava_piip.train.checkpointing import check_same_processes, prepare_output, run_folder
 from llava_piip.train.train import main
+from piip_core.errors import OutputFolderError, SaveError
+from piip_core.training_checkpoints import RunFolder
 
 # What a program can be interrupted at: everything Python does to files is announced to audit hooks under these names
 EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
@@ -136,7 +132,7 @@ def test_killed_at_any_step_of_a_save_a_run_goes_on_from_a_complete_checkpoint(n
         assert get_last_checkpoint(str(output)) == str(left[-1])
         assert left[-1].name in ("checkpoint-4", "checkpoint-6")
         published += left[-1].name == "checkpoint-6"
-        assert prepare_output(output, resume=True) == left[-1]
+        assert prepare(output, resume=True) == left[-1]
         assert not (output / RunFolder.STAGING).exists()
         restore()
     assert 0 < published < len(events)  # both sides of the moment of publishing were hit
@@ -223,6 +219,11 @@ def test_a_second_training_in_a_folder_is_refused(files, held_folder, capfd):
     assert [path.name for path in held_folder[0].iterdir()] == [".lock"]
 
 
+def prepare(run: Path, **settings) -> Path | None:
+    settings = {"resume": False, "resume_from_checkpoint": None, "overwrite_output_dir": False, **settings}
+    return prepare_output(SimpleNamespace(output_dir=str(run), should_save=True, **settings))
+
+
 def make(run: Path, *steps: int, complete=True):
     for step in steps:
         (run / f"checkpoint-{step}").mkdir(parents=True)
@@ -233,14 +234,14 @@ def make(run: Path, *steps: int, complete=True):
 def test_a_folder_that_is_not_empty_is_refused_with_the_three_ways_out(tmp_path):
     make(tmp_path / "run", 3)
     with pytest.raises(OutputFolderError, match=r"is not empty \(checkpoint-3\)\. Give --resume true .*--overwrite"):
-        prepare_output(tmp_path / "run")
-    assert prepare_output(tmp_path / "run", resume=True) == tmp_path / "run" / "checkpoint-3"
-    assert prepare_output(tmp_path / "run", overwrite=True) is None
+        prepare(tmp_path / "run")
+    assert prepare(tmp_path / "run", resume=True) == tmp_path / "run" / "checkpoint-3"
+    assert prepare(tmp_path / "run", overwrite_output_dir=True) is None
     assert not run_folder(tmp_path / "run").checkpoints()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputFolderError, match="is a file"):
-        prepare_output(tmp_path / "file")
-    assert prepare_output(tmp_path / "new" / "run", resume=True) is None  # nothing to resume: from the beginning
+        prepare(tmp_path / "file")
+    assert prepare(tmp_path / "new" / "run", resume=True) is None  # nothing to resume: from the beginning
 
 
 def test_the_last_checkpoint_is_the_one_of_the_highest_update_that_is_complete(tmp_path):
@@ -252,10 +253,10 @@ def test_the_last_checkpoint_is_the_one_of_the_highest_update_that_is_complete(t
         "checkpoint-10",
         "checkpoint-100",
     ]
-    assert prepare_output(tmp_path, resume=True) == tmp_path / "checkpoint-100"
-    assert prepare_output(tmp_path, resume_from=tmp_path / "checkpoint-9") == tmp_path / "checkpoint-9"
+    assert prepare(tmp_path, resume=True) == tmp_path / "checkpoint-100"
+    assert prepare(tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-9") == tmp_path / "checkpoint-9"
     with pytest.raises(OutputFolderError, match=r"checkpoint-200: is no complete checkpoint.*checkpoint-100"):
-        prepare_output(tmp_path, resume_from=tmp_path / "checkpoint-200")
+        prepare(tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-200")
 
 
 @pytest.mark.parametrize(("limit", "left"), [(None, [1, 2, 3]), (0, [1, 2, 3]), (2, [2, 3]), (1, [3])])

@@ -14,9 +14,10 @@ import llava_piip
 from llava_piip import PIIPLlavaConfig
 from llava_piip.data import read_records
 from llava_piip.loading import load_trained
-from llava_piip.train.checkpointing import RunFolder, run_folder
+from llava_piip.train.checkpointing import run_folder
 from llava_piip.train.train import run as run_here
 from piip_core import zoo
+from piip_core.training_checkpoints import RunFolder
 from piip_tools.timing import limited_threads
 
 ROOT = Path(llava_piip.__file__).parents[1]

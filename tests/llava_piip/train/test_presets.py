@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from llava_piip.train.arguments import accumulation_steps, deepspeed_config
+from llava_piip.train.arguments import deepspeed_config
 from llava_piip.train.presets import list_presets, load_preset, parse_arguments
 from piip_core import zoo
 from piip_core.errors import ConfigError
@@ -76,16 +77,15 @@ def test_presets_have_the_papers_numbers(row, stage):
 
 
 @pytest.mark.parametrize(("stage", "devices", "expected"), [("stage1", 8, 1), ("stage2", 8, 4), ("stage2", 2, 16)])
-def test_the_batch_stays_that_of_the_paper_on_any_number_of_devices(stage, devices, expected):
-    preset = load_preset(f"{ROWS[1]}/{stage}")
-    per_device = preset["per_device_train_batch_size"]
-    assert accumulation_steps(preset["total_batch_size"], per_device, devices) == expected
-    assert parse(f"{ROWS[1]}/{stage}")[2].gradient_accumulation_steps == preset["total_batch_size"] // per_device
+def test_the_batch_stays_that_of_the_paper_on_any_number_of_devices(stage, devices, expected, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(devices))
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # there are no such devices
+    assert parse(f"{ROWS[1]}/{stage}")[2].gradient_accumulation_steps == expected
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_lora", "stage2_qlora", f"{ROWS[1]}/stage2"])
 def test_presets_parse_into_arguments_and_given_keys_override_them(name):
-    model, data, training = parse("--preset", name, "--model", "mine", "--learning_rate", "3e-4", "--vision_lr", "1e-6")
+    model, data, training = parse(name, "--model", "mine", "--learning_rate", "3e-4", "--vision_lr", "1e-6")
     assert model.model == "mine" and data.annotations == ["a.json"] and training.output_dir == "out"
     assert training.learning_rate == 3e-4 and training.learning_rate_of("vision_tower") == 1e-6
     assert training.learning_rate_of("language_model") == 3e-4
@@ -104,7 +104,7 @@ def test_a_preset_of_ones_own_builds_on_one_of_the_package(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stage2", "--model", "m", "--learnign_rate", "1"], "did you mean --learning_rate"),
+        (["stage2", "--model", "m", "--learnign_rate", "1"], "did you mean learning_rate"),
         (["stage2", "--model", "m", "--learn", "1"], "'--learn': no such argument"),  # nothing is abbreviated
         (["stage3", "--model", "m"], "did you mean stage"),
         (["stage2", "--model", "m", "--learning_rate", "high"], "invalid float value: 'high'"),
@@ -117,7 +117,6 @@ def test_a_preset_of_ones_own_builds_on_one_of_the_package(tmp_path):
         (["stage2", "--model", "m", "--total_batch_size", "9"], "a multiple of per_device_train_batch_size x devices"),
         (["stage2", "--model", "m", "--gradient_accumulation_steps", "2"], "total_batch_size=128 needs 32"),
         (["stage2", "--model", "m", "--on_error", "ignore"], "on_error='ignore'"),
-        (["stage2", "--preset", "stage1", "--model", "m"], "the preset is 'stage1' already"),
     ],
 )
 def test_mistakes_on_the_command_line_name_what_is_wrong(arguments, message):

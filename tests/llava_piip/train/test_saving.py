@@ -13,16 +13,14 @@ from llava_piip import loading
 from llava_piip.loading import (
     ModelSource,
     load_projector,
-    load_tensors,
     load_trained,
     part_parameters,
     quantization_config,
 )
 from llava_piip.train.arguments import PIIPTrainingArguments
-from llava_piip.train.lora import add_adapters, language_model_linears
+from llava_piip.train.building import add_adapters, freeze_except, language_model_linears
+from llava_piip.train.checkpointing import save_trained
 from llava_piip.train.merge import main, merge
-from llava_piip.train.parts import freeze_except
-from llava_piip.train.saving import save_trained
 from piip_core.errors import CheckpointError, ConfigError, UserError
 
 
@@ -165,16 +163,6 @@ def test_adapters_save_load_and_merge_to_the_same_outputs(files, inputs, tmp_pat
         merge(tmp_path / "lora", tmp_path / "merged")
 
 
-def test_loading_into_a_model_with_adapters_restores_them(files, inputs, tmp_path):
-    settings = arguments(tmp_path, lora=True, lora_rank=4)
-    saved = noise(add_adapters(load_trained(files.model)[0], settings))
-    save_trained(saved, tmp_path / "lora", ModelSource(str(files.model)))
-    other = add_adapters(load_trained(files.model)[0], settings).eval()
-    assert not torch.equal(other(**inputs).logits, saved(**inputs).logits)
-    load_tensors(other, tmp_path / "lora")
-    torch.testing.assert_close(other(**inputs).logits, saved(**inputs).logits, rtol=0, atol=0)
-
-
 def test_adapters_sit_on_the_linears_of_the_language_model_alone(files):
     model, _ = load_trained(files.model)
     linears = language_model_linears(model)
@@ -182,7 +170,7 @@ def test_adapters_sit_on_the_linears_of_the_language_model_alone(files):
     assert language_model_linears(model, ["q_proj"]) == [
         f"model.language_model.layers.{i}.self_attn.q_proj" for i in (0, 1)
     ]
-    with pytest.raises(ConfigError, match="lora_target='q': no such linear layer"):
+    with pytest.raises(ConfigError, match=r"lora_target='q': expected any of .*q_proj"):
         language_model_linears(model, ["q"])
 
 

@@ -17,16 +17,23 @@ from typing import Any
 from checkers import Check, GoldenCase
 from llava_piip.conversation import IMAGE_TAG
 from llava_piip.data.images import ImageFolder
-from llava_piip.eval.answering import Preparation, prompt_of
-from llava_piip.eval.answers import check_complete, read_answers, record
 from llava_piip.eval.benchmark import Answer, Benchmark, Question, last_answers
-from llava_piip.eval.gqa import GQA, predictions, read_labels
-from llava_piip.eval.gqa import verdicts as gqa_verdicts
-from llava_piip.eval.mmbench import MMBENCH, MMBENCH_CN, read_mmbench
-from llava_piip.eval.pope import POPE, yes_or_no
-from llava_piip.eval.scienceqa import SCIENCEQA, verdicts
-from llava_piip.eval.seed import SEED
-from llava_piip.eval.vqa import MM_VET, TEXTVQA, VQAV2, answer_scores, normalized, question_of_prompt
+from llava_piip.eval.multiple_choice import MMBENCH, SCIENCEQA, SEED, scienceqa_verdicts
+from llava_piip.eval.running import check_complete, image_of, prompt_of, read_answers, record
+from llava_piip.eval.short_answers import (
+    GQA,
+    MM_VET,
+    POPE,
+    TEXTVQA,
+    VQAV2,
+    answer_scores,
+    gqa_predictions,
+    gqa_verdicts,
+    normalized,
+    question_of_prompt,
+    read_gqa_labels,
+    yes_or_no,
+)
 
 __all__ = [
     "verify_gqa",
@@ -64,12 +71,7 @@ _SPECIAL_TOKENS = re.compile(r"</?s>|<unk>")
 
 def _benchmark_of(run: Mapping[str, Any]) -> Benchmark:
     named = [benchmark for name, benchmark in _NAMES.items() if run["benchmark"].startswith(name)]
-    benchmark = named[0] if named else _PROGRAMS[run["program"]]
-    if benchmark is MMBENCH and _option(run, "--lang") == "cn":
-        benchmark = MMBENCH_CN
-    return (
-        replace(benchmark, read=partial(read_mmbench, all_rounds=True)) if _option(run, "--all-rounds") else benchmark
-    )
+    return named[0] if named else _PROGRAMS[run["program"]]
 
 
 def _option(run: Mapping[str, Any], name: str) -> str | None:
@@ -81,10 +83,13 @@ def _option(run: Mapping[str, Any], name: str) -> str | None:
 def verify_questions(case: GoldenCase) -> Check:
     """From question files to prompts, settings and answers files.
 
-    Different on purpose: gray images are no error, and a missing image is one of ours that names it.
+    Different on purpose: gray images are no error, and a missing image is one of ours that names it. The Chinese
+    MMBench, and rotations that are not in its table, are not offered.
     """
     check = Check(case)
     for run in case.info["runs"]:
+        if _option(run, "--lang") or _option(run, "--all-rounds"):
+            continue
         name, benchmark = run["benchmark"], _benchmark_of(run)
         (content,) = run["files"].values()
         files = {benchmark.questions: content}
@@ -92,16 +97,16 @@ def verify_questions(case: GoldenCase) -> Check:
             files[SEED.labels[0]] = _labels_of(content)
         with _folder(files) as folder:
             questions = benchmark.read(folder / benchmark.questions)
-            preparation = Preparation(benchmark, None, ImageFolder(folder))
             if _option(run, "--num-chunks"):
                 size = math.ceil(len(questions) / int(_option(run, "--num-chunks")))
                 questions = questions[int(_option(run, "--chunk-idx")) * size :][:size]
             if run.get("exception") == "FileNotFoundError":
-                check.refuses(f"output.{name}.exception", partial(preparation.image_of, questions[len(run["calls"])]))
+                missing = partial(image_of, questions[len(run["calls"])], benchmark, ImageFolder(folder))
+                check.refuses(f"output.{name}.exception", missing)
         if "exception" not in run:
             check.same(f"output.{name}.calls", len(questions), len(run["calls"]))
         for number, (question, call) in enumerate(zip(questions, run["calls"], strict=False)):
-            _verify_call(check, f"output.{name}.{number}", preparation, question, call)
+            _verify_call(check, f"output.{name}.{number}", benchmark, question, call)
         # Decoding leaves special tokens out
         texts = [_SPECIAL_TOKENS.sub("", call["canned_output"]).strip() for call in run["calls"]]
         asked = zip(questions, texts, run["answers_file"], strict=False)
@@ -110,18 +115,16 @@ def verify_questions(case: GoldenCase) -> Check:
     return check
 
 
-def _verify_call(
-    check: Check, name: str, preparation: Preparation, question: Question, call: Mapping[str, Any]
-) -> None:
+def _verify_call(check: Check, name: str, benchmark: Benchmark, question: Question, call: Mapping[str, Any]) -> None:
     prompt = prompt_of(question, chat_template="vicuna_v1")  # of the public evaluation script
     check.same(f"{name}.prompt", prompt, call["prompt"])
     check.same(f"{name}.has_image", question.image is not None, call["image_shape"] is not None)
     placeholders = prompt.count(IMAGE_TAG) if question.image is not None else 0
     check.same(f"{name}.n_placeholders", placeholders, call["n_placeholders"])
     settings = call["generate_kwargs"]
-    check.same(f"{name}.max_new_tokens", preparation.benchmark.max_new_tokens, settings["max_new_tokens"])
+    check.same(f"{name}.max_new_tokens", benchmark.max_new_tokens, settings["max_new_tokens"])
     if isinstance(question.image, bytes):
-        check.same(f"{name}.image_size", [list(preparation.image_of(question).size)], settings["image_sizes"])
+        check.same(f"{name}.image_size", [list(image_of(question, benchmark, None).size)], settings["image_sizes"])
 
 
 def _labels_of(questions: str) -> str:
@@ -196,7 +199,7 @@ def verify_scienceqa(case: GoldenCase) -> Check:
         name = f"output.{number}"
         with _recorded(run["files"]) as (folder, file):
             answers, _ = read_answers(file)
-            found = verdicts(folder / SCIENCEQA.questions, answers)
+            found = scienceqa_verdicts(folder / SCIENCEQA.questions, answers)
             score = SCIENCEQA.score(folder / SCIENCEQA.questions, answers)
             result = _exported(SCIENCEQA, folder, answers)
         if run["exception"] is not None:
@@ -219,11 +222,11 @@ def verify_gqa(case: GoldenCase) -> Check:
         name = f"output.{number}"
         with _recorded(run["files"], GQA.labels, GQA.labels[0]) as (folder, file):
             answers, _ = read_answers(file)
-            found = gqa_verdicts(read_labels(folder / GQA.questions), answers)
+            found = gqa_verdicts(read_gqa_labels(folder / GQA.questions), answers)
             score = GQA.score(folder / GQA.questions, answers)
             written = json.loads(_exported(GQA, folder, answers))
         check.same(f"{name}.converted", written, run["converted"])
-        check.same(f"{name}.predictions", predictions(answers), run["converted"])
+        check.same(f"{name}.predictions", gqa_predictions(answers), run["converted"])
         check.same(f"{name}.per_item", found, run["per_item"])
         if run["exception"] is None:
             titles = [line for line in score.lines if not line.startswith("  ")]

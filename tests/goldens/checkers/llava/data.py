@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from checkers import Check, GoldenCase
 from llava_piip.conversation import IGNORE_INDEX, EncodedConversation, encode_conversation
 from llava_piip.data import Collator, ConversationDataset, DataError, Problem, read_records
-from llava_piip.data.dataset import is_placeholder
+from llava_piip.data.records import is_placeholder
 from llava_piip.data.sampler import group_by_length, group_by_modality
 from llava_piip.image_processing import PIIPImageProcessor
 
