@@ -44,8 +44,14 @@ _DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_COLUMN = 6
 
 
-def read_mmbench(path: Path) -> list[Question]:
-    """The questions of a table, a row each, with base64 images, or in place of one the index of an earlier row."""
+def read_mmbench(path: Path, *, instruction: str = LETTER, all_rounds: bool = False) -> list[Question]:
+    """The questions of a table, a row each, with base64 images, or in place of one the index of an earlier row.
+
+    Args:
+        path: The table.
+        instruction: What follows the options.
+        all_rounds: Ask each row once per rotation of its options, for tables that do not list rotations themselves.
+    """
     questions: list[Question] = []
     images: dict[str, bytes] = {}
     for index, row in _rows(path):
@@ -56,9 +62,13 @@ def read_mmbench(path: Path) -> list[Question]:
             raise EvalError(f"{path}: index {index}: the image is no base64 ({error}); load the file again") from None
         hint = "" if _is_none(row.get("hint", "")) else row["hint"] + "\n"
         options = _options(row)
-        recorded = "\n".join([hint + row["question"], *(f"{letter}. {text}" for letter, text in options.items())])
-        fields = {"round_id": 0, "options": list(options.values()), "option_char": list(options)}
-        questions.append(Question(index, recorded + LETTER, image, recorded, fields=fields))
+        for shift in range(len(options) if all_rounds else 1):
+            letters = [*list(options)[shift:], *list(options)[:shift]]
+            texts = [options[letter] for letter in letters]
+            lines = [f"{letter}. {text}" for letter, text in zip(options, texts, strict=True)]
+            recorded = "\n".join([hint + row["question"], *lines])
+            fields = {"round_id": shift, "options": texts, "option_char": letters}
+            questions.append(Question(index, recorded + instruction, image, recorded, fields=fields))
     return questions
 
 

@@ -18,7 +18,7 @@ from checkers import Check, GoldenCase
 from llava_piip.conversation import IMAGE_TAG
 from llava_piip.data.images import ImageFolder
 from llava_piip.eval.benchmark import Answer, Benchmark, Question, last_answers
-from llava_piip.eval.multiple_choice import MMBENCH, SCIENCEQA, SEED, scienceqa_verdicts
+from llava_piip.eval.multiple_choice import MMBENCH, SCIENCEQA, SEED, read_mmbench, scienceqa_verdicts
 from llava_piip.eval.running import check_complete, image_of, prompt_of, read_answers, record
 from llava_piip.eval.short_answers import (
     GQA,
@@ -66,12 +66,17 @@ _PROGRAMS = {
     "model_vqa_science": SCIENCEQA,
     "model_vqa_mmbench": MMBENCH,
 }
+_CHINESE = "\n请直接回答选项字母。"  # which MMBench-CN ends its questions with
 _SPECIAL_TOKENS = re.compile(r"</?s>|<unk>")
 
 
 def _benchmark_of(run: Mapping[str, Any]) -> Benchmark:
     named = [benchmark for name, benchmark in _NAMES.items() if run["benchmark"].startswith(name)]
-    return named[0] if named else _PROGRAMS[run["program"]]
+    benchmark = named[0] if named else _PROGRAMS[run["program"]]
+    options = {"instruction": _CHINESE} if _option(run, "--lang") == "cn" else {}
+    if _option(run, "--all-rounds"):
+        options["all_rounds"] = True
+    return replace(benchmark, read=partial(read_mmbench, **options)) if options else benchmark
 
 
 def _option(run: Mapping[str, Any], name: str) -> str | None:
@@ -83,13 +88,10 @@ def _option(run: Mapping[str, Any], name: str) -> str | None:
 def verify_questions(case: GoldenCase) -> Check:
     """From question files to prompts, settings and answers files.
 
-    Different on purpose: gray images are no error, and a missing image is one of ours that names it. The Chinese
-    MMBench, and rotations that are not in its table, are not offered.
+    Different on purpose: gray images are no error, and a missing image is one of ours that names it.
     """
     check = Check(case)
     for run in case.info["runs"]:
-        if _option(run, "--lang") or _option(run, "--all-rounds"):
-            continue
         name, benchmark = run["benchmark"], _benchmark_of(run)
         (content,) = run["files"].values()
         files = {benchmark.questions: content}
