@@ -10,34 +10,32 @@ The archive is not removed. Repeated, the command goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_root, errors_as_messages
+from script_arguments import add_root, errors_as_messages, new_parser
 
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_root(parser)
-    parser.add_argument("--archive", type=Path, metavar="FILE", help="the archive, if it is at another place")
-    parser.add_argument("--download", action="store_true", help="download the archive if it is missing (0.9 GB)")
-    return parser.parse_args(argv)
+NAME = "ADEChallengeData2016"
+URL = f"http://data.csail.mit.edu/places/ADEchallenge/{NAME}.zip"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Unpacks what the command line names, and returns the exit status."""
-    args = parse_args(argv)
-    # Loads torch and Detectron2: not for --help
-    from piip.data.segmentation.ade20k import FOLDER, prepare_ade20k
+    parser = new_parser(__doc__)
+    add_root(parser)
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="the archive, if it is at another place")
+    parser.add_argument("--download", action="store_true", help="download the archive if it is missing (0.9 GB)")
+    args = parser.parse_args(argv)
+    from piip_core.archives import download, unpack_images  # loads torch: not for --help
 
+    folder, archive = args.root / NAME, args.archive or args.root / f"{NAME}.zip"
     with errors_as_messages():
-        done = prepare_ade20k(args.root, archive=args.archive, fetch=args.download)
-    if done is None:
-        print(f"{args.root / FOLDER}: already there")
-    else:
-        print(f"{args.root / FOLDER}: {done.written} files unpacked, {done.present} were there")
+        if args.download and not args.archive:
+            download(URL, archive)
+        if not archive.is_file():
+            sys.exit(f"error: {archive}: no such file. Download {URL}, or add --download; --archive FILE names it")
+        done = unpack_images(archive, folder)
+    print(f"{folder}: {done.written} files unpacked, {done.present} were there")
     print(f"Next: python datasets/verify_ade20k.py {args.root}")
     return 0
 

@@ -5,36 +5,56 @@ $ python datasets/prepare_imagenet.py /data                        # unpacks the
 $ python datasets/prepare_imagenet.py /data --archives ~/Downloads
 
 The archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which has the classes
-of the validation images. They are not removed. Repeated, the command goes on where it stopped.
+of the validation images. They are not removed. Each set appears when all of it is unpacked.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+import tempfile
 from pathlib import Path
 
-from script_arguments import add_root, errors_as_messages
+from script_arguments import add_root, errors_as_messages, new_parser
+
+ADVICE = "Archives are given out at https://image-net.org/download to those who accept its terms; --archives DIR says "
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_root(parser)
-    parser.add_argument("--archives", type=Path, metavar="DIR", help="folder of the archives, if it is another")
-    return parser.parse_args(argv)
+def unpack(name: str, source: Path, folder: Path) -> None:
+    """Unpacks "train" or "val" from the archives in `source`, after comparing their checksums."""
+    from torchvision.datasets import imagenet
+
+    if name == "train":
+        imagenet.parse_train_archive(str(source), folder=str(folder))
+        return
+    devkit = source / imagenet.ARCHIVE_META["devkit"][0]
+    with tempfile.TemporaryDirectory() as scratch:
+        imagenet.parse_devkit_archive(scratch, str(devkit))
+        classes = imagenet.load_meta_file(scratch)[1]
+    imagenet.parse_val_archive(str(source), wnids=classes, folder=str(folder))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Unpacks what the command line names, and returns the exit status."""
-    args = parse_args(argv)
-    # Loads torch and Detectron2: not for --help
-    from piip.data.classification.imagenet import FOLDER, prepare_imagenet
+    parser = new_parser(__doc__)
+    add_root(parser)
+    parser.add_argument("--archives", type=Path, metavar="DIR", help="folder of the archives, if it is another")
+    args = parser.parse_args(argv)
+    from piip_core.files import publish_folder  # loads torch: not for --help
 
-    with errors_as_messages():
-        done = prepare_imagenet(args.root, archives=args.archives)
-    for name, images in done.items():
-        print(f"{args.root / FOLDER / name}: " + (f"{images} images unpacked" if images else "already there"))
+    source = (args.archives or args.root).absolute()
+    for name in ("train", "val"):
+        folder = args.root.absolute() / "imagenet" / name
+        if folder.is_dir() and any(folder.iterdir()):
+            print(f"{folder}: already there")
+            continue
+        print(f"{folder}: comparing checksums and unpacking", flush=True)
+        try:
+            with errors_as_messages(), publish_folder(folder, durable=False) as aside:
+                unpack(name, source, aside)
+                os.sync()  # the new name must not be on the disk before the files are; once, not for each of a million
+        except RuntimeError as error:  # of torchvision, for an archive that is missing or has another checksum
+            sys.exit(f"error: {error} {ADVICE}where they are")
     print(f"Next: python datasets/verify_imagenet.py {args.root}")
     return 0
 

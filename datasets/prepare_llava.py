@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from script_arguments import errors_as_messages, new_parser
 from tabulate import tabulate
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ LISTED = 10
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="{pretrain,finetune,own}")
     for name, title in SETS.items():
         command = commands.add_parser(name, help=title, description=f"Lays out {title}.")
@@ -73,17 +74,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit status."""
     args = parse_args(argv)
-    # Here and below what loads torch and transformers: not for --help
-    from piip_core.errors import UserError
-
-    try:
+    with errors_as_messages():
         return _own(args) if args.what == "own" else _published(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def _published(args: argparse.Namespace) -> int:
     """Prepares a published data set."""
+    # Here and below: loads torch and transformers, not for --help
     from llava_piip.data.preparation import prepare_published
     from llava_piip.data.published import PUBLISHED
 

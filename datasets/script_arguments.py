@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_decode", "add_report_options", "add_root", "check_report_options", "errors_as_messages", "tell"]
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows the description as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:

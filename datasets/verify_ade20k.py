@@ -10,15 +10,16 @@ The exit status is 0 if no file is wrong, 1 if something is; a class that never 
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from script_arguments import add_report_options, add_root, check_report_options, errors_as_messages, tell
+from script_arguments import add_report_options, add_root, check_report_options, errors_as_messages, new_parser, tell
+
+PUBLISHED = {"training": 20_210, "validation": 2_000}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names, and returns the exit status."""
+    parser = new_parser(__doc__)
     add_root(parser)
     own = parser.add_argument_group("your own data, instead of ADE20K")
     own.add_argument("--images", metavar="DIR", help="folder of images")
@@ -33,24 +34,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if any(own_data) and not all(own_data):
         parser.error("your own data: expected all of --images, --labels and --classes")
     check_report_options(parser, args)
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Checks what the command line names, and returns the exit status."""
-    args = parse_args(argv)
     # Loads torch and Detectron2: not for --help
-    from piip.data.audit import Audit
-    from piip.data.segmentation.ade20k import audit_ade20k
-    from piip.data.segmentation.audit import audit_label_maps
-    from piip.data.segmentation.classes import label_classes
+    from piip.data.audit import Audit, audit_label_maps
+    from piip.data.segmentation import label_classes
 
     with errors_as_messages():
-        if not args.images:
-            return tell(audit_ade20k(args.root, workers=args.workers), args)
-        given = int(args.classes) if args.classes.isdecimal() else args.classes
-        classes = label_classes(given, args.reduce_zero_label)
-        return tell(Audit([audit_label_maps(args.images, args.labels, classes, workers=args.workers)]), args)
+        if args.images:
+            given = int(args.classes) if args.classes.isdecimal() else args.classes
+            sets, classes = (
+                {"label maps": (args.images, args.labels, None)},
+                label_classes(given, args.reduce_zero_label),
+            )
+        else:
+            root, classes = args.root / "ADEChallengeData2016", label_classes("ade20k")
+            sets = {
+                name: (str(root / "images" / name), str(root / "annotations" / name), count)
+                for name, count in PUBLISHED.items()
+            }
+        found = [
+            audit_label_maps(images, labels, classes, title=title, expected=count, workers=args.workers)
+            for title, (images, labels, count) in sets.items()
+        ]
+        return tell(Audit(found), args)
 
 
 if __name__ == "__main__":

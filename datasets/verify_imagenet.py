@@ -11,36 +11,29 @@ The exit status is 0 if everything is in order, 1 if something is wrong.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from script_arguments import add_report_options, add_root, check_report_options, errors_as_messages, tell
+from script_arguments import add_report_options, add_root, check_report_options, errors_as_messages, new_parser, tell
+
+PUBLISHED = {"train": (1000, 1_281_167), "val": (1000, 50_000)}  # classes and images
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names, and returns the exit status."""
+    parser = new_parser(__doc__)
     add_root(parser)
     parser.add_argument("--images", nargs="+", metavar="DIR", help="your own folders instead of ImageNet")
     parser.add_argument("--count-only", action="store_true", help="count the images of every class, read none")
     add_report_options(parser)
     args = parser.parse_args(argv)
     check_report_options(parser, args)
-    return args
+    from piip.data.audit import audit_classes  # loads torch and Detectron2: not for --help
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Checks what the command line names, and returns the exit status."""
-    args = parse_args(argv)
-    # Loads torch and Detectron2: not for --help
-    from piip.data.classification.audit import audit_classes
-    from piip.data.classification.imagenet import audit_imagenet
-
-    options = {"decode": not args.count_only, "workers": args.workers}
+    parts = [(name, str(args.root / "imagenet" / name), *sizes) for name, sizes in PUBLISHED.items()]
+    if args.images:
+        parts = [(folder, folder, None, None) for folder in args.images]
     with errors_as_messages():
-        if not args.images:
-            return tell(audit_imagenet(args.root, **options), args)
-        return tell(audit_classes([(folder, folder, None, None) for folder in args.images], **options), args)
+        return tell(audit_classes(parts, decode=not args.count_only, workers=args.workers), args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_decode, add_report_options, check_report_options, errors_as_messages, tell
+from script_arguments import add_decode, add_report_options, check_report_options, errors_as_messages, new_parser, tell
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_report_options(common)
     common.add_argument("--clean", type=Path, metavar="FILE", help="write entries without a problem (.json, .jsonl)")
     common.add_argument("--follow-links", action="store_true", help="allow links that lead out of the image folder")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="{pretrain,finetune,files}")
     for name, title in (("pretrain", "LCS-558K"), ("finetune", "mix665k of LLaVA-1.5")):
         command = commands.add_parser(name, parents=[common], help=f"{title}, with its published sizes")

@@ -11,28 +11,21 @@ asked twice, labels that do not belong to them. The exit status is 0 if everythi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from script_arguments import add_decode, add_report_options, check_report_options, errors_as_messages, tell
+from script_arguments import add_decode, add_report_options, check_report_options, errors_as_messages, new_parser, tell
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names, and returns the exit status."""
+    parser = new_parser(__doc__)
     parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="names as of llava_piip.eval, or all")
     parser.add_argument("root", type=Path, help="folder of all benchmarks")
     add_decode(parser)
     add_report_options(parser)
     args = parser.parse_args(argv)
     check_report_options(parser, args)
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Checks what the command line names, and returns the exit status."""
-    args = parse_args(argv)
     # Loads torch and transformers: not for --help
     from llava_piip.eval import find_benchmarks
     from llava_piip.eval.data_check import check_benchmarks

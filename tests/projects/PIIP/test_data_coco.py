@@ -132,12 +132,6 @@ def test_a_name_that_looks_like_that_of_a_file_finds_it(coco, written, stored):
     assert Path(found["file_name"]).samefile(coco.images / stored)
 
 
-def test_an_image_beyond_the_limit_of_pixels_is_refused_at_the_start(coco, monkeypatch):
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DatasetError, match=r"more pixels than Pillow's limit of 200 .*image 1"):
-        _load(coco)
-
-
 def test_boxes_outside_the_image_are_dropped_or_clipped_with_one_warning(coco, caplog):
     data = coco.read()
     first = data["images"][0]

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from piip.data import MultiScaleCrop
-from piip.data.multi_scale import PolygonCrop
+from piip.data.transforms import PolygonCrop
 from piip.lazy_config import load_config
 
 COCO_MS = Path(__file__).parents[3] / "projects" / "PIIP" / "configs" / "common" / "coco_ms.py"
@@ -94,11 +94,6 @@ def test_crops_leave_the_annotations_of_the_caller_alone():
 def test_unusable_crops_are_named(crop):
     with pytest.raises(ValueError, match=f"crop={crop!r}"):
         MultiScaleCrop(crop)
-
-
-def test_later_steps_cannot_be_known_beforehand():
-    with pytest.raises(NotImplementedError, match="call the augmentation"):
-        MultiScaleCrop(64).get_transform(np.zeros((8, 8, 3), np.uint8))
 
 
 WIDTH, HEIGHT = 320, 150

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +17,6 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .dataset import DatasetError
-
-__all__ = ["TrainBatchSampler", "TrainLoader", "build_train_loader", "derive_seed", "fixed_random_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ def derive_seed(*parts: int) -> int:
 
 
 @contextlib.contextmanager
-def fixed_random_state(seed: int) -> Iterator[None]:
+def _fixed_random_state(seed: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and torch's CPU generators inside, and puts their states back afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
@@ -76,14 +75,13 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def _positions(self) -> Iterator[list[tuple[int, int]]]:
         rank, world_size = comm.get_rank(), comm.get_world_size()
-        pending: dict[int, list[tuple[int, int]]] = {int(group): [] for group in np.unique(self._groups)}
+        pending: dict[int, list[tuple[int, int]]] = defaultdict(list)
         groups = self._groups.tolist()
         for count, index in enumerate(itertools.islice(self._indices(), rank, None, world_size)):
-            batch = pending[groups[index]]
-            batch.append((index, rank + count * world_size))
-            if len(batch) == self.batch_size:
-                pending[groups[index]] = []
-                yield batch
+            group = groups[index]
+            pending[group].append((index, rank + count * world_size))
+            if len(pending[group]) == self.batch_size:
+                yield pending.pop(group)
 
     def _indices(self) -> Iterator[int]:
         """Endless shuffles of all processes together."""
@@ -105,7 +103,7 @@ class _SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, seed = key
         bad = []
-        with fixed_random_state(seed):
+        with _fixed_random_state(seed):
             while len(bad) < _MAX_BAD_IN_A_ROW:
                 record = self.dicts[index]
                 sample = self.mapper(record)

@@ -17,8 +17,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from piip.data import DatasetError, UnreadableImageError
+from piip.data.audit import audit_classes
 from piip.data.classification import ClassificationMapper, folder_categories, get_test_dicts, get_train_dicts
-from piip.data.classification.audit import audit_classes
 from piip.data.loader import TrainBatchSampler
 from piip.lazy_config import follow_annotations, has_test_set, load_config
 
@@ -189,10 +189,10 @@ def test_other_classes_than_in_training_are_named(folders, caplog):
     get_test_dicts(str(folders.val), **settings)
     assert "only the first has violet, only the second has red" in caplog.text
     parts = [(name, str(getattr(folders, name)), None, None) for name in ("train", "val")]
-    assert [kind for kind, _, _ in audit_classes(parts).sets[1].problems] == ["classes differ"]
+    assert [problem.kind for problem in audit_classes(parts).sets[1].problems] == ["classes differ"]
 
 
 def test_a_huge_image_is_a_problem_of_its_size(folders, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
     (problem, *_) = audit_classes([("mine", str(folders.train), None, None)]).sets[0].problems
-    assert problem[0] == "image unreadable" and "1920 pixels) exceeds limit of 1800" in problem[2]
+    assert problem.kind == "image unreadable" and "1920 pixels) exceeds limit of 1800" in problem.message

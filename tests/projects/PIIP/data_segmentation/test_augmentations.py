@@ -11,7 +11,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.data.transforms import AugInput, RandomCrop_CategoryAreaConstraint
 
-from piip.data.segmentation.augmentations import PhotometricDistortion, PhotometricTransform, RatioRangeResize
+from piip.data.transforms import PhotometricDistortion, PhotometricTransform, RatioRangeResize
 
 
 def _change(brightness=0.0, contrast=1.0, contrast_first=False, saturation=None, hue=None):

@@ -12,8 +12,7 @@ pytest.importorskip("detectron2")
 from PIL import Image
 
 from piip.data import DatasetError, UnreadableImageError
-from piip.data.segmentation.classes import LabelClasses, label_classes
-from piip.data.segmentation.label_maps import read_label_map
+from piip.data.label_maps import LabelClasses, label_classes, read_label_map
 
 
 def _save(path, values, mode=None):
