@@ -10,8 +10,7 @@ import argparse
 from pathlib import Path
 
 from piip_core.errors import UserError
-from piip_digits.coco import prepare_digits
-from piip_digits.folders import prepare_digit_images
+from piip_digits.data_sets import prepare_digit_images, prepare_digits
 from piip_digits.scenes import SceneConfig
 
 

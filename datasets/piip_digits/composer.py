@@ -12,15 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from piip_core.errors import check
-
 from .scenes import PHOTOS, SPLITS, Palette, load_photo, load_samples, photo_crop, render_digit, split_samples
-
-__all__ = ["ABSENT", "ComposedDigits", "DigitComposer"]
 
 ABSENT = -100
 """Label of a digit that is not there; losses of PyTorch ignore it."""
-
 
 _MAX_ROTATION = 0.35  # radians, as in the scenes
 _STRETCH = 0.08  # largest change of the width, in the logarithm
@@ -61,9 +56,6 @@ class DigitComposer:
         palette: Named colours of the digits; None for random ones.
         num_photos: How many pieces of photographs to cut.
         seed: Chooses those pieces.
-
-    Raises:
-        ValueError: If `split` is unknown or the sizes do not fit; the message names the value.
     """
 
     def __init__(
@@ -79,10 +71,6 @@ class DigitComposer:
         seed: int = 0,
     ) -> None:
         samples = split_samples(split)  # checks the split
-        largest = (image_size + 2) / 1.5
-        check(max_digit_size <= largest, "max_digit_size", max_digit_size, f"at most {largest:.0f} for {image_size=}")
-        check(8 <= min_digit_size <= max_digit_size, "min_digit_size", min_digit_size, f"8 to {max_digit_size=}")
-        check(max_digits >= 1, "max_digits", max_digits, "at least 1")
         self.image_size, self.max_digits = image_size, max_digits
         self.digit_sizes = (min_digit_size, max_digit_size)
         self.palette = None if palette is None else torch.tensor([rgb for _, rgb in palette])

@@ -6,8 +6,6 @@ from piip_core.branches import ConvNeXtConfig, ViTConfig
 from piip_core.config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
 from piip_core.errors import check
 
-__all__ = ["NUM_GROUPS", "demo_config", "hybrid_config"]
-
 NUM_GROUPS = 16  # of the group norms in the mergings; has to divide every branch's width
 
 # Branch 1 first: (embed_dim, num_heads, part of the image's side, window_size). As in the large models, the widest

@@ -23,24 +23,6 @@ from tqdm import tqdm
 
 from piip_core.errors import check, check_choice
 
-__all__ = [
-    "NAMED_COLOURS",
-    "NUM_CLASSES",
-    "PHOTOS",
-    "SPLITS",
-    "Digit",
-    "Scene",
-    "SceneConfig",
-    "digit_crops",
-    "load_photo",
-    "load_samples",
-    "photo_crop",
-    "render_digit",
-    "render_scene",
-    "scenes",
-    "split_samples",
-]
-
 SPLITS = ("train", "val")
 # Photographs with writing or digits of their own (page, text, clock) would hold objects without a label: left out.
 PHOTOS = {
@@ -109,14 +91,8 @@ class SceneConfig:
         # A turned digit is at most sqrt(2) times its size.
         room = int(self.image_size / 1.5)
         check(largest <= room, "max_digit_size", largest, f"at most {room} for image_size={self.image_size}")
-        check(0.0 < self.min_visible <= 1.0, "min_visible", self.min_visible, "a value in (0, 1]")
-        most = NUM_CLASSES if self.all_different else digits
-        check(digits <= most, "max_digits", digits, f"at most {most} that are all different")
-        check(0.0 <= self.middle_margin <= 0.2, "middle_margin", self.middle_margin, "a value from 0 to 0.2")
-        if self.palette is not None:
-            names = [name for name, _ in self.palette]
-            right = len(set(names)) >= max(len(names), digits)
-            check(right, "colours of the palette", names, f"different names, and at least max_digits={digits} of them")
+        most = min(NUM_CLASSES if self.all_different else digits, len(self.palette or range(digits)))
+        check(digits <= most, "max_digits", digits, f"at most {most}, of which no two have one class or colour")
 
 
 @dataclass(frozen=True)

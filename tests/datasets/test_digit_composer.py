@@ -125,12 +125,3 @@ def test_splits_share_no_digit_and_no_photograph(composers):
     # Colourless pieces at a coarse scale: no piece of one split looks like one of the other
     coarse = {split: torch.nn.functional.avg_pool2d(c.photos, 16).flatten(1) for split, c in composers.items()}
     assert torch.cdist(coarse["train"], coarse["val"]).min() > 0.1
-
-
-def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="split='test'"):
-        DigitComposer("test")
-    with pytest.raises(ValueError, match="max_digit_size=60"):
-        DigitComposer("train", image_size=64, max_digit_size=60)
-    with pytest.raises(ValueError, match="max_digits=0"):
-        DigitComposer("train", max_digits=0)

@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from piip_core.errors import UserError
-from piip_digits.folders import prepare_digit_images
+from piip_digits.data_sets import prepare_digit_images
 from piip_digits.scenes import load_samples, split_samples
 
 

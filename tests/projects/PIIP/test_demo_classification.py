@@ -17,8 +17,7 @@ from detectron2.config import instantiate
 from PIL import Image
 from timm.data import create_transform
 
-from piip.bars import draw_bars
-from piip.demo import run_demo
+from piip.demo import draw_bars, run_demo
 from piip.lazy_config import load_config
 from piip.predict import Predictor
 from piip_core import PIIPClassifier
@@ -27,7 +26,6 @@ from piip_core.errors import ConfigError
 
 CONFIG = str(Path(__file__).with_name("tiny_classifier.py"))
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
-BLUE, PALE, TRACK = (26, 115, 232), (150, 187, 240), (232, 234, 237)
 
 
 def tiny(*opts: str, num_classes: int = len(NAMES)):
@@ -68,8 +66,6 @@ def test_the_best_classes_are_those_of_the_plain_model(model, weights, image):
     assert [index for index, _ in found] == scores.argsort(descending=True)[:5].tolist()
     assert [score for _, score in found] == pytest.approx(scores.sort(descending=True).values[:5].tolist(), abs=1e-5)
     assert found[0][1] - found[1][1] > 1e-3
-    bgr = np.ascontiguousarray(image[:, :, ::-1])
-    assert predictor.classify(bgr, image_format="BGR") == found
     assert len(predictor.classify(image, top=100)) == len(NAMES)
     with pytest.raises(ValueError, match=r"is for classification: call predictor\.classify\(image\)"):
         predictor(image)
@@ -143,31 +139,14 @@ def test_images_and_videos_become_pictures_with_bars_and_json(weights, image, tm
     assert size[1] > 2 * 160  # enlarged, and the bars beside it
 
 
-CLASSES = (("a name", 0.5), ("a name that is much too long for the place there is for it, and then some", 0.25))
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(1000, 800), (400, 1000), (24, 24), (500, 20)], ids=["large", "wide", "tiny", "narrow"]
-)
-def test_bars_are_as_long_as_scores_and_beside_the_whole_image(height, width):
-    image = np.full((height, width, 3), (0, 128, 0), dtype=np.uint8)
-    picture = draw_bars(image, CLASSES)
-    is_image = (picture == (0, 128, 0)).all(axis=2)
-    factor = round((is_image.sum() / (height * width)) ** 0.5)
-    assert is_image.sum() == factor**2 * height * width
-    assert factor == 1 or min(height, width) < 100
-
-    def length(colours):
-        rows = sum((picture == colour).all(axis=2) for colour in colours).sum(axis=1)
-        return rows[rows > 0].min() if len(colours) == 1 else rows.max()
-
-    whole = length((PALE, TRACK))
-    assert length((BLUE,)) == pytest.approx(0.5 * whole, abs=2)
-    assert length((PALE,)) == pytest.approx(0.25 * whole, abs=2)
-    # text lies above its bar, between the ends of the bars, and is at least ten pixels high
-    ink = (picture.max(axis=2) < 90) & ~is_image
-    columns, bars = np.flatnonzero(ink.any(axis=0)), np.flatnonzero((picture == TRACK).all(axis=2).any(axis=0))
-    assert len(columns) and columns[-1] <= bars[-1] + 1
-    first_bar = np.flatnonzero((picture == BLUE).all(axis=2).any(axis=1))[0]
-    rows = np.flatnonzero(ink.any(axis=1))
-    assert first_bar - rows[0] >= 10
+@pytest.mark.parametrize(("height", "width"), [(1000, 800), (24, 24), (500, 20)])
+def test_bars_are_as_long_as_scores_and_beside_the_image(height, width):
+    classes = (("a name", 0.5), ("a name that is much too long for the place there is for it, and then some", 0.25))
+    picture = draw_bars(np.full((height, width, 3), (0, 128, 0), dtype=np.uint8), classes)
+    shown = (picture == (0, 128, 0)).all(axis=2)
+    rows, columns = (np.flatnonzero(shown.any(axis=axis)) for axis in (1, 0))
+    assert len(rows) / len(columns) == pytest.approx(height / width, rel=0.1)
+    bar = (picture == (31, 119, 180)).all(axis=2)  # the first colour of matplotlib
+    assert np.flatnonzero(bar.any(axis=0))[0] > columns[-1]
+    lengths = bar.sum(axis=1)[bar.any(axis=1)]
+    assert lengths[0] == pytest.approx(2 * lengths[-1], abs=4)

@@ -112,20 +112,16 @@ def audit_label_maps(
     """
     result = SetAudit(title, expected)
     try:
-        pairs, without_labels, without_image, repeated = match_files(images, labels)
+        pairs, unmatched = match_files(images, labels)
     except DatasetError as error:
         result.add("folders unusable", images, str(error))
         return result
     if expected not in (None, len(pairs)):
         message = f"{images}: {len(pairs)} images with a label map: expected {expected}"
         result.add("number of images", images, message)
-    for kind, paths, advice in (
-        ("image without label map", without_labels, f"no label map of that name in {labels}"),
-        ("label map without image", without_image, f"no image of that name in {images}"),
-        ("several images or label maps of one name", repeated, "expected one image and one label map of each name"),
-    ):
+    for kind, paths in unmatched.items():
         for path in paths:
-            result.add(kind, path, f"{path}: {advice}")
+            result.add(kind, path, path)
     pixels = np.zeros(IGNORE_LABEL + 1, dtype=np.int64)
     for counts, problems in read_all(lambda pair: _check_pair(pair, classes), pairs, f"Reading {title}", workers):
         pixels += counts

@@ -44,6 +44,10 @@ logger = logging.getLogger(__name__)
 
 _READERS = 16  # threads: reading headers is waiting for the disk
 _LOOKED_AT = 2000  # label maps that are read for their classes, at most
+_REPEATED = (
+    "names of several images or label maps, different only in the ending or in how accents and folders are written"
+)
+_LEFT_OVER = "label maps without an image"
 
 
 class Pair(NamedTuple):
@@ -57,14 +61,13 @@ class Pair(NamedTuple):
     labels: str
 
 
-def match_files(images: str, labels: str) -> tuple[list[Pair], list[str], list[str], list[str]]:
+def match_files(images: str, labels: str) -> tuple[list[Pair], dict[str, list[str]]]:
     """Looks for images and their label maps by equal names; subfolders count, hidden files do not.
 
     Names that differ in Unicode's form of accents only are equal, and a back-slash is as good as a subfolder.
 
     Returns:
-        Images with their label maps in the order of the names; images without label map; label maps without image;
-        names of several images, or of several label maps.
+        Images with their label maps in the order of the names, and what is wrong with others: paths by kind.
 
     Raises:
         DatasetError: If a folder is missing or empty, or both are the same.
@@ -74,9 +77,13 @@ def match_files(images: str, labels: str) -> tuple[list[Pair], list[str], list[s
     if os.path.realpath(images) == os.path.realpath(labels):
         raise DatasetError(f"{images}: images and label maps are in the same folder: expected two")
     pairs = [Pair(name, by_name[name], maps[name]) for name in sorted(by_name) if name in maps]
-    without_labels = [by_name[name] for name in sorted(by_name) if name not in maps]
-    without_image = [maps[name] for name in sorted(maps) if name not in by_name]
-    return pairs, without_labels, without_image, repeated + more
+    return pairs, {
+        _REPEATED: repeated + more,
+        f"images have no label map of the same name that ends in {LABEL_ENDING}": [
+            by_name[name] for name in sorted(by_name) if name not in maps
+        ],
+        _LEFT_OVER: [maps[name] for name in sorted(maps) if name not in by_name],
+    }
 
 
 def find_pairs(images: str, labels: str) -> list[Pair]:
@@ -85,20 +92,12 @@ def find_pairs(images: str, labels: str) -> list[Pair]:
     Raises:
         DatasetError: Also if an image has no label map, or two images or label maps have the same name.
     """
-    pairs, without_labels, without_image, repeated = match_files(images, labels)
-    if repeated:
-        raise DatasetError(
-            f"{images}, {labels}: {len(repeated)} names of several images, or of several label maps, that differ "
-            f"only in the ending or in how accents and folders are written: {first_few(repeated)}"
-        )
-    if without_labels:
-        raise DatasetError(
-            f"{labels}: {len(without_labels)} images have no label map of the same name that ends in "
-            f"{LABEL_ENDING}: {first_few(without_labels)}"
-        )
-    if without_image:
-        found = f"{len(without_image)} label maps without an image in {images}"
-        logger.warning("%s: %s are left out: %s", labels, found, first_few(without_image))
+    pairs, problems = match_files(images, labels)
+    for kind, paths in problems.items():
+        if paths and kind != _LEFT_OVER:
+            raise DatasetError(f"{images}, {labels}: {len(paths)} {kind}: {first_few(paths)}")
+        if paths:
+            logger.warning("%s: %d %s, left out: %s", labels, len(paths), kind, first_few(paths))
     return pairs
 
 

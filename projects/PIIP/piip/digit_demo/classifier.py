@@ -17,9 +17,7 @@ from piip_core.pyramid import DensePIIP
 from piip_digits.model import NUM_GROUPS, demo_config
 from piip_digits.scenes import NUM_CLASSES, digit_crops
 
-from .drawing import draw_classified, draw_curves
-
-__all__ = ["DigitClassifier", "run_classifier"]
+from .drawing import draw_classified
 
 _SIZE = 64  # pixels of the last branch; the others see 32 and 48
 _GRID = 4
@@ -54,20 +52,20 @@ class DigitClassifier(nn.Module):
         return self.head(features)
 
 
-def run_classifier(output: Path, *, num_train: int = 8000, num_val: int = 1000, epochs: int = 6) -> list[Path]:
+def run_classifier(output: Path, *, num_train: int = 8000, num_val: int = 1000, epochs: int = 6) -> Path:
     """Trains the classifier, or goes on with training, and draws how well it does.
 
     Besides its own checkpoint it leaves `backbone.safetensors`, a start for a Detectron2 model with this backbone
     (`train.init_checkpoint`).
 
     Args:
-        output: Folder for checkpoint and images.
+        output: Folder for checkpoint and drawing.
         num_train: Number of training images per epoch, drawn anew each time.
         num_val: Number of validation images; no digit and no photograph of theirs is in training.
         epochs: Rounds of training.
 
     Returns:
-        The images written.
+        The drawing: validation images with what they are taken for.
     """
     output.mkdir(parents=True, exist_ok=True)
     val_images, val_labels = _make_crops("val", num_val)
@@ -99,14 +97,11 @@ def run_classifier(output: Path, *, num_train: int = 8000, num_val: int = 1000, 
         save_file(backbone, aside)
     accuracy = history[-1]["accuracy"]
     print(f"Validation accuracy {accuracy:.1f} % on {num_val} digits (chance: 10 %)")
-    drawings = [output / "classified.png", output / "curves.png"]
     title = f"PIIP classifier, digits and photographs never seen in training: {accuracy:.1f} % right"
     shown, predicted = val_images[:40], _predict(model, val_images[:40])
-    draw_classified(drawings[0], title, shown.permute(0, 2, 3, 1).numpy(), val_labels.tolist(), predicted.tolist())
-    steps = range(1, len(history) + 1)
-    curves = ({name: (steps, [entry[name] for entry in history])} for name in ("loss", "accuracy"))
-    draw_curves(drawings[1], "PIIP classifier", *curves, "validation accuracy in %", step_label="epoch")
-    return drawings
+    images = shown.permute(0, 2, 3, 1).numpy()
+    draw_classified(output / "classified.png", title, images, val_labels[:40].tolist(), predicted.tolist())
+    return output / "classified.png"
 
 
 def _train_epoch(

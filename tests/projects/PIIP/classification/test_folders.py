@@ -149,7 +149,7 @@ def test_every_format_that_is_read_counts_and_others_are_named(folders, caplog):
     assert _names(records) == [*kept, "image.JPE", "image.gif", "image.jfif", "image.jp2", "image.tga"]
     for record in records:
         assert ClassificationMapper(True, transform=np.asarray)(record)["image"].shape[2] == 3
-    assert "5 files do not end as images and are left out (" in caplog.text and "1 .eps" in caplog.text
+    assert "5 files do not end as images and are left out: " in caplog.text
     assert "LICENSE" in caplog.text and "and 2 more" in caplog.text
     assert "1 files lie in no class and are left out: " in caplog.text and "loose.png" in caplog.text
 

@@ -1,22 +1,24 @@
-"""The digit scenes as a data set on disk: in the layout and format of COCO, and with label maps."""
+"""The digits as data sets on disk: scenes in COCO's layout and with label maps, and single digits in class folders."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from piip_core.errors import check
+from piip_core.errors import UserError, check
+from piip_core.files import publish_folder
 
-from .data_folder import write_data_folder
-from .scenes import NUM_CLASSES, Scene, SceneConfig, scenes
+from .scenes import NUM_CLASSES, SPLITS, Scene, SceneConfig, load_samples, scenes, split_samples
 
-__all__ = ["prepare_digits"]
-
-_FORMAT = 2  # raise it when the same parameters would give other files: data sets already there are then rebuilt
+# Raise them when the same parameters would give other files: data sets already there are then rebuilt
+_SCENES_FORMAT = 2
+_IMAGES_FORMAT = 1
 
 
 def prepare_digits(
@@ -49,7 +51,64 @@ def prepare_digits(
             _write_split(folder, split, count, config)
         (folder / "labels" / "names.txt").write_text("\n".join(["background", *map(str, range(NUM_CLASSES))]) + "\n")
 
-    return write_data_folder(Path(root), {"format": _FORMAT, "scenes": counts, "config": asdict(config)}, write)
+    return write_data_folder(Path(root), {"format": _SCENES_FORMAT, "scenes": counts, "config": asdict(config)}, write)
+
+
+def prepare_digit_images(root: Path | str, *, image_size: int = 64) -> bool:
+    """Writes scikit-learn's digits below a folder, unless they are there already; returns whether it wrote them.
+
+    The folder then holds a PNG for each of the 1797 samples, `{train,val}/{0 ... 9}/{index}.png`, bright on black and
+    smoothly enlarged, and a manifest. Every sample is in one split, the same as in the digit scenes.
+
+    Args:
+        root: Folder of the data set, commonly `datasets/digit_images`.
+        image_size: Side of the images in pixels.
+
+    Raises:
+        UserError: If `image_size` is too small, or the folder holds something that this function did not write.
+    """
+    check(image_size >= 8, "image_size", image_size, "at least 8, the size of the samples")
+
+    def write(folder: Path) -> None:
+        samples = load_samples()
+        for split in SPLITS:
+            for index in tqdm(split_samples(split), desc=f"Writing {split} digits", unit="digit"):
+                path = folder / split / str(samples.target[index]) / f"{index:04d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Samples have values from 0 to 16; with empty pixels around, digits stay in the image when they turn
+                grey = np.pad(np.round(samples.images[index] * (255 / 16)).astype(np.uint8), 1)
+                Image.fromarray(grey).resize((image_size, image_size), Image.Resampling.BICUBIC).save(path)
+
+    return write_data_folder(Path(root), {"format": _IMAGES_FORMAT, "image_size": image_size}, write)
+
+
+def write_data_folder(root: Path, settings: dict[str, Any], write: Callable[[Path], None]) -> bool:
+    """Writes a data set with a manifest of its settings, unless it is there already; returns whether it was written.
+
+    It is built under another name and renamed when complete; one made with other settings is replaced.
+
+    Args:
+        root: Folder of the data set.
+        settings: Everything that its content depends on, ready for JSON.
+        write: Writes the content into an empty folder.
+
+    Raises:
+        UserError: If the folder holds something else.
+    """
+    found, manifest = root / "manifest.json", json.dumps(settings, indent=1) + "\n"
+    try:
+        old = json.loads(found.read_text())
+    except (OSError, ValueError):
+        old = None
+    ours = isinstance(old, dict) and old.keys() == settings.keys()
+    if root.is_dir() and any(root.iterdir()) and not ours:
+        raise UserError(f"{root} exists and is not a digit data set of this kind: move it away or name another folder")
+    if old == json.loads(manifest):
+        return False
+    with publish_folder(root, overwrite=True, durable=False) as aside:
+        write(aside)
+        (aside / found.name).write_text(manifest)
+    return True
 
 
 def _write_split(root: Path, split: str, count: int, config: SceneConfig) -> None:
@@ -71,7 +130,7 @@ def _write_split(root: Path, split: str, count: int, config: SceneConfig) -> Non
     # Category ids start at 1, as in COCO; the digit is the name.
     categories = [{"id": label + 1, "name": str(label), "supercategory": "digit"} for label in range(NUM_CLASSES)]
     content = {
-        "info": {"description": f"Handwritten digits on photographs, {split}", "version": str(_FORMAT)},
+        "info": {"description": f"Handwritten digits on photographs, {split}", "version": str(_SCENES_FORMAT)},
         "licenses": [],
         "images": images,
         "categories": categories,
