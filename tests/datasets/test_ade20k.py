@@ -1,4 +1,4 @@
-"""datasets/prepare_ade20k.py and verify_ade20k.py, as they are called, with three images instead of twenty thousand."""
+"""ADE20K prepared and verified, with three images instead of twenty thousand."""
 
 import json
 import zipfile
@@ -33,14 +33,14 @@ def root(tmp_path):
 
 @pytest.fixture
 def prepare(load_script):
-    return load_script("prepare_ade20k").main
+    return lambda arguments: load_script("prepare").main(["ade20k", *arguments])
 
 
 @pytest.fixture
 def verify(load_script, monkeypatch):
-    script = load_script("verify_ade20k")
-    monkeypatch.setattr(script, "PUBLISHED", {"training": 2, "validation": 1})
-    return script.main
+    script = load_script("verify")
+    monkeypatch.setattr(script, "ADE20K", {"training": 2, "validation": 1})
+    return lambda arguments: script.main(["ade20k", *arguments])
 
 
 def test_the_archive_becomes_a_data_set_without_problems(prepare, verify, root, tmp_path, capsys):

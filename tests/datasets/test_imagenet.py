@@ -1,4 +1,4 @@
-"""datasets/prepare_imagenet.py and verify_imagenet.py, as they are called, with eight images instead of a million."""
+"""ImageNet prepared and verified, with eight images instead of a million."""
 
 import hashlib
 import io
@@ -66,14 +66,14 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def prepare(load_script):
-    return load_script("prepare_imagenet").main
+    return lambda arguments: load_script("prepare").main(["imagenet", *arguments])
 
 
 @pytest.fixture
 def verify(load_script, monkeypatch):
-    script = load_script("verify_imagenet")
-    monkeypatch.setattr(script, "PUBLISHED", {"train": (2, 5), "val": (2, 3)})
-    return script.main
+    script = load_script("verify")
+    monkeypatch.setattr(script, "IMAGENET", {"train": (2, 5), "val": (2, 3)})
+    return lambda arguments: script.main(["imagenet", *arguments])
 
 
 def test_the_archives_become_folders_of_classes(prepare, verify, root, capsys):

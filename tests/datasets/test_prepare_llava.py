@@ -1,4 +1,4 @@
-"""datasets/prepare_llava.py and verify_llava.py, as they are called."""
+"""LLaVA's data sets prepared and verified; the commands in the documentation."""
 
 import json
 import re
@@ -18,12 +18,12 @@ NAMES = ["coco/train2017/1.jpg", "ocr_vqa/images/2.jpg"]
 
 @pytest.fixture(scope="module")
 def prepare(load_script):
-    return load_script("prepare_llava")
+    return load_script("prepare")
 
 
 @pytest.fixture(scope="module")
 def verify(load_script):
-    return load_script("verify_llava")
+    return load_script("verify")
 
 
 @pytest.fixture
@@ -52,15 +52,15 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def test_prepare_then_verify(prepare, verify, root, capsys):
-    assert verify.main(["finetune", str(root)]) == 1
+    assert verify.main(["llava-finetune", str(root)]) == 1
     out = capsys.readouterr().out
     assert "PROBLEM: image missing: 2" in out and "'2.gif' exists" in out
-    assert prepare.main(["finetune", str(root)]) == 0
+    assert prepare.main(["llava-finetune", str(root)]) == 0
     out = capsys.readouterr().out
     assert "1 files unpacked" in out and "1 got a second name" in out
-    assert f"Next: python datasets/verify_llava.py finetune {root}" in out
+    assert f"Next: python datasets/verify.py llava-finetune {root}" in out
     assert re.search(r"\| coco/train2017 +\| +1 \| +0 \|", out)
-    assert verify.main(["finetune", str(root), "--decode", "full", "--workers", "1"]) == 0
+    assert verify.main(["llava-finetune", str(root), "--decode", "full", "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert "information: format differs from the name: 1" in out and "PROBLEM" not in out
     assert re.search(r"\| LLaVA-1.5 mix665k: all +\| +3 \| +3 \| as published \|", out)
@@ -69,7 +69,7 @@ def test_prepare_then_verify(prepare, verify, root, capsys):
 def test_prepare_says_what_is_missing(prepare, root, capsys):
     (root / "coco/train2017.zip").unlink()
     (root / "ocr_vqa/images/2.gif").write_text("<html>")
-    assert prepare.main(["finetune", str(root)]) == 1
+    assert prepare.main(["llava-finetune", str(root)]) == 1
     out = capsys.readouterr().out
     assert "coco/train2017: http://images.cocodataset.org/zips/train2017.zip" in out
     assert f"-> {root / 'coco/train2017.zip'}, or --archive coco=FILE" in out
@@ -78,7 +78,7 @@ def test_prepare_says_what_is_missing(prepare, root, capsys):
 
 def test_verify_reports_and_cleans(verify, root, tmp_path, capsys):
     report, clean = tmp_path / "report.json", tmp_path / "clean.json"
-    arguments = ["finetune", str(root), "--report", str(report), "--clean", str(clean)]
+    arguments = ["llava-finetune", str(root), "--report", str(report), "--clean", str(clean)]
     assert verify.main(arguments) == 1
     assert f"{clean}: 1 of 3 entries" in capsys.readouterr().out
     assert [entry["id"] for entry in json.loads(clean.read_text())] == ["text"]
@@ -94,24 +94,24 @@ def test_own_pictures(prepare, verify, tmp_path, capsys):
     images.mkdir()
     Image.new("RGB", (9, 9)).save(images / "a.png")
     table.write_text("file,caption\na.png,A black square.\n")
-    assert prepare.main(["own", str(images), str(table), str(output), "--prompt", "What is it?"]) == 0
+    assert prepare.main(["llava-own", str(images), str(table), str(output), "--prompt", "What is it?"]) == 0
     assert f"--annotations {output} --image_root {images}" in capsys.readouterr().out
     for spelling in ("--image_root", "--image-root"):
-        assert verify.main(["files", "--annotations", str(output), str(output), spelling, str(images)]) == 0
+        assert verify.main(["llava-files", "--annotations", str(output), str(output), spelling, str(images)]) == 0
     assert "<image>\\nWhat is it?" in output.read_text()
     with pytest.raises(SystemExit):
-        prepare.main(["own", str(images), str(table), str(output)])
+        prepare.main(["llava-own", str(images), str(table), str(output)])
     table.write_text("file,caption\nabsent.png,A black square.\n")
     with pytest.raises(SystemExit, match=r"error: .*captions.csv: 1 of 1 rows"):
-        prepare.main(["own", str(images), str(table), str(output), "--force"])
+        prepare.main(["llava-own", str(images), str(table), str(output), "--force"])
     assert "black square" in output.read_text()  # the old one
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["finetune", "x", "--archive", "coco"], "expected PART=FILE"),
-        (["finetune", "x", "--workers", "0"], "--workers 0: expected at least 1"),
+        (["llava-finetune", "x", "--archive", "coco"], "expected PART=FILE"),
+        (["llava-finetune", "x", "--workers", "0"], "--workers 0: expected at least 1"),
     ],
 )
 def test_prepare_with_bad_arguments(prepare, capsys, arguments, match):
@@ -122,22 +122,22 @@ def test_prepare_with_bad_arguments(prepare, capsys, arguments, match):
 
 def test_verify_with_bad_arguments(verify, root, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        verify.main(["files", "--annotations", "a.json", "b.json", "--image_root", "x", "--clean", "c.json"])
+        verify.main(["llava-files", "--annotations", "a.json", "b.json", "--image_root", "x", "--clean", "c.json"])
     assert "expected a single file" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"error: image folder .* is no folder"):
-        verify.main(["files", "--annotations", "a.json", "--image_root", str(tmp_path / "absent")])
-    with pytest.raises(SystemExit, match=r"is no folder.*prepare_llava.py finetune .* says what is missing"):
-        verify.main(["finetune", str(tmp_path / "absent")])
+        verify.main(["llava-files", "--annotations", "a.json", "--image_root", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit, match=r"is no folder.*prepare.py llava-finetune .* says what is missing"):
+        verify.main(["llava-finetune", str(tmp_path / "absent")])
 
 
 def test_damaged_archive_stops_with_its_name(prepare, root):
     (root / "coco/train2017.zip").write_bytes(b"PK half")
     with pytest.raises(SystemExit, match=r"error: .*train2017.zip: not a complete zip archive"):
-        prepare.main(["finetune", str(root)])
+        prepare.main(["llava-finetune", str(root)])
     assert not (root / "coco/train2017").exists()
 
 
-@pytest.mark.parametrize("script", ["prepare_llava", "verify_llava"])
+@pytest.mark.parametrize("script", ["prepare", "verify"])
 def test_examples_in_the_help_are_accepted(load_script, script, capsys):
     module = load_script(script)
     with pytest.raises(SystemExit) as end:
@@ -150,7 +150,7 @@ def test_examples_in_the_help_are_accepted(load_script, script, capsys):
         module.parse_args(example.split())
 
 
-@pytest.mark.parametrize("script", ["prepare_llava", "verify_llava"])
+@pytest.mark.parametrize("script", ["prepare", "verify"])
 def test_commands_in_the_readme_are_accepted(load_script, script):
     commands = re.findall(rf"^python datasets/{script}\.py (.*?)(?:  +#.*)?$", README.read_text(), re.MULTILINE)
     assert len(commands) >= 3
