@@ -1,5 +1,6 @@
 """The demo from data set to images, as short as it can be, with and without Detectron2."""
 
+import contextlib
 import functools
 import json
 import re
@@ -17,6 +18,7 @@ from piip.digit_demo import __main__ as demo
 from piip.digit_demo import classifier
 from piip.digit_demo.classifier import DigitClassifier, run_classifier
 from piip.digit_demo.drawing import draw_predictions, read_metrics
+from piip_core.files import atomic_path
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_without_detectron2_the_classifier_runs_and_the_last_line_says_so(tmp_pa
     lines = capsys.readouterr().out.strip().splitlines()
     assert re.fullmatch(r"Left out: the Mask R-CNN detector, because Detectron2 is not installed.*", lines[-1])
     assert any(line.startswith("Validation accuracy") for line in lines)
-    assert (tmp_path / "classifier" / "classified.png").is_file()
+    assert (tmp_path / "classifier" / "backbone.safetensors").is_file()
 
 
 def test_restart_forgets_the_earlier_run(tmp_path, monkeypatch):
@@ -88,12 +90,13 @@ def test_an_interrupted_classifier_goes_on_as_if_it_was_not(tmp_path, monkeypatc
     run_classifier(tmp_path / "whole", epochs=2, **sizes)
     whole = torch.load(tmp_path / "whole" / "classifier.pth", weights_only=True)
 
-    def stop(*state):
-        save(*state)
+    @contextlib.contextmanager
+    def stop(path):
+        with atomic_path(path) as aside:
+            yield aside
         raise KeyboardInterrupt
 
-    save = classifier._save
-    monkeypatch.setattr(classifier, "_save", stop)
+    monkeypatch.setattr(classifier, "atomic_path", stop)
     with pytest.raises(KeyboardInterrupt):
         run_classifier(tmp_path / "parts", epochs=2, **sizes)
     monkeypatch.undo()

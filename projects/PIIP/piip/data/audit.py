@@ -39,7 +39,6 @@ class SetAudit:
         expected: Number of images that it should have, if known.
         images: Number of its images.
         columns: More of its row in the table, by header.
-        details: More numbers for the report.
         problems: Everything that is wrong.
         warning: What is odd without being wrong.
     """
@@ -48,7 +47,6 @@ class SetAudit:
     expected: int | None = None
     images: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warning: str = ""
 
@@ -107,8 +105,8 @@ def audit_label_maps(
 ) -> SetAudit:
     """Reads every image and label map of two folders to the end and reports everything that is wrong.
 
-    The report holds the number of pixels of every class, and the part of all pixels that is to be ignored. `expected`
-    is the number of images that there should be; files are read in `workers` threads, by default one per core.
+    `expected` is the number of images that there should be; files are read in `workers` threads, by default one per
+    core.
     """
     result = SetAudit(title, expected)
     try:
@@ -127,11 +125,10 @@ def audit_label_maps(
         pixels += counts
         result.problems += problems
     result.warning = classes.absent(pixels)
-    of_classes, ignored = pixels[: classes.num_classes], float(pixels[-1] / max(pixels.sum(), 1))
     result.images = len(pairs)
-    seen = f"{np.count_nonzero(of_classes)} of {classes.num_classes}"
-    result.columns = {"classes seen": seen, "ignored pixels": f"{ignored:.1%}"}
-    result.details = {"pixels": of_classes.tolist(), "ignored": ignored}
+    seen = np.count_nonzero(pixels[: classes.num_classes])
+    ignored = pixels[-1] / max(pixels.sum(), 1)
+    result.columns = {"classes seen": f"{seen} of {classes.num_classes}", "ignored pixels": f"{ignored:.1%}"}
     return result
 
 
@@ -168,43 +165,36 @@ def audit_classes(
         decode: Read every image to the end; otherwise they are counted only.
         workers: Files that are read at the same time; by default one per core.
     """
-    sets = [_audit_folder(*part, decode, workers) for part in parts]
-    for (_, folder, _, _), part in zip(parts[1:], sets[1:], strict=True):
-        first, other = (each.details.get("images", {}).keys() for each in (sets[0], part))
-        if first and other and first != other:
-            different = first_few(sorted(first ^ other))
-            message = f"{folder}: expected the classes of {sets[0].title}; only one of both has {different}"
-            part.add("classes differ", folder, message)
-    return Audit(sets)
-
-
-def _audit_folder(
-    title: str, folder: str, classes: int | None, images: int | None, decode: bool, workers: int | None
-) -> SetAudit:
-    result = SetAudit(title, images)
-    try:
-        names = [category.name for category in folder_categories(folder)]
-    except DatasetError as error:
-        result.add("folder unusable", folder, str(error))
-        return result
-    found = list_images(folder)
-    counts = Counter(label for _, label in found)
-    of_classes = {name: counts[label] for label, name in enumerate(names)}
-    result.images = len(found)
-    span = f"{min(of_classes.values())} to {max(of_classes.values())}"
-    result.columns = {"classes": len(names), "images per class": span}
-    result.details = {"images": of_classes}
-    for name, count in of_classes.items():
-        if not count:
+    sets: list[SetAudit] = []
+    known: list[str] = []
+    for title, folder, num_classes, num_images in parts:
+        result = SetAudit(title, num_images)
+        sets.append(result)
+        try:
+            names = [category.name for category in folder_categories(folder)]
+        except DatasetError as error:
+            result.add("folder unusable", folder, str(error))
+            continue
+        known = known or names
+        if different := sorted({*names} ^ {*known}):
+            message = f"{folder}: expected the classes of {parts[0][0]}; only one of both has {first_few(different)}"
+            result.add("classes differ", folder, message)
+        found = list_images(folder)
+        counts = Counter(dict.fromkeys(names, 0))
+        counts.update(names[label] for _, label in found)
+        result.images = len(found)
+        span = f"{min(counts.values())} to {max(counts.values())}"
+        result.columns = {"classes": len(names), "images per class": span}
+        for name in (name for name, count in counts.items() if not count):
             path = os.path.join(folder, name)
             result.add("class without images", path, f"{path}: holds no image")
-    for what, number, expected in (("classes", len(names), classes), ("images", len(found), images)):
-        if expected not in (None, number):
-            result.add("number of classes or images", folder, f"{folder}: {number} {what}: expected {expected}")
-    if decode:
-        checked = read_all(_check_image, [path for path, _ in found], f"Reading {title}", workers)
-        result.problems += [problem for problem in checked if problem is not None]
-    return result
+        for what, number, expected in (("classes", len(names), num_classes), ("images", len(found), num_images)):
+            if expected not in (None, number):
+                result.add("number of classes or images", folder, f"{folder}: {number} {what}: expected {expected}")
+        if decode:
+            checked = read_all(_check_image, [path for path, _ in found], f"Reading {title}", workers)
+            result.problems += [problem for problem in checked if problem is not None]
+    return Audit(sets)
 
 
 def _check_image(path: str) -> Problem | None:

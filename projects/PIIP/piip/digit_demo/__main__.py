@@ -105,12 +105,13 @@ def _draw_detector(args: argparse.Namespace, output: Path, seconds: float) -> No
 
 
 def _classifier(args: argparse.Namespace) -> None:
-    """The classifier and its drawing."""
+    """The classifier; a start for detectors and segmentors."""
     output = args.output / "classifier"
     if args.restart:
         shutil.rmtree(output, ignore_errors=True)
     torch.set_num_threads(1)  # the tensors are small: a second thread brings little and waits a lot on a busy machine
-    _print_step("Done, image to open", str(run_classifier(output)))
+    run_classifier(output)
+    _print_step("Done", f"its backbone is {output / 'backbone.safetensors'}")
 
 
 def _print_step(title: str, text: str) -> None:

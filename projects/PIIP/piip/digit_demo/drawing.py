@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -62,44 +61,27 @@ def draw_predictions(path: Path, title: str, annotations: Path, images: Path, re
         results: Predictions in COCO's result format (`coco_instances_results.json` of Detectron2's evaluator).
         count: Number of pairs.
     """
-    from piip.data import read_image  # with Detectron2, without which the classifier runs
+    from piip.data import read_image  # Detectron2, without which the classifier runs
 
     truth = json.loads(annotations.read_text())
     names = {category["id"]: category["name"] for category in truth["categories"]}
     found = [entry for entry in json.loads(results.read_text()) if entry["score"] >= _SCORE]
     count = min(count, len(truth["images"]))
-    panels = _panels(title, 2 * count, columns=min(6, 2 * count), size=2.6)
-    for i, (left, right) in enumerate(zip(panels[::2], panels[1::2], strict=True)):
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(columns * 5.2, rows * 2.9 + 0.6), layout="constrained", dpi=110)
+    figure.suptitle(title)
+    panels = figure.subplots(rows, 2 * columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for i, (left, right) in enumerate(panels.reshape(-1, 2)[:count]):
         image = truth["images"][i * len(truth["images"]) // count]
         pixels = read_image(str(images / image["file_name"]))
         for axes, entries, caption in ((left, truth["annotations"], "ground truth"), (right, found, "predicted")):
             shown = [entry for entry in entries if entry["image_id"] == image["id"]]
             axes.imshow(_draw_objects(pixels, shown, names))
             axes.set_title(f"{caption}: {len(shown)} digits", fontsize=9)
-    _write(panels[0].figure, path)
-
-
-def draw_classified(
-    path: Path, title: str, images: np.ndarray, labels: Sequence[int], predicted: Sequence[int]
-) -> None:
-    """Draws images (N, H, W, 3) with the predicted class above, green if right and red if not."""
-    panels = _panels(title, len(images), columns=8, size=1.25)
-    for axes, image, label, guess in zip(panels, images, labels, predicted, strict=True):
-        axes.imshow(image)
-        text = f"{guess}" if guess == label else f"{guess}, is {label}"
-        axes.set_title(text, color="tab:green" if guess == label else "tab:red", weight="bold")
-    _write(panels[0].figure, path)
-
-
-def _panels(title: str, count: int, columns: int, size: float) -> Sequence[Any]:
-    """So many axes without ticks, in rows below a title; `size` in inches."""
-    rows = -(-count // columns)
-    figure = Figure(figsize=(columns * size, rows * size * 1.15 + 0.6), layout="constrained", dpi=110)
-    figure.suptitle(title)
-    panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axes in panels:
-        axes.set_axis_off()
-    return panels[:count]
+    _write(figure, path)
 
 
 def _draw_objects(image: np.ndarray, entries: Sequence[Mapping], names: Mapping[int, str]) -> np.ndarray:
