@@ -27,19 +27,12 @@ _APART = 0.55  # smallest distance of two digits along one axis, over the sum of
 
 
 class ComposedDigits(NamedTuple):
-    """A batch of images with up to K digits each; where there are fewer, labels and colours are `ABSENT`.
+    """A batch of images with up to K digits each; where there are fewer, labels and colours are `ABSENT`."""
 
-    Attributes:
-        images: (N, 3, S, S) float32 RGB from 0 to 1.
-        labels: (N, K) int64, the digits.
-        centres: (N, K, 2) float32, x and y of their centres in pixels.
-        colours: (N, K) int64, the index of each colour in the palette; None without a palette.
-    """
-
-    images: Tensor
-    labels: Tensor
-    centres: Tensor
-    colours: Tensor | None
+    images: Tensor  # (N, 3, S, S) float32 RGB from 0 to 1
+    labels: Tensor  # (N, K) int64, the digits
+    centres: Tensor  # (N, K, 2) float32, x and y of their centres in pixels
+    colours: Tensor | None  # (N, K) int64, the index of each colour in the palette, if there is one
 
 
 class DigitComposer:
@@ -50,7 +43,7 @@ class DigitComposer:
     Args:
         split: "train" or "val".
         image_size: Side of the images in pixels.
-        min_digit_size: Smallest height of an upright digit in pixels.
+        min_digit_size: Smallest height of an upright digit.
         max_digit_size: Largest height of an upright digit; at most two thirds of the image.
         max_digits: Most digits of an image. There may be fewer, but no digit covers another one.
         palette: Named colours of the digits; None for random ones.

@@ -6,11 +6,10 @@ import json
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -31,8 +30,7 @@ from piip_core.images import image_endings
 _Draw = Callable[[np.ndarray, Instances], np.ndarray]
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """One input file and, without suffix, the output it becomes."""
 
     source: Path

@@ -120,12 +120,8 @@ def list_images(images: str) -> list[tuple[str, int]]:
 class ClassificationMapper(CheckedDatasetMapper):
     """Reads an image, EXIF rotation applied, and transforms it.
 
-    Args:
-        is_train (bool): whether images may be skipped.
-        transform (Callable): from a PIL image to a uint8 tensor (3, H, W), as timm's
-            `create_transform(..., use_prefetcher=True)` makes it: the model normalises.
-        image_format (str): "RGB" or "BGR".
-        kwargs: of `CheckedDatasetMapper`.
+    `transform` makes a uint8 tensor (3, H, W) of a PIL image, as timm's `create_transform(..., use_prefetcher=True)`
+    does: the model normalises. The rest is given as to `CheckedDatasetMapper`.
     """
 
     def __init__(
@@ -164,11 +160,7 @@ class TopKEvaluator(DatasetEvaluator):
         self._images, self._hits = 0, dict.fromkeys(self.topk, 0)
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Counts a batch: "label" of its inputs, the index of the class, and "scores" (num_classes,) of its outputs.
-
-        Raises:
-            ValueError: If a score is not a number.
-        """
+        """Counts a batch: "label" of its inputs, the index of the class, and "scores" (num_classes,) of its outputs."""
         scores = torch.stack([output["scores"] for output in outputs])
         if scores.isnan().any():
             raise ValueError(f"scores of {inputs[0].get('file_name', 'an image')} or after it are not numbers (NaN)")

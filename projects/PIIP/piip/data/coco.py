@@ -140,19 +140,12 @@ def build_coco_evaluator(
 
 @dataclass(frozen=True)
 class _CocoFile:
-    """A file whose entries are checked, and mended where their meaning is clear.
-
-    Attributes:
-        data: The parsed file, with its entries as `check_annotations` leaves them.
-        categories: Sorted by id: class k of the model is entry k.
-        annotations: By image id, for every image.
-        unseen: The categories without an object, if the file has annotations.
-    """
+    """A file whose entries are checked, and mended where their meaning is clear."""
 
     data: dict[str, Any]
-    categories: tuple[Category, ...]
-    annotations: dict[int, list[dict[str, Any]]]
-    unseen: tuple[Category, ...]
+    categories: tuple[Category, ...]  # sorted by id: class k of the model is entry k
+    annotations: dict[int, list[dict[str, Any]]]  # by image id, for every image
+    unseen: tuple[Category, ...]  # those without an object, if the file has annotations
 
 
 def _load(path: str, *, training: bool, require_annotations: bool, require_masks: bool) -> _CocoFile:
@@ -167,7 +160,6 @@ def _load(path: str, *, training: bool, require_annotations: bool, require_masks
     _check_images(data["images"], found)
     annotations = data.get("annotations", [])
     _check_objects("annotation", annotations, path)
-    found.raise_errors()
     by_image = check_annotations(
         annotations,
         {image["id"]: image for image in data["images"]},

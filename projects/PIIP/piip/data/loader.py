@@ -47,18 +47,9 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (image index, sample seed) for this process.
 
     The image order is Detectron2's of `TrainingSampler` (endless shuffles dealt out over the processes). Batches are
-    formed before any image is read, so the n-th batch depends on nothing but the arguments.
-
-    Args:
-        size (int): number of images.
-        batch_size (int): images per batch of this process.
-        seed (int): the same on all processes.
-        groups (numpy.ndarray): optional (size,) group of every image; a batch holds images of one group.
-        repeats (int): how often an image comes in a row, over all processes, with other augmentations: repeated
-            augmentation.
-
-    Attributes:
-        start (int): the first batch that iteration yields; set it to resume.
+    formed before any image is read, so the n-th batch depends on nothing but the arguments: number of images, batch
+    size of this process, seed, group of every image (a batch holds images of one group), and how often an image comes
+    in a row, over all processes, with other augmentations. Set `start` to the first batch wanted to resume.
     """
 
     def __init__(
@@ -162,24 +153,18 @@ def build_train_loader(
     Args:
         dataset: Records in Detectron2's standard form, with "width" and "height".
         mapper: Makes a sample of a record; None stands for an unreadable image and is replaced by another one.
-        total_batch_size: Images per iteration over all processes.
+        total_batch_size: Images per iteration over all processes, a multiple of their number.
         aspect_ratio_grouping: Batches hold only wide (w > h) or only other images, so less is padded.
         repeats: How often an image comes in a row, each time augmented anew: repeated augmentation.
         num_workers: Loading processes; 0 loads in the training process.
         seed: Seed of order and augmentations; negative draws one, which `tools/lazyconfig_train_net.py` keeps.
         kwargs: Other arguments of `torch.utils.data.DataLoader`.
-
-    Raises:
-        ValueError: If the batch cannot be divided among the processes.
-        DatasetError: If there is no image.
     """
     world_size = comm.get_world_size()
     if total_batch_size < 1 or total_batch_size % world_size:
         raise ValueError(
             f"total_batch_size={total_batch_size}: expected a positive multiple of the {world_size} processes"
         )
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: expected 1, or more for repeated augmentation")
     if not len(dataset):
         raise DatasetError("the training set is empty: expected at least one image")
     if seed < 0:

@@ -158,13 +158,8 @@ def get_sem_seg_dicts(
 class SemSegDatasetMapper(CheckedDatasetMapper):
     """Reads an image and, for training, its label map, and augments both together.
 
-    Args:
-        is_train (bool): whether samples hold labels. For tests the evaluator reads them itself.
-        classes (str | int | Sequence[str]): as in `label_classes`.
-        reduce_zero_label (bool): as in `label_classes`.
-        image_format (str): "RGB" or "BGR".
-        kwargs: of `CheckedDatasetMapper`; `on_bad_image` holds for label maps that cannot be read, too, and
-            `augmentations` of images only leave labels as they are.
+    Classes are given as to `label_classes`, the rest as to `CheckedDatasetMapper`; `on_bad_image` holds for label maps
+    that cannot be read, too. Samples for tests hold no labels: the evaluator reads them itself.
     """
 
     def __init__(
@@ -221,17 +216,8 @@ def build_sem_seg_evaluator(
 ) -> SemSegEvaluator:
     """Detectron2's evaluator (mIoU, mean and overall pixel accuracy) for label maps, read as for training.
 
-    A class that no label map shows is left out of the means, and a warning says so.
-
-    Args:
-        images: Folder of images.
-        labels: Folder of label maps.
-        classes: As in `label_classes`, with `reduce_zero_label`.
-        reduce_zero_label: See `classes`.
-        kwargs: Other arguments of `SemSegEvaluator`, such as `output_dir`.
-
-    Raises:
-        DatasetError: If folders or classes cannot be used.
+    A class that no label map shows is left out of the means, and a warning says so. Folders and classes are given as to
+    `get_sem_seg_dicts`, and refused for the same reasons; `kwargs` are of `SemSegEvaluator`, such as `output_dir`.
     """
     known = label_classes(classes, reduce_zero_label)
     name = f"label_maps:{os.path.abspath(images)}:{os.path.abspath(labels)}"
