@@ -16,7 +16,7 @@ from detectron2.config import instantiate
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from piip.data import DatasetError, UnreadableImageError
+from piip.data import DatasetError
 from piip.data.audit import audit_classes
 from piip.data.classification import ClassificationMapper, folder_categories, get_test_dicts, get_train_dicts
 from piip.data.loader import TrainBatchSampler
@@ -111,15 +111,6 @@ def test_test_images_are_resized_and_cropped_as_torchvision_does(tmp_path):
     expected = pil_to_tensor(CenterCrop(32)(Resize(32, InterpolationMode.BICUBIC)(picture)))
     assert sample["label"] == 2 and sample["image"].dtype == torch.uint8
     assert torch.equal(sample["image"], expected)
-
-
-def test_images_that_cannot_be_read_are_named_or_skipped(folders):
-    path = folders.train / "red" / "0.png"
-    path.write_bytes(path.read_bytes()[:60])
-    record = {"file_name": str(path), "label": 2}
-    with pytest.raises(UnreadableImageError, match=r"0\.png: cannot be decoded .*on_bad_image=skip"):
-        ClassificationMapper(True, transform=np.asarray)(record)
-    assert ClassificationMapper(True, transform=np.asarray, on_bad_image="skip")(record) is None
 
 
 def test_repeated_augmentation_gives_every_image_several_times_in_a_row():
