@@ -29,16 +29,8 @@ def prepare_digits(
     The folder then holds `annotations/instances_{train,val}.json`, the images in `train` and `val`, a label map for
     each in `labels/train` and `labels/val` (0 for the background, 1 + d for what is in sight of a digit d) with the
     names of their values in `labels/names.txt`, and a manifest with the parameters. Masks are run-length encoded
-    (digits have holes, which COCO polygons cannot say).
-
-    Args:
-        root: Folder of the data set, commonly `datasets/digits`.
-        num_train: Number of training scenes.
-        num_val: Number of validation scenes.
-        config: Look of the scenes.
-
-    Raises:
-        UserError: If a number of scenes is not positive, or the folder holds something that this did not write.
+    (digits have holes, which COCO polygons cannot say). A UserError says if a number of scenes is not positive, or the
+    folder holds something that this did not write.
     """
     config = config or SceneConfig()
     counts = {"train": num_train, "val": num_val}
@@ -58,14 +50,8 @@ def prepare_digit_images(root: Path | str, *, image_size: int = 64) -> bool:
     """Writes scikit-learn's digits below a folder, unless they are there already; returns whether it wrote them.
 
     The folder then holds a PNG for each of the 1797 samples, `{train,val}/{0 ... 9}/{index}.png`, bright on black and
-    smoothly enlarged, and a manifest. Every sample is in one split, the same as in the digit scenes.
-
-    Args:
-        root: Folder of the data set, commonly `datasets/digit_images`.
-        image_size: Side of the images in pixels.
-
-    Raises:
-        UserError: If `image_size` is too small, or the folder holds something that this function did not write.
+    smoothly enlarged, and a manifest. Every sample is in one split, the same as in the digit scenes. A UserError says
+    if `image_size` is too small, or the folder holds something that this did not write.
     """
     check(image_size >= 8, "image_size", image_size, "at least 8, the size of the samples")
 

@@ -30,8 +30,6 @@ from piip.modeling.classifier import ImageClassifier
 from piip.published import follow_published
 from piip_core import prepare_for_inference
 
-__all__ = ["Predictor", "Task", "find_categories"]
-
 Task = Literal["detection", "segmentation", "classification"]
 
 logger = logging.getLogger(__name__)

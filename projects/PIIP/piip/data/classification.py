@@ -34,15 +34,6 @@ from .dataset import (
 )
 from .mapper import CheckedDatasetMapper
 
-__all__ = [
-    "ClassificationMapper",
-    "TopKEvaluator",
-    "folder_categories",
-    "get_test_dicts",
-    "get_train_dicts",
-    "list_images",
-]
-
 logger = logging.getLogger(__name__)
 
 _EXPECTED = "one sub-folder of images per class (FOLDER/dog/1.jpg, FOLDER/cat/2.jpg)"

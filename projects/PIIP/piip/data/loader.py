@@ -122,16 +122,13 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for batch in self._loader:
-            self._count_bad([name for sample in batch for name in sample.pop("bad_images")])
+            for name in (name for sample in batch for name in sample.pop("bad_images")):
+                if name not in self.bad_images:
+                    self.bad_images.add(name)
+                    count = len(self.bad_images)
+                    if str(count).strip("0") == "1":  # 1, 10, 100 ... files: seen, without flooding the log
+                        logger.warning("%d unreadable image files skipped so far, the last one is %s", count, name)
             yield batch
-
-    def _count_bad(self, names: list[str]) -> None:
-        before = len(self.bad_images)
-        self.bad_images.update(names)
-        after = len(self.bad_images)
-        # At 1, 10, 100 ... files: seen, without flooding the log.
-        if (after > before and len(str(after)) > len(str(before))) or (before == 0 and after):
-            logger.warning("%d unreadable image files skipped so far, the last one is %s", after, names[-1])
 
 
 def build_train_loader(

@@ -34,10 +34,8 @@ __all__ = [
     "RatioRangeResize",
     "SemSegDatasetMapper",
     "build_sem_seg_evaluator",
-    "find_pairs",
     "get_sem_seg_dicts",
     "label_classes",
-    "match_files",
 ]
 
 logger = logging.getLogger(__name__)
