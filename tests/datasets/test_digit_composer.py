@@ -12,7 +12,7 @@ from piip_digits.scenes import NAMED_COLOURS, split_samples
 
 @pytest.fixture(scope="module")
 def composers():
-    return {split: DigitComposer(split, num_photos=40) for split in ("train", "val")}
+    return {split: DigitComposer(split, num_photos=40, palette=NAMED_COLOURS) for split in ("train", "val")}
 
 
 def compose(composer, count=64, seed=0, **options):
@@ -34,10 +34,10 @@ def as_sample(picture: torch.Tensor) -> np.ndarray:
 
 def test_the_generator_decides_everything(composers):
     images, labels, centres, colours = compose(composers["train"])
-    assert images.shape == (64, 3, 64, 64) and images.dtype == torch.float32 and colours is None
+    assert images.shape == (64, 3, 64, 64) and images.dtype == torch.float32 and colours.shape == (64, 1)
     assert labels.shape == (64, 1) and labels.dtype == torch.int64 and set(labels.flatten().tolist()) == set(range(10))
     assert 0 <= images.min() and images.max() <= 1
-    again = DigitComposer("train", num_photos=40).batch(64, torch.Generator().manual_seed(0))
+    again = DigitComposer("train", num_photos=40, palette=NAMED_COLOURS).batch(64, torch.Generator().manual_seed(0))
     assert torch.equal(images, again.images) and torch.equal(labels, again.labels)
     assert centres.shape == (64, 1, 2) and torch.equal(centres, again.centres)
     assert not torch.equal(compose(composers["train"], seed=1)[0], images)
