@@ -24,7 +24,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from script_arguments import add_root, errors_as_messages, new_parser
 from tabulate import tabulate
@@ -54,13 +54,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("--seed", 0, "of all that is random"),
     ):
         digits.add_argument(name, type=int, default=default, help=f"{what} (default %(default)s)")
+    digits.set_defaults(run=prepare_digits)
     ade20k = commands.add_parser("ade20k", help="ADE20K (SceneParse150)")
     add_root(ade20k)
     ade20k.add_argument("--archive", type=Path, metavar="FILE", help="the archive, if it is at another place")
     ade20k.add_argument("--download", action="store_true", help="download the archive if it is missing (0.9 GB)")
+    ade20k.set_defaults(run=prepare_ade20k)
     imagenet = commands.add_parser("imagenet", help="ImageNet-1K (ILSVRC2012), from its three official archives")
     add_root(imagenet)
     imagenet.add_argument("--archives", type=Path, metavar="DIR", help="folder of the archives, if it is another")
+    imagenet.set_defaults(run=prepare_imagenet)
+    _add_llava(commands)
+    args = parser.parse_args(argv)
+    if args.what == "llava-own" and args.output.exists() and not args.force:
+        parser.error(f"{args.output} exists: choose another name, or add --force")
+    if args.what in LLAVA and args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers}: expected at least 1")
+    return args
+
+
+def _add_llava(commands: Any) -> None:
     for name, title in LLAVA.items():
         command = commands.add_parser(name, help=title, description=f"Lays out {title}.")
         command.add_argument("root", type=Path, help="folder that holds all data sets")
@@ -75,6 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             help="write JPEGs for OCR-VQA images that came as .gif or .png; by default they get a second name, which "
             "keeps their pixels (images are read by content)",
         )
+        command.set_defaults(run=prepare_llava)
     own = commands.add_parser(
         "llava-own",
         help="a conversation file from a table of your images",
@@ -87,12 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own.add_argument("--prompt", metavar="TEXT", help="what the user says where there is a caption")
     own.add_argument("--follow-links", action="store_true", help="allow links that lead out of the folder")
     own.add_argument("--force", action="store_true", help="replace OUTPUT")
-    args = parser.parse_args(argv)
-    if args.what == "llava-own" and args.output.exists() and not args.force:
-        parser.error(f"{args.output} exists: choose another name, or add --force")
-    if args.what in LLAVA and args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers}: expected at least 1")
-    return args
+    own.set_defaults(run=prepare_own)
 
 
 def _part(text: str) -> tuple[str, Path]:
@@ -105,14 +114,8 @@ def _part(text: str) -> tuple[str, Path]:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit status."""
     args = parse_args(argv)
-    commands = {
-        "digits": prepare_digits,
-        "ade20k": prepare_ade20k,
-        "imagenet": prepare_imagenet,
-        "llava-own": prepare_own,
-    }
     with errors_as_messages():
-        return commands.get(args.what, prepare_llava)(args)
+        return args.run(args)
 
 
 # What follows loads torch and what else it needs: not for --help

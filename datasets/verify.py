@@ -28,8 +28,8 @@ ADE20K = {"training": 20_210, "validation": 2_000}  # published images
 IMAGENET = {"train": (1000, 1_281_167), "val": (1000, 50_000)}  # published classes and images
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
+def _shared_options() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Options of all commands, and of those that may read images in part."""
     report = argparse.ArgumentParser(add_help=False)
     report.add_argument("--workers", type=int, metavar="N", help="files read at the same time (default: one per core)")
     report.add_argument("--report", type=Path, metavar="FILE.json", help="write everything found, file by file")
@@ -44,9 +44,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="how far images are read: not at all (they exist, are not empty and lie in their folder), their header "
         "(default; finds files that are no images), or to the end (finds truncated ones)",
     )
+    return report, decode
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    report, decode = _shared_options()
     llava = argparse.ArgumentParser(add_help=False, parents=[report, decode])
     llava.add_argument("--clean", type=Path, metavar="FILE", help="write entries without a problem (.json, .jsonl)")
     llava.add_argument("--follow-links", action="store_true", help="allow links that lead out of the image folder")
+    llava.set_defaults(audit=audit_llava)
 
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
@@ -59,10 +66,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own.add_argument(
         "--reduce-zero-label", action="store_true", default=None, help="0 is ignored and class k has the value k + 1"
     )
+    ade20k.set_defaults(audit=audit_ade20k)
     imagenet = commands.add_parser("imagenet", parents=[report], help="ImageNet-1K, or own folders of classes")
     add_root(imagenet)
     imagenet.add_argument("--images", nargs="+", metavar="DIR", help="your own folders instead of ImageNet")
     imagenet.add_argument("--count-only", action="store_true", help="count the images of every class, read none")
+    imagenet.set_defaults(audit=audit_imagenet)
     for name, title in (("pretrain", "LCS-558K"), ("finetune", "mix665k of LLaVA-1.5")):
         command = commands.add_parser(f"llava-{name}", parents=[llava], help=f"{title}, with its published sizes")
         command.add_argument("root", type=Path, help="folder that holds all data sets")
@@ -73,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     benchmarks = commands.add_parser("llava-eval", parents=[report, decode], help="benchmarks of PIIP-LLaVA")
     benchmarks.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="names as of llava_piip.eval, or all")
     benchmarks.add_argument("root", type=Path, help="folder of all benchmarks")
+    benchmarks.set_defaults(audit=audit_benchmarks)
 
     args = parser.parse_args(argv)
     if args.what == "ade20k" and len({bool(each) for each in (args.images, args.labels, args.classes)}) > 1:
@@ -90,12 +100,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Checks what the command line names, and returns the exit status."""
     args = parse_args(argv)
-    audit = {"ade20k": audit_ade20k, "imagenet": audit_imagenet, "llava-eval": audit_benchmarks}.get(args.what)
     advice = ""
     if args.what in ("llava-pretrain", "llava-finetune"):
         advice = f" (prepare.py {args.what} {args.root} says what is missing)"
     with errors_as_messages(advice):
-        found = (audit or audit_llava)(args)
+        found = args.audit(args)
         print(found.summary(examples=args.examples))
         if args.report:
             found.write_json(args.report)
