@@ -111,7 +111,7 @@ def build_coco_evaluator(
     Args:
         annotations: COCO-format JSON file with the ground truth.
         output_dir: Folder for the detections in COCO's result format; None writes nothing.
-        require_masks: Evaluate masks as well as boxes; every object must have one.
+        require_masks: Evaluate masks, too, if the model predicts any; every object must have one. Otherwise boxes alone.
         kwargs: Other arguments of `COCOEvaluator`.
 
     Raises:
@@ -132,7 +132,7 @@ def build_coco_evaluator(
             thing_classes=[c.name if count[c.name] == 1 else f"{c.name} (id {c.id})" for c in file.categories],
             thing_dataset_id_to_contiguous_id={category.id: k for k, category in enumerate(file.categories)},
         )
-        tasks = ("bbox", "segm") if require_masks else ("bbox",)
+        tasks = None if require_masks else ("bbox",)
         evaluator = _Evaluator(name, **{"tasks": tasks, "output_dir": output_dir, **kwargs})
     evaluator.unseen = first_few([f"{category.name} (id {category.id})" for category in file.unseen])
     return evaluator
