@@ -111,7 +111,7 @@ def build_coco_evaluator(
     Args:
         annotations: COCO-format JSON file with the ground truth.
         output_dir: Folder for the detections in COCO's result format; None writes nothing.
-        require_masks: Evaluate masks, too, if the model predicts any; every object must have one. Otherwise boxes alone.
+        require_masks: Every object must have a mask, and predicted masks are evaluated; otherwise boxes alone.
         kwargs: Other arguments of `COCOEvaluator`.
 
     Raises:
