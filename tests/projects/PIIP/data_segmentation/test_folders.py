@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(files):
 
 def test_two_images_of_one_name_are_refused(files):
     Image.new("RGB", (56, 40)).save(files.images / "1.jpg")
-    with pytest.raises(DatasetError, match=r"1 names of several images, .* differ only in the ending .*: 1$"):
+    with pytest.raises(DatasetError, match=r"1 names of several images or label maps, which differ in the ending .*: 1$"):
         _load(files)
 
 
@@ -126,7 +126,7 @@ def test_names_that_look_alike_belong_together(files):
     assert records["town/1"]["file_name"] == str(files.images / "town\\1.webp")
     shutil.copy(files.images / f"{composed}.JPG", files.images / f"{apart}.jpg")
     shutil.copy(files.labels / "town" / "1.png", files.labels / "town\\1.png")
-    with pytest.raises(DatasetError, match=f"2 names of several images, or of several label .*: {composed}, town/1"):
+    with pytest.raises(DatasetError, match=f"2 names of several images or label maps, .*: {composed}, town/1"):
         _load(files)
 
 
