@@ -76,7 +76,9 @@ def test_what_is_missing_is_named(files):
 
 def test_two_images_of_one_name_are_refused(files):
     Image.new("RGB", (56, 40)).save(files.images / "1.jpg")
-    with pytest.raises(DatasetError, match=r"1 names of several images or label maps, which differ in the ending .*: 1$"):
+    with pytest.raises(
+        DatasetError, match=r"1 names of several images or label maps, which differ in the ending .*: 1$"
+    ):
         _load(files)
 
 
