@@ -5,7 +5,6 @@ import functools
 import importlib
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -43,11 +42,13 @@ def test_the_detector_trains_goes_on_and_draws(tmp_path, monkeypatch, small_data
             assert min(picture.size) > 100
 
 
-def test_failed_training_is_an_error_that_names_the_log(tmp_path, monkeypatch, small_data):
+def test_failed_training_is_an_error_that_names_the_log(tmp_path, monkeypatch, small_data, capsys):
     pytest.importorskip("detectron2")
-    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    monkeypatch.setattr(demo, "_TRAIN", tmp_path / "train.py")
+    (tmp_path / "train.py").write_text("import sys; print('model', 'iter: 1', sep='\\n'); sys.exit(3)")
     with pytest.raises(SystemExit, match=r"exit status 3, see above and .*log\.txt"):
         demo.main(["--output", str(tmp_path / "out"), "--data", str(tmp_path / "digits")])
+    assert capsys.readouterr().out.splitlines()[-1] == "iter: 1"  # and no listing of the model
 
 
 def test_without_detectron2_the_classifier_runs_and_the_last_line_says_so(tmp_path, monkeypatch, capsys):

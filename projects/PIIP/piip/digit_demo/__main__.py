@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--classifier", action="store_true", help="train the classifier even with Detectron2")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the detector's configuration")
     args = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")  # deprecations inside Detectron2 and PyTorch, which no user of the demo can mend
     missing = importlib.util.find_spec("detectron2") is None
     try:
         if args.classifier or missing:
@@ -71,7 +73,8 @@ def _detector(args: argparse.Namespace) -> None:
     processes = min(cores, 2)
     environment = {
         "OMP_NUM_THREADS": str(max(cores // processes, 1)),
-        "PYTHONWARNINGS": "ignore",  # deprecations inside Detectron2 and PyTorch, which no user of the demo can mend
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
         **os.environ,
     }
     command = [sys.executable, str(_TRAIN), "--config-file", str(_CONFIG), "--num-gpus", str(processes), "--resume"]
@@ -81,9 +84,13 @@ def _detector(args: argparse.Namespace) -> None:
         values[f"data.{split}.images"] = args.data / name
     # Quoted for the parser of overrides: paths may hold spaces and brackets.
     overrides = [f'{key}="{Path(path).resolve()}"' for key, path in values.items()]
-    status = subprocess.run([*command, *overrides, *args.overrides], env=environment).returncode
-    if status:
-        raise UserError(f"training stopped with exit status {status}, see above and {output / 'log.txt'}")
+    command += [*overrides, *args.overrides]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as training:
+        for line in training.stdout:
+            if "iter: " in line or "copypaste: " in line:  # the rest is in the log; errors go to the other stream
+                print(line, end="", flush=True)
+    if training.returncode:
+        raise UserError(f"training stopped with exit status {training.returncode}, see above and {output / 'log.txt'}")
     _draw_detector(args, output, time.monotonic() - start)
 
 
