@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _READERS = 16  # threads: reading headers is waiting for the disk
 _LOOKED_AT = 2000  # label maps that are read for their classes, at most
 _REPEATED = (
-    "names of several images or label maps, different only in the ending or in how accents and folders are written"
+    "names of several images or label maps, which differ in the ending or in the spelling of accents and folders"
 )
 _LEFT_OVER = "label maps without an image"
 
