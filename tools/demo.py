@@ -14,11 +14,8 @@ import argparse
 import logging
 import sys
 
-from piip.lazy_config import load_config
-from piip_core.errors import UserError
 
-
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="LazyConfig (.py or .yaml)")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help=".pth or .safetensors")
@@ -39,19 +36,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.confidence_threshold <= 1:
         parser.error(f"--confidence-threshold {args.confidence_threshold}: expected 0 to 1")
-    return args
+    # Loads torch and Detectron2: not for --help
+    from piip.demo import run_demo
+    from piip.lazy_config import load_config
+    from piip.predict import Predictor
+    from piip_core.errors import UserError
 
-
-def main() -> None:
-    args = parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        from piip.demo import run_demo
-        from piip.predict import Predictor
-    except ModuleNotFoundError as error:
-        if error.name != "cv2":
-            raise
-        sys.exit("error: Detectron2's visualizer needs OpenCV: pip install opencv-python-headless")
     try:
         cfg = load_config(args.config_file, args.opts)
         names = args.class_names.split(",") if args.class_names else None

@@ -12,39 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from piip_core.errors import check
-
 from .scenes import PHOTOS, SPLITS, Palette, load_photo, load_samples, photo_crop, render_digit, split_samples
-
-__all__ = ["ABSENT", "ComposedDigits", "DigitComposer"]
 
 ABSENT = -100
 """Label of a digit that is not there; losses of PyTorch ignore it."""
 
-
 _MAX_ROTATION = 0.35  # radians, as in the scenes
 _STRETCH = 0.08  # largest change of the width, in the logarithm
 _SHEAR = 0.15
-_MAX_SATURATION, _MIN_VALUE = 0.9, 0.75  # bright colours and white
 _BRIGHTNESS = (0.6, 1.2)  # of the photographs
 _MARGIN = 1.25  # side of the sprites over the height of the digits: outlines stick out
 _APART = 0.55  # smallest distance of two digits along one axis, over the sum of their heights
 
 
 class ComposedDigits(NamedTuple):
-    """A batch of images with up to K digits each; where there are fewer, labels and colours are `ABSENT`.
+    """A batch of images with up to K digits each; where there are fewer, labels and colours are `ABSENT`."""
 
-    Attributes:
-        images: (N, 3, S, S) float32 RGB from 0 to 1.
-        labels: (N, K) int64, the digits.
-        centres: (N, K, 2) float32, x and y of their centres in pixels.
-        colours: (N, K) int64, the index of each colour in the palette; None without a palette.
-    """
-
-    images: Tensor
-    labels: Tensor
-    centres: Tensor
-    colours: Tensor | None
+    images: Tensor  # (N, 3, S, S) float32 RGB from 0 to 1
+    labels: Tensor  # (N, K) int64, the digits
+    centres: Tensor  # (N, K, 2) float32, x and y of their centres in pixels
+    colours: Tensor  # (N, K) int64, the index of each colour in the palette
 
 
 class DigitComposer:
@@ -55,15 +42,11 @@ class DigitComposer:
     Args:
         split: "train" or "val".
         image_size: Side of the images in pixels.
-        min_digit_size: Smallest height of an upright digit in pixels.
+        min_digit_size: Smallest height of an upright digit.
         max_digit_size: Largest height of an upright digit; at most two thirds of the image.
         max_digits: Most digits of an image. There may be fewer, but no digit covers another one.
-        palette: Named colours of the digits; None for random ones.
+        palette: Named colours of the digits.
         num_photos: How many pieces of photographs to cut.
-        seed: Chooses those pieces.
-
-    Raises:
-        ValueError: If `split` is unknown or the sizes do not fit; the message names the value.
     """
 
     def __init__(
@@ -74,22 +57,17 @@ class DigitComposer:
         min_digit_size: float = 28,
         max_digit_size: float = 44,
         max_digits: int = 1,
-        palette: Palette | None = None,
+        palette: Palette,
         num_photos: int = 600,
-        seed: int = 0,
     ) -> None:
         samples = split_samples(split)  # checks the split
-        largest = (image_size + 2) / 1.5
-        check(max_digit_size <= largest, "max_digit_size", max_digit_size, f"at most {largest:.0f} for {image_size=}")
-        check(8 <= min_digit_size <= max_digit_size, "min_digit_size", min_digit_size, f"8 to {max_digit_size=}")
-        check(max_digits >= 1, "max_digits", max_digits, "at least 1")
         self.image_size, self.max_digits = image_size, max_digits
         self.digit_sizes = (min_digit_size, max_digit_size)
-        self.palette = None if palette is None else torch.tensor([rgb for _, rgb in palette])
+        self.palette = torch.tensor([rgb for _, rgb in palette])
         # Digits without colour: (N, 2, S, S) opacity of the digit and of the digit with its outline; labels (N,)
         self.opacity = _draw_opacity(samples, max_digit_size)
         self.labels = torch.from_numpy(load_samples().target[samples]).long()
-        rng = np.random.default_rng((seed, SPLITS.index(split)))
+        rng = np.random.default_rng((0, SPLITS.index(split)))
         names = PHOTOS[split]
         photos = [photo_crop(load_photo(names[rng.integers(len(names))]), image_size, rng) for _ in range(num_photos)]
         self.photos = torch.from_numpy(np.stack(photos).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
@@ -109,12 +87,8 @@ class DigitComposer:
         centre = _draw_uniform((count, self.max_digits, 2), -1, 1, generator) * reach[..., None]
         present = self._choose_present(centre, height, generator)
         samples = torch.randint(len(self.labels), present.shape, generator=generator)
-        if self.palette is None:
-            colours, paints = None, _draw_colours(present.shape, generator)
-        else:
-            colours = torch.randint(len(self.palette), present.shape, generator=generator)
-            paints = self.palette[colours]
-
+        colours = torch.randint(len(self.palette), present.shape, generator=generator)
+        paints = self.palette[colours]
         index = present.nonzero()[:, 0]
         size = (len(index), 2, self.image_size, self.image_size)
         placements = self._draw_placements(centre[present], height[present], generator)
@@ -130,7 +104,7 @@ class DigitComposer:
             images,
             self.labels[samples].where(present, ABSENT),
             (centre + 1) / 2 * self.image_size,
-            None if colours is None else colours.where(present, ABSENT),
+            colours.where(present, ABSENT),
         )
 
     def _choose_present(self, centre: Tensor, height: Tensor, generator: Generator) -> Tensor:
@@ -171,15 +145,6 @@ def _draw_opacity(samples: np.ndarray, height: float) -> Tensor:
         top, left = ((side - length) // 2 for length in layers.shape[1:])
         target[:, top : top + layers.shape[1], left : left + layers.shape[2]] = layers
     return torch.from_numpy(opacity)
-
-
-def _draw_colours(shape: Sequence[int], generator: Generator) -> Tensor:
-    """Bright random colours (*shape, 3), from hue, saturation and value."""
-    hue = _draw_uniform(shape, 0, 6, generator)[..., None]
-    saturation = _draw_uniform(shape, 0, _MAX_SATURATION, generator)[..., None]
-    value = _draw_uniform(shape, _MIN_VALUE, 1, generator)[..., None]
-    sector = (torch.tensor([5.0, 3.0, 1.0]) + hue) % 6
-    return value * (1 - saturation * torch.minimum(sector, 4 - sector).clamp(0, 1))
 
 
 def _draw_uniform(shape: Sequence[int], low: float, high: float, generator: Generator) -> Tensor:

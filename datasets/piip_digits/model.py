@@ -1,12 +1,7 @@
 """The small three-branch pyramids that learn the digit scenes in minutes: plain, and with a ConvNeXt branch."""
 
-from collections.abc import Sequence
-
 from piip_core.branches import ConvNeXtConfig, ViTConfig
 from piip_core.config import BranchConfig, InteractionConfig, MergingConfig, PIIPConfig
-from piip_core.errors import check
-
-__all__ = ["NUM_GROUPS", "demo_config", "hybrid_config"]
 
 NUM_GROUPS = 16  # of the group norms in the mergings; has to divide every branch's width
 
@@ -17,24 +12,14 @@ _PATCH_SIZE = 8  # the digits are small
 _SCENE_SIZE = 192
 
 
-def demo_config(pretrained: Sequence[str | None] = (None, None, None), *, image_size: int = _SCENE_SIZE) -> PIIPConfig:
-    """Configuration of the demo's backbone.
-
-    Args:
-        pretrained: File of the pretrained weights of each branch, Branch 1 first; None for random ones.
-        image_size: Side of the images in pixels, a multiple of 32; that of the scenes by default.
-
-    Raises:
-        ConfigError: If `image_size` is not as described.
-    """
-    # All branches have whole patches
-    check(image_size >= 32 and image_size % 32 == 0, "image_size", image_size, "a positive multiple of 32")
+def demo_config(*, image_size: int = _SCENE_SIZE) -> PIIPConfig:
+    """The demo's backbone for images of so many pixels a side, a multiple of 32: all branches have whole patches."""
     branches = []
-    for (dim, heads, part, window_size), weights in zip(_BRANCHES, pretrained, strict=True):
+    for dim, heads, part, window_size in _BRANCHES:
         size = round(image_size * part)
         sizes = dict(embed_dim=dim, num_heads=heads, patch_size=_PATCH_SIZE, pos_grid=size // _PATCH_SIZE)
         network = ViTConfig(depth=4, layer_scale=None, **sizes)
-        branches.append(BranchConfig(network=network, image_size=size, window_size=window_size, pretrained=weights))
+        branches.append(BranchConfig(network=network, image_size=size, window_size=window_size))
     return PIIPConfig(
         branches=tuple(branches),
         interaction=_interaction(2),

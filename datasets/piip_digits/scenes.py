@@ -23,24 +23,6 @@ from tqdm import tqdm
 
 from piip_core.errors import check, check_choice
 
-__all__ = [
-    "NAMED_COLOURS",
-    "NUM_CLASSES",
-    "PHOTOS",
-    "SPLITS",
-    "Digit",
-    "Scene",
-    "SceneConfig",
-    "digit_crops",
-    "load_photo",
-    "load_samples",
-    "photo_crop",
-    "render_digit",
-    "render_scene",
-    "scenes",
-    "split_samples",
-]
-
 SPLITS = ("train", "val")
 # Photographs with writing or digits of their own (page, text, clock) would hold objects without a label: left out.
 PHOTOS = {
@@ -72,35 +54,21 @@ _MAX_DRAWS = 30  # tries to find a free position or a visible colour
 class SceneConfig:
     """What the scenes look like; sizes in pixels, angles in degrees.
 
-    Attributes:
-        image_size: side of the square scenes.
-        min_digits: smallest number of digits in a scene.
-        max_digits: largest number of digits in a scene.
-        min_digit_size: smallest height of an upright digit.
-        max_digit_size: largest height of an upright digit.
-        max_rotation: digits turn by at most this much either way (6 and 9 stay different).
-        min_visible: digits may overlap, but each keeps at least this part of its area in sight.
-        palette: named colours (RGB, 0 to 1), such as `NAMED_COLOURS`, of which every digit of a scene gets another one;
-            None for random colours without a name.
-        all_different: no two digits of a scene are the same.
-        middle_margin: part of the image by which the middle of every digit stays away from both middle lines.
-        seed: seed of everything random but the split.
-
-    Raises:
-        ConfigError: a value makes no scene possible; the message names it.
+    With a palette of named colours, such as `NAMED_COLOURS`, every digit of a scene gets another one; without, random
+    ones without a name. A ConfigError names a value that makes no scene possible.
     """
 
     image_size: int = 192
     min_digits: int = 3
     max_digits: int = 6
-    min_digit_size: int = 36
+    min_digit_size: int = 36  # of the height of an upright digit
     max_digit_size: int = 84
-    max_rotation: float = 20.0
-    min_visible: float = 0.85
+    max_rotation: float = 20.0  # either way; 6 and 9 stay different
+    min_visible: float = 0.85  # digits may overlap, but each keeps at least this part of its area in sight
     palette: Palette | None = None
-    all_different: bool = False
-    middle_margin: float = 0.0
-    seed: int = 0
+    all_different: bool = False  # no two digits of a scene are the same
+    middle_margin: float = 0.0  # part of the image by which digits stay away from both middle lines
+    seed: int = 0  # of everything random but the split
 
     def __post_init__(self) -> None:
         digits, smallest, largest = self.max_digits, self.min_digit_size, self.max_digit_size
@@ -109,31 +77,18 @@ class SceneConfig:
         # A turned digit is at most sqrt(2) times its size.
         room = int(self.image_size / 1.5)
         check(largest <= room, "max_digit_size", largest, f"at most {room} for image_size={self.image_size}")
-        check(0.0 < self.min_visible <= 1.0, "min_visible", self.min_visible, "a value in (0, 1]")
-        most = NUM_CLASSES if self.all_different else digits
-        check(digits <= most, "max_digits", digits, f"at most {most} that are all different")
-        check(0.0 <= self.middle_margin <= 0.2, "middle_margin", self.middle_margin, "a value from 0 to 0.2")
-        if self.palette is not None:
-            names = [name for name, _ in self.palette]
-            right = len(set(names)) >= max(len(names), digits)
-            check(right, "colours of the palette", names, f"different names, and at least max_digits={digits} of them")
+        most = min(NUM_CLASSES if self.all_different else digits, len(self.palette or range(digits)))
+        check(digits <= most, "max_digits", digits, f"at most {most}, of which no two have one class or colour")
 
 
 @dataclass(frozen=True)
 class Digit:
-    """A digit in a scene.
+    """A digit in a scene."""
 
-    Attributes:
-        label: the digit, 0 to 9.
-        sample: its index in :func:`sklearn.datasets.load_digits`.
-        mask: (H, W) bool, the part in sight; the dark outline belongs to the digit.
-        colour: name of its colour in the palette; None without a palette.
-    """
-
-    label: int
-    sample: int
-    mask: np.ndarray
-    colour: str | None = None
+    label: int  # 0 to 9
+    sample: int  # its index in sklearn.datasets.load_digits
+    mask: np.ndarray  # (H, W) bool, the part in sight; the dark outline belongs to the digit
+    colour: str | None = None  # its name in the palette
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -145,17 +100,11 @@ class Digit:
 
 @dataclass(frozen=True)
 class Scene:
-    """A photograph with digits on it.
+    """A photograph with digits on it."""
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        digits: the digits, from the lowest to the topmost.
-        photo: name of the photograph.
-    """
-
-    image: np.ndarray
-    digits: list[Digit]
-    photo: str
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    digits: list[Digit]  # from the lowest to the topmost
+    photo: str  # name of the photograph
 
 
 @cache
@@ -173,16 +122,7 @@ def split_samples(split: str) -> np.ndarray:
 
 
 def render_scene(config: SceneConfig, split: str, index: int) -> Scene:
-    """Draws one scene.
-
-    Args:
-        config: look of the scenes.
-        split: "train" or "val".
-        index: index of the scene in the split.
-
-    Returns:
-        The scene; the masks of its digits do not overlap.
-    """
+    """Draws a scene of "train" or "val", by its index; the masks of its digits do not overlap."""
     check_choice("split", split, SPLITS)
     rng = np.random.default_rng((config.seed, SPLITS.index(split), index))
     photo = PHOTOS[split][rng.integers(len(PHOTOS[split]))]
@@ -231,12 +171,7 @@ def digit_crops(split: str, count: int, size: int = 64, seed: int = 0) -> tuple[
 
     Returns:
         Images (count, size, size, 3) uint8 RGB and labels (count,) int64.
-
-    Raises:
-        ConfigError: `split` or `size` is not as described.
     """
-    check_choice("split", split, SPLITS)
-    check(size >= 16, "size", size, "at least 16 pixels")
     images = np.empty((count, size, size, 3), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)
     for index in tqdm(range(count), desc=f"Drawing {split} digits", unit="digit"):

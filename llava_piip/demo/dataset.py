@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from piip_digits.data_folder import write_data_folder
+from piip_digits.data_sets import write_data_folder
 
 from ..conversation import IMAGE_TAG
 from .questions import (

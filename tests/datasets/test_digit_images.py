@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from piip_core.errors import UserError
-from piip_digits.folders import prepare_digit_images
+from piip_digits.data_sets import prepare_digit_images
 from piip_digits.scenes import load_samples, split_samples
 
 
@@ -37,11 +37,12 @@ def test_another_kind_of_data_set_is_kept(tmp_path):
         prepare_digit_images(tmp_path / "new", image_size=7)
 
 
-def test_the_command_writes_either_data_set(load_script, tmp_path, monkeypatch, capsys):
-    script = load_script("prepare_digits")
+def test_the_command_writes_either_data_set(load_script, tmp_path, capsys):
+    prepare = load_script("prepare").main
     for arguments, found in (["--single"], "val/9"), (["--num-train", "1", "--num-val", "1"], "labels/val"):
         root = tmp_path / found.split("/")[0]
-        monkeypatch.setattr("sys.argv", ["prepare_digits.py", str(root), *arguments])
-        script.main()
+        assert prepare(["digits", str(root), *arguments]) == 0
         assert (root / found).is_dir()
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/val: written", f"{tmp_path}/labels: written"]
+    with pytest.raises(SystemExit, match="error: num_train=0: expected at least 1"):
+        prepare(["digits", str(tmp_path / "new"), "--num-train", "0"])

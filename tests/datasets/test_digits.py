@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.ndimage import binary_erosion
 from sklearn.datasets import load_digits
 
 from piip_core.errors import UserError
-from piip_digits import coco as digit_dataset
+from piip_digits import data_sets as digit_dataset
 from piip_digits import scenes as digit_scenes
 from piip_digits.scenes import NAMED_COLOURS, SceneConfig, digit_crops, render_scene, scenes
 
@@ -72,18 +72,6 @@ def test_split_of_digits_and_photographs_is_disjoint(cocos):
     for split, indices in members.items():
         share = np.bincount(load_digits().target[indices]) / np.bincount(load_digits().target)
         assert np.allclose(share, 0.75 if split == "train" else 0.25, atol=0.01)
-
-
-def test_photographs_of_the_splits_are_different_pictures():
-    pictures = {
-        (split, name): np.asarray(Image.fromarray(digit_scenes.load_photo(name)).resize((32, 32)), dtype=float)
-        for split, names in digit_scenes.PHOTOS.items()
-        for name in names
-    }
-    for (split, name), picture in pictures.items():
-        for (other_split, other), compared in pictures.items():
-            if split != other_split:
-                assert np.abs(picture - compared).mean() > 10, (name, other)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -156,18 +144,10 @@ def test_foreign_folders_are_not_touched(tmp_path):
 def test_bad_parameters_are_named():
     with pytest.raises(ValueError, match="max_digit_size=84: expected at most 42 for image_size=64"):
         SceneConfig(image_size=64)
-    with pytest.raises(ValueError, match="min_visible=0"):
-        SceneConfig(min_visible=0)
     with pytest.raises(ValueError, match="max_digits=11: expected at most 10"):
         SceneConfig(max_digits=11, all_different=True)
-    with pytest.raises(ValueError, match=r"middle_margin=0.3"):
-        SceneConfig(middle_margin=0.3)
-    with pytest.raises(ValueError, match=r"colours of the palette=.*: expected different"):
-        SceneConfig(palette=())
-    with pytest.raises(ValueError, match="at least max_digits=7"):
+    with pytest.raises(ValueError, match="max_digits=7: expected at most 6"):
         SceneConfig(max_digits=7, palette=NAMED_COLOURS)
-    with pytest.raises(ValueError, match=r"\['red', 'red'\]: expected different names"):
-        SceneConfig(min_digits=1, max_digits=2, palette=(("red", (1.0, 0.0, 0.0)), ("red", (0.9, 0.0, 0.0))))
     with pytest.raises(ValueError, match="split='test'"):
         render_scene(SceneConfig(), "test", 0)
     with pytest.raises(ValueError, match="num_val=0"):
@@ -185,20 +165,6 @@ def test_palette_colours_are_those_seen():
             assert np.abs(np.median(core, axis=0) - paints[digit.colour]).max() < 0.1
         seen.update(names)
     assert seen == set(paints)
-
-
-def test_colours_have_names_only_with_a_palette_and_change_nothing_else():
-    # With one digit the colour is drawn last
-    plain, named = (
-        render_scene(SceneConfig(min_digits=1, max_digits=1, palette=palette), "train", 5)
-        for palette in (None, NAMED_COLOURS)
-    )
-    assert plain.digits[0].colour is None and named.digits[0].colour is not None
-    assert plain.digits[0].sample == named.digits[0].sample and plain.photo == named.photo
-    mask = plain.digits[0].mask
-    assert np.array_equal(mask, named.digits[0].mask)
-    outside = ~binary_dilation(mask, iterations=2)
-    assert np.array_equal(plain.image[outside], named.image[outside])
 
 
 def test_digits_that_are_all_different_and_off_the_middle_lines():

@@ -1,4 +1,4 @@
-"""datasets/prepare_llava.py and verify_llava.py, as they are called."""
+"""LLaVA's data sets prepared and verified; the commands in the documentation."""
 
 import json
 import re
@@ -18,18 +18,18 @@ NAMES = ["coco/train2017/1.jpg", "ocr_vqa/images/2.jpg"]
 
 @pytest.fixture(scope="module")
 def prepare(load_script):
-    return load_script("prepare_llava")
+    return load_script("prepare")
 
 
 @pytest.fixture(scope="module")
 def verify(load_script):
-    return load_script("verify_llava")
+    return load_script("verify")
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     """A tuning set of three entries: COCO's image in its archive, OCR-VQA's unpacked under another name."""
-    whole = published.PUBLISHED["finetune"]
+    whole = published.PUBLISHED["llava-finetune"]
     small = replace(
         whole,
         records=3,
@@ -52,14 +52,14 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def test_prepare_then_verify(prepare, verify, root, capsys):
-    assert verify.main(["finetune", str(root)]) == 1
+    assert verify.main(["llava-finetune", str(root)]) == 1
     out = capsys.readouterr().out
     assert "PROBLEM: image missing: 2" in out and "'2.gif' exists" in out
-    assert prepare.main(["finetune", str(root)]) == 0
+    assert prepare.main(["llava-finetune", str(root)]) == 0
     out = capsys.readouterr().out
     assert "1 files unpacked" in out and "1 images got a second name" in out
-    assert f"Next: python datasets/verify_llava.py finetune {root}" in out
-    assert verify.main(["finetune", str(root), "--decode", "full", "--workers", "1"]) == 0
+    assert f"Next: python datasets/verify.py llava-finetune {root}" in out
+    assert verify.main(["llava-finetune", str(root), "--decode", "full", "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert "PROBLEM" not in out
     assert re.search(r"\| LLaVA-1.5 mix665k: all +\| +3 \| +3 \| as published \|", out)
@@ -67,7 +67,7 @@ def test_prepare_then_verify(prepare, verify, root, capsys):
 
 def test_prepare_says_what_is_missing(prepare, root, capsys):
     (root / "coco/train2017.zip").unlink()
-    assert prepare.main(["finetune", str(root)]) == 1
+    assert prepare.main(["llava-finetune", str(root)]) == 1
     out = capsys.readouterr().out
     assert "coco/train2017: http://images.cocodataset.org/zips/train2017.zip" in out
     assert f"-> {root / 'coco/train2017.zip'}, or --archive coco=FILE" in out
@@ -75,7 +75,7 @@ def test_prepare_says_what_is_missing(prepare, root, capsys):
 
 def test_verify_reports(verify, root, tmp_path, capsys):
     report = tmp_path / "report.json"
-    arguments = ["finetune", str(root), "--report", str(report)]
+    arguments = ["llava-finetune", str(root), "--report", str(report)]
     assert verify.main(arguments) == 1
     assert [finding["image"] for finding in json.loads(report.read_text())["problems"]] == NAMES
     with pytest.raises(SystemExit):
@@ -86,25 +86,25 @@ def test_verify_reports(verify, root, tmp_path, capsys):
 
 def test_prepare_with_bad_arguments(prepare, capsys):
     with pytest.raises(SystemExit):
-        prepare.main(["finetune", "x", "--archive", "coco"])
+        prepare.main(["llava-finetune", "x", "--archive", "coco"])
     assert "expected PART=FILE" in capsys.readouterr().err
 
 
 def test_verify_with_bad_arguments(verify, tmp_path):
     with pytest.raises(SystemExit, match=r"error: image folder .* is no folder"):
-        verify.main(["files", "--annotations", "a.json", "--image_root", str(tmp_path / "absent")])
-    with pytest.raises(SystemExit, match=r"is no folder.*prepare_llava.py finetune .* says what is missing"):
-        verify.main(["finetune", str(tmp_path / "absent")])
+        verify.main(["llava-files", "--annotations", "a.json", "--image_root", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit, match=r"is no folder.*prepare.py llava-finetune .* says what is missing"):
+        verify.main(["llava-finetune", str(tmp_path / "absent")])
 
 
 def test_damaged_archive_stops_with_its_name(prepare, root):
     (root / "coco/train2017.zip").write_bytes(b"PK half")
     with pytest.raises(SystemExit, match=r"error: .*train2017.zip: not a complete zip archive"):
-        prepare.main(["finetune", str(root)])
+        prepare.main(["llava-finetune", str(root)])
     assert not (root / "coco/train2017").exists()
 
 
-@pytest.mark.parametrize("script", ["prepare_llava", "verify_llava"])
+@pytest.mark.parametrize("script", ["prepare", "verify"])
 def test_examples_in_the_help_are_accepted(load_script, script, capsys):
     module = load_script(script)
     with pytest.raises(SystemExit) as end:
@@ -117,7 +117,7 @@ def test_examples_in_the_help_are_accepted(load_script, script, capsys):
         module.parse_args(example.split())
 
 
-@pytest.mark.parametrize("script", ["prepare_llava", "verify_llava"])
+@pytest.mark.parametrize("script", ["prepare", "verify"])
 def test_commands_in_the_readme_are_accepted(load_script, script):
     commands = re.findall(rf"^python datasets/{script}\.py (.*?)(?:  +#.*)?$", README.read_text(), re.MULTILINE)
     assert len(commands) >= 2

@@ -89,7 +89,7 @@ def test_written_configs_are_the_settings(tool, name, tmp_path):
 def test_training_a_setting_at_reduced_size(tmp_path):
     """Two iterations on own data through the command line."""
     pytest.importorskip("detectron2")
-    from piip_digits.coco import prepare_digits
+    from piip_digits.data_sets import prepare_digits
 
     data, output = tmp_path / "digits", tmp_path / "run"
     prepare_digits(data, num_train=4, num_val=1)

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from piip.bars import draw_bars
 from piip.data import Category, read_image
 from piip.predict import Predictor
 from piip_core.errors import UserError
 from piip_core.files import explain_write_errors, write_atomically
-from piip_core.images import image_endings, image_formats
+from piip_core.images import image_endings
 
-__all__ = ["InputError", "collect_inputs", "draw_detections", "run_demo"]
-
-
-class InputError(UserError):
-    """An input of the demo that is missing or neither image, folder nor video; the message names it."""
+_Draw = Callable[[np.ndarray, Instances], np.ndarray]
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """One input file and, without suffix, the output it becomes."""
 
     source: Path
@@ -60,78 +57,42 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
         One message per file that could not be read; the others are done all the same.
 
     Raises:
-        InputError: If an input is missing or nothing that can be shown, or a folder has no image.
+        UserError: If an input is missing or nothing that can be shown, or a folder has no image.
     """
     jobs = collect_inputs(inputs, output)
     with explain_write_errors(output):
         os.makedirs(output, exist_ok=True)
     results: list[dict[str, Any]] = []
     errors: list[str] = []
-    image_id = 0
+    image_ids = count(1)
+
+    def draw(image: np.ndarray, instances: Instances) -> np.ndarray:
+        return Visualizer(image, predictor.metadata).draw_instance_predictions(instances).get_image()
+
     for job in tqdm(jobs, desc="inputs", unit="file", disable=len(jobs) == 1 and jobs[0].is_video):
         job.target.parent.mkdir(parents=True, exist_ok=True)
         if job.is_video:
-            found, image_id = _run_on_video(predictor, job, image_id, min_score)
-            results += found
+            results += _run_on_video(predictor, job, image_ids, min_score)
             continue
         try:
             image = read_image(str(job.source))
         except UserError as error:
             errors.append(str(error))
             continue
-        image_id += 1
-        target = job.target.with_name(f"{job.target.name}_labels.png")
-        drawn, found = _predict(predictor, image, image_id, target, min_score, draw_detections)
-        results += _named(found, str(job.source))
-        with write_atomically(str(job.target.with_name(job.target.name + ".jpg"))) as file:
+        drawn, found = _predict(predictor, image, next(image_ids), f"{job.target}_labels.png", min_score, draw)
+        results += [{**result, "file_name": str(job.source)} for result in found]
+        with write_atomically(f"{job.target}.jpg") as file:
             Image.fromarray(drawn).save(file, format="JPEG", quality=92)
     with write_atomically(os.path.join(output, "predictions.json"), "w") as file:
         json.dump(results, file)
     return errors
 
 
-def draw_detections(image: np.ndarray, instances: Instances, predictor: Predictor) -> np.ndarray:
-    """The image (H, W, 3), uint8 RGB, with boxes, masks, class names and scores drawn on it."""
-    return Visualizer(image, predictor.metadata).draw_instance_predictions(instances).get_image()
-
-
-def _predict(
-    predictor: Predictor,
-    image: np.ndarray,
-    image_id: int,
-    label_map: Path,
-    min_score: float,
-    draw: Callable[[np.ndarray, Instances, Predictor], np.ndarray],
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The image with what the model makes of it, and the entries of the JSON; `draw` is for detections alone."""
-    if predictor.task == "detection":
-        instances = predictor(image, min_score=min_score)
-        return draw(image, instances, predictor), predictor.to_coco(instances, image_id)
-    if predictor.task == "classification":
-        classes = [(predictor.category(index), score) for index, score in predictor.classify(image)]
-        drawn = draw_bars(image, [(category.name, score) for category, score in classes])
-        return drawn, [_entry(image_id, category, score=score) for category, score in classes]
-    labels = predictor.segment(image)
-    classes, counts = np.unique(labels, return_counts=True)
-    categories = [predictor.category(int(index)) for index in classes]
-    values = np.zeros(int(classes.max()) + 1, dtype=np.uint8)
-    values[classes] = [category.id for category in categories]
-    with write_atomically(str(label_map)) as file:
-        Image.fromarray(values[labels]).save(file, format="PNG")
-    shares = (counts / labels.size).tolist()
-    found = [_entry(image_id, category, share=share) for category, share in zip(categories, shares, strict=True)]
-    return Visualizer(image, predictor.metadata).draw_sem_seg(labels, alpha=0.5).get_image(), found
-
-
-def _entry(image_id: int, category: Category, **found: float) -> dict[str, Any]:
-    return {"image_id": image_id, "category_id": category.id, "category_name": category.name, **found}
-
-
 def collect_inputs(inputs: Sequence[str], output: str) -> list[_Job]:
     """Image and video files named by `inputs`, each with the output file it becomes.
 
     Raises:
-        InputError: If an input is missing or neither image, folder nor video, a folder has no image, or a result would
+        UserError: If an input is missing or neither image, folder nor video, a folder has no image, or a result would
             replace an input.
     """
     sources: list[tuple[Path, Path]] = []
@@ -140,63 +101,100 @@ def collect_inputs(inputs: Sequence[str], output: str) -> list[_Job]:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix.lower() in image_endings() and p.is_file())
             if not files:
-                raise InputError(f"{text}: no image file in this folder or below it")
+                raise UserError(f"{text}: no image file in this folder or below it")
             sources += [(file, file.relative_to(path)) for file in files]
         elif path.is_file():
             sources.append((path, Path(path.name)))
         else:
-            raise InputError(f"{text}: no such file or folder (looked from {os.getcwd()})")
+            raise UserError(f"{text}: no such file or folder (looked from {os.getcwd()})")
     jobs, taken = [], set()
     for source, relative in sources:
-        # a.jpg becomes a, and a second one of that name a.png
-        target = Path(output) / relative.with_suffix("")
-        number = 1
+        # a.jpg becomes a, and a second one of that name a_2
+        names = (relative.with_name(f"{relative.stem}_{number}") for number in count(2))
+        target = Path(output, relative.with_suffix(""))
         while target in taken:
-            number += 1
-            target = Path(output) / relative.with_name(f"{relative.stem}_{number}")
+            target = Path(output, next(names))
         taken.add(target)
         jobs.append(_Job(source, target, _is_video(source)))
     written = {os.path.realpath(f"{job.target}{ending}") for job in jobs for ending in (".jpg", ".mp4", "_labels.png")}
     if lost := [str(job.source) for job in jobs if os.path.realpath(job.source) in written]:
-        raise InputError(f"--output {output}: results would replace {lost[0]}: name another folder")
+        raise UserError(f"--output {output}: results would replace {lost[0]}: name another folder")
     return jobs
 
 
+def draw_bars(image: np.ndarray, classes: Sequence[tuple[str, float]]) -> np.ndarray:
+    """An image (H, W, 3), uint8 RGB, and beside it the names of classes with their scores (0 to 1) as bars."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(image)
+    left.set_axis_off()
+    names = [textwrap.shorten(name, 32, placeholder="…") for name, _ in classes]
+    bars = right.barh(range(len(classes)), [score for _, score in classes])
+    right.bar_label(bars, [f"{score:.1%}" for _, score in classes], padding=3)
+    right.set(yticks=range(len(classes)), yticklabels=names, xlim=(0, 1.15), xticks=[])
+    right.invert_yaxis()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _predict(
+    predictor: Predictor, image: np.ndarray, image_id: int, label_map: str, min_score: float, draw: _Draw
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The image with what the model makes of it, and the entries of the JSON; `draw` is for detections alone."""
+
+    def entry(category: Category, **found: float) -> dict[str, Any]:
+        return {"image_id": image_id, "category_id": category.id, "category_name": category.name, **found}
+
+    if predictor.task == "detection":
+        instances = predictor(image, min_score=min_score)
+        return draw(image, instances), predictor.to_coco(instances, image_id)
+    if predictor.task == "classification":
+        best = [(predictor.category(index), score) for index, score in predictor.classify(image)]
+        drawn = draw_bars(image, [(category.name, score) for category, score in best])
+        return drawn, [entry(category, score=score) for category, score in best]
+    labels = predictor.segment(image)
+    classes, counts = np.unique(labels, return_counts=True)
+    categories = [predictor.category(int(index)) for index in classes]
+    values = np.zeros(int(classes.max()) + 1, dtype=np.uint8)
+    values[classes] = [category.id for category in categories]
+    with write_atomically(label_map) as file:
+        Image.fromarray(values[labels]).save(file, format="PNG")
+    shares = (counts / labels.size).tolist()
+    found = [entry(category, share=share) for category, share in zip(categories, shares, strict=True)]
+    return Visualizer(image, predictor.metadata).draw_sem_seg(labels, alpha=0.5).get_image(), found
+
+
 def _is_video(path: Path) -> bool:
-    """Whether a file is a video, decided by its content: what Pillow knows is an image, however badly it decodes."""
-    try:
-        with Image.open(path, formats=image_formats()):
-            return False
-    except Exception:  # Pillow has no common error for "not an image"
-        if path.suffix.lower() in image_endings():
-            return False  # a broken image; reading it will say so
+    """Whether a file is a video; images have an ending of their own, and reading a broken one will say so."""
+    if path.suffix.lower() in image_endings():
+        return False
     try:
         with av.open(str(path)) as container:
             if container.streams.video:
                 return True
     except av.FFmpegError:
         pass
-    raise InputError(f"{path}: neither an image nor a video that can be decoded")
+    raise UserError(f"{path}: neither an image nor a video that can be decoded")
 
 
-def _run_on_video(predictor: Predictor, job: _Job, image_id: int, min_score: float) -> tuple[list[dict[str, Any]], int]:
-    """Draws every frame; returns what was found and the last image id."""
+def _run_on_video(predictor: Predictor, job: _Job, image_ids: Iterator[int], min_score: float) -> list[dict[str, Any]]:
+    """Draws every frame; returns what was found."""
     results: list[dict[str, Any]] = []
     visualizer = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
 
-    def draw(image: np.ndarray, instances: Instances, _: Predictor) -> np.ndarray:
+    def draw(image: np.ndarray, instances: Instances) -> np.ndarray:
         return visualizer.draw_instance_predictions(image, instances).get_image()
 
     encoder = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    target, written = str(job.target.with_name(job.target.name + ".mp4")), None
-    with av.open(str(job.source)) as container, av.open(target, "w") as output:
+    written = None
+    with av.open(str(job.source)) as container, av.open(f"{job.target}.mp4", "w") as output:
         stream = container.streams.video[0]
         for frame in tqdm(container.decode(stream), total=stream.frames or None, desc=job.source.name, unit="frame"):
-            image = frame.to_ndarray(format="rgb24")
-            image_id += 1
-            label_map = job.target.with_name(f"{job.target.name}_{image_id:06d}_labels.png")
-            drawn, found = _predict(predictor, image, image_id, label_map, min_score, draw)
-            results += _named(found, str(job.source))
+            image_id = next(image_ids)
+            label_map = f"{job.target}_{image_id:06d}_labels.png"
+            drawn, found = _predict(predictor, frame.to_ndarray(format="rgb24"), image_id, label_map, min_score, draw)
+            results += [{**result, "file_name": str(job.source)} for result in found]
             # The pixel format wants even sides
             drawn = np.ascontiguousarray(drawn[: drawn.shape[0] // 2 * 2, : drawn.shape[1] // 2 * 2])
             if written is None:
@@ -205,8 +203,4 @@ def _run_on_video(predictor: Predictor, job: _Job, image_id: int, min_score: flo
             output.mux(written.encode(av.VideoFrame.from_ndarray(drawn, format="rgb24")))
         if written is not None:
             output.mux(written.encode())
-    return results, image_id
-
-
-def _named(results: list[dict[str, Any]], file_name: str) -> Iterator[dict[str, Any]]:
-    return ({**result, "file_name": file_name} for result in results)
+    return results

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from piip.data import Category, DatasetError, coco_categories
-from piip.data.classification.folders import folder_categories, get_train_dicts
+from piip.data.classification import folder_categories, get_train_dicts
 from piip.data.dataset import check_same_classes
 from piip.data.segmentation import label_classes
 from piip.setting_types import arguments, check_settings, expected_type, fit, target_of, unregister

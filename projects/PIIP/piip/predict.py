@@ -30,8 +30,6 @@ from piip.modeling.classifier import ImageClassifier
 from piip.published import follow_published
 from piip_core import prepare_for_inference
 
-__all__ = ["Predictor", "Task", "find_categories"]
-
 Task = Literal["detection", "segmentation", "classification"]
 
 logger = logging.getLogger(__name__)
@@ -87,75 +85,63 @@ class Predictor:
             self.task = "segmentation" if isinstance(self.model, SemanticSegmentor) else "detection"
             self._transform = AugmentationList(instantiate(mapper.augmentations))
         self.metadata = Metadata(name="predictor")
-        names = [category.name for category in self.categories]
         if self.task == "segmentation":
             palette = colormap(rgb=True).astype(int).tolist()
-            count = len(names) or self.model.sem_seg_head.num_classes
-            self.metadata.stuff_classes = names or [self.category(index).name for index in range(count)]
+            count = len(self.categories) or self.model.sem_seg_head.num_classes
+            self.metadata.stuff_classes = [self.category(index).name for index in range(count)]
             self.metadata.stuff_colors = [palette[index % len(palette)] for index in range(count)]
-        elif names:
-            self.metadata.thing_classes = names
+        elif self.categories:
+            self.metadata.thing_classes = [category.name for category in self.categories]
 
-    def __call__(self, image: np.ndarray, *, image_format: str = "RGB", min_score: float = 0.0) -> Instances:
-        """Detects the objects of one image.
-
-        Args:
-            image: (H, W, 3) uint8.
-            image_format: Its channel order, "RGB" or "BGR".
-            min_score: Detections with lower scores are left out.
+    def __call__(self, image: np.ndarray, *, min_score: float = 0.0) -> Instances:
+        """Detects the objects of one image (H, W, 3), uint8 RGB.
 
         Returns:
-            Detections on the CPU, in pixels of `image`: pred_boxes, scores, pred_classes and, with a mask head,
-            pred_masks (N, H, W) bool.
+            Detections with scores of at least `min_score` on the CPU, in pixels of `image`: pred_boxes, scores,
+            pred_classes and, with a mask head, pred_masks (N, H, W) bool.
 
         Raises:
-            ValueError: If image or format are not as described, or the model is no detector.
+            ValueError: If the image is not as described, or the model is no detector.
         """
-        self._check("detection")
-        instances = self._outputs(image, image_format)["instances"].to("cpu")
+        instances = self._outputs(image, "detection")["instances"].to("cpu")
         return instances[instances.scores >= min_score]
 
-    def segment(self, image: np.ndarray, *, image_format: str = "RGB") -> np.ndarray:
-        """Finds the class of every pixel of one image; image and format as in a detector's call.
+    def segment(self, image: np.ndarray) -> np.ndarray:
+        """Finds the class of every pixel of one image (H, W, 3), uint8 RGB.
 
         Returns:
             Classes (H, W) int64, numbered as in the model.
 
         Raises:
-            ValueError: If image or format are not as described, or the model is no segmentor.
+            ValueError: If the image is not as described, or the model is no segmentor.
         """
-        self._check("segmentation")
-        return self._outputs(image, image_format)["sem_seg"].argmax(dim=0).cpu().numpy()
+        return self._outputs(image, "segmentation")["sem_seg"].argmax(dim=0).cpu().numpy()
 
-    def classify(self, image: np.ndarray, *, image_format: str = "RGB", top: int = 5) -> list[tuple[int, float]]:
-        """Finds the `top` best classes of one image, or all if they are fewer; arguments as in a detector's call.
+    def classify(self, image: np.ndarray, *, top: int = 5) -> list[tuple[int, float]]:
+        """Finds the `top` best classes of one image (H, W, 3), uint8 RGB, or all if they are fewer.
 
         Returns:
             Class, numbered as in the model, and score from 0 to 1 (softmax over all classes), best first.
 
         Raises:
-            ValueError: If image or format are not as described, or the model is no classifier.
+            ValueError: If the image is not as described, or the model is no classifier.
         """
-        self._check("classification")
-        scores = self._outputs(image, image_format)["scores"].softmax(dim=0).cpu()
+        scores = self._outputs(image, "classification")["scores"].softmax(dim=0).cpu()
         best = scores.topk(min(top, len(scores)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
-    def _check(self, task: Task) -> None:
+    @torch.no_grad()
+    def _outputs(self, image: np.ndarray, task: Task) -> dict[str, Any]:
         if self.task != task:
             name = {"detection": "", "segmentation": ".segment", "classification": ".classify"}[self.task]
             raise ValueError(f"the model is for {self.task}: call predictor{name}(image)")
-
-    @torch.no_grad()
-    def _outputs(self, image: np.ndarray, image_format: str) -> dict[str, Any]:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"image of shape {image.shape}, {image.dtype}: expected (H, W, 3) uint8")
-        if image_format not in ("RGB", "BGR"):
-            raise ValueError(f"image_format={image_format!r}: expected 'RGB' or 'BGR'")
         height, width = image.shape[:2]
-        image = image if image_format == self._image_format else image[:, :, ::-1]
+        if self._image_format == "BGR":
+            image = np.ascontiguousarray(image[:, :, ::-1])
         if self.task == "classification":
-            tensor = torch.as_tensor(self._transform(Image.fromarray(np.ascontiguousarray(image))))
+            tensor = torch.as_tensor(self._transform(Image.fromarray(image)))
         else:
             inputs = AugInput(image)
             self._transform(inputs)
@@ -190,15 +176,27 @@ def find_categories(cfg: DictConfig, weights: str, class_names: Sequence[str] | 
         The classes, or nothing if they cannot be known.
     """
     kind, data = data_kind(cfg), cfg.get("data", {})
-    if kind == "class_folders":
-        return _image_classes(data.get("num_classes"), weights, class_names)
     if class_names and kind == "label_maps":
         return label_classes(list(class_names), data.get("reduce_zero_label")).categories
     if class_names:
-        return tuple(Category(index, name) for index, name in enumerate(class_names, start=1))
-    categories = read_categories(weights)
-    if categories:
-        return categories
+        known = tuple(Category(k, name) for k, name in enumerate(class_names, start=int(kind != "class_folders")))
+    else:
+        known = read_categories(weights) or _configured_categories(kind, data)
+    if not known:
+        logger.warning("Class names are unknown: neither the checkpoint nor the data give them; --class-names does")
+    if kind != "class_folders":
+        return known
+    words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    words |= ImageNetInfo().label_descriptions(as_dict=True)
+    return tuple(Category(k, words.get(category.name, category.name)) for k, category in enumerate(known))
+
+
+def _configured_categories(kind: str | None, data: DictConfig | dict[str, Any]) -> tuple[Category, ...]:
+    """Classes of the data of a configuration, as far as they can be known without the training images."""
+    imagenet, count = ImageNetInfo(), data.get("num_classes")
+    if kind == "class_folders":
+        names = imagenet.label_names() if count == imagenet.num_classes() else []
+        return tuple(Category(k, name) for k, name in enumerate(names))
     if kind == "label_maps":
         return label_classes(data.classes, data.get("reduce_zero_label")).categories
     for part in ("test", "train"):
@@ -207,20 +205,7 @@ def find_categories(cfg: DictConfig, weights: str, class_names: Sequence[str] | 
             return coco_categories(path)
     builtin = MetadataCatalog.get(data.names_from) if data.get("names_from") in MetadataCatalog.list() else Metadata()
     names = builtin.get("thing_classes", [])
-    if names and len(names) == data.get("num_classes"):
-        ids = {k: i for i, k in builtin.get("thing_dataset_id_to_contiguous_id", {}).items()}
-        return tuple(Category(ids.get(k, k), name) for k, name in enumerate(names))
-    logger.warning("Class names are unknown: neither the checkpoint nor an annotation file gives them")
-    return ()
-
-
-def _image_classes(num_classes: int, weights: str, class_names: Sequence[str] | None) -> tuple[Category, ...]:
-    """Classes of a classifier; ids are their numbers in the model."""
-    imagenet = ImageNetInfo()
-    names = list(class_names or [category.name for category in read_categories(weights)])
-    if not names and num_classes == imagenet.num_classes():
-        names = imagenet.label_names()
-    if not names:
-        logger.warning("Class names are unknown: the checkpoint does not give them; --class-names does")
-    words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True) | imagenet.label_descriptions(as_dict=True)
-    return tuple(Category(index, words.get(name, name)) for index, name in enumerate(names))
+    if len(names) != count:
+        return ()
+    ids = {k: i for i, k in builtin.get("thing_dataset_id_to_contiguous_id", {}).items()}
+    return tuple(Category(ids.get(k, k), name) for k, name in enumerate(names))

@@ -49,9 +49,9 @@ def test_missing_files_are_listed(pope_data):
 
 
 def test_command_line(pope_data, tmp_path, capsys, load_script):
-    main = load_script("verify_llava_eval").main
-    assert main(["pope", str(pope_data), "--workers", "1", "--report", str(tmp_path / "r.json")]) == 1
+    main = load_script("verify").main
+    assert main(["llava-eval", "pope", str(pope_data), "--workers", "1", "--report", str(tmp_path / "r.json")]) == 1
     assert "8910 | DIFFERS" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "r.json").read_text())
     with pytest.raises(SystemExit, match="no benchmark is named 'popes'"):
-        main(["popes", str(pope_data)])
+        main(["llava-eval", "popes", str(pope_data)])

@@ -28,25 +28,13 @@ def test_category_ids_become_contiguous_in_id_order(coco):
     assert loaded == [expected[a["id"]] for a in data["annotations"]]
 
 
-def test_a_changed_annotation_file_is_read_again(coco):
-    _load(coco)
-    data = coco.read()
-    data["categories"].append({"id": 99, "name": "ring"})
-    coco.write(data)
-    assert [c.id for c in coco_categories(str(coco.annotations))] == [3, 17, 40, 99]
-    _load(coco, num_classes=4)
+def _set(kind, index, key, value=None):
+    """Gives an entry another value, or takes it away."""
 
-
-def _drop_key(kind, index, key):
     def damage(data):
-        del data[kind][index][key]
-
-    return damage
-
-
-def _set(kind, index, key, value):
-    def damage(data):
-        data[kind][index][key] = value
+        data[kind][index].pop(key)
+        if value is not None:
+            data[kind][index][key] = value
 
     return damage
 
@@ -57,17 +45,16 @@ def _set(kind, index, key, value):
         (_set("annotations", 1, "category_id", 5), ["1 x annotation of a category", "annotation 2 (category_id 5)"]),
         (_set("annotations", 2, "image_id", 77), ["1 x annotation of an image", "annotation 3 (image_id 77)"]),
         (_set("annotations", 0, "bbox", [1, 2, 3]), ["four finite numbers", "annotation 1 (bbox [1, 2, 3])"]),
-        (_set("annotations", 0, "bbox", [1, 2, 3, float("nan")]), ["four finite numbers", "annotation 1"]),
         (_set("categories", 1, "id", 40), ["category id used more than once: category 40"]),
-        (_set("annotations", 3, "ignore", 1), ["'ignore'", "annotation 4"]),
-        (_drop_key("annotations", 4, "category_id"), ["without a valid 'category_id'", "annotation 5"]),
-        (_drop_key("annotations", 5, "segmentation"), ["without 'segmentation'", "annotation 6"]),
+        (lambda data: data["annotations"][3].update(ignore=1), ["'ignore'", "annotation 4"]),
+        (_set("annotations", 4, "category_id"), ["without a valid 'category_id'", "annotation 5"]),
+        (_set("annotations", 5, "segmentation"), ["without 'segmentation'", "annotation 6"]),
         (_set("images", 0, "width", "160"), ["image without a valid 'width'", "image 1 (width: '160')"]),
         (_set("images", 0, "height", 0), ["image with a side below 1 pixel", "image 1"]),
         (_set("images", 1, "id", 1), ["image id used more than once: image 1"]),
         (_set("images", 1, "file_name", "gone.png"), ["1 x image that is not in", "image 2 (gone.png)"]),
         (_set("images", 1, "file_name", "../../secret.png"), ["points out of", "image 2 (../../secret.png)"]),
-        (_drop_key("categories", 0, "name"), ["category without a valid 'name'", "category 40"]),
+        (_set("categories", 0, "name"), ["category without a valid 'name'", "category 40"]),
         (lambda data: data.update(images=[]), ["list 'images' is empty"]),
         (lambda data: data.pop("categories"), ["expected a list under 'categories'"]),
         (lambda data: data["images"].append("x"), ["image number 6 is 'x'", "expected a JSON object"]),
@@ -132,12 +119,6 @@ def test_a_name_that_looks_like_that_of_a_file_finds_it(coco, written, stored):
     assert Path(found["file_name"]).samefile(coco.images / stored)
 
 
-def test_an_image_beyond_the_limit_of_pixels_is_refused_at_the_start(coco, monkeypatch):
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DatasetError, match=r"more pixels than Pillow's limit of 200 .*image 1"):
-        _load(coco)
-
-
 def test_boxes_outside_the_image_are_dropped_or_clipped_with_one_warning(coco, caplog):
     data = coco.read()
     first = data["images"][0]
@@ -190,15 +171,3 @@ def test_training_and_test_set_must_have_the_same_classes(coco, tmp_path, tiny_c
     cfg = load_config(tiny_config, [*coco.overrides("train", "test"), f"data.test.annotations={other}"])
     with pytest.raises(DatasetError, match=r"different categories: only the first .*ring.*only the second .*disc"):
         follow_annotations(cfg, training=True)
-
-
-def test_evaluating_the_ground_truth_gives_full_marks(coco, tmp_path, perfect_ap):
-    metrics = perfect_ap(coco.annotations, coco.images, masks=True, output_dir=str(tmp_path / "results"))
-    assert metrics == {"bbox": pytest.approx(100), "segm": pytest.approx(100)}
-    assert (tmp_path / "results" / "coco_instances_results.json").is_file()
-
-
-def test_real_or_synthetic_data_set_loads(real_coco):
-    records = _load(real_coco, require_masks=True, min_image_side=32)
-    assert len(records) == len(real_coco.read()["images"])
-    assert {a["category_id"] for r in records for a in r["annotations"]} <= set(range(80))

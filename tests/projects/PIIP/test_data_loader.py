@@ -110,23 +110,11 @@ def _truncate(path):
     path.write_bytes(path.read_bytes()[:2000])
 
 
-def _empty(path):
-    path.write_bytes(b"")
-
-
-def _not_an_image(path):
-    path.write_text("<html>404</html>")
-
-
-def _sixteen_bit(path):
-    Image.fromarray(np.full((120, 160), 40000, dtype=np.uint16)).save(path)
-
-
 BAD = [
     (_truncate, "cannot be decoded"),
-    (_empty, r"the file is empty \(0 bytes\)"),
-    (_not_an_image, "cannot be decoded"),
-    (_sixteen_bit, "more than 8 bits per channel"),
+    (lambda path: path.write_bytes(b""), r"the file is empty \(0 bytes\)"),
+    (lambda path: path.write_text("<html>404</html>"), "cannot be decoded"),
+    (lambda path: Image.new("I;16", (160, 120), 40000).save(path), "more than 8 bits per channel"),
     (lambda path: path.unlink(), "no such file"),
 ]
 
@@ -151,7 +139,7 @@ def test_a_bad_image_stops_training_through_worker_processes(coco):
 
 def test_skipped_images_are_replaced_counted_and_warned_about_once(coco, caplog):
     _truncate(coco.images / "002.png")
-    _empty(coco.images / "003.png")
+    (coco.images / "003.png").write_bytes(b"")
     with caplog.at_level(logging.WARNING, logger="piip"):
         batches = _batches(coco, 12, mapper=_mapper(on_bad_image="skip"))
         again = _batches(coco, 4, start=8, mapper=_mapper(on_bad_image="skip"), num_workers=1)
@@ -179,17 +167,6 @@ def test_another_size_than_annotated_is_an_error_in_either_mode(coco):
     for mode in ("error", "skip"):
         with pytest.raises(DatasetError, match=r"001.png: .*\(160, 120\), expect \(161, 120\).*image id 1"):
             _mapper(on_bad_image=mode)(dicts[0])
-
-
-def test_an_error_that_is_not_the_image_s_fault_stays_itself(shared_coco):
-    def broken(*_):
-        raise RuntimeError("a bug in a transform")
-
-    mapper = _mapper(on_bad_image="skip")
-    mapper.augmentations = broken
-    dicts = get_coco_dicts(str(shared_coco.annotations), str(shared_coco.images))
-    with pytest.raises(RuntimeError, match="a bug in a transform"):
-        mapper(dicts[0])
 
 
 def test_skipping_is_refused_in_evaluation():

@@ -11,14 +11,12 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-import av
 import torch
 from detectron2.config import instantiate
 from PIL import Image
 from timm.data import create_transform
 
-from piip.bars import draw_bars
-from piip.demo import run_demo
+from piip.demo import draw_bars, run_demo
 from piip.lazy_config import load_config
 from piip.predict import Predictor
 from piip_core import PIIPClassifier
@@ -27,7 +25,6 @@ from piip_core.errors import ConfigError
 
 CONFIG = str(Path(__file__).with_name("tiny_classifier.py"))
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
-BLUE, PALE, TRACK = (26, 115, 232), (150, 187, 240), (232, 234, 237)
 
 
 def tiny(*opts: str, num_classes: int = len(NAMES)):
@@ -68,8 +65,6 @@ def test_the_best_classes_are_those_of_the_plain_model(model, weights, image):
     assert [index for index, _ in found] == scores.argsort(descending=True)[:5].tolist()
     assert [score for _, score in found] == pytest.approx(scores.sort(descending=True).values[:5].tolist(), abs=1e-5)
     assert found[0][1] - found[1][1] > 1e-3
-    bgr = np.ascontiguousarray(image[:, :, ::-1])
-    assert predictor.classify(bgr, image_format="BGR") == found
     assert len(predictor.classify(image, top=100)) == len(NAMES)
     with pytest.raises(ValueError, match=r"is for classification: call predictor\.classify\(image\)"):
         predictor(image)
@@ -114,60 +109,31 @@ def test_a_converted_published_checkpoint_says_how_it_is_built(model, randomize,
         Predictor(tiny("model.config.pyramid.branches.branch2.image_size=48"), str(converted))
 
 
-def test_images_and_videos_become_pictures_with_bars_and_json(weights, image, tmp_path):
+def test_images_become_pictures_with_bars_and_json(weights, image, tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(image).save(tmp_path / "in" / "small.png")
     large = np.kron(image, np.ones((10, 10, 1), dtype=np.uint8))
     Image.fromarray(large).save(tmp_path / "in" / "large.png")
-    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
-        for shift in range(3):
-            frame = np.roll(large[:120, :160], 40 * shift, axis=0)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-
     predictor, output = Predictor(tiny(), weights), tmp_path / "out"
-    assert run_demo(predictor, [str(tmp_path / "in"), str(tmp_path / "clip.mp4")], str(output)) == []
-    assert {path.name for path in output.iterdir()} == {"small.jpg", "large.jpg", "clip.mp4", "predictions.json"}
+    assert run_demo(predictor, [str(tmp_path / "in")], str(output)) == []
+    assert {path.name for path in output.iterdir()} == {"small.jpg", "large.jpg", "predictions.json"}
     results = json.loads((output / "predictions.json").read_text())
-    assert [result["image_id"] for result in results] == [k for k in (1, 2, 3, 4, 5) for _ in range(5)]
+    assert [result["image_id"] for result in results] == [k for k in (1, 2) for _ in range(5)]
     first = results[5:10]  # of small.png, the second name in the folder
     assert {Path(result["file_name"]).name for result in first} == {"small.png"}
     found = [(result["category_id"], result["score"]) for result in first]
     assert found == predictor.classify(image)
     assert all(result["category_name"] == NAMES[result["category_id"]] for result in results)
-    with av.open(str(output / "clip.mp4")) as container:
-        sizes = {(frame.height, frame.width) for frame in container.decode(video=0)}
-    (size,) = sizes
-    assert size[1] > 2 * 160  # enlarged, and the bars beside it
 
 
-CLASSES = (("a name", 0.5), ("a name that is much too long for the place there is for it, and then some", 0.25))
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(1000, 800), (400, 1000), (24, 24), (500, 20)], ids=["large", "wide", "tiny", "narrow"]
-)
-def test_bars_are_as_long_as_scores_and_beside_the_whole_image(height, width):
-    image = np.full((height, width, 3), (0, 128, 0), dtype=np.uint8)
-    picture = draw_bars(image, CLASSES)
-    is_image = (picture == (0, 128, 0)).all(axis=2)
-    factor = round((is_image.sum() / (height * width)) ** 0.5)
-    assert is_image.sum() == factor**2 * height * width
-    assert factor == 1 or min(height, width) < 100
-
-    def length(colours):
-        rows = sum((picture == colour).all(axis=2) for colour in colours).sum(axis=1)
-        return rows[rows > 0].min() if len(colours) == 1 else rows.max()
-
-    whole = length((PALE, TRACK))
-    assert length((BLUE,)) == pytest.approx(0.5 * whole, abs=2)
-    assert length((PALE,)) == pytest.approx(0.25 * whole, abs=2)
-    # text lies above its bar, between the ends of the bars, and is at least ten pixels high
-    ink = (picture.max(axis=2) < 90) & ~is_image
-    columns, bars = np.flatnonzero(ink.any(axis=0)), np.flatnonzero((picture == TRACK).all(axis=2).any(axis=0))
-    assert len(columns) and columns[-1] <= bars[-1] + 1
-    first_bar = np.flatnonzero((picture == BLUE).all(axis=2).any(axis=1))[0]
-    rows = np.flatnonzero(ink.any(axis=1))
-    assert first_bar - rows[0] >= 10
+@pytest.mark.parametrize(("height", "width"), [(1000, 800), (24, 24), (500, 20)])
+def test_bars_are_as_long_as_scores_and_beside_the_image(height, width):
+    classes = (("a name", 0.5), ("a name that is much too long for the place there is for it, and then some", 0.25))
+    picture = draw_bars(np.full((height, width, 3), (0, 128, 0), dtype=np.uint8), classes)
+    shown = (picture == (0, 128, 0)).all(axis=2)
+    rows, columns = (np.flatnonzero(shown.any(axis=axis)) for axis in (1, 0))
+    assert len(rows) / len(columns) == pytest.approx(height / width, rel=0.1)
+    bar = (picture == (31, 119, 180)).all(axis=2)  # the first colour of matplotlib
+    assert np.flatnonzero(bar.any(axis=0))[0] > columns[-1]
+    lengths = bar.sum(axis=1)[bar.any(axis=1)]
+    assert lengths[0] == pytest.approx(2 * lengths[-1], abs=4)

@@ -1,6 +1,6 @@
 """The demo's pyramid as a classifier of the real digits, from random weights: at least 97 % in less than three minutes.
 
-    python datasets/prepare_digits.py --single
+    python datasets/prepare.py digits --single
     OMP_NUM_THREADS=1 python tools/lazyconfig_train_net.py --num-gpus 2 \\
         --config-file projects/PIIP/configs/demo/piip_digits_classifier.py
 

@@ -2,7 +2,7 @@
 
 From random weights boxes are learned long before classes, so it starts from the demo's classifier of single digits:
 
-    python datasets/prepare_digits.py
+    python datasets/prepare.py digits
     python -m piip.digit_demo --classifier
     OMP_NUM_THREADS=1 python tools/lazyconfig_train_net.py --num-gpus 2 \\
         --config-file projects/PIIP/configs/demo/piip_digits_dino.py

@@ -1,6 +1,6 @@
 """UperNet on the label maps of the digit scenes: ten digits and the background, by the published rules throughout.
 
-    python datasets/prepare_digits.py
+    python datasets/prepare.py digits
     python -m piip.digit_demo --classifier
     python tools/lazyconfig_train_net.py --config-file projects/PIIP/configs/demo/piip_digits_upernet.py --num-gpus 2
 

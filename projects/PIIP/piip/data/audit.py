@@ -1,29 +1,33 @@
-"""What the audits of data sets have in common: reading many files at a time, and telling what is wrong."""
+"""Reading every file of a data set before training: all that is wrong, not only the first."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import numpy as np
 from tabulate import tabulate
-from tqdm import tqdm
 
+from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
-__all__ = ["Audit", "Problem", "SetAudit", "read_all"]
+from .classification import folder_categories, list_images
+from .dataset import DatasetError, first_few, read_all, read_image
+from .label_maps import IGNORE_LABEL, LabelClasses, read_label_map
+from .segmentation import Pair, match_files
 
-Problem = tuple[str, str, str]
-"""Kind, path and message."""
 
-_AHEAD = 10_000  # files queued at a time: each that waits takes a kilobyte
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file or folder."""
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+    kind: str
+    path: str
+    message: str
 
 
 @dataclass
@@ -35,7 +39,6 @@ class SetAudit:
         expected: Number of images that it should have, if known.
         images: Number of its images.
         columns: More of its row in the table, by header.
-        details: What its entry in the report holds besides.
         problems: Everything that is wrong.
         warning: What is odd without being wrong.
     """
@@ -44,9 +47,12 @@ class SetAudit:
     expected: int | None = None
     images: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warning: str = ""
+
+    def add(self, kind: str, path: str, message: str) -> None:
+        """Adds a problem."""
+        self.problems.append(Problem(kind, path, message))
 
 
 @dataclass
@@ -75,31 +81,125 @@ class Audit:
             rows.append(row | {"problems": len(part.problems)})
         lines = [tabulate(rows, "keys", "github")]
         for part in self.sets:
-            for kind, count in Counter(kind for kind, _, _ in part.problems).items():
+            for kind, count in Counter(problem.kind for problem in part.problems).items():
                 lines.append(f"\nPROBLEM in {part.title}: {kind}: {count}")
-                lines += [f"  {message}" for other, _, message in part.problems if other == kind][:examples]
+                lines += [f"  {problem.message}" for problem in part.problems if problem.kind == kind][:examples]
             if part.warning:
                 lines.append(f"\nWARNING for {part.title}: {part.warning}")
         return "\n".join(lines)
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
         """Writes everything found."""
-        content = []
-        for part in self.sets:
-            problems = [dict(zip(("kind", "path", "message"), problem, strict=True)) for problem in part.problems]
-            entry = {"title": part.title, "expected": part.expected, **part.details, "problems": problems}
-            content.append(entry | {"warning": part.warning})
         with write_atomically(path, "w") as file:
-            json.dump({"sets": content}, file, indent=1)
+            json.dump(asdict(self), file, indent=1)
 
 
-def read_all(
-    check: Callable[[_Item], _Result], items: Sequence[_Item], *, title: str, workers: int | None
-) -> Iterator[_Result]:
-    """Checks files in so many threads (None: one per core), and gives the results in order, with a progress bar."""
-    bar = tqdm(total=len(items), desc=f"Reading {title}", unit="image", disable=None)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as readers, bar:
-        for start in range(0, len(items), _AHEAD):
-            for result in readers.map(check, items[start : start + _AHEAD]):
-                bar.update()
-                yield result
+def audit_label_maps(
+    images: str,
+    labels: str,
+    classes: LabelClasses,
+    *,
+    title: str = "label maps",
+    expected: int | None = None,
+    workers: int | None = None,
+) -> SetAudit:
+    """Reads every image and label map of two folders to the end and reports everything that is wrong.
+
+    `expected` is the number of images that there should be; files are read in `workers` threads, by default one per
+    core.
+    """
+    result = SetAudit(title, expected)
+    try:
+        pairs, unmatched = match_files(images, labels)
+    except DatasetError as error:
+        result.add("folders unusable", images, str(error))
+        return result
+    if expected not in (None, len(pairs)):
+        message = f"{images}: {len(pairs)} images with a label map: expected {expected}"
+        result.add("number of images", images, message)
+    for kind, paths in unmatched.items():
+        for path in paths:
+            result.add(kind, path, path)
+    pixels = np.zeros(IGNORE_LABEL + 1, dtype=np.int64)
+    for counts, problems in read_all(lambda pair: _check_pair(pair, classes), pairs, f"Reading {title}", workers):
+        pixels += counts
+        result.problems += problems
+    result.warning = classes.absent(pixels)
+    result.images = len(pairs)
+    seen = np.count_nonzero(pixels[: classes.num_classes])
+    ignored = pixels[-1] / max(pixels.sum(), 1)
+    result.columns = {"classes seen": f"{seen} of {classes.num_classes}", "ignored pixels": f"{ignored:.1%}"}
+    return result
+
+
+def _check_pair(pair: Pair, classes: LabelClasses) -> tuple[np.ndarray, list[Problem]]:
+    """Pixels of every class, and what is wrong."""
+    problems, image, labels = [], None, None
+    try:
+        image = read_image(pair.image)
+    except UserError as error:
+        problems.append(Problem("image unreadable", pair.image, str(error)))
+    try:
+        labels = read_label_map(pair.labels, classes)
+    except UserError as error:
+        problems.append(Problem("label map unusable", pair.labels, str(error)))
+    if image is not None and labels is not None and image.shape[:2] != labels.shape:
+        sizes = [f"{height} x {width}" for height, width in (labels.shape, image.shape[:2])]
+        message = f"{pair.labels}: {sizes[0]} (height x width), but its image is {sizes[1]} after EXIF rotation"
+        problems.append(Problem("sizes differ", pair.labels, message))
+    values = np.zeros(0, dtype=np.uint8) if labels is None else labels.reshape(-1)
+    return np.bincount(values, minlength=IGNORE_LABEL + 1), problems
+
+
+def audit_classes(
+    parts: Sequence[tuple[str, str, int | None, int | None]],
+    *,
+    decode: bool = True,
+    workers: int | None = None,
+) -> Audit:
+    """Counts the images of every class, reads them to the end and reports everything that is wrong.
+
+    Args:
+        parts: Title and folder of every set, and the numbers of classes and images that it should have, if known. All
+            should have the classes of the first.
+        decode: Read every image to the end; otherwise they are counted only.
+        workers: Files that are read at the same time; by default one per core.
+    """
+    sets: list[SetAudit] = []
+    known: list[str] = []
+    for title, folder, num_classes, num_images in parts:
+        result = SetAudit(title, num_images)
+        sets.append(result)
+        try:
+            names = [category.name for category in folder_categories(folder)]
+        except DatasetError as error:
+            result.add("folder unusable", folder, str(error))
+            continue
+        known = known or names
+        if different := sorted({*names} ^ {*known}):
+            message = f"{folder}: expected the classes of {parts[0][0]}; only one of both has {first_few(different)}"
+            result.add("classes differ", folder, message)
+        found = list_images(folder)
+        counts = Counter(dict.fromkeys(names, 0))
+        counts.update(names[label] for _, label in found)
+        result.images = len(found)
+        span = f"{min(counts.values())} to {max(counts.values())}"
+        result.columns = {"classes": len(names), "images per class": span}
+        for name in (name for name, count in counts.items() if not count):
+            path = os.path.join(folder, name)
+            result.add("class without images", path, f"{path}: holds no image")
+        for what, number, expected in (("classes", len(names), num_classes), ("images", len(found), num_images)):
+            if expected not in (None, number):
+                result.add("number of classes or images", folder, f"{folder}: {number} {what}: expected {expected}")
+        if decode:
+            checked = read_all(_check_image, [path for path, _ in found], f"Reading {title}", workers)
+            result.problems += [problem for problem in checked if problem is not None]
+    return Audit(sets)
+
+
+def _check_image(path: str) -> Problem | None:
+    try:
+        read_image(path)
+    except UserError as error:
+        return Problem("image unreadable", path, str(error))
+    return None

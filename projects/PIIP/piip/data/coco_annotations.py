@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .dataset import Findings
+from .dataset import DatasetError, first_few
 from .masks import BadMaskError, check_mask, mask_area
-
-__all__ = ["check_annotations", "whole_number"]
 
 _NUMBERS = {int, float}
 _FLAGS = {None: 0, 0: 0, 1: 1, "0": 0, "1": 1}  # also False, True, 0.0 and 1.0, which are equal to 0 and 1
@@ -19,7 +18,37 @@ _FAR = 10**6  # pixels: single precision is too coarse beyond
 _NO_SIZE = 2**-17  # of the longer side of the image: a narrower box is lost in the single precision of detections
 _LARGEST_ID = 2**53  # pycocotools keeps them in double precision
 _LARGEST_AREA = 1e10  # square pixels: pycocotools ignores larger objects, and those below 0
+_EVALUATED = 100  # objects of an image and category, by COCO's metrics
 _ADVICE = "for boxes only, use a model without mask head and dataloader.train.mapper.use_instance_mask=False"
+
+
+class Findings:
+    """What was found in one file, by kind: what it cannot be used with, and what was mended or left out."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._errors: dict[str, list[str]] = {}
+        self._notes: dict[str, list[str]] = {}
+
+    def error(self, kind: str, entry: str) -> None:
+        """Adds an entry that cannot be used; `kind` says why and what was expected."""
+        self._errors.setdefault(kind, []).append(entry)
+
+    def note(self, kind: str, entry: str) -> None:
+        """Adds an entry that was mended or left out; `kind` follows on a number."""
+        self._notes.setdefault(kind, []).append(entry)
+
+    def raise_errors(self) -> None:
+        """Raises all errors, if there are any, as one DatasetError."""
+        if self._errors:
+            problems = (f"{len(found)} x {kind}: {first_few(found)}" for kind, found in self._errors.items())
+            raise DatasetError(f"{self.path}: {'; '.join(problems)}. Correct these entries or remove them")
+
+    def log_notes(self, logger: logging.Logger) -> None:
+        """Logs all notes as one warning."""
+        if self._notes:
+            notes = (f"{len(found)} {kind}: {first_few(found)}" for kind, found in self._notes.items())
+            logger.warning("%s: %s", self.path, "; ".join(notes))
 
 
 def whole_number(value: Any) -> int | None:
@@ -37,7 +66,7 @@ def check_annotations(
     *,
     training: bool,
     require_masks: bool,
-) -> tuple[dict[int, list[dict[str, Any]]], bool]:
+) -> dict[int, list[dict[str, Any]]]:
     """Checks all annotations of a file, mends them in place, and leaves out what cannot be used.
 
     Every annotation that is returned has "image_id" and "category_id" of the file, an "id" of its own above 0, a "bbox"
@@ -54,7 +83,7 @@ def check_annotations(
             are none are left out.
 
     Returns:
-        The annotations by image id, and whether any was changed or left out.
+        The annotations by image id.
 
     Raises:
         DatasetError: If any cannot be used.
@@ -65,9 +94,10 @@ def check_annotations(
         if check.usable(annotation, index):
             kept[annotation["image_id"]].append(annotation)
     found.raise_errors()
-    _note_twins(kept, found)
-    changed = _number(annotations, found) or check.changed
-    return kept, changed or sum(map(len, kept.values())) < len(annotations)
+    for image_id, group in kept.items():
+        _note_odd_groups(image_id, group, found, training)
+    _number(annotations, found)
+    return kept
 
 
 @dataclass
@@ -79,7 +109,6 @@ class _Check:
     found: Findings
     training: bool
     require_masks: bool
-    changed: bool = False
 
     def usable(self, annotation: dict[str, Any], index: int) -> bool:
         """Mends an annotation; False if it is to be left out, or an error was found."""
@@ -93,24 +122,21 @@ class _Check:
 
     def _references(self, annotation: dict[str, Any], name: str) -> Mapping[str, Any] | None:
         """The image of an annotation, if its category exists as well."""
-        for key in ("image_id", "category_id"):
+        for key, known, what in (
+            ("image_id", self.images, "an image that is not in 'images'"),
+            ("category_id", self.category_ids, "a category that is not in 'categories'"),
+        ):
             value = annotation.get(key)
             number = whole_number(value)
             if number is None:
                 kind = f"annotation without a valid '{key}' (expected int)"
                 self.found.error(kind, f"{name} ({key}: {reprlib.repr(value)})")
                 return None
-            if number is not value:
-                self._set(annotation, key, number)
-        image = self.images.get(annotation["image_id"])
-        if image is None:
-            kind = "annotation of an image that is not in 'images'"
-            self.found.error(kind, f"{name} (image_id {annotation['image_id']})")
-        if annotation["category_id"] not in self.category_ids:
-            kind = "annotation of a category that is not in 'categories'"
-            self.found.error(kind, f"{name} (category_id {annotation['category_id']})")
-            return None
-        return image
+            if number not in known:
+                self.found.error(f"annotation of {what}", f"{name} ({key} {number})")
+                return None
+            annotation[key] = number
+        return self.images[annotation["image_id"]]
 
     def _box(self, annotation: dict[str, Any], name: str) -> bool:
         box = annotation.get("bbox")
@@ -126,49 +152,42 @@ class _Check:
         """Makes 'iscrowd' 0 or 1."""
         values = annotation.get("iscrowd"), annotation.get("ignore")
         try:
-            crowd, ignore = (_FLAGS[value] for value in values)
+            annotation["iscrowd"], ignore = (_FLAGS[value] for value in values)
         except (KeyError, TypeError):  # another value, or a list
             found = f"{name} (iscrowd {reprlib.repr(values[0])}, ignore {reprlib.repr(values[1])})"
             self.found.error("annotation whose 'iscrowd' or 'ignore' is not 0 or 1", found)
             return False
         if ignore:
             self.found.error("annotation with 'ignore', which COCO's format does not have (set 'iscrowd')", name)
-        if crowd is not values[0]:
-            self._set(annotation, "iscrowd", crowd)
         return not ignore
 
     def _mask(self, annotation: dict[str, Any], name: str, image: Mapping[str, Any]) -> bool:
         """Whether the mask has room for a pixel, or none is needed."""
-        mask, note = annotation.get("segmentation"), ""
-        needed = self.require_masks and not (self.training and annotation["iscrowd"])
+        mask, size = annotation.pop("segmentation", None), (image["height"], image["width"])
+        if not mask and not (self.require_masks and not (self.training and annotation["iscrowd"])):
+            return True
         try:
-            if mask:
-                mask, note = check_mask(mask, image["height"], image["width"])
-            elif needed:
+            if not mask:
                 raise BadMaskError("missing or empty: expected polygons or a run-length encoding")
+            annotation["segmentation"], note = check_mask(mask, *size)
         except BadMaskError as error:
             if self.require_masks:
                 words = "without 'segmentation', needed for masks" if not mask else "whose 'segmentation' is no mask"
                 self.found.error(f"annotation {words} ({_ADVICE})", f"{name} ({error})")
             else:
                 self.found.note("masks are none and left out, their boxes stay", f"{name} ({error})")
-            mask = None
-        if mask is not annotation.get("segmentation"):
-            self._set(annotation, "segmentation", mask)
-        if not mask:
-            annotation.pop("segmentation", None)
             return True
         if note == "flat":
             self.found.note("masks are one list of numbers and taken for one polygon", name)
         elif note == "parts":
             self.found.note("masks have polygons of one or two points, which are left out", name)
-        return not self.require_masks or self._has_pixels(annotation, name, image, empty=note == "empty")
-
-    def _has_pixels(self, annotation: dict[str, Any], name: str, image: Mapping[str, Any], *, empty: bool) -> bool:
+        if not self.require_masks:
+            return True
+        empty = note == "empty"
         if not (self.training or empty):  # how it is evaluated; training rasters it at another size
-            pixels = mask_area(annotation["segmentation"], image["height"], image["width"])
+            pixels = mask_area(annotation["segmentation"], *size)
             if annotation.get("area") is None:
-                self._set(annotation, "area", pixels)
+                annotation["area"] = pixels
             empty = pixels == 0
         if empty:
             self.found.note("masks without a pixel in the image are dropped with their objects", name)
@@ -181,31 +200,26 @@ class _Check:
         if area is not None:
             kind = f"areas are no numbers from 0 to {_LARGEST_AREA:g} and taken from the boxes"
             self.found.note(kind, f"{name} (area {reprlib.repr(area)})")
-        self._set(annotation, "area", max(annotation["bbox"][2], 0) * max(annotation["bbox"][3], 0))
+        annotation["area"] = max(annotation["bbox"][2], 0) * max(annotation["bbox"][3], 0)
 
     def _room(self, annotation: dict[str, Any], name: str, image: Mapping[str, Any]) -> bool:
         """Whether the box is of use inside the image."""
         x, y, w, h = annotation["bbox"]
         height, width = image["height"], image["width"]
-        inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+        usable = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
         if self.training:
-            large = min(w, h) >= 1 and annotation["area"] > 0
+            usable = usable and min(w, h) >= 1 and annotation["area"] > 0
         else:
-            large = min(w, h) >= _NO_SIZE * max(height, width)
+            usable = usable and min(w, h) >= _NO_SIZE * max(height, width)
         kind = ""
-        if not (inside and large):
+        if not usable:
             kind = "boxes without usable area in the image are dropped"
         # Rounded annotations overshoot by parts of a pixel everywhere: not worth a word.
         elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
-            kind = "boxes reach out of the image and are clipped"
-            if not self.training:
-                kind = "boxes reach out of the image, as no detection can"
+            kind = "boxes reach out of the image" + (" and are clipped" if self.training else ", as no detection can")
         if kind:
             self.found.note(kind, f"{name} (bbox {annotation['bbox']}, {image['file_name']})")
-        return inside and large
-
-    def _set(self, annotation: dict[str, Any], key: str, value: Any) -> None:
-        annotation[key], self.changed = value, True
+        return usable
 
 
 def _name(annotation: Mapping[str, Any], index: int) -> str:
@@ -213,18 +227,23 @@ def _name(annotation: Mapping[str, Any], index: int) -> str:
     return f"annotation {value if type(value) is int else f'number {index}'}"
 
 
-def _note_twins(kept: Mapping[int, Sequence[Mapping[str, Any]]], found: Findings) -> None:
-    for image_id, group in kept.items():
-        seen = set()
-        for annotation in group:
-            twin = (annotation["category_id"], annotation["iscrowd"], *annotation["bbox"])
-            if twin in seen:
-                kind = "objects are there twice (same image, category and box), of which a detector finds one"
-                found.note(kind, f"annotation {annotation.get('id')} (image {image_id})")
-            seen.add(twin)
+def _note_odd_groups(image_id: int, group: Sequence[Mapping[str, Any]], found: Findings, training: bool) -> None:
+    """Notes objects of an image that are there twice, and more of them than are evaluated."""
+    seen = set()
+    for annotation in group:
+        twin = (annotation["category_id"], annotation["iscrowd"], *annotation["bbox"])
+        if twin in seen:
+            kind = "objects are there twice (same image, category and box), of which a detector finds one"
+            found.note(kind, f"annotation {annotation.get('id')} (image {image_id})")
+        seen.add(twin)
+    counts = Counter(annotation["category_id"] for annotation in group if not annotation["iscrowd"])
+    for category_id, count in counts.items():
+        if count > _EVALUATED and not training:
+            kind = f"groups of objects of an image and category have more than the {_EVALUATED} that are evaluated"
+            found.note(kind, f"{count} of category {category_id} in image {image_id}")
 
 
-def _number(annotations: Sequence[dict[str, Any]], found: Findings) -> bool:
+def _number(annotations: Sequence[dict[str, Any]], found: Findings) -> None:
     """Numbers all annotations anew if pycocotools cannot use an id: 0 stands for 'not matched', others occur once."""
     ids = [annotation.get("id") for annotation in annotations]
     ids = [value if type(value) is int and 0 < value < _LARGEST_ID else None for value in ids]
@@ -236,4 +255,3 @@ def _number(annotations: Sequence[dict[str, Any]], found: Findings) -> bool:
     if bad:
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
-    return bool(bad)

@@ -1,27 +1,28 @@
-"""What data sets of every kind share: classes, and what is said of those that cannot be used as they are."""
+"""What data sets of every kind share: classes, files in folders, images, and errors that say what is wrong."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 from detectron2.utils.file_io import PathManager
+from tqdm import tqdm
 
+from piip_core import images
 from piip_core.errors import UserError
 
-__all__ = [
-    "Category",
-    "DatasetError",
-    "Findings",
-    "check_num_classes",
-    "check_same_classes",
-    "existing_folder",
-    "first_few",
-]
+logger = logging.getLogger(__name__)
 
 _SHOWN = 3  # entries named per complaint; the rest is counted
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class DatasetError(UserError):
@@ -34,6 +35,12 @@ class Category:
 
     id: int
     name: str
+
+
+def first_few(found: Sequence[str]) -> str:
+    """The first entries of a complaint, and how many more there are."""
+    more = len(found) - _SHOWN
+    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def existing_folder(folder: str | None, expected: str, settings: str = "images") -> str:
@@ -53,11 +60,7 @@ def existing_folder(folder: str | None, expected: str, settings: str = "images")
 
 
 def check_num_classes(found: int, what: str, num_classes: int | None) -> None:
-    """Compares the number of classes of a data set with that of a configuration, if there is one.
-
-    Raises:
-        DatasetError: If it is another.
-    """
+    """Raises DatasetError if the configuration gives another number of classes than the data set has."""
     if num_classes not in (None, found):
         raise DatasetError(
             f"{what}, but the configuration says data.num_classes={num_classes}. Set data.num_classes={found} "
@@ -66,11 +69,7 @@ def check_num_classes(found: int, what: str, num_classes: int | None) -> None:
 
 
 def check_same_classes(path: str, classes: Sequence[Category], other: str, others: Sequence[Category]) -> None:
-    """Compares the classes of two data sets.
-
-    Raises:
-        DatasetError: If they are different; the message says which.
-    """
+    """Raises DatasetError if two data sets have different classes; the message says which."""
     if tuple(classes) == tuple(others):
         return
     ours, theirs = ([category.name for category in each] for each in (classes, others))
@@ -84,40 +83,64 @@ def check_same_classes(path: str, classes: Sequence[Category], other: str, other
     )
 
 
-def first_few(found: Sequence[str]) -> str:
-    """The first entries of a complaint, and how many more there are."""
-    more = len(found) - _SHOWN
-    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def find_files(folder: str, endings: Collection[str]) -> tuple[list[str], list[str]]:
+    """Files in a folder and below, in the order of folders and names: those with one of the endings, and the others.
+
+    Endings are in lower case, files may have them in upper case. Hidden files and folders are left out. Links to
+    folders are followed, but not where they lead back up.
+
+    Raises:
+        DatasetError: If a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        message = f"{error.filename}: cannot be listed ({error.strerror}): expected a readable folder"
+        raise DatasetError(message) from error
+
+    found, others = [], []
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "." and not leads_up(os.path.join(root, name))]
+        for name in names:
+            if name[0] != ".":
+                known = os.path.splitext(name)[1].lower() in endings
+                (found if known else others).append(os.path.join(root, name))
+    return sorted(found, key=os.path.split), sorted(others, key=os.path.split)
 
 
-class Findings:
-    """What was found in one file, by kind: what it cannot be used with, and what was mended or left out."""
+def leads_up(folder: str) -> bool:
+    """Whether a folder is a link to one that it lies in; if so, a warning says it."""
+    if not os.path.islink(folder):
+        return False
+    target = os.path.realpath(folder)
+    up = any(above.resolve().is_relative_to(target) for above in Path(os.path.abspath(folder)).parents)
+    if up:
+        logger.warning("%s: is a link to a folder that it lies in, and is not followed", folder)
+    return up
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._errors: dict[str, list[str]] = {}
-        self._notes: dict[str, list[str]] = {}
 
-    def error(self, kind: str, entry: str) -> None:
-        """Adds an entry that cannot be used; `kind` says why and what was expected."""
-        self._errors.setdefault(kind, []).append(entry)
+def warn_left_out(folder: str, what: str, paths: Sequence[str]) -> None:
+    """Says how many files are left out for their endings, and names the first."""
+    if paths:
+        count = len(paths)
+        logger.warning("%s: %d files do not end as %s and are left out: %s", folder, count, what, first_few(paths))
 
-    def note(self, kind: str, entry: str) -> None:
-        """Adds an entry that was mended or left out; `kind` follows on a number."""
-        self._notes.setdefault(kind, []).append(entry)
 
-    def raise_errors(self) -> None:
-        """Raises all errors as one.
+def read_all(
+    read: Callable[[_Item], _Result], items: Sequence[_Item], title: str, workers: int | None = None
+) -> Iterator[_Result]:
+    """Reads files in so many threads (None: one per core), and gives the results in order, with a progress bar."""
+    with ThreadPool(workers) as pool:
+        yield from tqdm(pool.imap(read, items, 8), title, len(items), unit="image", delay=2, disable=None)
 
-        Raises:
-            DatasetError: If there is one.
-        """
-        if self._errors:
-            problems = (f"{len(found)} x {kind}: {first_few(found)}" for kind, found in self._errors.items())
-            raise DatasetError(f"{self.path}: {'; '.join(problems)}. Correct these entries or remove them")
 
-    def log_notes(self, logger: logging.Logger) -> None:
-        """Logs all notes as one warning."""
-        if self._notes:
-            notes = (f"{len(found)} {kind}: {first_few(found)}" for kind, found in self._notes.items())
-            logger.warning("%s: %s", self.path, "; ".join(notes))
+def read_image_size(path: str) -> tuple[int, int]:
+    """Height and width of an image after EXIF rotation, from its header alone; errors as in `read_image`."""
+    with images.opened_image(path, PathManager.open) as image:
+        images.check_values(path, image)
+        return images.image_size(image)
+
+
+def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
+    """`piip_core.images.read_image` in Detectron2's order of channels: (H, W, 3) uint8, "RGB" or "BGR"."""
+    pixels = images.read_image(path, PathManager.open)
+    return pixels[:, :, ::-1] if image_format == "BGR" else pixels

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +17,6 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .dataset import DatasetError
-
-__all__ = ["TrainBatchSampler", "TrainLoader", "build_train_loader", "derive_seed", "fixed_random_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ def derive_seed(*parts: int) -> int:
 
 
 @contextlib.contextmanager
-def fixed_random_state(seed: int) -> Iterator[None]:
+def _fixed_random_state(seed: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and torch's CPU generators inside, and puts their states back afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
@@ -48,18 +47,9 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of (image index, sample seed) for this process.
 
     The image order is Detectron2's of `TrainingSampler` (endless shuffles dealt out over the processes). Batches are
-    formed before any image is read, so the n-th batch depends on nothing but the arguments.
-
-    Args:
-        size (int): number of images.
-        batch_size (int): images per batch of this process.
-        seed (int): the same on all processes.
-        groups (numpy.ndarray): optional (size,) group of every image; a batch holds images of one group.
-        repeats (int): how often an image comes in a row, over all processes, with other augmentations: repeated
-            augmentation.
-
-    Attributes:
-        start (int): the first batch that iteration yields; set it to resume.
+    formed before any image is read, so the n-th batch depends on nothing but the arguments: number of images, batch
+    size of this process, seed, group of every image (a batch holds images of one group), and how often an image comes
+    in a row, over all processes, with other augmentations. Set `start` to the first batch wanted to resume.
     """
 
     def __init__(
@@ -76,14 +66,13 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def _positions(self) -> Iterator[list[tuple[int, int]]]:
         rank, world_size = comm.get_rank(), comm.get_world_size()
-        pending: dict[int, list[tuple[int, int]]] = {int(group): [] for group in np.unique(self._groups)}
+        pending: dict[int, list[tuple[int, int]]] = defaultdict(list)
         groups = self._groups.tolist()
         for count, index in enumerate(itertools.islice(self._indices(), rank, None, world_size)):
-            batch = pending[groups[index]]
-            batch.append((index, rank + count * world_size))
-            if len(batch) == self.batch_size:
-                pending[groups[index]] = []
-                yield batch
+            group = groups[index]
+            pending[group].append((index, rank + count * world_size))
+            if len(pending[group]) == self.batch_size:
+                yield pending.pop(group)
 
     def _indices(self) -> Iterator[int]:
         """Endless shuffles of all processes together."""
@@ -105,7 +94,7 @@ class _SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, seed = key
         bad = []
-        with fixed_random_state(seed):
+        with _fixed_random_state(seed):
             while len(bad) < _MAX_BAD_IN_A_ROW:
                 record = self.dicts[index]
                 sample = self.mapper(record)
@@ -133,16 +122,13 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for batch in self._loader:
-            self._count_bad([name for sample in batch for name in sample.pop("bad_images")])
+            for name in (name for sample in batch for name in sample.pop("bad_images")):
+                if name not in self.bad_images:
+                    self.bad_images.add(name)
+                    count = len(self.bad_images)
+                    if str(count).strip("0") == "1":  # 1, 10, 100 ... files: seen, without flooding the log
+                        logger.warning("%d unreadable image files skipped so far, the last one is %s", count, name)
             yield batch
-
-    def _count_bad(self, names: list[str]) -> None:
-        before = len(self.bad_images)
-        self.bad_images.update(names)
-        after = len(self.bad_images)
-        # At 1, 10, 100 ... files: seen, without flooding the log.
-        if (after > before and len(str(after)) > len(str(before))) or (before == 0 and after):
-            logger.warning("%d unreadable image files skipped so far, the last one is %s", after, names[-1])
 
 
 def build_train_loader(
@@ -164,24 +150,18 @@ def build_train_loader(
     Args:
         dataset: Records in Detectron2's standard form, with "width" and "height".
         mapper: Makes a sample of a record; None stands for an unreadable image and is replaced by another one.
-        total_batch_size: Images per iteration over all processes.
+        total_batch_size: Images per iteration over all processes, a multiple of their number.
         aspect_ratio_grouping: Batches hold only wide (w > h) or only other images, so less is padded.
         repeats: How often an image comes in a row, each time augmented anew: repeated augmentation.
         num_workers: Loading processes; 0 loads in the training process.
         seed: Seed of order and augmentations; negative draws one, which `tools/lazyconfig_train_net.py` keeps.
         kwargs: Other arguments of `torch.utils.data.DataLoader`.
-
-    Raises:
-        ValueError: If the batch cannot be divided among the processes.
-        DatasetError: If there is no image.
     """
     world_size = comm.get_world_size()
     if total_batch_size < 1 or total_batch_size % world_size:
         raise ValueError(
             f"total_batch_size={total_batch_size}: expected a positive multiple of the {world_size} processes"
         )
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: expected 1, or more for repeated augmentation")
     if not len(dataset):
         raise DatasetError("the training set is empty: expected at least one image")
     if seed < 0:

@@ -11,17 +11,14 @@ from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size
 from detectron2.data.transforms import AugInput
 
-from .dataset import DatasetError
-from .images import UnreadableImageError, read_image
-from .transforms import as_input
+from piip_core.images import UnreadableImageError
 
-__all__ = ["CheckedDatasetMapper"]
+from .dataset import DatasetError, read_image
+from .transforms import as_input
 
 
 class CheckedDatasetMapper(DatasetMapper):
     """`DatasetMapper` that names the file when an image cannot be read or has another size than annotated.
-
-    It reads no label maps ("sem_seg_file_name").
 
     Args:
         is_train (bool): as in `DatasetMapper`.

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-__all__ = ["BadMaskError", "check_mask", "compressed", "mask_area"]
-
 _NUMBERS = {int, float}
 _FAR = 10  # sides of the image: what reaches further is no polygon of it, and its outline fills the memory
 
@@ -40,14 +38,13 @@ def check_mask(mask: Any, height: int, width: int) -> tuple[list[list[float]] | 
     if not isinstance(mask, list):
         raise BadMaskError(f"{reprlib.repr(mask)}: expected polygons or a run-length encoding")
     flat = not isinstance(mask[0], list)
-    polygons, notes = [mask] if flat else mask, "flat" if flat else ""
+    polygons = [mask] if flat else mask
     covers = [_covers(polygon, height, width) for polygon in polygons]
-    if min(map(len, polygons)) < 6:
-        polygons = [polygon for polygon in polygons if len(polygon) >= 6]
-        notes = "parts"
-        if not polygons:
-            raise BadMaskError(f"polygon {reprlib.repr(mask)}: expected x, y of at least three points")
-    return polygons, notes if any(covers) else "empty"
+    kept = [polygon for polygon in polygons if len(polygon) >= 6]
+    if not kept:
+        raise BadMaskError(f"polygon {reprlib.repr(mask)}: expected x, y of at least three points")
+    note = "parts" if len(kept) < len(polygons) else "flat" if flat else ""
+    return kept, note if any(covers) else "empty"
 
 
 def mask_area(mask: list[list[float]] | dict[str, Any], height: int, width: int) -> int:
@@ -85,10 +82,8 @@ def _covers(polygon: Any, height: int, width: int) -> bool:
 def _check_runs(mask: dict[str, Any], height: int, width: int) -> tuple[dict[str, Any], str]:
     size, counts = mask.get("size"), mask.get("counts")
     if size != [height, width]:
-        raise BadMaskError(
-            f"run-length encoding of size {reprlib.repr(size)}: expected [height, width] = [{height}, {width}] of its "
-            "image"
-        )
+        expected = f"[height, width] = [{height}, {width}] of its image"
+        raise BadMaskError(f"run-length encoding of size {reprlib.repr(size)}: expected {expected}")
     runs = _decode(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not {int}.issuperset(map(type, runs)) or (runs and min(runs) < 0):
         raise BadMaskError(f"run-length encoding with counts {reprlib.repr(counts)}: expected lengths of runs")
@@ -97,9 +92,8 @@ def _check_runs(mask: dict[str, Any], height: int, width: int) -> tuple[dict[str
             f"run-length encoding whose counts add up to {sum(runs)}: expected height * width = {height * width} "
             "(lengths of runs, background first, down the columns)"
         )
-    if not {int}.issuperset(map(type, size)):
-        mask = {"size": [height, width], "counts": counts}
-    return mask, "" if any(runs[1::2]) else "empty"
+    # The size may have been written as 80.0, which pycocotools refuses
+    return {"size": [height, width], "counts": counts}, "" if any(runs[1::2]) else "empty"
 
 
 def _decode(text: str) -> list[int] | None:

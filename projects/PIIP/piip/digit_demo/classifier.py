@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,6 @@ from piip_core.files import atomic_path
 from piip_core.pyramid import DensePIIP
 from piip_digits.model import NUM_GROUPS, demo_config
 from piip_digits.scenes import NUM_CLASSES, digit_crops
-
-from .drawing import draw_classified, draw_curves
-
-__all__ = ["DigitClassifier", "run_classifier"]
 
 _SIZE = 64  # pixels of the last branch; the others see 32 and 48
 _GRID = 4
@@ -54,20 +49,17 @@ class DigitClassifier(nn.Module):
         return self.head(features)
 
 
-def run_classifier(output: Path, *, num_train: int = 8000, num_val: int = 1000, epochs: int = 6) -> list[Path]:
-    """Trains the classifier, or goes on with training, and draws how well it does.
+def run_classifier(output: Path, *, num_train: int = 8000, num_val: int = 1000, epochs: int = 6) -> None:
+    """Trains the classifier, or goes on with training, and prints how well it does.
 
     Besides its own checkpoint it leaves `backbone.safetensors`, a start for a Detectron2 model with this backbone
     (`train.init_checkpoint`).
 
     Args:
-        output: Folder for checkpoint and images.
+        output: Folder for the checkpoint.
         num_train: Number of training images per epoch, drawn anew each time.
         num_val: Number of validation images; no digit and no photograph of theirs is in training.
         epochs: Rounds of training.
-
-    Returns:
-        The images written.
     """
     output.mkdir(parents=True, exist_ok=True)
     val_images, val_labels = _make_crops("val", num_val)
@@ -91,7 +83,8 @@ def run_classifier(output: Path, *, num_train: int = 8000, num_val: int = 1000, 
         loss = _train_epoch(model, optimizer, schedule, images, labels, f"Epoch {epoch} of {epochs}")
         accuracy = (_predict(model, val_images) == val_labels).float().mean().item() * 100
         history.append({"loss": loss, "accuracy": accuracy})
-        _save(checkpoint, {name: part.state_dict() for name, part in parts.items()} | {"history": history})
+        with atomic_path(checkpoint) as aside:
+            torch.save({name: part.state_dict() for name, part in parts.items()} | {"history": history}, aside)
         print(f"Epoch {epoch}: loss {loss:.3f}, validation accuracy {accuracy:.1f} %", flush=True)
     # Under the names they have in a Detectron2 model whose backbone is no FPN
     backbone = {HEADS["dino"].backbone + name: tensor for name, tensor in model.backbone.state_dict().items()}
@@ -99,14 +92,6 @@ def run_classifier(output: Path, *, num_train: int = 8000, num_val: int = 1000, 
         save_file(backbone, aside)
     accuracy = history[-1]["accuracy"]
     print(f"Validation accuracy {accuracy:.1f} % on {num_val} digits (chance: 10 %)")
-    drawings = [output / "classified.png", output / "curves.png"]
-    title = f"PIIP classifier, digits and photographs never seen in training: {accuracy:.1f} % right"
-    shown, predicted = val_images[:40], _predict(model, val_images[:40])
-    draw_classified(drawings[0], title, shown.permute(0, 2, 3, 1).numpy(), val_labels.tolist(), predicted.tolist())
-    steps = range(1, len(history) + 1)
-    curves = ({name: (steps, [entry[name] for entry in history])} for name in ("loss", "accuracy"))
-    draw_curves(drawings[1], "PIIP classifier", *curves, "validation accuracy in %", step_label="epoch")
-    return drawings
 
 
 def _train_epoch(
@@ -138,11 +123,6 @@ def _predict(model: nn.Module, images: Tensor) -> Tensor:
     """Predicted classes (N,) of images (N, 3, H, W)."""
     model.eval()
     return torch.cat([model(batch).argmax(dim=1) for batch in images.split(_BATCH)])
-
-
-def _save(checkpoint: Path, state: dict[str, Any]) -> None:
-    with atomic_path(checkpoint) as aside:
-        torch.save(state, aside)
 
 
 def _make_crops(split: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,9 @@ from detectron2.config import instantiate
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from piip.data import DatasetError, UnreadableImageError
+from piip.data import DatasetError
+from piip.data.audit import audit_classes
 from piip.data.classification import ClassificationMapper, folder_categories, get_test_dicts, get_train_dicts
-from piip.data.classification.audit import audit_classes
 from piip.data.loader import TrainBatchSampler
 from piip.lazy_config import follow_annotations, has_test_set, load_config
 
@@ -113,15 +113,6 @@ def test_test_images_are_resized_and_cropped_as_torchvision_does(tmp_path):
     assert torch.equal(sample["image"], expected)
 
 
-def test_images_that_cannot_be_read_are_named_or_skipped(folders):
-    path = folders.train / "red" / "0.png"
-    path.write_bytes(path.read_bytes()[:60])
-    record = {"file_name": str(path), "label": 2}
-    with pytest.raises(UnreadableImageError, match=r"0\.png: cannot be decoded .*on_bad_image=skip"):
-        ClassificationMapper(True, transform=np.asarray)(record)
-    assert ClassificationMapper(True, transform=np.asarray, on_bad_image="skip")(record) is None
-
-
 def test_repeated_augmentation_gives_every_image_several_times_in_a_row():
     plain = [index for batch, _ in zip(TrainBatchSampler(7, 2, 0), range(14), strict=False) for index, _ in batch]
     sampler = TrainBatchSampler(7, 2, 0, repeats=3)
@@ -149,7 +140,7 @@ def test_every_format_that_is_read_counts_and_others_are_named(folders, caplog):
     assert _names(records) == [*kept, "image.JPE", "image.gif", "image.jfif", "image.jp2", "image.tga"]
     for record in records:
         assert ClassificationMapper(True, transform=np.asarray)(record)["image"].shape[2] == 3
-    assert "5 files do not end as images and are left out (" in caplog.text and "1 .eps" in caplog.text
+    assert "5 files do not end as images and are left out: " in caplog.text
     assert "LICENSE" in caplog.text and "and 2 more" in caplog.text
     assert "1 files lie in no class and are left out: " in caplog.text and "loose.png" in caplog.text
 
@@ -189,10 +180,10 @@ def test_other_classes_than_in_training_are_named(folders, caplog):
     get_test_dicts(str(folders.val), **settings)
     assert "only the first has violet, only the second has red" in caplog.text
     parts = [(name, str(getattr(folders, name)), None, None) for name in ("train", "val")]
-    assert [kind for kind, _, _ in audit_classes(parts).sets[1].problems] == ["classes differ"]
+    assert [problem.kind for problem in audit_classes(parts).sets[1].problems] == ["classes differ"]
 
 
 def test_a_huge_image_is_a_problem_of_its_size(folders, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
     (problem, *_) = audit_classes([("mine", str(folders.train), None, None)]).sets[0].problems
-    assert problem[0] == "image unreadable" and "1920 pixels) exceeds limit of 1800" in problem[2]
+    assert problem.kind == "image unreadable" and "1920 pixels) exceeds limit of 1800" in problem.message

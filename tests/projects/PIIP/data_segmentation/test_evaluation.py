@@ -13,8 +13,7 @@ pytest.importorskip("detectron2")
 import torch
 from PIL import Image
 
-from piip.data.segmentation import build_sem_seg_evaluator
-from piip.data.segmentation.folders import find_pairs
+from piip.data.segmentation import build_sem_seg_evaluator, find_pairs
 
 # Values in the files, with 0 to ignore and 1, 2, 3 for the classes; predictions count from 0
 LABELS = [[[1, 1, 2], [1, 0, 2]], [[2, 2, 2], [0, 1, 1]]]

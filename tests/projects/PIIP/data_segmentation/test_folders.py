@@ -14,8 +14,7 @@ pytest.importorskip("detectron2")
 from PIL import Image
 
 from piip.data import DatasetError, UnreadableImageError
-from piip.data.segmentation import SemSegDatasetMapper, folders, get_sem_seg_dicts
-from piip.data.segmentation.folders import find_pairs
+from piip.data.segmentation import SemSegDatasetMapper, find_pairs, get_sem_seg_dicts
 from piip_core.images import ImageTooLargeError
 
 
@@ -50,7 +49,7 @@ def test_subfolders_and_other_endings_count_and_hidden_files_do_not(files, caplo
     assert [r["image_id"] for r in records] == ["1", "2", "3", "4", "5", "6", "town/1"]
     assert records[-1]["file_name"] == str(files.images / "town" / "1.JPEG")
     messages = "\n".join(record.getMessage() for record in caplog.records)
-    assert "1 files do not end as images and are left out (1 .txt): " in messages and "notes.txt" in messages
+    assert "1 files do not end as images and are left out: " in messages and "notes.txt" in messages
     assert "1 label maps without an image" in messages and "left over.png" in messages
 
 
@@ -77,7 +76,9 @@ def test_what_is_missing_is_named(files):
 
 def test_two_images_of_one_name_are_refused(files):
     Image.new("RGB", (56, 40)).save(files.images / "1.jpg")
-    with pytest.raises(DatasetError, match=r"1 names of several images, .* differ only in the ending .*: 1$"):
+    with pytest.raises(
+        DatasetError, match=r"1 names of several images or label maps, which differ in the ending .*: 1$"
+    ):
         _load(files)
 
 
@@ -127,7 +128,7 @@ def test_names_that_look_alike_belong_together(files):
     assert records["town/1"]["file_name"] == str(files.images / "town\\1.webp")
     shutil.copy(files.images / f"{composed}.JPG", files.images / f"{apart}.jpg")
     shutil.copy(files.labels / "town" / "1.png", files.labels / "town\\1.png")
-    with pytest.raises(DatasetError, match=f"2 names of several images, or of several label .*: {composed}, town/1"):
+    with pytest.raises(DatasetError, match=f"2 names of several images or label maps, .*: {composed}, town/1"):
         _load(files)
 
 
@@ -174,7 +175,7 @@ def test_a_class_that_never_occurs_is_warned_about(files, caplog, monkeypatch):
     files.classes.write_text("ground\ndisc\nbar\nball\n")
     _load(files)
     assert "labels: class 'ball' occurs in no label map (all 6 were looked at)" in caplog.text
-    monkeypatch.setattr(folders, "_LOOKED_AT", 4)
+    monkeypatch.setattr("piip.data.segmentation._LOOKED_AT", 4)
     _load(files)
     assert "class 'ball' occurs in no label map (4 of 6 were looked at)" in caplog.text
     for path in files.labels.iterdir():

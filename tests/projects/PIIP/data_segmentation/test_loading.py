@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -33,12 +31,6 @@ def _mapper(files, **kwargs):
     return SemSegDatasetMapper(classes=str(files.classes), **settings)
 
 
-def _train_loader(config, files, *overrides):
-    small = ("+train.output_dir=x", "data.train.scale=[64,32]", "data.train.crop=[24,24]", "data.num_classes=3")
-    cfg = config(*files.overrides("train"), *small, "dataloader.train.total_batch_size=2", *overrides)
-    return instantiate(cfg.dataloader.train)
-
-
 def test_a_training_sample_is_the_files_content(shared_files):
     sample = _mapper(shared_files)(_records(shared_files)[0])
     assert sample["image"].dtype == torch.uint8 and sample["sem_seg"].dtype == torch.int64
@@ -58,21 +50,6 @@ def test_a_test_sample_has_no_labels_and_a_short_side_of_512(config, shared_file
     assert [tuple(sample["image"].shape) for sample in samples[:2]] == [(3, 512, 717), (3, 683, 512)]
     assert all("sem_seg" not in sample for sample in samples)
     assert [(sample["height"], sample["width"]) for sample in samples[:2]] == [(40, 56), (64, 48)]
-
-
-def test_batches_do_not_depend_on_workers_or_where_training_resumes(config, shared_files):
-    whole = list(itertools.islice(_train_loader(config, shared_files, "dataloader.train.num_workers=0"), 6))
-    late = _train_loader(config, shared_files, "dataloader.train.num_workers=1")
-    late.batch_sampler.start = 4
-    again = list(itertools.islice(late, 2))
-    for left, right in zip(itertools.chain(*whole[4:]), itertools.chain(*again), strict=True):
-        assert left["image_id"] == right["image_id"]
-        assert torch.equal(left["image"], right["image"]) and torch.equal(left["sem_seg"], right["sem_seg"])
-    flat = [sample for batch in whole for sample in batch]
-    assert len({sample["image"].float().mean().item() for sample in flat}) == len(flat)
-    for sample in flat:
-        assert sample["image"].shape[1:] == sample["sem_seg"].shape and max(sample["sem_seg"].shape) <= 24
-        assert set(sample["sem_seg"].unique().tolist()) <= {0, 1, 2, 255}
 
 
 def test_bad_files_are_named_or_skipped(files):

@@ -1,4 +1,4 @@
-"""Classes of label maps: what they are called, and which value in a file stands for which."""
+"""Label maps: one channel of class numbers, checked when read, and what its values stand for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from detectron2.data.datasets.builtin_meta import ADE20K_SEM_SEG_CATEGORIES
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
-from ..dataset import Category, DatasetError, first_few
+from piip_core.images import image_size, opened_image, stored_values
 
-__all__ = ["IGNORE_LABEL", "LabelClasses", "label_classes"]
+from .dataset import Category, DatasetError, first_few
 
 IGNORE_LABEL = 255
 """Pixels of this label are neither trained on nor evaluated."""
 
+LABEL_ENDING = ".png"
+
+# 8 bits, a palette (its indices are the labels), 1 bit, and 16 bits
+_MODES = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _EXPECTED = (
     "expected 'ade20k', the path of a text file with one class name per line, a list of names, or the number of classes"
 )
@@ -37,10 +43,8 @@ class LabelClasses:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.names) <= IGNORE_LABEL:
-            raise DatasetError(
-                f"{len(self.names)} classes: expected 1 to {IGNORE_LABEL} (label {IGNORE_LABEL} stands for pixels to "
-                "ignore)"
-            )
+            reason = f"label {IGNORE_LABEL} stands for pixels to ignore"
+            raise DatasetError(f"{len(self.names)} classes: expected 1 to {IGNORE_LABEL} ({reason})")
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
         if repeated:
             raise DatasetError(f"class names used more than once: {repeated[:3]}: expected different names")
@@ -55,8 +59,7 @@ class LabelClasses:
     @property
     def categories(self) -> tuple[Category, ...]:
         """Value in the files and name of every class."""
-        first = 1 if self.reduce_zero_label else 0
-        return tuple(Category(first + k, name) for k, name in enumerate(self.names))
+        return tuple(Category(k, name) for k, name in enumerate(self.names, start=int(self.reduce_zero_label)))
 
     @property
     def meaning(self) -> str:
@@ -71,14 +74,14 @@ class LabelClasses:
         Args:
             pixels: Number of pixels of every class (num_classes and more,), the last one those to ignore.
         """
-        seen = pixels[: self.num_classes] > 0
-        if seen.all():
+        absent = [repr(name) for name, count in zip(self.names, pixels, strict=False) if not count]
+        if not absent:
             return ""
-        absent = [repr(name) for name, found in zip(self.names, seen, strict=True) if not found]
-        what = f"class {absent[0]} occurs" if len(absent) == 1 else f"{len(absent)} of {len(seen)} classes occur"
-        which = "" if len(absent) == 1 else f": {first_few(absent)}"
+        what = f"{len(absent)} of {len(self.names)} classes occur in no label map: {first_few(absent)}"
+        if len(absent) == 1:
+            what = f"class {absent[0]} occurs in no label map"
         hint = f"; {IGNORE_LABEL} = ignored: masks of 0 and {IGNORE_LABEL}? Write 1 instead of {IGNORE_LABEL}"
-        return f"{what} in no label map{which}{hint if pixels[-1] and seen.sum() <= 1 else ''}"
+        return what + (hint if pixels[-1] and len(self.names) - len(absent) <= 1 else "")
 
 
 def label_classes(classes: str | int | Sequence[str], reduce_zero_label: bool | None = None) -> LabelClasses:
@@ -110,10 +113,55 @@ def _read_names(path: str) -> tuple[str, ...]:
         raise DatasetError(f"data.classes={path}: no such file (looked from {os.getcwd()}): {_EXPECTED}")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file.read().rstrip().splitlines()]
+            return LabelClasses(tuple(line.strip() for line in file.read().rstrip().splitlines())).names
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: not a text file in UTF-8 ({error}): {_EXPECTED}") from error
-    try:
-        return LabelClasses(tuple(lines)).names
     except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from error
+
+
+def read_label_size(path: str) -> tuple[int, int]:
+    """Height and width of a label map after EXIF rotation, from its header alone; errors as in `read_label_map`."""
+    with opened_image(path, PathManager.open) as image:
+        _check_kind(path, image)
+        return image_size(image)
+
+
+def read_label_map(path: str, classes: LabelClasses) -> np.ndarray:
+    """Reads a label map, and turns its values into the model's classes: (H, W) uint8, 255 for pixels to ignore.
+
+    The file is a PNG of one channel: 1 to 16 bits, or a palette, whose indices count. EXIF rotation is applied.
+
+    Raises:
+        UnreadableImageError: If the file is missing, empty, truncated or no image.
+        DatasetError: If it is no PNG file, has several channels, or holds a value that stands for nothing.
+    """
+    with opened_image(path, PathManager.open) as image:
+        _check_kind(path, image)
+        values = stored_values(image)
+    first = int(classes.reduce_zero_label)
+    # 0 is below the first class only where it stands for pixels to ignore
+    outside = (values >= first + classes.num_classes) & (values != IGNORE_LABEL) | (values < 0)
+    if outside.any():
+        counts = Counter(values[outside].tolist())
+        found = [f"{value} ({counts[value]} pixels)" for value in sorted(counts)]
+        raise DatasetError(
+            f"{path}: label {first_few(found)}: expected {classes.meaning}. Give all classes (data.classes), or "
+            "correct the file"
+        )
+    labels = values.astype(np.uint8)
+    return np.where(labels == IGNORE_LABEL, labels, labels - np.uint8(first))  # 0 - 1 is 255
+
+
+def _check_kind(path: str, image: Image.Image) -> None:
+    if image.format != "PNG":
+        raise DatasetError(
+            f"{path}: is a {image.format} file: expected PNG, which keeps every label as it is (JPEG does not)"
+        )
+    if image.mode not in _MODES:
+        raise DatasetError(
+            f"{path}: an image of mode {image.mode} ({len(image.getbands())} channels): expected one channel (or a "
+            "palette) of class numbers, not of colours"
+        )
+    if getattr(image, "n_frames", 1) > 1:
+        raise DatasetError(f"{path}: is an animation of {image.n_frames} images: expected one image of class numbers")
