@@ -6,12 +6,11 @@ Examples:
     python tools/analyze_model.py piip_tsb_1568_1120_672
     python tools/analyze_model.py piip_tsb_1568_1120_672 --input 800 1333 --json
     python tools/analyze_model.py projects/PIIP/configs/COCO/mask_rcnn_vit_b_1024_1x.py model.roi_heads.num_classes=10
-    python tools/analyze_model.py --zoo
     python tools/analyze_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_h6b_1024_512_1x_ms.py --memory \\
         --gpus 8 --gpu-memory 80 --batch-size 2
 
 Units: parameters are absolute numbers in --json and millions in tables; FLOPs are multiply-accumulates (MACs), absolute
-in --json and thousand millions in tables. "Published count" is the rule behind the published #Param and #FLOPs (square
+in --json and GMACs in tables. "Published count" is the rule behind the published #Param and #FLOPs (square
 image, without merging convolutions and feature pyramid); the other columns are what the model holds and executes on one
 image of the --input size after padding.
 
@@ -29,28 +28,19 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from piip_core import PIIPClassifier, zoo
 from piip_core.classifier import build_model
 from piip_core.deepspeed_start import BUCKET_SIZE
 from piip_core.meta import on_meta
-from piip_tools.flops import (
-    ModelReport,
-    analyze_backbone,
-    analyze_model,
-    analyze_zoo,
-    model_table,
-    padded_size,
-    zoo_table,
-)
+from piip_tools.flops import ModelReport, analyze_backbone, analyze_model, model_table, padded_size
 from piip_tools.memory import DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*zoo.names(), *(entry.name for entry in zoo.classification_entries())]
-    parser.add_argument("config", nargs="?", help=f"a LazyConfig file, or a published model: {', '.join(names)}")
+    parser.add_argument("config", help=f"a LazyConfig file, or a published model: {', '.join(names)}")
     parser.add_argument("overrides", nargs="*", help="of a LazyConfig, as key=value")
     parser.add_argument(
         "--input",
@@ -69,15 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument(
         "--offload", choices=("none", "optimizer", "parameters"), default="none", help="what the host keeps under ZeRO"
     )
-    parser.add_argument("--zoo", action="store_true", help="all published models, with the printed numbers")
     parser.add_argument("--json", action="store_true", help="print JSON with absolute numbers")
     args = parser.parse_intermixed_args(argv)  # options may follow the overrides
-    if args.zoo == (args.config is not None):
-        parser.error("give either a CONFIG or --zoo")
-    if args.zoo and args.memory:
-        parser.error("--memory: expected one CONFIG")
-    if args.zoo and args.input:
-        parser.error("--input does not go with --zoo: published models are counted on their own square image")
     if args.overrides and not is_file_name(args.config):
         parser.error(f"overrides {args.overrides} go with a LazyConfig file only")
     if args.input and min(args.input) < 1:
@@ -157,19 +140,14 @@ def analyze(args: argparse.Namespace) -> ModelReport:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.zoo:
-        entries = zoo.entries()
-        report = list(tqdm(analyze_zoo(entries), total=len(entries), unit="model", disable=None))
-        text = zoo_table(report)
-        plain = [dataclasses.asdict(row) for row in report]
+    try:
+        report = analyze_memory(args) if args.memory else analyze(args)
+    except ValueError as error:  # every configuration error is one
+        sys.exit(f"analyze_model: {error}")
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2))
     else:
-        try:
-            report = analyze_memory(args) if args.memory else analyze(args)
-        except ValueError as error:  # every configuration error is one
-            sys.exit(f"analyze_model: {error}")
-        text = memory_table(report) if args.memory else model_table(report)
-        plain = dataclasses.asdict(report)
-    print(json.dumps(plain, indent=2) if args.json else text)
+        print(memory_table(report) if args.memory else model_table(report))
 
 
 if __name__ == "__main__":

@@ -14,19 +14,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from piip_core import zoo
-from piip_core.files import atomic_path
+from piip_core.files import write_atomically
 from piip_tools import flops
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "projects/PIIP/configs"
 READMES = (ROOT / "projects/PIIP/README.md", ROOT / "llava_piip/README.md")
+
+# Name of a block: its models, what counts them, and what makes a table of them and of a function that makes links
+BLOCKS = {
+    "zoo table": (zoo.entries, flops.analyze_zoo, flops.published_tables),
+    "classification table": (zoo.classification_entries, flops.analyze_zoo, flops.classification_table),
+    "multimodal table": (
+        zoo.multimodal_entries,
+        flops.analyze_multimodal,
+        lambda rows, link: flops.multimodal_table(rows),
+    ),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,69 +47,56 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def link_configs(path: Path) -> Callable[[str], str]:
-    """What makes a link to a config, relative to the file it stands in."""
-    folder = path.resolve().parent
-    return lambda config: f"[config]({Path(os.path.relpath(CONFIGS / config, folder)).as_posix()})"
-
-
-def zoo_tables(rows: Sequence[Any], path: Path) -> str:
-    link = link_configs(path)
-    return flops.published_tables(rows, lambda row: link(zoo.get(row.name).config_file))
-
-
-def classification_tables(rows: Sequence[Any], path: Path) -> str:
-    link = link_configs(path)
-    return flops.classification_table(rows, lambda row: link(row.entry.config_file))
-
-
-def multimodal_tables(rows: Sequence[Any], path: Path) -> str:
-    return flops.multimodal_table(rows)
-
-
-# Name of a block: its models, what counts them, and how they become the text in a file
-BLOCKS = {
-    "zoo table": (zoo.entries, flops.analyze_zoo, zoo_tables),
-    "classification table": (zoo.classification_entries, flops.analyze_classifiers, classification_tables),
-    "multimodal table": (zoo.multimodal_entries, flops.analyze_multimodal, multimodal_tables),
-}
-
-
+@cache
 def count(name: str) -> list[Any]:
     """Counts the models of a block."""
     entries, analyze, _ = BLOCKS[name]
     return list(tqdm(analyze(entries()), total=len(entries()), unit="model", disable=None))
 
 
-def read(path: Path) -> tuple[str, list[str]]:
-    """The text of the file and the blocks in it, with their markers checked: counting takes a while."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        names = [name for name in BLOCKS if f"{name} -->" in text]
-        for name in names or BLOCKS:
-            flops.replace_block(text, name, "")
-    except (OSError, ValueError) as error:
-        sys.exit(f"generate_tables: {path}: {error}")
-    return text, names
+def find_blocks(text: str) -> dict[str, tuple[int, int]]:
+    """Where the content of each block of a text begins and ends.
+
+    Raises:
+        ValueError: Without a block, or where the two lines of one are not there exactly once, in this order.
+    """
+    found = {}
+    for name in [name for name in BLOCKS if f"{name} -->" in text] or BLOCKS:
+        begin, end = f"<!-- BEGIN {name} -->\n", f"<!-- END {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"expected one line {begin.strip()!r} and after it one line {end!r}")
+        found[name] = text.index(begin) + len(begin), text.index(end)
+    return found
+
+
+def fill_blocks(text: str, path: Path) -> str:
+    """The text of a file with fresh tables."""
+
+    def link(config: str) -> str:
+        return f"[config]({Path(os.path.relpath(CONFIGS / config, path.resolve().parent)).as_posix()})"
+
+    for name, (start, stop) in sorted(find_blocks(text).items(), key=lambda block: -block[1][0]):  # the last one first
+        text = f"{text[:start]}{BLOCKS[name][2](count(name), link).strip()}\n{text[stop:]}"
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    files = {path: read(path) for path in args.files}
-    rows = {name: count(name) for name in BLOCKS if any(name in names for _, names in files.values())}
-    stale = 0
-    for path, (text, names) in files.items():
-        fresh = text
-        for name in names:
-            fresh = flops.replace_block(fresh, name, BLOCKS[name][2](rows[name], path))
-        if fresh == text:
-            continue
-        stale += 1
+    texts = {}
+    for path in args.files:  # before anything is counted, which takes a while
+        try:
+            texts[path] = path.read_text(encoding="utf-8")
+            find_blocks(texts[path])
+        except (OSError, ValueError) as error:
+            sys.exit(f"generate_tables: {path}: {error}")
+    fresh = {path: fill_blocks(text, path) for path, text in texts.items()}
+    stale = [path for path in args.files if fresh[path] != texts[path]]
+    for path in stale:
         if args.check:
             print(f"{path}: the table is out of date; run tools/generate_tables.py")
         else:
-            with atomic_path(path) as aside:
-                aside.write_text(fresh, encoding="utf-8")
+            with write_atomically(path, "w") as file:
+                file.write(fresh[path])
             print(f"{path}: table written")
     return 1 if args.check and stale else 0
 

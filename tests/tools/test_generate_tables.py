@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from piip_core import zoo
-from piip_tools.flops import analyze_multimodal, analyze_zoo, replace_block
+from piip_tools.flops import analyze_multimodal, analyze_zoo
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +69,22 @@ def test_a_file_gets_the_blocks_it_has(tool, tmp_path, monkeypatch, rows):
 
 
 def test_readmes_have_their_blocks(tool):
-    blocks = {path.parent.name: tool.read(path)[1] for path in tool.READMES}
+    blocks = {path.parent.name: list(tool.find_blocks(path.read_text())) for path in tool.READMES}
     assert blocks == {"PIIP": ["zoo table", "classification table"], "llava_piip": ["multimodal table"]}
 
 
-def test_config_links_exist_and_are_relative_to_the_file(tool, rows):
-    for readme in tool.READMES:
-        target = re.search(r"\[config\]\((.+?)\)", tool.zoo_tables(rows, readme))[1]
-        assert (readme.parent / target).resolve() == tool.CONFIGS / zoo.get("vit_b_1024").config_file
+def test_config_links_exist_and_are_relative_to_the_file(tool, readme):
+    tool.main([str(readme)])
+    target = re.search(r"\[config\]\((.+?)\)", readme.read_text())[1]
+    assert (readme.parent / target).resolve() == tool.CONFIGS / zoo.get("vit_b_1024").config_file
     entries = (*zoo.entries(), *zoo.classification_entries())
     assert all((tool.CONFIGS / entry.config_file).is_file() for entry in entries)
 
 
 @pytest.mark.parametrize("text", ["none", "<!-- END zoo table -->\n<!-- BEGIN zoo table -->\n"])
-def test_missing_markers_are_named(text):
+def test_missing_markers_are_named(tool, text):
     with pytest.raises(ValueError, match="BEGIN zoo table"):
-        replace_block(text, "zoo table", "x")
+        tool.find_blocks(text)
 
 
 def test_unusable_file_is_named_and_nothing_written(tool, readme):

@@ -8,14 +8,21 @@ numbers of parameters and of multiply-accumulates (one multiply-accumulate is wh
 from .executed import executed_count
 from .published import Count, published_count
 from .report import ModelReport, analyze_backbone, analyze_model, padded_size
-from .tables import classification_table, model_table, multimodal_table, published_tables, replace_block, zoo_table
-from .zoo_counts import analyze_classifiers, analyze_multimodal, analyze_zoo
+from .tables import (
+    ablation_table,
+    analyze_multimodal,
+    analyze_zoo,
+    classification_table,
+    model_table,
+    multimodal_table,
+    published_tables,
+)
 
 __all__ = [
     "Count",
     "ModelReport",
+    "ablation_table",
     "analyze_backbone",
-    "analyze_classifiers",
     "analyze_model",
     "analyze_multimodal",
     "analyze_zoo",
@@ -26,6 +33,4 @@ __all__ = [
     "padded_size",
     "published_count",
     "published_tables",
-    "replace_block",
-    "zoo_table",
 ]

@@ -8,8 +8,8 @@ resizing are not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,6 @@ from piip_core import ops  # noqa: F401  (registers the operator)
 
 from .published import Count
 
-__all__ = ["ModuleCounts", "attribute_to_modules", "executed_count"]
-
 MACS_PER_SAMPLE = 5  # four corners of the bilinear interpolation and the attention weight
 
 
@@ -33,23 +31,29 @@ class ModuleCounts:
 
     Attributes:
         params: Parameters by their names.
-        macs: Multiply-accumulates by the name of the innermost module that ran them.
+        macs: Multiply-accumulates by the name of each module that was called, with those of the modules it called.
     """
 
     params: Mapping[str, int]
-    macs: Mapping[str, int]
+    macs: Counter[str]
 
     @property
     def total(self) -> Count:
         """The whole model."""
-        return Count(sum(self.params.values()), sum(self.macs.values()))
+        return self.below("")
 
     def below(self, name: str) -> Count:
-        """The module of that name with everything inside it."""
-        return Count(
-            sum(n for key, n in self.params.items() if key.startswith(f"{name}.")),
-            sum(n for key, n in self.macs.items() if key == name or key.startswith(f"{name}.")),
-        )
+        """The module of that name with everything inside it; branches are never called themselves, but their blocks."""
+        params = sum(count for key, count in self.params.items() if _is_inside(key, name))
+        outermost: list[str] = []
+        for key in sorted(self.macs):  # modules before what is inside them
+            if _is_inside(key, name) and not any(_is_inside(key, other) for other in outermost):
+                outermost.append(key)
+        return Count(params, sum(self.macs[key] for key in outermost))
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return not outer or f"{name}.".startswith(f"{outer}.")
 
 
 def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCounts:
@@ -60,17 +64,19 @@ def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCount
         inputs: Positional arguments of the forward.
         run: Name of the submodule to run on them; "" for the model itself.
     """
-    macs: Counter[str] = Counter()
     formulas = {
         torch.ops.piip.deform_attn_grid: _deformable_grid_flops,
         torch.ops.piip.ms_deform_attn: _deformable_flops,
     }
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    attribution = attribute_to_modules(model, counter.get_total_flops, macs)
-    with torch.no_grad(), _plain_attention(), counter, attribution:
-        model.get_submodule(run)(*inputs)
-    params = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return ModuleCounts(params, {name: flops // 2 for name, flops in macs.items()})
+    counter, module = FlopCounterMode(display=False, custom_mapping=formulas), model.get_submodule(run)
+    with torch.no_grad(), _plain_attention(), counter:
+        module(*inputs)
+    names = {f"{type(module).__name__}{'.' * bool(name)}{name}": name for name, _ in module.named_modules()}
+    macs = Counter()
+    for key, flops in counter.get_flop_counts().items():
+        if key in names:
+            macs[".".join(filter(None, (run, names[key])))] = sum(flops.values()) // 2
+    return ModuleCounts({name: parameter.numel() for name, parameter in model.named_parameters()}, macs)
 
 
 @contextmanager
@@ -83,31 +89,6 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def attribute_to_modules(model: nn.Module, total: Callable[[], float], own: Counter[str]) -> Iterator[None]:
-    """Adds to `own` how much each module of `model` raises a total outside the modules it calls.
-
-    Modules are followed by call and not by name, because branches are run block by block and never called themselves.
-    """
-    calls: list[list[float]] = []  # of each running module: total at its start, spent in the modules it called
-
-    def enter(*_: Any) -> None:
-        calls.append([total(), 0])
-
-    def leave(name: str) -> None:
-        start, inner = calls.pop()
-        spent = total() - start
-        own[name] += spent - inner
-        if calls:
-            calls[-1][1] += spent
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(lambda *_, name=name: leave(name)).remove)
-        yield
 
 
 def _deformable_flops(value: torch.Size, spatial_shapes: Any, locations: torch.Size, *_: Any, **__: Any) -> int:

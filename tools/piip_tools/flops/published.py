@@ -18,8 +18,6 @@ from typing import Literal
 from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 from piip_core.config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
 
-__all__ = ["Count", "PublishedCount", "published_count", "published_rule"]
-
 NUM_CLASSES = 1000
 SAMPLING_POINTS = 4  # the formula has this number whatever the model uses
 

@@ -17,8 +17,6 @@ from piip_core.pyramid import PIIP
 from .executed import ModuleCounts, executed_count
 from .published import Count, PublishedCount, published_count
 
-__all__ = ["ModelReport", "ModuleRow", "analyze_backbone", "analyze_model", "padded_size"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleRow:

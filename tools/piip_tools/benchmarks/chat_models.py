@@ -18,8 +18,6 @@ from llava_piip.modeling import PIIPLlavaForConditionalGeneration, PIIPVisionMod
 from piip_core import BranchConfig, ConvNeXtConfig, PIIPConfig, ViTConfig, zoo
 from piip_core.errors import ConfigError
 
-__all__ = ["LANGUAGE_MODELS", "TimedModel", "build_pair", "load_pair", "published_names"]
-
 # Architecture of the language models that the published models name
 LANGUAGE_MODELS: Mapping[str, Mapping[str, int]] = {
     "lmsys/vicuna-7b-v1.5": dict(
