@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from piip_core.errors import ConfigError
 from piip_tools.memory import model_states
 
 PARAMS = 1_000_003
@@ -56,9 +55,3 @@ def test_buckets():
     small, large = (model_states(PARAMS, 2, 8, bucket_size=size) for size in (1000, 2000))
     # float32; two of gradients, because communication overlaps with the backward pass, one of weights
     assert large.communication - small.communication == 4 * 3 * 1000
-
-
-@pytest.mark.parametrize("arguments", [(4, 8), (1, 0), (0, 8, "optimizer"), (2, 8, "parameters")])
-def test_what_does_not_exist(arguments):
-    with pytest.raises(ConfigError, match="expected"):
-        model_states(PARAMS, *arguments)

@@ -53,8 +53,8 @@ def test_real_measurement():
     small = min(candidates(2), key=lambda c: c.flops)
     measured = measure(small, Machine(device="cpu", threads=1))
     assert 0.01 < measured.seconds < 60
-    # at least the weights, and not what the process held before
-    assert 4 * small.params < measured.peak_bytes < 4 * small.params + 2e9
+    # the weights, and the first branch's maps at least
+    assert 4 * small.params < measured.peak_bytes < 4 * small.params + 1e9
 
 
 def test_unknown_device():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import cache, singledispatch
 from typing import Literal
 
 from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
@@ -87,7 +87,7 @@ def published_count(config: PIIPConfig | ClassifierConfig, *, rule: Rule | None 
     else:
         head = Count() if rule == "vision tower" else _classifier(config, separate=rule == "separate classifiers")
     return PublishedCount(
-        branches=tuple(_network(b.network, b, dense=rule in ("merging", "vision tower")) for b in config.branches),
+        branches=tuple(_branch(branch, dense=rule in ("merging", "vision tower")) for branch in config.branches),
         interactions=_interactions(config, sampled_after=0 if rule == "vision tower" else None),
         head=head,
     )
@@ -138,6 +138,11 @@ def _norm(tokens: int, width: int) -> Count:
 
 def _rms_norm(tokens: int, width: int) -> Count:
     return Count(width)
+
+
+@cache
+def _branch(branch: BranchConfig, *, dense: bool) -> Count:
+    return _network(branch.network, branch, dense=dense)
 
 
 @singledispatch
@@ -229,6 +234,7 @@ def _convnext(network: ConvNeXtConfig, branch: BranchConfig, *, dense: bool) -> 
     return count
 
 
+@cache  # interactions between the same maps follow each other
 def _injection(config: InteractionConfig, queries: int, query_dim: int, values: int, value_dim: int) -> Count:
     """One direction of an interaction unit, from `values` tokens into `queries` tokens."""
     feature_dim = query_dim if config.projection else value_dim

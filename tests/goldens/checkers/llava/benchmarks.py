@@ -28,19 +28,6 @@ from llava_piip.eval.scienceqa import SCIENCEQA, verdicts
 from llava_piip.eval.seed import SEED
 from llava_piip.eval.vqa import MM_VET, TEXTVQA, VQAV2, answer_scores, normalized, question_of_prompt
 
-__all__ = [
-    "verify_gqa",
-    "verify_mmbench",
-    "verify_mmvet",
-    "verify_pope",
-    "verify_questions",
-    "verify_scienceqa",
-    "verify_seed",
-    "verify_textvqa",
-    "verify_vqav2",
-]
-
-
 # Benchmarks by what recorded runs call them, which may be followed by what is special about the run
 _NAMES = {
     "POPE": POPE,
