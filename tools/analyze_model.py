@@ -73,69 +73,55 @@ def is_file_name(config: str) -> bool:
     return Path(config).suffix in (".py", ".yaml", ".yml")
 
 
-def load_lazy_config(path: str, overrides: list[str]) -> Any:
-    """The configuration, without the weights of the branches."""
+def load_lazy_model(path: str, overrides: list[str]) -> tuple[Any, nn.Module]:
+    """The configuration without the weights of the branches, and its model on the meta device."""
     try:
+        from detectron2.config import instantiate
+
         from piip.lazy_config import load_config, skip_pretrained
     except ImportError as error:
         sys.exit(f"analyze_model: {path} is a LazyConfig, which needs Detectron2 ({error}); see README.md")
     config = load_config(path, overrides)
     skip_pretrained(config)
-    return config
-
-
-def build(config: Any) -> nn.Module:
-    """The model of a LazyConfig, on the meta device."""
-    from detectron2.config import instantiate
-
     with on_meta():
-        return instantiate(config.model)
+        return config, instantiate(config.model)
 
 
-def analyze_lazy_config(path: str, overrides: list[str], input_size: list[int] | None) -> ModelReport:
-    """Counts the detector of a LazyConfig."""
-    model = build(load_lazy_config(path, overrides))
+def analyze(args: argparse.Namespace) -> ModelReport:
+    """Counts the model that CONFIG names."""
+    if not is_file_name(args.config):
+        entry = zoo.find(args.config)
+        size = args.input and padded_size(*args.input, entry.pad_divisor)
+        return dataclasses.replace(analyze_backbone(entry.config, size), name=entry.name)
+    _, model = load_lazy_model(args.config, args.overrides)
     if isinstance(model, PIIPClassifier):
-        return dataclasses.replace(analyze_backbone(model.config, input_size), name=type(model).__name__)
-    divisor = model.backbone.padding_constraints["size_divisibility"]
-    size = padded_size(*input_size, divisor) if input_size else None
+        return dataclasses.replace(analyze_backbone(model.config, args.input), name=type(model).__name__)
+    size = args.input and padded_size(*args.input, model.backbone.padding_constraints["size_divisibility"])
     return analyze_model(model, size, backbone="backbone")
 
 
 def analyze_memory(args: argparse.Namespace) -> MemoryReport:
     """Memory of training the model that CONFIG names."""
-    given = {"gpus": args.gpus, "gpu_memory": args.gpu_memory, "precision": args.precision, "offload": args.offload}
-    given["batch_size"] = args.batch_size
+    given = {name: getattr(args, name) for name in ("gpus", "gpu_memory", "precision", "offload", "batch_size")}
     if not is_file_name(args.config):
         entry = zoo.find(args.config)
         size = padded_size(*(args.input or [entry.image_size] * 2), entry.pad_divisor)
-        setting = Setting(input_size=size, **given)
         with on_meta():
             model = build_model(entry.config)
         whole = isinstance(model, PIIPClassifier)
         notes = [] if whole else [f"The backbone alone: {entry.config_file} counts the heads too"]
-        return estimate_memory(entry.name, DryRun(model), backbone_step(args.batch_size, size), setting, notes)
-    config = load_lazy_config(args.config, args.overrides)
+        step, setting = backbone_step(args.batch_size, size), Setting(input_size=size, **given)
+        return estimate_memory(entry.name, DryRun(model), step, setting, notes)
+    config, model = load_lazy_model(args.config, args.overrides)
     from omegaconf import OmegaConf
 
-    from piip_tools.memory import training_steps as training_memory
+    from piip_tools.memory.training_steps import size_divisor, training_size, training_step
 
-    model = build(config)
-    size = args.input or training_memory.training_size(config)
-    size = padded_size(*size, training_memory.size_divisor(model))
+    size = padded_size(*(args.input or training_size(config)), size_divisor(model))
     bucket_size = OmegaConf.select(config, "train.deepspeed.bucket_size", default=BUCKET_SIZE)
     setting = Setting(input_size=size, bucket_size=bucket_size, **given)
-    step, notes = training_memory.training_step(model, args.batch_size, size)
+    step, notes = training_step(model, args.batch_size, size)
     return estimate_memory(Path(args.config).stem, DryRun(model), step, setting, notes)
-
-
-def analyze(args: argparse.Namespace) -> ModelReport:
-    """Counts the model that CONFIG names."""
-    if is_file_name(args.config):
-        return analyze_lazy_config(args.config, args.overrides, args.input)
-    entry = zoo.find(args.config)
-    size = padded_size(*args.input, entry.pad_divisor) if args.input else None
-    return dataclasses.replace(analyze_backbone(entry.config, size), name=entry.name)
 
 
 def main(argv: list[str] | None = None) -> None:

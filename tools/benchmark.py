@@ -50,7 +50,7 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="PIIP models, by the names of tools/analyze_model.py",
     )
-    parser.add_argument("--forms", nargs="+", choices=("ours", "plain", "prepared"), help="of the PIIP models")
+    parser.add_argument("--forms", nargs="+", choices=("ours", "prepared"), help="of the PIIP models")
     parser.add_argument(
         "--neck", action="store_true", help="give PIIP the FPN of our detectors too, so that all maps have 256 channels"
     )
@@ -96,12 +96,12 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_chat(args: argparse.Namespace) -> Rows:
-    from piip_tools.benchmarks import chat, chat_models
+    from piip_tools.benchmarks import chat
 
     if (args.model is None) != (args.baseline is None):
         raise ConfigError("--model and --baseline: expected both or none")
     if args.model is None:
-        pair = chat_models.build_pair(
+        pair = chat.build_pair(
             args.published,
             device=args.device,
             dtype=getattr(torch, args.dtype),
@@ -110,7 +110,7 @@ def run_chat(args: argparse.Namespace) -> Rows:
             language=not args.vision_only,
         )
     else:
-        pair = chat_models.load_pair(args.model, args.baseline, device=args.device, dtype=args.dtype)
+        pair = chat.load_pair(args.model, args.baseline, device=args.device, dtype=args.dtype)
     options = {name: getattr(args, name) for name in ("new_tokens", "repeats", "threads", "vision_only")}
     return chat.measure_chat(pair, **options)
 
@@ -124,17 +124,12 @@ COMMANDS = {
     "backbone": (
         "Forward passes of PIIP backbones and ViTDet",
         add_backbone_options,
-        {
-            "run": run_backbones,
-            "repeats": 5,
-            "forms": ["ours", "plain", "prepared"],
-            "precisions": ["fp32", "bf16"],
-        },
+        {"run": run_backbones, "repeats": 5, "forms": ["ours", "prepared"], "precisions": ["fp32", "bf16"]},
     ),
     "train": (
         "Training steps of PIIP backbones and ViTDet",
         add_backbone_options,
-        {"run": run_backbones, "repeats": 3, "forms": ["ours", "plain"], "precisions": ["fp32", "amp"]},
+        {"run": run_backbones, "repeats": 3, "forms": ["ours"], "precisions": ["fp32", "amp"]},
     ),
     "chat": ("PIIP-LLaVA and LLaVA-1.5", add_chat_options, {"run": run_chat, "repeats": 5}),
 }

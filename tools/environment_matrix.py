@@ -1,9 +1,9 @@
 """Runs the tests in fresh clones and fresh environments, and prints what passed as rows of docs/environments.md.
 
-    python tools/environment_matrix.py                                    # every kind on every Python of this machine
+    python tools/environment_matrix.py --pythons 3.10 3.11                # every kind of environment
     python tools/environment_matrix.py --kinds newest --with transformers==5.23.0 --tests tests/llava_piip
 
-Kinds of environments: "oldest" has the floor of every range in pyproject.toml and is made with the oldest Python alone,
+Kinds of environments: "oldest" has the floor of every range in pyproject.toml and is made with the first Python alone,
 "locked" is constraints.txt, "newest" is whatever the package index has today. What is committed is what is tested.
 Variables of the Makefile, such as DETECTRON2, are taken from the environment.
 """
@@ -23,7 +23,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
@@ -54,16 +54,6 @@ def constraints(kind: str, pins: Sequence[str]) -> str:
     pinned = {canonicalize_name(Requirement(pin).name) for pin in pins}
     kept = [line for line in lines if canonicalize_name(Requirement(line).name) not in pinned]
     return "\n".join([*pins, *kept, ""])
-
-
-def runnable_pythons() -> list[str]:
-    """The versions 3.10 to 3.14 of Python that start here; of pyenv's, a name alone says nothing."""
-    found = []
-    for version in (f"3.{minor}" for minor in range(10, 15)):
-        path = shutil.which(f"python{version}")
-        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
-            found.append(version)
-    return found
 
 
 def run_tests(kind: str, python: str, pins: Sequence[str], folder: Path, tests: Sequence[str]) -> tuple[str, bool]:
@@ -113,26 +103,19 @@ def read_versions(python: Path) -> dict[str, str]:
     return json.loads(done.stdout) if done.returncode == 0 else {}
 
 
-def pin(text: str) -> str:
-    """An argument such as transformers==5.23.0."""
-    try:
-        exact = [specifier.operator for specifier in Requirement(text).specifier] == ["=="]
-    except InvalidRequirement:
-        exact = False
-    if not exact:
-        raise argparse.ArgumentTypeError(f"{text}: expected NAME==VERSION")
-    return text
-
-
 def main() -> None:
     """Tests the environments one after the other; ends with status 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pythons = runnable_pythons()
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help="default: all")
-    parser.add_argument("--pythons", nargs="+", choices=pythons, default=pythons, metavar="3.N", help="default: all")
-    parser.add_argument("--with", nargs="+", type=pin, default=[], dest="pins", metavar="NAME==VERSION")
+    this = ".".join(map(str, sys.version_info[:2]))
+    parser.add_argument("--pythons", nargs="+", default=[this], metavar="3.N", help=f"oldest first; default: {this}")
+    parser.add_argument("--with", nargs="+", default=[], dest="pins", metavar="NAME==VERSION", help="other versions")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="default: the whole suite")
     options = parser.parse_args()
+    if missing := [python for python in options.pythons if not shutil.which(f"python{python}")]:
+        parser.error(f"--pythons {missing[0]}: expected an installed Python")
+    if wrong := [pin for pin in options.pins if not re.fullmatch(r"[\w.-]+==\S+", pin)]:
+        parser.error(f"--with {wrong[0]}: expected NAME==VERSION")
     if subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout:
         print("Uncommitted changes are not tested: every environment has a clone.", flush=True)
     failed = False

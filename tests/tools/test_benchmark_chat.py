@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from piip_tools.benchmarks import chat, chat_models
+from piip_tools.benchmarks import chat
 from piip_tools.timing import compare
 
 
@@ -29,7 +29,7 @@ def test_options_reach_the_benchmark_and_results_the_files(tool, monkeypatch, tm
         asked.update(options, pair=pair)
         return [compare("first token", "ms", {"ours": [1000.0], "baseline": [500.0]}, "baseline")]
 
-    monkeypatch.setattr(chat_models, "build_pair", build_pair)
+    monkeypatch.setattr(chat, "build_pair", build_pair)
     monkeypatch.setattr(chat, "measure_chat", measure_chat)
     files = tmp_path / "chat.json", tmp_path / "chat.png"
     options = ("--divide-widths", 4, "--dtype", "float32", "--new-tokens", 7, "--visual-grid", 24)

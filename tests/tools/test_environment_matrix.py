@@ -52,12 +52,11 @@ def test_nothing_that_failed_or_never_ran_passes(matrix, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--pythons", "2.7"], "argument --pythons: invalid choice: '2.7'"),
-        (["--with", "transformers"], "argument --with: transformers: expected NAME==VERSION"),
+        (["--pythons", "2.7"], "--pythons 2.7: expected an installed Python"),
+        (["--with", "transformers"], "--with transformers: expected NAME==VERSION"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(matrix, monkeypatch, capsys, options, said):
-    monkeypatch.setattr(matrix, "runnable_pythons", lambda: ["3.11"])
     monkeypatch.setattr("sys.argv", ["environment_matrix.py", *options])
     with pytest.raises(SystemExit) as stopped:
         matrix.main()

@@ -1,9 +1,7 @@
 """tools/sweep.py: tables of the ablations, and training of a setting."""
 
+import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,9 +86,10 @@ def test_written_configs_are_the_settings(tool, name, tmp_path):
     assert cfg.data.train.get("crop") == (1024 if multi_scale else None)
 
 
-def test_training_a_setting_at_reduced_size(tmp_path):
-    """Two iterations on own data through the command line."""
+def test_training_a_setting_at_reduced_size(tool, tmp_path, monkeypatch):
+    """Two iterations on own data: what is started, and that it trains."""
     pytest.importorskip("detectron2")
+    from piip.train import main
     from piip_digits.coco import prepare_digits
 
     data, output = tmp_path / "digits", tmp_path / "run"
@@ -113,11 +112,14 @@ def test_training_a_setting_at_reduced_size(tmp_path):
         "train.device=cpu",
         f"train.output_dir={output}",
     ]
-    command = [sys.executable, str(TOOL), "--train", "out_s", *overrides]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    started = []
+    monkeypatch.setattr(tool.os, "execv", lambda python, command: started.extend([python, *command]))
+    monkeypatch.chdir(tmp_path)
+    tool.main(["--train", "out_s", *overrides])
+    python, *command, option, config = started[: -len(overrides)]
+    assert command == [python, str(TOOL.with_name("lazyconfig_train_net.py"))] and option == "--config-file"
+    main(argparse.Namespace(config_file=config, resume=False, eval_only=False, opts=started[-len(overrides) :]))
     metrics = json.loads((output / "metrics.json").read_text().splitlines()[-1])
     assert metrics["iteration"] == 1 and 0 < metrics["total_loss"] < 100
     assert (output / "model_final.pth").is_file()
-    assert (tmp_path / "output/ablations/out_s.yaml").is_file()
+    assert config == "output/ablations/out_s.yaml" and (tmp_path / config).is_file()

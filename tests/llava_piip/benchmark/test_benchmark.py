@@ -11,8 +11,7 @@ from llava_piip.assembly import assemble
 from piip_core import zoo
 from piip_core.errors import ConfigError, UserError
 from piip_tools.benchmarks import chat
-from piip_tools.benchmarks.chat import measure_chat
-from piip_tools.benchmarks.chat_models import LANGUAGE_MODELS, TimedModel, build_pair, load_pair
+from piip_tools.benchmarks.chat import LANGUAGE_MODELS, TimedModel, build_pair, load_pair, measure_chat
 from piip_tools.timing import draw_rows, format_rows
 
 NAME = "piip_llava_clip_bl_512_256_7b"
@@ -170,6 +169,6 @@ def test_trained_models_are_loaded(tiny_entry, language_model_folder, tmp_path):
     shutil.copytree(tmp_path / "ours", tmp_path / "other")
     pair = load_pair(tmp_path / "ours", tmp_path / "other", device="cpu", dtype="float32")
     results = measure_chat(pair, new_tokens=2, repeats=1)
-    ours, other = (medians(results, name) for name in ("ours", "other"))
+    ours, other = (medians(results, str(tmp_path / name)) for name in ("ours", "other"))
     assert ours["second question, first token, keys and values kept"] > 0
     assert ours["memory beside the weights"] == other["memory beside the weights"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,12 +13,8 @@ from torch import Tensor, nn
 
 from piip.modeling import PIIPFPN, PIIPBackbone
 from piip_core import zoo
-from piip_core.branches.transformer import TransformerBranch
-from piip_core.deconvolution import Deconvolution
 from piip_core.export import tensors_in
 from piip_core.interaction import DeformableCrossAttention
-from piip_core.merging import BranchMerging, FeaturePyramid
-from piip_core.ops import make_reference_points, ms_deform_attn_reference
 from piip_core.prepared import prepare_for_inference
 from piip_core.pyramid import DensePIIP
 
@@ -30,6 +25,9 @@ PRECISIONS = ("fp32", "bf16", "amp")
 
 # Width, depth, heads, and the blocks with global attention, of Detectron2's projects/ViTDet
 _VITDET = {"vitdet_b": (768, 12, 12, (2, 5, 8, 11)), "vitdet_l": (1024, 24, 16, (5, 11, 17, 23))}
+FORMS = {"ours": lambda model: model, "prepared": prepare_for_inference}
+"""As it is built; after `prepare_for_inference`."""
+
 _OFFSETS = 2.0  # pixels: how far trained offsets spread around their reference points, roughly
 
 
@@ -110,51 +108,6 @@ def scatter_offsets(model: nn.Module) -> nn.Module:
             linear = module.sampling_offsets
             linear.weight.normal_(std=_OFFSETS / linear.in_features**0.5)  # its inputs are normalised
     return model
-
-
-def make_plain(model: nn.Module) -> nn.Module:
-    """Lets a model compute in place as public code does, with the same parameters.
-
-    - Deformable attention makes locations and softmax in float32 and samples with `grid_sample`.
-    - Gradients of deconvolutions are PyTorch's.
-    - Tokens stay in the memory format of the patch convolution; merging and feature pyramid work channels first.
-
-    Self-attention is `scaled_dot_product_attention` in both.
-    """
-    forwards = {
-        BranchMerging: ("forward", _channels_first),
-        Deconvolution: ("forward", nn.ConvTranspose2d.forward),
-        DeformableCrossAttention: ("forward", _attend),
-        FeaturePyramid: ("forward", _channels_first),
-        TransformerBranch: ("patch_map", _patch_map),
-    }
-    for module in model.modules():
-        for kind, (name, function) in forwards.items():
-            if isinstance(module, kind):
-                setattr(module, name, MethodType(function, module))
-    return model
-
-
-def _attend(self: DeformableCrossAttention, query: Tensor, value: Tensor) -> Tensor:
-    grid, shape = query.shape[1:3], tuple(value.shape[1:3])
-    reference = make_reference_points(*grid, device=query.device)
-    values = self.value_proj(value.flatten(1, 2)).unflatten(-1, (self.num_heads, -1))
-    locations, weights = self.sampling(query.flatten(1, 2), reference, [shape])
-    return self.output_proj(ms_deform_attn_reference(values, shape, locations, weights)).unflatten(1, grid)
-
-
-def _patch_map(self: TransformerBranch, image: Tensor) -> Tensor:
-    patch = self.strides[0]
-    height, width = (side // patch * patch for side in image.shape[-2:])
-    return self.model.patch_embed(image[..., :height, :width])
-
-
-def _channels_first(self: BranchMerging | FeaturePyramid, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
-    return type(self).forward(self, [x.contiguous(memory_format=torch.contiguous_format) for x in maps])
-
-
-FORMS = {"ours": lambda model: model, "plain": make_plain, "prepared": prepare_for_inference}
-"""As it is built; in the straightforward formulation; after `prepare_for_inference`."""
 
 
 def measure_backbones(

@@ -5,9 +5,8 @@ feature pyramid. The *executed count* is what our modules hold and compute for o
 numbers of parameters and of multiply-accumulates (one multiply-accumulate is what the published tables call a FLOP).
 """
 
-from .executed import executed_count
+from .executed import ModelReport, analyze_backbone, analyze_model, executed_count, padded_size
 from .published import Count, published_count
-from .report import ModelReport, analyze_backbone, analyze_model, padded_size
 from .tables import (
     ablation_table,
     analyze_multimodal,

@@ -16,7 +16,7 @@ from functools import cache, singledispatch
 from typing import Literal
 
 from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
-from piip_core.config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
+from piip_core.config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig, UnitSpec
 
 NUM_CLASSES = 1000
 SAMPLING_POINTS = 4  # the formula has this number whatever the model uses
@@ -99,13 +99,18 @@ def _interactions(config: PIIPConfig, *, sampled_after: int | None) -> Count:
     for k in range(config.num_interactions):
         dims, tokens = config.dims_after(k), _tokens_after(config, k)
         sampled = tokens if sampled_after is None else _tokens_after(config, sampled_after)
-        for unit in config.interaction.graph(k, len(config.branches)):
+        for unit in _graph(config.interaction, k, len(config.branches)):
             low, high = unit.low - 1, unit.high - 1
             for to, source, wanted in ((low, high, unit.into_low), (high, low, unit.into_high)):
                 if wanted:
                     total += _injection(config.interaction, tokens[to], dims[to], tokens[source], dims[source])
                     total += _sampling(config.interaction, sampled[to], dims[to])
     return total
+
+
+@cache
+def _graph(config: InteractionConfig, k: int, branches: int) -> tuple[UnitSpec, ...]:
+    return config.graph(k, branches)
 
 
 def _tokens_after(config: PIIPConfig, interaction: int | None) -> list[int]:

@@ -20,9 +20,8 @@ from piip_core.merging import TokenMerging
 from piip_core.meta import on_meta
 from piip_core.pyramid import PIIP
 
-from .executed import executed_count
+from .executed import ModelReport, analyze_backbone, executed_count
 from .published import Count, published_count
-from .report import ModelReport, analyze_backbone
 
 MISSING = "-"
 _SCORES = {"box_ap": ("box AP", 1), "mask_ap": ("mask AP", 1), "miou": ("mIoU", 2)}  # column and digits
