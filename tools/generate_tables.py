@@ -40,13 +40,6 @@ BLOCKS = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=READMES, help="default: both READMEs")
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a file is out of date")
-    return parser.parse_args(argv)
-
-
 @cache
 def count(name: str) -> list[Any]:
     """Counts the models of a block."""
@@ -54,42 +47,38 @@ def count(name: str) -> list[Any]:
     return list(tqdm(analyze(entries()), total=len(entries()), unit="model", disable=None))
 
 
-def find_blocks(text: str) -> dict[str, tuple[int, int]]:
-    """Where the content of each block of a text begins and ends.
+def fill_blocks(text: str, path: Path) -> str:
+    """The text of a file with fresh tables in its blocks.
 
     Raises:
-        ValueError: Without a block, or where the two lines of one are not there exactly once, in this order.
+        ValueError: Without a block, or where one begins and does not end.
     """
-    found = {}
-    for name in [name for name in BLOCKS if f"{name} -->" in text] or BLOCKS:
-        begin, end = f"<!-- BEGIN {name} -->\n", f"<!-- END {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"expected one line {begin.strip()!r} and after it one line {end!r}")
-        found[name] = text.index(begin) + len(begin), text.index(end)
-    return found
-
-
-def fill_blocks(text: str, path: Path) -> str:
-    """The text of a file with fresh tables."""
 
     def link(config: str) -> str:
         return f"[config]({Path(os.path.relpath(CONFIGS / config, path.resolve().parent)).as_posix()})"
 
-    for name, (start, stop) in sorted(find_blocks(text).items(), key=lambda block: -block[1][0]):  # the last one first
-        text = f"{text[:start]}{BLOCKS[name][2](count(name), link).strip()}\n{text[stop:]}"
+    if not any(f"<!-- BEGIN {name} -->" in text for name in BLOCKS):
+        raise ValueError(f"{path}: expected a line such as '<!-- BEGIN {next(iter(BLOCKS))} -->'")
+    for name, (_, _, table) in BLOCKS.items():
+        before, begin, rest = text.partition(f"<!-- BEGIN {name} -->\n")
+        if begin:
+            end = f"<!-- END {name} -->"
+            if end not in rest:
+                raise ValueError(f"{path}: expected after {begin.strip()!r} a line {end!r}")
+            text = f"{before}{begin}{table(count(name), link).strip()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    texts = {}
-    for path in args.files:  # before anything is counted, which takes a while
-        try:
-            texts[path] = path.read_text(encoding="utf-8")
-            find_blocks(texts[path])
-        except (OSError, ValueError) as error:
-            sys.exit(f"generate_tables: {path}: {error}")
-    fresh = {path: fill_blocks(text, path) for path, text in texts.items()}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, default=READMES, help="default: both READMEs")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a file is out of date")
+    args = parser.parse_args(argv)
+    try:
+        texts = {path: path.read_text(encoding="utf-8") for path in args.files}
+        fresh = {path: fill_blocks(text, path) for path, text in texts.items()}
+    except (OSError, ValueError) as error:
+        sys.exit(f"generate_tables: {error}")
     stale = [path for path in args.files if fresh[path] != texts[path]]
     for path in stale:
         if args.check:
