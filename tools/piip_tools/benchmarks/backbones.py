@@ -124,14 +124,7 @@ def measure_backbones(
 
     There is no loss: its time would be that of the sizes of the maps.
 
-    Args:
-        models: The last one is the baseline that the ratios are to.
-        precisions: Out of `PRECISIONS`.
-        training: Times training steps.
-        device: "cpu" or "cuda".
-        batch: Images.
-        repeats: The medians are over so many.
-        threads: CPU threads.
+    The last of `models` is the baseline; `precisions` are out of `PRECISIONS`.
 
     Returns:
         Two rows of `compare` per precision and name, with a column per form: milliseconds, and megabytes of

@@ -52,11 +52,6 @@ class TimedModel:
     image_processor: Any
 
 
-def published_names() -> list[str]:
-    """The published models that can be compared with a baseline."""
-    return [entry.name for entry in zoo.multimodal_entries() if entry.feature_block is None]
-
-
 def build_pair(
     name: str,
     *,
@@ -69,7 +64,7 @@ def build_pair(
     """A published model and the LLaVA-1.5 of its size, with random weights and one language model for both.
 
     Args:
-        name: Out of `published_names`.
+        name: Of the zoo, and no baseline.
         device: Of the models.
         dtype: Of the models.
         divide_widths: Makes both narrower by this factor: branches, interactions (with heads as wide as before),
@@ -83,7 +78,8 @@ def build_pair(
     """
     entry = zoo.multimodal(name)
     if entry.feature_block is not None:
-        raise ConfigError(f"{name!r} is a baseline: expected one of {', '.join(published_names())}")
+        names = [other.name for other in zoo.multimodal_entries() if other.feature_block is None]
+        raise ConfigError(f"{name!r} is a baseline: expected one of {', '.join(names)}")
     baseline = next(
         other
         for other in zoo.multimodal_entries()
@@ -174,8 +170,8 @@ def measure_chat(
         new_tokens: Of the first answer.
         question_tokens: Of the second question.
         image_size: Width and height in pixels.
-        repeats: The medians are over so many.
-        threads: CPU threads.
+        repeats: Rounds that the medians are over.
+        threads: Of the CPU.
         vision_only: Leaves the language model out.
 
     Returns:

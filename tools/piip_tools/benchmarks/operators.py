@@ -193,13 +193,7 @@ def measure_operator(
     Where the queries are a map, all start from offsets and logits, so that the others' softmax and locations are timed
     too; otherwise from locations and weights.
 
-    Args:
-        cases: The calls.
-        dtypes: Names out of `DTYPES`, of values, offsets and logits.
-        device: "cpu" or "cuda".
-        batch: Images.
-        repeats: The medians are over so many.
-        threads: CPU threads.
+    `dtypes` are names out of `DTYPES`, of values, offsets and logits.
 
     Returns:
         A row of `compare` per case, dtype and direction, in milliseconds; "copy" is the copy of as many bytes as have
