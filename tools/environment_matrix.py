@@ -103,6 +103,12 @@ def read_versions(python: Path) -> dict[str, str]:
     return json.loads(done.stdout) if done.returncode == 0 else {}
 
 
+def starts(python: str) -> bool:
+    """Whether a version of Python starts here; of pyenv's, a name alone says nothing."""
+    path = shutil.which(f"python{python}")
+    return path is not None and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0
+
+
 def main() -> None:
     """Tests the environments one after the other; ends with status 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,7 +118,7 @@ def main() -> None:
     parser.add_argument("--with", nargs="+", default=[], dest="pins", metavar="NAME==VERSION", help="other versions")
     parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="default: the whole suite")
     options = parser.parse_args()
-    if missing := [python for python in options.pythons if not shutil.which(f"python{python}")]:
+    if missing := [python for python in options.pythons if not starts(python)]:
         parser.error(f"--pythons {missing[0]}: expected an installed Python")
     if wrong := [pin for pin in options.pins if not re.fullmatch(r"[\w.-]+==\S+", pin)]:
         parser.error(f"--with {wrong[0]}: expected NAME==VERSION")

@@ -59,9 +59,10 @@ def test_memory_runs_all_of_the_model(name):
 
     config = load_config(str(CONFIGS / f"demo/piip_digits_{name}.py"))
     skip_pretrained(config)
-    backbone = config.model.get("backbone", config.model)
+    pyramid = config.model.get("backbone", config.model)
+    pyramid = pyramid.get("bottom_up", pyramid).config
     for branch in ("branch1", "branch2", "branch3"):
-        backbone.get("bottom_up", backbone).config.branches[branch].network.depth = 2  # two of each kind are enough
+        pyramid.get("pyramid", pyramid).branches[branch].network.depth = 2  # as many as there are interactions
     with on_meta():
         model = instantiate(config.model)
     size = padded_size(*training_size(config), size_divisor(model))

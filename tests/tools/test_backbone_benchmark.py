@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from piip_core import DensePIIP
+from piip_core import DensePIIP, zoo
 from piip_core.interaction import DeformableCrossAttention
 from piip_tools.benchmarks.backbones import (
     TimedModel,
@@ -56,7 +56,12 @@ def test_training(models):
         assert step[1]["medians"][name] > 2 * forward[1]["medians"][name]
 
 
-def test_forms_of_published_models():
-    ours, prepared = piip_models(["piip_tsb_1120_896_448"], ["ours", "prepared"], scale=0.3)
-    assert ours.image_size == 320 and (ours.name, ours.form) == ("piip_tsb_1120_896_448", "ours")
+def test_forms_of_published_models(tiny_config, monkeypatch):
+    entry = zoo.ZooEntry(name="tiny", config=tiny_config(), pad_divisor=32)
+    monkeypatch.setattr(zoo, "get", lambda name: entry)
+    ours, prepared = piip_models(["tiny"], ["ours", "prepared"], scale=0.6)
+    assert (ours.name, ours.form, ours.image_size) == ("tiny", "ours", 64)
     assert prepared.load("fp32", "cpu", 1)[0].pyramid.inference_only
+    (neck,) = piip_models(["tiny"], ["ours"], neck=True)
+    model, image = neck.load("fp32", "cpu", 1)
+    assert {level.shape[1] for level in model(image).values()} == {256}
