@@ -1,18 +1,15 @@
 """tools/benchmark.py op: all implementations compute the same, and the report is complete."""
 
 import json
-import sys
-from types import ModuleType
 
 import pytest
 import torch
 
-from piip_core.ops import ms_deform_attn, ms_deform_attn_reference
+from piip_core.ops import ms_deform_attn_reference
 from piip_tools.benchmarks.operators import (
     CASES,
     Case,
     implementations,
-    load_extension,
     make_inputs,
     usual_formulation,
 )
@@ -26,7 +23,7 @@ LEVELS = Case(name="levels", value_shapes=((6, 7), (3, 2)), width=5, heads=3)
 )
 def test_implementations_agree(case):
     inputs = make_inputs(case, torch.float32, "cpu", 2)
-    ours, pytorch = (call(*inputs) for call in implementations(case, torch.float32, "cpu").values())
+    ours, pytorch = (call(*inputs) for call in implementations(case, torch.float32).values())
     torch.testing.assert_close(ours, pytorch, rtol=1e-3, atol=1e-3)
 
 
@@ -43,34 +40,6 @@ def test_bytes_moved():
     assert case.bytes_moved("forward", 1, 4, 4) == maps + output + samples
     assert case.bytes_moved("backward", 2, 4, 4) == 2 * (3 * maps + output + 2 * samples)
     assert case.bytes_moved("forward", 1, 2, 4) == (maps + output) // 2 + samples
-
-
-def test_the_original_extension_is_called_as_it_expects(monkeypatch):
-    """A stand-in with the extension's two functions, since it exists for CUDA only."""
-    value, *where = (x.requires_grad_() for x in make_inputs(LEVELS, torch.float32, "cpu", 3))
-
-    def check(value, sizes, start, locations, weights):
-        assert sizes.tolist() == [[6, 7], [3, 2]] and start.tolist() == [0, 42]
-        assert value.dtype == locations.dtype == weights.dtype == torch.float32
-        return value, LEVELS.flat_shapes, locations, weights
-
-    def backward(*arguments):
-        *inputs, grad, step = arguments
-        assert step == 3
-        return torch.ops.piip.ms_deform_attn_backward(grad, *check(*inputs))
-
-    extension = ModuleType("MultiScaleDeformableAttention")
-    extension.ms_deform_attn_forward = lambda *inputs: torch.ops.piip.ms_deform_attn(*check(*inputs[:-1]))
-    extension.ms_deform_attn_backward = backward
-    monkeypatch.setitem(sys.modules, "MultiScaleDeformableAttention", extension)
-    theirs = load_extension()(value, LEVELS.value_shapes, *where)
-    ours = ms_deform_attn(value, LEVELS.value_shapes, *where)
-    for a, b in zip(
-        (theirs, *torch.autograd.grad(theirs.sum(), (value, *where))),
-        (ours, *torch.autograd.grad(ours.sum(), (value, *where))),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
 
 
 def test_command_prints_a_table_and_writes_json_and_a_chart(load_tool, monkeypatch, capsys, tmp_path):

@@ -1,14 +1,11 @@
-"""Times the deformable-attention operators, forward and backward, against the same computation by others."""
+"""Times the deformable-attention operators, forward and backward, against the same computation in PyTorch."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,11 +19,6 @@ from piip_core.ops.reference import compute_dtype, grid_sampling, make_reference
 from ..timing import clock_for, compare, limited_threads, time_in_turns
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-EXTENSION = "MultiScaleDeformableAttention"
-"""The module that Deformable DETR's setup.py builds."""
-
-Attend = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
-"""Takes value (B, S, M, D), (H, W) of every level, locations and weights as `ms_deform_attn` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,64 +110,28 @@ def usual_formulation(
     return output.view(batch, heads * width, queries).transpose(1, 2).contiguous()
 
 
-def load_extension() -> Attend:
-    """Deformable DETR's CUDA extension, which the public PIIP uses too."""
-    extension = importlib.import_module(EXTENSION)
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Tensor:
-            ctx.save_for_backward(*inputs)
-            return extension.ms_deform_attn_forward(*inputs, len(inputs[0]))
-
-        @staticmethod
-        def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-            inputs = ctx.saved_tensors
-            value, locations, weights = extension.ms_deform_attn_backward(
-                *inputs, grad_output.contiguous(), len(inputs[0])
-            )
-            return value, None, None, locations, weights
-
-    def call(value: Tensor, value_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-        return Function.apply(value, *_level_tensors(tuple(value_shapes), value.device), locations, weights)
-
-    return call
-
-
-@cache
-def _level_tensors(value_shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sizes and start indices of the levels, made once as models make them once for all layers."""
-    sizes = torch.tensor(value_shapes, device=device)
-    return sizes, torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
-
-
-def implementations(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[..., Tensor]]:
-    """Ours and the others, as functions of what `make_inputs` returns.
-
-    16-bit cases run the usual formulation in float32 too, which is faster on CPUs; the extension knows nothing else.
-    """
+def implementations(case: Case, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+    """Ours and PyTorch's, as functions of what `make_inputs` returns; 16-bit cases also in float32, faster on CPUs."""
 
     def ours(value: Tensor, *sampling: Tensor) -> Tensor:
         if case.query_shape is None:
             return ms_deform_attn(value, case.value_shapes, *sampling)
         return deform_attn_grid(value, case.value_shapes, case.query_shape, *sampling, case.points)
 
-    def other(attend: Attend, dtype: torch.dtype) -> Callable[..., Tensor]:
+    def pytorch(dtype: torch.dtype) -> Callable[..., Tensor]:
         def call(value: Tensor, *sampling: Tensor) -> Tensor:
             value = value.to(dtype)
             if case.query_shape is None:
                 where = [x.to(dtype) for x in sampling]
             else:
                 where = grid_sampling(value, case.flat_shapes, case.query_shape, *sampling, case.points, dtype=dtype)
-            return attend(value, case.value_shapes, *where)
+            return usual_formulation(value, case.value_shapes, *where)
 
         return call
 
-    calls = {"ours": ours, "pytorch": other(usual_formulation, dtype)}
+    calls = {"ours": ours, "pytorch": pytorch(dtype)}
     if compute_dtype(dtype) != dtype:
-        calls["pytorch in fp32"] = other(usual_formulation, compute_dtype(dtype))
-    if torch.device(device).type == "cuda" and importlib.util.find_spec(EXTENSION):
-        calls["deformable-detr"] = other(load_extension(), compute_dtype(dtype))
+        calls["pytorch in fp32"] = pytorch(compute_dtype(dtype))
     return calls
 
 
@@ -204,7 +160,7 @@ def measure_operator(
     with limited_threads(threads):
         for case, name in tqdm(list(itertools.product(cases, dtypes)), desc="cases", leave=False):
             inputs = make_inputs(case, DTYPES[name], device, batch)
-            calls = implementations(case, DTYPES[name], device)
+            calls = implementations(case, DTYPES[name])
             sizes = inputs[0].element_size(), inputs[1].element_size()
             for direction, prepare in (("forward", _forward), ("backward", _backward)):
                 works = {who: prepare(call, inputs) for who, call in calls.items()}
