@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -123,20 +124,21 @@ def draw_rows(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"A chart needs matplotlib ({error}): pip install matplotlib") from error
-    shown = [name for name in _names(rows) if any(name != row["baseline"] for row in rows)]
-    height = 0.8 / len(shown)
+    baselines = list(dict.fromkeys(row["baseline"] for row in rows))
+    shown = [name for name in _names(rows) if name not in baselines]
+    height = 0.8 / max(len(shown), 1)
     figure = Figure(figsize=(11, 1.5 + 0.25 * len(rows) * max(len(shown), 2)), layout="constrained")
     figure.suptitle(title)
     axes = figure.add_subplot()
     for index, name in enumerate(shown):
-        ratios = [row["ratios"].get(name, float("nan")) for row in rows]
+        ratios = [row["ratios"].get(name, math.nan) for row in rows]
         places = [place + (index - (len(shown) - 1) / 2) * height for place in range(len(rows))]
         bars = axes.barh(places, ratios, height, label=name)
-        axes.bar_label(bars, ["" if ratio != ratio else f"{ratio:.3g}" for ratio in ratios], padding=3, fontsize=8)
+        axes.bar_label(bars, ["" if math.isnan(ratio) else f"{ratio:.3g}" for ratio in ratios], padding=3, fontsize=8)
     axes.axvline(1, color="0.5", linewidth=0.8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
-    axes.set_xlabel(f"ratio to {', '.join(dict.fromkeys(row['baseline'] for row in rows))}")
+    axes.set_xlabel(f"ratio to {', '.join(baselines)}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="best")
     return figure
