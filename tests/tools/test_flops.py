@@ -88,13 +88,13 @@ def printed_rows(kind):
             yield pytest.param(entry, printed, id=entry.name)
 
 
-@pytest.mark.parametrize(("entry", "printed"), printed_rows("params_m"))
+@pytest.mark.parametrize(("entry", "printed"), list(printed_rows("params_m")))
 def test_published_count_reproduces_printed_parameters(entry, printed):
     counted = published_count(entry.config).total.params / 1e6
     assert abs(counted - printed) < max(0.5, 0.003 * printed)  # printed as whole numbers: half a unit is rounding
 
 
-@pytest.mark.parametrize(("entry", "printed"), printed_rows("flops_g"))
+@pytest.mark.parametrize(("entry", "printed"), list(printed_rows("flops_g")))
 def test_published_count_reproduces_printed_flops(entry, printed):
     counted = published_count(entry.config).total.macs / 1e9
     if entry.name.startswith("piip_lh6b"):  # see the note of the row
