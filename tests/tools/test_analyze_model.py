@@ -42,12 +42,6 @@ def test_unknown_model(tool):
         tool.main(["vit_b"])
 
 
-def test_help_shows_units(tool, capsys):
-    with pytest.raises(SystemExit):
-        tool.main(["--help"])
-    assert "multiply-accumulates" in capsys.readouterr().out
-
-
 @pytest.fixture
 def memory(tool, capsys, monkeypatch, tiny_config):
     """Runs the tool with --memory on a model of three branches with two blocks each, the first 32 wide."""

@@ -131,19 +131,6 @@ def test_published_parameters_of_every_family(network):
     assert published_count(config).branches[0].params == parameters(build_branch(branch))
 
 
-def test_published_classification_row():
-    """PIIP-TSB 368/192/128 of the classification table: class tokens, a head per branch."""
-    config = PIIPConfig(
-        branches=tuple(
-            BranchConfig(network=dataclasses.replace(zoo.VIT[size], class_token=True), image_size=side)
-            for size, side in (("B", 128), ("S", 192), ("T", 368))
-        ),
-        merging=None,
-    )
-    total = published_count(config, rule="separate classifiers").total
-    assert (round(total.macs / 1e9, 2), round(total.params / 1e6, 2)) == (17.43, 144.03)
-
-
 @pytest.mark.parametrize(
     "options",
     [
