@@ -43,7 +43,7 @@ chat-demo: $(STAMP)
 
 test: $(STAMP)
 	@($(HAS_DETECTRON2)) || echo "Detectron2 is not installed: the detection tests are left out (docs/install.md)."
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -6,12 +6,11 @@ Examples:
     python tools/analyze_model.py piip_tsb_1568_1120_672
     python tools/analyze_model.py piip_tsb_1568_1120_672 --input 800 1333 --json
     python tools/analyze_model.py projects/PIIP/configs/COCO/mask_rcnn_vit_b_1024_1x.py model.roi_heads.num_classes=10
-    python tools/analyze_model.py --zoo
     python tools/analyze_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_h6b_1024_512_1x_ms.py --memory \\
         --gpus 8 --gpu-memory 80 --batch-size 2
 
 Units: parameters are absolute numbers in --json and millions in tables; FLOPs are multiply-accumulates (MACs), absolute
-in --json and thousand millions in tables. "Published count" is the rule behind the published #Param and #FLOPs (square
+in --json and GMACs in tables. "Published count" is the rule behind the published #Param and #FLOPs (square
 image, without merging convolutions and feature pyramid); the other columns are what the model holds and executes on one
 image of the --input size after padding.
 
@@ -29,28 +28,19 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from piip_core import PIIPClassifier, zoo
 from piip_core.classifier import build_model
 from piip_core.deepspeed_start import BUCKET_SIZE
 from piip_core.meta import on_meta
-from piip_tools.flops import (
-    ModelReport,
-    analyze_backbone,
-    analyze_model,
-    analyze_zoo,
-    model_table,
-    padded_size,
-    zoo_table,
-)
+from piip_tools.flops import ModelReport, analyze_backbone, analyze_model, model_table, padded_size
 from piip_tools.memory import DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*zoo.names(), *(entry.name for entry in zoo.classification_entries())]
-    parser.add_argument("config", nargs="?", help=f"a LazyConfig file, or a published model: {', '.join(names)}")
+    parser.add_argument("config", help=f"a LazyConfig file, or a published model: {', '.join(names)}")
     parser.add_argument("overrides", nargs="*", help="of a LazyConfig, as key=value")
     parser.add_argument(
         "--input",
@@ -69,15 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     memory.add_argument(
         "--offload", choices=("none", "optimizer", "parameters"), default="none", help="what the host keeps under ZeRO"
     )
-    parser.add_argument("--zoo", action="store_true", help="all published models, with the printed numbers")
     parser.add_argument("--json", action="store_true", help="print JSON with absolute numbers")
     args = parser.parse_intermixed_args(argv)  # options may follow the overrides
-    if args.zoo == (args.config is not None):
-        parser.error("give either a CONFIG or --zoo")
-    if args.zoo and args.memory:
-        parser.error("--memory: expected one CONFIG")
-    if args.zoo and args.input:
-        parser.error("--input does not go with --zoo: published models are counted on their own square image")
     if args.overrides and not is_file_name(args.config):
         parser.error(f"overrides {args.overrides} go with a LazyConfig file only")
     if args.input and min(args.input) < 1:
@@ -90,86 +73,67 @@ def is_file_name(config: str) -> bool:
     return Path(config).suffix in (".py", ".yaml", ".yml")
 
 
-def load_lazy_config(path: str, overrides: list[str]) -> Any:
-    """The configuration, without the weights of the branches."""
+def load_lazy_model(path: str, overrides: list[str]) -> tuple[Any, nn.Module]:
+    """The configuration without the weights of the branches, and its model on the meta device."""
     try:
+        from detectron2.config import instantiate
+
         from piip.lazy_config import load_config, skip_pretrained
     except ImportError as error:
         sys.exit(f"analyze_model: {path} is a LazyConfig, which needs Detectron2 ({error}); see README.md")
     config = load_config(path, overrides)
     skip_pretrained(config)
-    return config
-
-
-def build(config: Any) -> nn.Module:
-    """The model of a LazyConfig, on the meta device."""
-    from detectron2.config import instantiate
-
     with on_meta():
-        return instantiate(config.model)
+        return config, instantiate(config.model)
 
 
-def analyze_lazy_config(path: str, overrides: list[str], input_size: list[int] | None) -> ModelReport:
-    """Counts the detector of a LazyConfig."""
-    model = build(load_lazy_config(path, overrides))
+def analyze(args: argparse.Namespace) -> ModelReport:
+    """Counts the model that CONFIG names."""
+    if not is_file_name(args.config):
+        entry = zoo.find(args.config)
+        size = args.input and padded_size(*args.input, entry.pad_divisor)
+        return dataclasses.replace(analyze_backbone(entry.config, size), name=entry.name)
+    _, model = load_lazy_model(args.config, args.overrides)
     if isinstance(model, PIIPClassifier):
-        return dataclasses.replace(analyze_backbone(model.config, input_size), name=type(model).__name__)
-    divisor = model.backbone.padding_constraints["size_divisibility"]
-    size = padded_size(*input_size, divisor) if input_size else None
+        return dataclasses.replace(analyze_backbone(model.config, args.input), name=type(model).__name__)
+    size = args.input and padded_size(*args.input, model.backbone.padding_constraints["size_divisibility"])
     return analyze_model(model, size, backbone="backbone")
 
 
 def analyze_memory(args: argparse.Namespace) -> MemoryReport:
     """Memory of training the model that CONFIG names."""
-    given = {"gpus": args.gpus, "gpu_memory": args.gpu_memory, "precision": args.precision, "offload": args.offload}
-    given["batch_size"] = args.batch_size
+    given = {name: getattr(args, name) for name in ("gpus", "gpu_memory", "precision", "offload", "batch_size")}
     if not is_file_name(args.config):
         entry = zoo.find(args.config)
         size = padded_size(*(args.input or [entry.image_size] * 2), entry.pad_divisor)
-        setting = Setting(input_size=size, **given)
         with on_meta():
             model = build_model(entry.config)
         whole = isinstance(model, PIIPClassifier)
         notes = [] if whole else [f"The backbone alone: {entry.config_file} counts the heads too"]
-        return estimate_memory(entry.name, DryRun(model), backbone_step(args.batch_size, size), setting, notes)
-    config = load_lazy_config(args.config, args.overrides)
+        step, setting = backbone_step(args.batch_size, size), Setting(input_size=size, **given)
+        return estimate_memory(entry.name, DryRun(model), step, setting, notes)
+    config, model = load_lazy_model(args.config, args.overrides)
     from omegaconf import OmegaConf
 
-    from piip_tools.memory import training_steps as training_memory
+    from piip_tools.memory.training_steps import size_divisor, training_size, training_step
 
-    model = build(config)
-    size = args.input or training_memory.training_size(config)
-    size = padded_size(*size, training_memory.size_divisor(model))
+    size = padded_size(*(args.input or training_size(config)), size_divisor(model))
     bucket_size = OmegaConf.select(config, "train.deepspeed.bucket_size", default=BUCKET_SIZE)
     setting = Setting(input_size=size, bucket_size=bucket_size, **given)
-    step, notes = training_memory.training_step(model, args.batch_size, size)
+    step, notes = training_step(model, args.batch_size, size)
     return estimate_memory(Path(args.config).stem, DryRun(model), step, setting, notes)
-
-
-def analyze(args: argparse.Namespace) -> ModelReport:
-    """Counts the model that CONFIG names."""
-    if is_file_name(args.config):
-        return analyze_lazy_config(args.config, args.overrides, args.input)
-    entry = zoo.find(args.config)
-    size = padded_size(*args.input, entry.pad_divisor) if args.input else None
-    return dataclasses.replace(analyze_backbone(entry.config, size), name=entry.name)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.zoo:
-        entries = zoo.entries()
-        report = list(tqdm(analyze_zoo(entries), total=len(entries), unit="model", disable=None))
-        text = zoo_table(report)
-        plain = [dataclasses.asdict(row) for row in report]
+    try:
+        report = analyze_memory(args) if args.memory else analyze(args)
+    except ValueError as error:  # every configuration error is one
+        sys.exit(f"analyze_model: {error}")
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report), indent=2))
     else:
-        try:
-            report = analyze_memory(args) if args.memory else analyze(args)
-        except ValueError as error:  # every configuration error is one
-            sys.exit(f"analyze_model: {error}")
-        text = memory_table(report) if args.memory else model_table(report)
-        plain = dataclasses.asdict(report)
-    print(json.dumps(plain, indent=2) if args.json else text)
+        print(memory_table(report) if args.memory else model_table(report))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measures the speed of PIIP's parts.
+"""Measures the speed of PIIP's parts against baselines: medians, and in brackets their ratios to the baseline.
 
 Examples:
     python tools/benchmark.py op --json op.json --chart op.png
-    python tools/benchmark.py op --dtypes fp32 bf16 --cases 'T98<-S70' --baselines
+    python tools/benchmark.py op --dtypes fp32 bf16 --cases 'T98<-S70'
     python tools/benchmark.py op --device cuda --batch 2
     python tools/benchmark.py backbone --json backbone.json --chart backbone.png
-    python tools/benchmark.py backbone --models piip_sbl_1568_1120_672 --baseline vitdet_l --precisions bf16 --breakdown
+    python tools/benchmark.py backbone --models piip_sbl_1568_1120_672 --baseline vitdet_l --precisions bf16
     python tools/benchmark.py train --scale 0.5
     python tools/benchmark.py chat --device cuda --chart chat.png
     python tools/benchmark.py chat --divide-widths 4 --json chat.json
@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,43 +25,21 @@ import torch
 from piip_core.errors import ConfigError, UserError
 from piip_core.files import write_atomically
 from piip_core.ops import operator_status
-from piip_tools.backbone_benchmark import breakdown as parts_benchmark
-from piip_tools.backbone_benchmark import measuring as backbone_benchmark
-from piip_tools.backbone_benchmark.models import FORMS, piip_models
-from piip_tools.operator_benchmark import measuring as operator_benchmark
-from piip_tools.operator_benchmark.baselines import BASELINES, find_baselines
-from piip_tools.operator_benchmark.cases import CASES, DTYPES
+from piip_tools.benchmarks.operators import CASES, DTYPES, measure_operator
+from piip_tools.timing import draw_rows, format_rows
 
-Report = tuple[list[dict[str, Any]], ModuleType]
-"""The results, and the module whose `format_results` and `draw_results` show them."""
+Rows = list[dict[str, Any]]
 
 
 def add_operator_options(parser: argparse.ArgumentParser) -> None:
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME", help=f"out of {names}")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument(
-        "--baselines",
-        nargs="*",
-        choices=list(BASELINES),
-        help="other implementations to time too; without this option those that are installed",
-    )
-    parser.add_argument(
-        "--baseline-in-float32",
-        action="store_true",
-        help="run PyTorch's formulation of 16-bit cases in float32, which is faster on CPUs than in the dtype itself",
-    )
 
 
-def run_operator(args: argparse.Namespace) -> Report:
-    results = operator_benchmark.measure_operator(
-        [case for case in CASES if case.name in args.cases],
-        args.dtypes,
-        baselines=find_baselines(args.device) if args.baselines is None else args.baselines,
-        pytorch_in_float32=args.baseline_in_float32,
-        **machine_options(args),
-    )
-    return results, operator_benchmark
+def run_operator(args: argparse.Namespace) -> Rows:
+    cases = [case for case in CASES if case.name in args.cases]
+    return measure_operator(cases, args.dtypes, **machine_options(args))
 
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:
@@ -73,29 +50,22 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="PIIP models, by the names of tools/analyze_model.py",
     )
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), help="of the PIIP models")
+    parser.add_argument("--forms", nargs="+", choices=("ours", "prepared"), help="of the PIIP models")
     parser.add_argument(
         "--neck", action="store_true", help="give PIIP the FPN of our detectors too, so that all maps have 256 channels"
     )
     parser.add_argument("--baseline", choices=("vitdet_b", "vitdet_l"), default="vitdet_b", help="of the ratios")
-    parser.add_argument("--precisions", nargs="+", choices=backbone_benchmark.PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "amp"))
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all image sizes, for a quick look")
-    parser.add_argument("--breakdown", action="store_true", help="show instead where the time of forward passes goes")
 
 
-def run_backbones(args: argparse.Namespace) -> Report:
-    from piip_tools.backbone_benchmark import detectron2_baselines as detectron2  # the other commands do not need it
+def run_backbones(args: argparse.Namespace) -> Rows:
+    from piip_tools.benchmarks import backbones  # needs Detectron2, as the other commands do not
 
-    wanted = {"build": detectron2.build_piip_with_neck} if args.neck else {}
-    models = piip_models(args.models, args.forms, scale=args.scale, **wanted)
-    models.append(detectron2.vitdet(args.baseline, args.scale))
-    options = machine_options(args)
-    if args.breakdown:
-        parts = {**parts_benchmark.PARTS, **detectron2.VITDET_PARTS}
-        return parts_benchmark.measure_parts(models, args.precisions, parts=parts, **options), parts_benchmark
+    models = backbones.piip_models(args.models, args.forms, scale=args.scale, neck=args.neck)
+    models.append(backbones.vitdet(args.baseline, args.scale))
     training = args.command == "train"
-    results = backbone_benchmark.measure_backbones(models, args.precisions, training=training, **options)
-    return results, backbone_benchmark
+    return backbones.measure_backbones(models, args.precisions, training=training, **machine_options(args))
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
@@ -125,13 +95,13 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-only", action="store_true", help="the vision encoders alone")
 
 
-def run_chat(args: argparse.Namespace) -> Report:
-    from piip_tools.chat_benchmark import measuring, models
+def run_chat(args: argparse.Namespace) -> Rows:
+    from piip_tools.benchmarks import chat
 
     if (args.model is None) != (args.baseline is None):
         raise ConfigError("--model and --baseline: expected both or none")
     if args.model is None:
-        pair = models.build_pair(
+        pair = chat.build_pair(
             args.published,
             device=args.device,
             dtype=getattr(torch, args.dtype),
@@ -140,28 +110,35 @@ def run_chat(args: argparse.Namespace) -> Report:
             language=not args.vision_only,
         )
     else:
-        pair = models.load_pair(args.model, args.baseline, device=args.device, dtype=args.dtype)
+        pair = chat.load_pair(args.model, args.baseline, device=args.device, dtype=args.dtype)
     options = {name: getattr(args, name) for name in ("new_tokens", "repeats", "threads", "vision_only")}
-    return measuring.measure_chat(pair, **options), measuring
+    return chat.measure_chat(pair, **options)
 
 
 def machine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("device", "batch", "repeats", "threads")}
 
 
-BACKBONE = {"run": run_backbones, "repeats": 5, "forms": list(FORMS), "precisions": ["fp32", "bf16"]}
-TRAINING = {"run": run_backbones, "repeats": 3, "forms": ["ours", "plain"], "precisions": ["fp32", "amp"]}
+COMMANDS = {
+    "op": ("Deformable attention", add_operator_options, {"run": run_operator, "repeats": 15}),
+    "backbone": (
+        "Forward passes of PIIP backbones and ViTDet",
+        add_backbone_options,
+        {"run": run_backbones, "repeats": 5, "forms": ["ours", "prepared"], "precisions": ["fp32", "bf16"]},
+    ),
+    "train": (
+        "Training steps of PIIP backbones and ViTDet",
+        add_backbone_options,
+        {"run": run_backbones, "repeats": 3, "forms": ["ours"], "precisions": ["fp32", "amp"]},
+    ),
+    "chat": ("PIIP-LLaVA and LLaVA-1.5", add_chat_options, {"run": run_chat, "repeats": 5}),
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, title, add_options, defaults in (
-        ("op", "Deformable attention", add_operator_options, {"run": run_operator, "repeats": 15}),
-        ("backbone", "Forward passes of PIIP backbones and ViTDet", add_backbone_options, BACKBONE),
-        ("train", "Training steps of PIIP backbones and ViTDet", add_backbone_options, TRAINING),
-        ("chat", "PIIP-LLaVA and LLaVA-1.5", add_chat_options, {"run": run_chat, "repeats": 5}),
-    ):
+    for name, (title, add_options, defaults) in COMMANDS.items():
         command = commands.add_parser(
             name, help=title, description=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
@@ -172,7 +149,7 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("--threads", type=int, default=1, help="CPU threads; 1 measures CPU time, more wall time")
         command.add_argument("--repeats", type=int, help="the median of so many is reported")
         command.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-        command.add_argument("--chart", type=Path, metavar="FILE", help="also draw the results into FILE (.png, .svg)")
+        command.add_argument("--chart", type=Path, metavar="FILE", help="also draw the ratios into FILE (.png, .svg)")
         command.set_defaults(title=title, **defaults)
     args = parser.parse_args()
     for option in ("batch", "threads", "repeats"):
@@ -182,31 +159,28 @@ def parse_args() -> argparse.Namespace:
         torch.device(args.device)
     except RuntimeError:
         parser.error(f"--device {args.device}: expected cpu, cuda or cuda:N")
-    for option in ("breakdown", "vision_only"):
-        if args.chart and getattr(args, option, False):
-            parser.error(f"--chart: expected no --{option.replace('_', '-')}, of which there is no chart")
-    if args.command == "train" and (args.breakdown or "prepared" in args.forms):
-        parser.error("--breakdown and --forms prepared are of forward passes: expected the command backbone")
+    if args.command == "train" and "prepared" in args.forms:
+        parser.error("--forms prepared is of forward passes: expected the command backbone")
     return args
 
 
 def main() -> None:
     args = parse_args()
     try:
-        results, report = args.run(args)
+        rows = args.run(args)
     except UserError as error:
         sys.exit(f"benchmark: {error}")
     on_gpu = torch.device(args.device).type == "cuda"
     machine = torch.cuda.get_device_name(args.device) if on_gpu else f"{args.threads} CPU thread(s)"
     note = f"{machine}, medians of {args.repeats}, kernels of the operator: {operator_status.cpu_capability or 'none'}"
-    print(f"{note}\n{report.format_results(results)}")
+    print(f"{note}\n{format_rows(rows)}")
     if args.chart:
-        figure = report.draw_results(results, f"{args.title}\n{note}")
+        figure = draw_rows(rows, f"{args.title}\n{note}")
         with write_atomically(args.chart) as file:
             figure.savefig(file, format=args.chart.suffix[1:], dpi=120)
     if args.json:
         with write_atomically(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+            json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,15 @@ on one square image of the largest branch's size, without a detector's heads and
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
 from piip_core.errors import ConfigError, UserError
-from piip_core.files import atomic_path, write_atomically
+from piip_core.files import write_atomically
 from piip_tools import planner
 
 
@@ -40,9 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=6, metavar="N", help="number of proposals (default: 6)")
     parser.add_argument("--write", type=Path, metavar="FILE.py", help="write the LazyConfig of a proposal")
     parser.add_argument("--choose", type=int, default=1, metavar="N", help="which one --write writes (default: 1)")
-    parser.add_argument("--force", action="store_true", help="let --write replace a file")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the published models and the proposals")
-    parser.add_argument("--json", action="store_true", help="print JSON with absolute numbers, bytes and seconds")
     measured = parser.add_argument_group("memory and latency budgets, measured on this machine")
     measured.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     measured.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
@@ -58,8 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         path = getattr(args, option)
         if path and (path.suffix != suffix or not path.absolute().parent.is_dir()):
             parser.error(f"--{option} {path}: expected a file name that ends in {suffix}, in a folder that exists")
-    if args.write and args.write.exists() and not args.force:
-        parser.error(f"--write {args.write}: the file exists; --force replaces it")
+    if args.write and args.write.exists():
+        parser.error(f"--write {args.write}: the file exists already")
     return args
 
 
@@ -100,50 +96,11 @@ class Plan:
         return f"{self.branches} branches within {' and '.join(limits)}"
 
 
-def describe(plan: Plan, proposal: planner.Proposal) -> dict[str, Any]:
-    """A proposal in absolute numbers."""
-    candidate, near = proposal.candidate, planner.nearest_published(proposal.candidate)
-    measured = plan.measured.get(candidate)
-    return {
-        "name": candidate.name,
-        "models": candidate.models,
-        "image_sizes": list(candidate.image_sizes),
-        "window_size": candidate.window_size,
-        "params_published_count": candidate.params,
-        "flops_published_count": candidate.flops,
-        "branch_flops_shares": [round(share, 4) for share in candidate.shares],
-        "rules_met": list(proposal.met),
-        "budget_spent": proposal.spent,
-        "nearest_published": near and {"name": near[0].name, "flops": round(near[1] * 1e9), "box_ap": near[2]},
-        "seconds": measured and measured.seconds,
-        "peak_bytes": measured and measured.peak_bytes,
-    }
-
-
-def as_json(plan: Plan) -> str:
-    baseline = plan.baseline.name
-    return json.dumps(
-        {
-            "budget": plan.budget and {"kind": plan.budget.kind, "limit": plan.budget.limit},
-            "max_params": plan.max_params,
-            "machine": plan.machine and plan.machine.description,
-            "baseline": baseline,
-            "rules": {rule.key: {"text": rule.text, "source": rule.source} for rule in planner.RULES},
-            "proposals": [describe(plan, proposal) for proposal in plan.proposals],
-            "measured": [
-                {"name": c.name, "seconds": m and m.seconds, "peak_bytes": m and m.peak_bytes}
-                for c, m in plan.measured.items()
-            ],
-        },
-        indent=2,
-    )
-
-
 def as_text(plan: Plan) -> str:
     header = ["", "models", "images", "#Param", "#FLOPs", "% per branch"]
     header += ["latency", "peak memory"] if plan.machine else []
     header += [rule.key for rule in planner.RULES] + ["nearest published", "its box AP"]
-    rows = [cells(plan, place, proposal) for place, proposal in enumerate(plan.proposals, 1)]
+    rows = [cells(plan, number, proposal) for number, proposal in enumerate(plan.proposals, 1)]
     table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
     lines = [f"{plan.title}, baseline {plan.baseline.title} {plan.baseline.resolution}", "", table, ""]
     lines += [f"- {rule.key}: {rule.text}. {rule.source[0].upper()}{rule.source[1:]}." for rule in planner.RULES]
@@ -156,14 +113,14 @@ def as_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def cells(plan: Plan, place: int, proposal: planner.Proposal) -> list[str]:
+def cells(plan: Plan, number: int, proposal: planner.Proposal) -> list[str]:
     candidate, near = proposal.candidate, planner.nearest_published(proposal.candidate)
-    row = [str(place), candidate.models, "/".join(map(str, candidate.image_sizes))]
+    row = [str(number), candidate.models, "/".join(map(str, candidate.image_sizes))]
     row += [f"{candidate.params / 1e6:.0f}M", f"{candidate.flops / 1e9:.0f}G"]
     row.append("/".join(f"{share:.0%}".rstrip("%") for share in candidate.shares))
     if plan.machine:
-        measured = plan.measured[candidate]
-        row += [planner.Budget(kind, value).text() for kind, value in measured.values().items()]
+        found = plan.measured[candidate]
+        row += [planner.Budget("latency", found.seconds).text(), planner.Budget("memory", found.peak_bytes).text()]
     row += ["yes" if rule.key in proposal.met else "-" for rule in planner.RULES]
     return row + (["-", "-"] if near is None else [f"{near[0].resolution}, {near[1]:.0f}G", f"{near[2]:.1f}"])
 
@@ -198,14 +155,12 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
 
 def write_picture(plan: Plan, path: Path) -> None:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         from piip_tools.planner.drawing import draw_plan
     except ImportError as error:
         raise UserError(f"--picture needs matplotlib ({error}); see README.md") from None
     figure = draw_plan(plan.proposals, f"Pyramids of {plan.title}, and the published models")
-    with atomic_path(path) as aside:
-        FigureCanvasAgg(figure).print_png(str(aside))
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -221,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
                 file.write(config_text(plan, plan.proposals[args.choose - 1]))
     except UserError as error:
         sys.exit(f"plan: {error}")
-    print(as_json(plan) if args.json else as_text(plan))
+    print(as_text(plan))
     for path in filter(None, (args.picture, args.write)):
         print(f"{path}: written", file=sys.stderr)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "goldens"))
 
-from checkers.command_line import main
+from checkers import main
 
 if __name__ == "__main__":
     sys.exit(main(description=__doc__))

@@ -1,11 +1,10 @@
 """The verification itself: goldens pass, and nothing wrong passes."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from checkers import (
     VERIFIERS,
@@ -14,49 +13,41 @@ from checkers import (
     GoldenError,
     Status,
     find_cases,
+    find_verifier,
     run_cases,
     summary_line,
 )
-from checkers.command_line import all_verifiers
 from piip_core.errors import NotSupportedYet
-from written_cases import GOLDENS
+from written_cases import GOLDENS, failed, recorded, run_path, run_written
 
 CASES = {case.name: case for case in find_cases([GOLDENS])}
 
 
-def run(*paths):
-    return list(run_cases(find_cases(paths), VERIFIERS))
-
-
 @pytest.fixture
 def copied(tmp_path):
-    """Copies a golden case, changed by the caller, and runs it."""
+    """Runs a golden case, changed by the caller."""
 
-    def copy_and_run(name, change_tensors=None, change_info=None):
-        info = json.loads((GOLDENS / f"{name}.json").read_text())
-        tensors = load_file(GOLDENS / f"{name}.safetensors")
+    def change_and_run(name, change_tensors=None, change_info=None):
+        info, tensors = recorded(name)
         if change_tensors:
             change_tensors(tensors)
         if change_info:
             change_info(info)
-        (tmp_path / f"{name}.json").write_text(json.dumps(info))
-        save_file(tensors, tmp_path / f"{name}.safetensors")
-        (result,) = run(tmp_path)
-        return result
+        return run_written(tmp_path, info, tensors)
 
-    return copy_and_run
+    return change_and_run
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_golden_cases_pass(name):
-    (result,) = run_cases([CASES[name]], all_verifiers())
+    result = run_path(CASES[name].path)
     if result.status is Status.NOT_SUPPORTED and "not installed" in result.reason:
         pytest.skip(result.reason)
     assert result.status is Status.PASSED, str(result)
 
 
 def test_the_recorded_families_are_all_there():
-    assert set(all_verifiers()) - {case.family for case in CASES.values()} == {"dino_neck"}  # no small case is recorded
+    assert set(VERIFIERS) - {case.family for case in CASES.values()} == {"dino_neck"}  # no small case is recorded
 
 
 @pytest.mark.parametrize(
@@ -81,8 +72,16 @@ def test_one_wrong_number_fails_and_is_named(name, tensor, copied):
 
     result = copied(name, spoil)
     assert result.status is Status.FAILED
-    assert [c.name for c in result.comparisons if not c.passed] == [tensor]
+    assert failed(result) == [tensor]
     assert tensor in str(result)
+
+
+@pytest.mark.parametrize("name", ["llava_splice", "llava_full_clip_bl"])
+@pytest.mark.parametrize("part", ["logits", "output_ids"])
+def test_wrong_numbers_of_complete_models_fail(name, part, copied):
+    changed = next(key for key in recorded(name)[1] if key.split(".")[-1] == part)
+    result = copied(name, lambda tensors: tensors.update({changed: tensors[changed] + 1}))
+    assert result.status is Status.FAILED and failed(result) == [changed]
 
 
 def test_swapped_weights_fail(copied):
@@ -161,8 +160,8 @@ def test_the_last_line_counts(copied):
         raise RuntimeError("out of order")
 
     cases = find_cases([GOLDENS / f"{name}.json" for name in ("msdeform_fp32", "load_mae_no_ls", "det2_deit")])
-    verifiers = {"op": VERIFIERS["op"], "load_mapping": not_yet, "detection": broken}
-    results = list(run_cases(cases, verifiers))
+    verifiers = {"op": find_verifier("op"), "load_mapping": not_yet, "detection": broken}
+    results = list(run_cases(cases, verifiers.__getitem__))
     assert summary_line(results) == "1 passed, 1 failed, 1 not supported yet"
     assert "RuntimeError" in str(results[2]) and "out of order" in str(results[2])
 
@@ -187,5 +186,5 @@ def test_paths_without_a_case_are_named(name, tmp_path):
 
 def test_a_case_without_its_tensors_fails(tmp_path):
     shutil.copy(GOLDENS / "msdeform_fp32.json", tmp_path)
-    (result,) = run(tmp_path)
+    result = run_path(tmp_path)
     assert result.status is Status.FAILED and "msdeform_fp32.safetensors" in str(result)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -15,7 +15,7 @@ from checkers import Status, find_cases
 from checkers.llava.text import llama_tokenizer
 from checkers.multimodal import build_encoder
 from llava_piip.conversation import encode_conversation, encode_prompt, messages_from_llava, render_conversation
-from written_cases import GOLDENS, failed, run_written
+from written_cases import GOLDENS, failed, recorded, run_written
 
 PLACEHOLDER, IGNORED = -200, -100
 ONE_BRANCH = "vision_tower.vision_tower.branch2."
@@ -33,12 +33,9 @@ CONVERSATIONS = [
 
 
 @pytest.fixture
-def reordered(tmp_path):
+def reordered():
     """The recorded case with its rows in the other order: text first, and its image second."""
-    for suffix in ("_ckpt", "_stage1"):
-        shutil.copytree(GOLDENS / f"llava_full_clip_bl{suffix}", tmp_path / f"llava_full_clip_bl{suffix}")
-    info = json.loads((GOLDENS / "llava_full_clip_bl.json").read_text())
-    tensors = load_file(GOLDENS / "llava_full_clip_bl.safetensors")
+    info, tensors = recorded("llava_full_clip_bl")
     info["conversations"].reverse()
     tensors |= {name: x.flip(0) for name, x in tensors.items() if name.split(".")[0] in ("input", "output")}
     return info, tensors

@@ -1,7 +1,5 @@
 """Golden cases of heads and pipelines through the project's Detectron2 model."""
 
-import json
-
 import pytest
 
 pytest.importorskip("detectron2")
@@ -9,13 +7,12 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
-from safetensors.torch import load_file, save_file
 
 from checkers import Status
 from checkers.detection import rpn
 from piip.modeling.mask_rcnn import BestBoxMatcher, PublishedRPN
 from piip.modeling.upernet import SegmentationHead
-from written_cases import GOLDENS, failed, run_path
+from written_cases import GOLDENS, failed, recorded, run_path, run_written
 
 
 @pytest.mark.parametrize(
@@ -37,12 +34,10 @@ from written_cases import GOLDENS, failed, run_path
     ],
 )
 def test_wrong_results_fail_and_are_named(name, tensor, tmp_path):
-    tensors = load_file(GOLDENS / f"{name}.safetensors")
-    spoiled = tensors[tensor].clone()
-    spoiled.view(-1)[: max(1, spoiled.numel() // 100)] += 1
-    save_file({**tensors, tensor: spoiled}, tmp_path / f"{name}.safetensors")
-    (tmp_path / f"{name}.json").write_text((GOLDENS / f"{name}.json").read_text())
-    result = run_path(tmp_path)
+    info, tensors = recorded(name)
+    spoiled = tensors[tensor].view(-1)
+    spoiled[: max(1, spoiled.numel() // 100)] += 1
+    result = run_written(tmp_path, info, tensors)
     assert result.status is Status.FAILED
     assert failed(result) == [tensor]
 
@@ -96,20 +91,16 @@ def test_padding_cells_matter(monkeypatch):
     ],
 )
 def test_settings_that_the_model_lacks_are_not_supported_yet(name, path, value, tmp_path):
-    info = json.loads((GOLDENS / f"{name}.json").read_text())
+    info, tensors = recorded(name)
     node = info["config"]
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = value
-    save_file(load_file(GOLDENS / f"{name}.safetensors"), tmp_path / f"{name}.safetensors")
-    (tmp_path / f"{name}.json").write_text(json.dumps(info))
-    assert run_path(tmp_path).status is Status.NOT_SUPPORTED
+    assert run_written(tmp_path, info, tensors).status is Status.NOT_SUPPORTED
 
 
 def test_other_detectors_are_not_supported_yet(tmp_path):
-    info = json.loads((GOLDENS / "head_fpn_rpn_b.json").read_text())
+    info, _ = recorded("head_fpn_rpn_b")
     info["config"]["type"] = "SomeDETR"
-    (tmp_path / "case.json").write_text(json.dumps(info))
-    save_file({"output.e2e.boxes.0": torch.zeros(1, 4)}, tmp_path / "case.safetensors")
-    result = run_path(tmp_path)
+    result = run_written(tmp_path, info, {"output.e2e.boxes.0": torch.zeros(1, 4)})
     assert result.status is Status.NOT_SUPPORTED and "SomeDETR" in result.reason

@@ -12,9 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkers import CaseResult, find_cases, run_cases
-from checkers.command_line import all_verifiers
-
-__all__ = ["GOLDENS", "failed", "recorded", "run_path", "run_written"]
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 
@@ -27,18 +24,21 @@ def recorded(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def run_path(path: Path) -> CaseResult:
     """The result of the one case at a path."""
-    (result,) = run_cases(find_cases([path]), all_verifiers())
+    (result,) = run_cases(find_cases([path]))
     return result
 
 
 def run_written(folder: Path, info: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> CaseResult:
-    """The result of a case that is written into a folder, beside the tokenizer of the goldens that it names."""
+    """The result of a case that is written into a folder, beside what the golden case of its name has there."""
     path = folder / f"{info['name']}.json"
     path.write_text(json.dumps(info))
     if tensors:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path.with_suffix(".safetensors"))
     if "tokenizer_file" in info and not (folder / info["tokenizer_file"]).exists():
         shutil.copy(GOLDENS / info["tokenizer_file"], folder)
+    for source in GOLDENS.glob(f"{info['name']}_*"):
+        if source.is_dir():
+            shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
     return run_path(path)
 
 

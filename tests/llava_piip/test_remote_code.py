@@ -16,7 +16,7 @@ from llava_piip.checkpoints import convert_folder, export_folder
 from llava_piip.inference import ChatModel
 from llava_piip.serve import chat, web
 from llava_piip.train import merge, train
-from piip_tools.chat_benchmark.models import load_pair
+from piip_tools.benchmarks.chat import load_pair
 
 ROOT = Path(llava_piip.__file__).parents[1]
 AUTO_MAP = {

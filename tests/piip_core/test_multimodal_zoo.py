@@ -211,17 +211,17 @@ def test_executed_count_of_the_baseline_by_hand(rows):
     row, width, patches = rows["llava_1_5_7b"], 1024, 24 * 24
     block = 12 * width**2 * (patches + 1)
     embedding = patches * 14 * 14 * 3 * width
-    assert row.tower.macs == embedding + 23 * (block + 2 * (patches + 1) ** 2 * width)
+    assert row.backbone.macs == embedding + 23 * (block + 2 * (patches + 1) ** 2 * width)
     assert row.projector.macs == patches * (width * 4096 + 4096 * 4096)
     norms = 2 * (patches + 1) * width * (2 * 24 + 1)
     assert row.published_count.macs == embedding + 24 * (block + 2 * patches**2 * width) + norms
-    assert row.executed.macs == row.tower.macs + row.projector.macs
+    assert row.executed.macs == row.backbone.macs + row.projector.macs
 
 
 def test_executed_count_is_near_the_published_one(rows):
     """They differ by norms, by the class tokens in the attention, and by the grids on which ConvNeXt is sampled."""
     for row in (rows[name] for name in COUNTED[1:]):
-        assert row.tower.macs == pytest.approx(row.published_count.macs, rel=0.025)
+        assert row.backbone.macs == pytest.approx(row.published_count.macs, rel=0.025)
         config, width, tokens = row.entry.vision, row.entry.embed_dim, row.entry.image_seq_length
         dims, strides = config.dims_after(None), config.strides_after(None)
         expected = 0

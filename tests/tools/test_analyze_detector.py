@@ -55,14 +55,18 @@ def test_memory_runs_all_of_the_model(name):
     from piip.lazy_config import load_config, skip_pretrained
     from piip_tools.flops import padded_size
     from piip_tools.memory import DryRun
-    from piip_tools.memory import training_steps as training_memory
+    from piip_tools.memory.training_steps import size_divisor, training_size, training_step
 
     config = load_config(str(CONFIGS / f"demo/piip_digits_{name}.py"))
     skip_pretrained(config)
+    pyramid = config.model.get("backbone", config.model)
+    pyramid = pyramid.get("bottom_up", pyramid).config
+    for branch in ("branch1", "branch2", "branch3"):
+        pyramid.get("pyramid", pyramid).branches[branch].network.depth = 2  # as many as there are interactions
     with on_meta():
         model = instantiate(config.model)
-    size = padded_size(*training_memory.training_size(config), training_memory.size_divisor(model))
-    step, _ = training_memory.training_step(model, 2, size)
+    size = padded_size(*training_size(config), size_divisor(model))
+    step, _ = training_step(model, 2, size)
     run, without = DryRun(model), {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:

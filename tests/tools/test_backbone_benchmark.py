@@ -1,40 +1,18 @@
 """The benchmark of backbones, on small ones: what it compares is the same, and its numbers add up."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
-from piip_core import DensePIIP
+pytest.importorskip("detectron2")
+
+from piip_core import DensePIIP, zoo
 from piip_core.interaction import DeformableCrossAttention
-from piip_tools.backbone_benchmark.breakdown import REST, measure_parts
-from piip_tools.backbone_benchmark.breakdown import format_results as format_parts
-from piip_tools.backbone_benchmark.measuring import draw_results, format_results, measure_backbones
-from piip_tools.backbone_benchmark.models import TimedModel, piip_models, scatter_offsets
-from piip_tools.backbone_benchmark.plain import plain_formulation
-
-
-def test_plain_formulation_computes_the_same(tiny_model):
-    image = torch.randn(1, 3, 100, 171)
-    expected = tiny_model(image)
-    with plain_formulation(tiny_model):
-        plain = tiny_model(image)
-    after = tiny_model(image)
-    for e, p, a in zip(expected, plain, after, strict=True):
-        torch.testing.assert_close(p, e, rtol=1e-4, atol=1e-4)
-        assert torch.equal(a, e)
-
-
-def test_plain_formulation_samples_with_pytorch(tiny_model):
-    def names():
-        with torch.profiler.profile() as recorded:
-            tiny_model(torch.randn(1, 3, 64, 64))
-        return {event.key for event in recorded.key_averages()}
-
-    with plain_formulation(tiny_model):
-        plain = names()
-    assert "aten::grid_sampler" in plain and "piip::deform_attn_grid" not in plain
-    assert "piip::deform_attn_grid" in names()
+from piip_tools.benchmarks.backbones import (
+    TimedModel,
+    measure_backbones,
+    piip_models,
+    scatter_offsets,
+)
 
 
 def test_scattered_offsets_spread_over_two_pixels(tiny_config):
@@ -47,73 +25,43 @@ def test_scattered_offsets_spread_over_two_pixels(tiny_config):
 
 @pytest.fixture
 def models(tiny_config):
-    """Two models, the second with 36 times the pixels of the first, and in a context that counts its uses."""
-    entered = []
-
-    @contextmanager
-    def context(model):
-        entered.append(model)
-        yield
+    """Two models, the second with 36 times the pixels of the first."""
 
     def build():
         return DensePIIP(tiny_config())
 
     return [
-        TimedModel(name="small", build=build, image_size=64),
-        TimedModel(name="large", build=build, image_size=384, context=context),
-    ], entered
+        TimedModel(name="small", form="ours", build=build, image_size=64),
+        TimedModel(name="large", form="baseline", build=build, image_size=384),
+    ]
 
 
 def test_inference(models):
-    models, entered = models
-    found = measure_backbones(models, ["fp32", "amp", "bf16"], repeats=2)
-    assert [(result["model"], result["precision"]) for result in found] == [
-        (name, precision) for precision in ("fp32", "amp", "bf16") for name in ("small", "large")
+    rows = measure_backbones(models, ["fp32", "amp", "bf16"], repeats=2)
+    assert [row["what"] for row in rows] == [
+        f"small at 64, {precision}{kind}" for precision in ("fp32", "amp", "bf16") for kind in ("", ", peak memory")
     ]
-    for small, large in zip(found[::2], found[1::2], strict=True):
-        assert len(small["seconds"]) == len(large["seconds"]) == 2 and min(small["seconds"] + large["seconds"]) > 0
-        assert large["ratio"] == large["peak_ratio"] == 1 and small["peak_ratio"] == small["peak"] / large["peak"]
-        assert small["ratio"] < 1 and small["peak_ratio"] < 0.2  # 36 times fewer pixels
+    for row in rows:
+        assert row["ratios"]["baseline"] == 1 and min(row["medians"].values()) > 0
+        assert row["ratios"]["ours"] < (0.2 if row["unit"] == "MB" else 1)  # 36 times fewer pixels
     outputs = 32 * 384**2 * (1 / 4**2 + 1 / 8**2 + 1 / 16**2 + 1 / 32**2)
-    assert found[1]["peak"] > 4 * outputs and found[-1]["peak"] < 0.6 * found[1]["peak"]  # bytes per number: 4 and 2
-    assert len(entered) == 3 * 4  # one pass that does not count, two rounds, one for memory
+    full, half = (1e6 * rows[index]["medians"]["baseline"] for index in (1, 5))
+    assert full > 4 * outputs and half < 0.6 * full  # bytes per number: 4 and 2
 
 
 def test_training(models):
-    models, _ = models
-    found = measure_backbones(models, ["fp32"], training=True, repeats=1)
-    inference = measure_backbones(models, ["fp32"], repeats=1)
-    for step, forward in zip(found, inference, strict=True):
-        assert step["peak"] > 2 * forward["peak"] and step["median"] > forward["median"]
+    step, forward = (measure_backbones(models, ["fp32"], training=training, repeats=1) for training in (True, False))
+    for name in ("ours", "baseline"):
+        assert step[0]["medians"][name] > forward[0]["medians"][name]
+        assert step[1]["medians"][name] > 2 * forward[1]["medians"][name]
 
 
-def test_parts_add_up(models):
-    models, _ = models
-    (result,) = measure_parts(models[1:], ["fp32"], repeats=1)
-    assert set(result["seconds"]) == {
-        "self-attention",
-        "MLPs",
-        "deformable attention",
-        "interactions: norms, projections, FFNs",
-        "merging",
-        "feature pyramid",
-        REST,
-    }
-    assert min(result["seconds"].values()) > 0
-    table = format_parts([result]).splitlines()
-    assert f"{sum(result['seconds'].values()):.3f} (100%)" in table[-1]
-
-
-def test_table_and_chart(models, tmp_path):
-    found = measure_backbones(models[0], ["fp32"], repeats=1)
-    lines = format_results(found).splitlines()[2:]
-    assert lines[0].split()[:3] == ["small", "64", "fp32"] and " 1.00 " in lines[1]
-    draw_results(found, "a title").savefig(tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").stat().st_size > 10_000
-
-
-def test_forms_of_published_models():
-    ours, plain, prepared = piip_models(["piip_tsb_1120_896_448"], scale=0.3)
-    assert ours.image_size == 320 and ours.name == "piip_tsb_1120_896_448 (ours)"
-    assert plain.context is plain_formulation
-    assert prepared.finish(ours.build()).pyramid.inference_only
+def test_forms_of_published_models(tiny_config, monkeypatch):
+    entry = zoo.ZooEntry(name="tiny", config=tiny_config(), pad_divisor=32)
+    monkeypatch.setattr(zoo, "get", lambda name: entry)
+    ours, prepared = piip_models(["tiny"], ["ours", "prepared"], scale=0.6)
+    assert (ours.name, ours.form, ours.image_size) == ("tiny", "ours", 64)
+    assert prepared.load("fp32", "cpu", 1)[0].pyramid.inference_only
+    (neck,) = piip_models(["tiny"], ["ours"], neck=True)
+    model, image = neck.load("fp32", "cpu", 1)
+    assert {level.shape[1] for level in model(image).values()} == {256}

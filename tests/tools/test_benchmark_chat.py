@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from piip_tools.chat_benchmark import measuring, models
+from piip_tools.benchmarks import chat
+from piip_tools.timing import compare
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +18,6 @@ def run(tool, monkeypatch, *arguments):
     tool.main()
 
 
-def result(name, seconds):
-    counts = {"visual_tokens": 16, "prompt_tokens": 32, "vision_parameters": 1, "weight_bytes": 1, "working_bytes": 1}
-    times = {"prepare_s": 0.01, "vision_s": 0.2, "first_token_s": seconds, "vision_share": 0.2 / seconds}
-    return {"name": name, **counts, **times, "second_nothing_kept_s": 1.2, "second_cache_kept_s": 0.1}
-
-
 def test_options_reach_the_benchmark_and_results_the_files(tool, monkeypatch, tmp_path, capsys):
     asked = {}
 
@@ -32,10 +27,10 @@ def test_options_reach_the_benchmark_and_results_the_files(tool, monkeypatch, tm
 
     def measure_chat(pair, **options):
         asked.update(options, pair=pair)
-        return [result("ours", 1.0), result("baseline", 0.5)]
+        return [compare("first token", "ms", {"ours": [1000.0], "baseline": [500.0]}, "baseline")]
 
-    monkeypatch.setattr(models, "build_pair", build_pair)
-    monkeypatch.setattr(measuring, "measure_chat", measure_chat)
+    monkeypatch.setattr(chat, "build_pair", build_pair)
+    monkeypatch.setattr(chat, "measure_chat", measure_chat)
     files = tmp_path / "chat.json", tmp_path / "chat.png"
     options = ("--divide-widths", 4, "--dtype", "float32", "--new-tokens", 7, "--visual-grid", 24)
     run(tool, monkeypatch, *options, "--json", files[0], "--chart", files[1])
@@ -43,8 +38,8 @@ def test_options_reach_the_benchmark_and_results_the_files(tool, monkeypatch, tm
     assert (asked["divide_widths"], asked["projector_grid"], asked["new_tokens"]) == (4, 24, 7)
     assert asked["pair"] == ("ours", "baseline")
     lines = [line for line in capsys.readouterr().out.splitlines() if "first token, ms" in line]
-    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["first token, ms", "1000.0", "500.0", "2.00"]
-    assert [entry["vision_share"] for entry in json.loads(files[0].read_text())] == [0.2, 0.4]
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["first token, ms", "1000 (2)", "500"]
+    assert json.loads(files[0].read_text())[0]["ratios"] == {"ours": 2.0, "baseline": 1.0}
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
@@ -62,9 +57,3 @@ def test_mistakes_are_named(tool, monkeypatch, tmp_path, arguments, message):
     (tmp_path / "gone").mkdir()
     with pytest.raises(SystemExit, match=f"benchmark: .*{message}"):
         run(tool, monkeypatch, *arguments)
-
-
-def test_what_has_no_chart(tool, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run(tool, monkeypatch, "--vision-only", "--chart", "x.png")
-    assert "--chart: expected no --vision-only" in capsys.readouterr().err

@@ -14,8 +14,6 @@ from piip_core.errors import UserError
 
 from .golden import GoldenCase
 
-__all__ = ["Check", "Comparison"]
-
 Result = TypeVar("Result")
 
 

@@ -14,8 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["GoldenCase", "GoldenError", "find_cases"]
-
 # How tensors that record results begin; the others are inputs, weights, or helpers such as reference points
 RESULTS = ("output", "inter", "grad")
 

@@ -19,8 +19,6 @@ from piip_core.errors import NotSupportedYet
 from .check import Check
 from .golden import GoldenCase
 
-__all__ = ["verify_loading"]
-
 
 def verify_loading(case: GoldenCase) -> Check:
     """Loads the file of the case into a branch of the recorded sizes, and compares all recorded parameters."""

@@ -13,8 +13,6 @@ from piip_core.errors import NotSupportedYet
 from .check import Check
 from .golden import GoldenCase
 
-__all__ = ["backpropagate", "check_gradients", "recorded_loss"]
-
 # Spaces left out: one term or a sum of terms, each a sum or a mean over an output, and then remarks on the index i
 _TERM = r"(?:(?P<factor>[\d.]+)\*)?(?P<kind>sum|mean)\(\w+\*cos\((?P<rate>[\d.]+)\*i\)\)"
 _OVER_OUTPUTS = re.compile(rf"(?:sumoveroutputsof)?{_TERM}(?=$|,|with)")

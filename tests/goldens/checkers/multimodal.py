@@ -18,8 +18,6 @@ from .check import Check
 from .golden import GoldenCase
 from .losses import backpropagate, check_gradients
 
-__all__ = ["build_encoder", "verify_multimodal"]
-
 TOWER, PROJECTOR = "vision_tower.vision_tower.", "mm_projector."
 _NORMS = {"gn": "group", "ln": "layer"}
 

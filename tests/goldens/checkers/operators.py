@@ -13,8 +13,6 @@ from .check import Check
 from .golden import GoldenCase
 from .losses import backpropagate, check_gradients
 
-__all__ = ["verify_interaction", "verify_op"]
-
 
 def verify_op(case: GoldenCase) -> Check:
     """Deformable attention with and without a padding mask: output and all gradients."""

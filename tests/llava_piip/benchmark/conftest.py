@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava_piip import PIIPVisionModel
 from llava_piip.assembly import assemble_config, join
 from llava_piip.image_processing import PIIPImageProcessor
-from piip_tools.chat_benchmark.models import TimedModel
+from piip_tools.benchmarks.chat import TimedModel
 
 
 @pytest.fixture

@@ -5,17 +5,23 @@ feature pyramid. The *executed count* is what our modules hold and compute for o
 numbers of parameters and of multiply-accumulates (one multiply-accumulate is what the published tables call a FLOP).
 """
 
-from .executed import executed_count
+from .executed import ModelReport, analyze_backbone, analyze_model, executed_count, padded_size
 from .published import Count, published_count
-from .report import ModelReport, analyze_backbone, analyze_model, padded_size
-from .tables import classification_table, model_table, multimodal_table, published_tables, replace_block, zoo_table
-from .zoo_counts import analyze_classifiers, analyze_multimodal, analyze_zoo
+from .tables import (
+    ablation_table,
+    analyze_multimodal,
+    analyze_zoo,
+    classification_table,
+    model_table,
+    multimodal_table,
+    published_tables,
+)
 
 __all__ = [
     "Count",
     "ModelReport",
+    "ablation_table",
     "analyze_backbone",
-    "analyze_classifiers",
     "analyze_model",
     "analyze_multimodal",
     "analyze_zoo",
@@ -26,6 +32,4 @@ __all__ = [
     "padded_size",
     "published_count",
     "published_tables",
-    "replace_block",
-    "zoo_table",
 ]

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import cache, singledispatch
 from typing import Literal
 
 from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
-from piip_core.config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
-
-__all__ = ["Count", "PublishedCount", "published_count", "published_rule"]
+from piip_core.config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig, UnitSpec
 
 NUM_CLASSES = 1000
 SAMPLING_POINTS = 4  # the formula has this number whatever the model uses
@@ -89,7 +87,7 @@ def published_count(config: PIIPConfig | ClassifierConfig, *, rule: Rule | None 
     else:
         head = Count() if rule == "vision tower" else _classifier(config, separate=rule == "separate classifiers")
     return PublishedCount(
-        branches=tuple(_network(b.network, b, dense=rule in ("merging", "vision tower")) for b in config.branches),
+        branches=tuple(_branch(branch, dense=rule in ("merging", "vision tower")) for branch in config.branches),
         interactions=_interactions(config, sampled_after=0 if rule == "vision tower" else None),
         head=head,
     )
@@ -101,13 +99,18 @@ def _interactions(config: PIIPConfig, *, sampled_after: int | None) -> Count:
     for k in range(config.num_interactions):
         dims, tokens = config.dims_after(k), _tokens_after(config, k)
         sampled = tokens if sampled_after is None else _tokens_after(config, sampled_after)
-        for unit in config.interaction.graph(k, len(config.branches)):
+        for unit in _graph(config.interaction, k, len(config.branches)):
             low, high = unit.low - 1, unit.high - 1
             for to, source, wanted in ((low, high, unit.into_low), (high, low, unit.into_high)):
                 if wanted:
                     total += _injection(config.interaction, tokens[to], dims[to], tokens[source], dims[source])
                     total += _sampling(config.interaction, sampled[to], dims[to])
     return total
+
+
+@cache
+def _graph(config: InteractionConfig, k: int, branches: int) -> tuple[UnitSpec, ...]:
+    return config.graph(k, branches)
 
 
 def _tokens_after(config: PIIPConfig, interaction: int | None) -> list[int]:
@@ -140,6 +143,11 @@ def _norm(tokens: int, width: int) -> Count:
 
 def _rms_norm(tokens: int, width: int) -> Count:
     return Count(width)
+
+
+@cache
+def _branch(branch: BranchConfig, *, dense: bool) -> Count:
+    return _network(branch.network, branch, dense=dense)
 
 
 @singledispatch
@@ -231,6 +239,7 @@ def _convnext(network: ConvNeXtConfig, branch: BranchConfig, *, dense: bool) -> 
     return count
 
 
+@cache  # interactions between the same maps follow each other
 def _injection(config: InteractionConfig, queries: int, query_dim: int, values: int, value_dim: int) -> Count:
     """One direction of an interaction unit, from `values` tokens into `queries` tokens."""
     feature_dim = query_dim if config.projection else value_dim

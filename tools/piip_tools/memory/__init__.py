@@ -4,16 +4,14 @@ Activations come from a training step on tensors without data (`DryRun`), parame
 communication from their number and the ZeRO stage (`model_states`).
 """
 
-from .dry_run import AliveStorages, DryRun, Step, backbone_step, squares
-from .report import MemoryReport, Setting, estimate_memory, memory_table
-from .states import model_states
+from .dry_run import AliveStorages, DryRun, backbone_step, squares
+from .estimate import MemoryReport, Setting, estimate_memory, memory_table, model_states
 
 __all__ = [
     "AliveStorages",
     "DryRun",
     "MemoryReport",
     "Setting",
-    "Step",
     "backbone_step",
     "estimate_memory",
     "memory_table",

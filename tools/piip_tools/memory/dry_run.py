@@ -29,8 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from piip_core.export import tensors_in
 from piip_core.pyramid import PIIP
 
-__all__ = ["Activations", "AliveStorages", "DryRun", "Kernels", "Precision", "Step", "backbone_step", "squares"]
-
 Precision = Literal["fp32", "bf16"]
 Kernels = Literal["cuda", "cpu"]
 Step = Callable[[nn.Module], Tensor]

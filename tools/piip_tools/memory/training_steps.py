@@ -23,9 +23,7 @@ from piip.modeling.segmentor import SlidingWindowSegmentor
 from piip_core.classifier import PIIPClassifier
 from piip_core.errors import ConfigError
 
-from . import Step, squares
-
-__all__ = ["size_divisor", "training_size", "training_step"]
+from .dry_run import Step, squares
 
 _DENOISING_SLOTS = 200  # of an image with up to 100 objects
 

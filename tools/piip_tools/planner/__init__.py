@@ -1,7 +1,6 @@
 """Plans pyramids for a budget: candidates with their cost, the paper's guidelines as rules, measurements, a figure."""
 
-from .budget import Budget, parse_budget, parse_count
-from .candidates import Candidate, candidates, nearest_published
+from .candidates import Budget, Candidate, candidates, nearest_published, parse_budget, parse_count
 from .measuring import Machine, Measured, measure, search
 from .proposals import RULES, Proposal, baseline_for, propose
 

@@ -1,11 +1,13 @@
-"""Pyramids that can be proposed, with their cost, and the published models to compare them with."""
+"""Budgets, the pyramids that can be proposed with their cost, and the published models to compare them with."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Literal
 
 from piip_core.config import PIIPConfig
 from piip_core.errors import ConfigError
@@ -17,6 +19,67 @@ MODEL_SIZES = "TSBL"
 """DeiT models, smallest first."""
 IMAGE_SIZES = tuple(range(1792, 223, -112))
 """Image sides, largest first: multiples of half the padding of the published pyramids."""
+
+Kind = Literal["flops", "memory", "latency"]
+
+_UNITS: dict[str, tuple[Kind, float]] = {
+    "G": ("flops", 1e9),
+    "T": ("flops", 1e12),
+    "MB": ("memory", 1e6),
+    "GB": ("memory", 1e9),
+    "ms": ("latency", 1e-3),
+    "s": ("latency", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may cost: multiply-accumulates by the published count, or for one image bytes or seconds."""
+
+    kind: Kind
+    limit: float
+
+    def text(self, value: float | None = None) -> str:
+        """The limit, or a value of the same kind, with its unit."""
+        value = self.limit if value is None else value
+        if self.kind == "flops":
+            return f"{value / 1e9:.0f}G"
+        if self.kind == "memory":
+            return f"{value / 1e9:.2f}GB"
+        return f"{value * 1e3:.0f}ms" if value < 10 else f"{value:.1f}s"
+
+
+def parse_budget(text: str) -> Budget:
+    """Reads a budget such as 450G, 1.5T (multiply-accumulates), 12GB, 800ms or 2s.
+
+    Raises:
+        ConfigError: For anything else.
+    """
+    value, unit = _split(text)
+    if unit not in _UNITS or not value:
+        raise ConfigError(
+            f"budget {text!r}: expected a positive number with a unit: 450G or 1.5T (FLOPs), 12GB or 800MB (memory), "
+            "800ms or 2s (latency)"
+        )
+    kind, scale = _UNITS[unit]
+    return Budget(kind, value * scale)
+
+
+def parse_count(text: str) -> int:
+    """Reads a number of parameters such as 200M or 1.2G.
+
+    Raises:
+        ConfigError: For anything else.
+    """
+    value, unit = _split(text)
+    if unit not in ("M", "G") or not value:
+        raise ConfigError(f"{text!r}: expected a positive number of parameters such as 200M")
+    return round(value * {"M": 1e6, "G": 1e9}[unit])
+
+
+def _split(text: str) -> tuple[float, str]:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    return (float(found[1]), found[2]) if found else (0.0, "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from .candidates import published_mask_rcnn, same_models
 from .proposals import Proposal
 
 _COLOURS = ("#0b7d8c", "#4a3fb5", "#e08a00", "#7a7a7a")
 _PROPOSAL = "#c0272d"
-_NAME_SIZE = 7.5
 _TICKS = (20, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 20000)
 
 
@@ -26,54 +24,7 @@ def draw_plan(proposals: Sequence[Proposal], title: str) -> Figure:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(5.6, 0.3 + 0.24 * len(proposals)))
     above.set_title(title, fontsize=11)
     above.set_xscale("log")
-    _draw_published(above, [proposal.candidate.flops / 1e9 for proposal in proposals])
-    _draw_proposals(above, below, proposals)
-    low, high = above.get_xlim()
-    ticks = [tick for tick in _TICKS if low <= tick <= high]
-    below.set_xticks(ticks, [str(tick) for tick in ticks])
-    below.set_xticks([], minor=True)
-    below.set_xlabel("GFLOPs (published count, logarithmic)")
-    return figure
-
-
-def _draw_published(axes: Axes, costs: list[float]) -> None:
-    """The published models, with room for proposals of the given costs."""
-    known = [one for one in published_mask_rcnn() if one[2] is not None]
-    names: list[tuple[str, tuple[float, float], str]] = []
-    for index, family in enumerate(dict.fromkeys(entry.table for entry, _, _ in known)):
-        colour = _COLOURS[index % len(_COLOURS)]
-        members = [one for one in known if one[0].table == family]
-        axes.scatter(*zip(*(one[1:] for one in members), strict=True), s=30, color=colour, label=family, zorder=3)
-        for first, *_ in members:
-            alike = sorted((one for one in members if same_models(one[0].config, first.config)), key=lambda one: one[1])
-            if alike[0][0] is first:  # each combination of models once
-                axes.plot(*zip(*(one[1:] for one in alike), strict=True), color=colour, lw=1, alpha=0.6)
-                names.append((first.title, alike[-1][1:], colour))
-    costs = costs + [one[1] for one in known]
-    axes.set_xlim(min(costs) * 0.5, max(costs) * 2)
-    axes.set_ylabel("published COCO box AP (Mask R-CNN)")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=8.5)
-    _write_names(axes, names, [one[1:] for one in known])
-
-
-def _write_names(
-    axes: Axes, names: Sequence[tuple[str, tuple[float, float], str]], points: Sequence[tuple[float, float]]
-) -> None:
-    """Writes a name beside each point, where it covers the fewest other points and names."""
-    scale = 72 / axes.figure.dpi  # points per pixel
-    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axes.transData.transform(points) * scale]
-    for name, point, colour in names:
-        x, y = axes.transData.transform(point) * scale
-        width = 0.56 * _NAME_SIZE * len(name)
-        offsets = ((5, -3), (-5 - width, -3), (5, 4), (5, -10), (-5 - width, 4), (-5 - width, -10))
-        boxes = [Bbox.from_bounds(x + dx, y + dy, width, _NAME_SIZE) for dx, dy in offsets]
-        best = min(range(len(boxes)), key=lambda i: boxes[i].count_overlaps(taken))
-        taken.append(boxes[best])
-        axes.annotate(name, point, offsets[best], textcoords="offset points", fontsize=_NAME_SIZE, color=colour)
-
-
-def _draw_proposals(above: Axes, below: Axes, proposals: Sequence[Proposal]) -> None:
+    _draw_published(above)
     for number, proposal in enumerate(proposals, 1):
         gflops = proposal.candidate.flops / 1e9
         above.axvline(gflops, color=_PROPOSAL, lw=0.8, alpha=0.5, zorder=1)
@@ -84,3 +35,29 @@ def _draw_proposals(above: Axes, below: Axes, proposals: Sequence[Proposal]) -> 
     below.set_ylim(len(proposals) + 0.6, 0.2)
     below.set_yticks([])
     below.set_ylabel("proposals")
+    low, high = above.get_xlim()
+    above.set_xlim(low, high * 1.5)  # room for names
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    below.set_xticks(ticks, [str(tick) for tick in ticks])
+    below.set_xticks([], minor=True)
+    below.set_xlabel("GFLOPs (published count, logarithmic)")
+    return figure
+
+
+def _draw_published(axes: Axes) -> None:
+    """The published models, those with the same branches as a line with their name at its end."""
+    known = [one for one in published_mask_rcnn() if one[2] is not None]
+    for index, family in enumerate(dict.fromkeys(entry.table for entry, _, _ in known)):
+        colour = _COLOURS[index % len(_COLOURS)]
+        members = [one for one in known if one[0].table == family]
+        axes.scatter(*zip(*(one[1:] for one in members), strict=True), s=30, color=colour, label=family, zorder=3)
+        for first, *_ in members:
+            alike = sorted((one for one in members if same_models(one[0].config, first.config)), key=lambda one: one[1])
+            if alike[0][0] is first:  # each combination of models once
+                axes.plot(*zip(*(one[1:] for one in alike), strict=True), color=colour, lw=1, alpha=0.6)
+                axes.annotate(
+                    first.title, alike[-1][1:], (5, -3), textcoords="offset points", fontsize=7.5, color=colour
+                )
+    axes.set_ylabel("published COCO box AP (Mask R-CNN)")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize=8.5)

@@ -1,28 +1,21 @@
-"""What candidates really take on this machine: one forward pass of each, in a process of its own."""
+"""What candidates really take on this machine."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from piip_core.errors import ConfigError
 from piip_core.pyramid import DensePIIP
 
 from ..flops import published_count
-from .budget import Budget
-from .candidates import Candidate
+from ..timing import clock_for, limited_threads, peak_memory
+from .candidates import Budget, Candidate
 from .proposals import Proposal, allowed, rank
 
 _FORWARDS, _ENOUGH_SECONDS = 5, 4.0  # forward passes that are timed, fewer if they take this long
@@ -44,43 +37,35 @@ class Machine:
             raise ConfigError(f"device {self.device!r}: expected cpu or cuda")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device {self.device!r}: no CUDA device is visible")
-        if kind == "cpu" and not _HIGH_WATER_RESET.exists():
-            raise ConfigError(f"device {self.device!r}: peak memory is read from /proc/self, which is on Linux only")
 
     @property
     def description(self) -> str:
-        """Processor, dtype, threads and version of PyTorch in one line."""
-        if torch.device(self.device).type == "cuda":
-            processor, threads = torch.cuda.get_device_name(self.device), ""
-        else:
-            processor, threads = _cpu_name(), f", {self.threads} of {os.cpu_count()} CPU threads"
-        return f"{processor} ({self.device}), {self.dtype}{threads}, PyTorch {torch.__version__}"
+        """Device, dtype and version of PyTorch in one line."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        processor = torch.cuda.get_device_name(self.device) if on_gpu else f"{self.threads} CPU threads"
+        return f"{processor}, {self.dtype}, PyTorch {torch.__version__}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Median time and highest memory of forward passes of backbone and feature pyramid, without a detector's heads.
 
-    Memory holds weights and activations: on a CPU it is the growth of the process, on a GPU what PyTorch allocated.
+    Memory holds weights and activations: on a CPU those of tensors, on a GPU what PyTorch allocated.
     """
 
     seconds: float
     peak_bytes: int
 
-    def values(self) -> dict[Literal["latency", "memory"], float]:
-        """Both numbers by the kind of budget that limits them."""
-        return {"latency": self.seconds, "memory": float(self.peak_bytes)}
-
     def of(self, budget: Budget) -> float:
         """The number that a measured budget limits."""
-        return self.values()[budget.kind]
+        return self.seconds if budget.kind == "latency" else float(self.peak_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """Measured candidates within the budget, best first, and all that were measured: None is out of memory.
 
-    `flops_limit` is the budget in multiply-accumulates that the measurements amount to; it decides the baseline.
+    `flops_limit` is what the budget amounts to in FLOPs, as far as the measurements tell.
     """
 
     proposals: list[Proposal]
@@ -89,13 +74,26 @@ class Search:
 
 
 def measure(candidate: Candidate, machine: Machine) -> Measured | None:
-    """Runs a candidate with random weights in a new process; None if there is not enough memory."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        try:
-            return pool.submit(_run, candidate, machine).result()
-        except (BrokenProcessPool, torch.OutOfMemoryError, MemoryError):
-            return None
+    """Runs a candidate with random weights; None if the GPU has not enough memory."""
+    device, side = torch.device(machine.device), candidate.image_sizes[0]
+    clock = time.perf_counter if device.type == "cpu" else clock_for(device, machine.threads)
+    times: list[float] = []
+    try:
+        with limited_threads(machine.threads), torch.inference_mode():
+            model = DensePIIP(candidate.config).eval().to(device)
+            image = torch.rand(1, 3, side, side, device=device)
+            forward = torch.autocast(device.type, torch.bfloat16, enabled=machine.dtype == "bfloat16")(
+                lambda: model(image)
+            )
+            peak = peak_memory(forward, model, device)  # the first one also loads kernels
+            while len(times) < _FORWARDS and sum(times) < _ENOUGH_SECONDS:
+                start = clock()
+                forward()
+                times.append(clock() - start)
+    except torch.OutOfMemoryError:
+        return None
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Measured(seconds=statistics.median(times), peak_bytes=weights + image.nbytes + peak)
 
 
 def search(
@@ -154,52 +152,3 @@ def _flops(parts: Mapping[Candidate, float]) -> float:
     """FLOPs that the whole budget amounts to, from the part of it that the most costly candidate within it takes."""
     fullest = max((c for c in parts if parts[c] <= 1), key=parts.__getitem__)
     return fullest.flops / parts[fullest]
-
-
-def _run(candidate: Candidate, machine: Machine) -> Measured:
-    torch.set_num_threads(machine.threads)
-    device = torch.device(machine.device)
-    on_gpu = device.type == "cuda"
-    before = 0 if on_gpu else _reset_high_water()
-    model = DensePIIP(candidate.config).eval().to(device)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    side = candidate.image_sizes[0]
-    image = torch.rand(1, 3, side, side, device=device)
-    _time_forward(model, image, machine.dtype)  # the first one also loads kernels
-    times: list[float] = []
-    while len(times) < _FORWARDS and sum(times) < _ENOUGH_SECONDS:
-        times.append(_time_forward(model, image, machine.dtype))
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _high_water() - before
-    return Measured(seconds=statistics.median(times), peak_bytes=peak)
-
-
-@torch.inference_mode()
-def _time_forward(model: DensePIIP, image: Tensor, dtype: str) -> float:
-    start = time.perf_counter()
-    with torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        model(image)
-    if image.is_cuda:
-        torch.cuda.synchronize(image.device)
-    return time.perf_counter() - start
-
-
-_HIGH_WATER_RESET = Path("/proc/self/clear_refs")
-
-
-def _reset_high_water() -> int:
-    """Lets the highest resident memory count from now on, and returns it, in bytes."""
-    _HIGH_WATER_RESET.write_text("5")
-    return _high_water()
-
-
-def _high_water() -> int:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()

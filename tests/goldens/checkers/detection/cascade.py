@@ -13,8 +13,6 @@ from checkers import Check, GoldenCase
 from .model import build_detector, image_list
 from .roi_heads import check_detections, check_instances, given_proposals, ground_truth
 
-__all__ = ["verify_cascade_mask_rcnn"]
-
 
 @torch.no_grad()
 def verify_cascade_mask_rcnn(case: GoldenCase) -> Check:

@@ -24,8 +24,6 @@ from .dino_model import (
     record_outputs,
 )
 
-__all__ = ["verify_dino_denoising", "verify_dino_test"]
-
 
 @torch.no_grad()
 def verify_dino_test(case: GoldenCase) -> Check:

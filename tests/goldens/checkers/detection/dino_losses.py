@@ -14,8 +14,6 @@ from piip_core.errors import NotSupportedYet
 
 from .dino_model import given_targets
 
-__all__ = ["check_denoising", "check_matches", "verify_dino_loss"]
-
 # Predictions by their names in the cases
 _PREDICTIONS = ("all_cls_scores", "all_bbox_preds", "enc_topk_scores", "enc_topk_anchors")
 

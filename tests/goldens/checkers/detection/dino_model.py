@@ -19,17 +19,6 @@ from piip_core.checkpoints.rules import RuleTable
 
 from .model import MapsBackbone
 
-__all__ = [
-    "build_dino",
-    "check_gradients",
-    "check_selected",
-    "given_draws",
-    "given_images",
-    "given_maps",
-    "given_targets",
-    "record_outputs",
-]
-
 _NAMES = RuleTable(HEADS["dino"].rules)
 _DEFAULT_LEVELS = 4  # of the published transformer
 

@@ -13,8 +13,6 @@ from piip.modeling.dino.transformer import Selection, grid_proposals
 
 from .dino_model import build_dino, check_gradients, check_selected, given_images, given_maps, record_outputs
 
-__all__ = ["verify_dino_decoder", "verify_dino_encoder", "verify_dino_neck"]
-
 
 def verify_dino_neck(case: GoldenCase) -> Check:
     """Maps and all gradients."""

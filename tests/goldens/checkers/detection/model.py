@@ -19,8 +19,6 @@ from piip.modeling.mask_rcnn import published_mask_rcnn, weights_from_stds
 from piip_core.checkpoints import from_published
 from piip_core.errors import NotSupportedYet
 
-__all__ = ["MapsBackbone", "build_detector", "image_list", "recorded_maps", "require"]
-
 _STRIDES = (4, 8, 16, 32)
 _NAMES = ("res2", "res3", "res4", "res5")
 

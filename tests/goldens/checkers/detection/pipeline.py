@@ -18,8 +18,6 @@ from piip_core.errors import NotSupportedYet
 
 from .model import require
 
-__all__ = ["network_input", "synthetic_image", "verify_test_pipeline"]
-
 
 def verify_test_pipeline(case: GoldenCase) -> Check:
     """Resizing, normalisation and padding of the synthetic images of the case, pixel by pixel and in sums."""

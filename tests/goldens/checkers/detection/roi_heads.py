@@ -16,8 +16,6 @@ from checkers import Check, GoldenCase
 
 from .model import build_detector, image_list
 
-__all__ = ["check_detections", "check_instances", "given_proposals", "ground_truth", "verify_mask_rcnn"]
-
 
 @torch.no_grad()
 def verify_mask_rcnn(case: GoldenCase) -> Check:

@@ -17,8 +17,6 @@ from piip_core.errors import NotSupportedYet
 
 from .model import build_detector, image_list
 
-__all__ = ["verify_fpn_rpn"]
-
 # An IoU that no two boxes exceed: the NMS removes nothing
 _KEEP_ALL = 2.0
 

@@ -18,8 +18,6 @@ from piip_core.checkpoints import from_published
 
 from .model import MapsBackbone, recorded_maps, require
 
-__all__ = ["verify_segmentation_head", "verify_segmentation_inference"]
-
 
 @torch.no_grad()
 def verify_segmentation_head(case: GoldenCase) -> Check:

@@ -35,19 +35,6 @@ from llava_piip.eval.short_answers import (
     yes_or_no,
 )
 
-__all__ = [
-    "verify_gqa",
-    "verify_mmbench",
-    "verify_mmvet",
-    "verify_pope",
-    "verify_questions",
-    "verify_scienceqa",
-    "verify_seed",
-    "verify_textvqa",
-    "verify_vqav2",
-]
-
-
 # Benchmarks by what recorded runs call them, which may be followed by what is special about the run
 _NAMES = {
     "POPE": POPE,

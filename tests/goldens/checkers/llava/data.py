@@ -25,8 +25,6 @@ from llava_piip.image_processing import PIIPImageProcessor
 
 from .text import PUBLIC_IMAGE_ID, llama_tokenizer, refused_labels
 
-__all__ = ["verify_collate", "verify_sampler"]
-
 
 def verify_sampler(case: GoldenCase) -> Check:
     """Orders of samples, index by index, with the public run's two sources of randomness."""

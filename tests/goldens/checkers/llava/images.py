@@ -20,8 +20,6 @@ from checkers import Check, Comparison, GoldenCase
 from llava_piip.image_processing import ImageError, PIIPImageProcessor, rgb_image
 from piip_core.errors import NotSupportedYet
 
-__all__ = ["verify_image_modes", "verify_preprocess"]
-
 _PATH = re.compile(r"(\w+_(?:no)?pad)_(\d+)")  # a way, such as train_pad, and the size of the result
 
 

@@ -29,8 +29,6 @@ from piip_core.checkpoints.lazy import LazyState
 
 from .text import PUBLIC_IMAGE_ID, refused_conversation, refused_labels
 
-__all__ = ["verify_complete_model", "verify_splicing"]
-
 
 def verify_complete_model(case: GoldenCase) -> Check:
     """Converts the recorded checkpoint, loads it as users do, and compares prompts, logits, gradients, generation."""

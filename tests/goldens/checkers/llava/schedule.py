@@ -10,8 +10,6 @@ from transformers.optimization import get_scheduler
 from checkers import Check, GoldenCase
 from llava_piip.train.presets import list_presets, load_preset
 
-__all__ = ["verify_schedule"]
-
 _DEFAULT_PRESET = "stage2"  # of cases that are named after no preset
 
 

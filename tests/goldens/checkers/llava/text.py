@@ -26,17 +26,6 @@ from llava_piip.conversation import (
 )
 from llava_piip.tokenization import bos_ids, encode_text, keep_legacy_setting
 
-__all__ = [
-    "PUBLIC_IMAGE_ID",
-    "llama_tokenizer",
-    "refused_conversation",
-    "refused_labels",
-    "refused_messages",
-    "verify_masks",
-    "verify_prompts",
-    "verify_tokenizer",
-]
-
 # The public code knows one template under two names
 TEMPLATES = {"v1": "vicuna_v1"}
 PUBLIC_IMAGE_ID = -200

@@ -1,37 +1,47 @@
-"""Cases of whole backbones: outputs, features after every interaction, gradients."""
+"""Cases of backbones and classifiers: outputs, features after every interaction, gradients."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from piip_core.checkpoints import config_from_public, from_published, published_names, to_published
-from piip_core.pyramid import PIIP, DensePIIP
+from piip_core.checkpoints import (
+    classifier_from_public,
+    config_from_public,
+    from_published,
+    published_names,
+    to_published,
+)
+from piip_core.classifier import build_model
+from piip_core.pyramid import PIIP
 
 from .check import Check
 from .golden import GoldenCase
 from .losses import backpropagate, check_gradients
 
-__all__ = ["check_intermediates", "verify_detection_backbone"]
 
-
-def verify_detection_backbone(case: GoldenCase) -> Check:
+def verify_dense(case: GoldenCase) -> Check:
     """Builds the model through the public configuration names and the checkpoint conversion, and runs it."""
     check = Check(case)
     state = case.below("state.")
-    published = config_from_public(
-        case.config,
-        {name: tensor.shape for name, tensor in state.items()},
-        branch4_built_from=case.info.get("branch4_built_from"),
-    )
-    model = DensePIIP(published.config).eval()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    if case.family == "classification":
+        published = classifier_from_public(case.config, shapes)
+    else:
+        built_from = case.info.get("branch4_built_from")
+        published = config_from_public(case.config, shapes, branch4_built_from=built_from)
+    model = build_model(published.config).eval()
     converted, report = from_published(state, published.config, source=case.name)
     model.load_state_dict(report.check() and converted)
 
     image = case.below("input.")["image"].requires_grad_()
     outputs = model(image)
-    for index, output in enumerate(outputs):
-        check.close(f"output.{index}", output)
-    check_intermediates(check, model.pyramid, image)
+    if isinstance(outputs, Tensor):
+        outputs = [outputs]
+        check.close("output", outputs[0])
+    else:
+        for index, output in enumerate(outputs):
+            check.close(f"output.{index}", output)
+    _check_intermediates(check, model.pyramid, image)
     if backpropagate(check, outputs):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         # Gradients have the shapes of their parameters, so the conversion to published names applies to them too
@@ -40,7 +50,7 @@ def verify_detection_backbone(case: GoldenCase) -> Check:
     return check
 
 
-def check_intermediates(check: Check, pyramid: PIIP, image: Tensor) -> None:
+def _check_intermediates(check: Check, pyramid: PIIP, image: Tensor) -> None:
     """Compares the recorded maps after the interactions."""
     recorded = [name.split(".")[1:] for name in check.case.results if name.startswith("inter.")]
     if not recorded:

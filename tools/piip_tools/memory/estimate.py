@@ -3,23 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
 from tabulate import tabulate
 
-from piip_core.deepspeed_start import BUCKET_SIZE
+from piip_core.deepspeed_start import BUCKET_SIZE, LIVE_PARAMETERS
 from piip_core.errors import ConfigError
 
 from .dry_run import Activations, DryRun, Precision, Step
-from .states import STAGES, ModelStates, Offload, model_states
 
-__all__ = ["Estimate", "MemoryReport", "Setting", "estimate_memory", "memory_table"]
+Offload = Literal["none", "optimizer", "parameters"]
 
 GIB = 2**30
 RESERVE = 0.1
 """Part of a GPU that is left for the CUDA context, NCCL, what kernels take while they run, and fragmentation. It is an
 allowance, no measurement."""
-_MOST_GPUS = 4096
+STAGES = (0, 1, 2, 3)
+"""ZeRO stages; 0 is DistributedDataParallel, or a single process."""
+
+# What `train.deepspeed` trains with: float32 weights and gradients, autocast in bfloat16, AdamW
+_FLOAT32 = 4
+_MOMENTS = 2 * _FLOAT32
+_REDUCE_BUCKETS = 2  # communication overlaps with the backward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStates:
+    """Bytes on one of the GPUs, and in the memory of its host, that do not depend on the batch.
+
+    Attributes:
+        parameters: Weights.
+        gradients: What stays of the gradients until the optimizer's step.
+        optimizer: AdamW's moments, and in stages 1 and 2 the copy of the weights that it updates.
+        communication: Buckets that gradients and weights travel in, and the weights that stage 3 has gathered.
+        step: What the optimizer's step takes for itself while activations take nothing.
+        whole: The whole weights with what else is there: alone before they are divided, in stage 3 again, as a copy,
+            while the model is evaluated.
+        host: In the memory of the host, per GPU.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    communication: int
+    step: int
+    whole: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """On the GPU during the forward and the backward pass."""
+        return self.parameters + self.gradients + self.optimizer + self.communication
+
+
+def model_states(
+    params: int, stage: int, gpus: int, offload: Offload = "none", bucket_size: int = BUCKET_SIZE
+) -> ModelStates:
+    """Memory of a model on one of `gpus` GPUs.
+
+    Args:
+        params: Trained parameters.
+        stage: One of `STAGES`.
+        gpus: Processes, one per GPU, over all machines.
+        offload: What the host keeps, as far as the stage can: the optimizer from stage 1 on, in stage 3 the parameters
+            with it.
+        bucket_size: Elements of the reduce and all-gather buckets.
+    """
+    part = -(-params // gpus)
+    weights = _FLOAT32 * params
+    if stage == 0:
+        # DDP copies gradients into buckets of its own; AdamW's step keeps one temporary per parameter
+        buckets = weights if gpus > 1 else 0
+        return ModelStates(
+            parameters=weights,
+            gradients=weights,
+            optimizer=_MOMENTS * params,
+            communication=buckets,
+            step=weights,
+            whole=weights,
+        )
+    parameters = _FLOAT32 * (part if stage == 3 else params)
+    gathered = _FLOAT32 * (min(LIVE_PARAMETERS, params) if stage == 3 else bucket_size)
+    # Stage 3 updates the weights where they are
+    optimizer = _MOMENTS * part + (0 if stage == 3 and offload == "none" else _FLOAT32 * part)
+    host = 0
+    if offload != "none":
+        host, optimizer = optimizer, 0
+    if offload == "parameters" and stage == 3:
+        host, parameters = host + parameters, 0
+    return ModelStates(
+        parameters=parameters,
+        gradients=weights if stage == 1 else _FLOAT32 * part,
+        optimizer=optimizer,
+        communication=_REDUCE_BUCKETS * _FLOAT32 * bucket_size + gathered,
+        step=(2 if stage == 1 else 1) * _FLOAT32 * part,  # stage 1 also copies its part of the gradients
+        whole=weights + parameters + optimizer if stage == 3 else weights,
+        host=host,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,51 +189,40 @@ def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes:
     }
     estimates = []
     for stage in STAGES:
-        estimates.append(_estimate(setting, params, buffers, kept, stage, checkpointing=False))
-        activations = checkpointed[stage == 0 or setting.precision == "fp32"]
-        estimates.append(_estimate(setting, params, buffers, activations, stage, checkpointing=True))
-    answer = _answer(params, setting, estimates)
+        states = model_states(params, stage, setting.gpus, setting.offload, setting.bucket_size)
+        recomputed = checkpointed[stage == 0 or setting.precision == "fp32"]
+        for activations in (kept, recomputed):
+            total = max(states.total + max(activations.peak, states.step), states.whole) + buffers
+            estimates.append(
+                Estimate(
+                    stage=stage,
+                    checkpointing=activations is recomputed,
+                    states=states,
+                    activations=activations,
+                    buffers=buffers,
+                    total=total,
+                    fits=total <= (1 - RESERVE) * setting.gpu_memory * GIB,
+                )
+            )
     return MemoryReport(
-        name=name, params=params, setting=setting, estimates=tuple(estimates), answer=answer, notes=tuple(notes)
+        name=name,
+        params=params,
+        setting=setting,
+        estimates=tuple(estimates),
+        answer=_answer(setting, estimates),
+        notes=tuple(notes),
     )
 
 
-def _estimate(
-    setting: Setting, params: int, buffers: int, activations: Activations, stage: int, *, checkpointing: bool
-) -> Estimate:
-    offload = setting.offload if stage else "none"  # as much of it as the stage can do
-    if offload == "parameters" and stage < 3:
-        offload = "optimizer"
-    states = model_states(params, stage, setting.gpus, offload, setting.bucket_size)
-    total = max(states.total + max(activations.peak, states.step), states.whole) + buffers
-    return Estimate(
-        stage=stage,
-        checkpointing=checkpointing,
-        states=states,
-        activations=activations,
-        buffers=buffers,
-        total=total,
-        fits=total <= (1 - RESERVE) * setting.gpu_memory * GIB,
-    )
-
-
-def _answer(params: int, setting: Setting, estimates: Sequence[Estimate]) -> str:
+def _answer(setting: Setting, estimates: Sequence[Estimate]) -> str:
     hardware = f"{setting.gpus} x {setting.gpu_memory:g} GB"
     fitting = [estimate for estimate in estimates if estimate.fits]
-    if fitting:
-        # Recomputing costs a third more compute and stage 3 the most communication, so both together come last
-        best = min(fitting, key=lambda e: (e.stage == 3, e.checkpointing, e.stage))
-        return f"fits on {hardware} with {best.title}: {best.total / GIB:.0f} of {setting.gpu_memory:g} GiB per GPU"
-    least = min(estimates, key=lambda estimate: estimate.total)
-    text = f"does not fit on {hardware}: the least is {least.total / GIB:.0f} GiB per GPU, with {least.title}"
-    while setting.gpus < _MOST_GPUS:
-        setting = replace(setting, gpus=2 * setting.gpus)
-        more = _estimate(
-            setting, params, least.buffers, least.activations, least.stage, checkpointing=least.checkpointing
-        )
-        if more.fits:
-            return f"{text}; {setting.gpus} such GPUs would do"
-    return f"{text}; more GPUs alone do not help: smaller images or batches, or larger GPUs do"
+    if not fitting:
+        least = min(estimates, key=lambda estimate: estimate.total)
+        return f"does not fit on {hardware}: the least is {least.total / GIB:.0f} GiB per GPU, with {least.title}"
+    # Recomputing costs a third more compute and stage 3 the most communication, so both together come last
+    best = min(fitting, key=lambda e: (e.stage == 3, e.checkpointing, e.stage))
+    return f"fits on {hardware} with {best.title}: {best.total / GIB:.0f} of {setting.gpu_memory:g} GiB per GPU"
 
 
 def memory_table(report: MemoryReport) -> str:

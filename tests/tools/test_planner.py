@@ -1,3 +1,5 @@
+"""The planner: budgets, candidates ranked by the paper's rules, and the search for measured budgets."""
+
 import itertools
 
 import pytest
@@ -5,7 +7,20 @@ import pytest
 from piip_core import zoo
 from piip_core.errors import ConfigError
 from piip_tools.flops import published_count
-from piip_tools.planner import RULES, baseline_for, candidates, nearest_published, propose
+from piip_tools.planner import (
+    RULES,
+    Budget,
+    Machine,
+    Measured,
+    baseline_for,
+    candidates,
+    measure,
+    nearest_published,
+    parse_budget,
+    parse_count,
+    propose,
+    search,
+)
 
 TOP = 6
 # printed GFLOPs of the published three-branch rows: models, images, box AP printed
@@ -17,6 +32,40 @@ PUBLISHED = {
     1002: ("SBL", (1344, 896, 448)),
     1464: ("SBL", (1568, 896, 672)),
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("450G", Budget("flops", 450e9)),
+        ("1.5T", Budget("flops", 1.5e12)),
+        ("12GB", Budget("memory", 12e9)),
+        ("800ms", Budget("latency", 0.8)),
+        ("2 s", Budget("latency", 2.0)),
+    ],
+)
+def test_budgets(text, budget):
+    parsed = parse_budget(text)
+    assert parsed.kind == budget.kind and parsed.limit == pytest.approx(budget.limit)
+
+
+@pytest.mark.parametrize("text", ["", "450", "G", "0G", "-3G", "450g", "450X", "1e3G", "12GBps"])
+def test_what_is_no_budget(text):
+    with pytest.raises(ConfigError, match="expected a positive number with a unit"):
+        parse_budget(text)
+
+
+def test_counts():
+    assert [parse_count(text) for text in ("200M", "1.2G")] == [200_000_000, 1_200_000_000]
+    for text in ("200MB", "many", "0M", "5000"):
+        with pytest.raises(ConfigError, match="number of parameters"):
+            parse_count(text)
+
+
+def test_values_with_units():
+    assert Budget("flops", 450e9).text() == "450G"
+    assert Budget("memory", 12e9).text(3.456e9) == "3.46GB"
+    assert Budget("latency", 0.8).text() == "800ms" and Budget("latency", 12.0).text() == "12.0s"
 
 
 @pytest.mark.parametrize("gflops", PUBLISHED)
@@ -103,3 +152,60 @@ def test_nothing_fits(branches, limits, message):
 def test_no_published_model_has_these_branches():
     wanted = next(c for c in candidates(3) if c.models == "TBL")
     assert nearest_published(wanted) is None
+
+
+def machine_of(speed, memory=None):
+    """Pretends to run candidates: `speed` multiply-accumulates per second, out of memory beyond `memory` FLOPs."""
+
+    def run(candidate):
+        run.calls.append(candidate)
+        if memory is not None and candidate.flops > memory:
+            return None
+        work = published_count(candidate.config, rule="merging").total.macs
+        return Measured(seconds=work / speed, peak_bytes=4 * candidate.params + 3000 * candidate.image_sizes[0] ** 2)
+
+    run.calls = []
+    return run
+
+
+def test_search_ends_close_to_the_budget_with_few_runs():
+    run = machine_of(100e9)
+    found = search(3, Budget("latency", 8.0), run, runs=5, models="TSB")
+    assert len(run.calls) == len(set(run.calls)) == 5
+    best = found.proposals[0]
+    assert 7.2 <= found.measured[best.candidate].seconds <= 8.0 and "spent" in best.met
+    assert best.spent == pytest.approx(found.measured[best.candidate].seconds / 8.0)
+    assert all(p.spent <= 1 for p in found.proposals)
+
+
+def test_memory_budget():
+    found = search(3, Budget("memory", 6e9), machine_of(100e9), runs=4)
+    assert 4.8e9 <= found.measured[found.proposals[0].candidate].peak_bytes <= 6e9
+
+
+def test_running_out_of_memory_makes_the_next_candidate_cheaper():
+    run = machine_of(100e9, memory=300e9)
+    found = search(3, Budget("latency", 60.0), run, runs=6, models="TSB")
+    failed = [c for c, m in found.measured.items() if m is None]
+    assert failed and all(p.candidate not in failed for p in found.proposals)
+    assert min(c.flops for c in run.calls[1:]) <= 300e9
+
+
+def test_nothing_fits_here():
+    with pytest.raises(ConfigError, match=r"fits into 10ms here: the cheapest, TSB 448/336/224, takes \d+ms"):
+        search(3, Budget("latency", 0.01), machine_of(100e9), models="TSB")
+    with pytest.raises(ConfigError, match="the cheapest, TSB 448/336/224, runs out of memory"):
+        search(3, Budget("latency", 10.0), machine_of(100e9, memory=1e9), models="TSB")
+
+
+def test_real_measurement():
+    small = min(candidates(2), key=lambda c: c.flops)
+    measured = measure(small, Machine(device="cpu", threads=1))
+    assert 0.01 < measured.seconds < 60
+    # the weights, and the first branch's maps at least
+    assert 4 * small.params < measured.peak_bytes < 4 * small.params + 1e9
+
+
+def test_unknown_device():
+    with pytest.raises(ConfigError, match="expected cpu or cuda"):
+        Machine(device="meta")

@@ -1,1 +1,0 @@
-"""Times whole backbones against each other, in turns in one process."""

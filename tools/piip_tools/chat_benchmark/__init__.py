@@ -1,1 +1,0 @@
-"""Times PIIP-LLaVA against LLaVA-1.5 around the same language model, both in one process."""

@@ -1,1 +1,0 @@
-"""Times the deformable-attention operators against the same computation by others."""
