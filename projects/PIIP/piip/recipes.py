@@ -34,11 +34,11 @@ def detector(
     *,
     scale: tuple[int, int],
     crop: int | None = None,
-    batch_size: int,
+    batch_size: int = 16,
     lr: float,
     layer_decay: float | None,
-    epochs: int,
-    lr_drops: Sequence[int],
+    epochs: int = 12,
+    lr_drops: Sequence[int] = (8, 11),
 ) -> Nodes:
     """Mask R-CNN, Cascade Mask R-CNN or DINO on COCO: AdamW, learning rate in steps, evaluation after every epoch.
 
@@ -80,7 +80,9 @@ def detector(
     return model, data, dataloader, _adamw(lr, layer_decay), lr_multiplier, train
 
 
-def segmentor(entry: ZooEntry, *, crop: int, batch_size: int, lr: float, layer_decay: float, max_iter: int) -> Nodes:
+def segmentor(
+    entry: ZooEntry, *, crop: int, batch_size: int = 16, lr: float, layer_decay: float, max_iter: int
+) -> Nodes:
     """UperNet on ADE20K: AdamW, learning rate falling in a line to 0.
 
     Args:

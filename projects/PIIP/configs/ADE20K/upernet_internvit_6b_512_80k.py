@@ -9,7 +9,6 @@ from piip_core import zoo
 model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
     zoo.get("internvit_6b_512_upernet"),
     crop=512,
-    batch_size=16,
     lr=4e-5,
     layer_decay=0.95,
     max_iter=80_000,

@@ -10,7 +10,6 @@ from piip_core import zoo
 model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
     zoo.get("piip_h6b_512_384_upernet"),
     crop=512,
-    batch_size=16,
     lr=4e-5,
     layer_decay=0.95,
     max_iter=80_000,

@@ -11,7 +11,6 @@ from piip_core import zoo
 model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
     zoo.get("piip_tsb_896_448_336_upernet"),
     crop=896,
-    batch_size=16,
     lr=4e-5,
     layer_decay=0.95,
     max_iter=160_000,

@@ -14,6 +14,4 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
     batch_size=32,
     lr=2e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -9,9 +9,6 @@ from piip_core import zoo
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("convnext_b_1024"),
     scale=(1024, 614),
-    batch_size=16,
     lr=1e-4,
     layer_decay=None,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -10,9 +10,6 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("internvit_6b_1024"),
     scale=(1333, 800),
     crop=1024,
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.95,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -11,9 +11,6 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_h6b_1024_512"),
     scale=(1333, 800),
     crop=1024,
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

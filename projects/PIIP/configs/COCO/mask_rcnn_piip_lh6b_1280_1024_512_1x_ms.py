@@ -12,9 +12,6 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_lh6b_1280_1024_512"),
     scale=(1666, 1000),
     crop=1280,
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -11,9 +11,6 @@ from piip_core import zoo
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_sbl_1344_896_448"),
     scale=(1344, 806),
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -11,9 +11,6 @@ from piip_core import zoo
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_tsb_1568_896_448"),
     scale=(1568, 941),
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

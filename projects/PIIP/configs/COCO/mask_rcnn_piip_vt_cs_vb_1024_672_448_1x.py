@@ -11,9 +11,6 @@ from piip_core import zoo
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     zoo.get("piip_vt_cs_vb_1024_672_448"),
     scale=(1333, 800),
-    batch_size=16,
     lr=2e-4,
     layer_decay=0.8,
-    epochs=12,
-    lr_drops=(8, 11),
 )
