@@ -327,30 +327,6 @@ def test_safetensors_are_loaded(tmp_path):
     assert read_categories(str(tmp_path / "weights.safetensors")) == ()
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("train.max_itr=3", "train has no 'max_itr'; did you mean 'max_iter'"),
-        ("trian.max_iter=3", "has no 'trian'; did you mean 'train'"),
-        ("data.train.image=x", "did you mean 'images'"),
-        ("data.train.scales.3=x", "is a list of 1"),
-        ("data.train.images=/a (b", "expected key=value; quote values"),
-        ("--resume", "expected key=value"),
-    ],
-)
-def test_an_override_of_nothing_is_an_error(tiny_config, override, words):
-    with pytest.raises(ConfigError, match="override .*" + words.replace("(", r"\(")):
-        load_config(tiny_config, [override])
-
-
-def test_overrides_that_add_something_known(tiny_config):
-    cfg = load_config(tiny_config, ["dataloader.test.batch_size=2", "+train.note=mine", "data.train.scales=[[60,40]]"])
-    assert instantiate(cfg.dataloader.train.mapper.augmentations)[0].scales == [(60, 40)]
-    assert (cfg.dataloader.test.batch_size, cfg.train.note) == (2, "mine")
-    with pytest.raises(ConfigError, match="no such file"):
-        load_config("nowhere.py")
-
-
 def test_cuda_without_a_device_is_an_error(tiny_config, shared_coco, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"train.device=cuda: no CUDA device is visible; use train.device=cpu"):
