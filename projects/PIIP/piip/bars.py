@@ -10,8 +10,6 @@ import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_bars"]
-
 # Lengths below are in heights of the text, which grows with the image and stays readable on small ones
 _LEAST_TEXT, _TEXT_PER_IMAGE = 16, 1 / 28  # pixels; of the square root of the image's area
 _ROW, _BAR, _MARGIN, _WIDTH = 2.5, 0.55, 1.0, 19.0

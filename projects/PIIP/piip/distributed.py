@@ -13,8 +13,6 @@ from torch import distributed
 
 from piip_core.errors import ConfigError
 
-__all__ = ["is_launched", "join_launched", "start"]
-
 # What torchrun and deepspeed set, and a script around srun
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -20,8 +20,6 @@ from piip_core import ClassifierConfig
 from piip_core.errors import check_choice
 from piip_core.zoo import ZooEntry
 
-__all__ = ["Nodes", "classifier", "detector", "segmentor"]
-
 Nodes: TypeAlias = tuple[DictConfig, DictConfig, DictConfig, DictConfig, DictConfig, DictConfig]
 """model, data, dataloader, optimizer, lr_multiplier, train"""
 

@@ -170,10 +170,8 @@ def test_one_image_and_batch_norm_is_refused_with_the_way_out():
         (lambda: head(num_classes=1), "two classes or more"),
         (lambda: head(ignore_value=2), "ignore_value=2"),
         (lambda: head(loss_average="some"), "'all' or 'valid'"),
-        (lambda: UperNetHead({}, num_classes=3, channels=8), "expected the backbone maps"),
         (lambda: UperNetHead({"res4": SHAPES["res4"]}, num_classes=3, channels=8), "two maps or more"),
         (lambda: FCNHead(SHAPES, num_classes=3, channels=8), "expected one map"),
-        (lambda: auxiliary(num_convs=0), "num_convs=0"),
     ],
 )
 def test_settings_that_make_no_head_are_refused(make, message):

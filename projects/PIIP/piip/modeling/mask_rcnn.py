@@ -15,16 +15,6 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import DictConfig
 from torch import Tensor
 
-__all__ = [
-    "BestBoxMatcher",
-    "CASCADE_STDS",
-    "PublishedRPN",
-    "TwoSidedBox2BoxTransform",
-    "published_mask_rcnn",
-    "published_rpn",
-    "weights_from_stds",
-]
-
 CASCADE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 """Standard deviations of the box deltas in the three published cascade stages (Detectron2 rounds the third to 1/30)."""
 
@@ -112,24 +102,14 @@ class PublishedRPN(RPN):
 
     @torch.no_grad()
     def label_and_sample_anchors(
-        self,
-        anchors: list[Boxes],
-        gt_instances: list[Instances],
-        padded_sizes: Sequence[Sequence[int]] | None = None,
+        self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels (1, 0, -1 for unused) and matched boxes for every anchor of every image; see `RPN`.
-
-        Args:
-            anchors: One `Boxes` per level.
-            gt_instances: One per image, with `gt_boxes`.
-            padded_sizes: Height and width to which each image would be padded alone; None computes them.
-        """
+        """Labels (1, 0, -1 for unused) and matched boxes for every anchor of every image; see `RPN`."""
         every = Boxes.cat(anchors)
-        if padded_sizes is None:
-            padded_sizes = [self._padded(x.image_size) for x in gt_instances]
         labels, matched = [], []
-        for instances, padded in zip(gt_instances, padded_sizes, strict=True):
-            considered = self.considered_anchors(every, instances.image_size, padded)
+        for instances in gt_instances:
+            size = instances.image_size
+            considered = self.considered_anchors(every, size, self._padded(size))
             (some_labels,), (some_boxes,) = super().label_and_sample_anchors([every[considered]], [instances])
             all_labels = some_labels.new_full((len(every),), -1)
             all_boxes = torch.zeros_like(every.tensor)

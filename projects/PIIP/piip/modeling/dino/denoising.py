@@ -11,8 +11,6 @@ from torchvision.ops import box_convert
 
 from .boxes import Target, inverse_sigmoid
 
-__all__ = ["ContrastiveDenoising", "DenoisingDraws", "DenoisingLayout", "DenoisingQueries"]
-
 
 @dataclass(frozen=True)
 class DenoisingLayout:

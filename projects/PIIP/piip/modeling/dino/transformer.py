@@ -14,8 +14,6 @@ from .denoising import DenoisingQueries
 from .layers import Decoder, Encoder
 from .positions import Levels, map_encoding, padding_masks
 
-__all__ = ["DINOTransformer", "Selection", "TransformerOutput", "grid_proposals", "select_proposals"]
-
 _BASE_SIDE = 0.05  # of the image, on the largest map; doubles with every level
 _BORDER = 0.01  # proposals nearer to 0 or 1 than this are none
 
@@ -161,9 +159,6 @@ class DINOTransformer(nn.Module):
             class_embed: Classification branches: one per decoder layer, and one for the encoder.
             bbox_embed: Regression branches, likewise.
             denoising: Queries that go in front, in training.
-
-        Returns:
-            What the heads predict from.
 
         Raises:
             ValueError: If the maps have fewer cells than there are queries.
