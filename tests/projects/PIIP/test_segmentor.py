@@ -14,7 +14,6 @@ from torch import nn
 from piip.modeling import FCNHead, SlidingWindowSegmentor, UperNetHead
 from piip.modeling.segmentor import window_starts
 from piip.modeling.upernet import SegmentationHead
-from piip_core.checkpoints.names import PublishedNames
 from piip_core.meta import on_meta
 
 CLASSES = 4
@@ -205,10 +204,6 @@ def test_training_without_matching_labels_is_refused():
         ({"window": 0}, "window=0: expected a positive"),
         ({"stride": (1, 2, 3)}, "a height and a width"),
         ({"window_batch_size": 0}, "window_batch_size=0"),
-        (
-            {"auxiliary_head": PixelHead({"res2": ShapeSpec(channels=6, stride=1)}, num_classes=3, channels=6)},
-            "3 class",
-        ),
     ],
 )
 def test_settings_without_sense_are_refused(options, message):
@@ -250,9 +245,3 @@ def test_config_of_the_demo_trains_and_predicts(repo_root):
     with torch.no_grad():
         (output,) = model([{"image": picture(192, 192)}])
     assert output["sem_seg"].shape == (classes, 192, 192)
-
-
-def test_names_are_those_of_the_conversion():
-    model = upernet_model()
-    table = PublishedNames(None, detector="upernet")
-    assert {name for name in model.state_dict() if not name.startswith("backbone.")} == set(table.head_tensors())
