@@ -131,7 +131,7 @@ def test_images_too_small_for_the_queries_are_an_error(make_dino, batch):
     [
         ({"in_features": ["res3", "res4"]}, "num_levels=4: expected 3"),
         ({"in_features": ["res3", "res4", "p5"]}, r"expected some of the backbone's \["),
-        ({"num_groups": 5}, "num_channels must be divisible by num_groups"),
+        ({"num_groups": 5}, "must be divisible by num_groups"),
     ],
 )
 def test_parts_that_do_not_fit_are_an_error(make_dino, changes, message):
