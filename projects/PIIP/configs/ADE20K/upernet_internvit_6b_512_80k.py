@@ -4,10 +4,9 @@ Branch 1: InternViT-6B at 512 pixels, global attention
 """
 
 from piip.recipes import segmentor
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
-    zoo.get("internvit_6b_512_upernet"),
+    "internvit_6b_512_upernet",
     crop=512,
     lr=4e-5,
     layer_decay=0.95,

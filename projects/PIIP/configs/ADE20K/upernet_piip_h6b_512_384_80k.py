@@ -5,10 +5,9 @@ Branch 2: ViT-H at 512 pixels, global attention
 """
 
 from piip.recipes import segmentor
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
-    zoo.get("piip_h6b_512_384_upernet"),
+    "piip_h6b_512_384_upernet",
     crop=512,
     lr=4e-5,
     layer_decay=0.95,

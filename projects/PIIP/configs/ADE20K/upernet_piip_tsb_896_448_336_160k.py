@@ -6,10 +6,9 @@ Branch 3: ViT-T at 896 pixels, windows of 28
 """
 
 from piip.recipes import segmentor
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
-    zoo.get("piip_tsb_896_448_336_upernet"),
+    "piip_tsb_896_448_336_upernet",
     crop=896,
     lr=4e-5,
     layer_decay=0.95,

@@ -6,10 +6,9 @@ Branch 3: ViT-S at 1568 pixels, windows of 28
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_sbl_1568_1120_672_cascade_3x_ms"),
+    "piip_sbl_1568_1120_672_cascade_3x_ms",
     scale=(2041, 1225),
     crop=1568,
     lr=1e-4,

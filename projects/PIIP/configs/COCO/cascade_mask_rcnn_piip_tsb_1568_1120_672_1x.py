@@ -6,10 +6,9 @@ Branch 3: ViT-T at 1568 pixels, windows of 14
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_tsb_1568_1120_672_cascade_1x"),
+    "piip_tsb_1568_1120_672_cascade_1x",
     scale=(1568, 941),
     lr=1e-4,
     layer_decay=0.85,

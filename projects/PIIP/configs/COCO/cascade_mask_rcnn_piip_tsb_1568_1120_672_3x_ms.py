@@ -6,10 +6,9 @@ Branch 3: ViT-T at 1568 pixels, windows of 14
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_tsb_1568_1120_672_cascade_3x_ms"),
+    "piip_tsb_1568_1120_672_cascade_3x_ms",
     scale=(2041, 1225),
     crop=1568,
     lr=1e-4,

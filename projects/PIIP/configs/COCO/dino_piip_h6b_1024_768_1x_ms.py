@@ -5,10 +5,9 @@ Branch 2: ViT-H at 1024 pixels, global attention
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_h6b_1024_768_dino"),
+    "piip_h6b_1024_768_dino",
     scale=(1333, 800),
     crop=1024,
     batch_size=32,

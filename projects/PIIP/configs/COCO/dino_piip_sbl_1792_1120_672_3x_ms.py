@@ -6,10 +6,9 @@ Branch 3: ViT-S at 1792 pixels, windows of 24 but every third block global
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_sbl_1792_1120_672_dino"),
+    "piip_sbl_1792_1120_672_dino",
     scale=(2332, 1400),
     crop=1792,
     batch_size=32,

@@ -4,10 +4,9 @@ Branch 1: ConvNeXt-B at 1024 pixels
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("convnext_b_1024"),
+    "convnext_b_1024",
     scale=(1024, 614),
     lr=1e-4,
     layer_decay=None,

@@ -4,10 +4,9 @@ Branch 1: InternViT-6B at 1024 pixels, global attention
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("internvit_6b_1024"),
+    "internvit_6b_1024",
     scale=(1333, 800),
     crop=1024,
     lr=1e-4,

@@ -5,10 +5,9 @@ Branch 2: ViT-H at 1024 pixels, global attention
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_h6b_speedup_1024_512"),
+    "piip_h6b_speedup_1024_512",
     scale=(1333, 800),
     crop=1024,
     lr=1e-4,

@@ -6,10 +6,9 @@ Branch 3: ViT-L at 1280 pixels, windows of 14
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_lh6b_1280_1024_512"),
+    "piip_lh6b_1280_1024_512",
     scale=(1666, 1000),
     crop=1280,
     lr=1e-4,

@@ -6,10 +6,9 @@ Branch 3: ViT-L at 1536 pixels, global attention
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_lh6b_1536_1024_512"),
+    "piip_lh6b_1536_1024_512",
     scale=(1999, 1200),
     crop=1536,
     batch_size=32,

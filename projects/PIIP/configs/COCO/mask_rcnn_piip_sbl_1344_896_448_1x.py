@@ -6,10 +6,9 @@ Branch 3: ViT-S at 1344 pixels, windows of 28
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_sbl_1344_896_448"),
+    "piip_sbl_1344_896_448",
     scale=(1344, 806),
     lr=1e-4,
     layer_decay=0.85,

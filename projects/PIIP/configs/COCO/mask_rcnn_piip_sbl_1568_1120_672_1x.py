@@ -6,10 +6,9 @@ Branch 3: ViT-S at 1568 pixels, windows of 28
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_sbl_1568_1120_672"),
+    "piip_sbl_1568_1120_672",
     scale=(1568, 941),
     lr=1e-4,
     layer_decay=0.85,

@@ -6,10 +6,9 @@ Branch 3: ViT-T at 1120 pixels, windows of 14
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_tsb_1120_896_448"),
+    "piip_tsb_1120_896_448",
     scale=(1120, 672),
     lr=1e-4,
     layer_decay=0.85,

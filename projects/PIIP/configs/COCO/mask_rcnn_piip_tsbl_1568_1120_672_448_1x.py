@@ -7,10 +7,9 @@ Branch 4: ViT-T at 1568 pixels, windows of 28
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_tsbl_1568_1120_672_448"),
+    "piip_tsbl_1568_1120_672_448",
     scale=(1568, 941),
     lr=1e-4,
     layer_decay=0.85,

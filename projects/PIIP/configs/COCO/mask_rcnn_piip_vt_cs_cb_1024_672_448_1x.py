@@ -6,10 +6,9 @@ Branch 3: ViT-T at 1024 pixels, windows of 14
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_vt_cs_cb_1024_672_448"),
+    "piip_vt_cs_cb_1024_672_448",
     scale=(1333, 800),
     lr=2e-4,
     layer_decay=0.8,

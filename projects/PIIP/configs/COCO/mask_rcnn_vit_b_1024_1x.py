@@ -4,10 +4,9 @@ Branch 1: ViT-B at 1024 pixels, windows of 14 but every third block global
 """
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("vit_b_1024"),
+    "vit_b_1024",
     scale=(1024, 614),
     lr=1e-4,
     layer_decay=0.95,

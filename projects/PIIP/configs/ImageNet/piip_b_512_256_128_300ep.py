@@ -10,10 +10,9 @@ from timm.loss import BinaryCrossEntropy
 from timm.optim import Lamb
 
 from piip.recipes import classifier
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = classifier(
-    zoo.classification("piip_b_512_256_128").training_config,
+    "piip_b_512_256_128",
     batch_size=2048,
     lr=3e-3,
     interaction_lr_ratio=1.0,
@@ -21,7 +20,6 @@ model, data, dataloader, optimizer, lr_multiplier, train = classifier(
     epochs=300,
     warmup_epochs=5,
     ema_decay=None,
-    output_dir="output/piip_b_512_256_128_300ep",
 )
 train.load_pretrained = False
 dataloader.train.repeats = 3

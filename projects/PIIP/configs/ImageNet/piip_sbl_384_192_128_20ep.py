@@ -6,10 +6,9 @@ Branch 3: ViT-S at 384 pixels, global attention
 """
 
 from piip.recipes import classifier
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = classifier(
-    zoo.classification("piip_sbl_384_192_128").training_config,
+    "piip_sbl_384_192_128",
     batch_size=1024,
     lr=3e-5,
     interaction_lr_ratio=10.0,
@@ -17,5 +16,4 @@ model, data, dataloader, optimizer, lr_multiplier, train = classifier(
     epochs=20,
     warmup_epochs=5,
     ema_decay=0.99996,
-    output_dir="output/piip_sbl_384_192_128_20ep",
 )

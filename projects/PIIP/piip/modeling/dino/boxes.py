@@ -20,17 +20,11 @@ def inverse_sigmoid(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Target:
-    """Ground truth of one image.
+    """Ground truth of one image."""
 
-    Attributes:
-        labels: (N,) int64.
-        boxes: (N, 4) as (cx, cy, w, h) relative to the un-padded image.
-        scale: (4,) width, height, width, height of the un-padded image in pixels.
-    """
-
-    labels: Tensor
-    boxes: Tensor
-    scale: Tensor
+    labels: Tensor  # (N,) int64
+    boxes: Tensor  # (N, 4) as (cx, cy, w, h) relative to the un-padded image
+    scale: Tensor  # (4,) width, height, width, height of the un-padded image in pixels
 
     @property
     def pixel_boxes(self) -> Tensor:

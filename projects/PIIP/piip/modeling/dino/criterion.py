@@ -57,12 +57,7 @@ class HungarianMatcher:
     def __call__(
         self, class_logits: Tensor, boxes: Tensor, targets: Sequence[Target]
     ) -> list[list[tuple[Tensor, Tensor]]]:
-        """Matches every layer for itself.
-
-        Args:
-            class_logits: (layers, B, Q, num_classes).
-            boxes: (layers, B, Q, 4) as (cx, cy, w, h).
-            targets: Ground truth of the B images.
+        """Matches every layer for itself: (layers, B, Q, num_classes) and (layers, B, Q, 4) with B images.
 
         Returns:
             For every layer and image, indices of the matched queries and of their boxes, min(Q, N) each, on the CPU.
@@ -115,15 +110,7 @@ class DINOCriterion:
         targets: Sequence[Target],
         denoising: DenoisingLayout | None = None,
     ) -> dict[str, Tensor]:
-        """All losses.
-
-        Args:
-            class_logits: (layers, B, slots + Q, num_classes), denoising queries first.
-            boxes: (layers, B, slots + Q, 4) as (cx, cy, w, h).
-            encoder_logits: (B, Q, num_classes) of the selected proposals.
-            encoder_boxes: (B, Q, 4).
-            targets: Ground truth of the B images.
-            denoising: What the slots hold; None if there are none.
+        """All losses of `Predictions`, with what the denoising slots hold, if there are any.
 
         Returns:
             "interm_loss_*" of the encoder, "d{K}.loss_*" of decoder layer K and "loss_*" of the last, where * is cls,

@@ -63,16 +63,12 @@ class ChannelMapper(nn.Module):
 
 
 class Predictions(NamedTuple):
-    """Predictions of a batch; boxes are (cx, cy, w, h) relative to the un-padded image.
+    """Predictions of a batch, denoising queries first; boxes are (cx, cy, w, h) relative to the un-padded image."""
 
-    Class logits (layers, B, slots + Q, num_classes) and boxes (layers, B, slots + Q, 4) of the decoder, denoising
-    queries first; those of the encoder's proposals, (B, Q, num_classes) and (B, Q, 4).
-    """
-
-    class_logits: Tensor
-    boxes: Tensor
-    encoder_logits: Tensor
-    encoder_boxes: Tensor
+    class_logits: Tensor  # (layers, B, slots + Q, num_classes) of the decoder
+    boxes: Tensor  # (layers, B, slots + Q, 4)
+    encoder_logits: Tensor  # (B, Q, num_classes) of the encoder's proposals
+    encoder_boxes: Tensor  # (B, Q, 4)
 
 
 class DINO(nn.Module):
@@ -168,23 +164,15 @@ class DINO(nn.Module):
     def losses(
         self, maps: Sequence[Tensor], images: ImageList, targets: Sequence[Target], draws: DenoisingDraws | None = None
     ) -> dict[str, Tensor]:
-        """Losses from the backbone's maps.
-
-        Args:
-            maps: The maps named in `in_features`.
-            images: The padded batch; only its sizes count.
-            targets: Ground truth of every image.
-            draws: Random numbers of the denoising; drawn by default.
-        """
+        """Losses from the backbone's maps named in `in_features`; of the images only the sizes count."""
         with torch.autocast(self.device.type, enabled=False):
             denoising = self.denoising(targets, self.label_embed, draws)
             return self.criterion(*self.predict(maps, images, denoising), targets, denoising.layout)
 
     def detect(self, maps: Sequence[Tensor], images: ImageList) -> list[Instances]:
-        """Detections in the resized images; arguments as for `losses`.
+        """Detections in the resized images, with the "query" that each comes from; arguments as for `losses`.
 
-        There is neither a threshold nor non-maximum suppression, a query may appear with several classes, and boxes
-        without area are kept. "query" of the instances tells where each comes from.
+        There is neither a threshold nor non-maximum suppression: a query may appear with several classes.
         """
         with torch.autocast(self.device.type, enabled=False):
             found = self.predict(maps, images)

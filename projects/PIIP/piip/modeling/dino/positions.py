@@ -16,17 +16,11 @@ _BOX_TEMPERATURE = 10_000
 
 @dataclass(frozen=True)
 class Levels:
-    """The maps of a batch laid out as one sequence of S cells, level by level and row by row.
+    """The maps of a batch laid out as one sequence of S cells, level by level and row by row."""
 
-    Attributes:
-        shapes: Height and width of every map.
-        padding_mask: (B, S) bool, True where a cell is padding.
-        valid_sizes: (B, levels, 2) number of cells in x and y that are not padding.
-    """
-
-    shapes: tuple[tuple[int, int], ...]
-    padding_mask: Tensor
-    valid_sizes: Tensor
+    shapes: tuple[tuple[int, int], ...]  # height and width of every map
+    padding_mask: Tensor  # (B, S) bool, True where a cell is padding
+    valid_sizes: Tensor  # (B, levels, 2) number of cells in x and y that are not padding
 
     @classmethod
     def of(cls, masks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Levels:
