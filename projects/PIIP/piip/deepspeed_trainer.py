@@ -45,10 +45,6 @@ def deepspeed_config(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
     There is no entry for the precision: weights, gradients and optimizer states are float32, as under
     DistributedDataParallel, and mixed precision is autocast in either case.
 
-    Args:
-        cfg: With train.deepspeed and train.clip_norm.
-        batch_size: Images per process.
-
     Raises:
         ConfigError: If the file of `train.deepspeed.config` cannot be read.
     """
@@ -86,13 +82,7 @@ def deepspeed_config(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
 
 
 def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -> Any:
-    """DeepSpeed's engine around a model, which must be the same on all processes or will be that of the first one.
-
-    Args:
-        cfg: With train.deepspeed, train.clip_norm and train.device.
-        model: On its device.
-        optimizer: Over its parameters; from now on over this process's part of them.
-        batch_size: Images per process.
+    """DeepSpeed's engine around a model on its device; `optimizer` is then over this process's part of its parameters.
 
     Raises:
         ConfigError: If DeepSpeed is not installed, a setting is wrong, or the optimizer cannot be divided.
@@ -120,13 +110,7 @@ def _describe_group() -> None:
 
 
 class DeepSpeedTrainer(SimpleTrainer):
-    """`SimpleTrainer` whose model is DeepSpeed's engine; gradients are averaged, clipped and applied by it.
-
-    Args:
-        engine (deepspeed.DeepSpeedEngine): returns a dict of losses.
-        data_loader (Iterable): batches for the model.
-        optimizer (torch.optim.Optimizer): what the engine was made with; its groups have the learning rates.
-    """
+    """`SimpleTrainer` whose model is DeepSpeed's engine; gradients are averaged, clipped and applied by it."""
 
     def __init__(self, engine: Any, data_loader: Any, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(engine, data_loader, optimizer)
@@ -156,11 +140,7 @@ def evaluation_model(engine: Any, build: Callable[[], nn.Module]) -> nn.Module:
     """A model to evaluate, whole on this process; all processes call it.
 
     In stage 3 it is a copy: the model itself gathers its weights layer by layer on all processes at once, which
-    images of other sizes and numbers would bring out of step.
-
-    Args:
-        engine: DeepSpeed's engine.
-        build: Makes another model like that of the engine.
+    images of other sizes and numbers would bring out of step. `build` makes another model like that of the engine.
     """
     trained = engine.module
     if engine.zero_optimization_stage() < 3:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, OmegaConf
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -29,11 +28,7 @@ FINAL_AVERAGE = "model_ema.safetensors"
 
 
 class ClipNorm(HookBase):
-    """Scales the gradients down if their norm, over all parameters together, is larger than a limit.
-
-    Args:
-        limit (float): largest norm.
-    """
+    """Scales the gradients down if their norm, over all parameters together, is larger than `limit`."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
@@ -51,8 +46,7 @@ class ClipNorm(HookBase):
 class Saves(HookBase):
     """Runs a hook that saves, at whose failures the training goes on; `check` at the end says whether the last failed.
 
-    Args:
-        saves (HookBase): raises `SaveError` in `after_step` on all processes on which it runs, or on none.
+    The hook raises `SaveError` in `after_step` on all processes on which it runs, or on none.
     """
 
     def __init__(self, saves: HookBase) -> None:
@@ -72,11 +66,7 @@ class Saves(HookBase):
             self._last = error if self.trainer.iter + 1 == self.trainer.max_iter else None
 
     def check(self) -> None:
-        """Says what was not written.
-
-        Raises:
-            SaveError: If that goes for what the last iteration should have saved.
-        """
+        """Logs how many saves failed, and raises `SaveError` if that of the last iteration did."""
         self._failed.report()
         if self._last:
             raise self._last
@@ -117,10 +107,7 @@ class StepSeed(HookBase):
 
     def before_step(self) -> None:
         """Seeds Python, NumPy and PyTorch from the seed, the process and the iteration."""
-        seed = derive_seed(self.seed, comm.get_rank(), self.trainer.iter)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        seed_all_rng(derive_seed(self.seed, comm.get_rank(), self.trainer.iter))
 
     def state_dict(self) -> dict[str, int]:
         """The seed."""

@@ -157,23 +157,12 @@ def _kinds_like(default: Any) -> tuple[Any, ...]:
 def _convert(value: Any, kinds: Sequence[Any], default: Any, key: str, written: str | None) -> Any:
     """A value in one of the types: "no" as False, 1e3 as 1000, 2024_01 as text where those are expected.
 
-    Args:
-        value: As parsed.
-        kinds: The types.
-        default: What it replaces, whose elements tell the types of those of a list.
-        key: Name of the setting.
-        written: What the user wrote, if that is known.
-
-    Raises:
-        ConfigError: If it cannot be meant.
+    What was `written` is known but for values within others; `default` tells the types of the elements of a list.
     """
     number = type(value) in (int, float)
-    if (
-        str in kinds
-        and written
-        and (isinstance(value, bool) or (number and (int not in kinds or str(value) != written)))
-    ):
-        return written  # text that looks like something else
+    looks_like_text = type(value) is bool or (number and (int not in kinds or str(value) != written))
+    if str in kinds and written and looks_like_text:
+        return written
     for kind in kinds:
         if kind is bool and str(value).lower() in _BOOLEANS:
             return _BOOLEANS[str(value).lower()]

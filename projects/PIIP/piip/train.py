@@ -42,17 +42,10 @@ _NO_TEST = "the configuration has no evaluator, or no test set (data.test.annota
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains or evaluates on this process; `detectron2.engine.launch` starts one per device.
-
-    Args:
-        args: With config_file, opts, resume and eval_only, as parsed by `tools/lazyconfig_train_net.py`.
+    """Trains or evaluates on this process, with the arguments of `tools/lazyconfig_train_net.py`.
 
     Raises:
-        ConfigError: If the configuration cannot be meant.
-        DatasetError: If a data set cannot be used.
-        CheckpointError: If a checkpoint is missing, broken or of another model.
-        OutputFolderError: If another training writes to the output folder, or it cannot be written.
-        SaveError: If the result could not be written; what was before it stays.
+        UserError: If configuration, data set, checkpoint or output folder cannot be used, or the result not be written.
     """
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg.train.device)
@@ -72,13 +65,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] | None:
-    """Builds test loader and evaluator once, so that a wrong path shows before training and not after an epoch.
+    """A function from a model to its metrics, or None if there is no evaluator or no test set (see `has_test_set`).
 
-    Args:
-        cfg: With dataloader.test and dataloader.evaluator.
-
-    Returns:
-        A function from a model to its metrics, or None if there is no evaluator or no test set (see `has_test_set`).
+    Loader and evaluator are built now, so that a wrong path shows before training and not after an epoch.
     """
     if "evaluator" not in cfg.dataloader or not has_test_set(cfg):
         logger.info("No evaluation: %s", _NO_TEST)
@@ -97,10 +86,7 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] |
 def evaluate_only(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bool = False) -> dict[str, Any]:
     """Evaluates `train.init_checkpoint`, or with `resume` the last checkpoint of `train.output_dir`.
 
-    Args:
-        cfg: As in `do_train`.
-        categories: Classes of the test set, from `follow_annotations`.
-        resume: See above.
+    `categories` are the classes of the test set, from `follow_annotations`.
 
     Raises:
         ConfigError: If there is no checkpoint or nothing to evaluate on.
@@ -182,10 +168,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     if start >= cfg.train.max_iter:
         logger.info("Nothing to train: %s was written at iteration %d of %d", last, start, cfg.train.max_iter)
         run.finish()
-        if whole:
-            whole()
-        return
-    run.trainer.train(start, cfg.train.max_iter)
+    run.trainer.train(start, cfg.train.max_iter)  # and evaluates
     saves.check()  # not within the loop, which would log a traceback
 
 
