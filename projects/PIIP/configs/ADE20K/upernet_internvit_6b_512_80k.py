@@ -1,7 +1,4 @@
-"""InternViT-6B 512, UperNet 80k on ADE20K.
-
-Branch 1: InternViT-6B at 512 pixels, global attention
-"""
+"""InternViT-6B 512, global attention: UperNet 80k on ADE20K."""
 
 from piip.recipes import segmentor
 

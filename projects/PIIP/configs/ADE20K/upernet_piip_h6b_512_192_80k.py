@@ -1,8 +1,4 @@
-"""PIIP-H6B 512/192, UperNet 80k on ADE20K.
-
-Branch 1: InternViT-6B at 192 pixels, global attention
-Branch 2: ViT-H at 512 pixels, global attention
-"""
+"""PIIP-H6B 512/192, global attention: UperNet 80k on ADE20K."""
 
 from piip.recipes import segmentor
 

@@ -1,9 +1,4 @@
-"""PIIP-TSB 1568/1120/672, Cascade R-CNN 1x on COCO.
-
-Branch 1: ViT-B at 672 pixels, windows of 14
-Branch 2: ViT-S at 1120 pixels, windows of 14
-Branch 3: ViT-T at 1568 pixels, windows of 14
-"""
+"""PIIP-TSB 1568/1120/672, windows of 14: Cascade R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

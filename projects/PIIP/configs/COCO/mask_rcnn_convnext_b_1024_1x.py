@@ -1,7 +1,4 @@
-"""ConvNeXt-B 1024, Mask R-CNN 1x on COCO.
-
-Branch 1: ConvNeXt-B at 1024 pixels
-"""
+"""ConvNeXt-B 1024: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

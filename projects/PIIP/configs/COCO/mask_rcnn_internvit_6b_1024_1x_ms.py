@@ -1,7 +1,4 @@
-"""InternViT-6B 1024, Mask R-CNN 1x with multi-scale training on COCO.
-
-Branch 1: InternViT-6B at 1024 pixels, global attention
-"""
+"""InternViT-6B 1024, global attention: Mask R-CNN 1x with multi-scale training on COCO."""
 
 from piip.recipes import detector
 

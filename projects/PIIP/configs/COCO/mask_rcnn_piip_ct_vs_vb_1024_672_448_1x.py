@@ -1,9 +1,4 @@
-"""PIIP-CT-VS-VB 1024/672/448, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-B at 448 pixels, windows of 14
-Branch 2: ViT-S at 672 pixels, windows of 14
-Branch 3: ConvNeXt-T at 1024 pixels
-"""
+"""PIIP-CT-VS-VB 1024/672/448, windows of 14: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

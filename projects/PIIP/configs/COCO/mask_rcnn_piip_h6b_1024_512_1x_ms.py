@@ -1,8 +1,4 @@
-"""PIIP-H6B 1024/512, Mask R-CNN 1x with multi-scale training on COCO.
-
-Branch 1: InternViT-6B at 512 pixels, global attention
-Branch 2: ViT-H at 1024 pixels, global attention
-"""
+"""PIIP-H6B 1024/512, global attention: Mask R-CNN 1x with multi-scale training on COCO."""
 
 from piip.recipes import detector
 

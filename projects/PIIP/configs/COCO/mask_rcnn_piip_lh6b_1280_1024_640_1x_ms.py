@@ -1,9 +1,4 @@
-"""PIIP-LH6B 1280/1024/640, Mask R-CNN 1x with multi-scale training on COCO.
-
-Branch 1: InternViT-6B at 640 pixels, windows of 14
-Branch 2: ViT-H at 1024 pixels, windows of 14
-Branch 3: ViT-L at 1280 pixels, windows of 14
-"""
+"""PIIP-LH6B 1280/1024/640, windows of 14: Mask R-CNN 1x with multi-scale training on COCO."""
 
 from piip.recipes import detector
 

@@ -1,9 +1,4 @@
-"""PIIP-SBL 1344/896/448, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-L at 448 pixels, windows of 28
-Branch 2: ViT-B at 896 pixels, windows of 28
-Branch 3: ViT-S at 1344 pixels, windows of 28
-"""
+"""PIIP-SBL 1344/896/448, windows of 28: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

@@ -1,9 +1,4 @@
-"""PIIP-SBL 1568/896/672, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-L at 672 pixels, windows of 28
-Branch 2: ViT-B at 896 pixels, windows of 28
-Branch 3: ViT-S at 1568 pixels, windows of 28
-"""
+"""PIIP-SBL 1568/896/672, windows of 28: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

@@ -1,9 +1,4 @@
-"""PIIP-SBL, AugReg (384), speed-up 1568/1120/672, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-L at 672 pixels, windows of 28
-Branch 2: ViT-B at 1120 pixels, windows of 28
-Branch 3: ViT-S at 1568 pixels, windows of 28
-"""
+"""PIIP-SBL, AugReg (384), speed-up 1568/1120/672, windows of 28: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

@@ -1,9 +1,4 @@
-"""PIIP-TSB 1120/896/448, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-B at 448 pixels, windows of 14
-Branch 2: ViT-S at 896 pixels, windows of 14
-Branch 3: ViT-T at 1120 pixels, windows of 14
-"""
+"""PIIP-TSB 1120/896/448, windows of 14: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

@@ -1,10 +1,4 @@
-"""PIIP-TSBL 1792/1568/1120/448, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-L at 448 pixels, windows of 28
-Branch 2: ViT-B at 1120 pixels, windows of 28
-Branch 3: ViT-S at 1568 pixels, windows of 28
-Branch 4: ViT-T at 1792 pixels, windows of 28
-"""
+"""PIIP-TSBL 1792/1568/1120/448, windows of 28: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

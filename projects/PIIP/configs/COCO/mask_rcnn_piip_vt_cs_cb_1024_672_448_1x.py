@@ -1,9 +1,4 @@
-"""PIIP-VT-CS-CB 1024/672/448, Mask R-CNN 1x on COCO.
-
-Branch 1: ConvNeXt-B at 448 pixels
-Branch 2: ConvNeXt-S at 672 pixels
-Branch 3: ViT-T at 1024 pixels, windows of 14
-"""
+"""PIIP-VT-CS-CB 1024/672/448, windows of 14: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

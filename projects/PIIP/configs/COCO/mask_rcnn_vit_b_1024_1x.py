@@ -1,7 +1,4 @@
-"""ViT-B 1024, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-B at 1024 pixels, windows of 14 but every third block global
-"""
+"""ViT-B 1024, windows of 14, every third block global: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
 

@@ -1,8 +1,6 @@
-"""PIIP-B 512/256/128, from scratch on ImageNet-1K by DeiT III's recipe for ViT-B (arXiv 2204.07118).
+"""PIIP-B 512/256/128, windows of 16 in Branch 3: from scratch on ImageNet-1K.
 
-Branch 1: ViT of width 640 at 128 pixels, global attention
-Branch 2: ViT of width 320 at 256 pixels, global attention
-Branch 3: ViT of width 160 at 512 pixels, windows of 16
+By DeiT III's recipe for ViT-B (arXiv 2204.07118); branches of widths 160, 320 and 640.
 """
 
 from detectron2.config import LazyCall as L

@@ -1,9 +1,4 @@
-"""PIIP-SBL 320/160/96, fine-tuned from AugReg on ImageNet-1K.
-
-Branch 1: ViT-L at 96 pixels, global attention
-Branch 2: ViT-B at 160 pixels, global attention
-Branch 3: ViT-S at 320 pixels, global attention
-"""
+"""PIIP-SBL 320/160/96, global attention: fine-tuned from AugReg on ImageNet-1K."""
 
 from piip.recipes import classifier
 

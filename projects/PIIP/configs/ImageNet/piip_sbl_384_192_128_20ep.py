@@ -1,9 +1,4 @@
-"""PIIP-SBL 384/192/128, fine-tuned from AugReg on ImageNet-1K.
-
-Branch 1: ViT-L at 128 pixels, global attention
-Branch 2: ViT-B at 192 pixels, global attention
-Branch 3: ViT-S at 384 pixels, global attention
-"""
+"""PIIP-SBL 384/192/128, global attention: fine-tuned from AugReg on ImageNet-1K."""
 
 from piip.recipes import classifier
 

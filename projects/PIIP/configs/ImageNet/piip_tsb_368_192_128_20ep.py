@@ -1,9 +1,4 @@
-"""PIIP-TSB 368/192/128, fine-tuned from DeiT on ImageNet-1K.
-
-Branch 1: ViT-B at 128 pixels, global attention
-Branch 2: ViT-S at 192 pixels, global attention
-Branch 3: ViT-T at 368 pixels, global attention
-"""
+"""PIIP-TSB 368/192/128, global attention: fine-tuned from DeiT on ImageNet-1K."""
 
 from piip.recipes import classifier
 
