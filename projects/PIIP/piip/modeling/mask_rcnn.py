@@ -102,14 +102,21 @@ class PublishedRPN(RPN):
 
     @torch.no_grad()
     def label_and_sample_anchors(
-        self, anchors: list[Boxes], gt_instances: list[Instances]
+        self,
+        anchors: list[Boxes],
+        gt_instances: list[Instances],
+        padded_sizes: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels (1, 0, -1 for unused) and matched boxes for every anchor of every image; see `RPN`."""
+        """Labels (1, 0, -1 for unused) and matched boxes for every anchor of every image; see `RPN`.
+
+        `padded_sizes` are height and width to which each image would be padded alone, if `pad_divisor` does not say it.
+        """
         every = Boxes.cat(anchors)
+        if padded_sizes is None:
+            padded_sizes = [self._padded(x.image_size) for x in gt_instances]
         labels, matched = [], []
-        for instances in gt_instances:
-            size = instances.image_size
-            considered = self.considered_anchors(every, size, self._padded(size))
+        for instances, padded in zip(gt_instances, padded_sizes, strict=True):
+            considered = self.considered_anchors(every, instances.image_size, padded)
             (some_labels,), (some_boxes,) = super().label_and_sample_anchors([every[considered]], [instances])
             all_labels = some_labels.new_full((len(every),), -1)
             all_boxes = torch.zeros_like(every.tensor)
