@@ -1,4 +1,4 @@
-"""Training and evaluation of a LazyConfig: the loop behind `tools/lazyconfig_train_net.py`.
+"""Training and evaluation of a LazyConfig, as `tools/lazyconfig_train_net.py` does them.
 
 What it does beyond Detectron2's script of that name: CPU and bfloat16, the number of classes from the annotation file,
 resuming that continues exactly, checkpoints that survive a crash, and early errors that say what is wrong.
