@@ -31,7 +31,7 @@ _TSB, _SMALL_TSB, _SBL, _TSBL = (
 )
 
 
-def _row(
+def _setting(
     table: str,
     like: str,
     name: str,
@@ -90,12 +90,12 @@ def _out_branches() -> Iterator[ZooEntry]:
         merging = MergingConfig(branches=tuple("BST".index(size) + 1 for size in chosen.split("+")))
         config = dataclasses.replace(_config(_TSB), merging=merging)
         name = f"out_{chosen.lower().replace('+', '_')}"
-        yield _row("IX", _TSB, name, f"out branch {chosen}", config, box_ap, mask_ap)
+        yield _setting("IX", _TSB, name, f"out branch {chosen}", config, box_ap, mask_ap)
 
 
 def _designs() -> tuple[ZooEntry, ...]:
-    pyramid, vit_b, vit_l = (partial(_row, "XIV", like) for like in (_TSB, "vit_b_1024", "vit_l_1024"))
-    multi_scale = partial(_row, "XIV", "internvit_6b_1024")  # the published single branch that is trained so
+    pyramid, vit_b, vit_l = (partial(_setting, "XIV", like) for like in (_TSB, "vit_b_1024", "vit_l_1024"))
+    multi_scale = partial(_setting, "XIV", "internvit_6b_1024")  # the published single branch that is trained so
     bbb, bbb_wide = (deit_pyramid("BBB", sides, window_size=14) for sides in ((896, 448, 224), (896, 672, 224)))
     lll = deit_pyramid("LLL", (896, 448, 224), window_size=14)
     tsb, sbl = (deit_pyramid("TSB", (896,) * 3, window_size=14), deit_pyramid("SBL", (848,) * 3, window_size=28))
@@ -144,7 +144,7 @@ def _designs() -> tuple[ZooEntry, ...]:
 
 
 def _resolutions() -> tuple[ZooEntry, ...]:
-    vit_l, tsbl = (partial(_row, "XV", like) for like in ("vit_l_1024", _TSBL))
+    vit_l, tsbl = (partial(_setting, "XV", like) for like in ("vit_l_1024", _TSBL))
     repeated = "#Param: the paper repeats the 308M of 1024; the position table of 1792 makes them 317M"
     return (
         vit_l("resolution_l_1024", "L 1024", None, 46.8, None, 308, 1542),
@@ -155,8 +155,8 @@ def _resolutions() -> tuple[ZooEntry, ...]:
 
 def _interactions() -> Iterator[ZooEntry]:
     small = _config(_SMALL_TSB)
-    row = partial(_row, "XVI", _SMALL_TSB)
-    yield row("interactions_0", "no interactions", _separate(small), 41.3, None, None, 176)
+    setting = partial(_setting, "XVI", _SMALL_TSB)
+    yield setting("interactions_0", "no interactions", _separate(small), 41.3, None, None, 176)
     # number of interactions: box AP and GFLOPs
     regular = {1: (41.1, 211), 2: (41.7, 245), 4: (41.6, 315), 6: (42.1, 384), 12: (42.0, 592)}
     deformable = {1: (41.9, 182), 2: (42.5, 187), 4: (43.0, 198), 6: (43.3, 210), 12: (43.9, 243)}
@@ -164,7 +164,7 @@ def _interactions() -> Iterator[ZooEntry]:
         for count, (box_ap, flops_g) in printed.items():
             config = _interact(small, num_interactions=count, attention=attention)
             title = f"{count} x {attention} attention"
-            yield row(f"interactions_{count}_{attention}", title, config, box_ap, None, None, flops_g)
+            yield setting(f"interactions_{count}_{attention}", title, config, box_ap, None, None, flops_g)
 
 
 def _directions() -> Iterator[ZooEntry]:
@@ -177,11 +177,11 @@ def _directions() -> Iterator[ZooEntry]:
         ("bidirectional_cycle", "both directions, all pairs", (44.0, 38.7, None, 283), ""),
     ):
         config = _interact(_config(_SMALL_TSB), units=units)
-        yield _row("XVII", _SMALL_TSB, f"direction_{units}", title, config, *numbers, note=note)
+        yield _setting("XVII", _SMALL_TSB, f"direction_{units}", title, config, *numbers, note=note)
 
 
 def _regular_fpn() -> ZooEntry:
-    return _row(
+    return _setting(
         "II",
         "piip_vt_vs_cb_1024_672_448",
         "regular_fpn_tsb_1024_672_448",

@@ -74,7 +74,7 @@ def _single(branch: BranchConfig, **merging: Any) -> PIIPConfig:
     )
 
 
-def _row(
+def _entry(
     name: str, title: str, config: PIIPConfig, published: _Numbers = (), paper: _Numbers = (), **facts: Any
 ) -> ZooEntry:
     numbers = {"published": PublishedNumbers(*published), "paper": PublishedNumbers(*paper)}
@@ -87,14 +87,14 @@ def _join(*words: Any) -> str:
 
 def _vit(size: str, image_size: int, published: _Numbers, paper: _Numbers) -> ZooEntry:
     facts = {"table": _DEIT, "pad_divisor": 64}
-    return _row(_join("vit", size, image_size), f"ViT-{size}", baseline(size, image_size), published, paper, **facts)
+    return _entry(_join("vit", size, image_size), f"ViT-{size}", baseline(size, image_size), published, paper, **facts)
 
 
 def _piip(
     sizes: str, window_size: int, image_sizes: tuple[int, ...], published: _Numbers, paper: _Numbers = ()
 ) -> ZooEntry:
     config = deit_pyramid(sizes, image_sizes, window_size)
-    return _row(_join("piip", sizes, *image_sizes), f"PIIP-{sizes}", config, published, paper, table=_DEIT)
+    return _entry(_join("piip", sizes, *image_sizes), f"PIIP-{sizes}", config, published, paper, table=_DEIT)
 
 
 _DEIT = "DeiT-based models (Mask R-CNN, 1x)"
@@ -138,7 +138,7 @@ def _h6b_speedup(image_size: int, largest: int) -> PIIPConfig:
     return PIIPConfig(branches=tuple(map(fused_mlp, branches)), interaction=LIGHT_INTERACTION)
 
 
-_large = partial(_row, table="InternViT-6B (Mask R-CNN, 1x)", schedule="1x_ms", pad_divisor=64)
+_large = partial(_entry, table="InternViT-6B (Mask R-CNN, 1x)", schedule="1x_ms", pad_divisor=64)
 _global = partial(_large, note="The released model attends globally (29323G); the paper counts windows of 14 (24418G)")
 _paper_lh6b = partial(
     _large, note="The printed #FLOPs lack 1611G: ten of the twelve d x d products per token and layer of ViT-L"
@@ -195,7 +195,7 @@ def _pretrained(key: str, title: str, families: str, published: _Numbers = ()) -
     if key.endswith("speedup"):
         config = PIIPConfig(branches=tuple(map(fused_mlp, branches)), interaction=LIGHT_INTERACTION)
     table = "More ViT variants (Mask R-CNN, 1x)"
-    return _row(f"piip_sbl_{key}_1568_1120_672", f"PIIP-SBL, {title}", config, published, table=table)
+    return _entry(f"piip_sbl_{key}_1568_1120_672", f"PIIP-SBL, {title}", config, published, table=table)
 
 
 _PRETRAINING_ENTRIES = (
@@ -247,12 +247,12 @@ def _hybrid(kinds: str, box_ap: float, mask_ap: float, flops_g: float) -> ZooEnt
     title = "-".join(["PIIP", *map("".join, zip(kinds, "TSB", strict=True))])
     name = _join(title.replace("-", "_"), 1024, 672, 448)
     facts = {"table": _CONVNEXT, "pad_divisor": 32, **_IMAGENET}
-    return _row(name, title, hybrid_pyramid(kinds), (box_ap, mask_ap, None, flops_g), **facts)
+    return _entry(name, title, hybrid_pyramid(kinds), (box_ap, mask_ap, None, flops_g), **facts)
 
 
 _CONVNEXT = "ConvNeXt-based models (Mask R-CNN, 1x)"
 _CONVNEXT_ENTRIES = (
-    _row(
+    _entry(
         "convnext_b_1024",
         "ConvNeXt-B",
         _single(_convnext_branch("B", 1024), out_blocks=CONVNEXT["B"].last_blocks()),
@@ -272,7 +272,7 @@ _CONVNEXT_ENTRIES = (
 
 def _cascade(sizes: str, window_size: int, schedule: str, paper: _Numbers = ()) -> ZooEntry:
     backbone = _join("piip", sizes, 1568, 1120, 672)
-    return _row(
+    return _entry(
         f"{backbone}_cascade_{schedule}",
         f"PIIP-{sizes}, {schedule.replace('_ms', ' + MS')}",
         deit_pyramid(sizes, (1568, 1120, 672), window_size),
@@ -299,7 +299,7 @@ def _dino(
     # DINO makes its coarsest level itself and does without the finest
     config = dataclasses.replace(config, merging=MergingConfig(out_strides=(8, 16, 32)))
     facts = {"table": "DINO (COCO, multi-scale training)", "head": "dino", "backbone": backbone, "schedule": schedule}
-    return _row(f"{backbone}_dino", title, config, published, **facts, **images)
+    return _entry(f"{backbone}_dino", title, config, published, **facts, **images)
 
 
 def _dino_sbl() -> PIIPConfig:
@@ -320,7 +320,7 @@ _DINO_ENTRIES = (
 def _upernet(
     backbone: str, title: str, config: PIIPConfig, published: _Numbers = (), paper: _Numbers = (), note: str = ""
 ) -> ZooEntry:
-    return _row(
+    return _entry(
         f"{backbone}_upernet",
         title,
         dataclasses.replace(config, branches=tuple(map(with_own_grid, config.branches))),

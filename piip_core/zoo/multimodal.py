@@ -30,7 +30,7 @@ def _clip_branch(network: ViTConfig, image_size: int, weights: str) -> BranchCon
     return BranchConfig(network=network, image_size=image_size, pretrained=f"open_clip:{weights}-quickgelu/openai")
 
 
-def _row(title: str, vision: PIIPConfig, llm: str, flops_g: float, *scores: float, **options: Any) -> MultimodalEntry:
+def _entry(title: str, vision: PIIPConfig, llm: str, flops_g: float, *scores: float, **options: Any) -> MultimodalEntry:
     sizes = [branch.image_size for branch in reversed(vision.branches)] if len(vision.branches) > 1 else []
     return MultimodalEntry(
         name="_".join(map(str, (title, *sizes, llm))).translate(_TO_NAME).lower(),
@@ -65,7 +65,7 @@ def _piip(
         interaction=InteractionConfig(num_interactions=num_interactions),
         merging=None,
     )
-    return _row(f"PIIP-LLaVA{project} {title}", vision, *numbers, **options)
+    return _entry(f"PIIP-LLaVA{project} {title}", vision, *numbers, **options)
 
 
 # CLIP-L with its own patches, features of the second-to-last layer, two linears without a norm
@@ -74,7 +74,7 @@ _LLAVA = PIIPConfig(
     interaction=InteractionConfig(num_interactions=0),
     merging=None,
 )
-_llava = partial(_row, "LLaVA-1.5", _LLAVA, projector_norm="none", feature_block=CLIP_PATCH14_336["L"].depth - 2)
+_llava = partial(_entry, "LLaVA-1.5", _LLAVA, projector_norm="none", feature_block=CLIP_PATCH14_336["L"].depth - 2)
 _plus = partial(
     _piip,
     project="-Plus",
