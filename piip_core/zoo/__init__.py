@@ -104,7 +104,8 @@ def find(name: str) -> ZooEntry | ClassificationEntry:
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
-    return _find(name, _BY_NAME | _CLASSIFIERS_BY_NAME)
+    known: dict[str, ZooEntry | ClassificationEntry] = {**_BY_NAME, **_CLASSIFIERS_BY_NAME}
+    return _find(name, known)
 
 
 def _find(name: str, known: Mapping[str, _Entry]) -> _Entry:

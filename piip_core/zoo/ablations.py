@@ -52,7 +52,7 @@ def _setting(
         note: What to know about them.
     """
     entry = _ENTRIES[like]
-    own = {"name": name, "table": table, "title": title, "config": config or entry.config, "note": note}
+    own: dict[str, Any] = {"name": name, "table": table, "title": title, "config": config or entry.config, "note": note}
     return dataclasses.replace(
         entry, **own, backbone=like, published=PublishedNumbers(), paper=PublishedNumbers(*numbers)
     )

@@ -29,7 +29,7 @@ from .networks import (
 
 _Numbers = tuple[float | None, ...]  # of `PublishedNumbers`: box AP, mask AP, millions of parameters, GFLOPs, mIoU
 
-_IMAGENET = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+_IMAGENET: dict[str, Any] = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
 
 
 def deit_pyramid(sizes: str, image_sizes: tuple[int, ...], window_size: int | None) -> PIIPConfig:
@@ -77,8 +77,14 @@ def _single(branch: BranchConfig, **merging: Any) -> PIIPConfig:
 def _entry(
     name: str, title: str, config: PIIPConfig, published: _Numbers = (), paper: _Numbers = (), **facts: Any
 ) -> ZooEntry:
-    numbers = {"published": PublishedNumbers(*published), "paper": PublishedNumbers(*paper)}
-    return ZooEntry(name=name, title=title, config=config, **numbers, **facts)
+    return ZooEntry(
+        name=name,
+        title=title,
+        config=config,
+        published=PublishedNumbers(*published),
+        paper=PublishedNumbers(*paper),
+        **facts,
+    )
 
 
 def _join(*words: Any) -> str:
@@ -86,7 +92,7 @@ def _join(*words: Any) -> str:
 
 
 def _vit(size: str, image_size: int, published: _Numbers, paper: _Numbers) -> ZooEntry:
-    facts = {"table": _DEIT, "pad_divisor": 64}
+    facts: dict[str, Any] = {"table": _DEIT, "pad_divisor": 64}
     return _entry(_join("vit", size, image_size), f"ViT-{size}", baseline(size, image_size), published, paper, **facts)
 
 
@@ -231,7 +237,7 @@ def hybrid_pyramid(kinds: str) -> PIIPConfig:
     Args:
         kinds: Per branch, T first, "C" for ConvNeXt or "V" for ViT, for example "CVV".
     """
-    branches = []
+    branches: list[BranchConfig] = []
     for kind, size, image_size in zip(kinds, "TSB", (1024, 672, 448), strict=True):
         if kind == "V":
             branch = deit_branch(size, image_size, 14)
@@ -246,7 +252,7 @@ def hybrid_pyramid(kinds: str) -> PIIPConfig:
 def _hybrid(kinds: str, box_ap: float, mask_ap: float, flops_g: float) -> ZooEntry:
     title = "-".join(["PIIP", *map("".join, zip(kinds, "TSB", strict=True))])
     name = _join(title.replace("-", "_"), 1024, 672, 448)
-    facts = {"table": _CONVNEXT, "pad_divisor": 32, **_IMAGENET}
+    facts: dict[str, Any] = {"table": _CONVNEXT, "pad_divisor": 32, **_IMAGENET}
     return _entry(name, title, hybrid_pyramid(kinds), (box_ap, mask_ap, None, flops_g), **facts)
 
 
@@ -294,12 +300,12 @@ _CASCADE_ENTRIES = (
 
 
 def _dino(
-    backbone: str, title: str, config: PIIPConfig, schedule: str, published: _Numbers = (), **images: Any
+    backbone: str, title: str, config: PIIPConfig, schedule: str, published: _Numbers = (), **facts: Any
 ) -> ZooEntry:
     # DINO makes its coarsest level itself and does without the finest
     config = dataclasses.replace(config, merging=MergingConfig(out_strides=(8, 16, 32)))
-    facts = {"table": "DINO (COCO, multi-scale training)", "head": "dino", "backbone": backbone, "schedule": schedule}
-    return _entry(f"{backbone}_dino", title, config, published, **facts, **images)
+    facts |= {"table": "DINO (COCO, multi-scale training)", "head": "dino", "backbone": backbone, "schedule": schedule}
+    return _entry(f"{backbone}_dino", title, config, published, **facts)
 
 
 def _dino_sbl() -> PIIPConfig:
