@@ -10,13 +10,18 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from ..errors import ConfigError
-from . import cascade, convnext, deit, dino, large, pretraining, segmentation
-from .classification import ENTRIES as _CLASSIFICATION_ENTRIES
-from .classification import ClassificationEntry, ClassificationNumbers
-from .deit import baseline, deit_pyramid, tsbl_as_released
-from .entry import PublishedNumbers, ZooEntry
-from .multimodal import ENTRIES as _MULTIMODAL_ENTRIES
-from .multimodal import MultimodalEntry, MultimodalScores
+from . import classification as _classifiers
+from . import dense as _dense
+from . import multimodal as _multimodal
+from .dense import baseline, deit_pyramid, tsbl_as_released
+from .entry import (
+    ClassificationEntry,
+    ClassificationNumbers,
+    MultimodalEntry,
+    MultimodalScores,
+    PublishedNumbers,
+    ZooEntry,
+)
 from .networks import VIT
 
 __all__ = [
@@ -40,24 +45,15 @@ __all__ = [
     "tsbl_as_released",
 ]
 
-_ENTRIES = (
-    *deit.ENTRIES,
-    *large.ENTRIES,
-    *pretraining.ENTRIES,
-    *convnext.ENTRIES,
-    *cascade.ENTRIES,
-    *dino.ENTRIES,
-    *segmentation.ENTRIES,
-)
-_BY_NAME = {entry.name: entry for entry in _ENTRIES}
-_CLASSIFICATION_BY_NAME = {entry.name: entry for entry in _CLASSIFICATION_ENTRIES}
-_MULTIMODAL_BY_NAME = {entry.name: entry for entry in _MULTIMODAL_ENTRIES}
+_BY_NAME = {entry.name: entry for entry in _dense.ENTRIES}
+_CLASSIFIERS_BY_NAME = {entry.name: entry for entry in _classifiers.ENTRIES}
+_MULTIMODAL_BY_NAME = {entry.name: entry for entry in _multimodal.ENTRIES}
 _Entry = TypeVar("_Entry")
 
 
 def entries() -> tuple[ZooEntry, ...]:
     """All published dense models, in the order of the tables."""
-    return _ENTRIES
+    return _dense.ENTRIES
 
 
 def names() -> list[str]:
@@ -76,7 +72,7 @@ def get(name: str) -> ZooEntry:
 
 def classification_entries() -> tuple[ClassificationEntry, ...]:
     """All published classifiers, in the order of the tables."""
-    return _CLASSIFICATION_ENTRIES
+    return _classifiers.ENTRIES
 
 
 def classification(name: str) -> ClassificationEntry:
@@ -85,12 +81,12 @@ def classification(name: str) -> ClassificationEntry:
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
-    return _find(name, _CLASSIFICATION_BY_NAME)
+    return _find(name, _CLASSIFIERS_BY_NAME)
 
 
 def multimodal_entries() -> tuple[MultimodalEntry, ...]:
     """All published multimodal models, in the order of the table."""
-    return _MULTIMODAL_ENTRIES
+    return _multimodal.ENTRIES
 
 
 def multimodal(name: str) -> MultimodalEntry:
@@ -108,7 +104,8 @@ def find(name: str) -> ZooEntry | ClassificationEntry:
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
-    return _find(name, _BY_NAME | _CLASSIFICATION_BY_NAME)
+    known: dict[str, ZooEntry | ClassificationEntry] = {**_BY_NAME, **_CLASSIFIERS_BY_NAME}
+    return _find(name, known)
 
 
 def _find(name: str, known: Mapping[str, _Entry]) -> _Entry:

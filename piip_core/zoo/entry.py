@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from ..config import PIIPConfig
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "PublishedNumbers",
-    "ZooEntry",
-]
+from ..config import BranchConfig, ClassifierConfig, PIIPConfig
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PublishedNumbers:
     """Numbers as printed in a published table; None where the table has none.
 
     Args:
         box_ap: COCO box AP.
         mask_ap: COCO mask AP.
-        miou: Mean intersection over union on ADE20K's validation set, one scale.
         params_m: Parameters in millions, by the rule of the paper's tables (`piip_tools.flops.published_count`).
-        flops_g: Multiply-accumulates in thousand millions, by the same rule.
+        flops_g: GFLOPs, multiply-accumulates by the same rule.
+        miou: Mean intersection over union on ADE20K's validation set, one scale.
     """
 
     box_ap: float | None = None
     mask_ap: float | None = None
-    miou: float | None = None
     params_m: float | None = None
     flops_g: float | None = None
+    miou: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +41,7 @@ class ZooEntry:
         table: Published table that the model stands in.
         config: The backbone.
         head: What follows the backbone.
-        schedule: Length of the training: "1x" for 12 epochs of COCO, "80k" for iterations of ADE20K; "_ms" behind it
+        schedule: Length of the training: "1x" for 12 epochs of COCO, "80k" for iterations of ADE20K; "_ms" after it
             for multi-scale training.
         backbone: First part of the names of models that share a backbone; None for `name`.
         note: What to know about the printed numbers.
@@ -85,9 +79,138 @@ class ZooEntry:
     @property
     def resolution(self) -> str:
         """Image sizes, largest first, as the published tables print them."""
-        return "/".join(str(branch.image_size) for branch in reversed(self.config.branches))
+        return _resolution(self.config.branches)
 
     @property
     def image_size(self) -> int:
         """Side of the largest branch's square image in pixels."""
         return self.config.branches[self.config.largest_image - 1].image_size
+
+
+@dataclass(frozen=True)
+class ClassificationNumbers:
+    """Numbers as printed in a published table.
+
+    Args:
+        top1: Accuracy on ImageNet-1K's validation set, in percent.
+        params_m: As for `PublishedNumbers`.
+        flops_g: As for `PublishedNumbers`.
+    """
+
+    top1: float
+    params_m: float
+    flops_g: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationEntry:
+    """One published classifier of ImageNet-1K's 1000 classes. How it was trained stands in `config_file`.
+
+    Args:
+        name: Name in this project, for example `piip_tsb_368_192_128`.
+        title: Name in the published table, without the image sizes.
+        config: The classifier as published. Released ones read the first patch instead of the class token.
+        training_config: What a new training starts from: the same with class tokens as their pretrained networks have
+            them, or `config`.
+        published: Numbers of the table.
+        checkpoint_url: The released file.
+        note: What to know about the printed numbers.
+        schedule: Length of the training in epochs: "20ep".
+    """
+
+    pad_divisor: ClassVar[int] = 1
+    """Images are never padded."""
+
+    name: str
+    title: str
+    config: ClassifierConfig
+    training_config: ClassifierConfig
+    published: ClassificationNumbers
+    checkpoint_url: str | None = None
+    note: str = ""
+    schedule: str = "20ep"
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square image in pixels."""
+        return self.config.image_size
+
+    @property
+    def resolution(self) -> str:
+        """Image sizes, largest first, as the published table prints them."""
+        return _resolution(self.config.pyramid.branches)
+
+    @property
+    def config_file(self) -> str:
+        """Detectron2 config, relative to `projects/PIIP/configs`."""
+        return f"ImageNet/{self.name}_{self.schedule}.py"
+
+
+@dataclass(frozen=True)
+class MultimodalScores:
+    """Scores of the eight published benchmarks and their mean, as printed."""
+
+    mmbench: float
+    mm_vet: float
+    textvqa: float
+    scienceqa_image: float
+    gqa: float
+    vqav2: float
+    seed_image: float
+    pope: float
+    average: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultimodalEntry:
+    """One row of the published table of multimodal models.
+
+    Args:
+        name: Name in this project, for example `piip_llava_clip_bl_512_256_7b`.
+        title: Name in the published table, without image sizes and language model.
+        vision: Branches and interactions; `merging` is None, since the projector takes its place.
+        language_model: Language model that training starts from.
+        embed_dim: Width of the language model, and so of the visual tokens.
+        projector_norm: Norm inside the projector; see `TokenMerging`.
+        feature_block: Block of Branch 1 whose tokens are the features; None for the last. Only without interactions.
+        training_data: Samples of both stages together, as printed.
+        scores: Published.
+        flops_g: Printed GFLOPs (multiply-accumulates) of the vision tower.
+        note: What to know about the printed numbers.
+    """
+
+    name: str
+    title: str
+    vision: PIIPConfig
+    language_model: str
+    embed_dim: int
+    projector_norm: Literal["group", "layer", "none"] = "group"
+    feature_block: int | None = None
+    training_data: str = "1.2M"
+    scores: MultimodalScores
+    flops_g: float
+    note: str = ""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square image in pixels, that of the last branch."""
+        return self.vision.branches[-1].image_size
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid of visual tokens."""
+        return self.image_size // self.vision.branches[-1].network.strides[-1]
+
+    @property
+    def image_seq_length(self) -> int:
+        """Visual tokens per image."""
+        return self.grid**2
+
+    @property
+    def resolution(self) -> str:
+        """Image sizes, largest first, as the published table prints them."""
+        return _resolution(self.vision.branches)
+
+
+def _resolution(branches: Sequence[BranchConfig]) -> str:
+    return "/".join(str(branch.image_size) for branch in reversed(branches))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,15 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from timm.optim import Lamb
 from torch import distributed, nn
 
-from piip.trainer import timed_batches
 from piip_core.deepspeed_start import LIVE_PARAMETERS, import_deepspeed
 from piip_core.errors import ConfigError, UserError
 from piip_core.files import read_json
-
-__all__ = ["DeepSpeedTrainer", "build_engine", "deepspeed_config", "evaluation_model", "zero_stage"]
-
-# Elements that are gathered at a time when a whole model is put together
-_GATHERED_ELEMENTS = 200_000_000
 
 
 def zero_stage(cfg: DictConfig) -> int:
@@ -48,10 +44,6 @@ def deepspeed_config(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
 
     There is no entry for the precision: weights, gradients and optimizer states are float32, as under
     DistributedDataParallel, and mixed precision is autocast in either case.
-
-    Args:
-        cfg: With train.deepspeed and train.clip_norm.
-        batch_size: Images per process.
 
     Raises:
         ConfigError: If the file of `train.deepspeed.config` cannot be read.
@@ -80,30 +72,17 @@ def deepspeed_config(cfg: DictConfig, batch_size: int) -> dict[str, Any]:
         "steps_per_print": 1_000_000_000,  # Detectron2's writers print
         "zero_optimization": zero,
     }
-    return _merged(config, _read(settings.config)) if settings.get("config") else config
-
-
-def _read(path: str) -> Mapping[str, Any]:
+    if settings.get("config") is None:
+        return config
     try:
-        return read_json(path)
+        more = read_json(settings.config)
     except UserError as error:
         raise ConfigError(f"train.deepspeed.config={error} with settings of DeepSpeed") from None
-
-
-def _merged(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `more`, which go first, at every level."""
-    nested = {k: _merged(base[k], v) for k, v in more.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return base | dict(more) | nested
+    return OmegaConf.to_container(OmegaConf.merge(config, more))
 
 
 def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -> Any:
-    """DeepSpeed's engine around a model, which must be the same on all processes or will be that of the first one.
-
-    Args:
-        cfg: With train.deepspeed, train.amp, train.clip_norm and train.device.
-        model: On its device.
-        optimizer: Over its parameters; from now on over this process's part of them.
-        batch_size: Images per process.
+    """DeepSpeed's engine around a model on its device; `optimizer` is then over this process's part of its parameters.
 
     Raises:
         ConfigError: If DeepSpeed is not installed, a setting is wrong, or the optimizer cannot be divided.
@@ -117,8 +96,6 @@ def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optim
     deepspeed = import_deepspeed(device.type)
     _describe_group()
     deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
-    if cfg.train.amp.enabled:
-        _autocast_in_training(model, device.type)
     config = deepspeed_config(cfg, batch_size)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
@@ -132,37 +109,18 @@ def _describe_group() -> None:
     os.environ.setdefault("LOCAL_RANK", str(comm.get_local_rank()))
 
 
-def _autocast_in_training(model: nn.Module, device_type: str) -> None:
-    """Runs the model in bfloat16 as `MixedPrecisionTrainer` does.
-
-    DeepSpeed turns off what is turned on around its engine, hence inside. Without the cache, which would keep a
-    bfloat16 copy of every weight.
-    """
-    forward = model.forward
-
-    def autocast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device_type, torch.bfloat16, enabled=model.training, cache_enabled=False):
-            return forward(*args, **kwargs)
-
-    model.forward = autocast
-
-
 class DeepSpeedTrainer(SimpleTrainer):
-    """`SimpleTrainer` whose model is DeepSpeed's engine; gradients are averaged, clipped and applied by it.
-
-    Args:
-        engine (deepspeed.DeepSpeedEngine): returns a dict of losses.
-        data_loader (Iterable): batches for the model.
-        optimizer (torch.optim.Optimizer): what the engine was made with; its groups have the learning rates.
-    """
+    """`SimpleTrainer` whose model is DeepSpeed's engine; gradients are averaged, clipped and applied by it."""
 
     def __init__(self, engine: Any, data_loader: Any, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(engine, data_loader, optimizer)
-        self._batches = timed_batches(data_loader)
+        self._batches = itertools.chain(data_loader)  # asks the loader not before the first batch is wanted
 
     def run_step(self) -> None:
         """One iteration: forward, backward, optimizer step."""
-        data, data_time = next(self._batches)
+        start = time.perf_counter()
+        data = next(self._batches)
+        data_time = time.perf_counter() - start
         losses = self.model(data)
         self.model.backward(sum(losses.values()))
         self.after_backward()
@@ -182,32 +140,15 @@ def evaluation_model(engine: Any, build: Callable[[], nn.Module]) -> nn.Module:
     """A model to evaluate, whole on this process; all processes call it.
 
     In stage 3 it is a copy: the model itself gathers its weights layer by layer on all processes at once, which
-    images of other sizes and numbers would bring out of step.
-
-    Args:
-        engine: DeepSpeed's engine.
-        build: Makes another model like that of the engine.
+    images of other sizes and numbers would bring out of step. `build` makes another model like that of the engine.
     """
     trained = engine.module
     if engine.zero_optimization_stage() < 3:
         return trained
     whole = build()
-    parameters = dict(whole.named_parameters())
-    for part in _parts(trained, {name: parameter.numel() for name, parameter in parameters.items()}):
-        with import_deepspeed().zero.GatheredParameters(list(part.values())), torch.no_grad():
-            for name, parameter in part.items():
-                parameters[name].copy_(parameter)
+    for target, parameter in zip(whole.parameters(), trained.parameters(), strict=True):
+        with import_deepspeed().zero.GatheredParameters([parameter]), torch.no_grad():
+            target.copy_(parameter)
     for target, buffer in zip(whole.buffers(), trained.buffers(), strict=True):
         target.copy_(buffer)
     return whole
-
-
-def _parts(model: nn.Module, sizes: Mapping[str, int]) -> Iterator[dict[str, nn.Parameter]]:
-    """Parameters of a partitioned model, some at a time; `sizes` are their numbers of elements."""
-    part: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        if part and sum(sizes[other] for other in (*part, name)) > _GATHERED_ELEMENTS:
-            yield part
-            part = {}
-        part[name] = parameter
-    yield part

@@ -13,10 +13,13 @@ from torch import distributed
 
 from piip_core.errors import ConfigError
 
-__all__ = ["is_launched", "join_launched", "start"]
-
 # What torchrun and deepspeed set, and a script around srun
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_launched() -> bool:
+    """Whether torchrun, deepspeed or another launcher has started this process and described the group."""
+    return all(name in os.environ for name in _ENVIRONMENT)
 
 
 def start(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -25,28 +28,15 @@ def start(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
     Args:
         main: What to run.
         args: Its argument; num_gpus, num_machines, machine_rank and dist_url are for Detectron2's launcher.
-    """
-    if is_launched():
-        join_launched()
-        main(args)
-    else:
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
-
-
-def is_launched() -> bool:
-    """Whether torchrun, deepspeed or another launcher has started this process and described the group."""
-    return all(name in os.environ for name in _ENVIRONMENT)
-
-
-def join_launched() -> None:
-    """Joins the group that the environment describes.
 
     Raises:
         ConfigError: If this machine has no GPU of the process's number, or machines have different numbers of
             processes, which Detectron2 does not know.
     """
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    cuda = torch.cuda.is_available()
+    if not is_launched():
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+        return
+    rank, local_rank, cuda = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
@@ -61,3 +51,4 @@ def join_launched() -> None:
             raise ConfigError("the machines have different numbers of processes; expected the same on all")
         comm.create_local_process_group(firsts.count(rank - local_rank))
         comm.synchronize()
+    main(args)

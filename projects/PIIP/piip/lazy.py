@@ -10,8 +10,6 @@ from omegaconf import DictConfig
 
 from piip_core import BranchConfig
 
-__all__ = ["branches_in_order", "lazy_dataclass"]
-
 
 def branches_in_order(**branches: BranchConfig) -> tuple[BranchConfig, ...]:
     """The branches `branch1`, `branch2`, ... as a tuple.

@@ -16,11 +16,9 @@ from omegaconf import DictConfig
 
 from piip.lazy import lazy_dataclass
 from piip.solver import CosineToMinimum, WarmupFactor, classifier_params, layer_decay_params
-from piip_core import ClassifierConfig
+from piip_core import ClassifierConfig, zoo
 from piip_core.errors import check_choice
 from piip_core.zoo import ZooEntry
-
-__all__ = ["Nodes", "classifier", "detector", "segmentor"]
 
 Nodes: TypeAlias = tuple[DictConfig, DictConfig, DictConfig, DictConfig, DictConfig, DictConfig]
 """model, data, dataloader, optimizer, lr_multiplier, train"""
@@ -30,20 +28,20 @@ TRAIN_IMAGES = 117_266  # of 118287 in COCO train2017: those with annotations
 
 
 def detector(
-    entry: ZooEntry,
+    entry: ZooEntry | str,
     *,
     scale: tuple[int, int],
     crop: int | None = None,
-    batch_size: int,
+    batch_size: int = 16,
     lr: float,
     layer_decay: float | None,
-    epochs: int,
-    lr_drops: Sequence[int],
+    epochs: int = 12,
+    lr_drops: Sequence[int] = (8, 11),
 ) -> Nodes:
     """Mask R-CNN, Cascade Mask R-CNN or DINO on COCO: AdamW, learning rate in steps, evaluation after every epoch.
 
     Args:
-        entry: Backbone, head, and normalisation and padding of the images.
+        entry: Backbone, head, and normalisation and padding of the images; or the name of a published model.
         scale: Long and short side that images just fit into; test images only if there is a crop.
         crop: Side of the crop of DETR's multi-scale training, whose resizing follows in proportion
             (at 1024: short sides of 480 to 800); None trains at `scale`.
@@ -57,6 +55,7 @@ def detector(
     Raises:
         ConfigError: If the head of `entry` is no detector.
     """
+    entry = zoo.get(entry) if isinstance(entry, str) else entry
     model = _dense_model(entry, "mask_rcnn", "cascade_mask_rcnn", "dino")
     data, dataloader = _common("coco" if crop is None else "coco_ms", "data", "dataloader")
     if crop is None:
@@ -80,11 +79,13 @@ def detector(
     return model, data, dataloader, _adamw(lr, layer_decay), lr_multiplier, train
 
 
-def segmentor(entry: ZooEntry, *, crop: int, batch_size: int, lr: float, layer_decay: float, max_iter: int) -> Nodes:
+def segmentor(
+    entry: ZooEntry | str, *, crop: int, batch_size: int = 16, lr: float, layer_decay: float, max_iter: int
+) -> Nodes:
     """UperNet on ADE20K: AdamW, learning rate falling in a line to 0.
 
     Args:
-        entry: Backbone, and normalisation and padding of the images.
+        entry: As for `detector`.
         crop: Side of training crops, of test images (the short one), and of the windows in inference.
         batch_size: Images per iteration, over all GPUs.
         lr: Learning rate of heads and interactions at that batch size.
@@ -94,6 +95,7 @@ def segmentor(entry: ZooEntry, *, crop: int, batch_size: int, lr: float, layer_d
     Raises:
         ConfigError: If the head of `entry` is no segmentor.
     """
+    entry = zoo.get(entry) if isinstance(entry, str) else entry
     model = _dense_model(entry, "upernet")
     data, dataloader = _common("ade20k", "data", "dataloader")
     data.train.scale, data.train.crop = [4 * crop, crop], [crop, crop]
@@ -111,7 +113,7 @@ def segmentor(entry: ZooEntry, *, crop: int, batch_size: int, lr: float, layer_d
 
 
 def classifier(
-    config: ClassifierConfig,
+    config: ClassifierConfig | str,
     *,
     batch_size: int,
     lr: float,
@@ -120,14 +122,14 @@ def classifier(
     epochs: float,
     warmup_epochs: float,
     ema_decay: float | None,
-    output_dir: str,
+    output_dir: str = "",
 ) -> Nodes:
     """A classifier on ImageNet-1K: AdamW, learning rate falling along a cosine, evaluation after every epoch.
 
     Epochs are those of the training images, however many there are (`data.train.num_images`).
 
     Args:
-        config: The classifier; its classes are those of the data.
+        config: The classifier; its classes are those of the data. Or the name of a published one.
         batch_size: Images per iteration, over all GPUs.
         lr: Learning rate of the branches at that batch size.
         interaction_lr_ratio: Learning rate of all other parameters over that of the branches and their heads.
@@ -135,8 +137,11 @@ def classifier(
         epochs: Passes over the training images.
         warmup_epochs: Those over which the learning rate rises.
         ema_decay: Of the moving average of the weights, per iteration; None without.
-        output_dir: Where checkpoints go.
+        output_dir: Where checkpoints go; for a published classifier, output/ and the name of its config.
     """
+    if isinstance(config, str):
+        entry = zoo.classification(config)
+        config, output_dir = entry.training_config, f"output/{Path(entry.config_file).stem}"
     (model,) = _common("classifier", "model")
     model.config = lazy_dataclass(config)
     model.config.num_classes = "${data.num_classes}"

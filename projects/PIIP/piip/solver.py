@@ -7,13 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 from fvcore.common.param_scheduler import ParamScheduler
+from omegaconf import OmegaConf
 from torch import nn
 
 from piip_core import PIIP
 from piip_core.merging import BranchMerging, ClassificationHeads
 from piip_core.pyramid import ParameterLayers
 
-__all__ = ["CosineToMinimum", "WarmupFactor", "classifier_params", "layer_decay_params"]
+
+def iterations(epochs: float, images: int, batch_size: int) -> int:
+    """Iterations of a number of epochs; as in timm, an epoch leaves out the images of a batch that is not full.
+
+    A LazyConfig says `${piip.iterations:EPOCHS,IMAGES,BATCH_SIZE}`, each of them a number or an interpolation, and
+    follows a change of any.
+    """
+    return max(math.floor(epochs * max(images // batch_size, 1)), 1)
+
+
+OmegaConf.register_new_resolver("piip.iterations", iterations, replace=True)
 
 
 class WarmupFactor(ParamScheduler):

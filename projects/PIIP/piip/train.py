@@ -1,4 +1,4 @@
-"""Training and evaluation of a LazyConfig: the loop behind `tools/lazyconfig_train_net.py`.
+"""Training and evaluation of a LazyConfig, as `tools/lazyconfig_train_net.py` does them.
 
 What it does beyond Detectron2's script of that name: CPU and bfloat16, the number of classes from the annotation file,
 resuming that continues exactly, checkpoints that survive a crash, and early errors that say what is wrong.
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, default_setup, hooks
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
@@ -29,15 +29,12 @@ from piip.checkpointer import AtomicCheckpointer, CategoryTable, read_categories
 from piip.data import Category, DatasetError, TrainLoader
 from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, DeepSpeedCheckpoints, prepare_output, run_folder
 from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_model, zero_stage
-from piip.ema import WeightAverage, average_settings
+from piip.hooks import ClipNorm, MetricWriters, Saves, StepSeed, WeightAverage, average_settings
 from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
 from piip.published import follow_published
-from piip.trainer import ClipNorm, MixedPrecisionTrainer, Saves, StepSeed, TerminalProgress, UnhinderedWriter
 from piip_core.errors import ConfigError
 from piip_core.files import explain_write_errors
 from piip_core.training_checkpoints import OutputFolderError, lock_run
-
-__all__ = ["build_evaluation", "do_train", "evaluate_only", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +42,10 @@ _NO_TEST = "the configuration has no evaluator, or no test set (data.test.annota
 
 
 def main(args: argparse.Namespace) -> None:
-    """Trains or evaluates on this process; `detectron2.engine.launch` starts one per device.
-
-    Args:
-        args: With config_file, opts, resume and eval_only, as parsed by `tools/lazyconfig_train_net.py`.
+    """Trains or evaluates on this process, with the arguments of `tools/lazyconfig_train_net.py`.
 
     Raises:
-        ConfigError: If the configuration cannot be meant.
-        DatasetError: If a data set cannot be used.
-        CheckpointError: If a checkpoint is missing, broken or of another model.
-        OutputFolderError: If another training writes to the output folder, or it cannot be written.
-        SaveError: If the result could not be written; what was before it stays.
+        UserError: If configuration, data set, checkpoint or output folder cannot be used, or the result not be written.
     """
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg.train.device)
@@ -75,13 +65,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] | None:
-    """Builds test loader and evaluator once, so that a wrong path shows before training and not after an epoch.
+    """A function from a model to its metrics, or None if there is no evaluator or no test set (see `has_test_set`).
 
-    Args:
-        cfg: With dataloader.test and dataloader.evaluator.
-
-    Returns:
-        A function from a model to its metrics, or None if there is no evaluator or no test set (see `has_test_set`).
+    Loader and evaluator are built now, so that a wrong path shows before training and not after an epoch.
     """
     if "evaluator" not in cfg.dataloader or not has_test_set(cfg):
         logger.info("No evaluation: %s", _NO_TEST)
@@ -100,10 +86,7 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]] |
 def evaluate_only(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bool = False) -> dict[str, Any]:
     """Evaluates `train.init_checkpoint`, or with `resume` the last checkpoint of `train.output_dir`.
 
-    Args:
-        cfg: As in `do_train`.
-        categories: Classes of the test set, from `follow_annotations`.
-        resume: See above.
+    `categories` are the classes of the test set, from `follow_annotations`.
 
     Raises:
         ConfigError: If there is no checkpoint or nothing to evaluate on.
@@ -149,7 +132,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
         categories: Classes to keep in the checkpoints, from `follow_annotations`.
         resume: Go on from the last checkpoint of `train.output_dir`, if there is one.
     """
-    seed, averaging = StepSeed(cfg.train.get("seed", -1)), average_settings(cfg)
+    seed, averaging, precision = StepSeed(cfg.train.get("seed", -1)), average_settings(cfg), _precision(cfg)
     evaluate = build_evaluation(cfg)
     loader = instantiate(cfg.dataloader.train)  # before the model, whose weights may take minutes
     zero = zero_stage(cfg) > 0
@@ -166,6 +149,9 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     if averaging:
         description = {"categories": table.state_dict()} if table else None
         average = WeightAverage(model, cfg.train.output_dir, description, **averaging)
+    if precision is torch.bfloat16:
+        # With the cache, DeepSpeed's stage 3 would keep a bfloat16 copy of every weight
+        _autocast_in_training(model, cfg.train.device, cache_enabled=not zero)
     run = (_under_deepspeed if zero else _under_ddp)(cfg, model, optimizer, loader, table, last, resume)
     whole = (lambda: _evaluate_all(evaluate, run.whole_model(), average)) if evaluate else None
     saves = Saves(run.save)
@@ -182,11 +168,35 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     if start >= cfg.train.max_iter:
         logger.info("Nothing to train: %s was written at iteration %d of %d", last, start, cfg.train.max_iter)
         run.finish()
-        if whole:
-            whole()
-        return
-    run.trainer.train(start, cfg.train.max_iter)
+    run.trainer.train(start, cfg.train.max_iter)  # and evaluates
     saves.check()  # not within the loop, which would log a traceback
+
+
+def _precision(cfg: DictConfig) -> torch.dtype | None:
+    """That of autocast, if there is one."""
+    if not cfg.train.amp.enabled:
+        return None
+    precision, on_cuda = cfg.train.amp.get("precision", "bfloat16"), torch.device(cfg.train.device).type == "cuda"
+    if precision != "bfloat16" and not (precision == "float16" and on_cuda):
+        raise ConfigError(
+            f"train.amp.precision={precision!r} on {cfg.train.device}: expected 'bfloat16', or 'float16' on CUDA"
+        )
+    return torch.bfloat16 if precision == "bfloat16" else torch.float16
+
+
+def _autocast_in_training(model: nn.Module, device: str, *, cache_enabled: bool) -> None:
+    """Runs the model in bfloat16 while it trains.
+
+    Inside of it, since DeepSpeed turns off what is turned on around its engine. Losses are not scaled: bfloat16 has the
+    range of float32.
+    """
+    forward, device_type = model.forward, torch.device(device).type
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, torch.bfloat16, enabled=model.training, cache_enabled=cache_enabled):
+            return forward(*args, **kwargs)
+
+    model.forward = autocast
 
 
 def _evaluate_all(
@@ -247,10 +257,10 @@ def _under_ddp(
     last: str,
     resume: bool,
 ) -> _Run:
-    device = torch.device(cfg.train.device)
     # DistributedDataParallel takes no device ids on CPU
-    model = create_ddp_model(model, **cfg.train.ddp, **({} if device.type == "cuda" else {"device_ids": None}))
-    trainer = _build_trainer(cfg, model, loader, optimizer, device)
+    on_cuda = torch.device(cfg.train.device).type == "cuda"
+    model = create_ddp_model(model, **cfg.train.ddp, **({} if on_cuda else {"device_ids": None}))
+    trainer = (AMPTrainer if _precision(cfg) is torch.float16 else SimpleTrainer)(model, loader, optimizer)
     tables = {"categories": table} if table else {}
     checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer, **tables)
     return _Run(
@@ -287,15 +297,6 @@ def _under_deepspeed(
     )
 
 
-def _build_trainer(
-    cfg: DictConfig, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, device: torch.device
-) -> SimpleTrainer:
-    if not cfg.train.amp.enabled:
-        return SimpleTrainer(model, loader, optimizer)
-    precision = cfg.train.amp.get("precision", "bfloat16")
-    return MixedPrecisionTrainer(model, loader, optimizer, device=device, precision=precision)
-
-
 def _build_hooks(
     cfg: DictConfig,
     seed: StepSeed,
@@ -306,9 +307,10 @@ def _build_hooks(
     main_process = comm.is_main_process()
     output_dir, max_iter, period = cfg.train.output_dir, cfg.train.max_iter, cfg.train.log_period
     clip_norm = cfg.train.get("clip_norm", 0.0)
-    files = (
-        [JSONWriter(os.path.join(output_dir, "metrics.json")), TensorboardXWriter(output_dir)] if main_process else []
-    )
+    writers = []
+    if main_process:
+        metrics = JSONWriter(os.path.join(output_dir, "metrics.json"))
+        writers = [CommonMetricPrinter(max_iter), metrics, TensorboardXWriter(output_dir)]
     return [
         seed,
         hooks.IterationTimer(),
@@ -317,8 +319,7 @@ def _build_hooks(
         average,  # before it is saved
         saves,
         hooks.EvalHook(cfg.train.eval_period, evaluate) if evaluate else None,
-        TerminalProgress(max_iter, period) if main_process else None,
-        hooks.PeriodicWriter([UnhinderedWriter(file) for file in files], period=period) if main_process else None,
+        MetricWriters(writers, period=period) if main_process else None,
     ]
 
 

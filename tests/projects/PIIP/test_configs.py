@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from piip.data import KeepRatioResize, MultiScaleCrop, ShortSideResize
 from piip.data.segmentation import PhotometricDistortion, RatioRangeResize
 from piip_core import zoo
-from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig
+from piip_core.branches import ConvNeXtConfig
 from piip_core.checkpoints import model_shapes
 from piip_core.checkpoints.head_names import HEADS
 from piip_core.meta import on_meta
@@ -103,24 +103,19 @@ def published_recipe(name):
     }
 
 
-def network_name(network):
-    """As the docstrings of the configs call it."""
-    if isinstance(network, ConvNeXtConfig):
-        return "ConvNeXt-" + {(18, 96): "T", (36, 96): "S", (36, 128): "B"}[sum(network.depths), network.stage_dims[0]]
-    kind = {BEiTConfig: "BEiT", UniPerceiverConfig: "Uni-Perceiver"}.get(type(network), "ViT")
-    return {192: "ViT-T", 3200: "InternViT-6B"}.get(network.embed_dim) or (
-        f"{kind}-{ {384: 'S', 768: 'B', 1024: 'L', 1280: 'H'}[network.embed_dim] }"
-    )
-
-
-def windows_of(branch):
+def attention_of(branches):
     """As the docstrings of the configs say it."""
-    if isinstance(branch.network, ConvNeXtConfig):
-        return ""
-    first, *_, last = branch.window_sizes
-    if first is None:
-        return ", global attention"
-    return f", windows of {first}" + (" but every third block global" if last is None else "")
+    kinds = {}
+    for number, branch in enumerate(branches, 1):
+        first, *_, last = branch.window_sizes
+        kind = "global attention" if first is None else f"windows of {first}"
+        if not isinstance(branch.network, ConvNeXtConfig):
+            kinds.setdefault(kind + (", every third block global" if first and not last else ""), []).append(number)
+    if len(kinds) < 2:
+        return "".join(kinds)
+    (windows,) = kinds.keys() - {"global attention"}
+    numbers = kinds[windows]
+    return f"{windows} in Branch{'es' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"
 
 
 def backbone_params(config):
@@ -131,13 +126,13 @@ def test_there_is_one_config_per_model():
     assert {path.relative_to(CONFIGS).as_posix() for path in PATHS} == set(ENTRIES)
 
 
-@pytest.mark.parametrize("file", ENTRIES)
-def test_docstrings_tell_the_branches(file):
-    _, _, *lines = ast.get_docstring(ast.parse((CONFIGS / file).read_text())).splitlines()
-    assert lines == [
-        f"Branch {number}: {network_name(branch.network)} at {branch.image_size} pixels{windows_of(branch)}"
-        for number, branch in enumerate(ENTRIES[file].config.branches, 1)
-    ]
+@pytest.mark.parametrize("entry", [*zoo.entries(), *zoo.classification_entries()], ids=lambda entry: entry.name)
+def test_docstrings_tell_images_and_windows(entry):
+    config = getattr(entry.config, "pyramid", entry.config)
+    title, _, rest = ast.get_docstring(ast.parse((CONFIGS / entry.config_file).read_text())).partition(": ")
+    title, _, attention = title.partition(f" {entry.resolution}")
+    assert entry.title.startswith(title) and attention.removeprefix(", ") == attention_of(config.branches)
+    assert rest.endswith(("COCO.", "ADE20K.", "ImageNet-1K.")) or entry.name == "piip_b_512_256_128"
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from piip.checkpointer import RUN_STATE, read_categories
 from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, export_checkpoint, prepare_output, run_folder
 from piip.deepspeed_trainer import deepspeed_config, zero_stage
-from piip.ema import FINAL_AVERAGE
+from piip.hooks import FINAL_AVERAGE, ClipNorm
 from piip.lazy_config import follow_annotations, load_config
 from piip.train import evaluate_only, main
-from piip.trainer import ClipNorm
 from piip_core.checkpoints import read_checkpoint
 from piip_core.deepspeed_start import import_deepspeed
 from piip_core.errors import CheckpointError, ConfigError

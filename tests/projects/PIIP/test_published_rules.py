@@ -6,13 +6,11 @@ pytest.importorskip("detectron2")
 
 import torch
 from detectron2.config import instantiate
-from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 
 from piip.modeling.mask_rcnn import BestBoxMatcher, TwoSidedBox2BoxTransform, published_mask_rcnn, weights_from_stds
-from piip_core.meta import on_meta
 
 
 def literal_assignment(quality, positive, negative, minimum):
@@ -113,15 +111,3 @@ def test_losses_are_divided_by_what_was_sampled(rpn):
     assert used.sum() < rpn.batch_size_per_image
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[used], labels[used].float())
     torch.testing.assert_close(losses["loss_rpn_cls"], expected)
-
-
-def test_the_model_node_instantiates_with_published_parts():
-    config = published_mask_rcnn()
-    config.backbone.bottom_up.stages.depth = 18
-    config.backbone.bottom_up.stages.stride_in_1x1 = False
-    config.backbone.bottom_up.stem.out_channels = 64
-    with on_meta():
-        heads = instantiate(config.roi_heads)
-    assert isinstance(heads.box_predictor.box2box_transform, TwoSidedBox2BoxTransform)
-    assert heads.proposal_matcher.min_quality == 0.5
-    assert heads.box_head.output_shape == ShapeSpec(channels=1024)

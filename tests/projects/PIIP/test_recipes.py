@@ -41,12 +41,6 @@ def test_without_layer_decay_everything_decays(decay):
     assert decays == expected
 
 
-def test_multi_scale_training_has_a_crop_and_no_scales():
-    _, data, dataloader, _, _, _ = train(scale=(1999, 1200), crop=1536)
-    assert data.train.crop == 1536 and data.test.scales == [[1999, 1200]] and "scales" not in data.train
-    assert [a._target_ for a in dataloader.train.mapper.augmentations][1].__name__ == "MultiScaleCrop"
-
-
 def test_heads_of_the_other_kind_are_refused():
     with pytest.raises(ConfigError, match=r"piip_h6b_512_192_upernet: head='upernet'.*'mask_rcnn'"):
         detector(zoo.get("piip_h6b_512_192_upernet"), **GIVEN)

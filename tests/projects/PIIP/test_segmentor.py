@@ -14,7 +14,6 @@ from torch import nn
 from piip.modeling import FCNHead, SlidingWindowSegmentor, UperNetHead
 from piip.modeling.segmentor import window_starts
 from piip.modeling.upernet import SegmentationHead
-from piip_core.checkpoints.names import PublishedNames
 from piip_core.meta import on_meta
 
 CLASSES = 4
@@ -106,26 +105,6 @@ def test_windows_make_no_difference_where_pixels_are_independent(size):
 
 
 @torch.no_grad()
-def test_overlapping_windows_are_averaged():
-    """Window by window with a head that looks around, against the mean written as a plain loop."""
-    model = upernet_model(window=(32, 64), stride=(20, 50)).eval()
-    image = picture(70, 130)
-    normalised = (image - model.pixel_mean) / model.pixel_std
-    votes = [[[] for _ in range(130)] for _ in range(70)]
-    for top in (0, 20, 38):
-        for left in (0, 50, 66):
-            crop = normalised[None, :, top : top + 32, left : left + 64]
-            logits = F.interpolate(model.sem_seg_head.layers(model.backbone(crop)), size=(32, 64), mode="bilinear")[0]
-            for y in range(32):
-                for x in range(64):
-                    votes[top + y][left + x].append(logits[:, y, x])
-    expected = torch.stack(
-        [torch.stack([torch.stack(cell).mean(dim=0) for cell in row], dim=1) for row in votes], dim=1
-    )
-    torch.testing.assert_close(model([{"image": image}])[0]["sem_seg"], expected, rtol=1e-5, atol=1e-6)
-
-
-@torch.no_grad()
 def test_windows_and_images_together_give_what_they_give_alone():
     one, many = (
         upernet_model(window=32, stride=20).eval(),
@@ -205,10 +184,6 @@ def test_training_without_matching_labels_is_refused():
         ({"window": 0}, "window=0: expected a positive"),
         ({"stride": (1, 2, 3)}, "a height and a width"),
         ({"window_batch_size": 0}, "window_batch_size=0"),
-        (
-            {"auxiliary_head": PixelHead({"res2": ShapeSpec(channels=6, stride=1)}, num_classes=3, channels=6)},
-            "3 class",
-        ),
     ],
 )
 def test_settings_without_sense_are_refused(options, message):
@@ -250,9 +225,3 @@ def test_config_of_the_demo_trains_and_predicts(repo_root):
     with torch.no_grad():
         (output,) = model([{"image": picture(192, 192)}])
     assert output["sem_seg"].shape == (classes, 192, 192)
-
-
-def test_names_are_those_of_the_conversion():
-    model = upernet_model()
-    table = PublishedNames(None, detector="upernet")
-    assert {name for name in model.state_dict() if not name.startswith("backbone.")} == set(table.head_tensors())

@@ -1,4 +1,4 @@
-"""UperNet's heads against transformers' ones, Detectron2's segmentor, and first principles."""
+"""UperNet's heads against Detectron2's segmentor and first principles; golden cases have their numbers."""
 
 import pytest
 
@@ -44,36 +44,6 @@ def randomise(module):
         if tensor.is_floating_point():
             tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.4 + 0.1)
     return module.eval()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("training", [False, True])
-def test_both_heads_equal_those_of_transformers(training):
-    upernet = pytest.importorskip("transformers.models.upernet.modeling_upernet")
-    config = upernet.UperNetConfig(
-        hidden_size=8, num_labels=CLASSES, auxiliary_channels=6, auxiliary_in_channels=WIDTHS[2]
-    )
-    features = maps()
-    pairs = [
-        (randomise(head(dropout=0.0)), upernet.UperNetHead(config, in_channels=list(WIDTHS))),
-        (randomise(auxiliary(dropout=0.0)), upernet.UperNetFCNHead(config, in_channels=list(WIDTHS))),
-    ]
-    for ours, theirs in pairs:
-        theirs.load_state_dict({_name_in_transformers(name): tensor for name, tensor in ours.state_dict().items()})
-        for module in (ours, theirs):
-            module.train(training)  # batch statistics, too
-        torch.testing.assert_close(ours.layers(features), theirs(list(features.values())), rtol=1e-5, atol=1e-5)
-
-
-def _name_in_transformers(name):
-    module, _, tensor = name.rpartition(".")
-    if module == "conv_seg":
-        return f"classifier.{tensor}"
-    block, _, norm = module.rpartition(".")
-    inner = f"{block}.1" if norm and block.startswith("psp_modules") else block
-    if norm == "norm":
-        return f"{inner}.batch_norm.{tensor}"
-    return f"{module}.1.conv.{tensor}" if module.startswith("psp_modules") else f"{module}.conv.{tensor}"
 
 
 def test_published_tensor_sizes():
@@ -170,10 +140,8 @@ def test_one_image_and_batch_norm_is_refused_with_the_way_out():
         (lambda: head(num_classes=1), "two classes or more"),
         (lambda: head(ignore_value=2), "ignore_value=2"),
         (lambda: head(loss_average="some"), "'all' or 'valid'"),
-        (lambda: UperNetHead({}, num_classes=3, channels=8), "expected the backbone maps"),
         (lambda: UperNetHead({"res4": SHAPES["res4"]}, num_classes=3, channels=8), "two maps or more"),
         (lambda: FCNHead(SHAPES, num_classes=3, channels=8), "expected one map"),
-        (lambda: auxiliary(num_convs=0), "num_convs=0"),
     ],
 )
 def test_settings_that_make_no_head_are_refused(make, message):

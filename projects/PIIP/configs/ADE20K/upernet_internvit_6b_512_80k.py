@@ -1,15 +1,10 @@
-"""InternViT-6B 512, UperNet 80k on ADE20K.
-
-Branch 1: InternViT-6B at 512 pixels, global attention
-"""
+"""InternViT-6B 512, global attention: UperNet 80k on ADE20K."""
 
 from piip.recipes import segmentor
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
-    zoo.get("internvit_6b_512_upernet"),
+    "internvit_6b_512_upernet",
     crop=512,
-    batch_size=16,
     lr=4e-5,
     layer_decay=0.95,
     max_iter=80_000,

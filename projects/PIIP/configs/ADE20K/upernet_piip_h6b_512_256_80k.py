@@ -1,16 +1,10 @@
-"""PIIP-H6B 512/256, UperNet 80k on ADE20K.
-
-Branch 1: InternViT-6B at 256 pixels, global attention
-Branch 2: ViT-H at 512 pixels, global attention
-"""
+"""PIIP-H6B 512/256, global attention: UperNet 80k on ADE20K."""
 
 from piip.recipes import segmentor
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = segmentor(
-    zoo.get("piip_h6b_512_256_upernet"),
+    "piip_h6b_512_256_upernet",
     crop=512,
-    batch_size=16,
     lr=4e-5,
     layer_decay=0.95,
     max_iter=80_000,

@@ -1,18 +1,11 @@
-"""PIIP-TSB 1568/1120/672, Cascade R-CNN 3x with multi-scale training on COCO.
-
-Branch 1: ViT-B at 672 pixels, windows of 14
-Branch 2: ViT-S at 1120 pixels, windows of 14
-Branch 3: ViT-T at 1568 pixels, windows of 14
-"""
+"""PIIP-TSB 1568/1120/672, windows of 14: Cascade R-CNN 3x with multi-scale training on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_tsb_1568_1120_672_cascade_3x_ms"),
+    "piip_tsb_1568_1120_672_cascade_3x_ms",
     scale=(2041, 1225),
     crop=1568,
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
     epochs=36,

@@ -1,15 +1,9 @@
-"""PIIP-SBL 1792/1120/672, DINO 3x with multi-scale training on COCO.
-
-Branch 1: ViT-L at 672 pixels, windows of 24 but every third block global
-Branch 2: ViT-B at 1120 pixels, windows of 24 but every third block global
-Branch 3: ViT-S at 1792 pixels, windows of 24 but every third block global
-"""
+"""PIIP-SBL 1792/1120/672, windows of 24, every third block global: DINO 3x with multi-scale training on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_sbl_1792_1120_672_dino"),
+    "piip_sbl_1792_1120_672_dino",
     scale=(2332, 1400),
     crop=1792,
     batch_size=32,

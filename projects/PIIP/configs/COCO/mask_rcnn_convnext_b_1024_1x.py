@@ -1,17 +1,10 @@
-"""ConvNeXt-B 1024, Mask R-CNN 1x on COCO.
-
-Branch 1: ConvNeXt-B at 1024 pixels
-"""
+"""ConvNeXt-B 1024: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("convnext_b_1024"),
+    "convnext_b_1024",
     scale=(1024, 614),
-    batch_size=16,
     lr=1e-4,
     layer_decay=None,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -1,18 +1,11 @@
-"""InternViT-6B 1024, Mask R-CNN 1x with multi-scale training on COCO.
-
-Branch 1: InternViT-6B at 1024 pixels, global attention
-"""
+"""InternViT-6B 1024, global attention: Mask R-CNN 1x with multi-scale training on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("internvit_6b_1024"),
+    "internvit_6b_1024",
     scale=(1333, 800),
     crop=1024,
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.95,
-    epochs=12,
-    lr_drops=(8, 11),
 )

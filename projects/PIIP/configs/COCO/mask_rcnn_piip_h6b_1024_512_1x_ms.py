@@ -1,19 +1,11 @@
-"""PIIP-H6B 1024/512, Mask R-CNN 1x with multi-scale training on COCO.
-
-Branch 1: InternViT-6B at 512 pixels, global attention
-Branch 2: ViT-H at 1024 pixels, global attention
-"""
+"""PIIP-H6B 1024/512, global attention: Mask R-CNN 1x with multi-scale training on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_h6b_1024_512"),
+    "piip_h6b_1024_512",
     scale=(1333, 800),
     crop=1024,
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -1,20 +1,11 @@
-"""PIIP-LH6B 1280/1024/640, Mask R-CNN 1x with multi-scale training on COCO.
-
-Branch 1: InternViT-6B at 640 pixels, windows of 14
-Branch 2: ViT-H at 1024 pixels, windows of 14
-Branch 3: ViT-L at 1280 pixels, windows of 14
-"""
+"""PIIP-LH6B 1280/1024/640, windows of 14: Mask R-CNN 1x with multi-scale training on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_lh6b_1280_1024_640"),
+    "piip_lh6b_1280_1024_640",
     scale=(1666, 1000),
     crop=1280,
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

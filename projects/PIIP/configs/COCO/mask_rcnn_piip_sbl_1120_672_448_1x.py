@@ -1,19 +1,10 @@
-"""PIIP-SBL 1120/672/448, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-L at 448 pixels, windows of 28
-Branch 2: ViT-B at 672 pixels, windows of 28
-Branch 3: ViT-S at 1120 pixels, windows of 28
-"""
+"""PIIP-SBL 1120/672/448, windows of 28: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_sbl_1120_672_448"),
+    "piip_sbl_1120_672_448",
     scale=(1120, 672),
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -1,19 +1,10 @@
-"""PIIP-SBL 1568/896/672, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-L at 672 pixels, windows of 28
-Branch 2: ViT-B at 896 pixels, windows of 28
-Branch 3: ViT-S at 1568 pixels, windows of 28
-"""
+"""PIIP-SBL 1568/896/672, windows of 28: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_sbl_1568_896_672"),
+    "piip_sbl_1568_896_672",
     scale=(1568, 941),
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -1,19 +1,10 @@
-"""PIIP-SBL, DeiT III (S) + Uni-Perceiver (BL) 1568/1120/672, Mask R-CNN 1x on COCO.
-
-Branch 1: Uni-Perceiver-L at 672 pixels, windows of 28
-Branch 2: Uni-Perceiver-B at 1120 pixels, windows of 28
-Branch 3: ViT-S at 1568 pixels, windows of 28
-"""
+"""PIIP-SBL, DeiT III (S) + Uni-Perceiver (BL) 1568/1120/672, windows of 28: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_sbl_uniperceiver_1568_1120_672"),
+    "piip_sbl_uniperceiver_1568_1120_672",
     scale=(1568, 941),
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -1,20 +1,10 @@
-"""PIIP-TSBL 1792/1568/1120/448, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-L at 448 pixels, windows of 28
-Branch 2: ViT-B at 1120 pixels, windows of 28
-Branch 3: ViT-S at 1568 pixels, windows of 28
-Branch 4: ViT-T at 1792 pixels, windows of 28
-"""
+"""PIIP-TSBL 1792/1568/1120/448, windows of 28: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_tsbl_1792_1568_1120_448"),
+    "piip_tsbl_1792_1568_1120_448",
     scale=(1792, 1075),
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.85,
-    epochs=12,
-    lr_drops=(8, 11),
 )

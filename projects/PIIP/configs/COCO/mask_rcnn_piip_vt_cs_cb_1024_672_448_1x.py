@@ -1,19 +1,10 @@
-"""PIIP-VT-CS-CB 1024/672/448, Mask R-CNN 1x on COCO.
-
-Branch 1: ConvNeXt-B at 448 pixels
-Branch 2: ConvNeXt-S at 672 pixels
-Branch 3: ViT-T at 1024 pixels, windows of 14
-"""
+"""PIIP-VT-CS-CB 1024/672/448, windows of 14: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("piip_vt_cs_cb_1024_672_448"),
+    "piip_vt_cs_cb_1024_672_448",
     scale=(1333, 800),
-    batch_size=16,
     lr=2e-4,
     layer_decay=0.8,
-    epochs=12,
-    lr_drops=(8, 11),
 )

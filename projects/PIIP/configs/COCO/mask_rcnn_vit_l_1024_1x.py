@@ -1,17 +1,10 @@
-"""ViT-L 1024, Mask R-CNN 1x on COCO.
-
-Branch 1: ViT-L at 1024 pixels, windows of 14 but every third block global
-"""
+"""ViT-L 1024, windows of 14, every third block global: Mask R-CNN 1x on COCO."""
 
 from piip.recipes import detector
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    zoo.get("vit_l_1024"),
+    "vit_l_1024",
     scale=(1024, 614),
-    batch_size=16,
     lr=1e-4,
     layer_decay=0.95,
-    epochs=12,
-    lr_drops=(8, 11),
 )

@@ -1,8 +1,6 @@
-"""PIIP-B 512/256/128, from scratch on ImageNet-1K by DeiT III's recipe for ViT-B (arXiv 2204.07118).
+"""PIIP-B 512/256/128, windows of 16 in Branch 3: from scratch on ImageNet-1K.
 
-Branch 1: ViT of width 640 at 128 pixels, global attention
-Branch 2: ViT of width 320 at 256 pixels, global attention
-Branch 3: ViT of width 160 at 512 pixels, windows of 16
+By DeiT III's recipe for ViT-B (arXiv 2204.07118); branches of widths 160, 320 and 640.
 """
 
 from detectron2.config import LazyCall as L
@@ -10,10 +8,9 @@ from timm.loss import BinaryCrossEntropy
 from timm.optim import Lamb
 
 from piip.recipes import classifier
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = classifier(
-    zoo.classification("piip_b_512_256_128").training_config,
+    "piip_b_512_256_128",
     batch_size=2048,
     lr=3e-3,
     interaction_lr_ratio=1.0,
@@ -21,7 +18,6 @@ model, data, dataloader, optimizer, lr_multiplier, train = classifier(
     epochs=300,
     warmup_epochs=5,
     ema_decay=None,
-    output_dir="output/piip_b_512_256_128_300ep",
 )
 train.load_pretrained = False
 dataloader.train.repeats = 3

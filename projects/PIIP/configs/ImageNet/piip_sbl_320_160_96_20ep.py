@@ -1,15 +1,9 @@
-"""PIIP-SBL 320/160/96, fine-tuned from AugReg on ImageNet-1K.
-
-Branch 1: ViT-L at 96 pixels, global attention
-Branch 2: ViT-B at 160 pixels, global attention
-Branch 3: ViT-S at 320 pixels, global attention
-"""
+"""PIIP-SBL 320/160/96, global attention: fine-tuned from AugReg on ImageNet-1K."""
 
 from piip.recipes import classifier
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = classifier(
-    zoo.classification("piip_sbl_320_160_96").training_config,
+    "piip_sbl_320_160_96",
     batch_size=1024,
     lr=3e-5,
     interaction_lr_ratio=10.0,
@@ -17,5 +11,4 @@ model, data, dataloader, optimizer, lr_multiplier, train = classifier(
     epochs=20,
     warmup_epochs=5,
     ema_decay=0.99996,
-    output_dir="output/piip_sbl_320_160_96_20ep",
 )

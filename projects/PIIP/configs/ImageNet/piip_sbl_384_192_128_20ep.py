@@ -1,15 +1,9 @@
-"""PIIP-SBL 384/192/128, fine-tuned from AugReg on ImageNet-1K.
-
-Branch 1: ViT-L at 128 pixels, global attention
-Branch 2: ViT-B at 192 pixels, global attention
-Branch 3: ViT-S at 384 pixels, global attention
-"""
+"""PIIP-SBL 384/192/128, global attention: fine-tuned from AugReg on ImageNet-1K."""
 
 from piip.recipes import classifier
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = classifier(
-    zoo.classification("piip_sbl_384_192_128").training_config,
+    "piip_sbl_384_192_128",
     batch_size=1024,
     lr=3e-5,
     interaction_lr_ratio=10.0,
@@ -17,5 +11,4 @@ model, data, dataloader, optimizer, lr_multiplier, train = classifier(
     epochs=20,
     warmup_epochs=5,
     ema_decay=0.99996,
-    output_dir="output/piip_sbl_384_192_128_20ep",
 )

@@ -1,15 +1,9 @@
-"""PIIP-TSB 368/192/128, fine-tuned from DeiT on ImageNet-1K.
-
-Branch 1: ViT-B at 128 pixels, global attention
-Branch 2: ViT-S at 192 pixels, global attention
-Branch 3: ViT-T at 368 pixels, global attention
-"""
+"""PIIP-TSB 368/192/128, global attention: fine-tuned from DeiT on ImageNet-1K."""
 
 from piip.recipes import classifier
-from piip_core import zoo
 
 model, data, dataloader, optimizer, lr_multiplier, train = classifier(
-    zoo.classification("piip_tsb_368_192_128").training_config,
+    "piip_tsb_368_192_128",
     batch_size=1024,
     lr=3e-5,
     interaction_lr_ratio=10.0,
@@ -17,5 +11,4 @@ model, data, dataloader, optimizer, lr_multiplier, train = classifier(
     epochs=20,
     warmup_epochs=5,
     ema_decay=0.99996,
-    output_dir="output/piip_tsb_368_192_128_20ep",
 )

@@ -81,7 +81,7 @@ dataloader.train = L(build_train_loader)(
     total_batch_size=16,
     aspect_ratio_grouping=False,  # the crops all have one size
     num_workers=4,
-    seed="${piip.checked:${oc.select:train.seed,0},training}",  # and see piip.setting_types
+    seed="${oc.select:train.seed,0}",
 )
 
 dataloader.test = L(build_detection_test_loader)(

@@ -3,7 +3,7 @@
 import torch
 from detectron2 import model_zoo
 
-from piip.setting_types import register
+from piip.solver import iterations
 from piip_core.deepspeed_start import BUCKET_SIZE
 
 train = model_zoo.get_config("common/train.py").train
@@ -28,5 +28,5 @@ train.ema = {
     "decay": None,  # for example 0.9999; null: none
     "use_warmup": False,  # a smaller decay at first, for short trainings
 }
-# Reading a saved configuration imports what stands here, and with it "${piip....}"
-train.resolvers = register
+# Reading a saved configuration imports what stands here, and with it "${piip.iterations:...}"
+train.resolvers = iterations

@@ -32,7 +32,6 @@ model = L(SlidingWindowSegmentor)(
     ),
     auxiliary_head=L(FCNHead)(
         input_shape=L(feature_shapes)(config="${...backbone.config}", names=["res4"]),
-        num_convs=1,
         align_corners="${..sem_seg_head.align_corners}",
         loss_weight=0.4,
         **_head,

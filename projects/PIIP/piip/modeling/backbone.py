@@ -16,8 +16,6 @@ from piip_core.checkpoints import load_pretrained
 from piip_core.meta import on_meta
 from piip_core.ops.deconvolution import join
 
-__all__ = ["PIIPBackbone", "PIIPFPN"]
-
 
 class PIIPBackbone(Backbone):
     """A PIIP backbone (branches, interactions, merging, feature pyramid) in Detectron2's contract.

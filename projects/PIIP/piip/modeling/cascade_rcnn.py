@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from .mask_rcnn import CASCADE_STDS, TwoSidedBox2BoxTransform, published_rpn, weights_from_stds
 
-__all__ = ["PublishedCascadeROIHeads", "published_cascade_mask_rcnn"]
-
 
 class PublishedCascadeROIHeads(CascadeROIHeads):
     """Detectron2's cascade heads with the scores, masks and training of MMDetection.

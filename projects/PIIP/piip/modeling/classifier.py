@@ -15,8 +15,6 @@ from piip_core.checkpoints import load_pretrained
 from piip_core.classifier import PIIPClassifier
 from piip_core.config import ClassifierConfig
 
-__all__ = ["ImageClassifier"]
-
 
 class ImageClassifier(PIIPClassifier):
     """`PIIPClassifier` that takes and gives what Detectron2's training and evaluation do.

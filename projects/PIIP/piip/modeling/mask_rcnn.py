@@ -15,16 +15,6 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import DictConfig
 from torch import Tensor
 
-__all__ = [
-    "BestBoxMatcher",
-    "CASCADE_STDS",
-    "PublishedRPN",
-    "TwoSidedBox2BoxTransform",
-    "published_mask_rcnn",
-    "published_rpn",
-    "weights_from_stds",
-]
-
 CASCADE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 """Standard deviations of the box deltas in the three published cascade stages (Detectron2 rounds the third to 1/30)."""
 
@@ -119,10 +109,7 @@ class PublishedRPN(RPN):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Labels (1, 0, -1 for unused) and matched boxes for every anchor of every image; see `RPN`.
 
-        Args:
-            anchors: One `Boxes` per level.
-            gt_instances: One per image, with `gt_boxes`.
-            padded_sizes: Height and width to which each image would be padded alone; None computes them.
+        `padded_sizes` are height and width to which each image would be padded alone, if `pad_divisor` does not say it.
         """
         every = Boxes.cat(anchors)
         if padded_sizes is None:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .upernet import SegmentationHead
 
-__all__ = ["SlidingWindowSegmentor", "window_starts"]
-
 
 class SlidingWindowSegmentor(SemanticSegmentor):
     """Detectron2's `SemanticSegmentor` with the published training batch, auxiliary loss and inference.
@@ -55,22 +53,15 @@ class SlidingWindowSegmentor(SemanticSegmentor):
         window_batch_size: int = 1,
     ) -> None:
         super().__init__(backbone=backbone, sem_seg_head=sem_seg_head, pixel_mean=pixel_mean, pixel_std=pixel_std)
-        self.auxiliary_head = auxiliary_head
-        self.input_format = input_format
-        self.train_size = train_size
-        self.inference = inference
+        self.auxiliary_head, self.input_format, self.train_size = auxiliary_head, input_format, train_size
+        self.inference, self.window_batch_size = inference, window_batch_size
         self.window, self.stride = _pair("window", window), _pair("stride", stride)
-        self.window_batch_size = window_batch_size
         if inference not in ("slide", "whole"):
             raise ValueError(f"inference={inference!r}: expected 'slide' or 'whole'")
         if any(step > side for step, side in zip(self.stride, self.window, strict=True)):
             raise ValueError(f"stride={stride}: expected at most window={window}, else pixels between are left out")
         if window_batch_size < 1:
             raise ValueError(f"window_batch_size={window_batch_size}: expected one or more")
-        if auxiliary_head is not None and auxiliary_head.num_classes != sem_seg_head.num_classes:
-            raise ValueError(
-                f"auxiliary_head has {auxiliary_head.num_classes} classes, sem_seg_head {sem_seg_head.num_classes}"
-            )
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses in training, predictions otherwise.

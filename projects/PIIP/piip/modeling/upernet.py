@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -14,8 +13,6 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
-
-__all__ = ["FCNHead", "SegmentationHead", "UperNetHead"]
 
 
 class SegmentationHead(nn.Module):
@@ -59,17 +56,12 @@ class SegmentationHead(nn.Module):
             )
         if loss_average not in ("all", "valid"):
             raise ValueError(f"loss_average={loss_average!r}: expected 'all' or 'valid'")
-        if not input_shape:
-            raise ValueError("input_shape={}: expected the backbone maps that the head reads")
         by_stride = sorted(input_shape.items(), key=lambda item: item[1].stride)
         self.in_features = [name for name, _ in by_stride]
         self.in_channels = [shape.channels for _, shape in by_stride]
         self.stride = by_stride[0][1].stride  # of the logits
-        self.num_classes = num_classes
-        self.align_corners = align_corners
-        self.ignore_value = ignore_value
-        self.loss_weight = loss_weight
-        self.loss_average = loss_average
+        self.num_classes, self.ignore_value, self.align_corners = num_classes, ignore_value, align_corners
+        self.loss_weight, self.loss_average = loss_weight, loss_average
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = Conv2d(channels, num_classes, kernel_size=1)
         nn.init.normal_(self.conv_seg.weight, std=init_std)
@@ -187,10 +179,9 @@ class UperNetHead(SegmentationHead):
 
 
 class FCNHead(SegmentationHead):
-    """Convolutions and a classifier on one backbone map: the auxiliary head of training.
+    """A 3x3 convolution and a classifier on one backbone map: the auxiliary head of training.
 
     Args:
-        num_convs (int): 3x3 convolutions before the classifier.
         norm (str): as for `UperNetHead`.
         kwargs: as for `SegmentationHead`.
     """
@@ -201,18 +192,13 @@ class FCNHead(SegmentationHead):
         *,
         num_classes: int,
         channels: int,
-        num_convs: int = 1,
         norm: str = "SyncBN",
         **kwargs: Any,
     ) -> None:
         super().__init__(input_shape, num_classes=num_classes, channels=channels, **kwargs)
-        if len(self.in_channels) != 1 or num_convs < 1:
-            raise ValueError(
-                f"input_shape has {self.in_features}, num_convs={num_convs}: expected one map, and one convolution or "
-                "more"
-            )
-        widths = [self.in_channels[0], *[channels] * num_convs]
-        self.convs = nn.Sequential(*(_conv(a, b, 3, norm) for a, b in itertools.pairwise(widths)))
+        if len(self.in_channels) != 1:
+            raise ValueError(f"input_shape has {self.in_features}: expected one map")
+        self.convs = nn.Sequential(_conv(self.in_channels[0], channels, 3, norm))
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
         """Convolves the one map, (B, C, H, W) to (B, channels, H, W)."""

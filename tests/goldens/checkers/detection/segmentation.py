@@ -157,4 +157,5 @@ def _build_head(backbone: Backbone, public: Mapping[str, Any]) -> SegmentationHe
         return UperNetHead(maps, pool_scales=public["pool_scales"], **options)
     require("head.type", public["type"], "FCNHead")
     require("auxiliary_head.concat_input", public["concat_input"], False)
-    return FCNHead(maps, num_convs=public["num_convs"], **options)
+    require("auxiliary_head.num_convs", public["num_convs"], 1)
+    return FCNHead(maps, **options)

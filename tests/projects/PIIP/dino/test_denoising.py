@@ -69,16 +69,6 @@ def test_every_slot_holds_its_box(queries):
     assert not found.content[empty].any() and not found.box_logits[empty].any()
 
 
-def test_groups_see_themselves_and_the_queries_only():
-    layout = DenoisingLayout.of([2, 3], num_denoising=7)
-    assert (layout.num_groups, layout.half, layout.size) == (2, 3, 12)
-    blocked = layout.attention_mask(num_queries=4)
-    expected = torch.zeros(16, 16, dtype=torch.bool)
-    expected[12:, :12] = True  # matching queries see no denoising query
-    expected[:6, 6:12] = expected[6:12, :6] = True
-    assert torch.equal(blocked, expected)
-
-
 @pytest.mark.parametrize(
     ("counts", "num_denoising", "groups"), [([3, 12], 100, 8), ([101, 4], 100, 1), ([0, 0], 100, 1)]
 )

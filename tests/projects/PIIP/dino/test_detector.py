@@ -11,8 +11,6 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, ImageList, Instances
 
 from piip.modeling.dino.detector import to_original
-from piip_core.checkpoints import PublishedNames
-from piip_core.meta import on_meta
 
 CONFIGS = Path(__file__).parents[4] / "projects" / "PIIP" / "configs"
 LAYERS = 2  # of the tiny decoder
@@ -132,29 +130,13 @@ def test_images_too_small_for_the_queries_are_an_error(make_dino, batch):
     ("changes", "message"),
     [
         ({"in_features": ["res3", "res4"]}, "num_levels=4: expected 3"),
-        ({"in_features": ["res3", "res4", "p5"]}, r"the backbone has \['res3', 'res4', 'res5'\], not \['p5'\]"),
-        ({"num_groups": 5}, "embed_dim=16: expected a multiple of the 5 groups"),
+        ({"in_features": ["res3", "res4", "p5"]}, r"expected some of the backbone's \["),
+        ({"num_groups": 5}, "must be divisible by num_groups"),
     ],
 )
 def test_parts_that_do_not_fit_are_an_error(make_dino, changes, message):
     with pytest.raises(ValueError, match=message):
         make_dino(**changes)
-
-
-@pytest.fixture(scope="module")
-def published():
-    """The configuration that all published rows share."""
-    cfg = LazyConfig.load(str(CONFIGS / "common" / "dino.py"))
-    cfg.data, cfg.train = {"num_classes": 80}, {"load_pretrained": False}
-    return cfg
-
-
-def test_names_and_number_of_parameters_are_the_published_ones(published):
-    with on_meta():
-        model = instantiate(published.model)
-    head = {name: p.numel() for name, p in model.state_dict().items() if not name.startswith("backbone.")}
-    assert set(head) == set(PublishedNames(None, detector="dino").head_tensors())
-    assert (len(head), sum(head.values())) == (309, 21_704_012)
 
 
 def test_a_model_starts_as_published():

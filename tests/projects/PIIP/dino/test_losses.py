@@ -1,17 +1,13 @@
-"""Matching and losses against brute force, torchvision, and one process with all images."""
-
-import itertools
+"""Matching and losses at the edges, and of two processes against one; golden cases have their numbers."""
 
 import pytest
 
 pytest.importorskip("detectron2")
 
 import torch
-import torch.nn.functional as F
-from torchvision.ops import generalized_box_iou
 
 from piip.modeling.dino import DINOCriterion, HungarianMatcher, criterion
-from piip.modeling.dino.boxes import Target, generalized_iou, inverse_sigmoid
+from piip.modeling.dino.boxes import Target, inverse_sigmoid
 
 CLASSES, QUERIES = 4, 6
 SCALE = torch.tensor([200.0, 100.0, 200.0, 100.0])
@@ -35,18 +31,14 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_generalized_iou_is_torchvisions():
-    corners = torch.rand(2, 40, 2) * 100
-    boxes = torch.cat((corners, corners + 1 + torch.rand(2, 40, 2) * 50), dim=-1)
-    ours = generalized_iou(boxes[0][:, None], boxes[1][None])
-    torch.testing.assert_close(ours, generalized_box_iou(*boxes), atol=1e-5, rtol=1e-5)
-
-
-def test_boxes_without_area_have_finite_gradients():
-    point = torch.tensor([[50.0, 50.0, 50.0, 50.0]], requires_grad=True)
-    value = generalized_iou(point, torch.tensor([[50.0, 50.0, 50.0, 50.0]]))
-    value.sum().backward()
-    assert value.isfinite().all() and point.grad.isfinite().all()
+def test_boxes_without_area_have_finite_costs_and_gradients():
+    boxes = torch.tensor([0.5, 0.5, 0.0, 0.0]).repeat(1, 1, QUERIES, 1).requires_grad_()
+    target = Target(torch.tensor([1]), torch.tensor([[0.5, 0.5, 0.0, 0.0]]), SCALE)
+    losses = DINOCriterion(HungarianMatcher())(
+        torch.zeros(1, 1, QUERIES, CLASSES), boxes, *(x[0] for x in predictions(1, 1)), [target]
+    )
+    losses["loss_iou"].backward()
+    assert losses["loss_iou"].isfinite() and boxes.grad.isfinite().all()
 
 
 def test_inverse_sigmoid_is_the_logit_but_for_the_ends():
@@ -55,30 +47,6 @@ def test_inverse_sigmoid_is_the_logit_but_for_the_ends():
     limit = torch.logit(torch.tensor(1e-3)).item()
     ends = inverse_sigmoid(x)[[0, 1, 5, 6]].tolist()
     assert ends == pytest.approx([limit, limit, -limit, -limit], abs=2e-3)  # log(1e-3) for log(1e-3 / 0.999)
-
-
-def test_no_other_assignment_costs_less():
-    matcher, target = HungarianMatcher(), make_target(3)
-    logits, boxes = predictions(2, 1)
-    for layer, ((queries, rows),) in enumerate(matcher(logits, boxes, [target])):
-        cost = matcher.cost(logits[layer, 0], boxes[layer, 0], target)
-        best = min(
-            sum(cost[q, row] for row, q in enumerate(chosen)) for chosen in itertools.permutations(range(QUERIES), 3)
-        )
-        assert cost[queries, rows].sum().item() == pytest.approx(best.item(), abs=1e-5)
-
-
-def test_perfect_predictions_are_found_and_cost_nothing():
-    target = make_target(4)
-    order = torch.tensor([3, 0, 2, 1])
-    logits = torch.full((1, 1, QUERIES, CLASSES), -40.0)
-    logits[0, 0, torch.arange(4), target.labels[order]] = 40.0
-    boxes = torch.cat((target.boxes[order], torch.full((2, 4), 0.5)))[None, None]
-    (((queries, rows),),) = HungarianMatcher()(logits, boxes, [target])
-    assert torch.equal(rows[queries.argsort()], order)
-    losses = DINOCriterion(HungarianMatcher())(logits, boxes, logits[0], boxes[0], [target])
-    assert set(losses) == {f"{kind}loss_{name}" for kind in ("interm_", "") for name in ("cls", "bbox", "iou")}
-    assert all(loss.item() == pytest.approx(0, abs=1e-5) for loss in losses.values())
 
 
 def test_more_boxes_than_queries_leave_some_boxes_out():
@@ -92,15 +60,6 @@ def test_predictions_that_are_not_finite_say_so():
     logits[0, 0, 2, 1] = torch.nan
     with pytest.raises(FloatingPointError, match="training diverged"):
         HungarianMatcher()(logits, boxes, [Target(torch.tensor([1]), random_boxes(1), SCALE)])
-
-
-def test_without_boxes_all_queries_are_background():
-    logits, boxes = predictions(1, 2)
-    losses = DINOCriterion(HungarianMatcher())(logits, boxes, logits[0], boxes[0], [make_target(0), make_target(0)])
-    probability = logits.sigmoid()
-    expected = (0.75 * probability**2 * F.softplus(logits)).sum()
-    assert losses["loss_cls"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert losses["loss_bbox"] == losses["loss_iou"] == 0
 
 
 def test_the_mean_over_processes_is_the_loss_of_all_images(monkeypatch):

@@ -5,11 +5,10 @@ import pytest
 pytest.importorskip("detectron2")
 
 import torch
-from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrSinePositionEmbedding
 
-from piip.modeling.dino import DINOTransformer, positions
-from piip.modeling.dino.positions import Levels, map_encoding, padding_masks
-from piip.modeling.dino.transformer import grid_proposals, select_proposals
+from piip.modeling.dino import DINOTransformer
+from piip.modeling.dino.positions import padding_masks
+from piip.modeling.dino.transformer import select_proposals
 
 WIDTH = 16
 
@@ -24,26 +23,6 @@ def run(model, maps, image_sizes, padded_size):
     with torch.no_grad():
         out = model.transformer.eval()(maps, image_sizes, padded_size, model.class_embed, model.bbox_embed)
     return [out.hidden[-1], out.references[-1], out.selection.boxes, out.selection.class_logits]
-
-
-def test_masks_look_at_the_nearest_pixel():
-    coarse, odd = padding_masks([(64, 40), (96, 96)], (96, 96), [(3, 3), (2, 5)])
-    assert torch.equal(coarse[0], torch.tensor([[0, 0, 1], [0, 0, 1], [1, 1, 1]]).bool()) and not coarse[1].any()
-    assert torch.equal(odd[0], torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]).bool())  # pixels 0, 19, 38, 57, 76
-
-
-def test_sine_encoding_is_transformers_but_for_offset_and_temperature(monkeypatch):
-    monkeypatch.setattr(positions, "_MAP_TEMPERATURE", 10_000)
-    mask = padding_masks([(60, 40), (96, 80)], (96, 96), [(12, 12)])[0]
-    theirs = DeformableDetrSinePositionEmbedding(WIDTH // 2, normalize=True)
-    expected = theirs(shape=(2, 1, 12, 12), device=mask.device, dtype=torch.float32, mask=~mask)
-    # theirs lies half a cell before ours: shift the angles, which the first pair of features shows
-    ours = map_encoding(mask, WIDTH)
-    valid = (~mask).float()
-    half = torch.pi / valid.cumsum(1)[:, -1:]
-    sine, cosine = ours[..., 0], ours[..., 1]
-    shifted = sine * half.cos() - cosine * half.sin()
-    torch.testing.assert_close(shifted[~mask], expected[:, 0][~mask], atol=1e-4, rtol=1e-4)
 
 
 def test_what_lies_in_the_padding_does_not_matter(make_dino):
@@ -76,21 +55,6 @@ def test_selection_does_not_depend_on_the_padding(make_dino):
     cropped_boxes, cropped_logits = run(model, cropped, [size], size)[2:]
     torch.testing.assert_close(boxes, cropped_boxes, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits, cropped_logits, atol=1e-5, rtol=1e-5)
-
-
-def test_proposals_keep_off_the_border_and_the_padding():
-    levels = Levels.of(padding_masks([(512, 480)], (512, 512), [(64, 64), (32, 32)]))
-    logits, valid = grid_proposals(levels)
-    assert torch.equal(valid, logits.isfinite().all(dim=-1))
-    fine, coarse = valid[0].split([64 * 64, 32 * 32])
-    expected = torch.zeros(64, 64, dtype=torch.bool)
-    expected[1:63, 1:59] = True  # 0.5 / 64 and 0.5 / 60 are less than 0.01
-    assert torch.equal(fine.view(64, 64), expected)
-    expected = torch.zeros(32, 32, dtype=torch.bool)
-    expected[:, :30] = True
-    assert torch.equal(coarse.view(32, 32), expected)
-    boxes = logits[0, 64 * 64 + 33].sigmoid()  # second row, second column of the second level
-    torch.testing.assert_close(boxes, torch.tensor([1.5 / 30, 1.5 / 32, 0.1, 0.1]))
 
 
 def test_the_best_class_selects():

@@ -1,9 +1,8 @@
 """DINO (Zhang et al., 2022) on the project's own deformable attention."""
 
-from .criterion import DINOCriterion
+from .criterion import DINOCriterion, HungarianMatcher
 from .denoising import ContrastiveDenoising
 from .detector import DINO
-from .matcher import HungarianMatcher
 from .transformer import DINOTransformer
 
 __all__ = ["DINO", "ContrastiveDenoising", "DINOCriterion", "DINOTransformer", "HungarianMatcher"]

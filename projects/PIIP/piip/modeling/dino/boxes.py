@@ -9,10 +9,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torchvision.ops import box_convert
 
-__all__ = ["Target", "generalized_iou", "image_scale", "inverse_sigmoid", "make_target"]
-
 _EPS = 1e-3  # Deformable DETR has 1e-5; DINO's boxes and their noise are meant for this one
-_MIN_AREA = 1e-6
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
@@ -21,38 +18,13 @@ def inverse_sigmoid(x: Tensor) -> Tensor:
     return torch.log(x.clamp(min=_EPS) / (1 - x).clamp(min=_EPS))
 
 
-def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al., 2019) of boxes (..., 4) with boxes (..., 4), broadcast; (x1, y1, x2, y2).
-
-    Union and enclosing area count as at least 1e-6 square pixels, so boxes without area give no NaN.
-    """
-    intersection = _area(
-        (torch.min(first[..., 2:], second[..., 2:]) - torch.max(first[..., :2], second[..., :2])).clamp(min=0)
-    )
-    areas = _area(first[..., 2:] - first[..., :2]) + _area(second[..., 2:] - second[..., :2])
-    union = (areas - intersection).clamp(min=_MIN_AREA)
-    hull = _area((torch.max(first[..., 2:], second[..., 2:]) - torch.min(first[..., :2], second[..., :2])).clamp(min=0))
-    hull = hull.clamp(min=_MIN_AREA)
-    return intersection / union - (hull - union) / hull
-
-
-def _area(sides: Tensor) -> Tensor:
-    return sides[..., 0] * sides[..., 1]
-
-
 @dataclass(frozen=True)
 class Target:
-    """Ground truth of one image.
+    """Ground truth of one image."""
 
-    Attributes:
-        labels: (N,) int64.
-        boxes: (N, 4) as (cx, cy, w, h) relative to the un-padded image.
-        scale: (4,) width, height, width, height of the un-padded image in pixels.
-    """
-
-    labels: Tensor
-    boxes: Tensor
-    scale: Tensor
+    labels: Tensor  # (N,) int64
+    boxes: Tensor  # (N, 4) as (cx, cy, w, h) relative to the un-padded image
+    scale: Tensor  # (4,) width, height, width, height of the un-padded image in pixels
 
     @property
     def pixel_boxes(self) -> Tensor:

@@ -1,25 +1,85 @@
-"""Losses of DINO: of the encoder's selection, of every decoder layer, and of the denoising part."""
+"""Matching and losses of DINO: of the encoder's selection, of every decoder layer, and of the denoising part."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, generalized_box_iou_loss
 
-from .boxes import Target, generalized_iou
+from .boxes import Target
 from .denoising import DenoisingLayout
-from .matcher import HungarianMatcher
-
-__all__ = ["DINOCriterion"]
 
 # Queries that learn a box, and the rows of the concatenated ground truth that they learn: image, query, row
 Pairs = tuple[Tensor, Tensor, Tensor]
 
+_EPS = 1e-12  # of the logarithms in the cost
 
+
+@dataclass(frozen=True)
+class HungarianMatcher:
+    """Finds the assignment of least total cost: focal cost of the class, L1 distance, and generalised IoU in pixels.
+
+    Args:
+        class_weight: factor of the focal cost.
+        box_weight: factor of the L1 distance of (cx, cy, w, h), relative to the image.
+        giou_weight: factor of the generalised IoU.
+        alpha: balance of the focal cost.
+        gamma: its exponent.
+    """
+
+    class_weight: float = 2.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    def cost(self, class_logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
+        """Costs (..., Q, N) of all pairs of predictions and ground truth of one image.
+
+        Predictions are class logits (..., Q, num_classes) and boxes (..., Q, 4) as (cx, cy, w, h).
+        """
+        score = class_logits.sigmoid()[..., target.labels]
+        positive = self.alpha * (1 - score) ** self.gamma * -(score + _EPS).log()
+        negative = (1 - self.alpha) * score**self.gamma * -(1 - score + _EPS).log()
+        distance = torch.cdist(boxes, target.boxes.expand(*boxes.shape[:-2], -1, -1), p=1)
+        pixels = box_convert(boxes, "cxcywh", "xyxy") * target.scale
+        pairs = torch.broadcast_tensors(pixels[..., None, :], target.pixel_boxes)
+        giou = 1 - generalized_box_iou_loss(*pairs)
+        return self.class_weight * (positive - negative) + self.box_weight * distance - self.giou_weight * giou
+
+    @torch.no_grad()
+    def __call__(
+        self, class_logits: Tensor, boxes: Tensor, targets: Sequence[Target]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """Matches every layer for itself: (layers, B, Q, num_classes) and (layers, B, Q, 4) with B images.
+
+        Returns:
+            For every layer and image, indices of the matched queries and of their boxes, min(Q, N) each, on the CPU.
+
+        Raises:
+            FloatingPointError: If predictions are not finite.
+        """
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in class_logits]
+        for image, target in enumerate(targets):
+            costs = self.cost(class_logits[:, image], boxes[:, image], target).cpu()
+            if not costs.isfinite().all():
+                raise FloatingPointError(
+                    "DINO's predictions are not finite, so they cannot be matched: training diverged. Lower the "
+                    "learning rate, or clip gradients (train.clip_norm)"
+                )
+            for layer, cost in zip(found, costs, strict=True):
+                queries, rows = linear_sum_assignment(cost.numpy())
+                layer.append((torch.from_numpy(queries), torch.from_numpy(rows)))
+        return found
+
+
+@dataclass(frozen=True)
 class DINOCriterion:
     """Focal loss over all queries, L1 and generalised-IoU losses over those with a box; weights are inside.
 
@@ -34,18 +94,12 @@ class DINOCriterion:
         gamma: its exponent.
     """
 
-    def __init__(
-        self,
-        matcher: HungarianMatcher,
-        class_weight: float = 1.0,
-        box_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-    ) -> None:
-        self.matcher = matcher
-        self.class_weight, self.box_weight, self.giou_weight = class_weight, box_weight, giou_weight
-        self.alpha, self.gamma = alpha, gamma
+    matcher: HungarianMatcher
+    class_weight: float = 1.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
+    alpha: float = 0.25
+    gamma: float = 2.0
 
     def __call__(
         self,
@@ -56,15 +110,7 @@ class DINOCriterion:
         targets: Sequence[Target],
         denoising: DenoisingLayout | None = None,
     ) -> dict[str, Tensor]:
-        """All losses.
-
-        Args:
-            class_logits: (layers, B, slots + Q, num_classes), denoising queries first.
-            boxes: (layers, B, slots + Q, 4) as (cx, cy, w, h).
-            encoder_logits: (B, Q, num_classes) of the selected proposals.
-            encoder_boxes: (B, Q, 4).
-            targets: Ground truth of the B images.
-            denoising: What the slots hold; None if there are none.
+        """All losses of `Predictions`, with what the denoising slots hold, if there are any.
 
         Returns:
             "interm_loss_*" of the encoder, "d{K}.loss_*" of decoder layer K and "loss_*" of the last, where * is cls,
@@ -106,12 +152,11 @@ class DINOCriterion:
         one_hot[image, query, labels] = 1
         found = boxes[image, query]
         corners, wanted_corners = (box_convert(x, "cxcywh", "xyxy") * scales for x in (found, wanted))
-        giou = generalized_iou(corners, wanted_corners)
         sums = {
             "cls": self.class_weight
             * sigmoid_focal_loss(class_logits, one_hot, alpha=self.alpha, gamma=self.gamma, reduction="sum"),
             "bbox": self.box_weight * (found - wanted).abs().sum(),
-            "iou": self.giou_weight * (1 - giou).sum(),
+            "iou": self.giou_weight * generalized_box_iou_loss(corners, wanted_corners, reduction="sum"),
         }
         return {name: value / count for name, value in sums.items()}
 

@@ -11,8 +11,6 @@ from torchvision.ops import box_convert
 
 from .boxes import Target, inverse_sigmoid
 
-__all__ = ["ContrastiveDenoising", "DenoisingDraws", "DenoisingLayout", "DenoisingQueries"]
-
 
 @dataclass(frozen=True)
 class DenoisingLayout:
@@ -20,15 +18,8 @@ class DenoisingLayout:
 
     Every group has a positive half of `half` slots and a negative one; box t of an image takes slot t of each half.
     Images with fewer boxes than the fullest one leave slots empty. A row stands for one box in one half: the boxes of
-    all images in order, once for every half.
-
-    Attributes:
-        num_groups: Number of groups.
-        half: Slots of half a group.
-        image: (rows,) image of the row's box.
-        slot: (rows,) slot of the row.
-        box: (rows,) index of the row's box in the concatenated boxes of all images.
-        positive: (rows,) bool, whether the row lies in a positive half.
+    all images in order, once for every half. For every row (rows,), there are its image, its slot, the index of its box
+    in the concatenated boxes of all images, and whether it lies in a positive half.
     """
 
     num_groups: int
@@ -72,19 +63,12 @@ class DenoisingLayout:
 
 @dataclass(frozen=True)
 class DenoisingDraws:
-    """Random numbers of one batch, in the order in which they are drawn.
+    """Random numbers of one batch, in the order in which they are drawn."""
 
-    Attributes:
-        label: (rows,) uniform in [0, 1): rows below half the label noise get another class.
-        new_label: (such rows,) the classes.
-        sign: (rows, 4) 0 or 1: which way each corner coordinate moves.
-        distance: (rows, 4) uniform in [0, 1): how far, in halves of the box; one more for negatives.
-    """
-
-    label: Tensor
-    new_label: Tensor
-    sign: Tensor
-    distance: Tensor
+    label: Tensor  # (rows,) uniform in [0, 1): rows below half the label noise get another class
+    new_label: Tensor  # (such rows,) the classes
+    sign: Tensor  # (rows, 4) 0 or 1: which way each corner coordinate moves
+    distance: Tensor  # (rows, 4) uniform in [0, 1): how far, in halves of the box; one more for negatives
 
 
 @dataclass(frozen=True)
@@ -135,15 +119,9 @@ class ContrastiveDenoising:
     def __call__(
         self, targets: Sequence[Target], label_embed: nn.Embedding, draws: DenoisingDraws | None = None
     ) -> DenoisingQueries:
-        """Noises the ground truth of a batch.
+        """Noises the ground truth of a batch; `label_embed` has the content of a query for each class.
 
-        Args:
-            targets: Ground truth of every image.
-            label_embed: The content of a query for each class.
-            draws: Random numbers to use; drawn by default.
-
-        Returns:
-            The queries. Without any box there are none, but `content` still hangs on `label_embed`.
+        Without any box there are no queries, but `content` still hangs on `label_embed`.
         """
         device = label_embed.weight.device
         layout = DenoisingLayout.of([len(target.labels) for target in targets], self.num_denoising, device)
@@ -153,14 +131,14 @@ class ContrastiveDenoising:
         boxes = torch.cat([target.boxes for target in targets])[layout.box]
         labels = labels.masked_scatter(self.relabelled(draws.label), draws.new_label)
         boxes = self._noised(boxes, layout.positive, draws)
-        slots, place = (len(targets), layout.size), (layout.image, layout.slot)
+        slots, index = (len(targets), layout.size), (layout.image, layout.slot)
         content = label_embed(labels)
         return DenoisingQueries(
             layout=layout,
             labels=labels,
             boxes=boxes,
-            content=content.new_zeros(*slots, content.shape[-1]).index_put(place, content),
-            box_logits=boxes.new_zeros(*slots, 4).index_put(place, inverse_sigmoid(boxes)),
+            content=content.new_zeros(*slots, content.shape[-1]).index_put(index, content),
+            box_logits=boxes.new_zeros(*slots, 4).index_put(index, inverse_sigmoid(boxes)),
         )
 
     def _noised(self, boxes: Tensor, positive: Tensor, draws: DenoisingDraws) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.layers import Conv2d
 from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
@@ -17,25 +18,57 @@ from .boxes import Target, image_scale, inverse_sigmoid, make_target
 from .criterion import DINOCriterion
 from .denoising import ContrastiveDenoising, DenoisingDraws, DenoisingQueries
 from .layers import MLP
-from .neck import ChannelMapper
 from .transformer import DINOTransformer
-
-__all__ = ["DINO", "Predictions", "to_original"]
 
 _PRIOR = 0.01  # initial score of every class
 
 
-class Predictions(NamedTuple):
-    """Predictions of a batch; boxes are (cx, cy, w, h) relative to the un-padded image.
+class ChannelMapper(nn.Module):
+    """Projects every map by a 1x1 convolution, and makes one more level of half the size from the last backbone map.
 
-    Class logits (layers, B, slots + Q, num_classes) and boxes (layers, B, slots + Q, 4) of the decoder, denoising
-    queries first; those of the encoder's proposals, (B, Q, num_classes) and (B, Q, 4).
+    All convolutions are without bias and followed by a group norm; there is no activation.
+
+    Args:
+        in_dims: channels of the backbone's maps, largest map first.
+        embed_dim: channels of every output map.
+        num_groups: groups of the norms.
     """
 
-    class_logits: Tensor
-    boxes: Tensor
-    encoder_logits: Tensor
-    encoder_boxes: Tensor
+    def __init__(self, in_dims: Sequence[int], embed_dim: int, *, num_groups: int = 32) -> None:
+        super().__init__()
+        kernels = [(dim, 1) for dim in in_dims] + [(in_dims[-1], 3)]
+        self.convs = nn.ModuleList(
+            Conv2d(
+                dim,
+                embed_dim,
+                kernel,
+                stride=2 if kernel == 3 else 1,
+                padding=kernel // 2,
+                bias=False,
+                norm=nn.GroupNorm(num_groups, embed_dim),
+            )
+            for dim, kernel in kernels
+        )
+        for conv in self.convs:
+            nn.init.xavier_uniform_(conv.weight)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (B, C_l, H_l, W_l) to maps (B, embed_dim, H_l, W_l) and one (B, embed_dim, H/2, W/2), rounded up."""
+        return [conv(x) for conv, x in zip(self.convs, [*maps, maps[-1]], strict=True)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.convs[0].weight.dtype
+
+
+class Predictions(NamedTuple):
+    """Predictions of a batch, denoising queries first; boxes are (cx, cy, w, h) relative to the un-padded image."""
+
+    class_logits: Tensor  # (layers, B, slots + Q, num_classes) of the decoder
+    boxes: Tensor  # (layers, B, slots + Q, 4)
+    encoder_logits: Tensor  # (B, Q, num_classes) of the encoder's proposals
+    encoder_boxes: Tensor  # (B, Q, 4)
 
 
 class DINO(nn.Module):
@@ -77,9 +110,8 @@ class DINO(nn.Module):
     ) -> None:
         super().__init__()
         shapes = backbone.output_shape()
-        missing = [name for name in in_features if name not in shapes]
-        if missing:
-            raise ValueError(f"in_features={list(in_features)}: the backbone has {list(shapes)}, not {missing}")
+        if not set(in_features) <= shapes.keys():
+            raise ValueError(f"in_features={list(in_features)}: expected some of the backbone's {list(shapes)}")
         if transformer.num_levels != len(in_features) + 1:
             raise ValueError(
                 f"transformer.num_levels={transformer.num_levels}: expected {len(in_features) + 1}, one for each of "
@@ -132,23 +164,15 @@ class DINO(nn.Module):
     def losses(
         self, maps: Sequence[Tensor], images: ImageList, targets: Sequence[Target], draws: DenoisingDraws | None = None
     ) -> dict[str, Tensor]:
-        """Losses from the backbone's maps.
-
-        Args:
-            maps: The maps named in `in_features`.
-            images: The padded batch; only its sizes count.
-            targets: Ground truth of every image.
-            draws: Random numbers of the denoising; drawn by default.
-        """
+        """Losses from the backbone's maps named in `in_features`; of the images only the sizes count."""
         with torch.autocast(self.device.type, enabled=False):
             denoising = self.denoising(targets, self.label_embed, draws)
             return self.criterion(*self.predict(maps, images, denoising), targets, denoising.layout)
 
     def detect(self, maps: Sequence[Tensor], images: ImageList) -> list[Instances]:
-        """Detections in the resized images; arguments as for `losses`.
+        """Detections in the resized images, with the "query" that each comes from; arguments as for `losses`.
 
-        There is neither a threshold nor non-maximum suppression, a query may appear with several classes, and boxes
-        without area are kept. "query" of the instances tells where each comes from.
+        There is neither a threshold nor non-maximum suppression: a query may appear with several classes.
         """
         with torch.autocast(self.device.type, enabled=False):
             found = self.predict(maps, images)

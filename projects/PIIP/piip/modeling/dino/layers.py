@@ -14,15 +14,9 @@ from piip_core.ops import MSDeformAttn
 from .boxes import inverse_sigmoid
 from .positions import Levels, box_encoding
 
-__all__ = ["Decoder", "DecoderLayer", "Encoder", "EncoderLayer", "MLP"]
-
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them.
-
-    Args:
-        dims: width of the input, of every hidden layer and of the output.
-    """
+    """Linear layers with ReLU between them; `dims` are the widths of input, hidden layers and output."""
 
     def __init__(self, dims: Sequence[int]) -> None:
         super().__init__()
@@ -54,13 +48,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers; positions are added anew in each.
-
-    Args:
-        num_layers: number of layers.
-        use_act_checkpoint: recompute activations in the backward pass to save memory.
-        layer_args: arguments of `EncoderLayer`.
-    """
+    """A stack of `EncoderLayer`s, whose arguments are `layer_args`; positions are added anew in each."""
 
     def __init__(self, num_layers: int, *layer_args: int, use_act_checkpoint: bool = False) -> None:
         super().__init__()
@@ -100,18 +88,10 @@ class DecoderLayer(nn.Module):
         levels: Levels,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """One layer.
+        """Content of the queries (B, Q, embed_dim) to new content; see `Decoder`.
 
-        Args:
-            x: (B, Q, embed_dim) content of the queries.
-            query_pos: (B, Q, embed_dim), added wherever queries ask.
-            reference_boxes: (B, Q, levels, 4) in fractions of each padded map.
-            memory: (B, S, embed_dim) of the encoder.
-            levels: Layout of the memory.
-            attention_mask: (Q, Q) bool, True where a query (row) must not see another.
-
-        Returns:
-            (B, Q, embed_dim).
+        `query_pos` (B, Q, embed_dim) is added wherever queries ask, and `reference_boxes` (B, Q, levels, 4) are in
+        fractions of each padded map.
         """
         query = x + query_pos
         attended, _ = self.self_attn(query, query, x, attn_mask=attention_mask, need_weights=False)
@@ -122,12 +102,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of layers with iterative refinement of boxes.
-
-    Args:
-        num_layers: number of layers.
-        layer_args: arguments of `DecoderLayer`, the width first.
-    """
+    """A stack of `DecoderLayer`s, whose arguments are `layer_args`, with iterative refinement of boxes."""
 
     def __init__(self, num_layers: int, *layer_args: int) -> None:
         super().__init__()
@@ -157,8 +132,8 @@ class Decoder(nn.Module):
 
         Returns:
             Normalised content (B, Q, embed_dim) after every layer, and the boxes (B, Q, 4) that every layer started
-            from, then those after the last. Every layer sees the boxes of the one before without gradient, but these
-            have it: the prediction after a layer looks through them at the layer before ("look forward twice").
+            from, then those after the last. Layers see boxes without gradient; these have it, so that the prediction
+            after a layer reaches the one before ("look forward twice").
         """
         ratios = levels.valid_ratios.repeat(1, 1, 2)[:, None]  # (B, 1, levels, 4)
         hidden, references = [], [boxes]

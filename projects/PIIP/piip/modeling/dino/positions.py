@@ -10,25 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Levels", "box_encoding", "map_encoding", "padding_masks"]
-
 _MAP_TEMPERATURE = 20
 _BOX_TEMPERATURE = 10_000
 
 
 @dataclass(frozen=True)
 class Levels:
-    """The maps of a batch laid out as one sequence of S cells, level by level and row by row.
+    """The maps of a batch laid out as one sequence of S cells, level by level and row by row."""
 
-    Attributes:
-        shapes: Height and width of every map.
-        padding_mask: (B, S) bool, True where a cell is padding.
-        valid_sizes: (B, levels, 2) number of cells in x and y that are not padding.
-    """
-
-    shapes: tuple[tuple[int, int], ...]
-    padding_mask: Tensor
-    valid_sizes: Tensor
+    shapes: tuple[tuple[int, int], ...]  # height and width of every map
+    padding_mask: Tensor  # (B, S) bool, True where a cell is padding
+    valid_sizes: Tensor  # (B, levels, 2) number of cells in x and y that are not padding
 
     @classmethod
     def of(cls, masks: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Levels:
@@ -72,15 +64,10 @@ def padding_masks(
 
     Sizes are height and width: of every image before padding, of the padded batch, and of every map.
     """
-    valid = []  # (B, 1, side) per axis: a mask is the product of rows and columns
-    for axis, padded in enumerate(padded_size):
-        pixels = torch.arange(padded, device=device)
-        valid.append(torch.stack([pixels < size[axis] for size in image_sizes])[:, None].float())
-    masks = []
-    for shape in map_sizes:
-        rows, columns = (F.interpolate(x, size=side)[:, 0] > 0 for x, side in zip(valid, shape, strict=True))
-        masks.append(~(rows[:, :, None] & columns[:, None, :]))
-    return masks
+    padding = torch.ones(1, len(image_sizes), *padded_size, device=device)
+    for image, (height, width) in enumerate(image_sizes):
+        padding[:, image, :height, :width] = 0
+    return [F.interpolate(padding, size=tuple(size))[0] > 0 for size in map_sizes]
 
 
 def map_encoding(mask: Tensor, embed_dim: int) -> Tensor:

@@ -14,24 +14,16 @@ from .denoising import DenoisingQueries
 from .layers import Decoder, Encoder
 from .positions import Levels, map_encoding, padding_masks
 
-__all__ = ["DINOTransformer", "Selection", "TransformerOutput", "grid_proposals", "select_proposals"]
-
 _BASE_SIDE = 0.05  # of the image, on the largest map; doubles with every level
 _BORDER = 0.01  # proposals nearer to 0 or 1 than this are none
 
 
 class Selection(NamedTuple):
-    """The best Q proposals of every image, best first.
+    """The best Q proposals of every image, best first."""
 
-    Attributes:
-        cells: (B, Q) index of the cell of each.
-        class_logits: (B, Q, num_classes).
-        box_logits: (B, Q, 4); +inf for cells that have no proposal, which are chosen where others do not suffice.
-    """
-
-    cells: Tensor
-    class_logits: Tensor
-    box_logits: Tensor
+    cells: Tensor  # (B, Q) index of the cell of each
+    class_logits: Tensor  # (B, Q, num_classes)
+    box_logits: Tensor  # (B, Q, 4); +inf for cells without a proposal, which are chosen where others do not suffice
 
     @property
     def boxes(self) -> Tensor:
@@ -40,11 +32,10 @@ class Selection(NamedTuple):
 
 
 def grid_proposals(levels: Levels) -> tuple[Tensor, Tensor]:
-    """A square proposal at every cell, larger on smaller maps.
+    """A square proposal at every cell, larger on smaller maps, but none in the padding and at the very border.
 
     Returns:
         Logits (B, S, 4) of (cx, cy, w, h), +inf where there is no proposal, and (B, S) bool: where there is one.
-        Padding has none, and cells at the very border have none.
     """
     centres = levels.cell_centres()
     sides = [centres.new_full((height * width,), _BASE_SIDE * 2**i) for i, (height, width) in enumerate(levels.shapes)]
@@ -71,17 +62,11 @@ def select_proposals(class_logits: Tensor, num_queries: int) -> Tensor:
 
 
 class TransformerOutput(NamedTuple):
-    """What the heads predict from. A tuple, for DeepSpeed's stage 3 finds no tensors in other containers.
+    """What the heads predict from. A tuple, for DeepSpeed's stage 3 finds no tensors in other containers."""
 
-    Attributes:
-        hidden: Normalised content (B, slots + Q, embed_dim) of the queries after every decoder layer.
-        references: Boxes (B, slots + Q, 4) that every decoder layer started from, then those after the last.
-        selection: The proposals that the Q matching queries start from.
-    """
-
-    hidden: list[Tensor]
-    references: list[Tensor]
-    selection: Selection
+    hidden: list[Tensor]  # normalised content (B, slots + Q, embed_dim) of the queries after every decoder layer
+    references: list[Tensor]  # boxes (B, slots + Q, 4) that every layer started from, then those after the last
+    selection: Selection  # the proposals that the Q matching queries start from
 
 
 class DINOTransformer(nn.Module):
@@ -157,16 +142,10 @@ class DINOTransformer(nn.Module):
         Args:
             maps: (B, embed_dim, H, W), one per level.
             image_sizes: Height and width of every image, before padding.
-            padded_size: Height and width of the batch.
+            padded_size: Those of the batch.
             class_embed: Classification branches: one per decoder layer, and one for the encoder.
             bbox_embed: Regression branches, likewise.
             denoising: Queries that go in front, in training.
-
-        Returns:
-            What the heads predict from.
-
-        Raises:
-            ValueError: If the maps have fewer cells than there are queries.
         """
         levels = self.layout(maps, image_sizes, padded_size)
         memory = self.encode(maps, levels)

@@ -1,0 +1,188 @@
+"""Hooks of the training tool that Detectron2 does not have."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from omegaconf import DictConfig, OmegaConf
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from piip.data.loader import derive_seed
+from piip.deepspeed_trainer import zero_stage
+from piip_core.checkpoints import write_checkpoint
+from piip_core.errors import ConfigError
+from piip_core.training_checkpoints import FailedSaves, SaveError
+
+logger = logging.getLogger(__name__)
+
+FINAL_AVERAGE = "model_ema.safetensors"
+"""What the average is called in the folder of a finished run."""
+
+
+class ClipNorm(HookBase):
+    """Scales the gradients down if their norm, over all parameters together, is larger than `limit`."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def after_backward(self) -> None:
+        """Clips the gradients, taking the loss scale off them first."""
+        optimizer = self.trainer.optimizer
+        scaler = getattr(self.trainer, "grad_scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.limit)
+
+
+class Saves(HookBase):
+    """Runs a hook that saves, at whose failures the training goes on; `check` at the end says whether the last failed.
+
+    The hook raises `SaveError` in `after_step` on all processes on which it runs, or on none.
+    """
+
+    def __init__(self, saves: HookBase) -> None:
+        self.saves, self._failed, self._last = saves, FailedSaves(logger), None
+
+    def before_train(self) -> None:
+        """Gives the hook the trainer, and its own `before_train`."""
+        self.saves.trainer = self.trainer
+        self.saves.before_train()
+
+    def after_step(self) -> None:
+        """Lets the hook save; logs and keeps a failure."""
+        try:
+            self.saves.after_step()
+        except SaveError as error:
+            self._failed.add(error)
+            self._last = error if self.trainer.iter + 1 == self.trainer.max_iter else None
+
+    def check(self) -> None:
+        """Logs how many saves failed, and raises `SaveError` if that of the last iteration did."""
+        self._failed.report()
+        if self._last:
+            raise self._last
+
+
+class MetricWriters(hooks.PeriodicWriter):
+    """Detectron2's hook of the writers, at whose failures, of a full disk say, the training goes on."""
+
+    _failed = False
+
+    def after_step(self) -> None:
+        """Lets the writers write if it is time."""
+        self._try(super().after_step)
+
+    def after_train(self) -> None:
+        """Writes what is left, and closes the writers."""
+        self._try(super().after_train)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                logger.error("Metrics could not be written (%s): training goes on without", error)
+            self._failed = True
+
+
+class StepSeed(HookBase):
+    """Seeds all generators before every iteration, so that an iteration is the same in a resumed run.
+
+    Args:
+        seed (int): same on all processes; negative draws one, which checkpoints keep.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._drawn = seed < 0
+        self.seed = comm.shared_random_seed() if self._drawn else seed
+
+    def before_step(self) -> None:
+        """Seeds Python, NumPy and PyTorch from the seed, the process and the iteration."""
+        seed_all_rng(derive_seed(self.seed, comm.get_rank(), self.trainer.iter))
+
+    def state_dict(self) -> dict[str, int]:
+        """The seed."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes over a checkpoint's seed if this run's was drawn."""
+        if self._drawn:
+            self.seed = state["seed"]
+
+
+def average_settings(cfg: DictConfig) -> dict[str, Any] | None:
+    """Arguments of timm's `ModelEmaV3` in `train.ema`, or None if its `decay` is null.
+
+    Raises:
+        ConfigError: If the decay is no rate, or the weights are divided among the processes.
+    """
+    decay = OmegaConf.select(cfg, "train.ema.decay")
+    if decay is None:
+        return None
+    if not 0 <= decay < 1:
+        raise ConfigError(f"train.ema.decay={decay}: expected a rate from 0 to below 1, or null for no average")
+    if zero_stage(cfg) == 3:
+        raise ConfigError(
+            f"train.ema.decay={decay}: expected null with train.deepspeed.stage=3, where no process holds all weights; "
+            "stages 0 to 2 can average them"
+        )
+    return OmegaConf.to_container(cfg.train.ema)
+
+
+class WeightAverage(HookBase):
+    """Updates an average of the weights after every iteration; it is part of the trainer's state in checkpoints.
+
+    The last one is written to the output folder, to be loaded like any weights.
+
+    Args:
+        model (nn.Module): the model as it was built: not wrapped, on its device.
+        output_dir (str): folder of the run.
+        description (Mapping[str, Any]): what to store beside the exported weights.
+        settings: arguments of timm's `ModelEmaV3`, such as decay.
+    """
+
+    def __init__(
+        self, model: nn.Module, output_dir: str, description: Mapping[str, Any] | None = None, **settings: Any
+    ) -> None:
+        self._average = ModelEmaV3(model, **settings)
+        self._path, self._description = Path(output_dir, FINAL_AVERAGE), description
+        self._loaded = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with averaged weights, to be evaluated."""
+        return self._average.module
+
+    def start(self) -> None:
+        """Takes over the weights that training starts from, unless a checkpoint had an average."""
+        if not self._loaded:
+            self._average.set(self._trained())
+
+    def after_step(self) -> None:
+        """Updates the average; after the last iteration the main process writes it to the output folder."""
+        done = self.trainer.iter + 1
+        self._average.update(self._trained(), step=done)
+        if done == self.trainer.max_iter and comm.is_main_process():
+            write_checkpoint(self._path, self.model.state_dict(), description=self._description)
+
+    def _trained(self) -> nn.Module:
+        # DistributedDataParallel and DeepSpeed's engine hold the model as `module`
+        return getattr(self.trainer.model, "module", self.trainer.model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Averaged weights and buffers."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over the average of a checkpoint, which `start` then keeps."""
+        self.model.load_state_dict(state)
+        self._loaded = True
