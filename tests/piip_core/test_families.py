@@ -46,7 +46,7 @@ def test_convnext_equals_that_of_transformers(randomize):
     theirs = transformers.ConvNextModel(config).eval()
     table = RuleTable(BRANCH_CLASSES["convnext"])
     state = {
-        table.to_published(name)[0].removeprefix("convnext_model."): tensor
+        table.to_published(name)[0][0].removeprefix("convnext_model."): tensor
         for name, tensor in branch.model.state_dict().items()
     }
     assert set(theirs.load_state_dict(state, strict=False).missing_keys) == {"layernorm.weight", "layernorm.bias"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from piip_core.checkpoints import config_from_public, from_published, published_names, to_published
+from piip_core.checkpoints import from_published, published_names, to_published
 from piip_core.pyramid import PIIP, DensePIIP
 
 from .check import Check
 from .golden import GoldenCase
 from .losses import backpropagate, check_gradients
+from .public_config import backbone_from_public
 
 __all__ = ["check_intermediates", "verify_detection_backbone"]
 
@@ -18,13 +19,13 @@ def verify_detection_backbone(case: GoldenCase) -> Check:
     """Builds the model through the public configuration names and the checkpoint conversion, and runs it."""
     check = Check(case)
     state = case.below("state.")
-    published = config_from_public(
+    config = backbone_from_public(
         case.config,
         {name: tensor.shape for name, tensor in state.items()},
         branch4_built_from=case.info.get("branch4_built_from"),
     )
-    model = DensePIIP(published.config).eval()
-    converted, report = from_published(state, published.config, source=case.name)
+    model = DensePIIP(config).eval()
+    converted, report = from_published(state, config, source=case.name)
     model.load_state_dict(report.check() and converted)
 
     image = case.below("input.")["image"].requires_grad_()
@@ -35,7 +36,7 @@ def verify_detection_backbone(case: GoldenCase) -> Check:
     if backpropagate(check, outputs):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         # Gradients have the shapes of their parameters, so the conversion to published names applies to them too
-        published = to_published(gradients, published_names(published.config, state))[0]
+        published = to_published(gradients, published_names(config, state))[0]
         check_gradients(check, {"input": image.grad} | published)
     return check
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from piip_core.checkpoints import classifier_from_public, from_published, published_names, to_published
+from piip_core.checkpoints import from_published, published_names, to_published
 from piip_core.classifier import PIIPClassifier
 
 from .backbones import check_intermediates
 from .check import Check
 from .golden import GoldenCase
 from .losses import backpropagate, check_gradients
+from .public_config import classifier_from_public
 
 __all__ = ["verify_classifier"]
 
@@ -17,9 +18,9 @@ def verify_classifier(case: GoldenCase) -> Check:
     """Builds the model through the public configuration names and the checkpoint conversion, and runs it."""
     check = Check(case)
     state = case.below("state.")
-    published = classifier_from_public(case.config, {name: tensor.shape for name, tensor in state.items()})
-    model = PIIPClassifier(published.config).eval()
-    converted, report = from_published(state, published.config, source=case.name)
+    config = classifier_from_public(case.config, {name: tensor.shape for name, tensor in state.items()})
+    model = PIIPClassifier(config).eval()
+    converted, report = from_published(state, config, source=case.name)
     model.load_state_dict(report.check() and converted)
 
     image = case.below("input.")["image"].requires_grad_()
@@ -28,6 +29,6 @@ def verify_classifier(case: GoldenCase) -> Check:
     check_intermediates(check, model.pyramid, image)
     if backpropagate(check, [output]):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        published = to_published(gradients, published_names(published.config, state))[0]
+        published = to_published(gradients, published_names(config, state))[0]
         check_gradients(check, {"input": image.grad} | published)
     return check

@@ -155,7 +155,7 @@ def test_names_are_those_of_the_conversion():
         heads = instantiate(published_cascade_mask_rcnn().roi_heads)
     ours = {f"roi_heads.{name}" for name in heads.state_dict()}
     table = PublishedNames(None, detector="cascade_mask_rcnn")
-    assert ours == {name for name in table.head_tensors() if name.startswith("roi_heads.")}
+    assert ours == {name for name in table.shapes() if name.startswith("roi_heads.")}
 
 
 def test_the_number_of_classes_follows_the_data():

@@ -14,7 +14,7 @@ from torch import nn
 from piip.modeling import FCNHead, SlidingWindowSegmentor, UperNetHead
 from piip.modeling.segmentor import window_starts
 from piip.modeling.upernet import SegmentationHead
-from piip_core.checkpoints.names import PublishedNames
+from piip_core.checkpoints import PublishedNames
 from piip_core.meta import on_meta
 
 CLASSES = 4
@@ -255,4 +255,4 @@ def test_config_of_the_demo_trains_and_predicts(repo_root):
 def test_names_are_those_of_the_conversion():
     model = upernet_model()
     table = PublishedNames(None, detector="upernet")
-    assert {name for name in model.state_dict() if not name.startswith("backbone.")} == set(table.head_tensors())
+    assert {name for name in model.state_dict() if not name.startswith("backbone.")} == set(table.shapes())

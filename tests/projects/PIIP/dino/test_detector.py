@@ -153,7 +153,7 @@ def test_names_and_number_of_parameters_are_the_published_ones(published):
     with on_meta():
         model = instantiate(published.model)
     head = {name: p.numel() for name, p in model.state_dict().items() if not name.startswith("backbone.")}
-    assert set(head) == set(PublishedNames(None, detector="dino").head_tensors())
+    assert set(head) == set(PublishedNames(None, detector="dino").shapes())
     assert (len(head), sum(head.values())) == (309, 21_704_012)
 
 
