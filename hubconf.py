@@ -11,11 +11,11 @@ from functools import update_wrapper as _update_wrapper
 
 from piip_core import DensePIIP as _DensePIIP
 from piip_core import zoo as _zoo
-from piip_core.checkpoints import load_part as _load_part
+from piip_core.checkpoints import load_checkpoint as _load_checkpoint
 from piip_core.checkpoints import load_pretrained as _load_pretrained
 from piip_core.integrations.timm import create_classifier as _create_classifier
 
-dependencies = ["torch", "torchvision", "timm", "safetensors", "numpy", "PIL", "tqdm"]
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm"]
 
 # One entry point per published classifier, with the arguments of `create_classifier`
 for _entry in _zoo.classification_entries():
@@ -40,5 +40,5 @@ def piip_backbone(name: str, checkpoint: str | None = None, pretrained_branches:
     if pretrained_branches:
         _load_pretrained(model.pyramid)
     if checkpoint is not None:
-        _load_part(model, checkpoint)
+        _load_checkpoint(model, checkpoint)
     return model

@@ -11,8 +11,6 @@ from typing import Any
 from .errors import ConfigError
 from .files import write_atomically
 
-__all__ = ["BUCKET_SIZE", "LIVE_PARAMETERS", "import_deepspeed", "save_engine"]
-
 BUCKET_SIZE = 200_000_000
 """Elements of DeepSpeed's buckets where nothing else is said: what is sent at a time."""
 LIVE_PARAMETERS = 1_000_000_000
@@ -20,14 +18,9 @@ LIVE_PARAMETERS = 1_000_000_000
 
 
 def import_deepspeed(device: str | None = None) -> ModuleType:
-    """Imports DeepSpeed such that a start on the CPU compiles nothing.
+    """Imports DeepSpeed such that a start on the CPU compiles nothing; raises ConfigError if it is not installed.
 
-    Args:
-        device: "cpu" or "cuda", where the model will be; None leaves the choice to DeepSpeed (DS_ACCELERATOR, or what
-            it finds).
-
-    Raises:
-        ConfigError: If it is not installed.
+    The model will be on `device`, "cpu" or "cuda"; None leaves the choice to DeepSpeed (DS_ACCELERATOR, what it finds).
     """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

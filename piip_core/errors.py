@@ -4,17 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "NotSupportedYet",
-    "OutputFolderError",
-    "SaveError",
-    "UserError",
-    "check",
-    "check_choice",
-]
-
 
 class UserError(ValueError):
     """A mistake in what was given. The message says which and what was expected; tools print it without a traceback."""
@@ -53,3 +42,9 @@ def check(condition: bool, field: str, value: object, expected: str) -> None:
 def check_choice(field: str, value: object, choices: Sequence[str]) -> None:
     """Raises ConfigError unless the value is one of the choices."""
     check(value in choices, field, value, "one of " + ", ".join(repr(c) for c in choices))
+
+
+def listed(items: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first items for a message, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,20 +16,6 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from .errors import OutputFolderError, SaveError, UserError
-
-__all__ = [
-    "LOCK_NAME",
-    "atomic_path",
-    "check_regular",
-    "explain_write_errors",
-    "find_refusal",
-    "flush",
-    "lock_folder",
-    "publish_folder",
-    "read_json",
-    "rename_durably",
-    "write_atomically",
-]
 
 _FULL = "free some space, or name a place on another disk"
 _FORBIDDEN = "name a place that you may write to"
@@ -56,18 +41,12 @@ def check_regular(path: Path, error: type[UserError] = UserError) -> None:
         raise error(f"{path}: {what}; expected a file (looked from {os.getcwd()})")
 
 
-def read_json(path: str | os.PathLike[str], error: type[UserError] = UserError, **options: Any) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Args:
-        path: The file.
-        error: Raised, naming the file, if it holds none or cannot be read.
-        **options: For `json.loads`.
-    """
+def read_json(path: str | os.PathLike[str], error: type[UserError] = UserError) -> dict[str, Any]:
+    """The object in a JSON file; raises `error`, naming the file, if it holds none or cannot be read."""
     path = Path(path)
     check_regular(path, error)
     try:
-        content = json.loads(path.read_bytes(), **options)
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as cause:
         raise error(f"{path}: cannot be read as JSON ({cause}); expected the file as it was written") from None
     if not isinstance(content, dict):
@@ -77,14 +56,9 @@ def read_json(path: str | os.PathLike[str], error: type[UserError] = UserError, 
 
 @contextmanager
 def explain_write_errors(path: str | os.PathLike[str], *, full_disk_only: bool = False) -> Iterator[None]:
-    """Says in one line why `path` could not be written, and what helps.
+    """Raises SaveError, in one line with a remedy, where the system refuses to write `path` inside.
 
-    Args:
-        path: What is written inside.
-        full_disk_only: Where much else is done inside, and other refusals may be about other files.
-
-    Raises:
-        SaveError: Instead of what the system refuses: a full disk, a folder that may not be written ...
+    With `full_disk_only`, for that reason alone: where much else is done inside, others may be about other files.
     """
     try:
         yield
@@ -114,12 +88,9 @@ def find_refusal(error: BaseException | None) -> tuple[str, str] | None:
 def lock_folder(path: str | os.PathLike[str], otherwise: str) -> Iterator[None]:
     """Keeps other processes from writing to the same folder, which is made if missing.
 
-    Args:
-        path: The folder.
-        otherwise: What else than waiting the user can do, for the message.
-
     Raises:
-        OutputFolderError: If another process holds it, or it cannot be made or written.
+        OutputFolderError: If another process holds it (`otherwise` says what else than waiting the user can do), or it
+            cannot be made or written.
     """
     import fcntl  # not on Windows, where all but training works
 
@@ -171,27 +142,18 @@ def _start(path: Path) -> str:
 
 def _leftovers(path: Path, state: str) -> list[Path]:
     """What processes of this machine that are no more have left beside `path`."""
-    start = _start(path)
-    found = list(path.parent.glob(f"{glob.escape(start)}*.{state}"))
-    owners = [entry.name.removeprefix(start).partition("-")[0] for entry in found]
-    return [e for e, owner in zip(found, owners, strict=True) if owner.isdecimal() and not _is_running(int(owner))]
+    found = path.parent.glob(f"{glob.escape(_start(path))}*.{state}")
+    owners = {entry: entry.name.removeprefix(_start(path)).partition(".")[0] for entry in found}
+    return [entry for entry, owner in owners.items() if owner.isdecimal() and not _is_running(int(owner))]
 
 
-def _aside(path: Path, state: str, *, folder: bool) -> Path:
-    """A new file or folder beside `path`, of this process alone; removes those of processes that are no more."""
-    for leftover in _leftovers(path, state):
+def _aside(path: Path) -> Path:
+    """A name beside `path` for this process alone; removes what processes that are no more have left there."""
+    for leftover in _leftovers(path, "incomplete"):
         _remove(leftover)
-    naming = {"prefix": f"{_start(path)}{os.getpid()}-", "suffix": f".{state}", "dir": path.parent}
-    if folder:
-        made = Path(tempfile.mkdtemp(**naming))
-        made.chmod(0o777 & ~_umask())
-        return made
-    try:
-        handle, name = tempfile.mkstemp(**naming)
-    except FileNotFoundError:
-        raise SaveError(f"{path}: could not be written (no such folder): name one that exists") from None
-    os.close(handle)
-    return Path(name)
+    aside = path.with_name(f"{_start(path)}{os.getpid()}.incomplete")
+    _remove(aside)
+    return aside
 
 
 @contextmanager
@@ -205,11 +167,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     with explain_write_errors(path):
-        aside = _aside(path, "incomplete", folder=False)
+        aside = _aside(path)
+        try:
+            aside.touch()
+            mode = aside.stat().st_mode  # save_file makes it private
+        except FileNotFoundError:
+            raise SaveError(f"{path}: could not be written (no such folder): name one that exists") from None
         try:
             yield aside
             flush(aside)
-            aside.chmod(0o666 & ~_umask())  # it is private so far
+            aside.chmod(mode)
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
@@ -217,12 +184,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a file that takes the place of `path` when the block ends without an error; see `atomic_path`.
-
-    Args:
-        path: File to write.
-        mode: As for `open`.
-    """
+    """Opens a file that replaces `path` when the block ends without an error; see `atomic_path`."""
     with atomic_path(path) as aside, open(aside, mode) as file:
         yield file
 
@@ -250,7 +212,8 @@ def publish_folder(path: str | os.PathLike[str], *, overwrite: bool = False, dur
         raise UserError(f"{path}: the folder is not empty; name another one, or allow it to be replaced (overwrite)")
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = _aside(path, "incomplete", folder=True)
+        aside = _aside(path)
+        aside.mkdir()
         old = aside.with_suffix(".replaced")
         try:
             yield aside
@@ -285,9 +248,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -19,8 +19,6 @@ from torch import distributed
 from .errors import OutputFolderError, SaveError
 from .files import LOCK_NAME, find_refusal, flush, lock_folder, rename_durably
 
-__all__ = ["FailedSaves", "OutputFolderError", "RunFolder", "SaveError", "lock_run"]
-
 
 def _gathered(value: str | None) -> list[str]:
     """What the processes of a run say, those that say anything."""
@@ -33,12 +31,7 @@ def _gathered(value: str | None) -> list[str]:
 
 @contextmanager
 def lock_run(path: str | os.PathLike[str], otherwise: str) -> Iterator[None]:
-    """Keeps a second training out of a folder; all processes of the first one call it together.
-
-    Raises:
-        OutputFolderError: On all of them, if another process holds it, or it cannot be made or written; see
-            `lock_folder`.
-    """
+    """`lock_folder` for a training: all its processes call it together, and each gets the error of any."""
     message = None
     with ExitStack() as stack:
         if not distributed.is_initialized() or distributed.get_rank() == 0:
@@ -112,7 +105,9 @@ class RunFolder:
         shutil.rmtree(self.path / self.STAGING, ignore_errors=True)
 
     def save(self, name: str, write: Callable[[Path], object], *, main: bool) -> Path:
-        """Writes the folder `name` aside, then moves it into the run; all processes call it together.
+        """Writes the folder `name` below the staging folder, then moves it into the run.
+
+        All processes call it together.
 
         Args:
             name: Of the folder.
@@ -172,16 +167,13 @@ class RunFolder:
 
     @staticmethod
     def check_same_processes(checkpoint: Path, written: int, num_processes: int, otherwise: str) -> None:
-        """Refuses a checkpoint of ZeRO partitions that were cut for another number of processes.
+        """Raises OutputFolderError for a checkpoint of ZeRO partitions that another number of processes wrote.
 
         Args:
             checkpoint: Its folder.
             written: Number of processes that wrote it.
             num_processes: Number of processes now.
             otherwise: How to go on from its weights alone.
-
-        Raises:
-            OutputFolderError: If the numbers differ.
         """
         if written != num_processes:
             raise OutputFolderError(

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from piip_core import zoo
-from piip_core.checkpoints import load_part
+from piip_core.checkpoints import load_checkpoint
 from piip_core.errors import UserError
 from piip_core.images import read_image
 from piip_core.pyramid import PIIP
@@ -94,7 +94,7 @@ def from_zoo(args: argparse.Namespace, original: np.ndarray) -> tuple[str, nn.Mo
     torch.manual_seed(0)
     model = PIIP(entry.config)
     if args.weights:
-        load_part(model, args.weights)
+        load_checkpoint(model, args.weights)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return entry.name + ("" if args.weights else " (random weights)"), model.to(device).eval(), scene
 

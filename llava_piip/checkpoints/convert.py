@@ -4,62 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
-from piip_core import BranchConfig, ConvNeXtConfig, PIIPConfig, zoo
-from piip_core.checkpoints import ConversionReport, read_checkpoint, write_checkpoint
+from piip_core import BranchConfig, ConvNeXtConfig
+from piip_core.checkpoints import (
+    Conversion,
+    read_checkpoint,
+    to_ours,
+    to_published,
+    write_checkpoint,
+)
 from piip_core.checkpoints.branch_names import default_branch_class
 from piip_core.checkpoints.names import projector_rules
-from piip_core.checkpoints.public_config import config_from_public
-from piip_core.checkpoints.rules import RuleTable
 from piip_core.errors import CheckpointError
 from piip_core.files import publish_folder, read_json, write_atomically
-from piip_core.meta import on_meta
 
 from ..assembly import add_image_token, assemble_processor, load_part
 from ..configuration import PIIPLlavaConfig, PIIPVisionConfig
 from ..modeling import PIIPLlavaForConditionalGeneration
-from .names import PUBLISHED_PROJECTOR, PUBLISHED_TOWER, LlavaNames
-from .public_config import published_vision_config
-from .recognise import recognise_row
+from .names import LlavaNames, ProjectorNames
+from .vision_config import find_vision
 
-__all__ = ["Conversion", "convert_folder", "export_folder", "load_published_projector"]
-
-_NORMS = {"gn": "group", "ln": "layer"}
 # Fields of a published config.json that belong to LLaVA, not to the language model
 _LLAVA_FIELDS = ("mm_", "image_", "vision_tower_", "tokenizer_", "tune_", "freeze_", "use_mm_", "output_dir")
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """Result of a conversion.
-
-    Attributes:
-        report: What happened to every key.
-        model: What the folder was taken for, in words.
-        path: The folder that was written.
-    """
-
-    report: ConversionReport
-    model: str
-    path: Path
-
-
-@dataclass(frozen=True)
-class _Vision:
-    """What a published folder says of its vision tower."""
-
-    config: PIIPConfig
-    projector_norm: str
-    projector_grid: int | None
-    origin: str
 
 
 def convert_folder(
@@ -90,9 +62,8 @@ def convert_folder(
     """
     source, target = Path(source), Path(target)
     fields = read_json(source / "config.json", CheckpointError)
-    file = read_checkpoint(source, verify=True)
-    shapes = file.state.shapes()
-    vision = _vision(shapes, row, vision_config, clip_configs or {})
+    file = read_checkpoint(source)
+    vision = find_vision(file.state.shapes(), row, vision_config, clip_configs or {})
     tokenizer = add_image_token(_tokenizer(source))
     config = PIIPLlavaConfig(
         vision_config=PIIPVisionConfig(pyramid=vision.config.to_dict()),
@@ -103,8 +74,8 @@ def convert_folder(
         dtype=fields.get("torch_dtype") or fields.get("dtype"),
         architectures=[PIIPLlavaForConditionalGeneration.__name__],
     )
-    names = LlavaNames.of_published(shapes, vision.config, vision.projector_norm)
-    state, report = names.to_ours(file.state, model_shapes(config), source=str(source))
+    names = LlavaNames.of_published(file.state, config)
+    state, report = to_ours(file.state, names, source=str(source))
     report.check()
     with publish_folder(target, overwrite=overwrite) as aside:
         config.save_pretrained(aside)
@@ -118,16 +89,16 @@ def export_folder(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    branch_classes: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Writes the weights of one of our folders in the published names; the reverse of `convert_folder`.
 
+    Branches are published in the classes of the model that the folder was converted from, or, for a model that was not,
+    as "clip" for CLIP and "convnext_timm" for ConvNeXt.
+
     Args:
         source: Folder of a model of ours.
         target: Folder to write.
-        branch_classes: Published class of each branch; None for those of the model it was converted from, or, for a
-            model that was not, "clip" for CLIP and "convnext_timm" for ConvNeXt.
         overwrite: Replace a folder that exists.
 
     Raises:
@@ -138,10 +109,9 @@ def export_folder(
     vision = config.vision_config.piip
     if len(vision.branches) < 2:
         raise CheckpointError(f"{source}: a model with a single branch has no published layout of its own")
-    file = read_checkpoint(source, verify=True)
-    classes = branch_classes or (file.description or {}).get("branch_classes") or map(_class_of, vision.branches)
-    names = LlavaNames(vision, tuple(classes), config.projector_norm)
-    state, report = names.to_published(file.state, source=str(source))
+    file = read_checkpoint(source)
+    classes = (file.description or {}).get("branch_classes") or map(_class_of, vision.branches)
+    state, report = to_published(file.state, LlavaNames.of(config, classes), source=str(source))
     report.check()
     with publish_folder(target, overwrite=overwrite) as aside:
         write_checkpoint(aside / "model.safetensors", state)
@@ -158,55 +128,10 @@ def load_published_projector(
     Raises:
         CheckpointError: If a key has no explanation or one is missing.
     """
-    table = RuleTable(projector_rules(num_branches, projector_norm))
-    file = read_checkpoint(path)
-    report = ConversionReport(source=str(path))
-    found: dict[str, Tensor] = {}
-    for key, tensor in file.state.items():
-        ours = table.to_ours(key.removeprefix(PUBLISHED_PROJECTOR))
-        if ours is None:
-            report.unexplained.append(key)
-        else:
-            found[ours[0]] = tensor
-            report.used[key] = ours[0]
-    names = [rule.ours.replace("*", part) for rule in table.rules for part in ("weight", "bias")]
-    report.missing = [name for name in names if name not in found]
+    names = ProjectorNames(None, rules=projector_rules(num_branches, projector_norm))
+    found, report = to_ours(read_checkpoint(path).state, names, source=str(path))
     report.check()
     return found
-
-
-def model_shapes(config: PIIPLlavaConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a model, without allocating it."""
-    with on_meta():
-        model = PIIPLlavaForConditionalGeneration(config)
-    tied = set(model.all_tied_weights_keys)
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def _vision(
-    shapes: Mapping[str, tuple[int, ...]],
-    row: str | None,
-    vision_config: str | os.PathLike[str] | None,
-    clip_configs: Mapping[str, Mapping[str, Any]],
-) -> _Vision:
-    if row is not None or vision_config is None:
-        entry = zoo.multimodal(row) if row is not None else recognise_row(shapes)
-        origin = "the row that was named" if row is not None else f"recognised as {entry.name}"
-        return _Vision(entry.vision, entry.projector_norm, None, origin)
-    public = published_vision_config(Path(vision_config))
-    tower = {key.removeprefix(PUBLISHED_TOWER): s for key, s in shapes.items() if key.startswith(PUBLISHED_TOWER)}
-    backbone = {
-        key: value | {"clip_config": clip_configs[value["pretrained"]]}
-        if isinstance(value, Mapping) and value.get("pretrained") in clip_configs
-        else value
-        for key, value in public["backbone"].items()
-    }
-    projector = public["projector"]
-    norm = projector.get("norm", "gn")
-    if norm not in _NORMS:
-        raise CheckpointError(f"{vision_config}: projector norm {norm!r}, expected one of {', '.join(_NORMS)}")
-    config = config_from_public(backbone, tower, merging=False).config
-    return _Vision(config, _NORMS[norm], projector.get("out_shape"), f"the vision configuration {vision_config}")
 
 
 def _text_config(fields: Mapping[str, Any]) -> LlamaConfig:

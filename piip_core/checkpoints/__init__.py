@@ -1,33 +1,30 @@
 """Checkpoints: released PIIP models to our state dict and back, pretrained weights into branches."""
 
-from .convert import from_published, model_shapes, our_names, published_names, to_published
+from .convert import ConversionReport, from_published, to_ours, to_published
 from .convert_file import Conversion, convert_file, read_config, recognise
-from .load import build_trained, find_pyramid, load_part, load_pyramid, pyramid_prefix
-from .names import PublishedNames
+from .formats import CheckpointFile, LazyState, load_torch_file
+from .load import build_trained, find_pyramid, load_checkpoint, load_pyramid, pyramid_prefix
+from .names import PublishedNames, model_shapes, our_names, published_names
 from .pretrained import convert_pretrained, load_branch, load_pretrained
-from .public_config import PublishedModel, classifier_from_public, config_from_public
-from .read import read_checkpoint
-from .report import ConversionReport
-from .single import CheckpointFile
+from .reading import read_checkpoint
 from .writing import write_checkpoint
 
 __all__ = [
     "CheckpointFile",
     "Conversion",
     "ConversionReport",
-    "PublishedModel",
+    "LazyState",
     "PublishedNames",
     "build_trained",
-    "classifier_from_public",
-    "config_from_public",
     "convert_file",
     "convert_pretrained",
     "find_pyramid",
     "from_published",
     "load_branch",
-    "load_part",
+    "load_checkpoint",
     "load_pretrained",
     "load_pyramid",
+    "load_torch_file",
     "model_shapes",
     "our_names",
     "published_names",
@@ -35,6 +32,7 @@ __all__ = [
     "read_checkpoint",
     "read_config",
     "recognise",
+    "to_ours",
     "to_published",
     "write_checkpoint",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 from timm.layers import gen_relative_position_index
@@ -11,17 +12,8 @@ from torch import Tensor
 
 from ..branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
 from ..config import BranchConfig
-from ..errors import NotSupportedYet
-from .rules import Change, Rule, rename_parts
-
-__all__ = [
-    "BRANCH_CLASSES",
-    "Unused",
-    "branch_class_of",
-    "branch_rules",
-    "default_branch_class",
-    "unused_branch_tensors",
-]
+from ..errors import CheckpointError, NotSupportedYet
+from .rules import CLASS_TOKEN, POSITION_SLOT, POSITION_TABLE, POSITION_TABLE_SLOT, Rule, rename_parts
 
 _BLOCK = (
     "blocks.*.norm1.*",
@@ -48,8 +40,8 @@ def _clip(prefix: str) -> tuple[Rule, ...]:
         Rule("blocks.*.attn.qkv.*", f"{layer}.self_attn.{name}_proj.*", part=part) for part, name in enumerate("qkv")
     )
     return (
-        Rule("pos_embed", f"{prefix}embeddings.position_embedding.weight", Change.POSITION_TABLE),
-        Rule("cls_token", f"{prefix}embeddings.class_embedding", Change.CLASS_TOKEN),
+        Rule("pos_embed", f"{prefix}embeddings.position_embedding.weight", POSITION_TABLE),
+        Rule("cls_token", f"{prefix}embeddings.class_embedding", CLASS_TOKEN),
         *joined,
         *rename_parts(
             ("patch_embed.proj.*", f"{prefix}embeddings.patch_embedding.*"),
@@ -74,7 +66,7 @@ BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
     ),
     # InternViT-6B, and by the same class AugReg, MAE, DINOv2
     "internvit": (
-        Rule("pos_embed", "pos_embed", Change.POSITION_SLOT),
+        Rule("pos_embed", "pos_embed", POSITION_SLOT),
         *rename_parts(
             "patch_embed.proj.*",
             *_BLOCK,
@@ -94,7 +86,7 @@ BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
         "blocks.*.gamma_2",
     ),
     "uniperceiver": (
-        Rule("pos_embed", "visual_embed.patch_embed.spatial_pos_embed.weight", Change.POSITION_TABLE),
+        Rule("pos_embed", "visual_embed.patch_embed.spatial_pos_embed.weight", POSITION_TABLE),
         *rename_parts(
             ("frame_embed", "visual_embed.patch_embed.temporal_pos_embed.weight"),
             ("patch_embed.proj.*", "visual_embed.patch_embed.proj.*"),
@@ -146,26 +138,8 @@ _DEFAULT_CLASSES: Mapping[type[NetworkConfig], str] = {
     ConvNeXtConfig: "convnext",
 }
 
-NEVER_USED = "the network never uses this parameter"
 
-
-@dataclass(frozen=True)
-class Unused:
-    """A tensor of published files that the network does not need.
-
-    Attributes:
-        shape: Its shape.
-        fill: Makes it for a file in the published names; zeros by default.
-        reason: Why the network does not need it.
-    """
-
-    shape: tuple[int, ...]
-    fill: Callable[[], Tensor] | None = None
-    reason: str = NEVER_USED
-
-    def make(self) -> Tensor:
-        """The tensor as a published file would hold it; zeros where any value does."""
-        return torch.zeros(self.shape) if self.fill is None else self.fill()
+UNUSED = "the network never uses it, or it is computed here"
 
 
 def branch_rules(branch_class: str, network: NetworkConfig) -> tuple[Rule, ...]:
@@ -174,23 +148,47 @@ def branch_rules(branch_class: str, network: NetworkConfig) -> tuple[Rule, ...]:
     class_token = getattr(network, "class_token", False)
     if branch_class == "clip" and not class_token:
         (position,) = (rule for rule in rules if rule.ours == "pos_embed")
-        return (replace(position, change=Change.POSITION_TABLE_SLOT), *rules)
+        return (replace(position, change=POSITION_TABLE_SLOT), *rules)
     if branch_class in ("deit", "internvit") and class_token:  # in classifiers
         return (*rules, *rename_parts("cls_token"))
     return rules
 
 
-def branch_class_of(keys: Sequence[str]) -> str:
+def branch_class_of(keys: Iterable[str]) -> str:
     """Published class of a branch, from the keys below it.
 
     Raises:
         NotSupportedYet: For families that have no table here.
     """
+    keys = list(keys)
     components = {part for key in keys for part in key.split(".")}
     name = next((value for marker, value in _MARKERS.items() if marker in components), None)
     if name is None:
-        raise NotSupportedYet(f"branches with keys such as {', '.join(list(keys)[:3])}")
+        raise NotSupportedYet(f"branches with keys such as {', '.join(keys[:3])}")
     return name
+
+
+def branch_classes_of(keys: Iterable[str], count: int) -> tuple[str, ...]:
+    """Published classes of all branches, from the keys of a backbone.
+
+    Raises:
+        CheckpointError: If the file has fewer branches.
+        NotSupportedYet: For families that have no table here.
+    """
+    keys = list(keys)
+    prefixes = [branch_prefix(number, count) for number in range(1, count + 1)]
+    inside = {prefix: [key.removeprefix(prefix) for key in keys if key.startswith(prefix)] for prefix in prefixes}
+    for prefix, found in inside.items():
+        if not found:
+            raise CheckpointError(
+                f"no parameter starts with {prefix!r}: the file has fewer branches than the configuration"
+            )
+    return tuple(map(branch_class_of, inside.values()))
+
+
+def branch_prefix(number: int, count: int) -> str:
+    """Where a published backbone with so many branches has one of them, counted from 1."""
+    return "" if count == 1 else f"branch{number}."
 
 
 def default_branch_class(branch: BranchConfig) -> str:
@@ -203,44 +201,38 @@ def default_branch_class(branch: BranchConfig) -> str:
         NotSupportedYet: For networks that no published class holds.
     """
     network = branch.network
-    if isinstance(network, ViTConfig) and network.pre_norm:
-        return "clip"
     if isinstance(network, ViTConfig):
+        if network.pre_norm:
+            return "clip"
         grows = branch.drop_path_schedule == "linear"
         return "internvit" if network.qk_norm or grows or network.layer_scale is None else "deit"
-    try:
-        return _DEFAULT_CLASSES[type(network)]
-    except KeyError:
-        raise NotSupportedYet(f"published names of {type(network).__name__}") from None
+    if type(network) not in _DEFAULT_CLASSES:
+        raise NotSupportedYet(f"published names of {type(network).__name__}")
+    return _DEFAULT_CLASSES[type(network)]
 
 
-def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Unused]:
-    """Tensors of a published branch that ours does not have, by published name."""
-    if branch_class == "convnext":
-        return _unused_norm("convnext_model.layernorm", network.dims[-1])
-    if branch_class in ("convnext_timm", "convnext_timm_mlp"):
-        return _unused_head(network.dims[-1], hidden=branch_class == "convnext_timm_mlp")
-    if branch_class == "clip":
-        unused = _unused_norm("clip_model.post_layernorm", network.dims[-1])
-        if not getattr(network, "class_token", True):
-            unused["clip_model.embeddings.class_embedding"] = Unused((network.embed_dim,))
-        return unused
-    if branch_class == "beit":
-        side = network.bias_window
-        index = Unused(
-            (side**2, side**2),
-            lambda: gen_relative_position_index((side, side)),
-            "follows from the window, computed here",
-        )
-        return {f"blocks.{i}.attn.relative_position_index": index for i in range(network.depth)}
+def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Callable[[], Tensor]]:
+    """Tensors of a published branch that ours does not have, by published name, and how to make them."""
+    match branch_class:
+        case "convnext":
+            return _unused_norm("convnext_model.layernorm", network.dims[-1])
+        case "convnext_timm":
+            return _unused_norm("convnext_model.head.norm", network.dims[-1])
+        case "convnext_timm_mlp":
+            dim, layer = network.dims[-1], "convnext_model.head.pre_logits.fc"
+            hidden = {f"{layer}.weight": partial(torch.zeros, dim, dim), f"{layer}.bias": partial(torch.zeros, dim)}
+            return _unused_norm("convnext_model.head.norm", dim) | hidden
+        case "clip":
+            dim = network.dims[-1]
+            token = {"clip_model.embeddings.class_embedding": partial(torch.zeros, dim)}
+            norm = _unused_norm("clip_model.post_layernorm", dim)
+            return norm if getattr(network, "class_token", True) else norm | token
+        case "beit":
+            window = (network.bias_window, network.bias_window)
+            index = partial(gen_relative_position_index, window)
+            return {f"blocks.{i}.attn.relative_position_index": index for i in range(network.depth)}
     return {}
 
 
-def _unused_norm(name: str, dim: int) -> dict[str, Unused]:
-    return {f"{name}.weight": Unused((dim,), lambda: torch.ones(dim)), f"{name}.bias": Unused((dim,))}
-
-
-def _unused_head(dim: int, *, hidden: bool) -> dict[str, Unused]:
-    layer = "convnext_model.head.pre_logits.fc"
-    unused = _unused_norm("convnext_model.head.norm", dim)
-    return unused | ({f"{layer}.weight": Unused((dim, dim)), f"{layer}.bias": Unused((dim,))} if hidden else {})
+def _unused_norm(name: str, dim: int) -> dict[str, Callable[[], Tensor]]:
+    return {f"{name}.weight": partial(torch.ones, dim), f"{name}.bias": partial(torch.zeros, dim)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,149 +14,31 @@ import torch
 from torch import Tensor
 
 from .. import zoo
-from ..branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
-from ..config import ClassifierConfig, PIIPConfig
+from ..branches import ConvNeXtConfig
+from ..config import BranchConfig, ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError, ConfigError, NotSupportedYet
 from ..files import read_json
-from .branch_names import default_branch_class
-from .convert import PUBLISHED_BACKBONE, detector_of, from_published, our_names, published_names, to_published
-from .lazy import LazyState, LazyTensor
-from .names import PublishedNames
-from .read import read_checkpoint
-from .report import ConversionReport
-from .single import CheckpointFile
+from .branch_names import branch_classes_of, branch_prefix, branch_rules, default_branch_class
+from .convert import ConversionReport, from_published, to_published
+from .formats import CheckpointFile, LazyState, LazyTensor
+from .names import PUBLISHED_BACKBONE, PublishedNames, config_from_dict, detector_of, our_names, published_names
+from .reading import read_checkpoint
+from .rules import RuleTable
 from .writing import write_checkpoint
 
-__all__ = ["Conversion", "Recognised", "convert_file", "fit_variant", "read_config", "recognise"]
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """Published models whose tensors have the shapes of a file.
-
-    Attributes:
-        names: Their names in the zoo. Models that differ in image sizes alone cannot be told apart.
-        config: The configuration of the first; right for converting a file of any of them.
-        branch4_as_released: Whether Branch 4 is the copy of Branch 3 that the public code builds.
-    """
-
-    names: tuple[str, ...]
-    config: PIIPConfig | ClassifierConfig
-    branch4_as_released: bool = False
-
-
+_Config = PIIPConfig | ClassifierConfig
 # The bias of a published classifier, the first one of separate heads
 _CLASSIFIERS = {"separate": "branch1.head.bias", "merged": "cls_head.bias"}
-
-# The first convolution of a branch in published names, by family
-_FIRST_KERNELS = {
-    ViTConfig: "patch_embed.proj.weight",
-    BEiTConfig: "patch_embed.proj.weight",
-    UniPerceiverConfig: "visual_embed.patch_embed.proj.weight",
-    ConvNeXtConfig: "convnext_model.embeddings.patch_embeddings.weight",
-}
-
-
-def recognise(shapes: Mapping[str, Sequence[int]]) -> Recognised:
-    """Finds the published models that a published state dict can belong to.
-
-    Args:
-        shapes: Published name -> shape.
-
-    Raises:
-        CheckpointError: If no model of the zoo fits.
-    """
-    found: dict[bool, list[tuple[str, PIIPConfig | ClassifierConfig]]] = {False: [], True: []}
-    known: dict[tuple[object, ...], bool] = {}
-    for name, first in _candidates(shapes):
-        for as_released, config in _variants(first):
-            structure = _structure(config)
-            if structure not in known:
-                known[structure] = _fits(shapes, config)
-            if known[structure]:
-                found[as_released].append((name, config))
-                break
-    for as_released, matches in found.items():
-        if matches:
-            return Recognised(tuple(name for name, _ in matches), matches[0][1], as_released)
-    raise CheckpointError(
-        "the tensors fit no published model of this version; name the configuration (--config), known are "
-        + ", ".join(name for name, _ in _candidates(shapes))
-    )
-
-
-def _candidates(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, PIIPConfig | ClassifierConfig]]:
-    """Published models of the kind of the file, by name; classifiers with the file's number of classes."""
-    heads = {head: shapes[key][0] for head, key in _CLASSIFIERS.items() if key in shapes}
-    if heads:
-        for entry in zoo.classification_entries():
-            if entry.config.head in heads:
-                yield entry.name, dataclasses.replace(entry.config, num_classes=heads[entry.config.head])
-        return
-    detector = detector_of(shapes)
-    for entry in zoo.entries():
-        if detector in (None, "rpn", entry.head):
-            yield entry.name, entry.config
-
-
-def fit_variant(
-    shapes: Mapping[str, Sequence[int]], config: PIIPConfig | ClassifierConfig
-) -> PIIPConfig | ClassifierConfig:
-    """The configuration itself, or with Branch 4 as released if only that fits the shapes."""
-    return next((variant for _, variant in _variants(config) if _fits(shapes, variant)), config)
-
-
-def _variants(config: PIIPConfig | ClassifierConfig) -> Iterator[tuple[bool, PIIPConfig | ClassifierConfig]]:
-    yield False, config
-    if isinstance(config, PIIPConfig) and len(config.branches) == 4:
-        yield True, zoo.tsbl_as_released(config)
-
-
-def _structure(config: PIIPConfig | ClassifierConfig) -> tuple[object, ...]:
-    """What decides names and shapes of the parameters."""
-    if isinstance(config, ClassifierConfig):
-        return *_structure(config.pyramid), config.head, config.num_classes
-    branches = tuple((branch.network, default_branch_class(branch)) for branch in config.branches)
-    return branches, config.num_interactions, config.interaction, config.merging
-
-
-def _fits(shapes: Mapping[str, Sequence[int]], config: PIIPConfig | ClassifierConfig) -> bool:
-    prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in shapes) else ""
-    backbone = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
-    pyramid = config.pyramid if isinstance(config, ClassifierConfig) else config
-    if not _same_kernels(backbone, pyramid):  # much cheaper than building the model
-        return False
-    classes = published_names(config, list(shapes)).branch_classes
-    if any(have != default_branch_class(branch) for have, branch in zip(classes, pyramid.branches, strict=True)):
-        return False
-    state = {key: torch.empty(shape, device="meta") for key, shape in backbone.items()}
-    try:
-        return from_published(state, config)[1].complete
-    except (CheckpointError, NotSupportedYet):
-        return False
-
-
-def _same_kernels(shapes: Mapping[str, tuple[int, ...]], config: PIIPConfig) -> bool:
-    """Whether every branch has the patch or stem convolution of its configured class."""
-    for number, branch in enumerate(config.branches, 1):
-        prefix = "" if len(config.branches) == 1 else f"branch{number}."
-        kernel = shapes.get(prefix + _FIRST_KERNELS[type(branch.network)])
-        if kernel is None or kernel[0] != branch.network.dims[0]:
-            return False
-    return True
-
-
-NOT_WEIGHTS = "not part of the weights"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Result of `convert_file`.
+    """Result of a conversion.
 
     Attributes:
         report: What happened to every key.
-        model: What the file was taken for, in words.
-        path: What was written: the target, or the index of its shards.
+        model: What the source was taken for, in words.
+        path: What was written: a folder, a file, or the index of its shards.
     """
 
     report: ConversionReport
@@ -180,18 +63,18 @@ def convert_file(
     """Converts a published checkpoint to ours, or back; the target appears once it is complete.
 
     Args:
-        source: A .pth or .safetensors file, a sharded checkpoint or a DeepSpeed folder; see `read_checkpoint`.
-        target: File to write, .pth or .safetensors; a large .safetensors in shards, see `write_checkpoint`. Ours has
-            the weights under "model", as Detectron2 reads them, and a description with which it converts back.
+        source: What `read_checkpoint` reads, with its options `unsafe_pickle`, `master_weights` and `ema`.
+        target: File for `write_checkpoint`. Ours has the weights under "model", as Detectron2 reads them, and a
+            description with which it converts back.
         config: The backbone or classifier. None takes the file's description, or recognises a model of the zoo by its
             shapes.
         to_public: Convert to the published names.
         branch_classes: With `to_public`: published class of each branch, where the file has no description.
         backbone_only: Leave neck and heads out, and give names relative to `DensePIIP`.
         allow_incomplete: Write although keys have no explanation; the report lists them.
-        unsafe_pickle: Allow Python objects in the source; see `read_checkpoint`.
-        master_weights: Take the fp32 weights of a DeepSpeed checkpoint; see `read_checkpoint`.
-        ema: Take the moving average of the weights; see `read_checkpoint`.
+        unsafe_pickle: See `source`.
+        master_weights: See `source`.
+        ema: See `source`.
         dtype: Type for the floating-point tensors; None keeps that of each.
 
     Raises:
@@ -199,7 +82,11 @@ def convert_file(
             of `dtype`.
         NotSupportedYet: If the model has parts that this version does not know.
     """
-    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights, ema=ema, verify=True)
+    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights, ema=ema)
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            if damaged := archive.testzip():
+                raise CheckpointError(f"{source}: {damaged} differs from its checksum: download or copy it again")
     if to_public:
         names, model = _names_of_ours(file, config, branch_classes)
         state, report = to_published(file.state, names, source=str(source))
@@ -211,10 +98,10 @@ def convert_file(
                 f"{source}: holds a classifier: expected no --backbone-only. Detectors and segmentors take the pyramid "
                 "out of the whole converted file (train.init_checkpoint)"
             )
-        state, report = from_published(file.state, config, backbone_only=backbone_only, dtype=None, source=str(source))
+        state, report = from_published(file.state, config, backbone_only=backbone_only, source=str(source))
         wrapper = "model"
         description = published_names(config, file.state, backbone_only=backbone_only).to_dict()
-    report.ignored |= dict.fromkeys(file.extras, NOT_WEIGHTS)
+    report.ignored |= dict.fromkeys(file.extras, "not part of the weights")
     report.check(allow_incomplete=allow_incomplete)
     written = write_checkpoint(target, _cast(state, dtype, report), wrapper=wrapper, description=description)
     return Conversion(report, model, written)
@@ -248,10 +135,7 @@ def read_config(text: str) -> PIIPConfig | ClassifierConfig:
     Raises:
         ConfigError: For an unknown name or wrong fields.
     """
-    if not text.endswith(".json"):
-        return zoo.find(text).config
-    data = read_json(text, ConfigError)
-    return (ClassifierConfig if "pyramid" in data else PIIPConfig).from_dict(data)
+    return config_from_dict(read_json(text, ConfigError)) if text.endswith(".json") else zoo.find(text).config
 
 
 def _config_of_published(
@@ -264,8 +148,7 @@ def _config_of_published(
         found = recognise(shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from None
-    branch4 = ", Branch 4 built from the settings of Branch 3" if found.branch4_as_released else ""
-    return found.config, f"recognised as {' or '.join(found.names)}{branch4}"
+    return next(iter(found.values())), f"recognised as {' or '.join(found)}"
 
 
 def _names_of_ours(
@@ -279,3 +162,93 @@ def _names_of_ours(
             "name its configuration (--config)"
         )
     return PublishedNames.from_dict(file.description), "the description in the file"
+
+
+def recognise(shapes: Mapping[str, Sequence[int]]) -> dict[str, PIIPConfig | ClassifierConfig]:
+    """Finds the published models that a published state dict can belong to.
+
+    Args:
+        shapes: Published name -> shape.
+
+    Returns:
+        Their names in the zoo, and the configurations that fit; of models with four branches perhaps with Branch 4 as
+        released. Those that differ in image sizes alone cannot be told apart, and convert a file alike.
+
+    Raises:
+        CheckpointError: If no model of the zoo fits.
+    """
+    candidates = dict(_candidates(shapes))
+    found: dict[str, _Config] = {}
+    known: dict[tuple[object, ...], bool] = {}
+    for name, config in ((name, variant) for name, first in candidates.items() for variant in _variants(first)):
+        structure = _structure(config)
+        if structure not in known:
+            known[structure] = _fits(shapes, config)
+        if known[structure]:
+            found.setdefault(name, config)
+    if not found:
+        raise CheckpointError(
+            "the tensors fit no published model of this version; name the configuration (--config), known are "
+            + ", ".join(candidates)
+        )
+    return found
+
+
+def fit_variant(shapes: Mapping[str, Sequence[int]], config: _Config) -> _Config:
+    """The configuration itself, or with Branch 4 as released if only that fits the shapes."""
+    return next((variant for variant in _variants(config) if _fits(shapes, variant)), config)
+
+
+def _candidates(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, _Config]]:
+    """Published models of the kind of the file, by name; classifiers with the file's number of classes."""
+    heads = {head: shapes[key][0] for head, key in _CLASSIFIERS.items() if key in shapes}
+    if heads:
+        for entry in zoo.classification_entries():
+            if entry.config.head in heads:
+                yield entry.name, dataclasses.replace(entry.config, num_classes=heads[entry.config.head])
+        return
+    detector = detector_of(shapes)
+    for entry in zoo.entries():
+        if detector in (None, "rpn", entry.head):
+            yield entry.name, entry.config
+
+
+def _variants(config: _Config) -> Iterator[_Config]:
+    """The configuration, and with the copy of Branch 3 as Branch 4 that the public code builds."""
+    yield config
+    if isinstance(config, PIIPConfig) and len(config.branches) == 4:
+        yield zoo.tsbl_as_released(config)
+
+
+def _structure(config: _Config) -> tuple[object, ...]:
+    """What decides names and shapes of the parameters."""
+    if isinstance(config, ClassifierConfig):
+        return *_structure(config.pyramid), config.head, config.num_classes
+    branches = tuple((branch.network, default_branch_class(branch)) for branch in config.branches)
+    return branches, config.num_interactions, config.interaction, config.merging
+
+
+def _fits(shapes: Mapping[str, Sequence[int]], config: _Config) -> bool:
+    prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in shapes) else ""
+    backbone = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
+    branches = (config.pyramid if isinstance(config, ClassifierConfig) else config).branches
+    classes = tuple(map(default_branch_class, branches))
+    try:
+        # Much cheaper than building the model
+        if not _same_widths(backbone, branches) or branch_classes_of(backbone, len(branches)) != classes:
+            return False
+        state = {key: torch.empty(shape, device="meta") for key, shape in backbone.items()}
+        return from_published(state, config)[1].complete
+    except (CheckpointError, NotSupportedYet):
+        return False
+
+
+def _same_widths(shapes: Mapping[str, tuple[int, ...]], branches: Sequence[BranchConfig]) -> bool:
+    """Whether every branch has the patch or stem convolution of its configured class."""
+    for number, branch in enumerate(branches, 1):
+        name = "stem.0.weight" if isinstance(branch.network, ConvNeXtConfig) else "patch_embed.proj.weight"
+        table = RuleTable(branch_rules(default_branch_class(branch), branch.network))
+        kernel = shapes.get(branch_prefix(number, len(branches)) + table.to_published(name)[0][0])
+        if kernel is None or kernel[0] != branch.network.dims[0]:
+            return False
+    return True

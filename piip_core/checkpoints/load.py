@@ -3,59 +3,104 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..classifier import build_model
+from ..classifier import PIIPClassifier, build_model
 from ..config import ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError
-from ..pyramid import PIIP
-from .convert import from_published, model_shapes
-from .lazy import LazyState
+from ..pyramid import PIIP, DensePIIP
+from .convert import ConversionReport, from_published
+from .formats import CheckpointFile, LazyState
+from .names import model_shapes
 from .pretrained import convert_pretrained
-from .read import read_checkpoint
-from .report import ConversionReport
-
-__all__ = ["build_trained", "find_pyramid", "load_part", "load_pyramid", "pyramid_prefix"]
-
-
-def part_prefixes(state: Collection[str], names: Sequence[str]) -> list[str]:
-    """What the names of a state dict have before those of a part, for every complete set of it."""
-    prefixes = [key.removesuffix(names[0]) for key in state if key == names[0] or key.endswith(f".{names[0]}")]
-    return [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
-
-
-def load_part(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Loads a pyramid or backbone from a checkpoint of this project of whatever model around it.
-
-    Raises:
-        CheckpointError: If the file cannot be read, or does not hold exactly one set of all weights of the module.
-    """
-    state, names = read_checkpoint(path).state, list(module.state_dict())
-    complete = part_prefixes(state, names)
-    if len(complete) != 1:
-        raise CheckpointError(
-            f"{path}: holds {len(complete)} complete sets of the {len(names)} weights of this {type(module).__name__} "
-            f"({names[0]} ...); expected one. Give the model the checkpoint was trained with; published files are "
-            "converted by tools/convert_checkpoint.py"
-        )
-    try:
-        module.load_state_dict({name: state[complete[0] + name] for name in names})
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: weights of another shape: {error}") from None
-
-
-logger = logging.getLogger(__name__)
+from .reading import read_checkpoint
 
 # The first tensor of a PIIP in a state dict, whatever holds it
 _FIRST_BRANCH = re.compile(r"(|.*?\.)branches\.0\.model\.")
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, ema: bool = False) -> None:
+    """Loads a pyramid, backbone or classifier from the checkpoint of that model, or of one that holds it.
+
+    Args:
+        model: What to fill; of `DensePIIP` and `PIIPClassifier`, published checkpoints are read as well.
+        path: A checkpoint of our training (of a detector, too), of timm, transformers or the hub, or a published one.
+        ema: As in `read_checkpoint`.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or does not hold exactly one set of all weights of the model.
+    """
+    _load(model, read_checkpoint(path, ema=ema))
+
+
+def build_trained(
+    configs: Sequence[PIIPConfig | ClassifierConfig], path: str | os.PathLike[str], *, ema: bool = False
+) -> nn.Module:
+    """The backbone or classifier that a checkpoint holds, with its weights, in evaluation mode.
+
+    Args:
+        configs: What it may be, in the order in which they are tried; a classifier may have other classes.
+        path: As in `load_checkpoint`.
+        ema: As in `read_checkpoint`.
+
+    Raises:
+        CheckpointError: If the file cannot be read or fits none of the configurations.
+    """
+    file = read_checkpoint(path, ema=ema)
+    possible = [_with_classes_of(config, file.state.shapes()) for config in configs]
+    config = next((c for c in possible if _prefixes(file.state, model_shapes(c))), possible[0])
+    model = build_model(config)
+    _load(model, file)
+    return model.eval()
+
+
+def _load(model: nn.Module, file: CheckpointFile) -> None:
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    complete = _prefixes(file.state, wanted)
+    if len(complete) == 1:
+        entries = file.state.below(complete[0]).entries
+        for name, shape in wanted.items():
+            if entries[name].shape != shape:
+                raise CheckpointError(
+                    f"{file.path}: {complete[0]}{name} has shape {tuple(entries[name].shape)}, expected "
+                    f"{tuple(shape)}; name the model that the file holds"
+                )
+        model.load_state_dict({name: entries[name].load() for name in wanted})
+    elif isinstance(model, DensePIIP | PIIPClassifier) and not complete and pyramid_prefix(file.state) is None:
+        config = model.config if isinstance(model, PIIPClassifier) else model.pyramid.config
+        only = isinstance(model, DensePIIP)
+        state, report = from_published(file.state, config, backbone_only=only, source=str(file.path))
+        report.check()
+        model.load_state_dict(state)
+    else:
+        raise CheckpointError(
+            f"{file.path}: holds {len(complete)} complete sets of the {len(wanted)} weights of this "
+            f"{type(model).__name__} ({next(iter(wanted))} ...); expected one. Name the model that the file holds; a "
+            "published pyramid is converted by tools/convert_checkpoint.py"
+        )
+
+
+def _prefixes(state: Collection[str], names: Iterable[str]) -> list[str]:
+    """What the names of a state dict have before those of a part, for every complete set of it."""
+    first, *others = names
+    prefixes = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]
+    return [prefix for prefix in prefixes if all(prefix + name in state for name in others)]
+
+
+def _with_classes_of(
+    config: PIIPConfig | ClassifierConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> PIIPConfig | ClassifierConfig:
+    """A classifier for as many classes as the file has."""
+    if isinstance(config, PIIPConfig):
+        return config
+    name = "head.classifier.bias" if config.head == "merged" else "head.classifiers.1.bias"
+    found = {shapes[prefix + name][0] for prefix in _prefixes(shapes, [name])}
+    return dataclasses.replace(config, num_classes=found.pop()) if len(found) == 1 else config
 
 
 def find_pyramid(model: nn.Module) -> tuple[str, PIIP] | None:
@@ -72,11 +117,11 @@ def pyramid_prefix(names: Iterable[str]) -> str | None:
 
 @torch.no_grad()
 def load_pyramid(pyramid: PIIP, state: Mapping[str, Tensor], *, source: str = "checkpoint") -> ConversionReport:
-    """Loads branches and interactions from the state dict of any model that holds the same ones.
+    """Starts a pyramid from the state dict of another kind of model with the same branches and interactions.
 
     Of each branch as from its own pretrained weights: position tables are resized to another grid, and class tokens
-    left out where the branch has none. Interactions behind those of the file pass features on unchanged, as new ones
-    do: classifiers that read class tokens have none behind the last blocks.
+    left out where the branch has none. Interactions after those of the file pass features on unchanged, as new ones
+    do: classifiers that read class tokens have none after the last blocks.
 
     Args:
         pyramid: What to fill.
@@ -97,126 +142,39 @@ def load_pyramid(pyramid: PIIP, state: Mapping[str, Tensor], *, source: str = "c
         )
     report = ConversionReport(source=source)
     report.ignored = {name: "not of the pyramid" for name in state if not name.startswith(prefix)}
-    entries = LazyState.of(state).entries
-    inside = LazyState({name.removeprefix(prefix): entries[name] for name in entries if name.startswith(prefix)})
-    values = _branches(pyramid, inside, report) | _interactions(pyramid, inside, report)
+    inside = LazyState.of(state).below(prefix)
+    values: dict[str, Tensor] = {}
+    known: set[str] = set()
+    for index, branch in enumerate(pyramid.branches):
+        below = f"branches.{index}.model."
+        fitted, found = convert_pretrained(inside.below(below), branch.model.state_dict())
+        values |= {below + name: tensor for name, tensor in fitted.items()}
+        known |= {name for name in inside if name.startswith(below)}
+        report.add(found, below, f"branch {index + 1}")
+    target = pyramid.state_dict()
+    interactions = {name: tensor for name, tensor in target.items() if name.startswith("interactions.")}
+    values |= _interactions(interactions, inside, report)
+    report.unexplained += [name for name in inside if name not in known and name not in interactions]
     if not report.complete:
         raise CheckpointError(
             f"{source}: its pyramid is not that of the model:\n" + "\n".join(report.problems()) + "\nExpected branches "
             "of the same networks (embed_dim, depth, patch_size ...) and the same interactions; image sizes may differ"
         )
-    target = pyramid.state_dict()  # shares memory with the parameters
     for name, tensor in values.items():
         target[name].copy_(tensor)
     return report
 
 
-def _branches(pyramid: PIIP, state: LazyState, report: ConversionReport) -> dict[str, Tensor]:
-    parts = _parts(state, "branches")
+def _interactions(target: Mapping[str, Tensor], state: LazyState, report: ConversionReport) -> dict[str, Tensor]:
+    last = max((int(name.split(".")[1]) for name in target if name in state), default=-1)
     values = {}
-    for index, branch in enumerate(pyramid.branches):
-        inner = f"branches.{index}.model."
-        fitted, found = convert_pretrained(parts.pop(inner, LazyState({})), branch.model.state_dict())
-        values |= {inner + name: tensor for name, tensor in fitted.items()}
-        _join(report, found, inner, number=index + 1)
-    report.unexplained += [prefix + name for prefix, part in parts.items() for name in part]
-    return values
-
-
-def _interactions(pyramid: PIIP, state: LazyState, report: ConversionReport) -> dict[str, Tensor]:
-    wanted = {name: tensor for name, tensor in pyramid.state_dict().items() if name.startswith("interactions.")}
-    found = [name for name in state if not name.startswith("branches.")]
-    last = max((int(name.split(".")[1]) for name in found if name in wanted), default=-1)
-    values = {}
-    for name, tensor in wanted.items():
+    for name, tensor in target.items():
         if name in state:
-            shapes = state.entries[name].shape, tensor.shape
-            if shapes[0] != shapes[1]:
-                report.mismatched[name] = f"shape {tuple(shapes[0])} in the file, {tuple(shapes[1])} in the model"
-            values[name] = state[name]
+            report.compare(name, state.entries[name].shape, tensor.shape)
             report.used[name] = name
+            values[name] = state[name]
         elif int(name.split(".")[1]) <= last:
             report.missing.append(name)
         else:
             report.filled[name] = "the file has no such interaction: it passes features on unchanged"
-    report.unexplained += [name for name in found if name not in wanted]
     return values
-
-
-def _parts(state: LazyState, kind: str) -> dict[str, LazyState]:
-    """The tensors below `KIND.INDEX.NAME.`, each part by that prefix."""
-    parts = defaultdict(dict)
-    for name, entry in state.entries.items():
-        words = name.split(".")
-        if words[0] == kind:
-            inner = ".".join(words[:3]) + "."
-            parts[inner][name.removeprefix(inner)] = entry
-    return {inner: LazyState(entries) for inner, entries in parts.items()}
-
-
-def _join(report: ConversionReport, found: ConversionReport, prefix: str, *, number: int) -> None:
-    """Adds the account of a branch."""
-    report.used |= {prefix + key: prefix + name for key, name in found.used.items()}
-    report.ignored |= {prefix + key: reason for key, reason in found.ignored.items()}
-    report.filled |= {prefix + name: reason for name, reason in found.filled.items()}
-    report.mismatched |= {f"branch {number}: {name}": shapes for name, shapes in found.mismatched.items()}
-    report.unexplained += [prefix + key for key in found.unexplained]
-    report.missing += [prefix + name for name in found.missing]
-    for text in found.notes:
-        report.note(f"branch {number}: {text}")
-
-
-Shapes = Mapping[str, torch.Size]
-
-
-def build_trained(
-    configs: Sequence[PIIPConfig | ClassifierConfig], path: str | os.PathLike[str], *, ema: bool = False
-) -> nn.Module:
-    """The backbone or classifier that a checkpoint holds, with its weights, in evaluation mode.
-
-    Args:
-        configs: What it may be, in the order in which they are tried; a classifier may have other classes.
-        path: A checkpoint of our training (of a detector, too), of timm, transformers or the hub, or a published one.
-        ema: As in `read_checkpoint`.
-
-    Raises:
-        CheckpointError: If the file cannot be read or fits none of the configurations.
-    """
-    file = read_checkpoint(path, ema=ema)
-    shapes = file.state.shapes()
-    for config in (_with_classes_of(config, shapes) for config in configs):
-        wanted = model_shapes(config)
-        for prefix in part_prefixes(shapes, list(wanted)):
-            _check_shapes(file.path, {prefix + name: shape for name, shape in wanted.items()}, shapes)
-            return _loaded(config, {name: file.state[prefix + name] for name in wanted})
-    backbone_only = isinstance(configs[0], PIIPConfig)
-    if pyramid_prefix(shapes) is not None:
-        kind = "backbone" if backbone_only else "classifier"
-        raise CheckpointError(f"{path}: its names are not those of this {kind}; name the model that the file holds")
-    state, report = from_published(file.state, configs[0], backbone_only=backbone_only, source=str(path))
-    report.check()
-    return _loaded(configs[0], state)
-
-
-def _loaded(config: PIIPConfig | ClassifierConfig, state: Mapping[str, Tensor]) -> nn.Module:
-    model = build_model(config)
-    model.load_state_dict(state)
-    return model.eval()
-
-
-def _with_classes_of(config: PIIPConfig | ClassifierConfig, shapes: Shapes) -> PIIPConfig | ClassifierConfig:
-    """A classifier for as many classes as the file has."""
-    if isinstance(config, PIIPConfig):
-        return config
-    name = "head.classifier.bias" if config.head == "merged" else "head.classifiers.1.bias"
-    found = {shapes[prefix + name][0] for prefix in part_prefixes(shapes, [name])}
-    return dataclasses.replace(config, num_classes=found.pop()) if len(found) == 1 else config
-
-
-def _check_shapes(path: Path, wanted: Shapes, shapes: Shapes) -> None:
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(shapes[name])}, expected {tuple(shape)}; name the model that the "
-                "file holds"
-            )

@@ -7,16 +7,32 @@ puts the pairs together for one configuration: number and kind of the branches, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any
 
-from ..config import ClassifierConfig, MergingConfig, PIIPConfig
-from .branch_names import Unused, branch_rules, unused_branch_tensors
-from .head_names import HEADS
-from .rules import Change, Rule, RuleTable, rename_parts
+import torch
+from torch import Tensor, nn
 
-__all__ = ["PublishedNames", "injection_rules", "projector_rules", "unit_rules"]
+from ..classifier import build_model
+from ..config import BranchConfig, ClassifierConfig, MergingConfig, PIIPConfig
+from ..errors import CheckpointError
+from ..meta import on_meta
+from ..pyramid import PIIP
+from .branch_names import (
+    branch_classes_of,
+    branch_prefix,
+    branch_rules,
+    default_branch_class,
+    unused_branch_tensors,
+)
+from .head_names import HEADS
+from .rules import POINTWISE_KERNEL, SCALAR, Rule, RuleTable, rename_parts
+
+PUBLISHED_BACKBONE = "backbone."
+"""Where published models hold the backbone."""
 
 # One direction of an interaction unit; published names are below `branch2to1_injector` or `branch1to2_injector`
 _INJECTION = rename_parts(
@@ -39,7 +55,7 @@ _HEADS = {
     "merged": (
         *rename_parts(("head.projections.1.0.*", "merge_branch1.*")),
         *rename_parts(*((f"head.projections.*.{i}.*", f"merge_branch*.{2 * i}.*") for i in (0, 2))),
-        Rule("head.projections.*.1.weight", "merge_branch*.2.weight", Change.POINTWISE_KERNEL),
+        Rule("head.projections.*.1.weight", "merge_branch*.2.weight", POINTWISE_KERNEL),
         *rename_parts(("head.projections.*.1.bias", "merge_branch*.2.bias")),
         *rename_parts(("head.norm.*", "cls_norm.*"), ("head.classifier.*", "cls_head.*")),
     ),
@@ -49,23 +65,17 @@ _HEADS = {
 _PYRAMID_MODULES = {4: "1", 8: "2"}
 
 
-def injection_rules(scale: str = "gamma") -> tuple[Rule, ...]:
-    """Rules for one direction, below `into_low` (ours) and the injector (published)."""
-    return (*_INJECTION, *rename_parts(("attn_gamma", f"ca_{scale}"), ("ffn_gamma", f"cffn_{scale}")))
-
-
 def unit_rules(scale: str = "gamma") -> Iterator[Rule]:
     """Rules for one interaction unit, relative to the unit on both sides."""
+    injection = (*_INJECTION, *rename_parts(("attn_gamma", f"ca_{scale}"), ("ffn_gamma", f"cffn_{scale}")))
     for ours, published in _DIRECTIONS.items():
         yield Rule(f"{ours}.proj.*", f"{published}_proj.*")
-        for rule in injection_rules(scale):
+        for rule in injection:
             yield rule.prefixed(f"{ours}.", f"{published}_injector.")
 
 
 def projector_rules(num_branches: int, norm: str) -> tuple[Rule, ...]:
     """Rules for `TokenMerging` with the given norm, below a published projector."""
-    if norm == "none":  # LLaVA-1.5
-        return rename_parts(("projections.1.linear_1.*", "0.*"), ("projections.1.linear_2.*", "2.*"))
     layers = {"group": {"linear_1": 1, "norm": 3, "linear_2": 6}, "layer": {"linear_1": 1, "linear_2": 5}}[norm]
     return rename_parts(
         *(
@@ -74,6 +84,20 @@ def projector_rules(num_branches: int, norm: str) -> tuple[Rule, ...]:
             for ours, published in layers.items()
         )
     )
+
+
+@lru_cache(maxsize=64)  # more than the zoo has: recognising a file may need many
+def model_shapes(config: PIIPConfig | ClassifierConfig) -> Mapping[str, torch.Size]:
+    """Name and shape of every tensor of `DensePIIP(config)` or `PIIPClassifier(config)`, without allocating it.
+
+    Without merging, those of a module whose `pyramid` is `PIIP(config)`.
+    """
+    with on_meta():
+        model = build_model(config)
+        if isinstance(model, PIIP):
+            model = nn.ModuleDict({"pyramid": model})
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return MappingProxyType(shapes)
 
 
 @dataclass(frozen=True)
@@ -87,6 +111,9 @@ class PublishedNames:
         ours_prefix: Where our model holds the backbone.
         published_prefix: Where the published model holds the backbone.
         scale: What the scales of an interaction's residuals are called.
+
+    Raises:
+        CheckpointError: If a classifier reads class tokens.
     """
 
     config: PIIPConfig | ClassifierConfig | None
@@ -95,6 +122,14 @@ class PublishedNames:
     ours_prefix: str = ""
     published_prefix: str = ""
     scale: str = "gamma"
+
+    def __post_init__(self) -> None:
+        config = self.config
+        if isinstance(config, ClassifierConfig) and config.head == "separate" and config.pooling != "first_patch":
+            raise CheckpointError(
+                f"a classifier with pooling={config.pooling!r} has no published form: expected pooling='first_patch', "
+                "and networks with class_position=False"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON, to store in a converted file."""
@@ -105,9 +140,7 @@ class PublishedNames:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PublishedNames:
         """Inverse of `to_dict`."""
-        config = data["config"]
-        if config is not None:
-            config = (ClassifierConfig if "pyramid" in config else PIIPConfig).from_dict(config)
+        config = None if data["config"] is None else config_from_dict(data["config"])
         return cls(**{**data, "config": config, "branch_classes": tuple(data["branch_classes"])})
 
     @property
@@ -120,23 +153,23 @@ class PublishedNames:
         backbone = (rule.prefixed(self.ours_prefix, self.published_prefix) for rule in self._backbone_rules())
         return RuleTable([*backbone, *(HEADS[self.detector].rules if self.detector else ())])
 
-    def head_tensors(self) -> tuple[str, ...]:
-        """Our name of every tensor of the detector outside the backbone."""
-        return HEADS[self.detector].tensors() if self.detector else ()
+    def shapes(self) -> dict[str, torch.Size | None]:
+        """Every tensor of our model with its shape; None where Detectron2 decides it (numbers of classes)."""
+        backbone = {} if self.config is None else model_shapes(self.config)
+        prefixed = {self.ours_prefix + name: shape for name, shape in backbone.items()}
+        return prefixed | dict.fromkeys(HEADS[self.detector].published if self.detector else ())
 
-    def unused_tensors(self) -> dict[str, Unused]:
-        """Tensors that published files hold although the network needs none of them, by name."""
+    def unused_tensors(self) -> dict[str, Callable[[], Tensor]]:
+        """Tensors that published files hold although the network needs none of them, by name, and how to make them."""
         if self.config is None:
             return {}
-        found: dict[str, Unused] = {}
-        for number, branch_class in enumerate(self.branch_classes, 1):
-            prefix = self._branch_prefix(number)
-            network = self.pyramid.branches[number - 1].network
-            found |= {prefix + name: unused for name, unused in unused_branch_tensors(branch_class, network).items()}
-        found |= self._unused_upsampling()
+        found = self._unused_upsampling()
+        for prefix, branch_class, branch in self._branches():
+            unused = unused_branch_tensors(branch_class, branch.network)
+            found |= {prefix + name: tensor for name, tensor in unused.items()}
         return {self.published_prefix + name: unused for name, unused in found.items()}
 
-    def _unused_upsampling(self) -> dict[str, Unused]:
+    def _unused_upsampling(self) -> dict[str, Callable[[], Tensor]]:
         """The three-branch class keeps the four-fold upsampling even where no stride-4 map is asked for (`is_dino`)."""
         merging = self.pyramid.merging
         if len(self.pyramid.branches) != 3 or merging is None or merging.kind != "simple" or 4 in merging.out_strides:
@@ -144,18 +177,20 @@ class PublishedNames:
         dim = self.pyramid.branches[0].network.dims[-1]
         vectors = {f"fpn1.{i}.{part}": (dim,) for i, part in ((0, "bias"), (1, "weight"), (1, "bias"), (3, "bias"))}
         kernels = {f"fpn1.{i}.weight": (dim, dim, 2, 2) for i in (0, 3)}
-        return {name: Unused(shape) for name, shape in {**vectors, **kernels}.items()}
+        return {name: partial(torch.zeros, shape) for name, shape in {**vectors, **kernels}.items()}
 
-    def _branch_prefix(self, number: int) -> str:
-        return "" if len(self.pyramid.branches) == 1 else f"branch{number}."
+    def _branches(self) -> Iterator[tuple[str, str, BranchConfig]]:
+        """Published prefix, published class and configuration of each branch."""
+        branches = self.pyramid.branches
+        for number, (branch_class, branch) in enumerate(zip(self.branch_classes, branches, strict=True), 1):
+            yield branch_prefix(number, len(branches)), branch_class, branch
 
     def _backbone_rules(self) -> Iterator[Rule]:
         if self.config is None:
             return
-        single = len(self.pyramid.branches) == 1
-        for number, branch_class in enumerate(self.branch_classes, 1):
-            for rule in branch_rules(branch_class, self.pyramid.branches[number - 1].network):
-                yield rule.prefixed(f"pyramid.branches.{number - 1}.model.", self._branch_prefix(number))
+        for index, (prefix, branch_class, branch) in enumerate(self._branches()):
+            for rule in branch_rules(branch_class, branch.network):
+                yield rule.prefixed(f"pyramid.branches.{index}.model.", prefix)
         for low, high in self._unit_pairs():
             for rule in unit_rules(scale=self.scale):
                 yield rule.prefixed(
@@ -166,7 +201,7 @@ class PublishedNames:
             if self.config.head == "merged":
                 yield from _weight_rules("head.weights", "w", range(1, len(self.pyramid.branches) + 1))
         elif self.config.merging is not None:
-            yield from _merging_rules(self.config.merging, self.config.merging_branches, single)
+            yield from _merging_rules(self.config.merging, self.config.merging_branches, len(self.config.branches) == 1)
 
     def _unit_pairs(self) -> list[tuple[int, int]]:
         n = len(self.pyramid.branches)
@@ -176,14 +211,14 @@ class PublishedNames:
 
 def _merging_rules(merging: MergingConfig, branches: Sequence[int], single: bool) -> Iterator[Rule]:
     if not single:
-        for number in branches:
-            yield Rule(f"merging.final.projections.{number}.*.*", f"merge_branch{number}.*.*")
-            for j, k in enumerate(merging.intermediate_after):
-                ours, published = f"merging.intermediate.{j}", f"intermediate_merging_{k}"
-                yield Rule(f"{ours}.projections.{number}.*.*", f"{published}_branch{number}.*.*")
-        yield from _weight_rules("merging.final.weights", "w", branches)
+        # Where ours and the published model have a merging: "final" and those after interactions
+        mergings = {"merging.final": ("merge", "")}
         for j, k in enumerate(merging.intermediate_after):
-            yield from _weight_rules(f"merging.intermediate.{j}.weights", f"intermediate_merging_{k}_w", branches)
+            mergings[f"merging.intermediate.{j}"] = (f"intermediate_merging_{k}", f"intermediate_merging_{k}_")
+        for ours, (published, weights) in mergings.items():
+            for number in branches:
+                yield Rule(f"{ours}.projections.{number}.*.*", f"{published}_branch{number}.*.*")
+            yield from _weight_rules(f"{ours}.weights", f"{weights}w", branches)
     module = "up" if single else "fpn"
     for stride, name in _PYRAMID_MODULES.items():
         yield Rule(f"feature_pyramid.levels.{stride}.*.*", f"{module}{name}.*.*")
@@ -191,4 +226,62 @@ def _merging_rules(merging: MergingConfig, branches: Sequence[int], single: bool
 
 def _weight_rules(ours: str, published: str, branches: Sequence[int]) -> Iterator[Rule]:
     for part, number in enumerate(branches):
-        yield Rule(ours, f"{published}{number}", Change.SCALAR, part=part, parts=len(branches))
+        yield Rule(ours, f"{published}{number}", SCALAR, part=part, parts=len(branches))
+
+
+def config_from_dict(data: Mapping[str, Any]) -> PIIPConfig | ClassifierConfig:
+    """Whichever of the two configurations `to_dict` made it of."""
+    return (ClassifierConfig if "pyramid" in data else PIIPConfig).from_dict(data)
+
+
+def published_names(
+    config: PIIPConfig | ClassifierConfig | None, keys: Collection[str], *, backbone_only: bool = False
+) -> PublishedNames:
+    """The name map for the backbone or classifier in a published file (None: heads alone), by the names in it.
+
+    With `backbone_only`, our names are relative to `DensePIIP`, not to a Detectron2 model.
+
+    Raises:
+        CheckpointError: If a classifier reads class tokens, or the file has fewer branches.
+        NotSupportedYet: If a branch is of a family without a name table.
+    """
+    if config is None:
+        return PublishedNames(None, detector=detector_of(keys))
+    prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in keys) else ""
+    names = PublishedNames(config, published_prefix=prefix)
+    inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    names = dataclasses.replace(names, branch_classes=branch_classes_of(inside, len(names.pyramid.branches)))
+    if not prefix or backbone_only:
+        return names
+    detector = detector_of(keys)
+    return dataclasses.replace(names, detector=detector, ours_prefix=HEADS[detector or "rpn"].backbone)
+
+
+def our_names(
+    config: PIIPConfig | ClassifierConfig, keys: Collection[str], branch_classes: Sequence[str] | None = None
+) -> PublishedNames:
+    """The name map for a file of ours, of `DensePIIP`, `PIIPClassifier` or a Detectron2 model, by the names in it.
+
+    They do not tell the published class of each branch; None takes that of `default_branch_class`.
+
+    Raises:
+        CheckpointError: If a classifier reads class tokens.
+    """
+    names = PublishedNames(config)
+    classes = tuple(branch_classes or map(default_branch_class, names.pyramid.branches))
+    names = dataclasses.replace(names, branch_classes=classes)
+    prefixes = {head.backbone for head in HEADS.values()}
+    prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in keys)), None)
+    if prefix is None:
+        return names
+    detector = detector_of(keys, ours=True)
+    return dataclasses.replace(names, detector=detector, ours_prefix=prefix, published_prefix=PUBLISHED_BACKBONE)
+
+
+def detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:
+    """The detector whose head names explain most of the keys; the smallest one of several, None if none does any."""
+    known = {}
+    for name, head in HEADS.items():
+        known[name] = len(set(head.published if ours else head.published.values()) & set(keys))
+    best = max(known, key=known.__getitem__)
+    return best if known[best] else None

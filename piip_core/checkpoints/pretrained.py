@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from ..branches import Branch
@@ -18,52 +18,9 @@ from ..classifier import PIIPClassifier
 from ..errors import CheckpointError
 from ..pyramid import PIIP
 from .branch_names import BRANCH_CLASSES
-from .report import ConversionReport
-from .rules import PARTS, Change, Rule, RuleTable, rename_parts
-from .sources import read_source
-
-__all__ = ["convert_pretrained", "load_branch", "load_pretrained", "resize_relative_positions"]
-
-
-def resize_relative_positions(table: Tensor, side: int) -> Tensor:
-    """Resizes a table of relative positions as BEiT does: cubic splines, denser near distance 0.
-
-    The rows of the old table are taken as samples at distances that grow geometrically, 0, 1, 1 + q, 1 + q + q^2, ...,
-    with the ratio q for which the outermost one reaches the outermost of the new table.
-
-    Args:
-        table: (N, heads), N an odd number squared, row by row.
-        side: Rows and columns of the new table, odd.
-
-    Returns:
-        (side ** 2, heads) in fp32.
-    """
-    # Imported here: nothing else in this package needs SciPy
-    from scipy.interpolate import RectBivariateSpline
-
-    old = round(table.shape[0] ** 0.5)
-    sources = _distances(old, side)
-    wanted = np.arange(-(side // 2), side // 2 + 1)
-    values = table.double().cpu().numpy().reshape(old, old, -1)
-    resized = [
-        RectBivariateSpline(sources, sources, values[..., head])(wanted, wanted) for head in range(values.shape[-1])
-    ]
-    return torch.from_numpy(np.stack(resized, axis=-1)).reshape(side * side, -1).to(table.device, torch.float32)
-
-
-def _distances(old: int, new: int) -> np.ndarray:
-    """Where the entries of an axis of the old table lie on the axis of the new one."""
-    half = old // 2
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:  # the published tolerance: the result depends on it in the sixth digit
-        ratio = (low + high) / 2
-        if sum(ratio**k for k in range(half)) > new // 2:
-            high = ratio
-        else:
-            low = ratio
-    positive = np.cumsum(ratio ** np.arange(half))
-    return np.concatenate((-positive[::-1], [0.0], positive))
-
+from .convert import ConversionReport
+from .reading import read_checkpoint
+from .rules import CLASS_TOKEN, PARTS, POSITION_TABLE, Rule, RuleTable, rename_parts
 
 logger = logging.getLogger(__name__)
 
@@ -73,29 +30,23 @@ _UNUSED_PARTS = {
     "dist_token": "the branch has no distillation token",
     "reg_token": "the branch has no register tokens",
     "mask_token": "only used in masked pretraining",
-    "norm": "branches have no final norm",
-    "fc_norm": "branches have no final norm",
     "attn_pool": "branches have no pooling",
-    "layernorm": "branches have no final norm",
-    "post_layernorm": "branches have no final norm",
-    "ln_post": "branches have no final norm",
     "proj": "branches have no projection to the space of texts",
-    "head": "branches have no classifier",
-    "head_dist": "branches have no classifier",
-    "classifier": "branches have no classifier",
+    **dict.fromkeys(("norm", "fc_norm", "layernorm", "post_layernorm", "ln_post"), "branches have no final norm"),
+    **dict.fromkeys(("head", "head_dist", "classifier"), "branches have no classifier"),
 }
 _INDEX = "relative_position_index"
 _LAYER_SCALES = ("ls1.gamma", "ls2.gamma")
 _POSITION_TABLE = "relative_position_bias_table"
 # BEiT files from pretraining have one table for all blocks
 _SHARED_TABLE = f"rel_pos_bias.{_POSITION_TABLE}"
-# Where libraries hold the network, and where the published models do
-_HOLDERS = {"convnext.": "convnext_model.", "vision_model.": "clip_model.", "trunk.": ""}
 # The image side of a model of images and texts: transformers' and open_clip's
 _IMAGE_TOWERS = ("vision_model.", "visual.")
+# Where libraries and the published models hold the network
+_HOLDERS = (*_IMAGE_TOWERS, "trunk.", "convnext.", "convnext_model.", "clip_model.")
 _OPEN_CLIP = (
-    Rule("pos_embed", "positional_embedding", Change.POSITION_TABLE),
-    Rule("cls_token", "class_embedding", Change.CLASS_TOKEN),
+    Rule("pos_embed", "positional_embedding", POSITION_TABLE),
+    Rule("cls_token", "class_embedding", CLASS_TOKEN),
     *rename_parts(
         ("patch_embed.proj.weight", "conv1.weight"),
         ("norm_pre.*", "ln_pre.*"),
@@ -107,6 +58,18 @@ _OPEN_CLIP = (
         ("blocks.*.mlp.fc1.*", "transformer.resblocks.*.mlp.c_fc.*"),
         ("blocks.*.mlp.fc2.*", "transformer.resblocks.*.mlp.c_proj.*"),
     ),
+)
+
+
+def _without_holder(name: str) -> str:
+    for prefix in _HOLDERS:
+        name = name.removeprefix(prefix)
+    return name
+
+
+_TABLES = tuple(
+    RuleTable(replace(rule, published=_without_holder(rule.published)) for rule in rules)
+    for rules in (*BRANCH_CLASSES.values(), _OPEN_CLIP)
 )
 
 
@@ -147,70 +110,85 @@ def _head(model: PIIP | PIIPClassifier, number: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_branch(
-    branch: Branch,
-    source: str,
-    *,
-    head: Mapping[str, Tensor] | None = None,
-    device: torch.device | str = "cpu",
-    allow_incomplete: bool = False,
-) -> ConversionReport:
-    """Loads pretrained weights into one branch, a tensor at a time: nothing large is in memory twice.
+def load_branch(branch: Branch, source: str, *, head: Mapping[str, Tensor] | None = None) -> ConversionReport:
+    """Loads pretrained weights into one branch.
 
     Args:
-        branch: Any branch. One that was built on the meta device gets its memory here, and never any random weights.
+        branch: Any branch.
         source: `timm:NAME`, `open_clip:NAME/TAG`, or a path: .pth, .safetensors or a sharded checkpoint in the
             published formats (DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT, BEiTv2, Uni-Perceiver, InternViT-6B, ConvNeXt
-            and CLIP of transformers, CLIP of open_clip) or in timm's, or .npz as AugReg publishes it.
+            and CLIP of transformers, CLIP of open_clip) or in timm's.
         head: Tensors of the branch's classifier under timm's names (norm.*, head.*); filled, too, where the source has
             them in the same shapes.
-        device: Where to put a branch that is on the meta device.
-        allow_incomplete: Go on although some keys have no explanation.
 
     Returns:
         The account of every key.
 
     Raises:
-        CheckpointError: If the source cannot be had or does not fit; also if it lacks weights that a branch from the
-            meta device needs, whatever `allow_incomplete` says.
+        CheckpointError: If the source cannot be had or does not fit; nothing is changed then.
     """
     state = read_source(source)
-    on_meta = any(parameter.is_meta for parameter in branch.parameters())
-    report = ConversionReport(source=source)
-    head = _available(head or {}, state, report)
-    plan = _plan(state, branch.model.state_dict() | head, report)
-    report.check(allow_incomplete=allow_incomplete and not (on_meta and report.missing))  # before anything is changed
-    if on_meta:
-        _materialise(branch, device)
-    target = branch.model.state_dict() | head  # shares memory with the parameters
-    for name, tensor in _fitted(state, plan, target, report):
-        if name not in report.mismatched:
-            target[name].copy_(tensor)
-    report.check(allow_incomplete=allow_incomplete)
+    head = head or {}
+    found = {name: t for name, t in head.items() if name in state and state[name].shape == t.shape}
+    target = branch.model.state_dict() | found  # shares memory with the parameters
+    fitted, report = convert_pretrained(state, target, source=source)
+    for name in (name for name in head if name not in found):
+        report.note(f"{name} keeps its initial values: the file has none of shape {tuple(head[name].shape)}")
+    report.check()
+    for name, tensor in fitted.items():
+        target[name].copy_(tensor)
     return report
 
 
-def _available(head: Mapping[str, Tensor], state: Mapping[str, Tensor], report: ConversionReport) -> dict[str, Tensor]:
-    """The tensors of a head that a source has in the same shapes; the others are noted."""
-    found = {}
-    for name, tensor in head.items():
-        shape = tuple(state[name].shape) if name in state else None
-        if shape == tuple(tensor.shape):
-            found[name] = tensor
-        else:
-            has = "no such tensor" if shape is None else f"shape {shape}"
-            report.note(f"{name} of shape {tuple(tensor.shape)} keeps its initial values: the file has {has}")
-    return found
+def read_source(source: str) -> Mapping[str, Tensor]:
+    """The state dict of a pretrained network, in the names of its publisher.
+
+    Args:
+        source: `KIND:NAME` with a kind of `_LIBRARIES`, or a path; see `load_branch`.
+
+    Raises:
+        CheckpointError: If it cannot be had.
+    """
+    kind, colon, name = source.partition(":")
+    if not colon or kind not in _LIBRARIES:
+        return read_checkpoint(source).state
+    fetch = _LIBRARIES[kind](name)
+    try:
+        return fetch()
+    except Exception as error:  # the hub client raises its own, httpx's and OSErrors, depending on what fails
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"the weights {source} could not be downloaded ({reason[0]}). Without internet access, set "
+            "BranchConfig.pretrained to the path of a local file, or to null to start from random weights"
+        ) from error
 
 
-def _materialise(branch: Branch, device: torch.device | str) -> None:
-    """Gives a branch memory, and those of its tensors that no file holds their values."""
-    branch.to_empty(device=device)
-    for module in branch.modules():
-        if isinstance(module, LayerScale):
-            module.reset_parameters()
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+_Fetch = Callable[[], Mapping[str, Tensor]]
+
+
+def _from_timm(name: str) -> _Fetch:
+    if not timm.is_model(name.split(".")[0]):
+        raise CheckpointError(f"timm has no model {name!r}; timm.list_models(pretrained=True) lists them")
+    return lambda: timm.create_model(name, pretrained=True).state_dict()
+
+
+def _from_open_clip(name: str) -> _Fetch:
+    try:
+        import open_clip
+    except ImportError:
+        raise CheckpointError(
+            f"open_clip:{name} needs the package open_clip_torch: pip install open_clip_torch"
+        ) from None
+    model, _, tag = name.partition("/")
+    if (model, tag) not in open_clip.list_pretrained():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        hint = f"tags of {model} are {tags}" if tags else "expected open_clip:NAME/TAG from open_clip.list_pretrained()"
+        raise CheckpointError(f"open_clip has no weights {name!r}; {hint}")
+    return lambda: open_clip.create_model(model, pretrained=tag).visual.state_dict()
+
+
+# Checks a name and says how its weights are downloaded. What else is fetched by name goes in here
+_LIBRARIES: Mapping[str, Callable[[str], _Fetch]] = {"timm": _from_timm, "open_clip": _from_open_clip}
 
 
 def convert_pretrained(
@@ -231,93 +209,54 @@ def convert_pretrained(
         What `state` provides of `target`, and the account; call its `check`.
     """
     report = ConversionReport(source=source)
-    plan = _plan(state, target, report)
-    return dict(_fitted(state, plan, target, report)), report
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor of the source goes: our names, and the part of them it is if they are joined from parts."""
-
-    names: tuple[str, ...]
-    part: int | None = None
-
-
-def _plan(keys: Collection[str], target: Mapping[str, Tensor], report: ConversionReport) -> dict[str, _Place]:
-    """Where each key goes; fills in the account as far as names tell."""
-    tables = [RuleTable(rules) for rules in (*BRANCH_CLASSES.values(), _OPEN_CLIP)]
-    tower = next((prefix for prefix in _IMAGE_TOWERS if any(key.startswith(prefix) for key in keys)), "")
-    plan: dict[str, _Place] = {}
-    for key in keys:
+    tower = next((prefix for prefix in _IMAGE_TOWERS if any(key.startswith(prefix) for key in state)), "")
+    converted: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = {}
+    for key in state:
         if not key.startswith(tower):
             report.ignored[key] = "belongs to the text side"
             continue
-        candidates = list(_candidates(key, tables))
+        candidates = list(_candidates(key))
         name, part = next((found for found in candidates if found[0] in target), (None, None))
-        unused = (_UNUSED_PARTS.get(found.split(".")[0]) for found, _ in candidates)
-        if name is not None:
-            plan[key] = _Place((name,), part)
-        elif key == _SHARED_TABLE:
-            plan[key] = _Place(tuple(name for name in target if name.endswith(_POSITION_TABLE)))
-        elif key.split(".")[-1] == _INDEX:
-            report.ignored[key] = "follows from the window"
-        elif (reason := next(filter(None, unused), None)) is not None:
-            report.ignored[key] = reason
+        names = [name] if name is not None else []
+        if key == _SHARED_TABLE and not names:
+            names = [name for name in target if name.endswith(_POSITION_TABLE)]
+        if not names:
+            _explain(key, candidates, report)
+            continue
+        report.used[key] = ", ".join(names)
+        if part is None:
+            converted |= {name: _fit(name, state[key], target[name], report) for name in names}
         else:
-            report.unexplained.append(key)
-    report.used |= {key: ", ".join(place.names) for key, place in plan.items()}
-    provided = _provided(plan)
-    _fill_layer_scales(provided, target, report)
-    report.missing = [name for name in target if name not in provided and name not in report.filled]
-    return plan
+            parts.setdefault(name, {})[part] = state[key]
+    for name, found in parts.items():
+        if len(found) == PARTS:
+            joined = torch.cat([found[i] for i in range(PARTS)])
+            converted[name] = _fit(name, joined, target[name], report)
+    _fill_layer_scales(converted, target, report)
+    report.missing = [name for name in target if name not in converted and name not in report.filled]
+    return converted, report
 
 
-def _provided(plan: Mapping[str, _Place]) -> set[str]:
-    """Our names that a plan gives a value, all parts of it."""
-    parts = Counter(name for place in plan.values() if place.part is not None for name in place.names)
-    return {name for place in plan.values() for name in place.names if parts.get(name, PARTS) == PARTS}
-
-
-def _candidates(key: str, tables: list[RuleTable]) -> Iterator[tuple[str, int | None]]:
-    """Our possible names for a key: its own, and those of each published class; with the part of it that it is."""
-    bare, published = _without_holder(key.removeprefix("visual."))
-    yield key, None
+def _candidates(key: str) -> Iterator[tuple[str, int | None]]:
+    """Our possible names for a key, by every published class; with the part of the tensor that it is."""
+    bare = _without_holder(key)
     yield bare, None
-    for text in dict.fromkeys((key, published, bare, *(holder + bare for holder in _HOLDERS.values()))):
-        for table in tables:
-            found = table.to_ours(text)
-            if found is not None:
-                yield found[0], found[1].part
+    for table in _TABLES:
+        found = table.to_ours(bare)
+        if found is not None:
+            yield found[0], found[1].part
 
 
-def _without_holder(key: str) -> tuple[str, str]:
-    """A key without the prefix under which a library holds the network, and as the published models call it."""
-    for holder, published in _HOLDERS.items():
-        if key.startswith(holder):
-            bare = key.removeprefix(holder)
-            return bare, published + bare
-    return key, key
-
-
-def _fitted(
-    state: Mapping[str, Tensor],
-    plan: Mapping[str, _Place],
-    target: Mapping[str, Tensor],
-    report: ConversionReport,
-) -> Iterator[tuple[str, Tensor]]:
-    parts: dict[str, dict[int, Tensor]] = {}
-    for key, place in plan.items():
-        tensor = state[key].float()
-        if place.part is not None:
-            (name,) = place.names
-            found = parts.setdefault(name, {})
-            found[place.part] = tensor
-            if len(found) < PARTS:
-                continue
-            tensor = torch.cat([found[i] for i in range(PARTS)])
-            del parts[name]
-        for name in place.names:
-            yield name, _fit(name, tensor, target[name], report)
+def _explain(key: str, candidates: list[tuple[str, int | None]], report: ConversionReport) -> None:
+    """Says why a key is not needed, if anybody knows."""
+    reasons = [_UNUSED_PARTS.get(name.split(".")[0]) for name, _ in candidates]
+    reasons.append("follows from the window" if key.split(".")[-1] == _INDEX else None)
+    reason = next(filter(None, reasons), None)
+    if reason is None:
+        report.unexplained.append(key)
+    else:
+        report.ignored[key] = reason
 
 
 def _fit(name: str, tensor: Tensor, target: Tensor, report: ConversionReport) -> Tensor:
@@ -330,9 +269,8 @@ def _fit(name: str, tensor: Tensor, target: Tensor, report: ConversionReport) ->
     elif name == "patch_embed.proj.weight" and tensor.shape[-2:] != target.shape[-2:]:
         size = tuple(target.shape[-2:])
         report.note(f"patch kernel resized from {tuple(tensor.shape[-2:])} to {size}")
-        tensor = F.interpolate(tensor, size=size, mode="bicubic", align_corners=False)
-    if tensor.shape != target.shape:
-        report.mismatched[name] = f"shape {tuple(tensor.shape)} in the file, {tuple(target.shape)} in the branch"
+        tensor = F.interpolate(tensor.float(), size=size, mode="bicubic", align_corners=False)
+    report.compare(name, tensor.shape, target.shape)
     return tensor
 
 
@@ -347,7 +285,7 @@ def _fit_positions(table: Tensor, entries: int, report: ConversionReport) -> Ten
     old, new = _side(table.shape[1] - have), _side(entries - keep)
     if old != new:
         report.note(f"position grid resized from {old} x {old} to {new} x {new}")
-    grid = resample_abs_pos_embed(table[:, have:], (new, new), (old, old), num_prefix_tokens=0, antialias=False)
+    grid = resample_abs_pos_embed(table[:, have:].float(), (new, new), (old, old), num_prefix_tokens=0, antialias=False)
     return torch.cat((table[:, :keep], grid), dim=1)
 
 
@@ -380,3 +318,36 @@ def _fill_layer_scales(provided: Collection[str], target: Mapping[str, Tensor], 
     scales = [name for name in target if name.endswith(_LAYER_SCALES)]
     if not any(name in provided for name in scales):
         report.filled |= dict.fromkeys(scales, "the file has no layer scale: it keeps its initial value")
+
+
+def resize_relative_positions(table: Tensor, side: int) -> Tensor:
+    """Resizes a table (N ** 2, heads) to (side ** 2, heads) as BEiT does: cubic splines, denser near distance 0.
+
+    The rows of the old table are taken as samples at distances that grow geometrically, 0, 1, 1 + q, 1 + q + q^2, ...,
+    with the ratio q for which the outermost one reaches the outermost of the new table. timm's resizes linearly.
+    """
+    # Imported here: nothing else in this package needs SciPy
+    from scipy.interpolate import RectBivariateSpline
+
+    old = round(table.shape[0] ** 0.5)
+    sources = _distances(old, side)
+    wanted = np.arange(-(side // 2), side // 2 + 1)
+    values = table.double().cpu().numpy().reshape(old, old, -1)
+    resized = [
+        RectBivariateSpline(sources, sources, values[..., head])(wanted, wanted) for head in range(values.shape[-1])
+    ]
+    return torch.from_numpy(np.stack(resized, axis=-1)).reshape(side * side, -1).to(table.device, torch.float32)
+
+
+def _distances(old: int, new: int) -> np.ndarray:
+    """Where the entries of an axis of the old table lie on the axis of the new one."""
+    half = old // 2
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:  # the published tolerance: the result depends on it in the sixth digit
+        ratio = (low + high) / 2
+        if sum(ratio**k for k in range(half)) > new // 2:
+            high = ratio
+        else:
+            low = ratio
+    positive = np.cumsum(ratio ** np.arange(half))
+    return np.concatenate((-positive[::-1], [0.0], positive))

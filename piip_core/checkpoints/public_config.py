@@ -1,145 +1,85 @@
-"""Configurations in the public field names (the `backbone=dict(...)` of published configs) to our `PIIPConfig`."""
+"""Vision towers in the public field names (`backbone=dict(...)` of published configs) to our `PIIPConfig`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from ..config import ClassifierConfig, InteractionConfig, MergingConfig, PIIPConfig
+from ..branches import ConvNeXtConfig, NetworkConfig, ViTConfig
+from ..config import BranchConfig, InteractionConfig, PIIPConfig
 from ..errors import CheckpointError, NotSupportedYet
-from .branch_names import branch_class_of
-from .public_branches import Shapes, branch_from_public, check_fields, num_blocks
+from .branch_names import branch_classes_of, branch_prefix
 
-__all__ = ["PublishedModel", "branch_shapes", "classifier_from_public", "config_from_public"]
+Shapes = Mapping[str, Sequence[int]]
+Settings = Mapping[str, Any]
+Reader = Callable[[Settings, Shapes], tuple[NetworkConfig, dict[str, Any]]]
+"""Makes a network and further fields of `BranchConfig` of a branch's settings and the shapes of its parameters."""
 
+_BRANCH = re.compile(r"branch\d+")
 # Fields without influence on what the network computes in evaluation, or on its parameters
 _RUNTIME_FIELDS = {"type", "cal_flops", "output_dtype", "model_cls", "unfreeze", "use_branch_merging"}
 _TOP_FIELDS = {"n_points", "deform_num_heads", "with_cffn", "cffn_ratio", "deform_ratio", "is_dino", "norm_layer"}
 _TOP_FIELDS |= {"interaction_proj", "interact_attn_type", "interaction_drop_path_rate", "with_simple_fpn"}
 _TOP_FIELDS |= {"out_interaction_indexes"}
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """A published backbone or classifier: our configuration of it and the naming classes of its branches."""
-
-    config: PIIPConfig | ClassifierConfig
-    branch_classes: tuple[str, ...]
+BRANCH_FIELDS = {"type", "pretrained", "with_cp", "cal_flops", "output_dtype", "layerscale_force_fp32"}
+BRANCH_FIELDS |= {"with_fpn", "pretrain_patch_size", "img_size", "use_simple_fpn", "out_indices"}
+BRANCH_FIELDS |= {"real_size", "interaction_indexes", "drop_path_rate"}
 
 
 def config_from_public(
-    public: Mapping[str, Any],
-    state_shapes: Shapes,
-    *,
-    merging: bool = True,
-    classifies: bool = False,
-    branch4_built_from: str | None = None,
-) -> PublishedModel:
-    """Reads a published configuration.
+    public: Settings, state_shapes: Shapes, readers: Mapping[str, Reader] | None = None
+) -> PIIPConfig:
+    """Reads a published configuration of several branches, without merging.
 
     The family of a branch comes from the parameters it has, since the public one hides in a file name.
 
     Args:
-        public: Fields of the public backbone class: `branch1`, `branch2`, ..., `n_points` and so on; for a
-            single-branch baseline the fields of the branch itself.
+        public: Fields of the public backbone class: `branch1`, `branch2`, ..., `n_points` and so on. `clip_config` of a
+            branch may hold what transformers' configuration of a CLIP says, of which public settings only give the
+            name.
         state_shapes: Shapes of the published state dict below the backbone.
-        merging: Whether merging and feature pyramid belong to it; not so in multimodal models.
-        classifies: Whether it belongs to a classifier, whose branches may keep their class tokens.
-        branch4_built_from: "branch3 config" if Branch 4 takes all but `real_size` and `interaction_indexes` from
-            Branch 3 (what the public class does), "branch4 config" if not. None decides by the shapes.
+        readers: By published class of the branch; None for those that multimodal models have.
 
     Raises:
         NotSupportedYet: For families, fields or values that our configuration cannot express.
         CheckpointError: If the parameters do not belong to such a configuration.
     """
-    numbers = sorted(int(key.removeprefix("branch")) for key in public if _is_branch(key))
-    if not numbers:
-        return _single_branch(public, state_shapes)
-    if numbers != list(range(1, len(numbers) + 1)):
-        raise CheckpointError(f"branches {numbers}: expected branch1 to branch{len(numbers)}")
-    check_fields({key for key in public if not _is_branch(key)}, _TOP_FIELDS | _RUNTIME_FIELDS)
-    shapes = {number: branch_shapes(state_shapes, number) for number in numbers}
-    classes = {number: branch_class_of(list(shapes[number])) for number in numbers}
-    settings = {number: dict(public[f"branch{number}"]) for number in numbers}
-    if len(numbers) == 4:
-        settings[4] = _fourth_branch(settings[3], settings[4], shapes[4], branch4_built_from)
-    branches = tuple(
-        branch_from_public(settings[n], classes[n], shapes[n], multi=True, classifies=classifies) for n in numbers
+    readers = READERS if readers is None else readers
+    numbers = sorted(int(key.removeprefix("branch")) for key in public if _BRANCH.fullmatch(key))
+    if len(numbers) < 2 or numbers != list(range(1, len(numbers) + 1)):
+        raise CheckpointError(f"branches {numbers}: expected branch1 to branchN of at least two")
+    check_fields([key for key in public if not _BRANCH.fullmatch(key)], _TOP_FIELDS | _RUNTIME_FIELDS)
+    branches = []
+    for number, branch_class in zip(numbers, branch_classes_of(state_shapes, len(numbers)), strict=True):
+        settings, prefix = public[f"branch{number}"], branch_prefix(number, len(numbers))
+        shapes = {key.removeprefix(prefix): s for key, s in state_shapes.items() if key.startswith(prefix)}
+        if branch_class not in readers:
+            raise NotSupportedYet(f"branches of the published class {branch_class} here")
+        network, options = readers[branch_class](settings, shapes)
+        branches.append(branch_of(network, settings, segments=settings["interaction_indexes"], **options))
+    interaction = _interaction(public, len(public["branch1"]["interaction_indexes"]))
+    return PIIPConfig(branches=tuple(branches), interaction=interaction, merging=None)
+
+
+def branch_of(
+    network: NetworkConfig, settings: Settings, *, segments: Sequence[Sequence[int]] | None, **options: Any
+) -> BranchConfig:
+    """A branch with the settings that all published classes have."""
+    return BranchConfig(
+        network=network,
+        image_size=settings["real_size" if "real_size" in settings else "img_size"],
+        segments=None if segments is None else tuple(map(tuple, segments)),
+        drop_path_rate=settings.get("drop_path_rate", 0.0),
+        **options,
     )
-    config = PIIPConfig(
-        branches=branches,
-        interaction=_interaction(public, len(public["branch1"]["interaction_indexes"])),
-        merging=_merging(public) if merging else None,
-    )
-    return PublishedModel(config, tuple(classes.values()))
 
 
-def classifier_from_public(public: Mapping[str, Any], state_shapes: Shapes) -> PublishedModel:
-    """Reads the configuration of a published classifier; arguments and errors are those of `config_from_public`."""
-    fields = dict(public)
-    separate = fields.pop("separate_head", False)
-    backbone = config_from_public(fields, state_shapes, merging=False, classifies=True)
-    classifier = state_shapes["branch1.head.bias" if separate else "cls_head.bias"]
-    config = ClassifierConfig(
-        pyramid=backbone.config,
-        num_classes=classifier[0],
-        head="separate" if separate else "merged",
-        pooling="first_patch" if separate else "average",
-    )
-    return PublishedModel(config, backbone.branch_classes)
-
-
-def branch_shapes(shapes: Shapes, number: int | None) -> dict[str, tuple[int, ...]]:
-    """What is below a branch of a published backbone; all of it for a single-branch one (`number` None)."""
-    prefix = "" if number is None else f"branch{number}."
-    found = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
-    if not found:
-        raise CheckpointError(
-            f"no parameter starts with {prefix!r}: the file has fewer branches than the configuration"
-        )
-    return found
-
-
-def _is_branch(key: str) -> bool:
-    return key.startswith("branch") and key.removeprefix("branch").isdigit()
-
-
-def _single_branch(public: Mapping[str, Any], shapes: Shapes) -> PublishedModel:
-    branch_class = branch_class_of(list(shapes))
-    settings = {"real_size": public.get("img_size", public.get("pretrain_img_size", 224)), **public}
-    branch = branch_from_public(settings, branch_class, shapes, multi=False)
-    last = branch.network.depth - 1
-    if branch_class == "convnext":
-        merging = MergingConfig(kind="single", out_blocks=branch.network.last_blocks())
-    elif public.get("use_simple_fpn", True) and public.get("with_fpn", True):
-        if public.get("out_indices", [last])[-1] != last:
-            raise NotSupportedYet("a single-branch feature pyramid not made from the last block")
-        merging = MergingConfig(kind="single", pyramid_norm="layer")
-    else:
-        raise NotSupportedYet("a single-branch feature pyramid not made from the last block")
-    config = PIIPConfig(branches=(branch,), interaction=InteractionConfig(num_interactions=0), merging=merging)
-    return PublishedModel(config, (branch_class,))
-
-
-def _fourth_branch(
-    third: dict[str, Any], fourth: dict[str, Any], shapes: Shapes, built_from: str | None
-) -> dict[str, Any]:
-    as_released = {**third, **{key: fourth[key] for key in ("real_size", "interaction_indexes")}}
-    candidates = {"branch4 config": fourth, "branch3 config": as_released}
-    if built_from is not None:
-        if built_from not in candidates:
-            raise NotSupportedYet(f"branch4_built_from={built_from!r}")
-        return candidates[built_from]
-    fitting = [settings for settings in candidates.values() if _fits(settings, shapes)]
-    if not fitting:
-        raise CheckpointError("the shapes of branch4 fit neither its own settings nor those of branch3")
-    return fitting[0]
-
-
-def _fits(settings: Mapping[str, Any], shapes: Shapes) -> bool:
-    width = shapes["patch_embed.proj.weight"][0]
-    return (width, num_blocks(shapes)) == (settings["embed_dim"], settings["depth"])
+def check_fields(fields: Collection[str], known: Collection[str]) -> None:
+    """Raises NotSupportedYet for fields that are not known."""
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise NotSupportedYet(f"public configuration field {', '.join(unknown)}")
 
 
 def _interaction(public: Mapping[str, Any], count: int) -> InteractionConfig:
@@ -164,11 +104,54 @@ def _interaction(public: Mapping[str, Any], count: int) -> InteractionConfig:
     )
 
 
-def _merging(public: Mapping[str, Any]) -> MergingConfig:
-    is_dino = public.get("is_dino", False)
-    strides = (8, 16, 32) if is_dino else (4, 8, 16, 32)
-    if public.get("with_simple_fpn", True):
-        return MergingConfig(out_strides=strides)
-    if is_dino:
-        raise NotSupportedYet("is_dino together with with_simple_fpn=False")
-    return MergingConfig(kind="regular", intermediate_after=tuple(public.get("out_interaction_indexes", ())))
+def _read_convnext(settings: Settings, shapes: Shapes) -> tuple[ConvNeXtConfig, dict[str, Any]]:
+    check_fields(settings, BRANCH_FIELDS | {"downsample_ratios", "model_type"})
+    scales: dict[int, list[int]] = {}
+    for key, shape in shapes.items():
+        match key.split("."):
+            case ["convnext_model", "stages", stage, "blocks", _, "weight"]:
+                scales.setdefault(int(stage), []).append(shape[0])
+    return convnext_of_stages(settings, scales), {"drop_path_schedule": "linear"}
+
+
+def convnext_of_stages(settings: Settings, scales: Mapping[int, Sequence[int]]) -> ConvNeXtConfig:
+    """From the widths of the layer scales in each stage."""
+    stages = [scales[stage] for stage in sorted(scales)]
+    network = ConvNeXtConfig(depths=tuple(map(len, stages)), stage_dims=tuple(dims[0] for dims in stages))
+    ratios = settings.get("downsample_ratios")
+    if ratios is not None and tuple(ratios) != network.strides:
+        raise NotSupportedYet(f"downsample_ratios={list(ratios)}")
+    return network
+
+
+def _read_clip(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
+    """Sizes that shapes do not tell are those of every released CLIP, unless `clip_config` has others."""
+    own = {"model_type", "clip_config", "use_cls_token", "pretrain_patch_size", "patch_size"}
+    check_fields(settings, BRANCH_FIELDS | own)
+    details = settings.get("clip_config", {})
+    width, _, _, patch_size = shapes["clip_model.embeddings.patch_embedding.weight"]
+    hidden = shapes["clip_model.encoder.layers.0.mlp.fc1.weight"][0]
+    class_token = settings.get("use_cls_token", False)
+    network = ViTConfig(
+        embed_dim=width,
+        depth=len({key.split(".")[3] for key in shapes if key.startswith("clip_model.encoder.layers.")}),
+        num_heads=details.get("num_attention_heads", width // 64),
+        mlp_ratio=hidden / width,
+        patch_size=patch_size,
+        pos_grid=round((shapes["clip_model.embeddings.position_embedding.weight"][0] - 1) ** 0.5),
+        layer_scale=None,
+        norm_eps=details.get("layer_norm_eps", 1e-5),
+        activation=details.get("hidden_act", "quick_gelu"),
+        pre_norm=True,
+        class_token=class_token,
+        class_position=class_token,
+    )
+    return network, {}
+
+
+READERS: Mapping[str, Reader] = {
+    "clip": _read_clip,
+    "convnext_timm": _read_convnext,
+    "convnext_timm_mlp": _read_convnext,
+}
+"""By published class, as in `BRANCH_CLASSES`: the classes of multimodal models."""

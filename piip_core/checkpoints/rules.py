@@ -1,71 +1,61 @@
-"""Rename rules between two naming schemes, each usable in both directions."""
+"""Correspondences of names between our models and published ones, each written once and used in both directions."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["PARTS", "Change", "Rule", "RuleTable", "rename_parts"]
-
 PARTS = 3  # queries, keys and values
 
 
-class Change(Enum):
-    """What besides the name differs between our tensor and the published one."""
+@dataclass(frozen=True)
+class Change:
+    """What besides the name differs between our tensor and the published one.
 
-    NONE = "nothing"
-    POSITION_SLOT = (
-        "entry 0 of the published position table is for a class token that the network does not have, or gives no "
-        "position: dropped here, zeros on the way back"
-    )
-    POSITION_TABLE = "the published position table has no batch axis"
-    POSITION_TABLE_SLOT = (
-        "the published position table has no batch axis, and entry 0 is for a class token that the network does not "
-        "have: dropped here, zeros on the way back"
-    )
-    POINTWISE_KERNEL = "a linear there is a convolution of one position here"
-    CLASS_TOKEN = "the published class token has no batch and sequence axes"
-    SCALAR = "one vector here is a scalar per branch there"
+    Attributes:
+        note: What it is, for the account.
+        to_ours: Makes our tensor of the published one.
+        to_published: Undoes that; what it dropped comes back as zeros.
+    """
 
-    def to_ours(self, tensor: Tensor) -> Tensor:
-        """Makes our tensor of the published one."""
-        match self:
-            case Change.POSITION_SLOT:
-                return tensor[:, 1:].clone()
-            case Change.POSITION_TABLE:
-                return tensor[None]
-            case Change.POSITION_TABLE_SLOT:
-                return tensor[None, 1:].clone()
-            case Change.POINTWISE_KERNEL:
-                return tensor[..., None, None]
-            case Change.CLASS_TOKEN:
-                return tensor[None, None]
-            case Change.SCALAR:
-                return tensor.reshape(1)
-        return tensor
+    note: str
+    to_ours: Callable[[Tensor], Tensor]
+    to_published: Callable[[Tensor], Tensor]
 
-    def to_published(self, tensor: Tensor) -> Tensor:
-        """Undoes `to_ours`; what it dropped comes back as zeros."""
-        match self:
-            case Change.POSITION_SLOT:
-                return torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
-            case Change.POSITION_TABLE:
-                return tensor[0]
-            case Change.POSITION_TABLE_SLOT:
-                return torch.cat((torch.zeros_like(tensor[0, :1]), tensor[0]))
-            case Change.POINTWISE_KERNEL:
-                return tensor[..., 0, 0]
-            case Change.CLASS_TOKEN:
-                return tensor[0, 0]
-            case Change.SCALAR:
-                return tensor.reshape(())
-        return tensor
+
+SAME = Change("", lambda tensor: tensor, lambda tensor: tensor)
+POSITION_SLOT = Change(
+    "entry 0 of the published position table is for a class token that the network does not have, or gives no "
+    "position: dropped here, zeros on the way back",
+    lambda tensor: tensor[:, 1:].clone(),
+    lambda tensor: torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1),
+)
+POSITION_TABLE = Change(
+    "the published position table has no batch axis", lambda tensor: tensor[None], lambda tensor: tensor[0]
+)
+POSITION_TABLE_SLOT = Change(
+    f"{POSITION_TABLE.note}, and {POSITION_SLOT.note}",
+    lambda tensor: POSITION_SLOT.to_ours(tensor[None]),
+    lambda tensor: POSITION_SLOT.to_published(tensor)[0],
+)
+POINTWISE_KERNEL = Change(
+    "a linear there is a convolution of one position here",
+    lambda tensor: tensor[..., None, None],
+    lambda tensor: tensor[..., 0, 0],
+)
+CLASS_TOKEN = Change(
+    "the published class token has no batch and sequence axes",
+    lambda tensor: tensor[None, None],
+    lambda tensor: tensor[0, 0],
+)
+SCALAR = Change(
+    "one vector here is a scalar per branch there", lambda tensor: tensor.reshape(1), lambda tensor: tensor.reshape(())
+)
 
 
 @dataclass(frozen=True)
@@ -83,13 +73,9 @@ class Rule:
 
     ours: str
     published: str
-    change: Change = Change.NONE
+    change: Change = SAME
     part: int | None = None
     parts: int = PARTS
-
-    def __post_init__(self) -> None:
-        if self.ours.count("*") != self.published.count("*"):
-            raise ValueError(f"rule {self.ours!r} <-> {self.published!r}: expected the same number of * on both sides")
 
     def prefixed(self, ours: str, published: str) -> Rule:
         """The same rule below a prefix on either side."""
@@ -138,12 +124,11 @@ class RuleTable:
         """Our name for a published one and the rule that gave it, or None."""
         return next(((name, rule) for rule in self.rules if (name := rule.to_ours(published)) is not None), None)
 
-    def to_published(self, ours: str) -> tuple[str, Rule] | None:
-        """The published name for one of ours and the rule that gave it, or None; of several parts the first."""
-        return next(((name, rule) for rule in self.rules if (name := rule.to_published(ours)) is not None), None)
+    def to_published(self, ours: str) -> list[tuple[str, Rule]]:
+        """The published name for one of ours and the rule that gave it; several of a tensor that is published in parts.
 
-    def all_published(self, ours: str) -> list[tuple[str, Rule]]:
-        """As `to_published`, with all parts of a tensor that is published in parts; empty for an unknown name."""
+        Empty for an unknown name.
+        """
         found = ((name, rule) for rule in self.rules if (name := rule.to_published(ours)) is not None)
         return [(name, rule) for i, (name, rule) in enumerate(found) if i == 0 or rule.part is not None]
 

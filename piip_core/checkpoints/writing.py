@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..files import atomic_path, write_atomically
-from .lazy import LazyState
-from .read import INDEX_SUFFIX, read_index
-from .single import CHECKSUM, DESCRIPTION, checksum
-
-__all__ = ["write_checkpoint"]
+from .formats import DESCRIPTION, LazyState
+from .reading import INDEX_SUFFIX, read_index
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face's libraries
-# Writing this much takes long enough to want a progress bar
-_LARGE_BYTES = 10**9
 # Shards are named so, or with the second ending where the files being replaced are named so
 _ENDINGS = ("", "-b")
 
@@ -38,6 +33,8 @@ def write_checkpoint(
 ) -> Path:
     """Writes a state dict; what existed is replaced only once the new one is complete.
 
+    Shards are planned by huggingface_hub; its own writer deletes the old ones first and holds all tensors in memory.
+
     Args:
         path: Target; ".safetensors" for that format, anything else for a PyTorch file, always a single one.
         state: The tensors. Of a lazy state, no more than one shard of a .safetensors is in memory at a time.
@@ -50,70 +47,43 @@ def write_checkpoint(
         What to read: `path`, or the index.
 
     Raises:
-        CheckpointError: If `path` is a folder, or `max_shard_bytes` less than 1.
+        CheckpointError: If `path` is a folder.
     """
     path, lazy = Path(path), LazyState.of(state)
-    if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: expected at least 1")
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; expected the name of a file to write, such as model.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
+    described = {DESCRIPTION: dict(description)} if description else {}
     if path.suffix != ".safetensors":
-        _write_torch(path, lazy, wrapper, description)
+        tensors = {key: tensor.detach().contiguous() for key, tensor in lazy.items()}
+        with write_atomically(path) as file:
+            torch.save({wrapper: tensors} | described, file)
         return path
-    old_index = path.with_name(path.name + INDEX_SUFFIX)
-    old_shards = _shards_of(old_index)
-    plan = _plan(lazy, max_shard_bytes)
-    if len(plan) > 1:
-        written = _write_shards(path, lazy, plan, description, old_shards)
+    index = path.with_name(path.name + INDEX_SUFFIX)
+    old_shards = _shards_of(index)
+    plan = _plan(path, lazy, max_shard_bytes, old_shards)
+    if plan.is_sharded:
+        _write_shards(path, index, lazy, plan, described)
+        written = set(plan.filename_to_tensors)
         path.unlink(missing_ok=True)
     else:
-        with atomic_path(path) as aside:
-            _save(aside, lazy, list(lazy), {DESCRIPTION: json.dumps(description)} if description else {})
+        _write_safetensors(path, lazy, list(lazy), {key: json.dumps(value) for key, value in described.items()})
         written = {path.name}
-        old_index.unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
     for name in old_shards - written:
         (path.parent / name).unlink(missing_ok=True)
-    return old_index if len(plan) > 1 else path
+    return index if plan.is_sharded else path
 
 
-def _write_torch(path: Path, state: LazyState, wrapper: str, description: Mapping[str, Any] | None) -> None:
-    content = {wrapper: {key: tensor.detach().contiguous() for key, tensor in state.items()}}
-    content |= {DESCRIPTION: dict(description)} if description else {}
-    with write_atomically(path) as file, _progress(path, state.nbytes) as bar:
-        torch.save(content, _Counting(file, bar))
-
-
-class _Counting:
-    """A file that tells a progress bar what is written to it."""
-
-    def __init__(self, file: Any, bar: tqdm) -> None:
-        self.file, self.bar = file, bar
-
-    def write(self, data: Any) -> int:
-        self.bar.update(memoryview(data).nbytes)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _progress(path: Path, nbytes: int) -> tqdm:
-    disable = None if nbytes >= _LARGE_BYTES else True  # None: shown on terminals
-    return tqdm(total=nbytes, desc=path.name, unit="B", unit_scale=True, disable=disable)
-
-
-def _plan(state: LazyState, max_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each shard, in order; as many in one as its size allows."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for key, entry in state.entries.items():
-        if shards[-1] and size + entry.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(key)
-        size += entry.nbytes
-    return shards
+def _plan(path: Path, state: LazyState, max_bytes: int, old_shards: set[str]) -> StateDictSplit:
+    """Which tensors go into which file; none has the name of an old shard, which stays until the new index is there."""
+    shapes = {key: torch.empty(e.shape, dtype=e.dtype, device="meta") for key, e in state.entries.items()}
+    for ending in _ENDINGS:
+        pattern = f"{path.stem}{{suffix}}{ending}.safetensors"
+        plan = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=max_bytes)
+        if not old_shards & plan.filename_to_tensors.keys():
+            break
+    return plan
 
 
 def _shards_of(index: Path) -> set[str]:
@@ -125,34 +95,23 @@ def _shards_of(index: Path) -> set[str]:
 
 
 def _write_shards(
-    path: Path, state: LazyState, plan: list[list[str]], description: Mapping[str, Any] | None, old_shards: set[str]
-) -> set[str]:
-    # Never the names of the shards that the old index lists: they stay complete until the new index replaces it
-    for ending in _ENDINGS:
-        names = [f"{path.stem}-{i:05d}-of-{len(plan):05d}{ending}.safetensors" for i in range(1, len(plan) + 1)]
-        if not old_shards & set(names):
-            break
+    path: Path, index: Path, state: LazyState, plan: StateDictSplit, described: Mapping[str, Any]
+) -> None:
     done: list[Path] = []
     try:
-        with _progress(path, state.nbytes) as bar:
-            for name, keys in zip(names, plan, strict=True):
-                with atomic_path(path.with_name(name)) as aside:
-                    _save(aside, state, keys, {})
-                done.append(path.with_name(name))
-                bar.update(sum(state.entries[key].nbytes for key in keys))
-        metadata: dict[str, Any] = {"total_size": state.nbytes}
-        metadata |= {DESCRIPTION: dict(description)} if description else {}
-        places = {key: name for name, keys in zip(names, plan, strict=True) for key in keys}
-        with write_atomically(path.with_name(path.name + INDEX_SUFFIX), "w") as file:
-            json.dump({"metadata": metadata, "weight_map": places}, file, indent=2)
+        for name, keys in plan.filename_to_tensors.items():
+            _write_safetensors(path.with_name(name), state, keys, {})
+            done.append(path.with_name(name))
+        files = {key: plan.tensor_to_filename[key] for key in state}
+        with write_atomically(index, "w") as file:
+            json.dump({"metadata": {**plan.metadata, **described}, "weight_map": files}, file, indent=2)
     except BaseException:
         for shard in done:
             shard.unlink(missing_ok=True)
         raise
-    return set(names)
 
 
-def _save(path: Path, state: LazyState, keys: list[str], metadata: Mapping[str, str]) -> None:
+def _write_safetensors(path: Path, state: LazyState, keys: Sequence[str], metadata: Mapping[str, str]) -> None:
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key in keys:
@@ -162,4 +121,5 @@ def _save(path: Path, state: LazyState, keys: list[str], metadata: Mapping[str, 
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
-    save_file(tensors, path, metadata={"format": "pt", CHECKSUM: checksum(tensors)} | dict(metadata))
+    with atomic_path(path) as aside:
+        save_file(tensors, aside, metadata={"format": "pt", **metadata})

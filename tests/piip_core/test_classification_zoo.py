@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from checkers.public_config import classifier_from_public
 from piip_core import PIIPClassifier, zoo
-from piip_core.checkpoints import classifier_from_public
 from piip_core.errors import ConfigError
 from piip_core.meta import on_meta
 from piip_tools.flops import analyze_zoo, classification_table, published_count
@@ -40,7 +40,7 @@ def test_every_released_classifier_is_there_by_its_name():
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_is_what_the_public_settings_build(name):
-    public = classifier_from_public(SETTINGS[name]["backbone"], released_shapes(name)).config
+    public = classifier_from_public(SETTINGS[name]["backbone"], released_shapes(name))
     entry = zoo.classification(name)
     ours = without_weights(entry.config)
     spread = [dataclasses.replace(b, segments=None) for b in public.pyramid.branches]  # even segments, written out

@@ -57,15 +57,6 @@ def test_there_and_back(tool, files, model, capsys):
     assert all(torch.equal(returned[key], tensor) for key, tensor in original.items())
 
 
-def test_the_backbone_alone_loads_into_the_module(tool, files, model):
-    target = str(files / "backbone.safetensors")
-    arguments = ["--config", str(files / "config.json"), "--backbone-only"]
-    assert tool.main([str(files / "released.pth"), target, *arguments]) == 0
-    fresh = DensePIIP(model.pyramid.config)
-    fresh.load_state_dict(load_file(target))
-    assert torch.equal(fresh.merging.final.weights, model.merging.final.weights)
-
-
 def test_what_a_file_lacks_is_an_error_and_nothing_is_written(tool, files, capsys):
     state = torch.load(files / "released.pth")["state_dict"]
     del state["backbone.w3"]

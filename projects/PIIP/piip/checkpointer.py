@@ -8,16 +8,25 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from piip.data import Category, DatasetError
-from piip_core.checkpoints import find_pyramid, load_pyramid, pyramid_prefix, read_checkpoint
-from piip_core.checkpoints.single import listed, load_torch_file
-from piip_core.errors import CheckpointError
+from piip.lazy import lazy_dataclass
+from piip.lazy_config import data_kind
+from piip_core.checkpoints import (
+    PublishedNames,
+    find_pyramid,
+    load_pyramid,
+    load_torch_file,
+    pyramid_prefix,
+    read_checkpoint,
+)
+from piip_core.config import ClassifierConfig
+from piip_core.errors import CheckpointError, ConfigError, listed
 from piip_core.files import write_atomically
-
-__all__ = ["RUN_STATE", "AtomicCheckpointer", "CategoryTable", "read_categories"]
 
 # One file, and the index of several, as `write_checkpoint` makes them
 _SAFETENSORS = (".safetensors", ".safetensors.index.json")
@@ -47,15 +56,12 @@ class CategoryTable:
             DatasetError: If the checkpoint was trained on other classes.
         """
         if state != self.state_dict():
+            names = [listed([entry["name"] for entry in table]) for table in (state, self.state_dict())]
             raise DatasetError(
-                f"the checkpoint was trained on {len(state)} classes ({_names(state)}), the data set has "
-                f"{len(self.categories)} ({_names(self.state_dict())}): to train on other classes, start anew with "
+                f"the checkpoint was trained on {len(state)} classes ({names[0]}), the data set has "
+                f"{len(self.categories)} ({names[1]}): to train on other classes, start anew with "
                 "train.init_checkpoint=PATH instead of --resume"
             )
-
-
-def _names(state: list[dict[str, Any]]) -> str:
-    return ", ".join(entry["name"] for entry in state[:5]) + (" ..." if len(state) > 5 else "")
 
 
 def read_categories(path: str) -> tuple[Category, ...]:
@@ -160,10 +166,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
         problems = [f"{name} is {a} in the file, {b} in the model" for name, (a, b) in wrong.items()]
         problems += [f"{name} is not in the file" for name in own if name in missing]
         if self.strict and problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
-                f"the checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Expected the configuration "
-                "and the number of classes that it was trained with"
+                f"the checkpoint does not fit the model: {listed(problems, separator='; ')}. Expected the "
+                "configuration and the number of classes that it was trained with"
             )
         for problem in problems:
             self.logger.warning("%s: %s; it stays as it was", path, problem)
@@ -185,3 +190,30 @@ def _read(path: str) -> dict[str, Any]:
     # Not mapped: on the CPU, the optimizer goes on with the tensors it is given
     content = load_torch_file(file, mmap=False)
     return content if "model" in content else {"model": content}
+
+
+def follow_published(cfg: DictConfig, weights: str) -> None:
+    """Sets `model.config` of a classifier to what the checkpoint holds, if `tools/convert_checkpoint.py` wrote it.
+
+    Configurations of other models are left alone; checkpoints of trainings do not describe the model and change
+    nothing.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+        ConfigError: If it is a classifier with other image sizes than that of `cfg`.
+    """
+    if data_kind(cfg) != "class_folders" or "config" not in cfg.model or not os.path.exists(weights):
+        return
+    given, description = instantiate(cfg.model.config), read_checkpoint(weights).description or {}
+    held = PublishedNames.from_dict(description).config if "config" in description else None
+    if not isinstance(given, ClassifierConfig) or not isinstance(held, ClassifierConfig):
+        return
+    sizes = [[branch.image_size for branch in config.pyramid.branches] for config in (held, given)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"{weights}: a classifier with images of {sizes[0]} pixels, the configuration has one with {sizes[1]}: "
+            "expected the same; give the --config-file of the checkpoint's model"
+        )
+    cfg.model.config = lazy_dataclass(held)
+    cfg.model.config.num_classes = "${data.num_classes}"
+    cfg.data.num_classes = held.num_classes

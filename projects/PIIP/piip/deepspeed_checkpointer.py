@@ -11,14 +11,11 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from piip.checkpointer import RUN_STATE, CategoryTable, read_categories
-from piip_core.checkpoints import read_checkpoint, write_checkpoint
-from piip_core.checkpoints.single import load_torch_file
+from piip_core.checkpoints import load_torch_file, read_checkpoint, write_checkpoint
 from piip_core.deepspeed_start import save_engine
 from piip_core.errors import CheckpointError, SaveError
 from piip_core.files import write_atomically
 from piip_core.training_checkpoints import OutputFolderError, RunFolder
-
-__all__ = ["DeepSpeedCheckpointer", "DeepSpeedCheckpoints", "export_checkpoint", "prepare_output", "run_folder"]
 
 # Folder of DeepSpeed's files in a checkpoint
 _TAG = "zero"
@@ -32,10 +29,6 @@ def run_folder(output_dir: str) -> RunFolder:
 
 def prepare_output(output_dir: str, *, resume: bool) -> Path | None:
     """Finds the checkpoint to go on from, and removes what a killed run left half written; all processes call it.
-
-    Args:
-        output_dir: Folder of the run.
-        resume: Go on from the last checkpoint, if there is one.
 
     Raises:
         OutputFolderError: If it holds checkpoints, and they are of a run without DeepSpeed or `resume` is not given.
@@ -75,40 +68,63 @@ def export_checkpoint(checkpoint: str | os.PathLike[str], target: str | os.PathL
     return write_checkpoint(target, read_checkpoint(checkpoint).state, description=description)
 
 
-class DeepSpeedCheckpointer:
+class DeepSpeedCheckpointer(HookBase):
     """Saves and loads `checkpoint-N`, the state after N iterations; all processes call the methods together.
 
     Such a folder holds DeepSpeed's files, one or two per process, and the state of trainer and hooks. It is written
-    aside and renamed when the last process has written its share.
+    aside and renamed when the last process has written its share. As a hook, it saves every `period` iterations and at
+    the end, where it exports the model too.
 
     Args:
         engine (deepspeed.DeepSpeedEngine): with model and optimizer.
         trainer (TrainerBase): its iteration and hooks are kept.
         output_dir (str): folder of the run.
         categories (CategoryTable): optional, kept too.
+        period (int): iterations between saves.
+        max_to_keep (int): checkpoints to keep; None keeps all.
     """
 
-    def __init__(self, engine: Any, trainer: Any, output_dir: str, categories: CategoryTable | None = None) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        trainer: Any,
+        output_dir: str,
+        categories: CategoryTable | None = None,
+        *,
+        period: int = 1,
+        max_to_keep: int | None = None,
+    ) -> None:
         self.engine, self.trainer, self.categories = engine, trainer, categories
+        self.period, self.max_to_keep = period, max_to_keep
         self.run = run_folder(output_dir)
 
-    def save(self, iterations: int, max_to_keep: int | None = None) -> Path:
-        """Writes `checkpoint-<iterations>`, and deletes the oldest ones beyond `max_to_keep`.
+    def after_step(self) -> None:
+        """Saves if the period or the training is over, and deletes the oldest checkpoints beyond `max_to_keep`.
 
         Raises:
             SaveError: If it cannot be written.
         """
+        iterations, last = self.trainer.iter + 1, self.trainer.max_iter
+        if iterations % self.period and iterations != last:
+            return
         folder = self.run.save(f"{self.run.PREFIX}{iterations}", self._write, main=comm.is_main_process())
         if comm.is_main_process():
-            self.run.keep_last(max_to_keep)
+            self.run.keep_last(self.max_to_keep)
         comm.synchronize()
-        return folder
+        if iterations == last:
+            self.export(folder)
 
     def _write(self, folder: Path) -> None:
         save_engine(self.engine, folder, _TAG)
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "categories": self.categories.state_dict() if self.categories else [],
+            "stage": int(self.engine.zero_optimization_stage()),
+            "num_processes": comm.get_world_size(),
+        }
         if comm.is_main_process():
             with write_atomically(folder / RUN_STATE) as file:
-                torch.save(self._state(), file)
+                torch.save(state, file)
 
     def load(self, folder: Path) -> None:
         """Goes on from a complete checkpoint.
@@ -125,16 +141,7 @@ class DeepSpeedCheckpointer:
         self.trainer.load_state_dict(state["trainer"])
 
     def export(self, checkpoint: Path) -> Path:
-        """Writes the weights of a checkpoint to `model_final.safetensors`; above 5 GB, to shards and an index.
-
-        The first process reads the files of all.
-
-        Returns:
-            What to load: the file, or its index.
-
-        Raises:
-            SaveError: On all processes, if it cannot be written.
-        """
+        """`export_checkpoint` to `model_final.safetensors` by the first process; all get its SaveError."""
         path = self.run.path / _FINAL
         if comm.is_main_process():
             try:
@@ -146,14 +153,6 @@ class DeepSpeedCheckpointer:
             raise path
         return path
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "trainer": self.trainer.state_dict(),
-            "categories": self.categories.state_dict() if self.categories else [],
-            "stage": int(self.engine.zero_optimization_stage()),
-            "num_processes": comm.get_world_size(),
-        }
-
     def _check(self, folder: Path, state: dict[str, Any]) -> None:
         otherwise = f"train.init_checkpoint={folder}, another train.output_dir and no --resume"
         RunFolder.check_same_processes(folder, state["num_processes"], comm.get_world_size(), otherwise)
@@ -163,24 +162,3 @@ class DeepSpeedCheckpointer:
                 f"{folder}: is of ZeRO stage {state['stage']}, this run of {stage}. Go on with train.deepspeed.stage="
                 f"{state['stage']}, or start anew from its weights: {otherwise}"
             )
-
-
-class DeepSpeedCheckpoints(HookBase):
-    """Saves every `period` iterations and at the end, where the model is exported too.
-
-    Args:
-        checkpointer (DeepSpeedCheckpointer): the checkpoints.
-        period (int): iterations between saves.
-        max_to_keep (int): checkpoints to keep; None keeps all.
-    """
-
-    def __init__(self, checkpointer: DeepSpeedCheckpointer, period: int, max_to_keep: int | None = None) -> None:
-        self.checkpointer, self.period, self.max_to_keep = checkpointer, period, max_to_keep
-
-    def after_step(self) -> None:
-        """Saves if the period or the training is over; after the last iteration exports the model too."""
-        iterations, last = self.trainer.iter + 1, self.trainer.max_iter
-        if iterations % self.period == 0 or iterations == last:
-            folder = self.checkpointer.save(iterations, self.max_to_keep)
-            if iterations == last:
-                self.checkpointer.export(folder)

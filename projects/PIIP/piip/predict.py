@@ -21,13 +21,12 @@ from omegaconf import DictConfig
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from piip.checkpointer import AtomicCheckpointer, read_categories
+from piip.checkpointer import AtomicCheckpointer, follow_published, read_categories
 from piip.data import Category, coco_categories
 from piip.data.segmentation import label_classes
 from piip.data.transforms import as_input
 from piip.lazy_config import check_device, data_kind, skip_pretrained
 from piip.modeling.classifier import ImageClassifier
-from piip.published import follow_published
 from piip_core import prepare_for_inference
 
 Task = Literal["detection", "segmentation", "classification"]

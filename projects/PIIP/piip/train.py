@@ -25,13 +25,12 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
-from piip.checkpointer import AtomicCheckpointer, CategoryTable, read_categories
+from piip.checkpointer import AtomicCheckpointer, CategoryTable, follow_published, read_categories
 from piip.data import Category, DatasetError, TrainLoader
-from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, DeepSpeedCheckpoints, prepare_output, run_folder
+from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, prepare_output, run_folder
 from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_model, zero_stage
 from piip.hooks import ClipNorm, MetricWriters, Saves, StepSeed, WeightAverage, average_settings
 from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
-from piip.published import follow_published
 from piip_core.errors import ConfigError
 from piip_core.files import explain_write_errors
 from piip_core.training_checkpoints import OutputFolderError, lock_run
@@ -287,10 +286,11 @@ def _under_deepspeed(
     )
     skip_pretrained(cfg)  # for the models that are made from now on, to be filled with the weights of this one
     trainer = DeepSpeedTrainer(engine, loader, optimizer)
-    checkpointer = DeepSpeedCheckpointer(engine, trainer, cfg.train.output_dir, table)
+    saving = {"period": cfg.train.checkpointer.period, "max_to_keep": cfg.train.checkpointer.get("max_to_keep")}
+    checkpointer = DeepSpeedCheckpointer(engine, trainer, cfg.train.output_dir, table, **saving)
     return _Run(
         trainer,
-        DeepSpeedCheckpoints(checkpointer, cfg.train.checkpointer.period, cfg.train.checkpointer.get("max_to_keep")),
+        checkpointer,
         lambda: checkpointer.load(last) if last else None,
         lambda: evaluation_model(engine, lambda: instantiate(cfg.model).to(cfg.train.device)),
         lambda: checkpointer.export(last),

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from piip_core.checkpoints import (
-    classifier_from_public,
-    config_from_public,
-    from_published,
-    published_names,
-    to_published,
-)
+from piip_core.checkpoints import from_published, published_names, to_published
 from piip_core.classifier import build_model
 from piip_core.pyramid import PIIP
 
 from .check import Check
 from .golden import GoldenCase
 from .losses import backpropagate, check_gradients
+from .public_config import backbone_from_public, classifier_from_public
 
 
 def verify_dense(case: GoldenCase) -> Check:
@@ -25,12 +20,12 @@ def verify_dense(case: GoldenCase) -> Check:
     state = case.below("state.")
     shapes = {name: tensor.shape for name, tensor in state.items()}
     if case.family == "classification":
-        published = classifier_from_public(case.config, shapes)
+        config = classifier_from_public(case.config, shapes)
     else:
         built_from = case.info.get("branch4_built_from")
-        published = config_from_public(case.config, shapes, branch4_built_from=built_from)
-    model = build_model(published.config).eval()
-    converted, report = from_published(state, published.config, source=case.name)
+        config = backbone_from_public(case.config, shapes, branch4_built_from=built_from)
+    model = build_model(config).eval()
+    converted, report = from_published(state, config, source=case.name)
     model.load_state_dict(report.check() and converted)
 
     image = case.below("input.")["image"].requires_grad_()
@@ -45,7 +40,7 @@ def verify_dense(case: GoldenCase) -> Check:
     if backpropagate(check, outputs):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         # Gradients have the shapes of their parameters, so the conversion to published names applies to them too
-        published = to_published(gradients, published_names(published.config, state))[0]
+        published = to_published(gradients, published_names(config, state))[0]
         check_gradients(check, {"input": image.grad} | published)
     return check
 

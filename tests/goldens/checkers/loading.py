@@ -11,13 +11,13 @@ from torch import Tensor
 from piip_core.branches import ViTConfig, build_branch
 from piip_core.checkpoints import convert_pretrained
 from piip_core.checkpoints.branch_names import BRANCH_CLASSES, branch_class_of
-from piip_core.checkpoints.public_branches import num_blocks
-from piip_core.checkpoints.rules import PARTS, Change, RuleTable
+from piip_core.checkpoints.rules import PARTS, RuleTable
 from piip_core.config import BranchConfig
 from piip_core.errors import NotSupportedYet
 
 from .check import Check
 from .golden import GoldenCase
+from .public_config import num_blocks
 
 
 def verify_loading(case: GoldenCase) -> Check:
@@ -35,10 +35,9 @@ def verify_loading(case: GoldenCase) -> Check:
     converted, report = convert_pretrained(given, state, source=case.name)
     state |= report.check() and converted
     for name, tensor in state.items():
-        for key, rule in table.all_published(name):
+        for key, rule in table.to_published(name):
             part = tensor if rule.part is None else tensor.chunk(PARTS)[rule.part]
-            detail = "" if rule.change is Change.NONE else rule.change.value
-            check.close(f"output.{key}", part, rule.change.to_ours(expected[key]), detail)
+            check.close(f"output.{key}", part, rule.change.to_ours(expected[key]), rule.change.note)
     return check
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from piip_core.checkpoints import config_from_public, from_published, to_published
+from piip_core.checkpoints import to_ours, to_published
+from piip_core.checkpoints.branch_names import branch_classes_of
 from piip_core.checkpoints.names import PublishedNames, projector_rules
-from piip_core.checkpoints.public_config import PublishedModel
+from piip_core.checkpoints.public_config import config_from_public
 from piip_core.checkpoints.rules import RuleTable
+from piip_core.config import PIIPConfig
 from piip_core.errors import NotSupportedYet
 from piip_core.merging import TokenMerging
 from piip_core.pyramid import PIIP
@@ -33,10 +35,10 @@ def build_encoder(case: GoldenCase) -> tuple[nn.ModuleDict, TokenMerging, Callab
     if norm not in _NORMS:
         raise NotSupportedYet(f"projector norm {norm!r}")
     tower = {name.removeprefix(TOWER): tensor for name, tensor in state.items() if name.startswith(TOWER)}
-    published = _published_tower(case, tower)
-    names = PublishedNames(published.config, published.branch_classes, scale="weight")
-    model = nn.ModuleDict({"pyramid": PIIP(published.config)}).eval()
-    converted, report = from_published(tower, published.config, names=names, source=case.name)
+    config = _published_tower(case, tower)
+    names = PublishedNames(config, branch_classes_of(tower, len(config.branches)), scale="weight")
+    model = nn.ModuleDict({"pyramid": PIIP(config)}).eval()
+    converted, report = to_ours(tower, names, source=case.name)
     model.load_state_dict(report.check() and converted)
 
     dims = model["pyramid"].dims
@@ -47,13 +49,13 @@ def build_encoder(case: GoldenCase) -> tuple[nn.ModuleDict, TokenMerging, Callab
 
     def gradients() -> dict[str, Tensor]:
         inside = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        above = {table.to_published(name)[0]: p.grad for name, p in merging.named_parameters()}
+        above = {table.to_published(name)[0][0]: p.grad for name, p in merging.named_parameters()}
         return {TOWER + key: grad for key, grad in to_published(inside, names)[0].items()} | above
 
     return model, merging, gradients
 
 
-def _published_tower(case: GoldenCase, state: dict[str, Tensor]) -> PublishedModel:
+def _published_tower(case: GoldenCase, state: dict[str, Tensor]) -> PIIPConfig:
     """Our configuration of a recorded vision tower; `state` is what lies below it in the file."""
     known = case.info.get("clip_configs", {})
     public = {
@@ -62,7 +64,7 @@ def _published_tower(case: GoldenCase, state: dict[str, Tensor]) -> PublishedMod
         else value
         for key, value in case.config.items()
     }
-    return config_from_public(public, {name: tensor.shape for name, tensor in state.items()}, merging=False)
+    return config_from_public(public, {name: tensor.shape for name, tensor in state.items()})
 
 
 def verify_multimodal(case: GoldenCase) -> Check:

@@ -74,7 +74,7 @@ def verify_interaction(case: GoldenCase) -> Check:
     for name, out in outputs.items():
         check.close(f"output.{name}", out)
     if backpropagate(check, list(outputs.values())):
-        differentiated = inputs | {table.to_published(name)[0]: p for name, p in unit.named_parameters()}
+        differentiated = inputs | {table.to_published(name)[0][0]: p for name, p in unit.named_parameters()}
         check_gradients(check, {name: x.grad for name, x in differentiated.items()})
     for direction, grid in (("2to1", config["hw1"]), ("1to2", config["hw2"])):
         if f"aux.{direction}.reference_points" in case.tensors:

@@ -18,11 +18,9 @@ from llava_piip.checkpoints import (
     published_vision_config,
     recognise_row,
 )
-from llava_piip.checkpoints.convert import model_shapes
 from llava_piip.configuration import PIIPLlavaConfig, PIIPVisionConfig
 from piip_core import zoo
-from piip_core.checkpoints import read_checkpoint
-from piip_core.checkpoints.lazy import LazyState, LazyTensor
+from piip_core.checkpoints import read_checkpoint, to_ours, to_published
 from piip_core.errors import CheckpointError, SaveError, UserError
 
 DATA = Path(__file__).parents[2] / "data"
@@ -71,7 +69,7 @@ def test_every_listed_key_of_a_published_row_is_accounted_for(name):
         vision_config=PIIPVisionConfig(pyramid=row.vision.to_dict()),
         text_config=dict(model_type="llama", hidden_size=width, **NARROW),
     )
-    ours = model_shapes(config)
+    ours = LlavaNames.of(config, ()).shapes()
     decoder = {
         key.replace("model.language_model.", "model."): tuple(shape)
         for key, shape in ours.items()
@@ -81,20 +79,14 @@ def test_every_listed_key_of_a_published_row_is_accounted_for(name):
     found = recognise_row(shapes)
     assert found.vision == row.vision and found.embed_dim == row.embed_dim
 
-    state = LazyState(
-        {
-            key: LazyTensor(torch.Size(s), torch.float32, lambda s=s: torch.empty(s, device="meta"))
-            for key, s in shapes.items()
-        }
-    )
-    names = LlavaNames.of_published(state, row.vision, row.projector_norm)
-    converted, report = names.to_ours(state, ours, source=name)
+    names = LlavaNames.of_published(shapes, config)
+    converted, report = to_ours({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, names)
     report.check()
     assert set(converted) == set(ours)
     assert set(report.used) | set(report.ignored) == set(shapes)
-    back, report = names.to_published(converted, source=name)
+    back, report = to_published(converted, names)
     report.check()
-    assert back.shapes() == shapes
+    assert {key: tuple(tensor.shape) for key, tensor in back.items()} == shapes
 
 
 def test_folder_converts_and_comes_back_bit_by_bit(convert, tmp_path):

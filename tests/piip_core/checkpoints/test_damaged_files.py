@@ -1,6 +1,7 @@
 """Whatever a file holds: it is read right, or refused by name."""
 
 import _codecs
+import functools
 import io
 import json
 import os
@@ -13,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from piip_core.checkpoints import convert_file, read_checkpoint, read_config, write_checkpoint
-from piip_core.checkpoints.sources import read_source
-from piip_core.errors import CheckpointError, UserError
+from piip_core.checkpoints import convert_file, read_checkpoint, write_checkpoint
+from piip_core.errors import CheckpointError
 
 STATE = {
     "a.weight": torch.randn(40, 30, generator=torch.Generator().manual_seed(0)),
@@ -45,45 +45,34 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("name", WRITERS)
-def test_mutated_files_are_refused_by_name_or_read_and_never_read_wrong_if_verified(name, verify, tmp_path, mutated):
+def test_mutated_files_are_refused_by_name_or_read(name, tmp_path, mutated):
     path = tmp_path / name
     WRITERS[name](path)
     content = path.read_bytes()
     refused = 0
-    for seed in range(150):
+    for seed in range(100):
         path.write_bytes(mutated(content, seed))
         try:
-            state = dict(read_checkpoint(path, verify=verify).state)
+            dict(read_checkpoint(path).state)
         except CheckpointError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error), seed
             refused += 1
-        else:
-            has_sums = name != "legacy.pth" and (name != "x.safetensors" or b'"piip_crc32":' in path.read_bytes())
-            if verify and has_sums:  # not if the very name of the sum is lost
-                assert state.keys() == STATE.keys(), seed
-                assert all(torch.equal(state[key], tensor) for key, tensor in STATE.items()), seed
-    assert refused > 50
+    assert refused > 30
     path.write_bytes(content)
-    assert all(torch.equal(read_checkpoint(path, verify=True).state[key], tensor) for key, tensor in STATE.items())
+    assert all(torch.equal(read_checkpoint(path).state[key], tensor) for key, tensor in STATE.items())
 
 
-@pytest.mark.parametrize("name", ["zip.pth", "compressed.pth", "x.safetensors", "x.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["zip.pth", "compressed.pth"])
 def test_a_flipped_bit_in_a_tensor_stops_a_conversion(name, tmp_path):
-    if name.endswith(".json"):
-        write_checkpoint(tmp_path / "x.safetensors", STATE, max_shard_bytes=10)
-        path = sorted(tmp_path.glob("x-0*"))[0]
-    else:
-        path = tmp_path / name
-        WRITERS[name](path)
+    path = tmp_path / name
+    WRITERS[name](path)
     data = bytearray(path.read_bytes())
-    start = bytes(data).find(STATE["a.weight"].numpy().tobytes()[:16]) if name != "compressed.pth" else len(data) // 3
-    assert start > 0
+    start = bytes(data).find(STATE["a.weight"].numpy().tobytes()[:16]) if name == "zip.pth" else len(data) // 3
     data[start + 5] ^= 4
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"^{path}: .*(checksum|damaged)"):
-        convert_file(tmp_path / name, tmp_path / "out.pth")
+        convert_file(path, tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
 
 
@@ -122,6 +111,7 @@ def saved(value) -> bytes:
     return file.getvalue()
 
 
+@functools.cache
 def deflated_zeros() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -154,18 +144,17 @@ NO_CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["x.pth", "pytorch_model.bin", "x.safetensors", "x.safetensors.index.json", "x.npz"])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.safetensors.index.json"])
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
 def test_what_is_no_checkpoint_is_refused_by_name(kind, name, tmp_path):
     path = tmp_path / name
     path.write_bytes(NO_CHECKPOINTS[kind]())
-    read = read_source if name == "x.npz" else read_checkpoint
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: ") as error:
-        dict(read(str(path)))
-    assert ("--unsafe-pickle" in str(error.value)) == (kind == "program" and name in ("x.pth", "pytorch_model.bin"))
+        dict(read_checkpoint(path).state)
+    assert ("--unsafe-pickle" in str(error.value)) == (kind == "program" and name == "x.pth")
 
 
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.safetensors.index.json", "x.npz"])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.safetensors.index.json"])
 @pytest.mark.parametrize("kind", ["/dev/zero", "pipe", "folder"])
 def test_devices_pipes_and_folders_are_not_read(kind, name, tmp_path):
     path = tmp_path / name
@@ -175,19 +164,8 @@ def test_devices_pipes_and_folders_are_not_read(kind, name, tmp_path):
         path.mkdir()
     else:
         path.symlink_to(kind)
-    read = read_source if name == "x.npz" else read_checkpoint
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: "):
-        read(str(path))
-
-
-@pytest.mark.parametrize(
-    "text", ['{"weight_map":' * 5000, '{"weight_map": {"a": ["b"]}}', "[1]", '{"weight_map": {"a"']
-)
-def test_indices_and_configurations_that_are_none_are_named(text, tmp_path):
-    for name, read in (("x.safetensors.index.json", read_checkpoint), ("config.json", read_config)):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=name if name != "config.json" else "config.json|weight_map"):
-            read(str(tmp_path / name))
+        read_checkpoint(path)
 
 
 def test_a_header_of_safetensors_that_claims_what_is_not_there(tmp_path):

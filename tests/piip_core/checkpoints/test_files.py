@@ -27,20 +27,20 @@ def assert_state(file):
 
 
 @pytest.mark.parametrize(
-    ("content", "wrapper", "extras"),
+    ("content", "extras"),
     [
-        (STATE, "", ()),
-        ({"state_dict": STATE, "meta": {"epoch": 12}, "optimizer": {}}, "state_dict", ("meta", "optimizer")),
-        ({"module": STATE, "lr_scheduler": None}, "module", ("lr_scheduler",)),
-        ({"model": {"state_dict": STATE, "x": 1}}, "model.state_dict", ("model.x",)),
-        ({"model": {f"module.{key}": value for key, value in STATE.items()}}, "model", ()),
+        (STATE, ()),
+        ({"state_dict": STATE, "meta": {"epoch": 12}, "optimizer": {}}, ("meta", "optimizer")),
+        ({"module": STATE, "lr_scheduler": None}, ("lr_scheduler",)),
+        ({"model": {"state_dict": STATE, "x": 1}}, ("model.x",)),
+        ({"model": {f"module.{key}": value for key, value in STATE.items()}}, ()),
     ],
 )
-def test_known_wrappers_are_opened_and_the_rest_is_listed(content, wrapper, extras, tmp_path):
+def test_known_wrappers_are_opened_and_the_rest_is_listed(content, extras, tmp_path):
     torch.save(content, tmp_path / "file.pth")
     file = read_checkpoint(tmp_path / "file.pth")
     assert_state(file)
-    assert (file.wrapper, file.extras) == (wrapper, extras)
+    assert file.extras == extras
 
 
 def test_safetensors(tmp_path):
@@ -85,17 +85,3 @@ def test_what_is_written_is_read_with_its_description(name, tmp_path):
     assert file.description == description and file.extras == ()
     (tmp_path / "plain").touch()
     assert (tmp_path / "new" / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-@pytest.mark.parametrize("name", ["file.pth", "file.safetensors"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(name, tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / name, STATE)
-
-    def interrupted(*_args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path / name, {"other": torch.zeros(1)})
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert_state(read_checkpoint(tmp_path / name))

@@ -19,8 +19,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 from checkers import find_cases
+from checkers.public_config import classifier_from_public
 from piip_core import BranchConfig, ConvNeXtConfig, InteractionConfig, PIIPClassifier, zoo
-from piip_core.checkpoints import classifier_from_public, our_names, to_published
+from piip_core.checkpoints import our_names, to_published
 from piip_core.classifier import feature_maps
 from piip_core.errors import CheckpointError, ConfigError
 from piip_core.integrations.timm import model_names, register_classifier
@@ -277,7 +278,7 @@ def test_released_weights_are_converted(released, tag, key, image, monkeypatch):
 def test_weights_of_the_public_implementation_give_its_scores(case, monkeypatch):
     """Recorded by running the public code."""
     state = case.below("state.")
-    config = classifier_from_public(case.config, {name: tensor.shape for name, tensor in state.items()}).config
+    config = classifier_from_public(case.config, {name: tensor.shape for name, tensor in state.items()})
     monkeypatch.setitem(integration.MODELS, "piip_test", integration._Model(config, config))
     overlay = {"state_dict": {"model": state}, "num_classes": config.num_classes}
     model = timm.create_model("piip_test", pretrained=True, published=True, pretrained_cfg_overlay=overlay).eval()

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import nn
 
-from piip_core.checkpoints import load_part, write_checkpoint
+from piip_core.checkpoints import load_checkpoint, write_checkpoint
 from piip_core.errors import CheckpointError, ConfigError, UserError
 from piip_core.pyramid import PIIP
 from piip_core.visualization import draw_attention, find_pyramid, trace_pyramid, visualize
@@ -86,7 +86,7 @@ def test_weights_from_the_checkpoint_of_a_larger_model(tiny_model, tmp_path, suf
     path = tmp_path / f"detector{suffix}"
     write_checkpoint(path, nn.ModuleDict({"backbone": tiny_model, "head": nn.Linear(2, 2)}).state_dict())
     pyramid = PIIP(tiny_model.pyramid.config)
-    load_part(pyramid, path)
+    load_checkpoint(pyramid, path)
     for name, tensor in tiny_model.pyramid.state_dict().items():
         assert torch.equal(pyramid.state_dict()[name], tensor), name
 
@@ -96,6 +96,6 @@ def test_weights_that_do_not_fit(tiny_model, tiny_config, tmp_path):
     write_checkpoint(tmp_path / "part.pth", dict(list(state.items())[:-1]))
     write_checkpoint(tmp_path / "twice.pth", state | {f"ema.{name}": tensor for name, tensor in state.items()})
     write_checkpoint(tmp_path / "wide.pth", PIIP(tiny_config(dims=(64, 24, 16), window_size=3)).state_dict())
-    for name, message in (("part", "0 complete"), ("twice", "2 complete"), ("wide", "another shape")):
+    for name, message in (("part", "0 complete"), ("twice", "2 complete"), ("wide", "has shape")):
         with pytest.raises(CheckpointError, match=rf"{name}\.pth.*{message}"):
-            load_part(PIIP(tiny_model.pyramid.config), tmp_path / f"{name}.pth")
+            load_checkpoint(PIIP(tiny_model.pyramid.config), tmp_path / f"{name}.pth")

@@ -170,7 +170,7 @@ def test_config(path, tmp_path):
 def check_heads(entry, model):
     """The model's names are those that published checkpoints are converted to."""
     ours = {name for name in model.state_dict() if not name.startswith(HEADS[entry.head].backbone)}
-    assert ours == set(HEADS[entry.head].tensors())
+    assert ours == set(HEADS[entry.head].published)
 
 
 def check_data(recipe, cfg):

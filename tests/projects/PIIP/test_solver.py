@@ -44,7 +44,7 @@ def test_groups_equal_the_published_ones(row):
     names = published_names(instantiate(backbone.config), list(expected))
     expected = {name: value for name, value in expected.items() if name not in names.unused_tensors()}
     names = names.table()
-    ours = {parameter: [key for key, _ in names.all_published(name)] for name, parameter in model.named_parameters()}
+    ours = {parameter: [key for key, _ in names.to_published(name)] for name, parameter in model.named_parameters()}
     base = cfg.optimizer.lr
     actual = {
         name: (group["lr"] / base, group["weight_decay"])

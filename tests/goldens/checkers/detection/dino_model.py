@@ -77,7 +77,7 @@ def _our_name(published: str) -> str:
 
 def check_gradients(check: Check, model: DINO, maps: list[Tensor]) -> None:
     """Gradients of the parameters and of the backbone's maps, and which parameters have none."""
-    gradients = {_NAMES.to_published(name)[0]: p.grad for name, p in model.named_parameters()}
+    gradients = {_NAMES.to_published(name)[0][0]: p.grad for name, p in model.named_parameters()}
     check_recorded(check, gradients | {f"feat.{i}": x.grad for i, x in enumerate(maps)})
     if "parameters_without_gradient" in check.case.info:
         without = sorted(name for name, gradient in gradients.items() if gradient is None)

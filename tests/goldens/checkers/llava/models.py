@@ -24,8 +24,7 @@ from llava_piip.configuration import PIIPLlavaConfig
 from llava_piip.conversation import IGNORE_INDEX, IMAGE_TAG, EncodedConversation, messages_from_llava
 from llava_piip.modeling import PIIPLlavaForConditionalGeneration
 from llava_piip.processing import PIIPLlavaProcessor
-from piip_core.checkpoints import read_checkpoint
-from piip_core.checkpoints.lazy import LazyState
+from piip_core.checkpoints import read_checkpoint, to_published
 
 from .text import PUBLIC_IMAGE_ID, refused_conversation, refused_labels
 
@@ -58,10 +57,9 @@ def verify_complete_model(case: GoldenCase) -> Check:
     check.close("output.logits", output.logits[valid], case.tensors["output.logits"][valid])
     check.close("loss", output.loss.reshape(1), torch.tensor([case.info["loss"]]))
     output.loss.backward()
-    vision, norm = model.config.vision_config.piip, model.config.projector_norm
-    names = LlavaNames.of_published(read_checkpoint(folder).state.shapes(), vision, norm)
+    names = LlavaNames.of_published(read_checkpoint(folder).state, model.config)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    check_gradients(check, names.to_published(LazyState.of(gradients), source=case.name)[0])
+    check_gradients(check, to_published(gradients, names)[0])
     _check_generation(check, model, processor, batch)
     if "stage1_file" in case.info:
         _check_first_stage(check, model)

@@ -1,24 +1,28 @@
-"""Settings of one branch in the public field names, and the shapes of its parameters, to our `BranchConfig`."""
+"""Public configurations of detectors, segmentors and classifiers to ours: what the golden cases are built from."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
-from ..config import BranchConfig
-from ..errors import NotSupportedYet
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from piip_core.checkpoints.branch_names import branch_class_of
+from piip_core.checkpoints.public_config import (
+    BRANCH_FIELDS,
+    READERS,
+    Reader,
+    Settings,
+    Shapes,
+    branch_of,
+    check_fields,
+    config_from_public,
+    convnext_of_stages,
+)
+from piip_core.config import ClassifierConfig, InteractionConfig, MergingConfig, PIIPConfig
+from piip_core.errors import CheckpointError, NotSupportedYet
 
-__all__ = ["Shapes", "branch_from_public", "check_fields", "num_blocks"]
-
-Shapes = Mapping[str, Sequence[int]]
-Settings = Mapping[str, Any]
-
-# Fields without influence on what the network computes in evaluation, or on its parameters
-_RUNTIME_FIELDS = {"type", "pretrained", "with_cp", "cal_flops", "output_dtype", "layerscale_force_fp32"}
-_RUNTIME_FIELDS |= {"with_fpn", "pretrain_patch_size", "img_size", "use_simple_fpn", "out_indices"}
-_COMMON_FIELDS = {"real_size", "interaction_indexes", "drop_path_rate"}
 _TRANSFORMER_FIELDS = {"depth", "embed_dim", "num_heads", "mlp_ratio", "patch_size", "qkv_bias", "pretrain_img_size"}
 _TRANSFORMER_FIELDS |= {"window_attn", "window_size", "use_flash_attn", "init_scale", "init_values"}
 # Fields that only have one supported value, and what another value would need
@@ -53,43 +57,109 @@ _INTERNVIT_DEFAULTS = {
 }
 
 
-def branch_from_public(
-    settings: Settings, branch_class: str, shapes: Shapes, *, multi: bool, classifies: bool = False
-) -> BranchConfig:
-    """Reads the settings of one branch.
+def backbone_from_public(
+    public: Mapping[str, Any], state_shapes: Shapes, *, branch4_built_from: str | None = None
+) -> PIIPConfig:
+    """Reads the configuration of a detector's or segmentor's backbone, or of a single-branch baseline.
 
     Args:
-        settings: Fields of the public branch class; `clip_config` may hold what transformers' configuration of a CLIP
-            branch says, of which public settings only give the name.
-        branch_class: Published class of the branch.
-        shapes: Shapes of the published parameters below the branch.
-        multi: Whether the branch is one of several, with segments.
-        classifies: Whether it belongs to a classifier, which may keep its class token.
+        public: Fields of the public backbone class, or of the branch itself.
+        state_shapes: Shapes of the published state dict below the backbone.
+        branch4_built_from: "branch3 config" if Branch 4 takes all but `real_size` and `interaction_indexes` from
+            Branch 3 (what the public class does), "branch4 config" if not. None decides by the shapes.
 
     Raises:
-        NotSupportedYet: For fields or values that our configuration cannot express.
+        NotSupportedYet: For families, fields or values that our configuration cannot express.
+        CheckpointError: If the parameters do not belong to such a configuration.
     """
-    keeps_token = branch_class == "clip" or (classifies and branch_class in _TOKEN_CLASSES)
-    fixed = _FIXED_FIELDS if keeps_token else _FIXED_FIELDS | _DENSE_FIELDS
-    for field, (supported, feature) in fixed.items():
-        if settings.get(field, supported) != supported:
-            raise NotSupportedYet(feature)
-    settings = {key: value for key, value in settings.items() if key not in fixed}
-    network, options = _READERS[branch_class](settings, shapes)
-    return BranchConfig(
-        network=network,
-        image_size=settings["real_size" if "real_size" in settings else "img_size"],
-        segments=tuple(map(tuple, settings["interaction_indexes"])) if multi else None,
-        drop_path_rate=settings.get("drop_path_rate", 0.0),
-        **options,
+    if "branch1" not in public:
+        return _single_branch(public, state_shapes)
+    public = dict(public)
+    if "branch4" in public:
+        shapes = {key.removeprefix("branch4."): shape for key, shape in state_shapes.items() if "branch4." in key}
+        third, fourth = (dict(public[name]) for name in ("branch3", "branch4"))
+        public["branch4"] = _fourth_branch(third, fourth, shapes, branch4_built_from)
+    config = config_from_public(public, state_shapes, _readers(classifies=False))
+    return dataclasses.replace(config, merging=_merging(public))
+
+
+def classifier_from_public(public: Mapping[str, Any], state_shapes: Shapes) -> ClassifierConfig:
+    """Reads the configuration of a published classifier, whose branches may keep their class tokens."""
+    fields = dict(public)
+    separate = fields.pop("separate_head", False)
+    backbone = config_from_public(fields, state_shapes, _readers(classifies=True))
+    classifier = state_shapes["branch1.head.bias" if separate else "cls_head.bias"]
+    return ClassifierConfig(
+        pyramid=backbone,
+        num_classes=classifier[0],
+        head="separate" if separate else "merged",
+        pooling="first_patch" if separate else "average",
     )
 
 
-def check_fields(fields: Collection[str], known: Collection[str]) -> None:
-    """Raises NotSupportedYet for fields that are not known."""
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise NotSupportedYet(f"public configuration field {', '.join(unknown)}")
+def _readers(*, classifies: bool) -> dict[str, Reader]:
+    """Readers of all published classes, which refuse what our branches cannot express."""
+
+    def checked(branch_class: str, read: Reader) -> Reader:
+        keeps_token = branch_class == "clip" or (classifies and branch_class in _TOKEN_CLASSES)
+        fixed = _FIXED_FIELDS if keeps_token else _FIXED_FIELDS | _DENSE_FIELDS
+
+        def call(settings: Settings, shapes: Shapes) -> Any:
+            for field, (supported, feature) in fixed.items():
+                if settings.get(field, supported) != supported:
+                    raise NotSupportedYet(feature)
+            return read({key: value for key, value in settings.items() if key not in fixed}, shapes)
+
+        return call
+
+    return {name: checked(name, read) for name, read in (_READERS | READERS).items()}
+
+
+def _single_branch(public: Mapping[str, Any], shapes: Shapes) -> PIIPConfig:
+    branch_class = branch_class_of(shapes)
+    settings = {"real_size": public.get("img_size", public.get("pretrain_img_size", 224)), **public}
+    network, options = _readers(classifies=False)[branch_class](settings, shapes)
+    branch = branch_of(network, settings, segments=None, **options)
+    last = branch.network.depth - 1
+    if branch_class == "convnext":
+        merging = MergingConfig(kind="single", out_blocks=branch.network.last_blocks())
+    elif public.get("use_simple_fpn", True) and public.get("with_fpn", True):
+        if public.get("out_indices", [last])[-1] != last:
+            raise NotSupportedYet("a single-branch feature pyramid not made from the last block")
+        merging = MergingConfig(kind="single", pyramid_norm="layer")
+    else:
+        raise NotSupportedYet("a single-branch feature pyramid not made from the last block")
+    return PIIPConfig(branches=(branch,), interaction=InteractionConfig(num_interactions=0), merging=merging)
+
+
+def _fourth_branch(
+    third: dict[str, Any], fourth: dict[str, Any], shapes: Shapes, built_from: str | None
+) -> dict[str, Any]:
+    as_released = {**third, **{key: fourth[key] for key in ("real_size", "interaction_indexes")}}
+    candidates = {"branch4 config": fourth, "branch3 config": as_released}
+    if built_from is not None:
+        if built_from not in candidates:
+            raise NotSupportedYet(f"branch4_built_from={built_from!r}")
+        return candidates[built_from]
+    fitting = [settings for settings in candidates.values() if _fits(settings, shapes)]
+    if not fitting:
+        raise CheckpointError("the shapes of branch4 fit neither its own settings nor those of branch3")
+    return fitting[0]
+
+
+def _fits(settings: Mapping[str, Any], shapes: Shapes) -> bool:
+    width = shapes["patch_embed.proj.weight"][0]
+    return (width, num_blocks(shapes)) == (settings["embed_dim"], settings["depth"])
+
+
+def _merging(public: Mapping[str, Any]) -> MergingConfig:
+    is_dino = public.get("is_dino", False)
+    strides = (8, 16, 32) if is_dino else (4, 8, 16, 32)
+    if public.get("with_simple_fpn", True):
+        return MergingConfig(out_strides=strides)
+    if is_dino:
+        raise NotSupportedYet("is_dino together with with_simple_fpn=False")
+    return MergingConfig(kind="regular", intermediate_after=tuple(public.get("out_interaction_indexes", ())))
 
 
 def num_blocks(shapes: Collection[str], list_name: str = "blocks") -> int:
@@ -98,7 +168,7 @@ def num_blocks(shapes: Collection[str], list_name: str = "blocks") -> int:
 
 
 def _deit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"Mlp_block", "use_cls_token"})
+    check_fields(settings, BRANCH_FIELDS | _TRANSFORMER_FIELDS | {"Mlp_block", "use_cls_token"})
     values = {**_TRANSFORMER_DEFAULTS, **_DEIT_DEFAULTS, **settings}
     network = _vit(values, shapes, layer_scale=values["init_scale"], activation=values.get("Mlp_block", "regular"))
     # The flash-attention path pads before the projection, the other one behind it
@@ -110,7 +180,7 @@ def _internvit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str,
     if settings.get("model_type") == "augreg":
         return _augreg(settings, shapes)
     own = {"norm_layer_type", "qk_normalization", "mlp_type"}
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | own)
+    check_fields(settings, BRANCH_FIELDS | _TRANSFORMER_FIELDS | own)
     values = {**_TRANSFORMER_DEFAULTS, **_INTERNVIT_DEFAULTS, **settings}
     network = _vit(
         values,
@@ -125,7 +195,7 @@ def _internvit(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str,
 
 def _augreg(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
     """Of classifiers; dense models hold AugReg in the class of InternViT."""
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"model_type", "use_cls_token"})
+    check_fields(settings, BRANCH_FIELDS | _TRANSFORMER_FIELDS | {"model_type", "use_cls_token"})
     values = {**_TRANSFORMER_DEFAULTS, **settings}
     return _vit(values, shapes, layer_scale=None, activation="regular"), {"window_size": _windows(values)}
 
@@ -150,7 +220,7 @@ def _vit(values: Settings, shapes: Shapes, *, layer_scale: float | None, activat
 
 def _beit(settings: Settings, shapes: Shapes) -> tuple[BEiTConfig, dict[str, Any]]:
     # The tables are there and added even with use_rel_pos_bias=False
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS | {"use_rel_pos_bias"})
+    check_fields(settings, BRANCH_FIELDS | _TRANSFORMER_FIELDS | {"use_rel_pos_bias"})
     values = {**_TRANSFORMER_DEFAULTS, **settings}
     entries = shapes["blocks.0.attn.relative_position_bias_table"][0]
     network = BEiTConfig(
@@ -167,7 +237,7 @@ def _beit(settings: Settings, shapes: Shapes) -> tuple[BEiTConfig, dict[str, Any
 
 
 def _uniperceiver(settings: Settings, shapes: Shapes) -> tuple[UniPerceiverConfig, dict[str, Any]]:
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | _TRANSFORMER_FIELDS)
+    check_fields(settings, BRANCH_FIELDS | _TRANSFORMER_FIELDS)
     values = {**_TRANSFORMER_DEFAULTS, **settings}
     network = UniPerceiverConfig(
         embed_dim=values["embed_dim"],
@@ -183,69 +253,21 @@ def _uniperceiver(settings: Settings, shapes: Shapes) -> tuple[UniPerceiverConfi
 
 def _convnext(settings: Settings, shapes: Shapes) -> tuple[ConvNeXtConfig, dict[str, Any]]:
     """Public settings say nothing about the sizes, which hide in the name of a downloaded model."""
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | {"downsample_ratios"})
+    check_fields(settings, BRANCH_FIELDS | {"downsample_ratios"})
     scales: dict[int, list[int]] = {}
     for key, shape in shapes.items():
         parts = key.split(".")
         if parts[-1] == "layer_scale_parameter":
             scales.setdefault(int(parts[parts.index("stages") + 1]), []).append(shape[0])
-    return _convnext_of_stages(settings, scales), {"drop_path_schedule": "linear"}
+    return convnext_of_stages(settings, scales), {"drop_path_schedule": "linear"}
 
 
-def _convnext_timm(settings: Settings, shapes: Shapes) -> tuple[ConvNeXtConfig, dict[str, Any]]:
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | {"downsample_ratios", "model_type"})
-    scales: dict[int, list[int]] = {}
-    for key, shape in shapes.items():
-        match key.split("."):
-            case ["convnext_model", "stages", stage, "blocks", _, "weight"]:
-                scales.setdefault(int(stage), []).append(shape[0])
-    return _convnext_of_stages(settings, scales), {"drop_path_schedule": "linear"}
-
-
-def _convnext_of_stages(settings: Settings, scales: Mapping[int, Sequence[int]]) -> ConvNeXtConfig:
-    """From the widths of the layer scales in each stage."""
-    stages = [scales[stage] for stage in sorted(scales)]
-    network = ConvNeXtConfig(depths=tuple(map(len, stages)), stage_dims=tuple(dims[0] for dims in stages))
-    ratios = settings.get("downsample_ratios")
-    if ratios is not None and tuple(ratios) != network.strides:
-        raise NotSupportedYet(f"downsample_ratios={list(ratios)}")
-    return network
-
-
-def _clip(settings: Settings, shapes: Shapes) -> tuple[ViTConfig, dict[str, Any]]:
-    """Sizes that shapes do not tell are those of every released CLIP, unless `clip_config` has others."""
-    own = {"model_type", "clip_config", "use_cls_token", "pretrain_patch_size", "patch_size"}
-    check_fields(settings, _RUNTIME_FIELDS | _COMMON_FIELDS | own)
-    details = settings.get("clip_config", {})
-    width, _, _, patch_size = shapes["clip_model.embeddings.patch_embedding.weight"]
-    hidden = shapes["clip_model.encoder.layers.0.mlp.fc1.weight"][0]
-    class_token = settings.get("use_cls_token", False)
-    network = ViTConfig(
-        embed_dim=width,
-        depth=len({key.split(".")[3] for key in shapes if key.startswith("clip_model.encoder.layers.")}),
-        num_heads=details.get("num_attention_heads", width // 64),
-        mlp_ratio=hidden / width,
-        patch_size=patch_size,
-        pos_grid=round((shapes["clip_model.embeddings.position_embedding.weight"][0] - 1) ** 0.5),
-        layer_scale=None,
-        norm_eps=details.get("layer_norm_eps", 1e-5),
-        activation=details.get("hidden_act", "quick_gelu"),
-        pre_norm=True,
-        class_token=class_token,
-        class_position=class_token,
-    )
-    return network, {}
-
-
-_READERS: Mapping[str, Callable[[Settings, Shapes], tuple[NetworkConfig, dict[str, Any]]]] = {
+_READERS: Mapping[str, Reader] = {
     "deit": _deit,
     "internvit": _internvit,
     "beit": _beit,
     "uniperceiver": _uniperceiver,
     "convnext": _convnext,
-    "convnext_timm": _convnext_timm,
-    "convnext_timm_mlp": _convnext_timm,
-    "clip": _clip,
 }
 
 
