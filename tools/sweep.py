@@ -57,6 +57,7 @@ def write_config(setting: zoo.ZooEntry, path: str | os.PathLike[str], output_dir
         from detectron2.config import LazyConfig
 
         from piip.lazy import lazy_dataclass
+        from piip.setting_types import leave_unchecked
     except ImportError as error:
         sys.exit(f"sweep: training needs Detectron2 ({error}); see README.md")
     cfg = LazyConfig.load(str(CONFIGS / setting.config_file))
@@ -67,6 +68,7 @@ def write_config(setting: zoo.ZooEntry, path: str | os.PathLike[str], output_dir
     cfg.train.output_dir = output_dir
     # What leads only to branches that are not merged gets no gradient
     cfg.train.ddp.find_unused_parameters = setting.config.merging.branches is not None
+    leave_unchecked()  # saving looks at every value
     try:
         with explain_write_errors(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)

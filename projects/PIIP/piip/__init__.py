@@ -3,4 +3,6 @@
 import importlib.util
 
 if importlib.util.find_spec("detectron2") is not None:  # the demo trains a classifier without it
-    from . import solver as solver  # saved configurations use its resolver, and import anything of ours before
+    # saved configurations use their resolvers, and import anything of ours before
+    from . import setting_types as setting_types
+    from . import solver as solver

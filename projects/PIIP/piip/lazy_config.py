@@ -7,7 +7,6 @@ import inspect
 import logging
 import os
 from collections.abc import Sequence
-from types import NoneType
 from typing import Any
 
 import torch
@@ -22,37 +21,12 @@ from piip.data import Category, DatasetError, coco_categories
 from piip.data.classification import folder_categories, get_train_dicts
 from piip.data.dataset import check_same_classes
 from piip.data.segmentation import label_classes
+from piip.setting_types import convert, leave_unchecked, setting_kinds
 from piip_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _KINDS = {"coco": "annotations", "label_maps": "labels", "class_folders": "images"}  # and what a test set of each has
-
-# Types of settings whose default does not tell them; all others have the type of what they replace
-_TYPES: dict[str, tuple[Any, ...]] = {
-    "data.classes": (int, str, list),
-    "data.reduce_zero_label": (bool, NoneType),
-    "data.train.annotations": (str,),
-    "data.train.images": (str,),
-    "data.train.labels": (str,),
-    "train.checkpointer.max_to_keep": (int, NoneType),
-    "train.deepspeed.config": (str, NoneType),
-    "train.device": (str,),
-    "train.ema.decay": (float, NoneType),
-    "train.epochs": (float,),
-    "train.output_dir": (str,),
-    "train.warmup_epochs": (float,),
-}
-_WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a group of settings",
-    NoneType: "null",
-}
-_BOOLEANS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -68,6 +42,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(f"--config-file {config_file!r}: no such file (looked from {os.getcwd()})")
     if not config_file.endswith((".py", ".yaml", ".yml")):
         raise ConfigError(f"--config-file {config_file!r}: expected a LazyConfig (.py or .yaml)")
+    leave_unchecked()
     cfg = LazyConfig.load(config_file)
     parser = OverridesParser.create()
     for text in overrides:
@@ -99,12 +74,12 @@ def _set(cfg: DictConfig, key: str, value: Any, override: str, adds: bool, writt
         return
     if not adds:
         _check_exists(cfg, key, override)
-    kinds = _kinds(cfg, key)
+    kinds = setting_kinds(cfg, key)
     if isinstance(value, str) and "${" in value:
         OmegaConf.update(cfg, key, value)
-        _convert(OmegaConf.select(cfg, key), kinds, None, key, written)
+        convert(OmegaConf.select(cfg, key), kinds, None, key, written)
     else:
-        OmegaConf.update(cfg, key, _convert(value, kinds, OmegaConf.select(cfg, key), key, written))
+        OmegaConf.update(cfg, key, convert(value, kinds, OmegaConf.select(cfg, key), key, written))
 
 
 def _check_exists(cfg: DictConfig, key: str, override: str) -> None:
@@ -132,61 +107,6 @@ def _nearest(key: str, known: DictConfig) -> str:
     name = key.split(".")[0]
     near = difflib.get_close_matches(name, [str(k) for k in known], n=1)
     return f"; did you mean {near[0]!r}?" if near and near[0] != name else ""
-
-
-def _kinds(cfg: DictConfig, key: str) -> tuple[Any, ...]:
-    """The types that a setting may have; `object` for anything."""
-    if key in _TYPES:
-        return _TYPES[key]
-    default, parent = OmegaConf.select(cfg, key), OmegaConf.select(cfg, key.rpartition(".")[0])
-    called = isinstance(parent, DictConfig) and "_target_" in parent
-    if type(default) is int and called:
-        return (int, float)  # an argument may well be 1 in one configuration and 0.5 in another
-    return _kinds_like(default)
-
-
-def _kinds_like(default: Any) -> tuple[Any, ...]:
-    if isinstance(default, DictConfig):
-        return (dict, NoneType) if "_target_" in default else (dict,)
-    if isinstance(default, str):
-        return (str, NoneType)
-    kind = list if isinstance(default, ListConfig) else type(default)
-    return (kind,) if kind in (bool, int, float, list) else (object,)
-
-
-def _convert(value: Any, kinds: Sequence[Any], default: Any, key: str, written: str | None) -> Any:
-    """A value in one of the types: "no" as False, 1e3 as 1000, 2024_01 as text where those are expected.
-
-    What was `written` is known but for values within others; `default` tells the types of the elements of a list.
-    """
-    number = type(value) in (int, float)
-    looks_like_text = type(value) is bool or (number and (int not in kinds or str(value) != written))
-    if str in kinds and written and looks_like_text:
-        return written
-    for kind in kinds:
-        if kind is bool and str(value).lower() in _BOOLEANS:
-            return _BOOLEANS[str(value).lower()]
-        if kind is int and number and float(value).is_integer():
-            return int(value)
-        if kind is float and number and value == value:  # nan is no number
-            return value
-        if kind is list and isinstance(value, list | ListConfig):
-            return _convert_elements(value, default, key)
-        if kind is object or (kind in (str, NoneType) and isinstance(value, kind)):
-            return value
-        if kind is dict and isinstance(value, DictConfig):
-            return value
-    quote = f" (text that looks like a number is quoted twice: '{key}=\"...\"')" if number and str in kinds else ""
-    written = written if written is not None else "null" if value is None else value
-    raise ConfigError(f"{key}={written}: expected {' or '.join(_WORDS[kind] for kind in kinds)}{quote}")
-
-
-def _convert_elements(values: Sequence[Any], default: Any, key: str) -> list[Any]:
-    kinds = {_kinds_like(element) for element in default} if isinstance(default, ListConfig) else set()
-    if len(kinds) != 1:
-        return list(values)
-    (kind,) = kinds
-    return [_convert(value, kind, default[0], f"{key}.{index}", None) for index, value in enumerate(values)]
 
 
 def check_device(device: str) -> torch.device:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
+import logging
 
 import pytest
 
 pytest.importorskip("detectron2")
 
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_setup
 from omegaconf import OmegaConf
 
+from piip import setting_types
 from piip.lazy_config import load_config
 from piip_core.errors import ConfigError
 
@@ -154,3 +158,47 @@ def test_overrides_that_add_something_known(config):
     assert (cfg.dataloader.test.batch_size, cfg.train.note) == (2, "mine")
     with pytest.raises(ConfigError, match="no such file"):
         load_config("nowhere.py")
+
+
+@pytest.fixture
+def detectron2_script(config, tmp_path, monkeypatch):
+    """What Detectron2's own script does before it starts."""
+    setting_types.register_check()
+    monkeypatch.setattr(setting_types, "_warn_once", logging.getLogger("piip").warning)
+
+    def start(file, overrides, eval_only=False):
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(file), [f"train.output_dir={tmp_path}", *overrides])
+        default_setup(cfg, argparse.Namespace(eval_only=eval_only))
+        return cfg
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("file", "override", "words"),
+    [
+        (UPERNET, "data.reduce_zero_label=no", "reduce_zero_label=no: expected true or false or null"),
+        (UPERNET, "data.train.images=2024_01", r"images=202401: expected text .* quoted twice"),
+        (MASK_RCNN, "train.amp.enabled=no", "train.amp.enabled=no: expected true or false"),
+        (MASK_RCNN, "train.load_pretrained=off", "train.load_pretrained=off: expected true or false"),
+        (MASK_RCNN, "dataloader.train.dataset.filter_empty=no", "filter_empty=no: expected true or false"),
+        (MASK_RCNN, "train.max_iter=1e3", "train.max_iter=1000.0: expected a whole number"),
+        (MASK_RCNN, "train.ema.decay=no", "train.ema.decay=no: expected a number or null"),
+    ],
+)
+def test_detectron2_s_own_script_refuses_them_before_it_starts(config, detectron2_script, file, override, words):
+    with pytest.raises(Exception, match=words):
+        detectron2_script(config(file), [override])
+
+
+def test_detectron2_s_own_script_names_settings_without_effect(config, detectron2_script, tmp_path, caplog):
+    cfg = detectron2_script(config(MASK_RCNN), ["train.seed=-1", "train.amp.enabled=true"], eval_only=True)
+    (record,) = {r.getMessage() for r in caplog.records if "without effect" in r.getMessage()}
+    assert "train.amp.precision=bfloat16 (mixed precision is float16 there), train.clip_norm=1.0. " in record
+    assert "seed" not in record
+    assert cfg.dataloader.train.seed == -1
+    # its saved configuration is read and checked, too
+    again = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert instantiate(again.dataloader.train.mapper).is_train
+    with pytest.raises(Exception, match=r"train.amp.enabled=no: expected true or false"):
+        detectron2_script(str(tmp_path / "config.yaml"), ["train.amp.enabled=no"])

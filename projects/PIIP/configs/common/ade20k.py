@@ -81,7 +81,7 @@ dataloader.train = L(build_train_loader)(
     total_batch_size=16,
     aspect_ratio_grouping=False,  # the crops all have one size
     num_workers=4,
-    seed="${oc.select:train.seed,0}",
+    seed="${piip.checked:${oc.select:train.seed,0}}",  # see piip.setting_types
 )
 
 dataloader.test = L(build_detection_test_loader)(

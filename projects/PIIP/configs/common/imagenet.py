@@ -63,7 +63,7 @@ dataloader.train = L(build_train_loader)(
     aspect_ratio_grouping=False,  # the crops all have one size
     repeats=1,  # 3: DeiT's repeated augmentation
     num_workers=8,
-    seed="${oc.select:train.seed,0}",
+    seed="${piip.checked:${oc.select:train.seed,0}}",  # see piip.setting_types
 )
 
 dataloader.test = L(build_detection_test_loader)(
