@@ -21,7 +21,7 @@ from piip_core.files import lock_folder
 ROOT = Path(__file__).parents[1]
 
 
-def _load(folder: str, name: str) -> ModuleType:
+def _load(name: str, folder: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"piip_{folder}_{name}", ROOT / folder / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(ROOT / folder))  # as for a script that is started
@@ -34,14 +34,14 @@ def _load(folder: str, name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def load_tool():
-    """Imports tools/NAME.py, a script outside any package, as a module."""
-    return partial(_load, "tools")
+    """Imports tools/NAME.py, a script outside any package, as a module; `folder` names another folder."""
+    return partial(_load, folder="tools")
 
 
 @pytest.fixture(scope="session")
 def load_script():
     """Imports datasets/NAME.py, a script outside any package, as a module."""
-    return partial(_load, "datasets")
+    return partial(_load, folder="datasets")
 
 
 def _randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

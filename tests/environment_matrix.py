@@ -1,7 +1,7 @@
 """Runs the tests in fresh clones and fresh environments, and prints what passed as rows of docs/environments.md.
 
-    python tools/environment_matrix.py --pythons 3.10 3.11                # every kind of environment
-    python tools/environment_matrix.py --kinds newest --with transformers==5.23.0 --tests tests/llava_piip
+    python tests/environment_matrix.py --pythons 3.10 3.11                # every kind of environment
+    python tests/environment_matrix.py --kinds newest --with transformers==5.23.0 --tests tests/llava_piip
 
 Kinds of environments: "oldest" has the floor of every range in pyproject.toml and is made with the first Python alone,
 "locked" is constraints.txt, "newest" is whatever the package index has today. What is committed is what is tested.

@@ -1,11 +1,11 @@
-"""tools/environment_matrix.py: what its environments are made of, how tests are counted, the rows that it prints."""
+"""environment_matrix.py: what its environments are made of, how tests are counted, the rows that it prints."""
 
 import pytest
 
 
 @pytest.fixture(scope="module")
 def matrix(load_tool):
-    return load_tool("environment_matrix")
+    return load_tool("environment_matrix", folder="tests")
 
 
 def test_floors_are_the_lower_bounds_of_all_extras(matrix):
