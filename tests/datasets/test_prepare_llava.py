@@ -29,7 +29,7 @@ def verify(load_script):
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     """A tuning set of three entries: COCO's image in its archive, OCR-VQA's unpacked under another name."""
-    whole = published.PUBLISHED["llava-finetune"]
+    whole = published.PUBLISHED["finetune"]
     small = replace(
         whole,
         records=3,
