@@ -62,7 +62,7 @@ def convert_folder(
     """
     source, target = Path(source), Path(target)
     fields = read_json(source / "config.json", CheckpointError)
-    file = read_checkpoint(source)
+    file = read_checkpoint(source, verify=True)
     vision = find_vision(file.state.shapes(), row, vision_config, clip_configs or {})
     tokenizer = add_image_token(_tokenizer(source))
     config = PIIPLlavaConfig(
@@ -109,7 +109,7 @@ def export_folder(
     vision = config.vision_config.piip
     if len(vision.branches) < 2:
         raise CheckpointError(f"{source}: a model with a single branch has no published layout of its own")
-    file = read_checkpoint(source)
+    file = read_checkpoint(source, verify=True)
     classes = (file.description or {}).get("branch_classes") or map(_class_of, vision.branches)
     state, report = to_published(file.state, LlavaNames.of(config, classes), source=str(source))
     report.check()

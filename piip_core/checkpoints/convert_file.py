@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,11 +81,7 @@ def convert_file(
             of `dtype`.
         NotSupportedYet: If the model has parts that this version does not know.
     """
-    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights, ema=ema)
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            if damaged := archive.testzip():
-                raise CheckpointError(f"{source}: {damaged} differs from its checksum: download or copy it again")
+    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights, ema=ema, verify=True)
     if to_public:
         names, model = _names_of_ours(file, config, branch_classes)
         state, report = to_published(file.state, names, source=str(source))

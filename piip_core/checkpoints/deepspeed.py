@@ -58,12 +58,12 @@ def deepspeed_folder(path: Path) -> Path | None:
     return path if any(p.fullmatch(file.name) for file in path.iterdir() for p in patterns) else None
 
 
-def read_deepspeed(folder: Path, *, unsafe_pickle: bool, master_weights: bool) -> CheckpointFile:
+def read_deepspeed(folder: Path, *, unsafe_pickle: bool, master_weights: bool, verify: bool) -> CheckpointFile:
     """Reads the weights in a folder of `deepspeed_folder`; see `read_checkpoint`.
 
     Of stages 0 to 2, those of the model, or as `master_weights` the optimizer's. Stage 3 has no others than these.
     """
-    load = partial(_load, unsafe_pickle=unsafe_pickle)
+    load = partial(_load, unsafe_pickle=unsafe_pickle, verify=verify)
     files = _by_rank(folder, _MODEL_FILE)
     if not files:
         raise CheckpointError(f"{folder}: holds no mp_rank_00_model_states.pt. {_AGAIN}")
@@ -124,9 +124,9 @@ class _States:
         return {name: entries[same] for name, same in self.mapping("shared_params").items() if same in entries}
 
 
-def _load(path: Path, *, unsafe_pickle: bool) -> _States:
+def _load(path: Path, *, unsafe_pickle: bool, verify: bool) -> _States:
     with torch.serialization.safe_globals(_STAND_INS):
-        content = load_torch_file(path, unsafe_pickle=unsafe_pickle)
+        content = load_torch_file(path, unsafe_pickle=unsafe_pickle, verify=verify)
     return _States(path, content if isinstance(content, Mapping) else {})
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from ..files import check_regular
 _WRAPPERS, _EMA_WRAPPERS = ("state_dict", "model", "module"), ("model_ema", "state_dict_ema")
 # Our own description inside converted files: a key of the dictionary, or of the safetensors header (as JSON)
 DESCRIPTION = "piip"
+# In the safetensors header: the `checksum` of the tensors
+CHECKSUM = "piip_crc32"
 # A checkpoint claims no more than this factor of its size, where that is above the number of bytes: compressed weights
 # are far from it, files made to exhaust memory beyond
 _MOST_COMPRESSION, _MOST_PADDING = 100, 2**30
@@ -108,10 +111,11 @@ class CheckpointFile:
     description: dict[str, Any] | None = None
 
 
-def read_file(path: Path, *, unsafe_pickle: bool = False, ema: bool = False) -> CheckpointFile:
+def read_file(path: Path, *, unsafe_pickle: bool = False, ema: bool = False, verify: bool = False) -> CheckpointFile:
     """Reads the state dict in one PyTorch or .safetensors file; see `read_checkpoint`."""
     if path.suffix != ".safetensors":
-        return _unwrap(path, load_torch_file(path, unsafe_pickle=unsafe_pickle), _EMA_WRAPPERS if ema else _WRAPPERS)
+        content = load_torch_file(path, unsafe_pickle=unsafe_pickle, verify=verify)
+        return _unwrap(path, content, _EMA_WRAPPERS if ema else _WRAPPERS)
     if ema:
         raise CheckpointError(f"{path}: a .safetensors has one set of weights, and no moving average (--ema)")
     check_regular(path, CheckpointError)
@@ -125,8 +129,20 @@ def read_file(path: Path, *, unsafe_pickle: bool = False, ema: bool = False) -> 
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({_first_line(error)}). Download or export it again"
         ) from None
+    if verify and CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors):
+        raise CheckpointError(f"{path}: differs from its checksum, bits have changed: download or copy the file again")
     entries = {key: LazyTensor(t.shape, t.dtype, partial(file.get_tensor, key)) for key, t in tensors.items()}
     return CheckpointFile(path, LazyState(entries), description=description)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A sum over names, types, shapes and values, in the order of the names."""
+    total = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].cpu().contiguous()
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()), total)
+    return f"{total:08x}"
 
 
 def _unwrap(path: Path, content: Any, wrappers: Sequence[str]) -> CheckpointFile:
@@ -155,13 +171,16 @@ def _is_state(content: Mapping[Any, Any]) -> bool:
     return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
 
 
-def load_torch_file(path: str | os.PathLike[str], *, unsafe_pickle: bool = False, mmap: bool = True) -> Any:
+def load_torch_file(
+    path: str | os.PathLike[str], *, unsafe_pickle: bool = False, mmap: bool = True, verify: bool = False
+) -> Any:
     """`torch.load` onto the CPU that runs no code, and says clearly what is wrong with a file, whatever its bytes are.
 
     Args:
         path: The file.
         unsafe_pickle: If the file holds Python objects, load them all the same, which can run any code.
         mmap: Map the tensors of the file into memory instead of reading them, where its format allows.
+        verify: Read everything and compare it with the sums in the file, where its format has some.
 
     Raises:
         CheckpointError: If the file does not exist, is damaged, holds Python objects or claims to hold far more than
@@ -171,7 +190,7 @@ def load_torch_file(path: str | os.PathLike[str], *, unsafe_pickle: bool = False
     check_regular(path, CheckpointError)
     objects: list[str] = []
     try:
-        size, mappable = _check_size(path)
+        size, mappable = _check_archive(path, verify)
         if not unsafe_pickle:
             _check_pickles(path, objects)
         content = _load(path, unsafe_pickle, mmap=mmap and mappable)
@@ -209,15 +228,22 @@ def _load(path: Path, unsafe_pickle: bool, *, mmap: bool) -> Any:
     return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False)
 
 
-def _check_size(path: Path) -> tuple[int, bool]:
+def _check_archive(path: Path, verify: bool) -> tuple[int, bool]:
     """How many bytes a file holds, and whether they can be mapped; refuses what is made to exhaust memory."""
     if not zipfile.is_zipfile(path):  # the format before torch 1.6
         return path.stat().st_size, False
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-    size = sum(entry.file_size for entry in entries)
-    if size > max(_MOST_PADDING, _MOST_COMPRESSION * path.stat().st_size):
-        raise CheckpointError(f"{path}: claims to hold {size} bytes, more than {_MOST_COMPRESSION} times its own size")
+        size = sum(entry.file_size for entry in entries)
+        if size > max(_MOST_PADDING, _MOST_COMPRESSION * path.stat().st_size):
+            raise CheckpointError(
+                f"{path}: claims to hold {size} bytes, more than {_MOST_COMPRESSION} times its own size"
+            )
+        if verify and (damaged := archive.testzip()):
+            raise CheckpointError(
+                f"{path}: {damaged} differs from its checksum, bits have changed: download or copy the file again (one "
+                "that was saved with torch.serialization.set_crc32_options(False) has no right checksums)"
+            )
     return size, all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 

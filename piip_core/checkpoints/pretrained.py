@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..branches import Branch
 from ..classifier import PIIPClassifier
 from ..errors import CheckpointError
+from ..files import check_regular
 from ..pyramid import PIIP
 from .branch_names import BRANCH_CLASSES
 from .convert import ConversionReport
@@ -117,7 +120,7 @@ def load_branch(branch: Branch, source: str, *, head: Mapping[str, Tensor] | Non
         branch: Any branch.
         source: `timm:NAME`, `open_clip:NAME/TAG`, or a path: .pth, .safetensors or a sharded checkpoint in the
             published formats (DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT, BEiTv2, Uni-Perceiver, InternViT-6B, ConvNeXt
-            and CLIP of transformers, CLIP of open_clip) or in timm's.
+            and CLIP of transformers, CLIP of open_clip) or in timm's, or .npz as AugReg publishes it.
         head: Tensors of the branch's classifier under timm's names (norm.*, head.*); filled, too, where the source has
             them in the same shapes.
 
@@ -151,7 +154,7 @@ def read_source(source: str) -> Mapping[str, Tensor]:
     """
     kind, colon, name = source.partition(":")
     if not colon or kind not in _LIBRARIES:
-        return read_checkpoint(source).state
+        return _from_npz(Path(source)) if source.endswith(".npz") else read_checkpoint(source).state
     fetch = _LIBRARIES[kind](name)
     try:
         return fetch()
@@ -189,6 +192,33 @@ def _from_open_clip(name: str) -> _Fetch:
 
 # Checks a name and says how its weights are downloaded. What else is fetched by name goes in here
 _LIBRARIES: Mapping[str, Callable[[str], _Fetch]] = {"timm": _from_timm, "open_clip": _from_open_clip}
+
+
+def _from_npz(path: Path) -> dict[str, Tensor]:
+    """AugReg's own format, read by timm into a network of the file's sizes."""
+    check_regular(path, CheckpointError)
+    try:
+        with np.load(path) as arrays:
+            kernel = arrays["embedding/kernel"].shape
+            entries = arrays["Transformer/posembed_input/pos_embedding"].shape[1]
+            classes = arrays["head/bias"].shape[0]
+            block = "Transformer/encoderblock_{}/"
+            depth = sum(f"{block.format(i)}LayerNorm_0/scale" in arrays for i in range(len(arrays)))
+            heads = arrays[block.format(0) + "MultiHeadDotProductAttention_1/query/kernel"].shape[1]
+            hidden = arrays[block.format(0) + "MlpBlock_3/Dense_0/kernel"].shape[1]
+        model = VisionTransformer(
+            img_size=round((entries - 1) ** 0.5) * kernel[0],
+            patch_size=kernel[0],
+            embed_dim=kernel[-1],
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=hidden / kernel[-1],
+            num_classes=classes,
+        )
+        model.load_pretrained(str(path))
+    except Exception as error:  # of any type, depending on which bytes are wrong
+        raise CheckpointError(f"{path}: not a ViT in the .npz format of AugReg ({error})") from None
+    return model.state_dict()
 
 
 def convert_pretrained(

@@ -19,7 +19,12 @@ _FOLDER_FILES += ("pytorch_model.bin",)
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], *, unsafe_pickle: bool = False, master_weights: bool = False, ema: bool = False
+    path: str | os.PathLike[str],
+    *,
+    unsafe_pickle: bool = False,
+    master_weights: bool = False,
+    ema: bool = False,
+    verify: bool = False,
 ) -> CheckpointFile:
     """Reads a state dict; each of its tensors from the file when it is asked for, so that large ones fit.
 
@@ -30,6 +35,8 @@ def read_checkpoint(
             put into it; never needed for a plain state dict, nor for what DeepSpeed itself stores.
         master_weights: Of a DeepSpeed checkpoint, take the optimizer's fp32 weights instead of the model's.
         ema: Of a classifier's PyTorch file, take the moving average of the weights, which lies beside them.
+        verify: Read every byte and compare it with the sums that PyTorch's files and ours have, to notice bits that
+            have changed since.
 
     Raises:
         CheckpointError: If it does not exist, cannot be read or holds no state dict; the message names the file.
@@ -43,15 +50,15 @@ def read_checkpoint(
         check_regular(path, CheckpointError)
     folder = deepspeed_folder(path)
     if folder is not None:
-        file = read_deepspeed(folder, unsafe_pickle=unsafe_pickle, master_weights=master_weights)
+        file = read_deepspeed(folder, unsafe_pickle=unsafe_pickle, master_weights=master_weights, verify=verify)
     elif master_weights:
         raise CheckpointError(f"{path}: master weights (--master-weights) are in DeepSpeed folders only")
     else:
         source = _find_in_folder(path) if path.is_dir() else path
         if source.name.endswith(INDEX_SUFFIX) and not ema:
-            file = _read_sharded(source, unsafe_pickle)
+            file = _read_sharded(source, unsafe_pickle=unsafe_pickle, verify=verify)
         else:
-            file = read_file(source, unsafe_pickle=unsafe_pickle, ema=ema)
+            file = read_file(source, unsafe_pickle=unsafe_pickle, ema=ema, verify=verify)
     if all(key.startswith("module.") for key in file.state):  # of DataParallel
         return replace(file, state=file.state.below("module."))
     return file
@@ -81,7 +88,7 @@ def _find_in_folder(folder: Path) -> Path:
     )
 
 
-def _read_sharded(path: Path, unsafe_pickle: bool) -> CheckpointFile:
+def _read_sharded(path: Path, *, unsafe_pickle: bool, verify: bool) -> CheckpointFile:
     """The state dict that an index describes; it must name every tensor of its files, and in the right one."""
     files, metadata = read_index(path)
     names = list(dict.fromkeys(files.values()))
@@ -91,7 +98,7 @@ def _read_sharded(path: Path, unsafe_pickle: bool) -> CheckpointFile:
             f"{path}: {len(missing)} of its {len(names)} files are missing: {listed(missing)}. Download them into "
             f"{path.parent}"
         )
-    shards = [read_file(path.parent / name, unsafe_pickle=unsafe_pickle) for name in names]
+    shards = [read_file(path.parent / name, unsafe_pickle=unsafe_pickle, verify=verify) for name in names]
     for shard in shards:
         expected = {key for key, file in files.items() if file == shard.path.name}
         if absent := sorted(expected - shard.state.keys()):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import atomic_path, write_atomically
-from .formats import DESCRIPTION, LazyState
+from .formats import CHECKSUM, DESCRIPTION, LazyState, checksum
 from .reading import INDEX_SUFFIX, read_index
 
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face's libraries
@@ -122,4 +122,4 @@ def _write_safetensors(path: Path, state: LazyState, keys: Sequence[str], metada
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
     with atomic_path(path) as aside:
-        save_file(tensors, aside, metadata={"format": "pt", **metadata})
+        save_file(tensors, aside, metadata={"format": "pt", CHECKSUM: checksum(tensors), **metadata})

@@ -125,6 +125,24 @@ def test_missing_shard_and_missing_key_are_named(convert, published):
         convert(published)
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_flipped_bit_stops_both_directions(exported, convert, published, tmp_path):
+    if exported:
+        convert(published)
+        path = tmp_path / "ours" / "model.safetensors"
+    else:
+        path = published / "pytorch_model.bin"
+        torch.save(dict(read_checkpoint(published).state), path)
+        for file in published.glob("model*.safetensors*"):
+            file.unlink()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum"):
+        export_folder(tmp_path / "ours", tmp_path / "back") if exported else convert(published)
+    assert not (tmp_path / ("back" if exported else "ours")).exists()
+
+
 def test_folder_without_tokenizer_is_refused(convert, published, tmp_path):
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         (published / name).unlink()

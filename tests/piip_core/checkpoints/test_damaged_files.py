@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from piip_core.checkpoints import convert_file, read_checkpoint, write_checkpoint
+from piip_core.checkpoints.pretrained import read_source
 from piip_core.errors import CheckpointError
 
 STATE = {
@@ -45,8 +46,9 @@ WRITERS = {
 }
 
 
+@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("name", WRITERS)
-def test_mutated_files_are_refused_by_name_or_read(name, tmp_path, mutated):
+def test_mutated_files_are_refused_by_name_or_read_and_never_read_wrong_if_verified(name, verify, tmp_path, mutated):
     path = tmp_path / name
     WRITERS[name](path)
     content = path.read_bytes()
@@ -54,25 +56,43 @@ def test_mutated_files_are_refused_by_name_or_read(name, tmp_path, mutated):
     for seed in range(100):
         path.write_bytes(mutated(content, seed))
         try:
-            dict(read_checkpoint(path).state)
+            state = dict(read_checkpoint(path, verify=verify).state)
         except CheckpointError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error), seed
             refused += 1
+        else:
+            has_sums = name != "legacy.pth" and (name != "x.safetensors" or b'"piip_crc32":' in path.read_bytes())
+            if verify and has_sums:  # not if the very name of the sum is lost
+                assert state.keys() == STATE.keys(), seed
+                assert all(torch.equal(state[key], tensor) for key, tensor in STATE.items()), seed
     assert refused > 30
     path.write_bytes(content)
-    assert all(torch.equal(read_checkpoint(path).state[key], tensor) for key, tensor in STATE.items())
+    assert all(torch.equal(read_checkpoint(path, verify=True).state[key], tensor) for key, tensor in STATE.items())
 
 
-@pytest.mark.parametrize("name", ["zip.pth", "compressed.pth"])
+def write_shards(path):
+    write_checkpoint(path.with_suffix("").with_suffix(""), STATE, max_shard_bytes=10)
+
+
+def write_torch_shards(path):
+    torch.save(STATE, path.with_name("shard.bin"))
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(STATE, "shard.bin")}))
+
+
+SHARDS = {"x.safetensors.index.json": write_shards, "x.bin.index.json": write_torch_shards}
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "compressed.pth", "x.safetensors", *SHARDS])
 def test_a_flipped_bit_in_a_tensor_stops_a_conversion(name, tmp_path):
-    path = tmp_path / name
-    WRITERS[name](path)
+    (WRITERS | SHARDS)[name](tmp_path / name)
+    path = max(tmp_path.iterdir(), key=lambda file: file.stat().st_size)  # of shards, that of a.weight
     data = bytearray(path.read_bytes())
-    start = bytes(data).find(STATE["a.weight"].numpy().tobytes()[:16]) if name == "zip.pth" else len(data) // 3
+    start = data.find(STATE["a.weight"].numpy().tobytes()[:16]) if name != "compressed.pth" else len(data) // 3
+    assert start > 0
     data[start + 5] ^= 4
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"^{path}: .*(checksum|damaged)"):
-        convert_file(path, tmp_path / "out.pth")
+        convert_file(tmp_path / name, tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
 
 
@@ -144,17 +164,17 @@ NO_CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.safetensors.index.json", "x.npz"])
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
 def test_what_is_no_checkpoint_is_refused_by_name(kind, name, tmp_path):
     path = tmp_path / name
     path.write_bytes(NO_CHECKPOINTS[kind]())
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: ") as error:
-        dict(read_checkpoint(path).state)
+        dict(read_source(str(path)))
     assert ("--unsafe-pickle" in str(error.value)) == (kind == "program" and name == "x.pth")
 
 
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x.safetensors.index.json", "x.npz"])
 @pytest.mark.parametrize("kind", ["/dev/zero", "pipe", "folder"])
 def test_devices_pipes_and_folders_are_not_read(kind, name, tmp_path):
     path = tmp_path / name
@@ -165,7 +185,7 @@ def test_devices_pipes_and_folders_are_not_read(kind, name, tmp_path):
     else:
         path.symlink_to(kind)
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: "):
-        read_checkpoint(path)
+        read_source(str(path))
 
 
 def test_a_header_of_safetensors_that_claims_what_is_not_there(tmp_path):

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,18 @@ def test_master_weights_are_asked_only_of_checkpoints_that_have_them(run, tmp_pa
     torch.save({"a": torch.zeros(1)}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=r"file\.pth: master weights"):
         read_checkpoint(tmp_path / "file.pth", master_weights=True)
+
+
+def test_a_flipped_bit_in_a_partition_is_noticed_on_request(run):
+    path = next((run(3) / STEP).glob("*rank_0_*optim_states.pt"))
+    with zipfile.ZipFile(path) as archive:
+        values = max((archive.read(entry) for entry in archive.infolist() if "/data/" in entry.filename), key=len)
+    data = bytearray(path.read_bytes())
+    data[data.find(values)] ^= 4
+    path.write_bytes(data)
+    read_checkpoint(path)
+    with pytest.raises(CheckpointError, match=rf"^{path}: .*checksum"):
+        read_checkpoint(path, verify=True)
 
 
 def test_the_file_latest_must_name_a_folder_beside_it(run):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -61,6 +62,42 @@ def test_the_class_token_is_used_where_the_branch_has_one(tmp_path):
     report = load_branch(branch, str(tmp_path / "vit.pth"))
     assert "cls_token" in report.used
     assert torch.equal(branch.model.cls_token, model.cls_token)
+
+
+def test_augreg_npz(tmp_path):
+    """The layout of the published arrays, written from a timm network and read back."""
+    model = timm_vit()
+    state, arrays = model.state_dict(), {}
+    heads = (2, 8)
+    arrays["cls"] = state["cls_token"].numpy()
+    arrays["embedding/kernel"] = state["patch_embed.proj.weight"].permute(2, 3, 1, 0).numpy()
+    arrays["embedding/bias"] = state["patch_embed.proj.bias"].numpy()
+    arrays["Transformer/posembed_input/pos_embedding"] = state["pos_embed"].numpy()
+    arrays["Transformer/encoder_norm/scale"] = state["norm.weight"].numpy()
+    arrays["Transformer/encoder_norm/bias"] = state["norm.bias"].numpy()
+    arrays["head/kernel"], arrays["head/bias"] = state["head.weight"].T.numpy(), state["head.bias"].numpy()
+    for i in range(2):
+        ours, theirs = f"blocks.{i}.", f"Transformer/encoderblock_{i}/"
+        attention = theirs + "MultiHeadDotProductAttention_1/"
+        weights, biases = (state[f"{ours}attn.qkv.{name}"].chunk(3) for name in ("weight", "bias"))
+        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            arrays[f"{attention}{name}/kernel"] = weight.T.reshape(16, *heads).numpy()
+            arrays[f"{attention}{name}/bias"] = bias.reshape(heads).numpy()
+        arrays[f"{attention}out/kernel"] = state[ours + "attn.proj.weight"].T.reshape(*heads, 16).numpy()
+        arrays[f"{attention}out/bias"] = state[ours + "attn.proj.bias"].numpy()
+        for layer, name in ((0, "fc1"), (1, "fc2")):
+            arrays[f"{theirs}MlpBlock_3/Dense_{layer}/kernel"] = state[f"{ours}mlp.{name}.weight"].T.numpy()
+            arrays[f"{theirs}MlpBlock_3/Dense_{layer}/bias"] = state[f"{ours}mlp.{name}.bias"].numpy()
+        for layer, name in ((0, "norm1"), (2, "norm2")):
+            arrays[f"{theirs}LayerNorm_{layer}/scale"] = state[f"{ours}{name}.weight"].numpy()
+            arrays[f"{theirs}LayerNorm_{layer}/bias"] = state[f"{ours}{name}.bias"].numpy()
+    np.savez(tmp_path / "augreg.npz", **arrays)
+    branch = branch_of()
+    load_branch(branch, str(tmp_path / "augreg.npz"))
+    for name, tensor in branch.model.state_dict().items():
+        expected = state["pos_embed"][:, 1:] if name == "pos_embed" else state.get(name)
+        if expected is not None:
+            torch.testing.assert_close(tensor, expected, msg=name)
 
 
 def test_unknown_keys_are_an_error_that_names_them(tmp_path):
