@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,28 +15,22 @@ from peft import PeftModel
 from torch import nn
 from transformers import BatchFeature, GenerationConfig
 
-from piip_core.errors import CheckpointError, UserError, check
+from piip_core.errors import CheckpointError, UserError, check, check_choice
 from piip_core.files import read_json
 
 from .configuration import PIIPLlavaConfig
-from .conversation import ConversationError, Messages, render_conversation
+from .conversation import ConversationError, Messages, has_image_parts, render_conversation
 from .conversation_cache import ConversationCache
 from .loading import final_folder, is_trained_folder, load_trained
 from .processing import PIIPLlavaProcessor
 from .streaming import AnswerStream, answer_text
 
-__all__ = ["ChatModel", "ContextLengthError", "MemoryLimitError", "check_sampling", "model_folder"]
-
 Quantization = Literal["4bit", "8bit"]
 
 DEFAULT_NEW_TOKENS = 512
 _LEAST_TEMPERATURE = 1e-20  # scores divided by much less overflow
-QUANTIZATIONS: Mapping[str, int] = {"4bit": 4, "8bit": 8}
-DTYPES: Mapping[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+QUANTIZATIONS = ("4bit", "8bit")
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 class ContextLengthError(UserError):
@@ -89,11 +82,13 @@ class ChatModel:
             ConfigError: If bitsandbytes is needed and not installed.
             UserError: For an unknown device, dtype or quantization.
         """
-        if quantization is not None and quantization not in QUANTIZATIONS:
-            raise UserError(f"quantization={quantization!r}: expected one of {', '.join(QUANTIZATIONS)}, or none")
-        device, dtype = _device(device), _dtype(dtype)
-        path = model_folder(Path(folder))
-        bits = QUANTIZATIONS[quantization] if quantization else 16
+        if quantization is not None:
+            check_choice("quantization", quantization, QUANTIZATIONS)
+        if not isinstance(dtype, torch.dtype) and dtype != "auto":
+            check_choice("dtype", dtype, ("auto", *DTYPES))
+            dtype = getattr(torch, dtype)
+        device, path = _device(device), model_folder(Path(folder))
+        bits = int(quantization[0]) if quantization else 16
         if bits == 8:  # it would say for every layer and token that it casts to float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         model, processor = load_trained(path, dtype=dtype, bits=bits, device_map={"": device})
@@ -140,16 +135,10 @@ class ChatModel:
 
         Raises:
             ContextLengthError: If conversation and answer do not fit into the context. Nothing is ever cut.
-            ConfigError: If `max_new_tokens` is no positive number.
             UserError: If placeholders and images do not match, or the template does not take the messages.
         """
-        check_sampling(max_new_tokens=max_new_tokens)
-        parts = [
-            part for message in messages if isinstance(message.get("content"), list) for part in message["content"]
-        ]
-        asked = sum(isinstance(part, Mapping) and part.get("type") in ("image", "image_url") for part in parts)
-        if asked and not images:  # in a text alone, the placeholder is ordinary text
-            raise UserError(f"the messages have {asked} images, none is given: give them in the order of the messages")
+        if not images and has_image_parts(messages):  # in a text alone, the placeholder is ordinary text
+            raise UserError("the messages have images, none is given: give them in the order of the messages")
         inputs = self.processor(text=[self.prompt(messages)], images=[list(images)])
         length = inputs["input_ids"].shape[1]
         if length + max_new_tokens > self.context_length:
@@ -174,7 +163,10 @@ class ChatModel:
         Raises:
             ConfigError: For a value that cannot work.
         """
-        check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        check(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "1 or more")
+        right = temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf
+        check(right, "temperature", temperature, f"0, or {_LEAST_TEMPERATURE:g} or more")
+        check(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
         sampled = temperature > 0
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -237,8 +229,6 @@ class ChatModel:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        stop_event: threading.Event | None = None,
     ) -> AnswerStream:
         """Answers the last message. The generation starts at once, in a thread of its own.
 
@@ -250,8 +240,6 @@ class ChatModel:
             max_new_tokens: Most tokens of the answer; None for 512, or fewer where the context has no room for them.
             temperature: See `generation_config`.
             top_p: See `generation_config`.
-            stop: Texts that end the answer and are no part of it.
-            stop_event: Ends the answer after the next token, once it is set.
 
         Returns:
             The pieces of the answer.
@@ -259,21 +247,21 @@ class ChatModel:
         Raises:
             UserError: As `encode` and `generation_config`.
         """
-        least = 1 if max_new_tokens is None else max_new_tokens
-        check_sampling(max_new_tokens=least, temperature=temperature, top_p=top_p)
-        inputs = self.encode(messages, images, max_new_tokens=least)
+        settings = self.generation_config(
+            max_new_tokens=DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        inputs = self.encode(messages, images, max_new_tokens=max_new_tokens or 1)
         ids = inputs["input_ids"][0].tolist()
-        if max_new_tokens is None:
-            max_new_tokens = min(DEFAULT_NEW_TOKENS, self.context_length - len(ids))
-        settings = self.generation_config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        settings.max_new_tokens = min(settings.max_new_tokens, self.context_length - len(ids))
         return AnswerStream(
             partial(self._generate_one, ids, inputs.get("pixel_values"), settings),
             tokenizer=self.processor.tokenizer,
             prompt_ids=ids,
             end_ids=self.end_ids,
-            end_texts=[*self.end_texts, *stop],
-            max_new_tokens=max_new_tokens,
-            stop_event=stop_event,
+            end_texts=self.end_texts,
+            max_new_tokens=settings.max_new_tokens,
         )
 
     def _generate_one(self, *inputs: Any, **options: Any) -> None:
@@ -283,19 +271,6 @@ class ChatModel:
             raise MemoryLimitError(
                 "too little memory for this conversation: begin a new one, give fewer images, or load the model in 4bit"
             ) from error
-
-
-def check_sampling(*, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0) -> None:
-    """Checks settings of `ChatModel.generation_config`, without a model.
-
-    Raises:
-        ConfigError: For a value that cannot work.
-    """
-    right = isinstance(max_new_tokens, int) and max_new_tokens > 0
-    check(right, "max_new_tokens", max_new_tokens, "1 or more")
-    right = temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf
-    check(right, "temperature", temperature, f"0, or {_LEAST_TEMPERATURE:g} or more")
-    check(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
 
 
 def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], list[str]]:
@@ -324,8 +299,6 @@ def model_folder(folder: Path) -> Path:
         CheckpointError: If it is not.
     """
     folder = final_folder(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is no folder; expected one that training or the converter wrote")
     if is_trained_folder(folder):
         return folder
     if not (folder / "config.json").is_file():
@@ -349,11 +322,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={str(device)!r}: there are {torch.cuda.device_count()} GPUs that PyTorch can use")
     return found
-
-
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
