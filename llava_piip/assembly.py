@@ -30,15 +30,7 @@ from .image_processing import PIIPImageProcessor
 from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel, make_projector
 from .processing import PIIPLlavaProcessor
 
-__all__ = [
-    "add_image_token",
-    "assemble",
-    "assemble_config",
-    "assemble_processor",
-    "join",
-    "load_part",
-    "load_tokenizer",
-]
+_LANGUAGE_MODEL = "the name of a model on the Hugging Face hub, or a folder with config.json, weights and tokenizer"
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +61,12 @@ def assemble(
 
     Raises:
         ConfigError: For an unknown row, or a language model that cannot be used.
-        CheckpointError: If weights cannot be had or do not fit.
+        CheckpointError: If weights or language model cannot be had, or do not fit.
     """
     entry = zoo.multimodal(row) if isinstance(row, str) else row
     source = os.fspath(language_model or entry.language_model)
-    tokenizer = load_tokenizer(source)
-    decoder = _language_part(AutoModelForCausalLM, source, **options)
+    tokenizer = add_image_token(load_part(AutoTokenizer, source, _LANGUAGE_MODEL))
+    decoder = load_part(AutoModelForCausalLM, source, _LANGUAGE_MODEL, **options)
     config = assemble_config(
         entry,
         decoder.config,
@@ -87,7 +79,13 @@ def assemble(
         logger.info(load_pyramid(tower.pyramid, read_checkpoint(path).state, source=path).summary())
     elif pretrained_vision:
         load_pretrained(tower.pyramid)
-    _check_padding(tokenizer, decoder.get_input_embeddings().num_embeddings)
+    rows = decoder.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= rows:  # batches look it up like any other token, though nothing attends to it
+        raise ConfigError(
+            f"language_model: the padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the "
+            f"embedding has {rows} rows: set tokenizer.pad_token to one that has a row, such as "
+            f"{tokenizer.eos_token!r}, and save the tokenizer"
+        )
     model = join(config, tower.to(decoder.dtype), decoder)
     processor = assemble_processor(config, tokenizer, chat_template=chat_template, pad_to_square=pad_to_square)
     return model, processor
@@ -122,11 +120,6 @@ def assemble_processor(
     return PIIPLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length, chat_template=chat_template)
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a language model, with the image token."""
-    return add_image_token(_language_part(AutoTokenizer, os.fspath(source)))
-
-
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Gives a tokenizer the special token `<image>`, and a padding token if it has none.
 
@@ -140,27 +133,17 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _check_padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Batches look padding up like any other token, though nothing attends to it."""
-    if tokenizer.pad_token_id >= rows:
-        raise ConfigError(
-            f"language_model: the padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the "
-            f"embedding has {rows} rows: set tokenizer.pad_token to one that has a row, such as "
-            f"{tokenizer.eos_token!r}, and save the tokenizer"
-        )
-
-
-def load_part(
-    kind: Any, source: str | os.PathLike[str], expected: str, error: type[UserError] = CheckpointError, **options: Any
-) -> Any:
+def load_part(kind: Any, source: str | os.PathLike[str], expected: str = "a complete save", **options: Any) -> Any:
     """What a class of transformers makes of a folder or name; never by running Python files that lie there.
 
     Args:
         kind: The class, such as `AutoTokenizer`.
         source: Folder, or name on the hub.
         expected: What it should be, for the message.
-        error: Raised if it cannot be loaded.
         **options: For `kind.from_pretrained`.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
     """
     try:
         # Said at every call: left out, transformers asks at the terminal, and one "y" runs the code
@@ -169,13 +152,7 @@ def load_part(
         raise
     except Exception as cause:  # of many types, bare Exception from tokenizers among them
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        name = f"language_model={source!r}" if error is ConfigError else f"{source}:"
-        raise error(f"{name} cannot be loaded ({reason}): expected {expected}") from cause
-
-
-def _language_part(kind: Any, source: str, **options: Any) -> Any:
-    expected = "the name of a model on the Hugging Face hub, or a folder with config.json, weights and tokenizer"
-    return load_part(kind, source, expected, ConfigError, **options)
+        raise CheckpointError(f"{source}: cannot be loaded ({reason}): expected {expected}") from cause
 
 
 def join(

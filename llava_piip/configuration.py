@@ -10,8 +10,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from piip_core import PIIPConfig, zoo
 from piip_core.errors import ConfigError
 
-__all__ = ["PIIPLlavaConfig", "PIIPVisionConfig"]
-
 DEFAULT_ROW = "piip_llava_clip_bl_512_256_7b"
 
 

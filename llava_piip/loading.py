@@ -7,7 +7,7 @@ processor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,32 +28,19 @@ from .assembly import assemble, load_part
 from .modeling import PIIPLlavaForConditionalGeneration
 from .processing import PIIPLlavaProcessor
 
-__all__ = [
-    "FINAL",
-    "PARTS",
-    "ModelSource",
-    "base_model",
-    "build",
-    "final_folder",
-    "is_trained_folder",
-    "load_projector",
-    "load_tensors",
-    "load_trained",
-    "part_modules",
-    "part_parameters",
-    "quantization_config",
-    "read_note",
-]
-
 FINAL = "final"  # the trained model in the folder of a run, beside the checkpoints
-PARTS = ("projector", "language_model", "vision_tower")
+PREFIXES = {
+    "projector": ("model.multi_modal_projector.",),
+    "language_model": ("model.language_model.", "lm_head."),
+    "vision_tower": ("model.vision_tower.",),
+}
+PARTS = tuple(PREFIXES)
 NOTE = "trained.json"
 FORMAT = 1
 _ADAPTER = "adapter_config.json"
-# Of the language model, what another one would have to share to work with the same projector or adapters
-_LANGUAGE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-_PROJECTOR_FIELDS = ("projector_norm", "projector_num_groups", "projector_grid")
-# Of a configuration, what says nothing about the network
+# Of a configuration, what must be the same for another model to work with the same projector or adapters
+_COMPARED = ("vision_config.", "projector_")
+_COMPARED += tuple(f"text_config.{name}" for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"))
 _UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "architectures", "attn_implementation")
 
 
@@ -82,9 +69,9 @@ def load_trained(folder: str | Path, source: ModelSource | None = None, **settin
         return build(ModelSource(str(folder)), **settings)
     model, _ = build(source or read_note(folder)[1], **settings)
     if (folder / _ADAPTER).is_file():
-        model = get_peft_model(model, _load(PeftConfig, str(folder)))
+        model = get_peft_model(model, load_part(PeftConfig, str(folder)))
     load_tensors(model, folder)
-    return model.eval(), _load(PIIPLlavaProcessor, folder)  # new adapters would drop out
+    return model.eval(), load_part(PIIPLlavaProcessor, folder)  # new adapters would drop out
 
 
 def build(
@@ -120,11 +107,7 @@ def build(
             f"model {folder}: holds trained parts and no whole model. To go on from its projector, give the row as "
             f"--model and this folder as --projector; `python -m llava_piip.train.merge` makes a whole model of it"
         )
-    return _load(PIIPLlavaForConditionalGeneration, folder, **options), _load(PIIPLlavaProcessor, folder)
-
-
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
-    return load_part(kind, folder, "a complete save", **options)
+    return load_part(PIIPLlavaForConditionalGeneration, folder, **options), load_part(PIIPLlavaProcessor, folder)
 
 
 def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig | None:
@@ -165,25 +148,20 @@ def is_trained_folder(folder: str | Path) -> bool:
     return (Path(folder) / NOTE).is_file()
 
 
-def part_modules(model: nn.Module, part: str) -> dict[str, nn.Module]:
-    """Modules that make up a part of a model in the layout of transformers' Llava, by their names in it.
+def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    """Parameters of a part by their names in the model, each once (the output layer may share the embedding).
 
     Raises:
         ConfigError: If there is no such part.
     """
     check_choice("part", part, PARTS)
-    names = {
-        "projector": ["model.multi_modal_projector"],
-        "language_model": ["model.language_model", "lm_head"],
-        "vision_tower": ["model.vision_tower"],
-    }
-    return {name: model.get_submodule(name) for name in names[part]}
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(PREFIXES[part])}
 
 
-def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
-    """Parameters of a part by their names in the model, each once (the output layer may share the embedding)."""
-    prefixes = tuple(f"{name}." for name in part_modules(model, part))
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
+def part_state(model: nn.Module, part: str) -> dict[str, Tensor]:
+    """Parameters and buffers of a part by their names in the model."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name.startswith(PREFIXES[part])}
 
 
 def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:
@@ -245,15 +223,6 @@ def load_projector(model: nn.Module, folder: str | Path) -> None:
     _load_part(base_model(model), folder, "projector")
 
 
-def part_state(base: nn.Module, part: str) -> dict[str, Tensor]:
-    """Parameters and buffers of a part by their names in the model."""
-    return {
-        name: tensor
-        for prefix, module in part_modules(base, part).items()
-        for name, tensor in module.state_dict(prefix=f"{prefix}.", keep_vars=True).items()
-    }
-
-
 def _load_part(base: nn.Module, folder: Path, part: str) -> None:
     path = folder / f"{part}.safetensors"
     given = read_checkpoint(path).state
@@ -285,27 +254,22 @@ def gathered(parameters: list[Tensor]) -> AbstractContextManager[Any]:
 
 
 def _check_fit(folder: Path, base: nn.Module) -> None:
-    saved, own = _load(type(base.config), str(folder)).to_dict(), base.config.to_dict()
-    for what, first, second in (
-        ("vision tower", saved["vision_config"], own["vision_config"]),
-        ("projector", *({field: config[field] for field in _PROJECTOR_FIELDS} for config in (saved, own))),
-        ("language model", *({field: c["text_config"].get(field) for field in _LANGUAGE_FIELDS} for c in (saved, own))),
-    ):
-        difference = next(_differences(first, second), None)
-        if difference is not None:
-            field, value, other = difference
+    saved, own = (_flat(config.to_dict()) for config in (load_part(type(base.config), str(folder)), base.config))
+    for name in sorted({*saved, *own}):
+        if name.startswith(_COMPARED) and saved.get(name) != own.get(name):
             raise CheckpointError(
-                f"{folder}: was trained with another {what}: {field} is {value!r} there and {other!r} in this model; "
-                "expected the save of the same row and language model"
+                f"{folder}: was trained with another model: {name} is {saved.get(name)!r} there and {own.get(name)!r} "
+                "in this one; expected the save of the same row and language model"
             )
 
 
-def _differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        for key in sorted({*first, *second} - set(_UNIMPORTANT)):
-            yield from _differences(first.get(key), second.get(key), f"{name}.{key}" if name else key)
-    elif isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
-        for i, (one, other) in enumerate(zip(first, second, strict=True)):
-            yield from _differences(one, other, f"{name}[{i}]")
-    elif first != second:
-        yield name, first, second
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Values of a configuration by their names, such as "vision_config.pyramid.branches.0.image_size"."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return {name.removeprefix("."): value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    found = {}
+    for key, item in items:
+        if key not in _UNIMPORTANT:
+            found |= _flat(item, f"{name}.{key}")
+    return found

@@ -160,7 +160,7 @@ def visible_text(text: str, ends: Sequence[str], *, finished: bool) -> tuple[str
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
-    """The text of an answer; with the last token of the prompt in front the first one keeps the space it begins with."""
+    """The text of an answer, decoded after the last token of the prompt: by itself its first token loses a space."""
     before = prompt_ids[-1:]
     options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return tokenizer.decode([*before, *answer_ids], **options)[len(tokenizer.decode(before, **options)) :]

@@ -13,8 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from piip_core.errors import ConfigError
 
-__all__ = ["bos_ids", "encode_text", "keep_legacy_setting"]
-
 Encoded = tuple[list[int], list[tuple[int, int]]]
 Encode = Callable[[str], Encoded]
 

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from ..conversation import IMAGE_TAG
 from ..inference import ChatModel
-from ..serve.dialogue import open_image
-from ..serve.terminal import Terminal
+from ..serve.chat import Terminal
+from ..serve.dialogue import Conversation, open_image
 from .questions import Question
 
 __all__ = ["answer_all", "chat_about"]
@@ -27,7 +27,7 @@ def answer_all(chat: ChatModel, questions: Sequence[Question], image_root: Path,
             for question in questions[first : first + batch_size]:
                 text = question.text if question.image is None else f"{IMAGE_TAG}\n{question.text}"
                 prompts.append(chat.prompt([{"role": "user", "content": text}]))
-                images.append([] if question.image is None else [open_image(str(image_root / question.image)).image])
+                images.append([] if question.image is None else [open_image(str(image_root / question.image))])
             inputs = chat.processor(text=prompts, images=images)
             answers += chat.generate(inputs, chat.generation_config(max_new_tokens=_MOST_TOKENS))
             progress.update(len(prompts))
@@ -35,6 +35,7 @@ def answer_all(chat: ChatModel, questions: Sequence[Question], image_root: Path,
 
 
 def chat_about(chat: ChatModel, images: Sequence[Path]) -> None:
-    """Talks about one image after the other, until `/exit`, the end of the input or the last image."""
-    opened = (open_image(str(path)) for path in images)
-    Terminal(chat, settings={"max_new_tokens": _MOST_TOKENS}, more_images=opened).run()
+    """Talks about the first image, and those that are added to the conversation."""
+    first, *others = map(str, images)
+    print(f"The image is {first} (open it beside this window). /reset and /image FILE take another: {others[0]} ...")
+    Terminal(chat, Conversation(pending=[(first, open_image(first))]), {"max_new_tokens": _MOST_TOKENS}).run()

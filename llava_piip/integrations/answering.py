@@ -15,8 +15,6 @@ from piip_core.errors import UserError
 from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages
 from ..inference import ChatModel, ContextLengthError, MemoryLimitError
 
-__all__ = ["Conversation", "Likelihood", "answer_batch", "likelihood_batch", "parts_message"]
-
 
 class Conversation(NamedTuple):
     """Messages with images among their parts, or as `<image>` in strings; and the images of all of them, in order."""
@@ -61,11 +59,10 @@ def answer_batch(
         **others: More settings of transformers' `GenerationConfig`, such as `num_beams`.
 
     Raises:
-        SamplingError: For a value that cannot work.
         ContextLengthError: If a conversation leaves no room for an answer.
         MemoryLimitError: If memory is too small.
         UserError: If placeholders and images do not match, the template does not take the messages, or a setting is
-            unknown.
+            unknown or cannot work.
     """
     prompts = [model.prompt(conversation.messages) for conversation in conversations]
     inputs = model.processor(text=prompts, images=[list(conversation.images) for conversation in conversations])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from piip_core.checkpoints import write_checkpoint
 from piip_core.files import write_atomically
 
-from ..loading import FORMAT, NOTE, PARTS, ModelSource, base_model, gathered, part_modules, part_parameters, part_state
+from ..loading import FORMAT, NOTE, PARTS, ModelSource, base_model, gathered, part_parameters, part_state
 
 __all__ = ["gathered_state", "save_trained"]
 
@@ -82,9 +82,5 @@ def gathered_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 
 def _fully_trained(base: nn.Module) -> list[str]:
-    """Parts whose every floating-point parameter is trained: not a language model with adapters."""
-    return [
-        part
-        for part in PARTS
-        if all(p.requires_grad for module in part_modules(base, part).values() for p in module.parameters())
-    ]
+    """Parts whose every parameter is trained: not a language model with adapters."""
+    return [part for part in PARTS if all(p.requires_grad for p in part_parameters(base, part).values())]

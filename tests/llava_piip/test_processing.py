@@ -212,7 +212,7 @@ def test_unknown_settings_are_refused(processor):
 
 
 def test_long_prompts_are_never_cut(processor):
-    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens.*max_length is 10"):
+    with pytest.raises(UserError, match=r"a prompt has \d+ tokens.*max_length is 10"):
         processor(text="a prompt of many more words than ten tokens can hold <image>", images=picture(0), max_length=10)
 
 

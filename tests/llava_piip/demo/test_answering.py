@@ -8,7 +8,6 @@ from PIL import Image
 from llava_piip.demo.answering import answer_all, chat_about
 from llava_piip.demo.questions import Question
 from llava_piip.inference import ChatModel
-from llava_piip.serve.dialogue import parts_of
 
 
 @pytest.fixture
@@ -42,18 +41,18 @@ class Typed(io.StringIO):
         return True
 
 
-def test_chat_goes_on_about_an_image_and_starts_anew_with_the_next(tiny_llava, images, monkeypatch, capsys):
+def test_chat_is_about_the_first_image_and_those_that_are_added(tiny_llava, images, monkeypatch, capsys):
     asked = []
 
     def remember(self, messages, images, **settings):
-        asked.append(
-            ([parts_of(message)[1] for message in messages[::2]], [image.getpixel((0, 0)) for image in images])
-        )
+        texts = [message["content"][-1]["text"] for message in messages[::2]]
+        asked.append((texts, [image.getpixel((0, 0)) for image in images]))
         return stream(self, messages, images, **settings)
 
     stream = ChatModel.stream
     monkeypatch.setattr(ChatModel, "stream", remember)
-    monkeypatch.setattr("sys.stdin", Typed("Which digit?", "Where?", "/next", "What colour?", "/exit", "never read"))
+    lines = ["Which digit?", "Where?", "/reset", f"/image {images[1]}", "What colour?", "/exit", "never read"]
+    monkeypatch.setattr("sys.stdin", Typed(*lines))
     chat_about(ChatModel(*tiny_llava), images)
     assert asked == [
         (["Which digit?"], [(0, 40, 200)]),
@@ -61,14 +60,4 @@ def test_chat_goes_on_about_an_image_and_starts_anew_with_the_next(tiny_llava, i
         (["What colour?"], [(80, 40, 200)]),
     ]
     printed = capsys.readouterr().out
-    assert str(images[0]) in printed and str(images[1]) in printed and str(images[2]) not in printed
-    assert printed.count("model: ") == 3
-
-
-def test_chat_ends_with_the_input_and_with_the_images(tiny_llava, images, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", Typed())
-    chat_about(ChatModel(*tiny_llava), images)
-    assert "These were all the images." not in capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", Typed("/next", "/next", "/next"))
-    chat_about(ChatModel(*tiny_llava), images)
-    assert "These were all the images." in capsys.readouterr().out
+    assert f"/image FILE take another: {images[1]}" in printed and printed.count("model: ") == 3
