@@ -36,43 +36,33 @@ logger = logging.getLogger(__name__)
 
 
 def assemble(
-    row: zoo.MultimodalEntry | str,
+    entry: zoo.MultimodalEntry | str,
     *,
     language_model: str | os.PathLike[str] | None = None,
     pretrained_vision: bool = True,
     vision_checkpoint: str | os.PathLike[str] | None = None,
-    projector_grid: int | None = None,
-    chat_template: str = "vicuna_v1",
-    pad_to_square: bool = True,
     **options: Any,
 ) -> tuple[PIIPLlavaForConditionalGeneration, PIIPLlavaProcessor]:
     """Builds a model as training starts from it, with its processor.
 
     Args:
-        row: A published row or its name: vision tower, projectors, and which language model.
+        entry: A published model or its name: vision tower, projectors, and which language model.
         language_model: Another one that is built like Llama or Qwen: a name on the hub or a folder.
         pretrained_vision: Load the weights that the branches name; False starts them at random.
         vision_checkpoint: A trained model with the same pyramid, such as a classifier, to start from instead: branches
             and interactions, see `load_pyramid`.
-        projector_grid: Side of the grid of visual tokens; None for that of the last branch.
-        chat_template: Of the processor.
-        pad_to_square: Of the image processor; the first stage of training does not.
         **options: For `AutoModelForCausalLM.from_pretrained`: dtype, attn_implementation, quantization_config ...
 
     Raises:
-        ConfigError: For an unknown row, or a language model that cannot be used.
+        ConfigError: For an unknown name, or a language model that cannot be used.
         CheckpointError: If weights or language model cannot be had, or do not fit.
     """
-    entry = zoo.multimodal(row) if isinstance(row, str) else row
+    if isinstance(entry, str):
+        entry = zoo.multimodal(entry)
     source = os.fspath(language_model or entry.language_model)
     tokenizer = add_image_token(load_part(AutoTokenizer, source, _LANGUAGE_MODEL))
     decoder = load_part(AutoModelForCausalLM, source, _LANGUAGE_MODEL, **options)
-    config = assemble_config(
-        entry,
-        decoder.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TAG),
-        projector_grid=projector_grid,
-    )
+    config = assemble_config(entry, decoder.config, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TAG))
     tower = PIIPVisionModel(config.vision_config)
     if vision_checkpoint is not None:
         path = os.fspath(vision_checkpoint)
@@ -86,9 +76,7 @@ def assemble(
             f"embedding has {rows} rows: set tokenizer.pad_token to one that has a row, such as "
             f"{tokenizer.eos_token!r}, and save the tokenizer"
         )
-    model = join(config, tower.to(decoder.dtype), decoder)
-    processor = assemble_processor(config, tokenizer, chat_template=chat_template, pad_to_square=pad_to_square)
-    return model, processor
+    return join(config, tower.to(decoder.dtype), decoder), assemble_processor(config, tokenizer)
 
 
 def assemble_config(
@@ -98,7 +86,7 @@ def assemble_config(
     image_token_id: int,
     projector_grid: int | None = None,
 ) -> PIIPLlavaConfig:
-    """The configuration of a row around a language model."""
+    """The configuration of a model of the zoo around another language model."""
     return PIIPLlavaConfig(
         vision_config=PIIPVisionConfig(pyramid=entry.vision.to_dict(), feature_block=entry.feature_block),
         text_config=copy.deepcopy(text_config),
@@ -108,16 +96,10 @@ def assemble_config(
     )
 
 
-def assemble_processor(
-    config: PIIPLlavaConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    chat_template: str = "vicuna_v1",
-    pad_to_square: bool = True,
-) -> PIIPLlavaProcessor:
-    """The processor for a configuration."""
-    images = PIIPImageProcessor(size=config.vision_config.image_size, pad_to_square=pad_to_square)
-    return PIIPLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length, chat_template=chat_template)
+def assemble_processor(config: PIIPLlavaConfig, tokenizer: PreTrainedTokenizerBase) -> PIIPLlavaProcessor:
+    """The processor for a configuration, with the chat template of the second stage."""
+    images = PIIPImageProcessor(size=config.vision_config.image_size)
+    return PIIPLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length)
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -6,7 +6,6 @@ import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -65,13 +64,13 @@ def messages_from_llava(conversations: Sequence[Mapping[str, str]], *, has_image
         {"role": "user" or "assistant", "content": text}, starting with the user.
 
     Raises:
-        ConversationError: For turns of another form or role, roles that do not alternate, or no question.
+        ConversationError: For turns of another role, roles that do not alternate, or no question.
     """
-    if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
-        raise ConversationError(f"conversations is {type(conversations).__name__}, expected a list of turns")
     messages: list[dict[str, str]] = []
     for number, turn in enumerate(conversations, 1):
-        role, text = _checked_turn(turn, number)
+        if turn["from"] not in _ROLES:
+            raise ConversationError(f"turn {number} is from {turn['from']!r}, expected 'human' or 'gpt'")
+        role, text = _ROLES[turn["from"]], turn["value"]
         if messages and messages[-1]["role"] == role:
             raise ConversationError(
                 f"turn {number} is from {turn['from']!r} like the turn before it: 'human' and 'gpt' must alternate "
@@ -238,7 +237,6 @@ def encode_conversation(
     messages: Messages,
     *,
     chat_template: str,
-    image_seq_length: int,
     max_length: int | None = None,
     **settings: Any,
 ) -> EncodedConversation:
@@ -251,9 +249,8 @@ def encode_conversation(
         tokenizer: A fast tokenizer.
         messages: {"role": "system", "user" or "assistant", "content": text}; images are `<image>` in the text.
         chat_template: A name in `CHAT_TEMPLATES` or a Jinja template with `{% generation %}` blocks.
-        image_seq_length: See `encode_rendered`.
         max_length: Most ids, with bos and those of images.
-        **settings: The others of `encode_rendered`.
+        **settings: Those of `encode_rendered`.
 
     Raises:
         ConversationError: If the template does not take these messages, not even the first round fits, no token is
@@ -264,40 +261,24 @@ def encode_conversation(
         raise ConversationError("the conversation has no messages: nothing to train on")
     if not marks_answers(resolve_chat_template(chat_template)):
         raise ConfigError("the chat template has no {% generation %} block: put one around what is supervised")
-    expand = partial(encode_rendered, tokenizer, image_seq_length=image_seq_length, **settings)
 
     def encode(count: int) -> EncodedConversation:
-        return expand(*render_conversation(messages[:count], chat_template=chat_template, tokenizer=tokenizer))
+        rendered = render_conversation(messages[:count], chat_template=chat_template, tokenizer=tokenizer)
+        return encode_rendered(tokenizer, *rendered, **settings)
 
     encoded = encode(len(messages))
     if max_length is not None and len(encoded.input_ids) > max_length:
-        ends = _round_ends(messages)
+        starts = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+        ends = [*starts[1:], len(messages)]  # of the rounds; a system message is a part of the first
         kept = bisect_right(ends, max_length, key=lambda end: len(encode(end).input_ids))
         if not kept:
             first = encode(ends[0])
             raise ConversationError(
-                f"the first round has {len(first.input_ids)} tokens ({first.num_images * image_seq_length} of images), "
-                f"max_length is {max_length}: raise it or shorten the round"
+                f"the first round has {len(first.input_ids)} tokens with its {first.num_images} images, max_length is "
+                f"{max_length}: raise it or shorten the round"
             )
         encoded = replace(encode(ends[kept - 1]), turns_cut=len(ends) - kept)
     if all(label == IGNORE_INDEX for label in encoded.labels):
         cut = f" in what is left after cutting {encoded.turns_cut} rounds" if encoded.turns_cut else ""
         raise ConversationError(f"no token to train on{cut}: the conversation needs an answer that is not empty")
     return encoded
-
-
-def _checked_turn(turn: Any, number: int) -> tuple[str, str]:
-    """Role and text of a LLaVA turn."""
-    if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-        raise ConversationError(f"turn {number} is {turn!r}, expected {{'from': ..., 'value': ...}}")
-    if turn["from"] not in list(_ROLES):  # a list: what stands there may not be hashable
-        raise ConversationError(f"turn {number} is from {turn['from']!r}, expected 'human' or 'gpt'")
-    if not isinstance(turn["value"], str):
-        raise ConversationError(f"turn {number} has the value {turn['value']!r}, expected text")
-    return _ROLES[turn["from"]], turn["value"]
-
-
-def _round_ends(messages: Messages) -> list[int]:
-    """Number of messages up to the end of each round; a system message is a part of the first."""
-    starts = [index for index, message in enumerate(messages) if message.get("role") == "user"]
-    return starts[1:] + [len(messages)]

@@ -238,7 +238,7 @@ def _centre(image: Image.Image, side: int) -> Image.Image:
 
 
 def _check_area(image: Image.Image, width: int, height: int) -> None:
-    """Refuses what Pillow would not open: the size of a thin picture grows without bounds on the way to a square."""
+    """Refuses what Pillow would not open: the size of a thin image grows without bounds on the way to a square."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > 2 * limit:
         raise ImageError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -205,17 +206,10 @@ class ChatModel:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         tokenizer, length = self.processor.tokenizer, inputs["input_ids"].shape[1]
-        try:
-            with torch.inference_mode():
-                ids = self.model.generate(
-                    **inputs, generation_config=settings, **({"tokenizer": tokenizer} if ends else {})
-                )
-        except torch.OutOfMemoryError as error:
-            count = len(inputs["input_ids"])
-            raise MemoryLimitError(
-                f"{count} conversations at once need too much memory: lower the batch size"
-            ) from error
-        rows = ids.tolist()
+        stops = {"tokenizer": tokenizer} if ends else {}
+        hint = f"{len(inputs['input_ids'])} conversations at once need too much memory: lower the batch size"
+        with explain_memory_limit(hint), torch.inference_mode():
+            rows = self.model.generate(**inputs, generation_config=settings, **stops).tolist()
         last = [None] * len(rows) if limits is None else [length + limit for limit in limits]
         return [
             answer_text(tokenizer, row[:length], row[length:end], ends) for row, end in zip(rows, last, strict=True)
@@ -241,9 +235,6 @@ class ChatModel:
             temperature: See `generation_config`.
             top_p: See `generation_config`.
 
-        Returns:
-            The pieces of the answer.
-
         Raises:
             UserError: As `encode` and `generation_config`.
         """
@@ -265,12 +256,18 @@ class ChatModel:
         )
 
     def _generate_one(self, *inputs: Any, **options: Any) -> None:
-        try:
+        hint = "begin a new one, give fewer images, or load the model in 4bit"
+        with explain_memory_limit(f"too little memory for this conversation: {hint}"):
             self.cache.generate(*inputs, **options)
-        except torch.OutOfMemoryError as error:
-            raise MemoryLimitError(
-                "too little memory for this conversation: begin a new one, give fewer images, or load the model in 4bit"
-            ) from error
+
+
+@contextmanager
+def explain_memory_limit(message: str) -> Iterator[None]:
+    """Raises a `MemoryLimitError` with this message if the device has too little memory for what is in the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(message) from error
 
 
 def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], list[str]]:

@@ -59,7 +59,7 @@ def load_trained(folder: str | Path, source: ModelSource | None = None, **settin
     Args:
         folder: A checkpoint or the `final` folder of a run, or the run.
         source: Where the weights are that were not trained, if not where they were at the training.
-        **settings: `dtype` ("auto": that of the file), `attn_implementation`, `bits`, `device_map`.
+        **settings: Those of `build`.
 
     Raises:
         CheckpointError: If the folder holds none of them, or does not fit what it was trained from.
@@ -75,26 +75,20 @@ def load_trained(folder: str | Path, source: ModelSource | None = None, **settin
 
 
 def build(
-    source: ModelSource,
-    *,
-    dtype: torch.dtype | str = torch.float32,
-    attn_implementation: str | None = None,
-    bits: int = 16,
-    device_map: dict[str, torch.device] | None = None,
+    source: ModelSource, *, dtype: torch.dtype | str = torch.float32, bits: int = 16, **options: Any
 ) -> tuple[nn.Module, Any]:
-    """Model and processor of a source: a whole model's folder, or a row to put together.
+    """Model and processor of a source: a whole model's folder, or one of the zoo to put together.
 
     Args:
         source: Where the weights are.
         dtype: Precision; "auto" for that of the file.
-        attn_implementation: As transformers' `from_pretrained` takes it.
         bits: See `quantization_config`.
-        device_map: As transformers' `from_pretrained` takes it.
+        **options: Others of transformers' `from_pretrained`.
 
     Raises:
         UserError: If they cannot be loaded.
     """
-    options = {"dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
+    options["dtype"] = dtype
     options["quantization_config"] = quantization_config(bits, torch.bfloat16 if dtype == "auto" else dtype)
     folder = Path(source.model)
     if not folder.is_dir():
@@ -231,14 +225,14 @@ def _load_part(base: nn.Module, folder: Path, part: str) -> None:
     if missing or unknown:
         raise CheckpointError(
             f"{path}: does not fit the {part} of this model: it lacks {missing[:3] or 'nothing'} and has "
-            f"{unknown[:3] or 'nothing'} beside; expected the save of the same row"
+            f"{unknown[:3] or 'nothing'} beside; expected the save of the same model"
         )
     for name, tensor in given.items():
         target = own[name]
         shape = tuple(getattr(target, "ds_shape", target.shape))  # of a parameter that ZeRO-3 has partitioned
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{path}: {name} is {tuple(tensor.shape)}, this model has {shape}; expected the same row"
+                f"{path}: {name} is {tuple(tensor.shape)}, this one has {shape}; expected the save of the same model"
             )
         with gathered([target]), torch.no_grad():
             target.copy_(tensor)
@@ -259,7 +253,7 @@ def _check_fit(folder: Path, base: nn.Module) -> None:
         if name.startswith(_COMPARED) and saved.get(name) != own.get(name):
             raise CheckpointError(
                 f"{folder}: was trained with another model: {name} is {saved.get(name)!r} there and {own.get(name)!r} "
-                "in this one; expected the save of the same row and language model"
+                "in this one; expected the save of the same model"
             )
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from piip_core.errors import UserError
 
 from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages
-from ..inference import ChatModel, ContextLengthError, MemoryLimitError
+from ..inference import ChatModel, ContextLengthError, explain_memory_limit
 
 
 class Conversation(NamedTuple):
@@ -99,13 +99,10 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
         inputs["pixel_values"] = model.processor.image_processor(images, return_tensors="pt").to(model.device)[
             "pixel_values"
         ]
-    try:
-        with torch.inference_mode():
-            logits = model.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
-            return _likelihoods(logits, targets[:, -kept:])
-    except torch.OutOfMemoryError as error:
-        count = len(conversations)
-        raise MemoryLimitError(f"{count} conversations at once need too much memory: lower the batch size") from error
+    hint = f"{len(conversations)} conversations at once need too much memory: lower the batch size"
+    with explain_memory_limit(hint), torch.inference_mode():
+        logits = model.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
+        return _likelihoods(logits, targets[:, -kept:])
 
 
 def _encoded(model: ChatModel, conversation: Conversation) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,11 +21,6 @@ from piip_core.files import write_atomically
 from ..inference import DEFAULT_NEW_TOKENS, DTYPES, QUANTIZATIONS, ChatModel
 from .dialogue import Conversation, open_image
 
-_EXAMPLES = """\
-  python -m llava_piip.serve.chat --model output/chat_demo/stage2 --image photo.jpg
-  echo "What is in the picture?" | python -m llava_piip.serve.chat --model output/piip_llava --image photo.jpg
-  python -m llava_piip.serve.chat --model output/piip_llava --load-in 4bit --temperature 0.2
-"""
 _HELP = """\
 Type a question, or a command; Ctrl-C stops an answer.
   /image FILE|URL  adds an image to the next question
@@ -38,7 +33,7 @@ _SHOWN_CONTROLS = ("\n", "\t")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see `--help`."""
-    parser = make_parser("chat", __doc__, _EXAMPLES)
+    parser = make_parser("chat", __doc__)
     parser.add_argument(
         "--image",
         action="append",
@@ -67,14 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def make_parser(program: str, description: str | None, examples: str) -> argparse.ArgumentParser:
+def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that `load_model` reads."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m llava_piip.serve.{program}",
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m llava_piip.serve.{program}", description=description)
     parser.add_argument(
         "--model", metavar="DIR", required=True, help="folder that training or the converter wrote, or of a run"
     )

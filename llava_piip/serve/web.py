@@ -14,15 +14,10 @@ from piip_core.errors import ConfigError, UserError
 
 from .chat import load_model, make_parser
 
-_EXAMPLES = """\
-  python -m llava_piip.serve.web --model output/chat_demo/stage2
-  python -m llava_piip.serve.web --model output/piip_llava --load-in 4bit
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see `--help`."""
-    parser = make_parser("web", __doc__, _EXAMPLES)
+    parser = make_parser("web", __doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default %(default)s")
     args = parser.parse_args(arguments)

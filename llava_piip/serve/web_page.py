@@ -186,8 +186,6 @@ def serve_page(page: gr.Blocks, *, host: str, port: int) -> gr.Blocks:
             server_name=host,
             server_port=port,
             share=False,
-            inbrowser=False,
-            show_error=False,
             max_file_size=MAX_BYTES,
             footer_links=[],
             ssr_mode=False,
@@ -324,5 +322,4 @@ def _warn(error: Exception) -> None:
 
 def _escape(text: str) -> str:
     """Text where Gradio expects Markdown or HTML."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{char}" if char in "\\`*_[]!$" else char for char in escaped)
+    return "".join(f"\\{char}" if char in "\\`*_[]!$" else char for char in html.escape(text, quote=False))

@@ -274,11 +274,6 @@ def test_unknown_range_is_refused_however_it_is_padded():
         process(Image.new("F", (4, 2)), convert_before_padding=False)
 
 
-def test_unknown_setting_of_a_call():
-    with pytest.raises(ConfigError, match="do_resize"):
-        PIIPImageProcessor(size=32)(picture(8, 8), do_resize=False)
-
-
 def test_recorded_files_under_another_pillow(monkeypatch):
     """Digests belong to one version; values and sums are compared under any."""
     case = golden("llava_image_modes", lambda info: info.update(pillow="other"))

@@ -239,14 +239,3 @@ def test_a_broken_chat_template_names_its_file(model_folder, tmp_path):
     (folder / "chat_template.jinja").write_text("{% for x in %} {{ broken")
     with pytest.raises(UserError, match=r"model: its chat template \(chat_template.jinja\) cannot be used: Expected"):
         ChatModel.load(folder, device="cpu")
-
-
-def test_help_shows_examples_that_parse(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    printed = capsys.readouterr().out
-    assert ended.value.code == 0 and "--load-in" in printed
-    examples = [line.partition("serve.chat ")[2].split() for line in printed.splitlines() if "--model output" in line]
-    assert len(examples) == 3
-    for example in examples:
-        assert main([part if part != "photo.jpg" else "none.jpg" for part in example]) == 2  # and 2 from argparse exits

@@ -108,7 +108,7 @@ def test_a_projector_file_with_other_tensors_is_refused(stage1, files):
     state = load_file(folder / "projector.safetensors")
     name = next(name for name, tensor in state.items() if tensor.ndim == 2)
     save_file({**state, name: state[name][:-1].clone()}, folder / "projector.safetensors")
-    with pytest.raises(CheckpointError, match=r"is \(31, 32\), this model has \(32, 32\)"):
+    with pytest.raises(CheckpointError, match=r"is \(31, 32\), this one has \(32, 32\)"):
         load_projector(model, folder)
     save_file({key: tensor for key, tensor in state.items() if key != name}, folder / "projector.safetensors")
     with pytest.raises(CheckpointError, match="it lacks"):
