@@ -116,16 +116,10 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 
 
 def load_part(kind: Any, source: str | os.PathLike[str], expected: str = "a complete save", **options: Any) -> Any:
-    """What a class of transformers makes of a folder or name; never by running Python files that lie there.
-
-    Args:
-        kind: The class, such as `AutoTokenizer`.
-        source: Folder, or name on the hub.
-        expected: What it should be, for the message.
-        **options: For `kind.from_pretrained`.
+    """What `from_pretrained` of a class makes of a folder or name; never by running Python files that lie there.
 
     Raises:
-        CheckpointError: If it cannot be loaded.
+        CheckpointError: If it cannot be loaded; says what was `expected`.
     """
     try:
         # Said at every call: left out, transformers asks at the terminal, and one "y" runs the code

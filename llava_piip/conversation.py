@@ -93,11 +93,8 @@ def protect_text(messages: Messages) -> Messages:
     written so that `encode_prompt` and `encode_conversation` know. Messages of strings alone stay as they are: in
     LLaVA's data the tag in a string is the placeholder.
 
-    Args:
-        messages: {"role": ..., "content": text or parts}.
-
     Raises:
-        ConversationError: For contents of another form.
+        ConversationError: For messages of another form.
     """
     for message in messages:
         if not isinstance(message, Mapping):

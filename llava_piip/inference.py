@@ -124,12 +124,7 @@ class ChatModel:
     def encode(
         self, messages: Messages, images: Sequence[Any] = (), *, max_new_tokens: int = DEFAULT_NEW_TOKENS
     ) -> BatchFeature:
-        """Inputs of a conversation whose last message is a question, on the model's device.
-
-        Args:
-            messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
-            images: Those of all messages, in order.
-            max_new_tokens: Room that the answer needs.
+        """Inputs of a conversation whose last message is a question, on the model's device; see `stream`.
 
         Returns:
             `input_ids` and `attention_mask` (1, N), and with images `pixel_values`.

@@ -198,11 +198,7 @@ def load_tensors(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_projector(model: nn.Module, folder: str | Path) -> None:
-    """Starts the projector from that of an earlier stage.
-
-    Args:
-        model: The model.
-        folder: What that stage saved, or the folder of its run.
+    """Starts the projector from that of an earlier stage, out of what it saved or the folder of its run.
 
     Raises:
         CheckpointError: If there is none, or it belongs to another vision tower or language model.
@@ -210,9 +206,7 @@ def load_projector(model: nn.Module, folder: str | Path) -> None:
     folder = final_folder(folder)
     parts, _ = read_note(folder)
     if "projector" not in parts:
-        raise CheckpointError(
-            f"{folder}: holds {', '.join(parts) or 'adapters'} and no projector; expected the save of stage 1"
-        )
+        raise CheckpointError(f"{folder}: holds {parts} and no projector; expected the save of stage 1")
     _check_fit(folder, base_model(model))
     _load_part(base_model(model), folder, "projector")
 
