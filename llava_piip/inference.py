@@ -136,15 +136,17 @@ class ChatModel:
         if not images and has_image_parts(messages):  # in a text alone, the placeholder is ordinary text
             raise UserError("the messages have images, none is given: give them in the order of the messages")
         inputs = self.processor(text=[self.prompt(messages)], images=[list(images)])
-        length = inputs["input_ids"].shape[1]
+        self.check_length(inputs["input_ids"].shape[1], max_new_tokens)
+        return inputs.to(self.device)
+
+    def check_length(self, length: int, max_new_tokens: int = 0) -> None:
+        """Raises a `ContextLengthError` if a conversation of so many tokens leaves no room for its answer."""
         if length + max_new_tokens > self.context_length:
-            visual = len(images) * self.processor.image_seq_length
             raise ContextLengthError(
-                f"the conversation has {length} tokens ({visual} of {len(images)} images) and the answer may have "
-                f"{max_new_tokens}, the model's context is {self.context_length}: shorten the conversation, give "
+                f"the conversation has {length} tokens, visual ones included, and the answer may have "
+                f"{max_new_tokens}; the model's context is {self.context_length}: shorten the conversation, give "
                 "fewer images, or lower max_new_tokens; nothing is cut"
             )
-        return inputs.to(self.device)
 
     def generation_config(
         self, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0
@@ -174,29 +176,24 @@ class ChatModel:
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
 
-    def generate(
-        self,
-        inputs: BatchFeature,
-        settings: GenerationConfig,
-        *,
-        stop: Sequence[str] = (),
-        limits: Sequence[int] | None = None,
-    ) -> list[str]:
+    def generate(self, inputs: BatchFeature, settings: GenerationConfig, *, stop: Sequence[str] = ()) -> list[str]:
         """Answers of a batch, all at once; each is what it would be alone, without white space around it.
 
         Args:
             inputs: Of the processor, for one or more conversations.
-            settings: As `generation_config` makes them.
+            settings: As `generation_config` makes them; answers are shorter where the context has less room.
             stop: Texts that end an answer and are no part of it, beside those of the template.
-            limits: Most tokens of each answer, where they differ.
 
         Raises:
+            ContextLengthError: If a conversation leaves no room for an answer.
             MemoryLimitError: If the batch does not fit into memory.
         """
         ends = [*self.end_texts, *stop]
-        if ends:
-            settings = copy.deepcopy(settings)
-            settings.stop_strings = ends
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        self.check_length(max(lengths), 1)
+        limits = [min(settings.max_new_tokens, self.context_length - length) for length in lengths]
+        settings = copy.deepcopy(settings)
+        settings.update(max_new_tokens=max(limits), stop_strings=ends or None)
         inputs = inputs.to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -205,9 +202,9 @@ class ChatModel:
         hint = f"{len(inputs['input_ids'])} conversations at once need too much memory: lower the batch size"
         with explain_memory_limit(hint), torch.inference_mode():
             rows = self.model.generate(**inputs, generation_config=settings, **stops).tolist()
-        last = [None] * len(rows) if limits is None else [length + limit for limit in limits]
         return [
-            answer_text(tokenizer, row[:length], row[length:end], ends) for row, end in zip(rows, last, strict=True)
+            answer_text(tokenizer, row[:length], row[length : length + limit], ends)
+            for row, limit in zip(rows, limits, strict=True)
         ]
 
     def stream(

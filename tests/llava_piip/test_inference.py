@@ -120,7 +120,7 @@ def test_conversation_and_answer_must_fit_and_nothing_is_cut(tiny_chat, pictures
     length = tiny_chat.encode(QUESTION, pictures[:1], max_new_tokens=1)["input_ids"].shape[1]
     room = tiny_chat.context_length - length
     assert tiny_chat.encode(QUESTION, pictures[:1], max_new_tokens=room)["input_ids"].shape[1] == length
-    with pytest.raises(ContextLengthError, match=rf"{length} tokens \(4 of 1 images\).* {room + 1}, .*context is 512"):
+    with pytest.raises(ContextLengthError, match=rf"{length} tokens, .* {room + 1}; .*context is 512"):
         tiny_chat.stream(QUESTION, pictures[:1], max_new_tokens=room + 1)
 
 
