@@ -70,12 +70,6 @@ def test_template_says_what_ends_an_answer(tiny_llava):
     assert ChatModel(model, processor).end_texts == [] and 2 in ChatModel(model, processor).end_ids
 
 
-def test_an_answer_stops_when_asked_to(tiny_chat, pictures):
-    with tiny_chat.stream(QUESTION, pictures[:1], max_new_tokens=400) as stream:
-        next(stream)
-    assert stream.finish_reason == "cancelled" and stream.answer_tokens < 400 and list(stream) == []
-
-
 def test_images_that_messages_name_and_nobody_gives_are_an_error(text_chat):
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     with pytest.raises(UserError, match="have images, none is given"):
