@@ -30,67 +30,53 @@ from .image_processing import PIIPImageProcessor
 from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel, make_projector
 from .processing import PIIPLlavaProcessor
 
-__all__ = [
-    "add_image_token",
-    "assemble",
-    "assemble_config",
-    "assemble_processor",
-    "join",
-    "load_part",
-    "load_tokenizer",
-]
+_LANGUAGE_MODEL = "the name of a model on the Hugging Face hub, or a folder with config.json, weights and tokenizer"
 
 logger = logging.getLogger(__name__)
 
 
 def assemble(
-    row: zoo.MultimodalEntry | str,
+    entry: zoo.MultimodalEntry | str,
     *,
     language_model: str | os.PathLike[str] | None = None,
     pretrained_vision: bool = True,
     vision_checkpoint: str | os.PathLike[str] | None = None,
-    projector_grid: int | None = None,
-    chat_template: str = "vicuna_v1",
-    pad_to_square: bool = True,
     **options: Any,
 ) -> tuple[PIIPLlavaForConditionalGeneration, PIIPLlavaProcessor]:
     """Builds a model as training starts from it, with its processor.
 
     Args:
-        row: A published row or its name: vision tower, projectors, and which language model.
+        entry: A published model or its name: vision tower, projectors, and which language model.
         language_model: Another one that is built like Llama or Qwen: a name on the hub or a folder.
         pretrained_vision: Load the weights that the branches name; False starts them at random.
         vision_checkpoint: A trained model with the same pyramid, such as a classifier, to start from instead: branches
             and interactions, see `load_pyramid`.
-        projector_grid: Side of the grid of visual tokens; None for that of the last branch.
-        chat_template: Of the processor.
-        pad_to_square: Of the image processor; the first stage of training does not.
         **options: For `AutoModelForCausalLM.from_pretrained`: dtype, attn_implementation, quantization_config ...
 
     Raises:
-        ConfigError: For an unknown row, or a language model that cannot be used.
-        CheckpointError: If weights cannot be had or do not fit.
+        ConfigError: For an unknown name, or a language model that cannot be used.
+        CheckpointError: If weights or language model cannot be had, or do not fit.
     """
-    entry = zoo.multimodal(row) if isinstance(row, str) else row
+    if isinstance(entry, str):
+        entry = zoo.multimodal(entry)
     source = os.fspath(language_model or entry.language_model)
-    tokenizer = load_tokenizer(source)
-    decoder = _language_part(AutoModelForCausalLM, source, **options)
-    config = assemble_config(
-        entry,
-        decoder.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TAG),
-        projector_grid=projector_grid,
-    )
+    tokenizer = add_image_token(load_part(AutoTokenizer, source, _LANGUAGE_MODEL))
+    decoder = load_part(AutoModelForCausalLM, source, _LANGUAGE_MODEL, **options)
+    config = assemble_config(entry, decoder.config, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TAG))
     tower = PIIPVisionModel(config.vision_config)
     if vision_checkpoint is not None:
         path = os.fspath(vision_checkpoint)
         logger.info(load_pyramid(tower.pyramid, read_checkpoint(path).state, source=path).summary())
     elif pretrained_vision:
         load_pretrained(tower.pyramid)
-    _check_padding(tokenizer, decoder.get_input_embeddings().num_embeddings)
-    model = join(config, tower.to(decoder.dtype), decoder)
-    processor = assemble_processor(config, tokenizer, chat_template=chat_template, pad_to_square=pad_to_square)
-    return model, processor
+    rows = decoder.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= rows:  # batches look it up like any other token, though nothing attends to it
+        raise ConfigError(
+            f"language_model: the padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the "
+            f"embedding has {rows} rows: set tokenizer.pad_token to one that has a row, such as "
+            f"{tokenizer.eos_token!r}, and save the tokenizer"
+        )
+    return join(config, tower.to(decoder.dtype), decoder), assemble_processor(config, tokenizer)
 
 
 def assemble_config(
@@ -100,7 +86,7 @@ def assemble_config(
     image_token_id: int,
     projector_grid: int | None = None,
 ) -> PIIPLlavaConfig:
-    """The configuration of a row around a language model."""
+    """The configuration of a model of the zoo around another language model."""
     return PIIPLlavaConfig(
         vision_config=PIIPVisionConfig(pyramid=entry.vision.to_dict(), feature_block=entry.feature_block),
         text_config=copy.deepcopy(text_config),
@@ -110,21 +96,10 @@ def assemble_config(
     )
 
 
-def assemble_processor(
-    config: PIIPLlavaConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    chat_template: str = "vicuna_v1",
-    pad_to_square: bool = True,
-) -> PIIPLlavaProcessor:
-    """The processor for a configuration."""
-    images = PIIPImageProcessor(size=config.vision_config.image_size, pad_to_square=pad_to_square)
-    return PIIPLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length, chat_template=chat_template)
-
-
-def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a language model, with the image token."""
-    return add_image_token(_language_part(AutoTokenizer, os.fspath(source)))
+def assemble_processor(config: PIIPLlavaConfig, tokenizer: PreTrainedTokenizerBase) -> PIIPLlavaProcessor:
+    """The processor for a configuration, with the chat template of the second stage."""
+    images = PIIPImageProcessor(size=config.vision_config.image_size)
+    return PIIPLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length)
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -140,27 +115,11 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def _check_padding(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Batches look padding up like any other token, though nothing attends to it."""
-    if tokenizer.pad_token_id >= rows:
-        raise ConfigError(
-            f"language_model: the padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the "
-            f"embedding has {rows} rows: set tokenizer.pad_token to one that has a row, such as "
-            f"{tokenizer.eos_token!r}, and save the tokenizer"
-        )
+def load_part(kind: Any, source: str | os.PathLike[str], expected: str = "a complete save", **options: Any) -> Any:
+    """What `from_pretrained` of a class makes of a folder or name; never by running Python files that lie there.
 
-
-def load_part(
-    kind: Any, source: str | os.PathLike[str], expected: str, error: type[UserError] = CheckpointError, **options: Any
-) -> Any:
-    """What a class of transformers makes of a folder or name; never by running Python files that lie there.
-
-    Args:
-        kind: The class, such as `AutoTokenizer`.
-        source: Folder, or name on the hub.
-        expected: What it should be, for the message.
-        error: Raised if it cannot be loaded.
-        **options: For `kind.from_pretrained`.
+    Raises:
+        CheckpointError: If it cannot be loaded; says what was `expected`.
     """
     try:
         # Said at every call: left out, transformers asks at the terminal, and one "y" runs the code
@@ -169,13 +128,7 @@ def load_part(
         raise
     except Exception as cause:  # of many types, bare Exception from tokenizers among them
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        name = f"language_model={source!r}" if error is ConfigError else f"{source}:"
-        raise error(f"{name} cannot be loaded ({reason}): expected {expected}") from cause
-
-
-def _language_part(kind: Any, source: str, **options: Any) -> Any:
-    expected = "the name of a model on the Hugging Face hub, or a folder with config.json, weights and tokenizer"
-    return load_part(kind, source, expected, ConfigError, **options)
+        raise CheckpointError(f"{source}: cannot be loaded ({reason}): expected {expected}") from cause
 
 
 def join(

@@ -8,8 +8,6 @@ from types import MappingProxyType
 
 from piip_core.errors import ConfigError
 
-__all__ = ["CHAT_TEMPLATES", "marks_answers", "resolve_chat_template"]
-
 # Text of a message: its string, or its parts in their order, each on a line of its own. A macro, which is fine for the
 # text; `{% generation %}` has to stay outside, because inside of one transformers gets the positions wrong.
 _TEXT_OF = """

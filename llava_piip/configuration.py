@@ -10,8 +10,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from piip_core import PIIPConfig, zoo
 from piip_core.errors import ConfigError
 
-__all__ = ["PIIPLlavaConfig", "PIIPVisionConfig"]
-
 DEFAULT_ROW = "piip_llava_clip_bl_512_256_7b"
 
 
@@ -20,7 +18,7 @@ class PIIPVisionConfig(PreTrainedConfig):
     """A PIIP without merging, as the vision tower of a multimodal model.
 
     Args:
-        pyramid: `PIIPConfig.to_dict()` with `merging` None; None for that of the smallest published row.
+        pyramid: `PIIPConfig.to_dict()` with `merging` None; None for that of the smallest published model.
         feature_block: For a single branch: the block behind which the features are taken, from 0 (LLaVA-1.5 leaves the
             last of CLIP-L's 24 out: 22). None for the last.
     """

@@ -17,21 +17,6 @@ from piip_core.errors import ConfigError, UserError
 from .chat_templates import marks_answers, resolve_chat_template
 from .tokenization import bos_ids, encode_text
 
-__all__ = [
-    "IGNORE_INDEX",
-    "IMAGE_TAG",
-    "TEXT_TAG",
-    "ConversationError",
-    "EncodedConversation",
-    "assistant_mask",
-    "encode_conversation",
-    "encode_prompt",
-    "has_image_parts",
-    "messages_from_llava",
-    "protect_text",
-    "render_conversation",
-]
-
 IGNORE_INDEX = -100
 IMAGE_TAG = "<image>"
 # Stands for the tag where it is text: of the same length, with a character that Unicode keeps for such inner uses
@@ -79,13 +64,13 @@ def messages_from_llava(conversations: Sequence[Mapping[str, str]], *, has_image
         {"role": "user" or "assistant", "content": text}, starting with the user.
 
     Raises:
-        ConversationError: For turns of another form or role, roles that do not alternate, or no question.
+        ConversationError: For turns of another role, roles that do not alternate, or no question.
     """
-    if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
-        raise ConversationError(f"conversations is {type(conversations).__name__}, expected a list of turns")
     messages: list[dict[str, str]] = []
     for number, turn in enumerate(conversations, 1):
-        role, text = _checked_turn(turn, number)
+        if turn["from"] not in _ROLES:
+            raise ConversationError(f"turn {number} is from {turn['from']!r}, expected 'human' or 'gpt'")
+        role, text = _ROLES[turn["from"]], turn["value"]
         if messages and messages[-1]["role"] == role:
             raise ConversationError(
                 f"turn {number} is from {turn['from']!r} like the turn before it: 'human' and 'gpt' must alternate "
@@ -108,38 +93,27 @@ def protect_text(messages: Messages) -> Messages:
     written so that `encode_prompt` and `encode_conversation` know. Messages of strings alone stay as they are: in
     LLaVA's data the tag in a string is the placeholder.
 
-    Args:
-        messages: {"role": ..., "content": text or parts}.
-
     Raises:
-        ConversationError: For contents of another form.
+        ConversationError: For messages of another form.
     """
     for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, (list, tuple)) else ():
-            if not isinstance(part, Mapping):
-                raise ConversationError(f"a content part is {part!r}: expected {{'type': 'text', 'text': ...}}")
+        if not isinstance(message, Mapping):
+            raise ConversationError(f"message {message!r}: messages should be dicts with role and content")
+        content = message.get("content")
         if content is not None and not isinstance(content, (str, list, tuple)):
             raise ConversationError(f"a message has the content {content!r}: expected text or a list of parts")
-
-    def protected(content: Any) -> Any:
-        if isinstance(content, str):
-            return content.replace(IMAGE_TAG, TEXT_TAG)
-        if isinstance(content, (list, tuple)):
-            return [
-                {**part, "text": protected(part["text"])} if isinstance(part, Mapping) and "text" in part else part
-                for part in content
-            ]
-        return content
-
+        for part in () if isinstance(content, str) else content or ():
+            if not isinstance(part, Mapping):
+                raise ConversationError(f"a content part is {part!r}: expected {{'type': 'text', 'text': ...}}")
     if not has_image_parts(messages):
         return messages
-    return [
-        {**message, "content": protected(message["content"])}
-        if isinstance(message, Mapping) and "content" in message
-        else message
-        for message in messages
-    ]
+    return [{**message, "content": _protected(message.get("content"))} for message in messages]
+
+
+def _protected(content: Any) -> Any:
+    if isinstance(content, str):
+        return content.replace(IMAGE_TAG, TEXT_TAG)
+    return [{**part, "text": _protected(part["text"])} if "text" in part else part for part in content or ()]
 
 
 def has_image_parts(messages: Messages) -> bool:
@@ -173,16 +147,14 @@ def render_conversation(
         ConversationError: If the template does not take these messages.
         ConfigError: For an unknown template, or a tokenizer without the end token that the template writes.
     """
+    protected = list(protect_text(messages))
     template = resolve_chat_template(chat_template)
     if tokenizer is not None and tokenizer.eos_token is None and "eos_token" in template:
         raise ConfigError(f"chat_template {chat_template!r} ends answers with eos_token, which the tokenizer lacks")
-    for message in messages:
-        if not isinstance(message, Mapping):
-            raise ConversationError(f"message {message!r}: messages should be dicts with role and content")
     try:
         with _RENDERING:
             (text,), (spans,) = render_jinja_template(
-                [list(protect_text(messages))],
+                [protected],
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=add_generation_prompt,
@@ -193,19 +165,26 @@ def render_conversation(
     return text, spans
 
 
-def encode_prompt(
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, **settings: Any) -> list[int]:
+    """Ids of a rendered prompt, as `encode_rendered` gives them, whose settings it takes."""
+    return encode_rendered(tokenizer, text, (), **settings).input_ids
+
+
+def encode_rendered(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
+    spans: Sequence[tuple[int, int]],
     *,
     image_token_id: int,
     image_seq_length: int,
     has_images: bool = True,
-) -> list[int]:
-    """Ids of a rendered prompt, as `encode_conversation` gives them: bos in front and every `<image>` expanded.
+) -> EncodedConversation:
+    """Ids and labels of what `render_conversation` gives: bos in front and every `<image>` expanded.
 
     Args:
         tokenizer: A fast tokenizer.
         text: The prompt.
+        spans: The supervised parts of it.
         image_token_id: Id that stands for a piece of an image.
         image_seq_length: Number of them per image.
         has_images: Whether `<image>` stands for an image; otherwise it is ordinary text.
@@ -213,8 +192,41 @@ def encode_prompt(
     Raises:
         ConversationError: If ordinary text contains the image token.
     """
-    expand = _Expansion(tokenizer, image_token_id, image_seq_length, has_images)
-    return expand(text, []).input_ids
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(
+            f"the text has half of a character (a lone surrogate) after {text[: error.start][-30:]!r}: remove it"
+        ) from None
+    supervised = bytearray(len(text))
+    for start, end in spans:
+        supervised[start:end] = b"\1" * (end - start)
+
+    input_ids = bos_ids(tokenizer)
+    if input_ids and text.startswith(tokenizer.bos_token):  # the template has written it
+        input_ids = []
+    labels = [IGNORE_INDEX] * len(input_ids)
+    chunks = text.split(IMAGE_TAG) if has_images else [text]
+    position = 0
+    for index, chunk in enumerate(chunks):
+        if index:
+            input_ids += [image_token_id] * image_seq_length
+            labels += [IGNORE_INDEX] * image_seq_length
+            position += len(IMAGE_TAG)
+        ids, offsets = encode_text(tokenizer, chunk.replace(TEXT_TAG, IMAGE_TAG), literals=(IMAGE_TAG,))
+        if image_token_id in ids:
+            name = tokenizer.convert_ids_to_tokens(image_token_id)
+            raise ConversationError(
+                f"the text contains {name!r}, which has the id of the image token ({image_token_id}): "
+                f"images are written {IMAGE_TAG}; remove {name!r} from the text"
+            )
+        input_ids += ids
+        labels += [
+            token if any(supervised[position + start : position + end]) else IGNORE_INDEX
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        ]
+        position += len(chunk)
+    return EncodedConversation(input_ids, labels, num_images=len(chunks) - 1)
 
 
 def encode_conversation(
@@ -222,10 +234,8 @@ def encode_conversation(
     messages: Messages,
     *,
     chat_template: str,
-    image_token_id: int,
-    image_seq_length: int,
     max_length: int | None = None,
-    has_images: bool = True,
+    **settings: Any,
 ) -> EncodedConversation:
     """Ids and labels of a conversation; supervised is exactly what the template marks, found by position.
 
@@ -236,10 +246,8 @@ def encode_conversation(
         tokenizer: A fast tokenizer.
         messages: {"role": "system", "user" or "assistant", "content": text}; images are `<image>` in the text.
         chat_template: A name in `CHAT_TEMPLATES` or a Jinja template with `{% generation %}` blocks.
-        image_token_id: Id that stands for a piece of an image.
-        image_seq_length: Number of them per image.
         max_length: Most ids, with bos and those of images.
-        has_images: Whether `<image>` stands for an image; otherwise it is ordinary text.
+        **settings: Those of `encode_rendered`.
 
     Raises:
         ConversationError: If the template does not take these messages, not even the first round fits, no token is
@@ -250,113 +258,24 @@ def encode_conversation(
         raise ConversationError("the conversation has no messages: nothing to train on")
     if not marks_answers(resolve_chat_template(chat_template)):
         raise ConfigError("the chat template has no {% generation %} block: put one around what is supervised")
-    expand = _Expansion(tokenizer, image_token_id, image_seq_length, has_images)
 
     def encode(count: int) -> EncodedConversation:
-        return expand(*render_conversation(messages[:count], chat_template=chat_template, tokenizer=tokenizer))
+        rendered = render_conversation(messages[:count], chat_template=chat_template, tokenizer=tokenizer)
+        return encode_rendered(tokenizer, *rendered, **settings)
 
     encoded = encode(len(messages))
     if max_length is not None and len(encoded.input_ids) > max_length:
-        ends = _round_ends(messages)
+        starts = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+        ends = [*starts[1:], len(messages)]  # of the rounds; a system message is a part of the first
         kept = bisect_right(ends, max_length, key=lambda end: len(encode(end).input_ids))
         if not kept:
             first = encode(ends[0])
             raise ConversationError(
-                f"the first round has {len(first.input_ids)} tokens ({first.num_images * image_seq_length} of images), "
-                f"max_length is {max_length}: raise it or shorten the round"
+                f"the first round has {len(first.input_ids)} tokens with its {first.num_images} images, max_length is "
+                f"{max_length}: raise it or shorten the round"
             )
         encoded = replace(encode(ends[kept - 1]), turns_cut=len(ends) - kept)
     if all(label == IGNORE_INDEX for label in encoded.labels):
         cut = f" in what is left after cutting {encoded.turns_cut} rounds" if encoded.turns_cut else ""
         raise ConversationError(f"no token to train on{cut}: the conversation needs an answer that is not empty")
     return encoded
-
-
-def assistant_mask(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    *,
-    chat_template: str,
-    image_token_id: int,
-    image_seq_length: int,
-    has_images: bool = True,
-    add_generation_prompt: bool = False,
-) -> list[int]:
-    """1 for each id of a conversation that `encode_conversation` supervises, 0 for the others.
-
-    The arguments and errors are those of `encode_conversation` and `render_conversation`, but no token need be
-    supervised.
-    """
-    expand = _Expansion(tokenizer, image_token_id, image_seq_length, has_images)
-    rendered = render_conversation(
-        messages, chat_template=chat_template, tokenizer=tokenizer, add_generation_prompt=add_generation_prompt
-    )
-    return [int(label != IGNORE_INDEX) for label in expand(*rendered).labels]
-
-
-@dataclass(frozen=True)
-class _Expansion:
-    """Encodes rendered text, with images expanded."""
-
-    tokenizer: PreTrainedTokenizerBase
-    image_token_id: int
-    image_seq_length: int
-    has_images: bool
-
-    def __call__(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedConversation:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConversationError(
-                f"the text has half of a character (a lone surrogate) after {text[: error.start][-30:]!r}: remove it"
-            ) from None
-        supervised = bytearray(len(text))
-        for start, end in spans:
-            supervised[start:end] = b"\1" * (end - start)
-
-        input_ids = bos_ids(self.tokenizer)
-        if input_ids and text.startswith(self.tokenizer.bos_token):  # the template has written it
-            input_ids = []
-        labels = [IGNORE_INDEX] * len(input_ids)
-        chunks = text.split(IMAGE_TAG) if self.has_images else [text]
-        chunks = [chunk.replace(TEXT_TAG, IMAGE_TAG) for chunk in chunks]
-        position = 0
-        for index, chunk in enumerate(chunks):
-            if index:
-                input_ids += [self.image_token_id] * self.image_seq_length
-                labels += [IGNORE_INDEX] * self.image_seq_length
-                position += len(IMAGE_TAG)
-            ids, offsets = encode_text(self.tokenizer, chunk, literals=(IMAGE_TAG,))
-            self._check_text(ids)
-            input_ids += ids
-            labels += [
-                token if any(supervised[position + start : position + end]) else IGNORE_INDEX
-                for token, (start, end) in zip(ids, offsets, strict=True)
-            ]
-            position += len(chunk)
-        return EncodedConversation(input_ids, labels, num_images=len(chunks) - 1)
-
-    def _check_text(self, ids: Sequence[int]) -> None:
-        if self.image_token_id in ids:
-            name = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            raise ConversationError(
-                f"the text contains {name!r}, which has the id of the image token ({self.image_token_id}): "
-                f"images are written {IMAGE_TAG}; remove {name!r} from the text"
-            )
-
-
-def _checked_turn(turn: Any, number: int) -> tuple[str, str]:
-    """Role and text of a LLaVA turn."""
-    if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-        raise ConversationError(f"turn {number} is {turn!r}, expected {{'from': ..., 'value': ...}}")
-    if turn["from"] not in list(_ROLES):  # a list: what stands there may not be hashable
-        raise ConversationError(f"turn {number} is from {turn['from']!r}, expected 'human' or 'gpt'")
-    if not isinstance(turn["value"], str):
-        raise ConversationError(f"turn {number} has the value {turn['value']!r}, expected text")
-    return _ROLES[turn["from"]], turn["value"]
-
-
-def _round_ends(messages: Messages) -> list[int]:
-    """Number of messages up to the end of each round; a system message is a part of the first."""
-    starts = [index for index, message in enumerate(messages) if message.get("role") == "user"]
-    return starts[1:] + [len(messages)]

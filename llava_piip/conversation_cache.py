@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
-__all__ = ["ConversationCache"]
-
 
 class ConversationCache:
     """Generates as `model.generate` does, and keeps what it computed of one conversation.
@@ -34,7 +32,7 @@ class ConversationCache:
         self.reused_tokens = 0
         self._model = model
         self._lock = threading.Lock()
-        self._kept: tuple[list[int | bytes], DynamicCache] | None = None
+        self._kept: tuple[list[int | bytes], DynamicCache | None] = [], None
 
     @torch.inference_mode()
     def generate(
@@ -50,10 +48,12 @@ class ConversationCache:
         """
         config, device = self._model.config, self._model.device
         tokens = self._name_tokens(ids, pixel_values)
-        kept, cache = self._take() or ([], None)
-        shared = _count_shared(kept, tokens)
-        shared -= sum(isinstance(token, bytes) for token in tokens[:shared]) % config.image_seq_length  # whole images
-        images = sum(isinstance(token, bytes) for token in tokens[:shared]) // config.image_seq_length
+        with self._lock:  # for one caller alone: two must not write into the same cache
+            (kept, cache), self._kept = self._kept, ([], None)
+        shared = min(len(kept), len(tokens) - 1)  # never all of a prompt, because one must be run
+        shared = next((i for i in range(shared) if kept[i] != tokens[i]), shared)
+        images, part = divmod(sum(isinstance(token, bytes) for token in tokens[:shared]), config.image_seq_length)
+        shared -= part  # whole images
         if not shared:
             cache = DynamicCache()  # without the configuration no layer drops what lies before a sliding window
         elif shared < len(kept):
@@ -80,18 +80,6 @@ class ConversationCache:
         keys = (hashlib.sha256(image.numpy().tobytes()).digest() for image in images)
         visual = chain.from_iterable(repeat(key, self._model.config.image_seq_length) for key in keys)
         return [next(visual) if token == self._model.config.image_token_id else token for token in ids]
-
-    def _take(self) -> tuple[list[int | bytes], DynamicCache] | None:
-        """What is kept, for one caller alone: two must not write into the same cache."""
-        with self._lock:
-            kept, self._kept = self._kept, None
-        return kept
-
-
-def _count_shared(kept: Sequence[int | bytes], tokens: Sequence[int | bytes]) -> int:
-    """How many tokens from the start are the same; never all of a prompt, because one must be run."""
-    shared = min(len(kept), len(tokens) - 1)
-    return next((i for i in range(shared) if kept[i] != tokens[i]), shared)
 
 
 def _cache_argument() -> str:

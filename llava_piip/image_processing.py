@@ -1,35 +1,25 @@
-"""From pictures to the pixel tensors of the vision tower."""
+"""From images to the pixel tensors of the vision tower."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature, TensorType
-from transformers.image_utils import ChannelDimension
 
-from piip_core.errors import ConfigError, UserError
+from piip_core.errors import ConfigError, UserError, check
 from piip_core.images import misread_values, plain_rgb
 
-__all__ = ["ImageError", "PIIPImageProcessor", "PIIPImageProcessorKwargs", "rgb_image"]
-
-# Modes in which padding before the conversion makes a difference; at gray pictures the public code stops there
+# Modes in which padding before the conversion makes a difference; at gray images the public code stops there
 _OWN_COLOURS = ("P", "CMYK")
-# In the files of image processors beside their settings
-_NAMES_OF_CLASSES = ("processor_class", "image_processor_type")
-_CHOICES = {
-    "pad_to_square": (True, False),
-    "convert_before_padding": (True, False),
-    "input_data_format": (None, "channels_first", "channels_last"),
-}
+_NAMES_OF_CLASSES = ("processor_class", "image_processor_type")  # in files, beside the settings
 
 
 class ImageError(UserError):
-    """Something that is no picture, or one that cannot be used; the message says which and what to give instead."""
+    """Something that is no image, or one that cannot be used; the message says which and what to give instead."""
 
 
 class PIIPImageProcessorKwargs(TypedDict, total=False):
@@ -41,23 +31,19 @@ class PIIPImageProcessorKwargs(TypedDict, total=False):
     convert_before_padding: bool | None
     image_mean: Sequence[float] | None
     image_std: Sequence[float] | None
-    input_data_format: str | None
     return_tensors: str | TensorType | None
 
 
 class PIIPImageProcessor(BaseImageProcessor):
-    """Makes every picture a square of the size of the last branch's image, as the published models were trained.
+    """Makes every image a square of the size of the last branch's, as the published models were trained.
 
     Pad to a square, or not; resize the short side (bicubic); crop the centre; scale to [0, 1]; subtract the mean and
     divide by the standard deviation of ImageNet (also for CLIP branches).
 
-    Pictures may be PIL images, uint8 numpy arrays (H, W, C), uint8 torch tensors (C, H, W), gray ones without the
-    axis C, batches of those with a leading axis, or lists of all these. They become RGB first: transparency is dropped
-    and not blended, the first frame stands for an animation, an orientation tag is ignored (but Pillow itself follows
-    that of TIFF files). Arrays in the other order of axes are recognised as long as it is clear; `input_data_format`
-    ("channels_first", "channels_last") decides.
-
-    The result has `pixel_values` (N, 3, size, size), float32.
+    Images may be PIL images, uint8 numpy arrays (H, W, C), uint8 torch tensors (C, H, W), arrays in the other order
+    where it is clear, gray ones without the axis C, batches with a leading axis, or lists of all these. They become RGB
+    first: transparency is dropped and not blended, the first frame stands for an animation, an orientation tag is
+    ignored (but Pillow itself follows that of TIFF files).
 
     Args:
         size: Side of the result in pixels, an int or {"height": S, "width": S}.
@@ -71,7 +57,7 @@ class PIIPImageProcessor(BaseImageProcessor):
 
     Raises:
         ConfigError: For an unknown setting or a value that cannot work.
-        ImageError: When called with something that is no usable picture.
+        ImageError: When called with something that is no usable image.
     """
 
     valid_kwargs = PIIPImageProcessorKwargs
@@ -82,14 +68,9 @@ class PIIPImageProcessor(BaseImageProcessor):
     convert_before_padding = True
     image_mean = (0.485, 0.456, 0.406)
     image_std = (0.229, 0.224, 0.225)
-    input_data_format = None
     return_tensors = None
 
     def __init__(self, **kwargs: Any) -> None:
-        known = (*self.valid_kwargs.__annotations__, *_NAMES_OF_CLASSES)
-        for name in kwargs:
-            if name not in known:
-                raise ConfigError(f"PIIPImageProcessor has no setting {name!r}: expected {', '.join(known)}")
         super().__init__(**self._settings({n: value for n, value in kwargs.items() if n not in _NAMES_OF_CLASSES}))
 
     @property
@@ -101,20 +82,20 @@ class PIIPImageProcessor(BaseImageProcessor):
         """All settings, those that are not given as the processor has them."""
         names = self.valid_kwargs.__annotations__
         if unknown := sorted(set(given) - set(names)):
-            raise TypeError(f"{', '.join(unknown)}: no such setting; known: {', '.join(names)}")
+            raise ConfigError(f"{', '.join(unknown)}: no such setting of images; known: {', '.join(names)}")
         settings = {name: getattr(self, name) if given.get(name) is None else given[name] for name in names}
         settings["size"] = _square(settings["size"])
-        settings["background_color"] = _per_channel("background_color", settings, int, (0, 255))
-        settings["image_mean"] = _per_channel("image_mean", settings, (int, float), (0, 1))
-        settings["image_std"] = _per_channel("image_std", settings, (int, float), (1e-6, math.inf))
-        for name, choices in _CHOICES.items():
-            if settings[name] not in choices:
-                expected = ", ".join(map(repr, choices))
-                raise ConfigError(f"PIIPImageProcessor.{name} is {settings[name]!r}: expected one of {expected}")
+        for name in ("pad_to_square", "convert_before_padding"):
+            check(settings[name] in (True, False), name, settings[name], "True or False")
+        for name in ("background_color", "image_mean", "image_std"):
+            value = settings[name]
+            right = isinstance(value, (list, tuple)) and len(value) == 3
+            check(right, name, value, "3 numbers, red first")
+            settings[name] = tuple(value)
         return settings
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Pixel values of pictures; a call of the processor is the same.
+        """Pixel values of images; a call of the processor is the same.
 
         Args:
             images: See the class.
@@ -124,22 +105,24 @@ class PIIPImageProcessor(BaseImageProcessor):
             `pixel_values` (N, 3, size, size), float32.
 
         Raises:
-            ConfigError: For a value that cannot work.
-            ImageError: For something that is no usable picture.
-            TypeError: For an unknown setting.
+            ConfigError: For an unknown setting or a value that cannot work.
+            ImageError: For something that is no usable image.
         """
         settings = self._settings(kwargs)
-        return_tensors, layout = settings.pop("return_tensors"), settings.pop("input_data_format")
-        pictures = [_picture(item, layout, f"image {i}") for i, item in enumerate(_flat(images))]
-        if not pictures:
+        return_tensors = settings.pop("return_tensors")
+        pixels = []
+        for index, item in enumerate(_flat(images)):
+            try:
+                pixels.append(self._pixels(_as_pillow(item), **settings))
+            except ImageError as error:
+                raise ImageError(f"image {index}: {error}") from error.__cause__
+        if not pixels:
             raise ImageError("no images were given: expected at least one")
-        pixels = np.stack([self._pixels(picture, i, **settings) for i, picture in enumerate(pictures)])
-        return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+        return BatchFeature(data={"pixel_values": np.stack(pixels)}, tensor_type=return_tensors)
 
     def _pixels(
         self,
         image: Image.Image,
-        index: int,
         *,
         size: dict[str, int],
         pad_to_square: bool,
@@ -148,15 +131,12 @@ class PIIPImageProcessor(BaseImageProcessor):
         image_mean: tuple[float, float, float],
         image_std: tuple[float, float, float],
     ) -> np.ndarray:
-        """Pixel values (3, size, size) of one picture."""
-        try:
-            if convert_before_padding or image.mode not in _OWN_COLOURS:
-                image = rgb_image(image)
-            if pad_to_square:
-                image = _padded(image, background_color)
-            image = _centre(rgb_image(image), size["height"])
-        except ImageError as error:
-            raise ImageError(f"image {index}: {error}") from error.__cause__
+        """Pixel values (3, size, size) of one image."""
+        if convert_before_padding or image.mode not in _OWN_COLOURS:
+            image = rgb_image(image)
+        if pad_to_square:
+            image = _padded(image, background_color)
+        image = _centre(rgb_image(image), size["height"])
         # In place and in single precision: several times faster than the library's steps
         pixels = np.moveaxis(np.asarray(image), -1, 0).astype(np.float32, order="C")
         mean, std = (255 * np.array(values, np.float32)[:, None, None] for values in (image_mean, image_std))
@@ -166,10 +146,10 @@ class PIIPImageProcessor(BaseImageProcessor):
 
 
 def rgb_image(image: Image.Image) -> Image.Image:
-    """A picture as 8-bit RGB: transparency dropped, first frame, orientation tag ignored, 16-bit gray scaled.
+    """An image as 8-bit RGB: transparency dropped, first frame, orientation tag ignored, 16-bit gray scaled.
 
     Raises:
-        ImageError: If the file behind the picture is broken, or its mode says nothing of the range of its values.
+        ImageError: If the file of the image is broken, or its mode says nothing of the range of its values.
     """
     if image.mode in ("I", "F"):
         raise ImageError(
@@ -185,7 +165,7 @@ def rgb_image(image: Image.Image) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    """Decodes the file behind a picture, which opening it does not do."""
+    """Decodes the file of an image, which opening it does not do."""
     try:
         image.load()
     except (OSError, SyntaxError, ValueError) as error:
@@ -193,31 +173,15 @@ def _load(image: Image.Image) -> None:
         raise ImageError(f"{name} cannot be read ({error}): replace it or leave it out") from error
 
 
-def _per_channel(name: str, settings: dict[str, Any], types: Any, bounds: tuple[float, float]) -> tuple[Any, ...]:
-    value, (low, high) = settings[name], bounds
-    numbers = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if len(numbers) != 3 or not all(isinstance(number, types) and low <= number <= high for number in numbers):
-        expected = f"3 numbers from {low:g} to {high:g}, red first"
-        raise ConfigError(f"PIIPImageProcessor.{name} is {value}: expected {expected}")
-    return numbers
-
-
 def _square(size: Any) -> dict[str, int]:
-    try:
-        sides = dict(size)
-    except (TypeError, ValueError):
-        sides = {"height": size, "width": size}
-    height, width = sides.get("height"), sides.get("width")
-    if set(sides) != {"height", "width"} or height != width or not isinstance(height, int) or height < 1:
-        raise ConfigError(
-            f"PIIPImageProcessor.size is {size}: expected the side of the last branch's image in pixels, "
-            "an int or {'height': S, 'width': S}"
-        )
-    return sides
+    side = size["height"] if isinstance(size, dict) and set(size) == {"height", "width"} else size
+    right = isinstance(side, int) and side > 0 and size in (side, {"height": side, "width": side})
+    check(right, "size", size, "the side of the last branch's image, an int or {'height': S, 'width': S}")
+    return {"height": side, "width": side}
 
 
 def _flat(images: Any) -> Iterator[Any]:
-    """Single pictures out of a picture, a batch, or nested lists of them."""
+    """Single images out of an image, a batch, or nested lists of them."""
     if isinstance(images, (list, tuple)):
         for item in images:
             yield from _flat(item)
@@ -227,42 +191,28 @@ def _flat(images: Any) -> Iterator[Any]:
         yield images
 
 
-def _picture(item: Any, layout: str | None, name: str) -> Image.Image:
+def _as_pillow(item: Any) -> Image.Image:
     if isinstance(item, Image.Image):
         return item
     if not isinstance(item, (np.ndarray, torch.Tensor)):
         raise ImageError(
-            f"{name} is {type(item).__name__} {_short(item)}: expected a PIL image (PIL.Image.open reads a file), "
-            "a uint8 array (H, W, 3) or a uint8 tensor (3, H, W)"
+            f"{type(item).__name__} {repr(item)[:60]}: expected a PIL image (PIL.Image.open reads a file), a uint8 "
+            "array (H, W, 3) or a uint8 tensor (3, H, W)"
         )
-    shape, is_tensor = tuple(item.shape), isinstance(item, torch.Tensor)
     if item.dtype not in (np.uint8, torch.uint8):
-        raise ImageError(f"{name} is {item.dtype} of shape {shape}: expected uint8 values from 0 to 255")
+        raise ImageError(f"{item.dtype} of shape {tuple(item.shape)}: expected uint8 values from 0 to 255")
+    is_tensor = isinstance(item, torch.Tensor)
     array = item.numpy(force=True) if is_tensor else item
-    if array.ndim == 2 and array.size:
-        return Image.fromarray(np.ascontiguousarray(array))
-    axis = _channel_axis(shape, ChannelDimension(layout) if layout else None, last=not is_tensor)
-    if axis is None or not array.size:
+    if array.ndim == 2:
+        array = array[None] if is_tensor else array[..., None]
+    axes = [axis for axis in ((0, -1) if is_tensor else (-1, 0)) if array.ndim == 3 and array.shape[axis] in (1, 3, 4)]
+    if not axes or not array.size:
         raise ImageError(
-            f"{name} has the shape {shape}: expected (H, W, C) or (C, H, W) with 1, 3 or 4 channels C, or (H, W), "
+            f"an array of shape {array.shape}: expected (H, W, C) or (C, H, W) with 1, 3 or 4 channels C, or (H, W), "
             "and no empty side"
         )
-    channels_last = np.ascontiguousarray(np.moveaxis(array, axis, -1)[..., :3])  # a fourth channel is transparency
+    channels_last = np.ascontiguousarray(np.moveaxis(array, axes[0], -1)[..., :3])  # a fourth channel is transparency
     return Image.fromarray(channels_last[..., 0] if channels_last.shape[-1] == 1 else channels_last)
-
-
-def _channel_axis(shape: tuple[int, ...], layout: ChannelDimension | None, *, last: bool) -> Literal[-1, 0] | None:
-    """Where the channels are: as asked, otherwise at the end or the start by the custom of the library."""
-    if len(shape) != 3:
-        return None
-    places = {ChannelDimension.LAST: -1, ChannelDimension.FIRST: 0}
-    order = [places[layout]] if layout else [-1, 0] if last else [0, -1]
-    return next((axis for axis in order if shape[axis] in (1, 3, 4)), None)
-
-
-def _short(item: Any) -> str:
-    text = repr(item)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _padded(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
@@ -288,7 +238,7 @@ def _centre(image: Image.Image, side: int) -> Image.Image:
 
 
 def _check_area(image: Image.Image, width: int, height: int) -> None:
-    """Refuses what Pillow would not open: the size of a thin picture grows without bounds on the way to a square."""
+    """Refuses what Pillow would not open: the size of a thin image grows without bounds on the way to a square."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > 2 * limit:
         raise ImageError(

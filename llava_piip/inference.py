@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,28 +16,22 @@ from peft import PeftModel
 from torch import nn
 from transformers import BatchFeature, GenerationConfig
 
-from piip_core.errors import CheckpointError, UserError, check
+from piip_core.errors import CheckpointError, UserError, check, check_choice
 from piip_core.files import read_json
 
 from .configuration import PIIPLlavaConfig
-from .conversation import ConversationError, Messages, render_conversation
+from .conversation import ConversationError, Messages, has_image_parts, render_conversation
 from .conversation_cache import ConversationCache
 from .loading import final_folder, is_trained_folder, load_trained
 from .processing import PIIPLlavaProcessor
 from .streaming import AnswerStream, answer_text
 
-__all__ = ["ChatModel", "ContextLengthError", "MemoryLimitError", "check_sampling", "model_folder"]
-
 Quantization = Literal["4bit", "8bit"]
 
 DEFAULT_NEW_TOKENS = 512
 _LEAST_TEMPERATURE = 1e-20  # scores divided by much less overflow
-QUANTIZATIONS: Mapping[str, int] = {"4bit": 4, "8bit": 8}
-DTYPES: Mapping[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+QUANTIZATIONS = ("4bit", "8bit")
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 class ContextLengthError(UserError):
@@ -89,11 +83,13 @@ class ChatModel:
             ConfigError: If bitsandbytes is needed and not installed.
             UserError: For an unknown device, dtype or quantization.
         """
-        if quantization is not None and quantization not in QUANTIZATIONS:
-            raise UserError(f"quantization={quantization!r}: expected one of {', '.join(QUANTIZATIONS)}, or none")
-        device, dtype = _device(device), _dtype(dtype)
-        path = model_folder(Path(folder))
-        bits = QUANTIZATIONS[quantization] if quantization else 16
+        if quantization is not None:
+            check_choice("quantization", quantization, QUANTIZATIONS)
+        if not isinstance(dtype, torch.dtype) and dtype != "auto":
+            check_choice("dtype", dtype, ("auto", *DTYPES))
+            dtype = getattr(torch, dtype)
+        device, path = _device(device), model_folder(Path(folder))
+        bits = int(quantization[0]) if quantization else 16
         if bits == 8:  # it would say for every layer and token that it casts to float16
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         model, processor = load_trained(path, dtype=dtype, bits=bits, device_map={"": device})
@@ -128,38 +124,29 @@ class ChatModel:
     def encode(
         self, messages: Messages, images: Sequence[Any] = (), *, max_new_tokens: int = DEFAULT_NEW_TOKENS
     ) -> BatchFeature:
-        """Inputs of a conversation whose last message is a question, on the model's device.
-
-        Args:
-            messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
-            images: Those of all messages, in order.
-            max_new_tokens: Room that the answer needs.
+        """Inputs of a conversation whose last message is a question, on the model's device; see `stream`.
 
         Returns:
             `input_ids` and `attention_mask` (1, N), and with images `pixel_values`.
 
         Raises:
             ContextLengthError: If conversation and answer do not fit into the context. Nothing is ever cut.
-            ConfigError: If `max_new_tokens` is no positive number.
             UserError: If placeholders and images do not match, or the template does not take the messages.
         """
-        check_sampling(max_new_tokens=max_new_tokens)
-        parts = [
-            part for message in messages if isinstance(message.get("content"), list) for part in message["content"]
-        ]
-        asked = sum(isinstance(part, Mapping) and part.get("type") in ("image", "image_url") for part in parts)
-        if asked and not images:  # in a text alone, the placeholder is ordinary text
-            raise UserError(f"the messages have {asked} images, none is given: give them in the order of the messages")
+        if not images and has_image_parts(messages):  # in a text alone, the placeholder is ordinary text
+            raise UserError("the messages have images, none is given: give them in the order of the messages")
         inputs = self.processor(text=[self.prompt(messages)], images=[list(images)])
-        length = inputs["input_ids"].shape[1]
+        self.check_length(inputs["input_ids"].shape[1], max_new_tokens)
+        return inputs.to(self.device)
+
+    def check_length(self, length: int, max_new_tokens: int = 0) -> None:
+        """Raises a `ContextLengthError` if a conversation of so many tokens leaves no room for its answer."""
         if length + max_new_tokens > self.context_length:
-            visual = len(images) * self.processor.image_seq_length
             raise ContextLengthError(
-                f"the conversation has {length} tokens ({visual} of {len(images)} images) and the answer may have "
-                f"{max_new_tokens}, the model's context is {self.context_length}: shorten the conversation, give "
+                f"the conversation has {length} tokens, visual ones included, and the answer may have "
+                f"{max_new_tokens}; the model's context is {self.context_length}: shorten the conversation, give "
                 "fewer images, or lower max_new_tokens; nothing is cut"
             )
-        return inputs.to(self.device)
 
     def generation_config(
         self, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0
@@ -174,7 +161,7 @@ class ChatModel:
         Raises:
             ConfigError: For a value that cannot work.
         """
-        check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        check_sampling(max_new_tokens, temperature, top_p)
         sampled = temperature > 0
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -186,47 +173,35 @@ class ChatModel:
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
 
-    def generate(
-        self,
-        inputs: BatchFeature,
-        settings: GenerationConfig,
-        *,
-        stop: Sequence[str] = (),
-        limits: Sequence[int] | None = None,
-    ) -> list[str]:
+    def generate(self, inputs: BatchFeature, settings: GenerationConfig, *, stop: Sequence[str] = ()) -> list[str]:
         """Answers of a batch, all at once; each is what it would be alone, without white space around it.
 
         Args:
             inputs: Of the processor, for one or more conversations.
-            settings: As `generation_config` makes them.
+            settings: As `generation_config` makes them; answers are shorter where the context has less room.
             stop: Texts that end an answer and are no part of it, beside those of the template.
-            limits: Most tokens of each answer, where they differ.
 
         Raises:
+            ContextLengthError: If a conversation leaves no room for an answer.
             MemoryLimitError: If the batch does not fit into memory.
         """
         ends = [*self.end_texts, *stop]
-        if ends:
-            settings = copy.deepcopy(settings)
-            settings.stop_strings = ends
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        self.check_length(max(lengths), 1)
+        limits = [min(settings.max_new_tokens, self.context_length - length) for length in lengths]
+        settings = copy.deepcopy(settings)
+        settings.update(max_new_tokens=max(limits), stop_strings=ends or None)
         inputs = inputs.to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         tokenizer, length = self.processor.tokenizer, inputs["input_ids"].shape[1]
-        try:
-            with torch.inference_mode():
-                ids = self.model.generate(
-                    **inputs, generation_config=settings, **({"tokenizer": tokenizer} if ends else {})
-                )
-        except torch.OutOfMemoryError as error:
-            count = len(inputs["input_ids"])
-            raise MemoryLimitError(
-                f"{count} conversations at once need too much memory: lower the batch size"
-            ) from error
-        rows = ids.tolist()
-        last = [None] * len(rows) if limits is None else [length + limit for limit in limits]
+        stops = {"tokenizer": tokenizer} if ends else {}
+        hint = f"{len(inputs['input_ids'])} conversations at once need too much memory: lower the batch size"
+        with explain_memory_limit(hint), torch.inference_mode():
+            rows = self.model.generate(**inputs, generation_config=settings, **stops).tolist()
         return [
-            answer_text(tokenizer, row[:length], row[length:end], ends) for row, end in zip(rows, last, strict=True)
+            answer_text(tokenizer, row[:length], row[length : length + limit], ends)
+            for row, limit in zip(rows, limits, strict=True)
         ]
 
     def stream(
@@ -237,8 +212,6 @@ class ChatModel:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        stop: Sequence[str] = (),
-        stop_event: threading.Event | None = None,
     ) -> AnswerStream:
         """Answers the last message. The generation starts at once, in a thread of its own.
 
@@ -250,52 +223,48 @@ class ChatModel:
             max_new_tokens: Most tokens of the answer; None for 512, or fewer where the context has no room for them.
             temperature: See `generation_config`.
             top_p: See `generation_config`.
-            stop: Texts that end the answer and are no part of it.
-            stop_event: Ends the answer after the next token, once it is set.
-
-        Returns:
-            The pieces of the answer.
 
         Raises:
             UserError: As `encode` and `generation_config`.
         """
-        least = 1 if max_new_tokens is None else max_new_tokens
-        check_sampling(max_new_tokens=least, temperature=temperature, top_p=top_p)
-        inputs = self.encode(messages, images, max_new_tokens=least)
+        settings = self.generation_config(
+            max_new_tokens=DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        inputs = self.encode(messages, images, max_new_tokens=max_new_tokens or 1)
         ids = inputs["input_ids"][0].tolist()
-        if max_new_tokens is None:
-            max_new_tokens = min(DEFAULT_NEW_TOKENS, self.context_length - len(ids))
-        settings = self.generation_config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        settings.max_new_tokens = min(settings.max_new_tokens, self.context_length - len(ids))
         return AnswerStream(
             partial(self._generate_one, ids, inputs.get("pixel_values"), settings),
             tokenizer=self.processor.tokenizer,
             prompt_ids=ids,
             end_ids=self.end_ids,
-            end_texts=[*self.end_texts, *stop],
-            max_new_tokens=max_new_tokens,
-            stop_event=stop_event,
+            end_texts=self.end_texts,
+            max_new_tokens=settings.max_new_tokens,
         )
 
     def _generate_one(self, *inputs: Any, **options: Any) -> None:
-        try:
+        hint = "begin a new one, give fewer images, or load the model in 4bit"
+        with explain_memory_limit(f"too little memory for this conversation: {hint}"):
             self.cache.generate(*inputs, **options)
-        except torch.OutOfMemoryError as error:
-            raise MemoryLimitError(
-                "too little memory for this conversation: begin a new one, give fewer images, or load the model in 4bit"
-            ) from error
 
 
-def check_sampling(*, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0) -> None:
-    """Checks settings of `ChatModel.generation_config`, without a model.
-
-    Raises:
-        ConfigError: For a value that cannot work.
-    """
-    right = isinstance(max_new_tokens, int) and max_new_tokens > 0
-    check(right, "max_new_tokens", max_new_tokens, "1 or more")
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raises a `ConfigError` for a setting that cannot work; see `ChatModel.generation_config`."""
+    check(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "1 or more")
     right = temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf
     check(right, "temperature", temperature, f"0, or {_LEAST_TEMPERATURE:g} or more")
     check(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
+
+
+@contextmanager
+def explain_memory_limit(message: str) -> Iterator[None]:
+    """Raises a `MemoryLimitError` with this message if the device has too little memory for what is in the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(message) from error
 
 
 def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], list[str]]:
@@ -324,8 +293,6 @@ def model_folder(folder: Path) -> Path:
         CheckpointError: If it is not.
     """
     folder = final_folder(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is no folder; expected one that training or the converter wrote")
     if is_trained_folder(folder):
         return folder
     if not (folder / "config.json").is_file():
@@ -349,11 +316,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={str(device)!r}: there are {torch.cuda.device_count()} GPUs that PyTorch can use")
     return found
-
-
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]

@@ -7,7 +7,7 @@ processor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,32 +28,19 @@ from .assembly import assemble, load_part
 from .modeling import PIIPLlavaForConditionalGeneration
 from .processing import PIIPLlavaProcessor
 
-__all__ = [
-    "FINAL",
-    "PARTS",
-    "ModelSource",
-    "base_model",
-    "build",
-    "final_folder",
-    "is_trained_folder",
-    "load_projector",
-    "load_tensors",
-    "load_trained",
-    "part_modules",
-    "part_parameters",
-    "quantization_config",
-    "read_note",
-]
-
 FINAL = "final"  # the trained model in the folder of a run, beside the checkpoints
-PARTS = ("projector", "language_model", "vision_tower")
+PREFIXES = {
+    "projector": ("model.multi_modal_projector.",),
+    "language_model": ("model.language_model.", "lm_head."),
+    "vision_tower": ("model.vision_tower.",),
+}
+PARTS = tuple(PREFIXES)
 NOTE = "trained.json"
 FORMAT = 1
 _ADAPTER = "adapter_config.json"
-# Of the language model, what another one would have to share to work with the same projector or adapters
-_LANGUAGE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-_PROJECTOR_FIELDS = ("projector_norm", "projector_num_groups", "projector_grid")
-# Of a configuration, what says nothing about the network
+# Of a configuration, what must be the same for another model to work with the same projector or adapters
+_COMPARED = ("vision_config.", "projector_")
+_COMPARED += tuple(f"text_config.{name}" for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"))
 _UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "architectures", "attn_implementation")
 
 
@@ -72,7 +59,7 @@ def load_trained(folder: str | Path, source: ModelSource | None = None, **settin
     Args:
         folder: A checkpoint or the `final` folder of a run, or the run.
         source: Where the weights are that were not trained, if not where they were at the training.
-        **settings: `dtype` ("auto": that of the file), `attn_implementation`, `bits`, `device_map`.
+        **settings: Those of `build`.
 
     Raises:
         CheckpointError: If the folder holds none of them, or does not fit what it was trained from.
@@ -82,32 +69,26 @@ def load_trained(folder: str | Path, source: ModelSource | None = None, **settin
         return build(ModelSource(str(folder)), **settings)
     model, _ = build(source or read_note(folder)[1], **settings)
     if (folder / _ADAPTER).is_file():
-        model = get_peft_model(model, _load(PeftConfig, str(folder)))
+        model = get_peft_model(model, load_part(PeftConfig, str(folder)))
     load_tensors(model, folder)
-    return model.eval(), _load(PIIPLlavaProcessor, folder)  # new adapters would drop out
+    return model.eval(), load_part(PIIPLlavaProcessor, folder)  # new adapters would drop out
 
 
 def build(
-    source: ModelSource,
-    *,
-    dtype: torch.dtype | str = torch.float32,
-    attn_implementation: str | None = None,
-    bits: int = 16,
-    device_map: dict[str, torch.device] | None = None,
+    source: ModelSource, *, dtype: torch.dtype | str = torch.float32, bits: int = 16, **options: Any
 ) -> tuple[nn.Module, Any]:
-    """Model and processor of a source: a whole model's folder, or a row to put together.
+    """Model and processor of a source: a whole model's folder, or one of the zoo to put together.
 
     Args:
         source: Where the weights are.
         dtype: Precision; "auto" for that of the file.
-        attn_implementation: As transformers' `from_pretrained` takes it.
         bits: See `quantization_config`.
-        device_map: As transformers' `from_pretrained` takes it.
+        **options: Others of transformers' `from_pretrained`.
 
     Raises:
         UserError: If they cannot be loaded.
     """
-    options = {"dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
+    options["dtype"] = dtype
     options["quantization_config"] = quantization_config(bits, torch.bfloat16 if dtype == "auto" else dtype)
     folder = Path(source.model)
     if not folder.is_dir():
@@ -120,11 +101,7 @@ def build(
             f"model {folder}: holds trained parts and no whole model. To go on from its projector, give the row as "
             f"--model and this folder as --projector; `python -m llava_piip.train.merge` makes a whole model of it"
         )
-    return _load(PIIPLlavaForConditionalGeneration, folder, **options), _load(PIIPLlavaProcessor, folder)
-
-
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
-    return load_part(kind, folder, "a complete save", **options)
+    return load_part(PIIPLlavaForConditionalGeneration, folder, **options), load_part(PIIPLlavaProcessor, folder)
 
 
 def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig | None:
@@ -165,25 +142,20 @@ def is_trained_folder(folder: str | Path) -> bool:
     return (Path(folder) / NOTE).is_file()
 
 
-def part_modules(model: nn.Module, part: str) -> dict[str, nn.Module]:
-    """Modules that make up a part of a model in the layout of transformers' Llava, by their names in it.
+def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    """Parameters of a part by their names in the model, each once (the output layer may share the embedding).
 
     Raises:
         ConfigError: If there is no such part.
     """
     check_choice("part", part, PARTS)
-    names = {
-        "projector": ["model.multi_modal_projector"],
-        "language_model": ["model.language_model", "lm_head"],
-        "vision_tower": ["model.vision_tower"],
-    }
-    return {name: model.get_submodule(name) for name in names[part]}
+    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(PREFIXES[part])}
 
 
-def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
-    """Parameters of a part by their names in the model, each once (the output layer may share the embedding)."""
-    prefixes = tuple(f"{name}." for name in part_modules(model, part))
-    return {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
+def part_state(model: nn.Module, part: str) -> dict[str, Tensor]:
+    """Parameters and buffers of a part by their names in the model."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name.startswith(PREFIXES[part])}
 
 
 def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:
@@ -226,11 +198,7 @@ def load_tensors(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_projector(model: nn.Module, folder: str | Path) -> None:
-    """Starts the projector from that of an earlier stage.
-
-    Args:
-        model: The model.
-        folder: What that stage saved, or the folder of its run.
+    """Starts the projector from that of an earlier stage, out of what it saved or the folder of its run.
 
     Raises:
         CheckpointError: If there is none, or it belongs to another vision tower or language model.
@@ -238,20 +206,9 @@ def load_projector(model: nn.Module, folder: str | Path) -> None:
     folder = final_folder(folder)
     parts, _ = read_note(folder)
     if "projector" not in parts:
-        raise CheckpointError(
-            f"{folder}: holds {', '.join(parts) or 'adapters'} and no projector; expected the save of stage 1"
-        )
+        raise CheckpointError(f"{folder}: holds {parts} and no projector; expected the save of stage 1")
     _check_fit(folder, base_model(model))
     _load_part(base_model(model), folder, "projector")
-
-
-def part_state(base: nn.Module, part: str) -> dict[str, Tensor]:
-    """Parameters and buffers of a part by their names in the model."""
-    return {
-        name: tensor
-        for prefix, module in part_modules(base, part).items()
-        for name, tensor in module.state_dict(prefix=f"{prefix}.", keep_vars=True).items()
-    }
 
 
 def _load_part(base: nn.Module, folder: Path, part: str) -> None:
@@ -262,14 +219,14 @@ def _load_part(base: nn.Module, folder: Path, part: str) -> None:
     if missing or unknown:
         raise CheckpointError(
             f"{path}: does not fit the {part} of this model: it lacks {missing[:3] or 'nothing'} and has "
-            f"{unknown[:3] or 'nothing'} beside; expected the save of the same row"
+            f"{unknown[:3] or 'nothing'} beside; expected the save of the same model"
         )
     for name, tensor in given.items():
         target = own[name]
         shape = tuple(getattr(target, "ds_shape", target.shape))  # of a parameter that ZeRO-3 has partitioned
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{path}: {name} is {tuple(tensor.shape)}, this model has {shape}; expected the same row"
+                f"{path}: {name} is {tuple(tensor.shape)}, this one has {shape}; expected the save of the same model"
             )
         with gathered([target]), torch.no_grad():
             target.copy_(tensor)
@@ -285,27 +242,22 @@ def gathered(parameters: list[Tensor]) -> AbstractContextManager[Any]:
 
 
 def _check_fit(folder: Path, base: nn.Module) -> None:
-    saved, own = _load(type(base.config), str(folder)).to_dict(), base.config.to_dict()
-    for what, first, second in (
-        ("vision tower", saved["vision_config"], own["vision_config"]),
-        ("projector", *({field: config[field] for field in _PROJECTOR_FIELDS} for config in (saved, own))),
-        ("language model", *({field: c["text_config"].get(field) for field in _LANGUAGE_FIELDS} for c in (saved, own))),
-    ):
-        difference = next(_differences(first, second), None)
-        if difference is not None:
-            field, value, other = difference
+    saved, own = (_flat(config.to_dict()) for config in (load_part(type(base.config), str(folder)), base.config))
+    for name in sorted({*saved, *own}):
+        if name.startswith(_COMPARED) and saved.get(name) != own.get(name):
             raise CheckpointError(
-                f"{folder}: was trained with another {what}: {field} is {value!r} there and {other!r} in this model; "
-                "expected the save of the same row and language model"
+                f"{folder}: was trained with another model: {name} is {saved.get(name)!r} there and {own.get(name)!r} "
+                "in this one; expected the save of the same model"
             )
 
 
-def _differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        for key in sorted({*first, *second} - set(_UNIMPORTANT)):
-            yield from _differences(first.get(key), second.get(key), f"{name}.{key}" if name else key)
-    elif isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
-        for i, (one, other) in enumerate(zip(first, second, strict=True)):
-            yield from _differences(one, other, f"{name}[{i}]")
-    elif first != second:
-        yield name, first, second
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Values of a configuration by their names, such as "vision_config.pyramid.branches.0.image_size"."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return {name.removeprefix("."): value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    found = {}
+    for key, item in items:
+        if key not in _UNIMPORTANT:
+            found |= _flat(item, f"{name}.{key}")
+    return found

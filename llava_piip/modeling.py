@@ -26,8 +26,6 @@ from piip_core.merging import TokenMerging
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
 
-__all__ = ["PIIPLlavaForConditionalGeneration", "PIIPLlavaModel", "PIIPVisionModel", "make_projector"]
-
 
 @dataclass
 class PIIPVisionOutput(ModelOutput):
@@ -108,11 +106,11 @@ class PIIPLlavaModel(LlavaModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the decoder over text with the visual tokens in their places.
+        """Runs the decoder over text with the visual tokens at their placeholders.
 
         Args:
             input_ids: (B, N) int64; each image is `image_seq_length` times `config.image_token_id`.
-            pixel_values: (number of images, 3, S, S), in the order of their places; None for text alone.
+            pixel_values: (number of images, 3, S, S), in the order of the placeholders; None for text alone.
             inputs_embeds: (B, N, hidden size) instead of `input_ids`, with visual tokens already in it.
             mm_encoder_outputs: What `get_image_features` returned, under "image", instead of `pixel_values`.
             **kwargs: As for the language model: attention mask, positions, cache ...
@@ -121,7 +119,7 @@ class PIIPLlavaModel(LlavaModel):
             As transformers' `LlavaModel`, with what `get_image_features` gave in the field that it has for images.
 
         Raises:
-            UserError: If places and images do not match in number.
+            UserError: If placeholders and images do not match in number.
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -131,15 +129,16 @@ class PIIPLlavaModel(LlavaModel):
             encoded = self.get_image_features(pixel_values)
         features = None if encoded is None else torch.stack(tuple(encoded.pooler_output))
         # Before the embedding, as with images: processes must come to each gradient in the same order
-        nothing = self._nothing() if features is None and self._must_run_vision() else None
+        must_run = features is None and (self.training or is_deepspeed_zero3_enabled())
+        zero = self._run_vision_without_effect() if must_run else None
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, features)
         elif features is not None:
             raise UserError(
                 "inputs_embeds together with images: give input_ids, or put the visual tokens into the embeds"
             )
-        if nothing is not None:
-            inputs_embeds = inputs_embeds + nothing
+        if zero is not None:
+            inputs_embeds = inputs_embeds + zero
         outputs = super().forward(inputs_embeds=inputs_embeds, **kwargs)
         if features is not None and isinstance(outputs, ModelOutput):
             name, value = _image_field(encoded, features)
@@ -147,32 +146,29 @@ class PIIPLlavaModel(LlavaModel):
         return outputs
 
     def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Embeddings of the text, with the visual tokens put into their places."""
+        """Embeddings of the text, with the visual tokens put at their placeholders."""
         is_image = input_ids == self.config.image_token_id
         # The image token has no row of its own: any other stands in
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if features is None and input_ids.shape[1] == 1:
             return embeds  # a step of generation: spares the check, which waits for the device
         if not torch.compiler.is_compiling():
-            self._check_places(int(is_image.sum()), 0 if features is None else len(features))
+            found, images = int(is_image.sum()), 0 if features is None else len(features)
+            length = self.config.image_seq_length
+            if found != images * length:
+                raise UserError(
+                    f"input_ids have {found} placeholders for visual tokens, the {images} given images need "
+                    f"{images * length} ({length} each): make both with the model's processor, and cut neither"
+                )
         if features is None:
             return embeds
         return embeds.masked_scatter(is_image.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
 
-    def _check_places(self, places: int, images: int) -> None:
-        length = self.config.image_seq_length
-        if places != images * length:
-            raise UserError(
-                f"input_ids have {places} places for visual tokens, the {images} given images need {images * length} "
-                f"({length} each): make both with the model's processor, and cut neither"
-            )
+    def _run_vision_without_effect(self) -> Tensor:
+        """Zero, as a sum over no visual token of a black image, so that all processes take the same steps.
 
-    def _must_run_vision(self) -> bool:
-        """Whether a batch without images runs the tower all the same, so that all processes take the same steps."""
-        return self.training or is_deepspeed_zero3_enabled()
-
-    def _nothing(self) -> Tensor:
-        """Zero, as a sum over no visual token of a black image: every parameter of the tower gets a gradient, zero."""
+        Every parameter of tower and projectors gets a gradient, zero.
+        """
         size = self.config.vision_config.image_size
         parameter = self.multi_modal_projector.projections["1"].linear_1.weight
         black = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,19 +15,19 @@ from piip_core.errors import ConfigError, UserError
 
 from .chat_templates import resolve_chat_template
 from .conversation import (
+    IGNORE_INDEX,
     IMAGE_TAG,
     EncodedConversation,
     Messages,
-    assistant_mask,
     encode_conversation,
     encode_prompt,
+    encode_rendered,
     has_image_parts,
     protect_text,
+    render_conversation,
 )
 from .image_processing import ImageError
 from .tokenization import keep_legacy_setting
-
-__all__ = ["PIIPLlavaProcessor", "fetch_image"]
 
 
 class PIIPLlavaProcessor(ProcessorMixin):
@@ -53,8 +54,11 @@ class PIIPLlavaProcessor(ProcessorMixin):
         if image_seq_length is None or image_seq_length < 1:
             raise ConfigError(f"image_seq_length={image_seq_length}: expected the model's config.image_seq_length")
         self.image_seq_length = image_seq_length
-        self.image_token = IMAGE_TAG
-        self.image_token_id = _image_token_id(tokenizer)
+        self.image_token = IMAGE_TAG  # as transformers' processors call it
+        self.image_token_id = tokenizer.get_added_vocab().get(IMAGE_TAG)
+        if self.image_token_id is None:
+            hint = "llava_piip.assembly.add_image_token(tokenizer) adds it"
+            raise ConfigError(f"the tokenizer has no special token {IMAGE_TAG}: {hint}")
         super().__init__(image_processor, tokenizer, chat_template=resolve_chat_template(chat_template or "vicuna_v1"))
 
     def __call__(
@@ -72,8 +76,7 @@ class PIIPLlavaProcessor(ProcessorMixin):
 
         Args:
             images: One image, a list, or a list of lists (one per text); as many as `<image>` in the texts, in order.
-                A string is the address or the file of an image. In a prompt without images, `<image>` is ordinary
-                text.
+                A string is the address or the file of an image. Without images, `<image>` is ordinary text.
             text: One prompt or several.
             padding: Pad to the longest; False needs prompts of equal length.
             padding_side: "left" or "right".
@@ -94,28 +97,24 @@ class PIIPLlavaProcessor(ProcessorMixin):
                 "truncation=True: prompts are not cut, because half an image cannot be given to the model; shorten the "
                 "text, or give max_length alone to refuse longer prompts"
             )
-        if text is None:
-            raise UserError("text=None: expected a prompt, with <image> where the images are")
-        known = set(self.image_processor.valid_kwargs.__annotations__)
+        known = self.image_processor.valid_kwargs.__annotations__
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # such as audio=None
-        if unknown := sorted(set(kwargs) - known):
-            raise TypeError(f"{', '.join(unknown)}: no such setting; known: {', '.join(sorted(known))}")
+        if unknown := sorted(set(kwargs) - set(known)):
+            raise TypeError(f"{', '.join(unknown)}: no such setting; known: {', '.join(known)}")
         prompts = [text] if isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(f"text={text!r}: expected a prompt or a list of prompts")
         per_prompt = _images_per_prompt(images, prompts)
         ids = [self.encode_prompt(prompt, len(found)) for prompt, found in zip(prompts, per_prompt, strict=True)]
-        if max_length is not None:
-            for number, row in enumerate(ids, 1):
-                if len(row) > max_length:
-                    raise UserError(
-                        f"prompt {number} has {len(row)} tokens, visual ones included; max_length is {max_length}: "
-                        "shorten it, prompts are not cut"
-                    )
+        if max_length is not None and (longest := max(map(len, ids))) > max_length:
+            raise UserError(
+                f"a prompt has {longest} tokens, visual ones included; max_length is {max_length}: shorten it, prompts "
+                "are not cut"
+            )
         data = self.tokenizer.pad(
             {"input_ids": ids}, padding=padding, padding_side=padding_side, return_attention_mask=True
         )
-        pixels = [fetch_image(image) for found in per_prompt for image in found]
+        pixels = [_fetch_image(image) for found in per_prompt for image in found]
         if pixels:
             data["pixel_values"] = self.image_processor(images=pixels, return_tensors="pt", **kwargs)["pixel_values"]
         return BatchFeature(dict(data), tensor_type=return_tensors)
@@ -147,22 +146,29 @@ class PIIPLlavaProcessor(ProcessorMixin):
         has_masks = has_masks and options.get("tokenize")
         result = super().apply_chat_template(conversations if is_batch else conversations[0], chat_template, **options)
         if has_masks:
-            masks = [self._assistant_mask(messages, chat_template, options) for messages in conversations]
-            rows = [_spread(mask, row) for mask, row in zip(masks, result["attention_mask"], strict=True)]
+            rows = []
+            for messages, attended in zip(conversations, result["attention_mask"], strict=True):
+                mask = iter(self._assistant_mask(messages, chat_template, options))
+                rows.append([next(mask) if is_token else 0 for is_token in attended])  # zeros for the padding
             is_tensor = isinstance(result["input_ids"], torch.Tensor)
             result["assistant_masks"] = torch.tensor(rows) if is_tensor else rows
         return result
 
     def _assistant_mask(self, messages: Messages, chat_template: str | None, options: Mapping[str, Any]) -> list[int]:
-        return assistant_mask(
-            self.tokenizer,
+        """1 for each id of a conversation that training would supervise, 0 for the others."""
+        rendered = render_conversation(
             messages,
             chat_template=chat_template or self.chat_template,
-            image_token_id=self.image_token_id,
-            image_seq_length=self.image_seq_length,
-            has_images=has_image_parts(messages),
+            tokenizer=self.tokenizer,
             add_generation_prompt=options.get("add_generation_prompt", False),
         )
+        has_images = has_image_parts(messages)
+        labels = encode_rendered(self.tokenizer, *rendered, **self._image_tokens, has_images=has_images).labels
+        return [int(label != IGNORE_INDEX) for label in labels]
+
+    @property
+    def _image_tokens(self) -> dict[str, int]:
+        return {"image_token_id": self.image_token_id, "image_seq_length": self.image_seq_length}
 
     def encode_conversation(
         self,
@@ -177,10 +183,9 @@ class PIIPLlavaProcessor(ProcessorMixin):
             self.tokenizer,
             messages,
             chat_template=chat_template or self.chat_template,
-            image_token_id=self.image_token_id,
-            image_seq_length=self.image_seq_length,
             max_length=max_length,
             has_images=has_images,
+            **self._image_tokens,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -203,13 +208,7 @@ class PIIPLlavaProcessor(ProcessorMixin):
             raise UserError(
                 f"a prompt has {placeholders} {IMAGE_TAG} for {num_images} images: write one where each image belongs"
             )
-        return encode_prompt(
-            self.tokenizer,
-            prompt,
-            image_token_id=self.image_token_id,
-            image_seq_length=self.image_seq_length,
-            has_images=num_images > 0,
-        )
+        return encode_prompt(self.tokenizer, prompt, **self._image_tokens, has_images=num_images > 0)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -217,12 +216,8 @@ class PIIPLlavaProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
 
-def fetch_image(image: Any) -> Any:
-    """The image behind an address or a file name; anything else as it is.
-
-    Raises:
-        ImageError: If there is none.
-    """
+def _fetch_image(image: Any) -> Any:
+    """The image behind an address or a file name; anything else as it is."""
     if not isinstance(image, (str, os.PathLike)):
         return image
     try:
@@ -231,39 +226,19 @@ def fetch_image(image: Any) -> Any:
         raise ImageError(f"{os.fspath(image)[:200]}: no image could be read from there ({error})") from error
 
 
-def _spread(mask: Sequence[int], attended: Sequence[Any]) -> list[int]:
-    """A mask of a prompt with zeros for its padding."""
-    values = iter(mask)
-    return [next(values) if is_token else 0 for is_token in attended]
-
-
-def _image_token_id(tokenizer: Any) -> int:
-    token = tokenizer.get_added_vocab().get(IMAGE_TAG)
-    if token is None:
-        raise ConfigError(
-            f"the tokenizer has no special token {IMAGE_TAG}: llava_piip.assembly.add_image_token(tokenizer) adds it"
-        )
-    return token
-
-
 def _images_per_prompt(images: Any, prompts: Sequence[str]) -> list[list[Any]]:
     """Images of each prompt; a flat list is dealt out by the placeholders."""
-    if images is None or (isinstance(images, (list, tuple)) and not images):
-        return [[] for _ in prompts]
-    flat = list(images) if isinstance(images, (list, tuple)) else [images]
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        images = list(images)
+    flat = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
     if flat and isinstance(flat[0], (list, tuple)):
         if len(flat) != len(prompts):
             raise UserError(f"{len(flat)} lists of images for {len(prompts)} prompts: give one list per prompt")
         return [[image for image in found if image is not None] for found in flat]
-    if isinstance(images, torch.Tensor) and images.ndim == 4:
-        flat = list(images)
-    counts = [prompt.count(IMAGE_TAG) for prompt in prompts]
+    counts = [prompt.count(IMAGE_TAG) if flat else 0 for prompt in prompts]
     if sum(counts) != len(flat):
         raise UserError(
             f"the prompts have {sum(counts)} {IMAGE_TAG} for {len(flat)} images: write one where each image belongs"
         )
-    dealt, start = [], 0
-    for count in counts:
-        dealt.append(flat[start : start + count])
-        start += count
-    return dealt
+    left = iter(flat)
+    return [list(islice(left, count)) for count in counts]

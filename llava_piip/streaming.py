@@ -1,4 +1,4 @@
-"""One answer in pieces, while a thread generates it, and where an answer ends."""
+"""One answer in pieces while a thread generates it, and where an answer ends."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["AnswerStream", "AnswerText", "TokenText", "answer_text"]
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
 _INCOMPLETE = "\ufffd"  # what bytes that are no whole character decode to
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's tokens for single bytes
 
 
-class AnswerStream(BaseStreamer, Iterator[str]):
+class AnswerStream(BaseStreamer, StoppingCriteria, Iterator[str]):
     """The pieces of one answer, as they are generated; `ChatModel.stream` makes it.
 
     What goes wrong in the generation is raised by the iteration. `close` (or the end of a `with` block) ends the answer
@@ -37,10 +33,10 @@ class AnswerStream(BaseStreamer, Iterator[str]):
         end_ids: Tokens that end an answer.
         end_texts: Texts that do, and are no part of it.
         max_new_tokens: Most tokens of the answer.
-        stop_event: Ends the answer after the next token, once it is set.
 
     Attributes:
         prompt_tokens: Tokens of the conversation, visual ones included.
+        answer_tokens: Tokens generated so far, the end token among them.
         finish_reason: None while it runs; then "stop" (the model ended the answer), "length" (`max_new_tokens` reached)
             or "cancelled".
     """
@@ -54,37 +50,35 @@ class AnswerStream(BaseStreamer, Iterator[str]):
         end_ids: Sequence[int],
         end_texts: Sequence[str],
         max_new_tokens: int,
-        stop_event: threading.Event | None = None,
     ) -> None:
-        self.prompt_tokens = len(prompt_ids)
-        self.finish_reason: FinishReason | None = None
-        self._text, self._answer = TokenText(tokenizer, prompt_ids[-1:]), AnswerText(end_texts)
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.prompt_tokens, self.answer_tokens = len(prompt_ids), 0
+        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
+        self._tokenizer, self._prompt_ids, self._end_ids = tokenizer, prompt_ids, end_ids
+        self._end_texts, self._max_new_tokens = end_texts, max_new_tokens
         self._tokens: list[int] | None = None  # before the prompt has come
-        self._end_ids, self._max_new_tokens = end_ids, max_new_tokens
-        self._closed = threading.Event()
+        self._text, self._shown, self._ended = "", "", False
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
         self._error: BaseException | None = None
-        stops = StoppingCriteriaList([_Ended(self._answer, self._closed, stop_event or self._closed)])
-        self._thread = threading.Thread(target=self._run, args=(generate, stops), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(generate,), daemon=True)
         self._thread.start()
-
-    @property
-    def answer_tokens(self) -> int:
-        """Tokens generated so far, the end token among them."""
-        return len(self._tokens or ())
 
     def put(self, value: Tensor) -> None:
         """Takes the prompt and then the tokens of the answer, from `generate`."""
         if self._tokens is None:
             self._tokens = []
             return
-        tokens = value.flatten().tolist()
-        self._tokens += tokens
-        self._pieces.put(self._answer.add(self._text.add(tokens)))
+        self._tokens += value.flatten().tolist()
+        self.answer_tokens = len(self._tokens)
+        self._show()
 
     def end(self) -> None:
         """Takes the end of the generation, from `generate`."""
-        self._pieces.put(self._answer.add(self._text.add([], finished=True)) + self._answer.rest())
+        self._show(finished=True)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Whether the generation is to stop (B,): its text has ended, or nobody reads on."""
+        return torch.full((len(input_ids),), self._stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
     def __next__(self) -> str:
         while self.finish_reason is None:
@@ -97,7 +91,7 @@ class AnswerStream(BaseStreamer, Iterator[str]):
 
     def close(self) -> None:
         """Ends the answer, and waits until the generation has stopped."""
-        self._closed.set()
+        self._stop.set()
         self._thread.join()
         self.finish_reason = self.finish_reason or "cancelled"
 
@@ -107,119 +101,66 @@ class AnswerStream(BaseStreamer, Iterator[str]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _show(self, *, finished: bool = False) -> None:
+        """Hands on what is new in the text; while a character may not be whole nothing, unless finished."""
+        text = _decode(self._tokenizer, self._prompt_ids, self._tokens or ())
+        is_new, self._text = text != self._text, text
+        if self._ended or not (finished or (is_new and self._is_whole(text))):
+            return
+        shown, self._ended = visible_text(text, self._end_texts, finished=finished)
+        if self._ended:
+            self._stop.set()
+        self._pieces.put(shown[len(self._shown) :])
+        self._shown = shown
+
+    def _is_whole(self, text: str) -> bool:
+        """Whether it ends with a character; after a byte, one more that fits none would spoil all before it."""
+        last = self._tokenizer.convert_ids_to_tokens(self._tokens[-1]) or ""
+        return not text.endswith(_INCOMPLETE) and _BYTE_TOKEN.fullmatch(last) is None
+
     def _finish(self) -> None:
         self._thread.join()
         if self._error is not None:
             self.finish_reason = "cancelled"
             raise self._error
-        if self._answer.ended or (self._tokens and self._tokens[-1] in self._end_ids):
+        if self._ended or (self._tokens and self._tokens[-1] in self._end_ids):
             self.finish_reason = "stop"
         else:
             self.finish_reason = "length" if self.answer_tokens >= self._max_new_tokens else "cancelled"
 
-    def _run(self, generate: Callable[..., Any], stops: StoppingCriteriaList) -> None:
+    def _run(self, generate: Callable[..., Any]) -> None:
         try:
-            generate(streamer=self, stopping_criteria=stops)
+            generate(streamer=self, stopping_criteria=StoppingCriteriaList([self]))
         except BaseException as error:  # raised again in the thread that reads the answer
             self._error = error
         finally:
             self._pieces.put(None)
 
 
-class AnswerText:
-    """Finds the end of an answer in its pieces, and holds back what may be the start of one.
-
-    The text that ends first counts, and of several that end at once the longest: however the answer is cut into
-    pieces, the result is the same.
-
-    Args:
-        ends: Texts that end the answer and are no part of it.
-
-    Attributes:
-        ended: Whether one of them has come.
-    """
-
-    def __init__(self, ends: Sequence[str]) -> None:
-        self.ended = False
-        self._ends = [end for end in ends if end]
-        self._held, self._blank = "", True
-
-    def add(self, piece: str) -> str:
-        """The text that is safe to show after another piece, without white space at the start of the answer."""
-        if self.ended:
-            return ""
-        text = self._held + piece
-        found = [(start + len(end), start) for end in self._ends if (start := text.find(end)) >= 0]
-        self.ended = bool(found)
-        starts = (n for end in self._ends for n in range(len(end)) if text.endswith(end[:n]))
-        shown = min(found)[1] if found else len(text) - max(starts, default=0)
-        self._held = "" if found else text[shown:]
-        return self._without_blank(text[:shown])
-
-    def rest(self) -> str:
-        """What was held back, when nothing more comes."""
-        text, self._held = self._held, ""
-        return self._without_blank(text)
-
-    def _without_blank(self, text: str) -> str:
-        if self._blank:
-            text = text.lstrip()
-            self._blank = not text
-        return text
-
-
-class TokenText:
-    """New text of tokens that come one after the other; joined it is what decoding all of them at once gives.
-
-    Args:
-        tokenizer: Of the model.
-        before: Tokens in front: after them the first token keeps the space it begins with.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._tokens = self._drop_special(before)
-        self._start, self._read = 0, len(self._tokens)  # where the tokens shown last start and end
-
-    def add(self, tokens: Sequence[int], *, finished: bool = False) -> str:
-        """What these tokens add to the text; while a character may not be whole nothing, unless finished."""
-        self._tokens += self._drop_special(tokens)
-        if self._read == len(self._tokens) or (not finished and self._is_byte(self._tokens[-1])):
-            return ""
-        # Decoded with the tokens shown last in front: by itself a token loses its space
-        shown, text = (self._decode(self._tokens[self._start : end]) for end in (self._read, None))
-        if not finished and (len(text) <= len(shown) or text.endswith(_INCOMPLETE)):
-            return ""
-        self._start, self._read = self._read, len(self._tokens)
-        return text[len(shown) :]
-
-    def _drop_special(self, tokens: Sequence[int]) -> list[int]:
-        return [token for token in tokens if token not in self._special]
-
-    def _is_byte(self, token: int) -> bool:
-        """Whether it stands for one byte: one more that fits no character spoils the whole row of them."""
-        return _BYTE_TOKEN.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "") is not None
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-
-
 def answer_text(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int], ends: Sequence[str] = ()
 ) -> str:
     """A whole answer, up to the first of the texts that end it, without white space around it."""
-    answer = AnswerText(ends)
-    text = TokenText(tokenizer, prompt_ids[-1:]).add(answer_ids, finished=True)
-    return (answer.add(text) + answer.rest()).strip()
+    text, _ = visible_text(_decode(tokenizer, prompt_ids, answer_ids), ends, finished=True)
+    return text.strip()
 
 
-class _Ended(StoppingCriteria):
-    """Ends the generation once its text has ended or an event is set."""
+def visible_text(text: str, ends: Sequence[str], *, finished: bool) -> tuple[str, bool]:
+    """What may be shown of an answer, without white space at its start, and whether it has ended.
 
-    def __init__(self, answer: AnswerText, *events: threading.Event) -> None:
-        self._answer, self._events = answer, events
+    The text that ends first counts, and of several that end at once the longest. Unless the text is finished, what may
+    be the start of one is held back.
+    """
+    found = [(start + len(end), start) for end in ends if (start := text.find(end)) >= 0]
+    if found:
+        return text[: min(found)[1]].lstrip(), True
+    starts = (n for end in ends for n in range(len(end)) if text.endswith(end[:n]))
+    held = 0 if finished else max(starts, default=0)
+    return text[: len(text) - held].lstrip(), False
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        ended = self._answer.ended or any(event.is_set() for event in self._events)
-        return torch.full((len(input_ids),), ended, dtype=torch.bool, device=input_ids.device)
+
+def _decode(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> str:
+    """The text of an answer, decoded after the last token of the prompt: by itself its first token loses a space."""
+    before = prompt_ids[-1:]
+    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.decode([*before, *answer_ids], **options)[len(tokenizer.decode(before, **options)) :]

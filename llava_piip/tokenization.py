@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
@@ -13,17 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from piip_core.errors import ConfigError
 
-__all__ = ["bos_ids", "encode_text", "keep_legacy_setting"]
-
 Encoded = tuple[list[int], list[tuple[int, int]]]
-Encode = Callable[[str], Encoded]
 
 # What `Metaspace` takes for a space that is there already, and then adds no prefix space
 SPACES = (" ", "\u2581")
 
-# Backends in which a token's name is ordinary text, by tokenizer, its size and the names
-_LITERAL_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int | str, ...], Tokenizer]]
-_LITERAL_BACKENDS = WeakKeyDictionary()
+# Copies of backends, some with names of tokens that are ordinary text in them; by tokenizer, its size and these names
+_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int | str, ...], Tokenizer]] = WeakKeyDictionary()
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, literals: Sequence[str] = ()) -> Encoded:
@@ -47,19 +42,21 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, literals: Sequ
     """
     if not tokenizer.is_fast:
         raise ConfigError(f"{type(tokenizer).__name__} gives no character positions: load the fast tokenizer")
-    encode = _encoder(tokenizer, literals, text)
-    prefix = _prefix_scheme(tokenizer)
-    if prefix not in ("first", "always"):
-        return encode(text)
+    backend = _backend(tokenizer, tuple(name for name in literals if name in text))
+    pre_tokenizer = backend.pre_tokenizer
+    # Where SentencePiece puts a prefix space: "first" piece, "always", "never"
+    prefix = pre_tokenizer.prepend_scheme if isinstance(pre_tokenizer, Metaspace) else "never"
+    if prefix == "never":
+        return _encode(backend, text)
     if prefix == "first":
-        return _encode_with_prefix(encode, text)
+        return _encode_with_prefix(backend, text)
 
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     end = 0
-    for token, start, stop in _added_tokens(tokenizer, encode, text) + [(None, len(text), len(text))]:
+    for token, start, stop in _added_tokens(backend, text) + [(None, len(text), len(text))]:
         if start > end:
-            piece_ids, piece_offsets = _encode_with_prefix(encode, text[end:start])
+            piece_ids, piece_offsets = _encode_with_prefix(backend, text[end:start])
             ids += piece_ids
             offsets += [(first + end, last + end) for first, last in piece_offsets]
         if token is not None:
@@ -81,61 +78,42 @@ def keep_legacy_setting(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
 
 
-def _prefix_scheme(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Where SentencePiece puts a prefix space ("first" piece, "always", "never"); None for other tokenizers."""
-    pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
-    return pre_tokenizer.prepend_scheme if isinstance(pre_tokenizer, Metaspace) else None
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase, literals: Sequence[str], text: str) -> Encode:
-    hidden = tuple(name for name in literals if name in text and name in tokenizer.get_added_vocab())
-    if not hidden:
-        return partial(_encode_whole, tokenizer)
-    backends = _LITERAL_BACKENDS.setdefault(tokenizer, {})
-    key = (len(tokenizer), *hidden)  # tokens may be added later
-    if key not in backends:
-        backends[key] = _without_tokens(tokenizer.backend_tokenizer, hidden)
-    return partial(_encode_backend, backends[key])
-
-
-def _encode_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], [tuple(offset) for offset in encoded["offset_mapping"]]
-
-
-def _encode_backend(backend: Tokenizer, text: str) -> Encoded:
+def _encode(backend: Tokenizer, text: str) -> Encoded:
     encoding = backend.encode(text, add_special_tokens=False)
     return encoding.ids, encoding.offsets
 
 
-def _encode_with_prefix(encode: Encode, text: str) -> Encoded:
+def _encode_with_prefix(backend: Tokenizer, text: str) -> Encoded:
     if not text.startswith(SPACES):
-        return encode(text)
-    ids, offsets = encode(" " + text)
+        return _encode(backend, text)
+    ids, offsets = _encode(backend, " " + text)
     return ids, [(max(start - 1, 0), max(stop - 1, 1)) for start, stop in offsets]
 
 
-def _added_tokens(tokenizer: PreTrainedTokenizerBase, encode: Encode, text: str) -> list[tuple[int | None, int, int]]:
+def _added_tokens(backend: Tokenizer, text: str) -> list[tuple[int | None, int, int]]:
     """Tokens of the text that are matched by name: id, first character, the one after the last."""
-    names = {token: str(name) for token, name in tokenizer.added_tokens_decoder.items()}
+    names = {token: added.content for token, added in backend.get_added_tokens_decoder().items()}
     return [
         (token, start, stop)
-        for token, (start, stop) in zip(*encode(text), strict=True)
+        for token, (start, stop) in zip(*_encode(backend, text), strict=True)
         if token in names and text[start:stop].strip() == names[token]  # an unknown character has the id of <unk> too
     ]
 
 
-def _without_tokens(backend: Tokenizer, names: Sequence[str]) -> Tokenizer:
-    """A copy that does not look for these tokens; the ids of all others stay."""
-    content = json.loads(backend.to_str())
-    kept = []
-    for token in content["added_tokens"]:
-        if token["content"] in names:
-            if token["content"] in content["model"]["vocab"]:
-                continue
-            token["content"] = f"\ufffe{token['content']}\ufffe"  # a noncharacter: found in no text, but keeps the id
-        kept.append(token)
-    copy = Tokenizer.from_str(json.dumps(content | {"added_tokens": kept}))
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
+def _backend(tokenizer: PreTrainedTokenizerBase, literals: tuple[str, ...]) -> Tokenizer:
+    """A copy that cuts and pads nothing and does not look for these tokens; the ids of all others stay."""
+    backends = _BACKENDS.setdefault(tokenizer, {})
+    key = (len(tokenizer), *literals)  # tokens may be added later
+    if key not in backends:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        kept = []
+        for token in content["added_tokens"]:
+            if token["content"] in literals:
+                if token["content"] in content["model"]["vocab"]:
+                    continue
+                token["content"] = f"\ufffe{token['content']}\ufffe"  # a noncharacter: in no text, but keeps the id
+            kept.append(token)
+        backends[key] = Tokenizer.from_str(json.dumps(content | {"added_tokens": kept}))
+        backends[key].no_truncation()
+        backends[key].no_padding()
+    return backends[key]

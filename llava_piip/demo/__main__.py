@@ -32,8 +32,8 @@ from piip_core.files import publish_folder, write_atomically
 from ..assembly import assemble
 from ..inference import ChatModel
 from ..loading import FINAL
-from ..serve.dialogue import open_image
-from ..serve.terminal import Terminal
+from ..serve.chat import Terminal
+from ..serve.dialogue import Conversation, open_image
 from .dataset import NUM_TEXTS, ChatDataset, imagine_conversations, prepare_chat_dataset
 from .language import train_language_model
 from .results import MOST_TOKENS, answer_all, format_scores, is_right, score
@@ -92,8 +92,9 @@ def _run(args: argparse.Namespace) -> None:
     _evaluate(args.output, chat, data)
     _print_step("Done", f"in {(time.monotonic() - began) / 60:.1f} minutes")
     if sys.stdin.isatty() and not args.no_chat:
-        images = (open_image(str(path)) for path in data.images())
-        Terminal(chat, settings={"max_new_tokens": MOST_TOKENS}, more_images=images).run()
+        first, second = map(str, islice(data.images(), 2))
+        print(f"The image is {first} (open it beside this window). /reset and /image FILE take another: {second} ...")
+        Terminal(chat, Conversation(pending=[(first, open_image(first))]), {"max_new_tokens": MOST_TOKENS}).run()
 
 
 def _make_start(output: Path, classifier: Path | None) -> Path:

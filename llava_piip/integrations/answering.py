@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from piip_core.errors import UserError
 
 from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages
-from ..inference import ChatModel, ContextLengthError, MemoryLimitError
+from ..inference import ChatModel, explain_memory_limit
 
 
 class Conversation(NamedTuple):
@@ -78,16 +78,11 @@ def answer_inputs(
         MemoryLimitError: If memory is too small.
         UserError: For a setting that is unknown or cannot work.
     """
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    limits = [min(max_new_tokens, model.context_length - length) for length in lengths]
-    if min(limits) < 1:
-        raise _too_long(model, max(lengths))
-    config = model.generation_config(
-        max_new_tokens=max(limits), temperature=temperature, top_p=top_p if temperature else 1.0
-    )
+    top_p = top_p if temperature else 1.0  # which tasks without sampling may set to 0
+    config = model.generation_config(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     if unknown := config.update(**others):
         raise UserError(f"{', '.join(unknown)}: no setting of transformers' GenerationConfig")
-    return model.generate(inputs, config, stop=until, limits=limits)
+    return model.generate(inputs, config, stop=until)
 
 
 def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) -> list[Likelihood]:
@@ -111,13 +106,10 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
         inputs["pixel_values"] = model.processor.image_processor(images, return_tensors="pt").to(model.device)[
             "pixel_values"
         ]
-    try:
-        with torch.inference_mode():
-            logits = model.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
-            return _likelihoods(logits, targets[:, -kept:])
-    except torch.OutOfMemoryError as error:
-        count = len(conversations)
-        raise MemoryLimitError(f"{count} conversations at once need too much memory: lower the batch size") from error
+    hint = f"{len(conversations)} conversations at once need too much memory: lower the batch size"
+    with explain_memory_limit(hint), torch.inference_mode():
+        logits = model.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
+        return _likelihoods(logits, targets[:, -kept:])
 
 
 def _encoded(model: ChatModel, conversation: Conversation) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,8 +121,7 @@ def _encoded(model: ChatModel, conversation: Conversation) -> tuple[Tensor, Tens
             f"a conversation has {encoded.num_images} {IMAGE_TAG} for {len(images)} images: write one where each "
             "image belongs"
         )
-    if len(encoded.input_ids) > model.context_length:
-        raise _too_long(model, len(encoded.input_ids))
+    model.check_length(len(encoded.input_ids))
     ids = torch.tensor(encoded.input_ids)
     return ids, torch.tensor(encoded.labels), torch.ones_like(ids)
 
@@ -143,10 +134,3 @@ def _likelihoods(logits: Tensor, targets: Tensor) -> list[Likelihood]:
     totals, counts = -loss.double().sum(1), counted.sum(1)
     values = zip(totals.tolist(), counts.tolist(), greedy.tolist(), strict=True)
     return [Likelihood(*each) for each in values]
-
-
-def _too_long(model: ChatModel, length: int) -> ContextLengthError:
-    return ContextLengthError(
-        f"a conversation has {length} tokens, visual ones included, and the model's context is "
-        f"{model.context_length}: shorten it (fewer examples or images); nothing is cut"
-    )

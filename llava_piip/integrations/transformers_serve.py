@@ -17,8 +17,6 @@ from ..configuration import PIIPLlavaConfig
 from ..inference import model_folder
 from ..modeling import PIIPLlavaForConditionalGeneration
 
-__all__ = ["main", "make_known"]
-
 
 def make_known() -> None:
     """Tells transformers' server about the model class.

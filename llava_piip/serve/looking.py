@@ -9,12 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from piip_core.errors import UserError
 from piip_core.visualization import draw_attention, draw_sampling, find_pyramid, prepare_scene, trace_pyramid
 
 from ..inference import ChatModel
-
-__all__ = ["look", "network_view"]
 
 
 def look(
@@ -35,11 +32,8 @@ def look(
         branches, None for a single branch.
 
     Raises:
-        UserError: If point or depth are out of range.
-        ConfigError: If the model has no PIIP as its vision tower.
+        UserError: If the point is out of range.
     """
-    if not 0 <= depth <= 1:
-        raise UserError(f"depth={depth!r}: expected 0 to 1")
     view, pixels = _prepare(chat, image)
     pyramid = find_pyramid(chat.model)
     scene = prepare_scene(view.shape[:2], view, pixels.to(next(pyramid.parameters()).dtype), at)

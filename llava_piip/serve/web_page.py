@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import ipaddress
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -15,12 +19,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from piip_core.errors import ConfigError, UserError
 
-from ..inference import DEFAULT_NEW_TOKENS
-from .web_session import MAX_CHARACTERS, MAX_IMAGES, View, WebChat, WebSession
-
-__all__ = ["build_page", "serve_page"]
+from ..inference import DEFAULT_NEW_TOKENS, ChatModel
+from .dialogue import Conversation, open_image
+from .looking import look, network_view
+from .remote import RemoteModel
 
 MAX_BYTES = 10_000_000  # of an uploaded file
+MAX_CHARACTERS = 20_000  # of a question
+MAX_IMAGES = 8  # of a conversation
+_log = logging.getLogger(__name__)
+
 _MAX_WAITING = 16  # questions that wait for their turn; more are refused
 _SESSION_SECONDS, _UPLOAD_SECONDS = 2 * 3600, 6 * 3600  # how long conversations and uploads are kept
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
@@ -47,17 +55,16 @@ _HEADERS = {
 }
 
 
-def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
-    """The page of a model."""
+def build_page(chat: ChatModel | RemoteModel, *, title: str = "PIIP-LLaVA", system: str | None = None) -> gr.Blocks:
+    """The page of a model; `system` is a message in front of all conversations, instead of the template's own."""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, _UPLOAD_SECONDS)) as page:
-        session = gr.State(chat.session(), time_to_live=_SESSION_SECONDS, delete_callback=chat.stop)
+        session = gr.State(Conversation(system), time_to_live=_SESSION_SECONDS, delete_callback=_stop)
         gr.Markdown(f"## {_escape(title)}", latex_delimiters=[])
         with gr.Row():
             with gr.Column(scale=3, min_width=360):
                 # Its buttons would copy escaped text
                 options = dict(height=460, render_markdown=False, latex_delimiters=[], buttons=[], elem_id="log")
                 log = gr.Chatbot(label="Conversation", **options)
-                notice = gr.Textbox(visible=False, show_label=False, container=False, elem_id="notice")
                 box = gr.MultimodalTextbox(
                     placeholder=f"Ask; add up to {MAX_IMAGES} images",
                     file_types=list(_SUFFIXES),
@@ -72,49 +79,106 @@ def build_page(chat: WebChat, *, title: str = "PIIP-LLaVA") -> gr.Blocks:
                     clear = gr.Button("Clear", size="sm", elem_id="clear")
             with gr.Column(scale=2, min_width=320):
                 settings = _add_settings(chat)
-                show_latest, maps = _add_looking_panel(chat, session) if chat.is_local else (None, [])
-        shown = [log, notice, box, retry, session]
+                is_local = not isinstance(chat, RemoteModel)
+                show_latest, maps = _add_looking_panel(chat, session) if is_local else (None, [])
+        shown = [log, box, retry, session]
 
-        visitors: dict[str | None, WebSession] = {}  # by Gradio's number of the visit
+        def forget(kept: Conversation) -> list[Any]:
+            kept.reset()
+            return [*_update(kept, _EMPTY), *[None] * len(maps)]
 
-        def ask(
-            question: dict[str, Any], kept: WebSession, warmth: float, top_p: float, most: float, visit: gr.Request
-        ) -> Iterator[list[Any]]:
-            visitors[visit.session_hash] = kept
-            for view in chat.ask(kept, question["text"], question["files"], _as_settings(warmth, top_p, most)):
-                # A question leaves its box, and comes back if it was refused
-                value = None if view.refused and view.running else question if view.refused else _EMPTY
-                yield _update(view, kept, value)
-
-        def again(kept: WebSession, warmth: float, top_p: float, most: float) -> Iterator[list[Any]]:
-            for view in chat.retry(kept, _as_settings(warmth, top_p, most)):
-                yield _update(view, kept, None)
-
-        def left(visit: gr.Request) -> None:
-            if visit.session_hash in visitors:
-                chat.stop(visitors.pop(visit.session_hash))
-
-        def forget(kept: WebSession) -> list[Any]:
-            return [*_update(chat.clear(kept), kept, _EMPTY), *[None] * len(maps)]
-
-        asked = box.submit(ask, [box, session, *settings], shown, show_progress="hidden", **_MODEL)
+        asked = box.submit(partial(ask, chat), [session, box, *settings], shown, show_progress="hidden", **_MODEL)
         if show_latest is not None:
             show_latest(asked)
-        retry.click(again, [session, *settings], shown, show_progress="hidden", **_MODEL)
-        page.unload(left)
-        box.stop(chat.stop, [session], **_AT_ONCE)
-        gr.on([clear.click, log.clear], forget, [session], [*shown, *maps], **_AT_ONCE)
+        retry.click(partial(ask_again, chat), [session, *settings], shown, show_progress="hidden", **_MODEL)
+        box.stop(_stop, [session], **_AT_ONCE)
+        # After the answer that it stops, and not into it
+        stopped = gr.on([clear.click, log.clear], _stop, [session], **_AT_ONCE)
+        stopped.then(forget, [session], [*shown, *maps], show_progress="hidden", **_MODEL)
     return page.queue(max_size=_MAX_WAITING, default_concurrency_limit=1)
 
 
-def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> str:
-    """Serves a page until Ctrl-C (or without waiting), to this machine alone if it listens at a loopback address.
+def ask(
+    chat: ChatModel | RemoteModel, kept: Conversation, question: dict[str, Any], *settings: float
+) -> Iterator[list[Any]]:
+    """Streams the answer to a question with uploaded images; what is refused comes back into its box."""
+    value = question
+    try:
+        _add_question(chat, kept, question["text"], question["files"])
+        yield _update(kept, _EMPTY, "")
+        yield from _answer(chat, kept, settings)
+        value = None
+    except Exception as error:
+        _warn(error)
+        kept.pending = []
+    yield _update(kept, value)
+
+
+def ask_again(chat: ChatModel | RemoteModel, kept: Conversation, *settings: float) -> Iterator[list[Any]]:
+    """Answers the last question once more, in place of its answer, which stays if that fails."""
+    before = list(kept.messages), list(kept.images)
+    try:
+        kept.ask(kept.retract())
+        yield _update(kept, None, "")
+        yield from _answer(chat, kept, settings)
+    except Exception as error:
+        _warn(error)
+        (kept.messages, kept.images), kept.pending = before, []
+    yield _update(kept)
+
+
+def _add_question(chat: ChatModel | RemoteModel, kept: Conversation, text: str, files: list[str]) -> None:
+    """Adds a question with uploaded images.
+
+    Images are kept as a model here sees them: decoded files can be a hundred times larger.
+
+    Raises:
+        UserError: If it is too long, or an image cannot be used.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"the question has {len(text)} characters: at most {MAX_CHARACTERS} are taken")
+    if (count := len(kept.images) + len(files)) > MAX_IMAGES:
+        raise UserError(f"the conversation would have {count} images: at most {MAX_IMAGES}; clear it")
+    images = map(open_image, files)
+    if not isinstance(chat, RemoteModel):
+        images = (network_view(chat, image) for image in images)
+    kept.pending = [*zip(files, images, strict=True)]
+    kept.ask(text)
+
+
+def _answer(chat: ChatModel | RemoteModel, kept: Conversation, settings: Sequence[float]) -> Iterator[list[Any]]:
+    """Streams the answer to the question at the end; says if it was cut.
+
+    Raises:
+        UserError: If there is none.
+    """
+    temperature, top_p, most = settings
+    text = ""
+    with closing(kept.answer(chat, temperature=temperature, top_p=top_p, max_new_tokens=int(most))) as pieces:
+        for piece in pieces:
+            text += piece
+            yield _update(kept, None, text)
+    reason = kept.stream.finish_reason
+    if not text.strip():
+        raise UserError("stopped before the answer began" if reason == "cancelled" else "the model said nothing")
+    if reason == "length":
+        gr.Info("the answer was cut: raise the longest answer")
+
+
+def _stop(kept: Conversation) -> None:
+    """Ends the answer that is on its way; what came of it stays."""
+    if kept.stream is not None:
+        kept.stream.close()
+
+
+def serve_page(page: gr.Blocks, *, host: str, port: int) -> gr.Blocks:
+    """Serves a page in threads of its own, to this machine alone if it listens at a loopback address.
 
     A page from elsewhere can let its own name point to 127.0.0.1 and read what a server there says (DNS rebinding);
     the browser still sends that name in the header Host.
 
     Returns:
-        The local address.
+        The page, whose `block_thread` waits for Ctrl-C.
 
     Raises:
         ConfigError: If nothing can listen there, or the page does not answer.
@@ -126,12 +190,10 @@ def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> 
         print(f"warning: everybody who reaches {host} can use the page; it has no password", file=sys.stderr)
     try:
         # `launch` and not `mount_gradio_app`, with which Gradio 6.31 opens any file that a request names
-        _, address, _ = page.launch(
+        page.launch(
             server_name=host,
             server_port=port,
             share=False,
-            inbrowser=False,
-            show_error=False,
             max_file_size=MAX_BYTES,
             footer_links=[],
             ssr_mode=False,
@@ -148,9 +210,7 @@ def serve_page(page: gr.Blocks, *, host: str, port: int, block: bool = True) -> 
         page.close(verbose=False)
         message = f"--host {host} --port {port}: cannot serve there ({error}); give another, or retry"
         raise ConfigError(message) from error
-    if block:
-        page.block_thread()
-    return address
+    return page
 
 
 class _SafeHeaders:
@@ -175,9 +235,11 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _add_settings(chat: WebChat) -> list[gr.Slider]:
-    """Sampling settings, in the order of `_as_settings`."""
-    most = chat.max_new_tokens
+def _add_settings(chat: ChatModel | RemoteModel) -> list[gr.Slider]:
+    """Temperature, top p, and the most tokens of an answer, which leave room in the context."""
+    most = 2 * DEFAULT_NEW_TOKENS
+    if not isinstance(chat, RemoteModel):
+        most = min(most, chat.context_length // 2)
     with gr.Accordion("Sampling", open=False):
         return [
             gr.Slider(0, 2, 0.0, step=0.05, label="Temperature", info="0: always the most probable token"),
@@ -186,11 +248,7 @@ def _add_settings(chat: WebChat) -> list[gr.Slider]:
         ]
 
 
-def _as_settings(temperature: float, top_p: float, max_new_tokens: float) -> dict[str, Any]:
-    return {"temperature": temperature, "top_p": top_p, "max_new_tokens": int(max_new_tokens)}
-
-
-def _add_looking_panel(chat: WebChat, session: gr.State) -> tuple[Callable[[Any], Any], list[gr.Image]]:
+def _add_looking_panel(chat: ChatModel, session: gr.State) -> tuple[Callable[[Any], Any], list[gr.Image]]:
     """The panel that shows what each branch looked at: what updates it after an event, and its images."""
     image = dict(format="png", interactive=False, buttons=[])
     with gr.Accordion("What each branch looked at", open=True):
@@ -206,26 +264,24 @@ def _add_looking_panel(chat: WebChat, session: gr.State) -> tuple[Callable[[Any]
             sampling = gr.Image(show_label=False, elem_id="sampling", **image)
     maps = [attention, sampling]
 
-    def seen(kept: WebSession, chosen: int) -> list[Any]:
-        images = kept.conversation.images
-        return [images[chosen - 1] if 1 <= chosen <= len(images) else None, None, None]
+    def seen(kept: Conversation, chosen: int) -> list[Any]:
+        return [kept.images[chosen - 1] if chosen <= len(kept.images) else None, None, None]
 
-    def latest(kept: WebSession) -> list[Any]:
-        chosen = max(1, len(kept.conversation.images))
+    def latest(kept: Conversation) -> list[Any]:
+        chosen = max(1, len(kept.images))
         return [chosen, *seen(kept, chosen)]
 
-    def look(kept: WebSession, chosen: int, share: float, at: tuple[int, int] | None = None) -> list[Any]:
-        try:
-            return list(chat.look(kept, chosen, at=at, depth=share))
-        except UserError as error:
-            gr.Warning(_escape(str(error)))
+    def draw(kept: Conversation, chosen: int, share: float, at: tuple[int, int] | None = None) -> list[Any]:
+        if chosen > len(kept.images):
+            gr.Warning(f"image {chosen}: the conversation has {len(kept.images)}; ask about an image first")
             return [None, None]
+        return list(look(chat, kept.images[chosen - 1], at=at, depth=share))
 
-    def clicked(kept: WebSession, chosen: int, share: float, event: gr.SelectData) -> list[Any]:
-        return look(kept, chosen, share, tuple(event.index))
+    def clicked(kept: Conversation, chosen: int, share: float, event: gr.SelectData) -> list[Any]:
+        return draw(kept, chosen, share, tuple(event.index))
 
     number.input(seen, [session, number], [whole, *maps], **_AT_ONCE)
-    start.click(look, [session, number, depth], maps, **_MODEL)
+    start.click(draw, [session, number, depth], maps, **_MODEL)
     whole.select(clicked, [session, number, depth], maps, **_MODEL)
     return lambda event: event.then(latest, [session], [number, whole, *maps], **_AT_ONCE), [whole, *maps]
 
@@ -233,19 +289,47 @@ def _add_looking_panel(chat: WebChat, session: gr.State) -> tuple[Callable[[Any]
 _EMPTY = {"text": "", "files": []}
 
 
-def _update(view: View, kept: WebSession, value: dict[str, Any] | None) -> list[Any]:
-    """Log, notice, box, retry button and session of the page."""
+def _update(kept: Conversation, value: dict[str, Any] | None = None, text: str | None = None) -> list[Any]:
+    """Log, box, retry button and session of the page; with the text of an answer that is on its way."""
+    running = text is not None
     changed = {} if value is None else {"value": value}
     return [
-        view.messages,
-        gr.Textbox(view.notice, visible=bool(view.notice)),
-        gr.MultimodalTextbox(submit_btn=not view.running, stop_btn=view.running, **changed),
-        gr.Button(interactive=not view.running),
+        _shown(kept.messages + ([{"role": "assistant", "content": text}] if text else [])),
+        gr.MultimodalTextbox(submit_btn=not running, stop_btn=running, **changed),
+        gr.Button(interactive=not running),
         kept,
     ]
 
 
+def _shown(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as Gradio's chatbot takes them: images by their files, everything else as escaped text.
+
+    The chatbot inserts texts as HTML even where it renders no Markdown, and images can make a model say anything.
+    """
+    shown = []
+    for message in messages:
+        if message["role"] != "system":
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            texts = [
+                {"path": part["url"], "alt_text": "an image"}
+                if part["type"] == "image"
+                else {"type": "text", "text": html.escape(part["text"], quote=False)}
+                for part in parts
+            ]
+            shown.append({"role": message["role"], "content": texts})
+    return shown
+
+
+def _warn(error: Exception) -> None:
+    """Says what failed; nothing about the inside of the program."""
+    if isinstance(error, UserError):
+        gr.Warning(_escape(str(error)))
+    else:
+        _log.error("an answer failed", exc_info=error)
+        gr.Warning("internal error")
+
+
 def _escape(text: str) -> str:
     """Text where Gradio expects Markdown or HTML."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{char}" if char in "\\`*_[]!$" else char for char in escaped)
+    return "".join(f"\\{char}" if char in "\\`*_[]!$" else char for char in html.escape(text, quote=False))

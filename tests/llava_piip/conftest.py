@@ -97,37 +97,49 @@ def language_model_folder(tokenizer_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_llava(tokenizer_folder, randomize):
+    """Makes a small model with random weights everywhere, in evaluation mode, and its processor.
+
+    `sharp` makes its attention sharp enough for images to matter; other options are of the language model.
+    """
+
+    def make(*, sharp=False, entry=None, text_config=None, extra_tokens=(), **sizes):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        tokenizer.add_tokens(list(extra_tokens))
+        tokenizer = add_image_token(tokenizer)
+        text_config = text_config or LlamaConfig(**TEXT_SIZES | sizes)
+        image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        tokenizer.add_tokens([f"<more_{i}>" for i in range(text_config.vocab_size - len(tokenizer))])
+        config = assemble_config(entry or tiny_entry(), text_config, image_token_id=image_token_id)
+        torch.manual_seed(0)
+        model = randomize(PIIPLlavaForConditionalGeneration(config)).eval()
+        with torch.no_grad():
+            for projection in model.model.multi_modal_projector.projections.values() if sharp else ():
+                projection.linear_2.weight.mul_(10)
+            for layer in model.model.language_model.layers if sharp else ():
+                layer.self_attn.q_proj.weight.mul_(5)
+                layer.self_attn.o_proj.weight.mul_(5)
+        return model, assemble_processor(config, tokenizer)
+
+    return make
+
+
 @pytest.fixture
-def tiny_llava(tokenizer_folder, randomize):
-    """A small model with random weights everywhere, in evaluation mode, and its processor."""
-    tokenizer = add_image_token(AutoTokenizer.from_pretrained(tokenizer_folder))
-    config = assemble_config(tiny_entry(), LlamaConfig(**TEXT_SIZES), image_token_id=len(tokenizer) - 1)
-    torch.manual_seed(0)
-    model = randomize(PIIPLlavaForConditionalGeneration(config)).eval()
-    return model, assemble_processor(config, tokenizer)
-
-
-def _sharpen(model):
-    """Makes the attention of a model with random weights sharp enough for pictures to matter."""
-    with torch.no_grad():
-        for projection in model.model.multi_modal_projector.projections.values():
-            projection.linear_2.weight.mul_(10)
-        for layer in model.model.language_model.layers:
-            layer.self_attn.q_proj.weight.mul_(5)
-            layer.self_attn.o_proj.weight.mul_(5)
+def tiny_llava(make_llava):
+    """A small model with random weights, and its processor."""
+    return make_llava()
 
 
 @pytest.fixture
-def tiny_chat(tiny_llava):
-    """A small model with random weights, ready to answer; its attention is sharp enough for pictures to matter."""
-    model, processor = tiny_llava
-    _sharpen(model)
-    return ChatModel(model, processor)
+def tiny_chat(make_llava):
+    """A small model with random weights for which images matter, ready to answer."""
+    return ChatModel(*make_llava(sharp=True))
 
 
 @pytest.fixture(scope="session")
 def pictures():
-    """Pictures that a model with random weights tells apart: blocks of strong colours."""
+    """Images that a model with random weights tells apart: blocks of strong colours."""
     generator = np.random.default_rng(0)
     blocks = (generator.integers(0, 2, (12, 3, 4, 3)) * 255).astype(np.uint8)
     return [Image.fromarray(picture).resize((64, 48), Image.Resampling.NEAREST) for picture in blocks]

@@ -115,7 +115,7 @@ def test_unknown_rows_and_language_models_are_named(tiny_entry, tmp_path, langua
     with pytest.raises(ConfigError, match="piip_llava_clip_bl_512_256_7b"):
         assemble("piip_llava_clip_bl_512_257_7b", language_model=language_model_folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"language_model='.*empty' cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"empty: cannot be loaded .*expected the name of a model"):
         assemble(tiny_entry(), language_model=tmp_path / "empty")
 
 

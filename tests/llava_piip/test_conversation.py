@@ -213,7 +213,7 @@ def test_images_count_for_the_length(tokenizer):
     encode_conversation(tokenizer, messages, chat_template="vicuna_v1", max_length=length, **SETTINGS)
     total = length + 1000 - IMAGE_LENGTH
     with pytest.raises(
-        ConversationError, match=rf"first round has {total} tokens \(1000 of images\), max_length is {total - 1}"
+        ConversationError, match=f"first round has {total} tokens with its 1 images, max_length is {total - 1}"
     ):
         encode_conversation(tokenizer, messages, chat_template="vicuna_v1", max_length=total - 1, **long)
 
@@ -264,15 +264,8 @@ def test_greeting_is_left_out():
         ([human("a"), gpt("b"), gpt("c")], "turn 3 is from 'gpt' like the turn before it"),
         ([gpt("a"), gpt("b"), human("c")], "turn 2 is from 'gpt' like the turn before it"),
         ([human("a"), {"from": "assistant", "value": "b"}], "turn 2 is from 'assistant', expected 'human' or 'gpt'"),
-        ([{"from": ["human"], "value": "b"}], r"turn 1 is from \['human'\], expected"),
-        ([human("a"), {"role": "gpt"}], "turn 2 is .*expected {'from': ..., 'value': ...}"),
-        ([human("a"), "b"], "turn 2 is 'b', expected"),
-        ([human("a"), gpt(None)], "turn 2 has the value None, expected text"),
         ([], "no turn from 'human'"),
         ([gpt("a")], "no turn from 'human'"),
-        ({"from": "human", "value": "a"}, "conversations is dict, expected a list of turns"),
-        ("a", "conversations is str, expected a list of turns"),
-        (None, "conversations is NoneType, expected a list of turns"),
     ],
 )
 def test_unusable_records(turns, text):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import llava_piip
 from llava_piip.checkpoints import convert_folder, export_folder
 from llava_piip.inference import ChatModel
-from llava_piip.serve import chat, web
+from llava_piip.serve import chat
 from llava_piip.train import merge, train
 from piip_tools.benchmarks.chat import load_pair
 
@@ -82,8 +82,7 @@ def training(*more: str) -> list[str]:
 
 ENTRIES = {
     "chat": lambda model, language: chat.main(["--model", str(model)]),
-    "web": lambda model, language: web.main(["--model", str(model)]),
-    "eval, integrations": lambda model, language: ChatModel.load(model, device="cpu"),
+    "web, eval, integrations": lambda model, language: ChatModel.load(model, device="cpu"),
     "benchmark": lambda model, language: load_pair(model, model),
     "merge": lambda model, language: merge.main([str(model), "out"]),
     "convert back": lambda model, language: export_folder(model, "out"),

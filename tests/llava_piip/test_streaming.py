@@ -1,14 +1,13 @@
 """Pieces of an answer: joined they are what decoding at once gives, and an answer ends where it should."""
 
 import random
-import threading
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llava_piip.streaming import AnswerStream, AnswerText, TokenText, answer_text
+from llava_piip.streaming import AnswerStream, answer_text, visible_text
 
 TEXTS = [
     "A red cup.",
@@ -84,23 +83,17 @@ def test_joined_pieces_of_any_tokens_are_what_decoding_at_once_gives(llama, kind
     for _ in range(400):
         tokens = [rng.choice(rng.choice((broken, whole, special, list(vocabulary.values())))) for _ in range(12)]
         tokens[3:3] = whole  # a character made of bytes, between broken ones
-        text = TokenText(tokenizer, prompt[-1:])
-        pieces = [text.add([token]) for token in tokens] + [text.add([], finished=True)]
+        _, stream = stream_of(tokenizer, tokens)
         at_once = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert "".join(pieces) == at_once.removeprefix(before)
-        assert answer_text(tokenizer, prompt, tokens) == "".join(pieces).strip()
+        text = "".join(stream)
+        assert text == at_once.removeprefix(before).lstrip()
+        assert answer_text(tokenizer, prompt, tokens) == text.strip()
 
 
-def test_texts_that_end_an_answer_are_found_wherever_it_is_cut():
-    text, ends = "one ENtwo END three STOP four", ("END", "STOP")
-    for first in range(len(text)):
-        for second in range(first, len(text)):
-            found = AnswerText(ends)
-            pieces = [found.add(piece) for piece in (text[:first], text[first:second], text[second:])]
-            assert "".join([*pieces, found.rest()]) == "one ENtwo "
-            assert found.ended
-    unfinished = AnswerText(ends)
-    assert unfinished.add("  an EN") == "an " and unfinished.rest() == "EN" and not unfinished.ended
+def test_what_may_start_an_end_is_held_back():
+    assert visible_text("  an EN", ("END", "STOP"), finished=False) == ("an ", False)
+    assert visible_text("  an EN", ("END", "STOP"), finished=True) == ("an EN", False)
+    assert visible_text("one ENtwo END three STOP", ("END", "STOP"), finished=False) == ("one ENtwo ", True)
 
 
 def test_ends_agree_with_looking_at_every_start_of_the_text():
@@ -112,11 +105,11 @@ def test_ends_agree_with_looking_at_every_start_of_the_text():
         if stop is not None:
             found = max((end for end in ends if text[:stop].endswith(end)), key=len)
         expected = text if stop is None else text[: stop - len(found)]
-        answer, shown, cut = AnswerText(ends), "", rng.randint(0, len(text))
-        for piece in (text[:cut], text[cut:]):
-            shown += answer.add(piece)
-            assert expected.lstrip().startswith(shown)  # nothing is shown that has to be taken back
-        assert shown + answer.rest() == expected.lstrip() and answer.ended == (stop is not None)
+        shown = ""
+        for cut in range(len(text) + 1 if stop is None else stop + 1):
+            before, (shown, ended) = shown, visible_text(text[:cut], ends, finished=False)
+            assert shown.startswith(before) and ended == (cut == stop)  # nothing that has to be taken back
+        assert visible_text(text, ends, finished=True) == (expected.lstrip(), stop is not None)
 
 
 @pytest.mark.parametrize("end", [" END", "\n\nUSER:", "\n", "END"])
@@ -148,16 +141,10 @@ def test_what_fails_in_the_thread_reaches_the_reader(llama):
     assert list(stream) == []
 
 
-def test_an_event_or_closing_ends_the_generation(llama):
+def test_closing_ends_the_generation(llama):
     tokens = llama(TEXTS[1], add_special_tokens=False).input_ids * 500
-    prompt, event = llama("USER:").input_ids, threading.Event()
-    options = dict(tokenizer=llama, prompt_ids=prompt, end_ids=[2], end_texts=(), max_new_tokens=len(tokens))
-    generate = Scripted(tokens)
-    stream = AnswerStream(generate, **options, stop_event=event)
-    next(stream)
-    event.set()
-    list(stream)
-    assert stream.finish_reason == "cancelled" and stream.answer_tokens == generate.generated < len(tokens)
-    with AnswerStream(Scripted(tokens), **options) as stream:
+    generate, stream = stream_of(llama, tokens)
+    with stream:
         next(stream)
     assert stream.finish_reason == "cancelled" and list(stream) == []
+    assert stream.answer_tokens == generate.generated < len(tokens)

@@ -7,8 +7,6 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from . import TOKENIZER_MODE
 
-__all__ = ["PIIPLlavaDefaults"]
-
 
 class PIIPLlavaDefaults(VerifyAndUpdateConfig):
     """Lets `vllm serve FOLDER` work without options."""

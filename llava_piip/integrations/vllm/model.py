@@ -19,8 +19,6 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingIn
 from llava_piip.configuration import PIIPLlavaConfig
 from llava_piip.modeling import PIIPVisionModel, make_projector
 
-__all__ = ["PIIPLlavaForVLLM"]
-
 
 class PIIPLlavaProcessingInfo(BaseProcessingInfo):
     """What vLLM asks of a model before it has any request: every image takes the same number of tokens."""

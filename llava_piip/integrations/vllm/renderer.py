@@ -14,8 +14,6 @@ from vllm.renderers.hf import HfRenderer
 
 from llava_piip.conversation import IMAGE_TAG, TEXT_TAG, encode_prompt
 
-__all__ = ["PIIPLlavaRenderer"]
-
 
 class PIIPLlavaRenderer(HfRenderer):
     """vLLM's renderer of chat templates, with our tokenization in place of the tokenizer's own.

@@ -1,6 +1,6 @@
 """vLLM's answers are those of transformers' `generate`, for a model in single precision on the CPU.
 
-Needs the environment that tools/vllm_environment.py makes.
+Needs the environment that tests/vllm_environment.py makes.
 """
 
 import gc
@@ -12,7 +12,7 @@ from operator import attrgetter
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="vLLM is not installed: tools/vllm_environment.py makes an environment with it")
+pytest.importorskip("vllm", reason="vLLM is not installed: tests/vllm_environment.py makes an environment with it")
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams

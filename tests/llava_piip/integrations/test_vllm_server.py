@@ -1,6 +1,6 @@
 """`vllm serve FOLDER` and the `openai` client: answers are those of transformers' `generate`, whatever others ask.
 
-Needs the environment that tools/vllm_environment.py makes.
+Needs the environment that tests/vllm_environment.py makes.
 """
 
 import base64
@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("vllm", reason="vLLM is not installed: tools/vllm_environment.py makes an environment with it")
+pytest.importorskip("vllm", reason="vLLM is not installed: tests/vllm_environment.py makes an environment with it")
 
 from openai import BadRequestError, OpenAI
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -1,62 +1,72 @@
 """A model with prepared answers, images in files, and a served page."""
 
 import threading
-import time
 
 import pytest
 
-from llava_piip.serve.dialogue import parts_of
-from llava_piip.serve.web_session import WebChat
-
 
 class Stream:
-    """Gives prepared pieces until the stop event; an exception among them is raised, an event is waited for."""
+    """Gives prepared pieces until it is closed; an exception among them is raised, an event is waited for."""
 
-    def __init__(self, pieces, stop_event):
-        self.pieces, self.stop_event, self.finish_reason = pieces, stop_event, None
+    def __init__(self, pieces, finish_reason):
+        self.pieces, self.ends_with, self.finish_reason = iter(pieces), finish_reason, None
+        self.closed = threading.Event()
 
     def __iter__(self):
+        return self
+
+    def __next__(self):
         for piece in self.pieces:
             if isinstance(piece, BaseException):
                 raise piece
-            while isinstance(piece, threading.Event) and not (piece.is_set() or self.stop_event.is_set()):
-                time.sleep(0.005)
-            if self.stop_event.is_set():
-                self.finish_reason = "cancelled"
-                return
-            if isinstance(piece, str):
-                yield piece
-        self.finish_reason = "stop"
+            while isinstance(piece, threading.Event) and not self.closed.is_set():
+                if piece.wait(0.005):
+                    piece = ""
+            if self.closed.is_set():
+                break
+            return piece
+        self.finish_reason = self.finish_reason or self.ends_with
+        raise StopIteration
+
+    def close(self):
+        self.closed.set()
+        self.finish_reason = self.finish_reason or "cancelled"
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.finish_reason = self.finish_reason or "cancelled"
+        self.close()
 
 
 class Answers:
-    """A small model whose answers are prepared; remembers what it was asked."""
+    """A small model whose answers are prepared; remembers what it was asked, with a mark for each image."""
 
-    def __init__(self, chat, *answers):
-        self.answers, self.asked, self.streams = list(answers), [], []
+    def __init__(self, chat, answers, finish_reason):
+        self.answers, self.finish_reason = list(answers), finish_reason
+        self.asked, self.images, self.settings, self.streams = [], [], [], []
         self.processor, self.model, self.context_length = chat.processor, chat.model, chat.context_length
 
-    def stream(self, messages, images, *, stop_event, **settings):
-        self.asked.append([parts_of(message)[1] for message in messages])
-        self.streams.append(Stream(self.answers.pop(0), stop_event))
+    def stream(self, messages, images, **settings):
+        self.asked.append([said(message) for message in messages])
+        self.images.append(list(images))
+        self.settings.append(settings)
+        self.streams.append(Stream(self.answers.pop(0), self.finish_reason))
         return self.streams[-1]
+
+
+def said(message):
+    """The text of a message, with a mark for each image in front."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join("[image] " if part["type"] == "image" else part["text"] for part in content)
 
 
 @pytest.fixture
 def prepared(tiny_chat):
-    """Makes a page's logic with prepared answers, and a visitor."""
-
-    def make(*answers, **limits):
-        web = WebChat(Answers(tiny_chat, *answers), **limits)
-        return web, web.session()
-
-    return make
+    """Makes a model with prepared answers."""
+    return lambda *answers, finish_reason="stop": Answers(tiny_chat, answers, finish_reason)
 
 
 @pytest.fixture
@@ -77,9 +87,9 @@ def served(tmp_path, monkeypatch, free_port):
     monkeypatch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.5")
     pages = []
 
-    def serve(web):
-        pages.append(build_page(web, title="a <b>model</b>"))
-        return serve_page(pages[-1], host="127.0.0.1", port=int(free_port()), block=False)
+    def serve(chat):
+        pages.append(serve_page(build_page(chat, title="a <b>model</b>"), host="127.0.0.1", port=int(free_port())))
+        return pages[-1].local_url
 
     yield serve
     for page in pages:

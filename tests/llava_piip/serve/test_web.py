@@ -11,12 +11,8 @@ from llava_piip.serve.web import main
 
 def test_mistakes_of_the_command_line(capsys, tmp_path):
     pytest.importorskip("gradio", reason="the web page needs gradio")
-    for options, expected in (
-        (["--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 or more"),
-        ([], "is no folder"),
-    ):
-        assert main(["--model", str(tmp_path / "missing"), *options]) == 2
-        assert expected in capsys.readouterr().err
+    assert main(["--model", str(tmp_path / "missing")]) == 2
+    assert "missing: has no config.json" in capsys.readouterr().err
 
 
 def status(url, **headers):
@@ -32,7 +28,7 @@ def send(address, question, session="by-hand"):
     with urllib.request.urlopen(f"{address}config", timeout=60) as answer:
         functions = json.load(answer)["dependencies"]
     [function] = [found["id"] for found in functions if any(target[1] == "submit" for target in found["targets"])]
-    body = {"data": [question, None, 0, 1, 8], "fn_index": function, "session_hash": session}
+    body = {"data": [None, question, 0, 1, 8], "fn_index": function, "session_hash": session}
     headers = {"Content-Type": "application/json"}
     join = urllib.request.Request(f"{address}gradio_api/queue/join", json.dumps(body).encode(), headers)
     urllib.request.urlopen(join, timeout=60).close()
@@ -42,21 +38,20 @@ def send(address, question, session="by-hand"):
 
 def test_questions_sent_by_hand_reach_no_file_and_no_address_inside(prepared, served, tmp_path):
     """Gradio itself takes uploaded files alone, and fetches no address of a private network."""
-    web, _ = prepared(["yes"])
-    address = served(web)
+    chat = prepared(["yes"])
+    address = served(chat)
     (tmp_path / "private.png").write_bytes(b"secret")
     for path in (f"{address}a.png", "http://192.168.0.1/a.png", str(tmp_path / "private.png")):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         said = send(address, {"text": "Well?", "files": [file]})
         assert '"success":false' in said and "Traceback" not in said and "cache dir" not in said
-    assert web.model.asked == []
-    assert '"success":true' in send(address, {"text": "Well?", "files": []}) and web.model.asked == [["Well?"]]
+    assert chat.asked == []
+    assert '"success":true' in send(address, {"text": "Well?", "files": []}) and chat.asked == [["Well?"]]
 
 
 def test_the_page_is_for_this_machine_and_loads_nothing_from_elsewhere(prepared, served, tmp_path, monkeypatch):
     monkeypatch.setattr("llava_piip.serve.web_page.MAX_BYTES", 2000)
-    web, _ = prepared()
-    address = served(web)
+    address = served(prepared())
     assert address.startswith("http://127.0.0.1:")
     code, headers = status(address)
     assert code == 200 and "default-src 'self'" in headers["Content-Security-Policy"]

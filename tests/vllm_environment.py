@@ -1,6 +1,6 @@
 """Makes an environment with vLLM for CPUs, and runs the tests of PIIP-LLaVA's vLLM plugin in it.
 
-    python3.11 tools/vllm_environment.py FOLDER [arguments for pytest]
+    python3.11 tests/vllm_environment.py FOLDER [arguments for pytest]
 
 vLLM pins torch and transformers, so that it cannot share an environment with the rest of the project. On a machine with
 a GPU, `pip install --no-build-isolation ".[vllm]"` into a new environment is all; vLLM's build for CPUs, from PyPI,
