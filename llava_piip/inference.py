@@ -161,10 +161,7 @@ class ChatModel:
         Raises:
             ConfigError: For a value that cannot work.
         """
-        check(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "1 or more")
-        right = temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf
-        check(right, "temperature", temperature, f"0, or {_LEAST_TEMPERATURE:g} or more")
-        check(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
+        check_sampling(max_new_tokens, temperature, top_p)
         sampled = temperature > 0
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -251,6 +248,14 @@ class ChatModel:
         hint = "begin a new one, give fewer images, or load the model in 4bit"
         with explain_memory_limit(f"too little memory for this conversation: {hint}"):
             self.cache.generate(*inputs, **options)
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raises a `ConfigError` for a setting that cannot work; see `ChatModel.generation_config`."""
+    check(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "1 or more")
+    right = temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf
+    check(right, "temperature", temperature, f"0, or {_LEAST_TEMPERATURE:g} or more")
+    check(0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
 
 
 @contextmanager

@@ -37,6 +37,7 @@ PACKAGES = {
     "extra: llava": ("jinja2", "sentencepiece", "open_clip_torch", "peft", "tensorboard"),
     "extra: llava-qlora": ("bitsandbytes",),
     "extra: web": ("gradio",),
+    "extra: client": ("openai",),
     "extra: export": ("onnx", "onnxscript", "onnxruntime"),
     "extra: demo": ("scikit-image", "scikit-learn"),
 }

@@ -1,4 +1,4 @@
-"""Talks in the terminal with a trained or converted model.
+"""Talks in the terminal with a trained or converted model, or with one behind an OpenAI-compatible server.
 
 Answers appear as they are generated. Ctrl-C stops an answer, /exit or Ctrl-D ends the program, /help shows the
 commands. Questions may come from a pipe: then standard output has the answers and nothing else.
@@ -18,8 +18,9 @@ from typing import Any
 from piip_core.errors import UserError
 from piip_core.files import write_atomically
 
-from ..inference import DEFAULT_NEW_TOKENS, DTYPES, QUANTIZATIONS, ChatModel
+from ..inference import DEFAULT_NEW_TOKENS, DTYPES, QUANTIZATIONS, ChatModel, check_sampling
 from .dialogue import Conversation, open_image
+from .remote import RemoteModel
 
 _HELP = """\
 Type a question, or a command; Ctrl-C stops an answer.
@@ -46,17 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        help=f"most tokens of an answer (default {DEFAULT_NEW_TOKENS}, or as many as the context has room for)",
+        help=f"most tokens of an answer (default {DEFAULT_NEW_TOKENS}, or as many as the context has room for; "
+        "with --server what the server has)",
     )
     args = parser.parse_args(arguments)
     settings = {"temperature": args.temperature, "top_p": args.top_p}
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
     try:
+        check_sampling(**{"max_new_tokens": DEFAULT_NEW_TOKENS, **settings})  # before the first question
         pending = [(source, open_image(source)) for source in args.image]
-        chat = load_model(args)
-        chat.generation_config(**settings)  # a mistake ends the program before the first question
-        return Terminal(chat, Conversation(args.system, pending=pending), settings).run()
+        return Terminal(load_model(args), Conversation(args.system, pending=pending), settings).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,19 +67,31 @@ def make_parser(program: str, description: str | None) -> argparse.ArgumentParse
     """A parser with the options that `load_model` reads."""
     parser = argparse.ArgumentParser(prog=f"python -m llava_piip.serve.{program}", description=description)
     parser.add_argument(
-        "--model", metavar="DIR", required=True, help="folder that training or the converter wrote, or of a run"
+        "--model",
+        metavar="DIR",
+        help="folder that training or the converter wrote, or of a run; with --server the model's name there",
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="ask an OpenAI-compatible server instead, such as http://127.0.0.1:8000/v1"
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: the first GPU, or the CPU)")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision (default: the file's)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], help="precision (default auto: the file's)")
     parser.add_argument("--load-in", choices=QUANTIZATIONS, help="quantise the language model (needs bitsandbytes)")
     parser.add_argument("--system", metavar="TEXT", help="message in front, instead of the template's own")
     return parser
 
 
-def load_model(args: argparse.Namespace) -> ChatModel:
-    """Loads the model that the options of `make_parser` name."""
+def load_model(args: argparse.Namespace) -> ChatModel | RemoteModel:
+    """Loads or reaches the model that the options of `make_parser` name."""
+    if args.server is not None:
+        loading = {"--device": args.device, "--dtype": args.dtype, "--load-in": args.load_in}
+        if given := ", ".join(name for name, value in loading.items() if value is not None):
+            raise UserError(f"{given} with --server {args.server}: the server decides that; leave {given} out")
+        return RemoteModel(args.server, args.model)
+    if args.model is None:
+        raise UserError("expected --model DIR, the folder of a model, or --server URL")
     print(f"loading {args.model} ...", file=sys.stderr, flush=True)
-    return ChatModel.load(args.model, device=args.device, dtype=args.dtype, quantization=args.load_in)
+    return ChatModel.load(args.model, device=args.device, dtype=args.dtype or "auto", quantization=args.load_in)
 
 
 class Terminal:
@@ -93,7 +106,7 @@ class Terminal:
         settings: For `ChatModel.stream`: max_new_tokens, temperature, top_p.
     """
 
-    def __init__(self, chat: ChatModel, conversation: Conversation, settings: Mapping[str, Any]) -> None:
+    def __init__(self, chat: ChatModel | RemoteModel, conversation: Conversation, settings: Mapping[str, Any]) -> None:
         self._chat, self._conversation, self._settings = chat, conversation, settings
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
 
@@ -171,8 +184,7 @@ class Terminal:
         if not said.strip():
             self._print("(no answer; the question is taken back)")
         elif self._conversation.stream.finish_reason == "length":
-            count = self._conversation.stream.answer_tokens
-            self._print(f"(the answer was cut after {count} tokens, see --max-new-tokens)")
+            self._print("(the answer was cut, see --max-new-tokens)")
 
     def _save(self, path: Path) -> None:
         if path.exists():

@@ -19,6 +19,7 @@ from ..data.images import read_image
 from ..image_processing import ImageError
 from ..inference import ChatModel
 from ..streaming import AnswerStream
+from .remote import RemoteModel, RemoteStream
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     pending: list[tuple[str, Image.Image]] = field(default_factory=list)
-    stream: AnswerStream | None = None
+    stream: AnswerStream | RemoteStream | None = None
 
     def ask(self, text: str) -> None:
         """Adds a question after the pending images. `<image>` in it is text like any other.
@@ -54,7 +55,7 @@ class Conversation:
         self.images += [image for _, image in self.pending]
         self.pending = []
 
-    def answer(self, chat: ChatModel, **settings: Any) -> Iterator[str]:
+    def answer(self, chat: ChatModel | RemoteModel, **settings: Any) -> Iterator[str]:
         """Streams the answer to the question at the end, with settings of `ChatModel.stream`.
 
         What came of an answer that was stopped stays. Without any, or after an error, the question is taken back.

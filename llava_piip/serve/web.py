@@ -1,7 +1,7 @@
-"""Talks in the browser with a trained or converted model.
+"""Talks in the browser with a trained or converted model, or with one behind an OpenAI-compatible server.
 
-Images and questions, answers as they are generated, and what each branch of the vision tower looked at. The page is
-served to this machine only unless --host says otherwise; nothing is loaded from elsewhere.
+Images and questions, answers as they are generated, and (without --server) what each branch of the vision tower looked
+at. The page is served to this machine only unless --host says otherwise; nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             hint = "pip install --no-build-isolation -e '.[web]'"
             raise ConfigError(f"the web page needs {error.name}: {hint}") from error
-        page = build_page(load_model(args), title=f"PIIP-LLaVA: {Path(args.model).name}", system=args.system)
+        chat = load_model(args)
+        page = build_page(chat, title=f"PIIP-LLaVA: {Path(args.model or chat.name).name}", system=args.system)
         serve_page(page, host=args.host, port=args.port).block_thread()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

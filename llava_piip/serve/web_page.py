@@ -22,6 +22,7 @@ from piip_core.errors import ConfigError, UserError
 from ..inference import DEFAULT_NEW_TOKENS, ChatModel
 from .dialogue import Conversation, open_image
 from .looking import look, network_view
+from .remote import RemoteModel
 
 MAX_BYTES = 10_000_000  # of an uploaded file
 MAX_CHARACTERS = 20_000  # of a question
@@ -54,7 +55,7 @@ _HEADERS = {
 }
 
 
-def build_page(chat: ChatModel, *, title: str = "PIIP-LLaVA", system: str | None = None) -> gr.Blocks:
+def build_page(chat: ChatModel | RemoteModel, *, title: str = "PIIP-LLaVA", system: str | None = None) -> gr.Blocks:
     """The page of a model; `system` is a message in front of all conversations, instead of the template's own."""
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, _UPLOAD_SECONDS)) as page:
         session = gr.State(Conversation(system), time_to_live=_SESSION_SECONDS, delete_callback=_stop)
@@ -78,7 +79,8 @@ def build_page(chat: ChatModel, *, title: str = "PIIP-LLaVA", system: str | None
                     clear = gr.Button("Clear", size="sm", elem_id="clear")
             with gr.Column(scale=2, min_width=320):
                 settings = _add_settings(chat)
-                show_latest, maps = _add_looking_panel(chat, session)
+                is_local = not isinstance(chat, RemoteModel)
+                show_latest, maps = _add_looking_panel(chat, session) if is_local else (None, [])
         shown = [log, box, retry, session]
 
         def forget(kept: Conversation) -> list[Any]:
@@ -86,7 +88,8 @@ def build_page(chat: ChatModel, *, title: str = "PIIP-LLaVA", system: str | None
             return [*_update(kept, _EMPTY), *[None] * len(maps)]
 
         asked = box.submit(partial(ask, chat), [session, box, *settings], shown, show_progress="hidden", **_MODEL)
-        show_latest(asked)
+        if show_latest is not None:
+            show_latest(asked)
         retry.click(partial(ask_again, chat), [session, *settings], shown, show_progress="hidden", **_MODEL)
         box.stop(_stop, [session], **_AT_ONCE)
         # After the answer that it stops, and not into it
@@ -95,7 +98,9 @@ def build_page(chat: ChatModel, *, title: str = "PIIP-LLaVA", system: str | None
     return page.queue(max_size=_MAX_WAITING, default_concurrency_limit=1)
 
 
-def ask(chat: ChatModel, kept: Conversation, question: dict[str, Any], *settings: float) -> Iterator[list[Any]]:
+def ask(
+    chat: ChatModel | RemoteModel, kept: Conversation, question: dict[str, Any], *settings: float
+) -> Iterator[list[Any]]:
     """Streams the answer to a question with uploaded images; what is refused comes back into its box."""
     value = question
     try:
@@ -109,7 +114,7 @@ def ask(chat: ChatModel, kept: Conversation, question: dict[str, Any], *settings
     yield _update(kept, value)
 
 
-def ask_again(chat: ChatModel, kept: Conversation, *settings: float) -> Iterator[list[Any]]:
+def ask_again(chat: ChatModel | RemoteModel, kept: Conversation, *settings: float) -> Iterator[list[Any]]:
     """Answers the last question once more, in place of its answer, which stays if that fails."""
     before = list(kept.messages), list(kept.images)
     try:
@@ -122,10 +127,10 @@ def ask_again(chat: ChatModel, kept: Conversation, *settings: float) -> Iterator
     yield _update(kept)
 
 
-def _add_question(chat: ChatModel, kept: Conversation, text: str, files: list[str]) -> None:
+def _add_question(chat: ChatModel | RemoteModel, kept: Conversation, text: str, files: list[str]) -> None:
     """Adds a question with uploaded images.
 
-    Images are kept as the model sees them: decoded files can be a hundred times larger.
+    Images are kept as a model here sees them: decoded files can be a hundred times larger.
 
     Raises:
         UserError: If it is too long, or an image cannot be used.
@@ -134,11 +139,14 @@ def _add_question(chat: ChatModel, kept: Conversation, text: str, files: list[st
         raise UserError(f"the question has {len(text)} characters: at most {MAX_CHARACTERS} are taken")
     if (count := len(kept.images) + len(files)) > MAX_IMAGES:
         raise UserError(f"the conversation would have {count} images: at most {MAX_IMAGES}; clear it")
-    kept.pending = [(file, network_view(chat, open_image(file))) for file in files]
+    images = map(open_image, files)
+    if not isinstance(chat, RemoteModel):
+        images = (network_view(chat, image) for image in images)
+    kept.pending = [*zip(files, images, strict=True)]
     kept.ask(text)
 
 
-def _answer(chat: ChatModel, kept: Conversation, settings: Sequence[float]) -> Iterator[list[Any]]:
+def _answer(chat: ChatModel | RemoteModel, kept: Conversation, settings: Sequence[float]) -> Iterator[list[Any]]:
     """Streams the answer to the question at the end; says if it was cut.
 
     Raises:
@@ -227,9 +235,11 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _add_settings(chat: ChatModel) -> list[gr.Slider]:
+def _add_settings(chat: ChatModel | RemoteModel) -> list[gr.Slider]:
     """Temperature, top p, and the most tokens of an answer, which leave room in the context."""
-    most = min(2 * DEFAULT_NEW_TOKENS, chat.context_length // 2)
+    most = 2 * DEFAULT_NEW_TOKENS
+    if not isinstance(chat, RemoteModel):
+        most = min(most, chat.context_length // 2)
     with gr.Accordion("Sampling", open=False):
         return [
             gr.Slider(0, 2, 0.0, step=0.05, label="Temperature", info="0: always the most probable token"),

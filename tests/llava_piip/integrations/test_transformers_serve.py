@@ -13,6 +13,7 @@ import pytest
 
 from llava_piip.inference import ChatModel
 from llava_piip.integrations.transformers_serve import main
+from llava_piip.serve.remote import RemoteModel
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -67,8 +68,9 @@ def test_answers_are_the_models_own(server, chat_folder, pictures):
         answer = client.chat.completions.create(**options).choices[0]
         assert answer.message.content.strip() == expected and answer.finish_reason == "length"
         found.append(expected)
-        pieces = [chunk.choices[0].delta.content for chunk in client.chat.completions.create(**options, stream=True)]
-        assert "".join(filter(None, pieces)).strip() == expected and len(pieces) > 2
+        stream = RemoteModel(server).stream(asked, [picture], max_new_tokens=8)
+        pieces = list(stream)
+        assert "".join(pieces).strip() == expected and len(pieces) > 2 and stream.finish_reason == "length"
     assert found[0] != found[1]
 
 

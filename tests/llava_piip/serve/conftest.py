@@ -9,7 +9,7 @@ class Stream:
     """Gives prepared pieces until it is closed; an exception among them is raised, an event is waited for."""
 
     def __init__(self, pieces, finish_reason):
-        self.pieces, self.ends_with, self.finish_reason, self.answer_tokens = iter(pieces), finish_reason, None, 7
+        self.pieces, self.ends_with, self.finish_reason = iter(pieces), finish_reason, None
         self.closed = threading.Event()
 
     def __iter__(self):

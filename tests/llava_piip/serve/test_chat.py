@@ -160,7 +160,7 @@ def test_a_cut_answer_is_said_and_control_characters_are_not_shown(monkeypatch, 
     talk(monkeypatch, chat, "Show it")
     printed = capsys.readouterr().out
     assert "model: [2Jnothing\there é 你 🔥\n" in printed and "\x1b" not in printed
-    assert "cut after 7 tokens" in printed
+    assert "(the answer was cut, see --max-new-tokens)" in printed
 
 
 def test_saved_conversations_hold_everything(monkeypatch, prepared, files, tmp_path, tiny_chat):
@@ -214,6 +214,7 @@ def test_command_line_names_mistakes_before_the_first_question(model_folder, tmp
         (["--model", str(tmp_path / "none")], "none: has no config.json"),
         (["--model", str(model_folder), "--image", "none.png"], "none.png: no such file"),
         (["--model", str(model_folder), "--device", "cpu", "--temperature", "-1"], "temperature=-1.0: expected"),
+        ([], "expected --model DIR, the folder of a model, or --server URL"),
     ]:
         assert main(options) == 2
         assert message in capsys.readouterr().err
