@@ -41,6 +41,7 @@ def assemble(
     language_model: str | os.PathLike[str] | None = None,
     pretrained_vision: bool = True,
     vision_checkpoint: str | os.PathLike[str] | None = None,
+    projector_grid: int | None = None,
     **options: Any,
 ) -> tuple[PIIPLlavaForConditionalGeneration, PIIPLlavaProcessor]:
     """Builds a model as training starts from it, with its processor.
@@ -51,6 +52,7 @@ def assemble(
         pretrained_vision: Load the weights that the branches name; False starts them at random.
         vision_checkpoint: A trained model with the same pyramid, such as a classifier, to start from instead: branches
             and interactions, see `load_pyramid`.
+        projector_grid: Side of the grid of visual tokens; None for that of the last branch.
         **options: For `AutoModelForCausalLM.from_pretrained`: dtype, attn_implementation, quantization_config ...
 
     Raises:
@@ -62,7 +64,8 @@ def assemble(
     source = os.fspath(language_model or entry.language_model)
     tokenizer = add_image_token(load_part(AutoTokenizer, source, _LANGUAGE_MODEL))
     decoder = load_part(AutoModelForCausalLM, source, _LANGUAGE_MODEL, **options)
-    config = assemble_config(entry, decoder.config, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TAG))
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TAG)
+    config = assemble_config(entry, decoder.config, image_token_id=image_token_id, projector_grid=projector_grid)
     tower = PIIPVisionModel(config.vision_config)
     if vision_checkpoint is not None:
         path = os.fspath(vision_checkpoint)
