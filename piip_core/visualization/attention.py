@@ -8,8 +8,6 @@ family's attention is written a second time here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ..errors import UserError
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # that may be given by position
 
@@ -51,7 +51,7 @@ class AttentionRow:
     window: tuple[int, int, int, int]  # first row and column, last row and column (exclusive) of what is seen
 
 
-class _AttentionWatch(TorchFunctionMode):
+class AttentionWatch(TorchFunctionMode):
     """Collects the arguments of every scaled dot product attention, and changes nothing."""
 
     def __init__(self) -> None:
@@ -69,23 +69,17 @@ class _AttentionWatch(TorchFunctionMode):
             self.calls.append(AttentionCall(query, key, given.get("attn_mask"), scale))
         return func(*args, **kwargs)
 
+    def only_call(self, network: nn.Module) -> AttentionCall | None:
+        """The call of a block of the network; None for a block without attention.
 
-@contextmanager
-def watch_attention(module: nn.Module) -> Iterator[list[AttentionCall]]:
-    """Collects the attention calls of the module that runs inside the context.
-
-    timm's layers in it take their fused path meanwhile, which computes the same as their other one, so that there is a
-    call to see even with TIMM_FUSED_ATTN=0.
-    """
-    unfused = [m for m in module.modules() if getattr(m, "fused_attn", None) is False]
-    for layer in unfused:
-        layer.fused_attn = True
-    try:
-        with _AttentionWatch() as watch:
-            yield watch.calls
-    finally:
-        for layer in unfused:
-            layer.fused_attn = False
+        Raises:
+            UserError: If timm's layers computed attention without the call that is watched.
+        """
+        if not self.calls and any(getattr(module, "fused_attn", None) is False for module in network.modules()):
+            raise UserError("attention cannot be drawn while timm's fused attention is off: unset TIMM_FUSED_ATTN")
+        if len(self.calls) > 1:
+            raise NotImplementedError(f"a block calls attention {len(self.calls)} times: expected once")
+        return self.calls[0] if self.calls else None
 
 
 def attention_row(
