@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer_sam import window_partition
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -98,25 +99,17 @@ def attention_row(
         ValueError: If the call does not have the shape that these arguments imply.
     """
     (height, width), (row, column) = grid, cell
-    if window is None:
-        sequence, position, seen = 0, prefix + row * width + column, grid
-        expected = (1, prefix + height * width)
-    else:
-        across = -(-width // window)
-        sequence = (row // window) * across + column // window
-        position, seen = (row % window) * window + column % window, (window, window)
-        expected = (-(-height // window) * across, window * window)
-    found = (call.query.shape[0], call.query.shape[2])
+    numbers = torch.arange(1, height * width + 1).view(1, height, width, 1)  # of the cells; padding is 0
+    sequences = (numbers if window is None else window_partition(numbers, window)[0]).flatten(1)
+    found, expected = tuple(call.query.shape[::2]), (len(sequences), prefix + sequences.shape[1])
     if found != expected or call.key.shape[2] != expected[1]:
         raise ValueError(
             f"self-attention of {found[0]} sequences of {found[1]} tokens: expected {expected[0]} of {expected[1]} for "
             f"a map of {height} x {width}, window {window} and {prefix} further tokens"
         )
-    weights = call.weights(sequence, position)
-    before, cells = weights[:, :prefix], weights[:, prefix:].unflatten(1, seen)
-    top, left = (0, 0) if window is None else (row - row % window, column - column % window)
-    bottom, right = min(top + seen[0], height), min(left + seen[1], width)
-    on_map = weights.new_zeros(len(weights), height, width)
-    on_map[:, top:bottom, left:right] = cells[:, : bottom - top, : right - left]
-    padding = cells.sum(dim=(1, 2)) - on_map.sum(dim=(1, 2))
-    return AttentionRow(on_map, before, padding.clamp(min=0), (top, left, bottom, right))
+    sequence, position = (sequences == row * width + column + 1).nonzero()[0].tolist()
+    weights, seen = call.weights(sequence, prefix + position), sequences[sequence]
+    by_number = weights.new_zeros(len(weights), 1 + height * width).index_add(1, seen, weights[:, prefix:])
+    y, x = (seen[seen > 0] - 1) // width, (seen[seen > 0] - 1) % width
+    box = (int(y.min()), int(x.min()), int(y.max()) + 1, int(x.max()) + 1)
+    return AttentionRow(by_number[:, 1:].unflatten(1, grid), weights[:, :prefix], by_number[:, 0], box)
