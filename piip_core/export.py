@@ -6,11 +6,10 @@ ONNX's GridSample), so that any runtime takes the file.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def export_program(model: nn.Module, image_size: tuple[int, int], *, batch_size:
 
     Args:
         model: `PIIPClassifier`, `DensePIIP` or another module that takes one float32 image (B, 3, H, W), on the CPU in
-            float32. It is exported in evaluation mode.
+            float32. It is set to evaluation mode.
         image_size: Height and width, fixed in the program.
         batch_size: Images per call; None leaves it open.
 
@@ -71,12 +70,13 @@ def export_program(model: nn.Module, image_size: tuple[int, int], *, batch_size:
             raise ExportError(
                 f"{name} is {parameter.dtype} on {parameter.device}: expected float32 on the CPU (model.float().cpu())"
             )
+    model.eval()
     height, width = image_size
     logger.info("tracing (a published model takes minutes)")
     # An example of one image would make programs of exactly one
     example = torch.zeros(batch_size or 2, 3, height, width)
     shapes = ({0: Dim("batch", min=1)} if batch_size is None else None,)
-    with _evaluating(model), torch.no_grad():
+    with torch.no_grad():
         try:
             program = torch.export.export(model, (example,), dynamic_shapes=shapes)
         except (RuntimeError, ValueError) as error:
@@ -212,7 +212,7 @@ def _write_checked(
 
 def _compare(model: nn.Module, run: Callable[[Tensor], list[Tensor]], image: Tensor) -> tuple[float, float]:
     """Largest difference and largest value of the output that differs most for its size."""
-    with _evaluating(model), torch.no_grad():
+    with torch.no_grad():
         expected, found = tensors_in(model(image)), run(image)
     results = []
     for have, want in zip(found, expected, strict=True):
@@ -220,17 +220,6 @@ def _compare(model: nn.Module, run: Callable[[Tensor], list[Tensor]], image: Ten
             raise ExportError(f"an output has shape {tuple(have.shape)}, in PyTorch {tuple(want.shape)}")
         results.append((float((have - want).abs().max()), float(want.abs().max())))
     return max(results, key=lambda result: result[0] / max(result[1], torch.finfo(torch.float32).tiny))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _output_names(model: nn.Module) -> list[str] | None:

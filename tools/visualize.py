@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from piip_core import zoo
 from piip_core.checkpoints import load_checkpoint
@@ -28,7 +27,7 @@ from piip_core.images import read_image
 from piip_core.pyramid import PIIP
 
 try:
-    from piip_core.visualization import Scene, find_pyramid, network_input, prepare_scene, visualize
+    from piip_core.visualization import Scene, network_input, prepare_scene, visualize
 except ModuleNotFoundError as error:
     if error.name != "matplotlib":
         raise
@@ -126,17 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         original = read_image(args.image)
         name, model, scene = (from_zoo if args.model else from_config)(args, original)
-        total = sum(branch.num_blocks for branch in find_pyramid(model).branches)
-        with tqdm(total=total, unit="block", disable=None) as bar:
-            files = visualize(
-                model,
-                scene,
-                args.output,
-                name=name,
-                blocks=args.block,
-                interaction=args.interaction,
-                progress=bar.update,
-            )
+        options = {"blocks": args.block, "interaction": args.interaction}
+        files = visualize(model, scene, args.output, name=name, **options)
     except UserError as error:
         sys.exit(f"visualize: {error}")
     print(*files, sep="\n")

@@ -78,23 +78,15 @@ class RelativeBiasAttention(Attention):
 
     def attend(self, x: Tensor) -> Tensor:
         """Attention within sequences (B, N, C) that are squares of `bias_window` tokens, row by row."""
-        q, k, v = self.split_heads(x)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias().to(q.dtype))
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, heads, N, head width) of a sequence (B, N, C)."""
         qkv = self.qkv(x)
         if self.q_bias is not None:
             qkv = qkv + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)).to(qkv.dtype)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def bias(self) -> Tensor:
-        """What is added to the attention logits, (heads, N, N)."""
         # A head's table fits into the fastest cache, the biases of all heads do not: head by head takes a third
         table, side = self.relative_position_bias_table.t().contiguous(), self.bias_index.shape
-        return table.index_select(1, self.bias_index.flatten()).unflatten(1, side)
+        bias = table.index_select(1, self.bias_index.flatten()).unflatten(1, side)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 @register_branch(BEiTConfig)

@@ -8,15 +8,16 @@ family's attention is written a second time here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer_sam import window_partition
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ..errors import UserError
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # that may be given by position
 
@@ -51,7 +52,7 @@ class AttentionRow:
     window: tuple[int, int, int, int]  # first row and column, last row and column (exclusive) of what is seen
 
 
-class _AttentionWatch(TorchFunctionMode):
+class AttentionWatch(TorchFunctionMode):
     """Collects the arguments of every scaled dot product attention, and changes nothing."""
 
     def __init__(self) -> None:
@@ -69,23 +70,17 @@ class _AttentionWatch(TorchFunctionMode):
             self.calls.append(AttentionCall(query, key, given.get("attn_mask"), scale))
         return func(*args, **kwargs)
 
+    def only_call(self, network: nn.Module) -> AttentionCall | None:
+        """The call of a block of the network; None for a block without attention.
 
-@contextmanager
-def watch_attention(module: nn.Module) -> Iterator[list[AttentionCall]]:
-    """Collects the attention calls of the module that runs inside the context.
-
-    timm's layers in it take their fused path meanwhile, which computes the same as their other one, so that there is a
-    call to see even with TIMM_FUSED_ATTN=0.
-    """
-    unfused = [m for m in module.modules() if getattr(m, "fused_attn", None) is False]
-    for layer in unfused:
-        layer.fused_attn = True
-    try:
-        with _AttentionWatch() as watch:
-            yield watch.calls
-    finally:
-        for layer in unfused:
-            layer.fused_attn = False
+        Raises:
+            UserError: If timm's layers computed attention without the call that is watched.
+        """
+        if not self.calls and any(getattr(module, "fused_attn", None) is False for module in network.modules()):
+            raise UserError("attention cannot be drawn while timm's fused attention is off: unset TIMM_FUSED_ATTN")
+        if len(self.calls) > 1:
+            raise NotImplementedError(f"a block calls attention {len(self.calls)} times: expected once")
+        return self.calls[0] if self.calls else None
 
 
 def attention_row(
@@ -104,25 +99,17 @@ def attention_row(
         ValueError: If the call does not have the shape that these arguments imply.
     """
     (height, width), (row, column) = grid, cell
-    if window is None:
-        sequence, position, seen = 0, prefix + row * width + column, grid
-        expected = (1, prefix + height * width)
-    else:
-        across = -(-width // window)
-        sequence = (row // window) * across + column // window
-        position, seen = (row % window) * window + column % window, (window, window)
-        expected = (-(-height // window) * across, window * window)
-    found = (call.query.shape[0], call.query.shape[2])
+    numbers = torch.arange(1, height * width + 1).view(1, height, width, 1)  # of the cells; padding is 0
+    sequences = (numbers if window is None else window_partition(numbers, window)[0]).flatten(1)
+    found, expected = tuple(call.query.shape[::2]), (len(sequences), prefix + sequences.shape[1])
     if found != expected or call.key.shape[2] != expected[1]:
         raise ValueError(
             f"self-attention of {found[0]} sequences of {found[1]} tokens: expected {expected[0]} of {expected[1]} for "
             f"a map of {height} x {width}, window {window} and {prefix} further tokens"
         )
-    weights = call.weights(sequence, position)
-    before, cells = weights[:, :prefix], weights[:, prefix:].unflatten(1, seen)
-    top, left = (0, 0) if window is None else (row - row % window, column - column % window)
-    bottom, right = min(top + seen[0], height), min(left + seen[1], width)
-    on_map = weights.new_zeros(len(weights), height, width)
-    on_map[:, top:bottom, left:right] = cells[:, : bottom - top, : right - left]
-    padding = cells.sum(dim=(1, 2)) - on_map.sum(dim=(1, 2))
-    return AttentionRow(on_map, before, padding.clamp(min=0), (top, left, bottom, right))
+    sequence, position = (sequences == row * width + column + 1).nonzero()[0].tolist()
+    weights, seen = call.weights(sequence, prefix + position), sequences[sequence]
+    by_number = weights.new_zeros(len(weights), 1 + height * width).index_add(1, seen, weights[:, prefix:])
+    y, x = (seen[seen > 0] - 1) // width, (seen[seen > 0] - 1) % width
+    box = (int(y.min()), int(x.min()), int(y.max()) + 1, int(x.max()) + 1)
+    return AttentionRow(by_number[:, 1:].unflatten(1, grid), weights[:, :prefix], by_number[:, 0], box)

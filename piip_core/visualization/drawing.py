@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..files import atomic_path, write_atomically
 from .scene import Cells, Scene
-from .trace import BlockView, Reading, Spectrum, Trace, find_pyramid, trace_pyramid
+from .trace import BlockView, Reading, Trace, find_pyramid, trace_pyramid
 
 _BRANCH_COLOURS = ("#c0272d", "#e08a00", "#0b7d8c", "#4a3fb5")  # Branch 1 first; more branches start again
 _QUERY = "#00e5ff"
@@ -81,40 +81,35 @@ def draw_sampling(scene: Scene, trace: Trace, title: str) -> Figure:
     return figure
 
 
-def draw_spectra(scene: Scene, trace: Trace, title: str) -> Figure:
-    """Fourier spectra: curves per branch on two frequency axes, and over the depth."""
-    branches = range(1, len(trace.depth) + 1)
-    figure = _new_figure((13.2, 4.2), title, dpi=110)
-    own, absolute, depth = figure.subplots(1, 3)
-    shown = trace.after or [spectra[-1] for spectra in trace.depth]
+def draw_spectra(trace: Trace, title: str) -> Figure:
+    """Fourier spectra: curves of every branch around the interaction, and its highest frequency over the depth."""
+    figure = _new_figure((9.0, 4.2), title, dpi=110)
+    curves, depth = figure.subplots(1, 2)
     place = "after the last block" if trace.interaction is None else f"around interaction {trace.interaction}"
-    long_side = max(scene.size)
-    for number, spectrum, cells in zip(branches, shown, trace.cells, strict=True):
-        cycles = 0.5 * long_side / max(cells.size)
-        curves = [(spectrum, "-", f"Branch {number}" + (", after" if trace.before else ""))]
-        if trace.before:
-            curves.insert(0, (trace.before[number - 1], (0, (4, 2)), f"Branch {number}, before"))
-        for curve, style, label in curves:
-            line = {"color": branch_colour(number), "linestyle": style, "label": label}
-            own.plot(curve.frequencies, curve.log_amplitudes, **line)
-            absolute.plot(curve.frequencies * cycles, curve.log_amplitudes, **line)
-        spectra = trace.depth[number - 1]
+    for number, spectra in enumerate(trace.depth, 1):
+        shown = {"": spectra[-1]}
+        if trace.interaction is not None:
+            shown = {", before": trace.before[number - 1], ", after": trace.after[number - 1]}
+        for when, curve in shown.items():
+            style = {"linestyle": (0, (4, 2)) if when == ", before" else "-", "color": branch_colour(number)}
+            curves.plot(np.linspace(0, 1, len(curve)), curve, label=f"Branch {number}{when}", **style)
         share = (np.arange(len(spectra)) + 1) / len(spectra)
-        ends = [float(spectrum.log_amplitudes[-1]) for spectrum in spectra]
+        ends = [float(spectrum[-1]) for spectrum in spectra]
         depth.plot(share, ends, "o-", color=branch_colour(number), markersize=3.5, label=f"Branch {number}")
-    own.set(xlabel="frequency / highest of the branch's map (π)", ylabel="relative log amplitude", title=place)
-    absolute.set(xlabel="cycles along the longer side of the image", title="the same, by size on the image")
+    curves.set(xlabel="frequency / highest of the branch's map (π)", ylabel="relative log amplitude", title=place)
     depth.set(xlabel="depth of the block / depth of the branch", title="highest frequency (1.0 π), per block")
-    for axes in (own, absolute, depth):
+    for axes in (curves, depth):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    own.legend(fontsize=8, ncols=2 if trace.before else 1)
+    curves.legend(fontsize=8, ncols=2 if trace.before else 1)
     depth.legend(fontsize=8)
     return figure
 
 
 def visualize(model: nn.Module, scene: Scene, output: Path | str, *, name: str, **options: Any) -> list[Path]:
     """Draws attention.png, sampling.png (models with interactions) and spectra.png, and writes visualization.json.
+
+    The last holds the `Trace` by the names of its fields; sizes are height and width, points x and y.
 
     Args:
         model: With one PIIP inside, in evaluation mode.
@@ -134,71 +129,24 @@ def visualize(model: nn.Module, scene: Scene, output: Path | str, *, name: str, 
     if trace.readings:
         title = f"{name}: what the query reads in interaction {trace.interaction}"
         figures["sampling.png"] = draw_sampling(scene, trace, title)
-    figures["spectra.png"] = draw_spectra(scene, trace, f"{name}: Fourier spectra of the features")
+    figures["spectra.png"] = draw_spectra(trace, f"{name}: Fourier spectra of the features")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     for file, figure in figures.items():
         with atomic_path(output / file) as aside:
             figure.savefig(aside, format="png")
     with write_atomically(output / "visualization.json", "w") as file:
-        facts = {"model": name, "files": list(figures), **_describe(scene, trace)}
-        json.dump(facts, file, indent=2, default=Tensor.tolist)
+        facts = {
+            "model": name,
+            "files": list(figures),
+            "image_size": scene.original_size,
+            "resized_to": scene.size,
+            "padded_to": scene.pixel_values.shape[-2:],
+            "query": scene.query_pixel,
+            **vars(trace),
+        }
+        json.dump(facts, file, default=lambda part: part.tolist() if isinstance(part, Tensor) else vars(part))
     return [output / file for file in (*figures, "visualization.json")]
-
-
-def _describe(scene: Scene, trace: Trace) -> dict[str, Any]:
-    """What the figures show, as plain data. Sizes are height and width; points are x and y."""
-    return {
-        "image_size": scene.original_size,
-        "resized_to": scene.size,
-        "padded_to": scene.pixel_values.shape[-2:],
-        "query": scene.query_pixel,
-        "interaction": trace.interaction,
-        "attention": [_describe_view(view) for view in trace.views],
-        "sampling": [
-            {
-                "reader": reading.reader,
-                "source": reading.source,
-                "map_size": (reading.cells.rows, reading.cells.columns),
-                "reference": reading.at,
-                "points": reading.points,
-                "weights": None if reading.points is None else reading.weights,
-            }
-            for reading in trace.readings
-        ],
-        "spectra": {
-            "before": [_describe_spectrum(spectrum) for spectrum in trace.before],
-            "after": [_describe_spectrum(spectrum) for spectrum in trace.after],
-            "highest_frequency_per_block": [
-                [spectrum.log_amplitudes[-1] for spectrum in spectra] for spectra in trace.depth
-            ],
-        },
-    }
-
-
-def _describe_view(view: BlockView) -> dict[str, Any]:
-    attention = view.attention
-    found = {
-        "branch": view.branch,
-        "block": view.block,
-        "map_size": (view.cells.rows, view.cells.columns),
-        "query_cell": view.cell,
-        "window": view.window,
-        "shown": "activation energy" if attention is None else "attention",
-    }
-    if attention is None:
-        return found
-    return found | {
-        "heads": len(attention.weights),
-        "seen_cells": attention.window,
-        "highest_weight": attention.weights.mean(dim=0).max(),
-        "on_prefix_tokens": attention.prefix.sum(dim=1).mean(),
-        "on_window_padding": attention.padding.mean(),
-    }
-
-
-def _describe_spectrum(spectrum: Spectrum) -> dict[str, Tensor]:
-    return {"frequencies": spectrum.frequencies, "log_amplitudes": spectrum.log_amplitudes}
 
 
 def _new_figure(size: tuple[float, float], title: str, dpi: int = 120) -> Figure:

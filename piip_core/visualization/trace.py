@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,20 +15,15 @@ from ..errors import ConfigError, UserError
 from ..interaction import DeformableCrossAttention, Interaction
 from ..ops import make_reference_points
 from ..pyramid import PIIP
-from .attention import AttentionRow, attention_row, watch_attention
+from .attention import AttentionRow, AttentionWatch, attention_row
 from .scene import Cells, Scene
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Amplitudes of a feature map over spatial frequency, averaged over channels and relative to frequency 0."""
-
-    frequencies: Tensor  # (N,), in units of the map's own highest, half a cycle per cell (the "pi" of plots)
-    log_amplitudes: Tensor  # (N,), natural logarithm of the amplitude at each of them over that at 0
-
-
-def feature_spectrum(features: Tensor) -> Spectrum:
+def feature_spectrum(features: Tensor) -> Tensor:
     """Fourier spectrum of a map (H, W, C) of at least 2 x 2 cells (paper Figure 9).
+
+    It is the natural logarithm of the amplitude over that at frequency 0, float64, at equal steps of the frequency from
+    0 to the map's own highest, half a cycle per cell (the "pi" of plots).
 
     Each channel is scaled to the same total power, so that a few loud channels do not stand for all. Amplitudes are
     root mean squares over channels and rings of equal frequency: noise without structure is flat.
@@ -45,7 +40,7 @@ def feature_spectrum(features: Tensor) -> Spectrum:
     ring = torch.round((y[:, None].square() + x.square()).sqrt() * highest).long().flatten()
     means = torch.bincount(ring, weights=power.flatten()) / torch.bincount(ring).clamp(min=1)
     curve = means[: highest + 1].clamp(min=floor)  # beyond, only the corners of the square contribute
-    return Spectrum(torch.arange(highest + 1, dtype=torch.float64) / highest, 0.5 * (curve / curve[0]).log())
+    return 0.5 * (curve / curve[0]).log()
 
 
 @dataclass(frozen=True)
@@ -79,10 +74,9 @@ class Trace:
 
     interaction: int | None  # the one looked into, from 0
     views: list[BlockView]  # of the chosen block of each branch
-    depth: list[list[Spectrum]]  # after every block of each branch
-    cells: list[Cells] = field(default_factory=list)  # around the interaction, or after the last block
-    before: list[Spectrum] = field(default_factory=list)  # of each branch's features before the interaction
-    after: list[Spectrum] = field(default_factory=list)
+    depth: list[list[Tensor]]  # spectra after every block of each branch
+    before: list[Tensor] = field(default_factory=list)  # spectrum of each branch before the interaction
+    after: list[Tensor] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)  # per direction of each unit, in the order they run
 
 
@@ -119,7 +113,6 @@ def trace_pyramid(
     *,
     blocks: Sequence[int] | None = None,
     interaction: int | None = None,
-    progress: Callable[[], None] = lambda: None,
 ) -> Trace:
     """Runs a pyramid, which is in evaluation mode, on an image and looks inside.
 
@@ -128,7 +121,6 @@ def trace_pyramid(
         scene: The image and the query.
         blocks: Indices from 0 of the blocks to look into, one for all branches or one per branch; None: in the middle.
         interaction: Index from 0; None for the middle one.
-        progress: Called after every block.
 
     Raises:
         UserError: If a block or the interaction does not exist.
@@ -139,47 +131,34 @@ def trace_pyramid(
     elif not 0 <= interaction < count:
         expected = f"an index from 0 to {count - 1}" if count else "none: a single branch has no interactions"
         raise UserError(f"interaction {interaction}: the model has {count} interactions; expected {expected}")
-    branches = pyramid.branches
-    trace = Trace(interaction, views=[None] * len(branches), depth=[[] for _ in branches], cells=[None] * len(branches))
+    trace = Trace(interaction, views=[None] * len(pyramid.branches), depth=[[] for _ in pyramid.branches])
     with ExitStack() as stack:
         for index, chosen in enumerate(_choose_blocks(pyramid, blocks)):
-            _observe_blocks(stack, trace, scene, pyramid, index, chosen, progress)
+            _observe_blocks(stack, trace, scene, pyramid, index, chosen)
         if interaction is not None:
             _observe_interaction(stack, trace, scene, pyramid)
         pyramid(scene.pixel_values.to(next(pyramid.parameters()).device))
     return trace
 
 
-def _observe_blocks(
-    stack: ExitStack,
-    trace: Trace,
-    scene: Scene,
-    pyramid: PIIP,
-    index: int,
-    chosen: int,
-    progress: Callable[[], None],
-) -> None:
+def _observe_blocks(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP, index: int, chosen: int) -> None:
     """Writes down what one branch has after each block, and where the chosen block looks, until the stack is closed."""
     branch = pyramid.branches[index]
     original = branch.run_block
 
     def run_block(state: BranchState, block: int) -> BranchState:
-        with watch_attention(branch) if block == chosen else nullcontext([]) as calls:
+        with AttentionWatch() as watch:
             after = original(state, block)
         cells = _cells(pyramid, index, after.tokens, branch.strides[block])
         if block == chosen:
-            if len(calls) > 1:
-                raise NotImplementedError(f"block {block} of branch {index + 1} calls attention {len(calls)} times")
-            cell, window, attention = cells.at(*scene.query), branch.config.window_sizes[block], None
-            if calls:
+            cell, window = cells.at(*scene.query), branch.config.window_sizes[block]
+            call, attention = watch.only_call(branch), None
+            if call is not None:
                 prefix = 0 if state.prefix is None else state.prefix.shape[1]
-                attention = attention_row(calls[0], tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
+                attention = attention_row(call, tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
             energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
             trace.views[index] = BlockView(index + 1, block, cells, cell, window, attention, energy)
-        if trace.interaction is None:
-            trace.cells[index] = cells
         trace.depth[index].append(_spectrum(scene, cells, after.tokens))
-        progress()
         return after
 
     # A block is a method and not always a module, so there is nothing to hang a forward hook on
@@ -193,9 +172,8 @@ def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: 
     strides = pyramid.config.strides_after(trace.interaction)
 
     def compare(module: nn.Module, inputs: tuple[Sequence[Tensor]], outputs: Sequence[Tensor]) -> None:
-        trace.cells = [_cells(pyramid, i, tokens, strides[i]) for i, tokens in enumerate(outputs)]
         for maps, spectra in ((inputs[0], trace.before), (outputs, trace.after)):
-            spectra += [_spectrum(scene, cells, tokens) for cells, tokens in zip(trace.cells, maps, strict=True)]
+            spectra += [_spectrum(scene, _cells(pyramid, i, x, strides[i]), x) for i, x in enumerate(maps)]
 
     def read(reader: int, source: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         query, value = inputs[:2]
@@ -221,7 +199,7 @@ def _cells(pyramid: PIIP, index: int, tokens: Tensor, stride: int) -> Cells:
     return Cells(*tokens.shape[1:3], (size, size))
 
 
-def _spectrum(scene: Scene, cells: Cells, tokens: Tensor) -> Spectrum:
+def _spectrum(scene: Scene, cells: Cells, tokens: Tensor) -> Tensor:
     rows, columns = cells.inside(*scene.size)
     return feature_spectrum(tokens[0, :rows, :columns])
 
@@ -234,6 +212,6 @@ def _read(attention: nn.Module, query: Tensor, value: Tensor, cell: tuple[int, i
         reference = make_reference_points(*query.shape[1:3], device=query.device)[:, index : index + 1]
         locations, weights = attention.sampling(query[:, row, column, None], reference, [tuple(value.shape[1:3])])
         return locations[0, 0, :, 0], weights[0, 0, :, 0]
-    with watch_attention(attention) as calls:
+    with AttentionWatch() as watch:
         attention.forward(query, value)  # once more, without hooks
-    return None, calls[0].weights(0, row * query.shape[2] + column).unflatten(1, value.shape[1:3])
+    return None, watch.calls[0].weights(0, row * query.shape[2] + column).unflatten(1, value.shape[1:3])

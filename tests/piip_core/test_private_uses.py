@@ -13,7 +13,6 @@ from torch import nn
 from piip_core.branches.timm_model import embed_positions
 from piip_core.integrations.timm.piip import remember_argument
 from piip_core.ops.reference import _grid_sample_backward
-from piip_core.visualization.attention import watch_attention
 from piip_tools.memory import AliveStorages
 from piip_tools.memory.dry_run import _fake_tensors
 
@@ -79,16 +78,6 @@ def test_timm_model_args(tmp_path):
     save_for_hf(model, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_args"]["published"] is True, "timm does not store model._model_args"
-
-
-def test_timm_fused_attn():
-    """`fused_attn` of timm's layers, in piip_core/visualization/attention.py."""
-    layer = timm.layers.Attention(8, num_heads=2)
-    layer.fused_attn = False
-    with watch_attention(layer) as calls:
-        layer(torch.zeros(1, 4, 8))
-    assert len(calls) == 1, "fused_attn does not choose timm's path any more"
-    assert layer.fused_attn is False
 
 
 def test_transformers_initialised_flag():

@@ -46,7 +46,7 @@ def test_published_model(tool, tiny_zoo, photo, tmp_path, capsys):
     # the largest image of 128 pixels goes with a short side of 128 * 800 // 1333 = 76, so 80 x 60 becomes 101 x 76
     assert (facts["resized_to"], facts["padded_to"]) == ([76, 101], [96, 128])
     assert (facts["model"], facts["query"]) == ("tiny (random weights)", [10, 50])
-    assert [entry["block"] for entry in facts["attention"]] == [0, 1]
+    assert [entry["block"] for entry in facts["views"]] == [0, 1]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*facts["files"], "visualization.json"}
     assert "attention.png" in capsys.readouterr().out
 
@@ -59,10 +59,10 @@ def test_weights_are_those_of_the_file(tool, tiny_zoo, photo, tmp_path):
     write_checkpoint(tmp_path / "model.pth", model.state_dict())
     arguments = ("--model", "x", "--image", photo, "--interaction", "1", "--weights", str(tmp_path / "model.pth"))
     facts = run(tool, tmp_path / "out", *arguments)
-    reading = facts["sampling"][0]
+    reading = facts["readings"][0]
     assert facts["model"] == "tiny" and (reading["reader"], reading["source"]) == (1, 2)
     # two cells of 16 pixels to the right and down
-    np.testing.assert_allclose(np.array(reading["points"]) - reading["reference"], 32, atol=1e-3)
+    np.testing.assert_allclose(np.array(reading["points"]) - reading["at"], 32, atol=1e-3)
 
 
 @pytest.mark.parametrize(

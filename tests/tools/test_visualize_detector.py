@@ -64,7 +64,7 @@ def test_files(tool, checkpoint, original, tmp_path):
     tool.main([*arguments, "--output", str(tmp_path / "out"), "--device", "cpu", "--opts", *OVERRIDES])
     facts = json.loads((tmp_path / "out" / "visualization.json").read_text())
     assert (facts["resized_to"], facts["padded_to"], facts["query"]) == ([125, 192], [128, 192], [115, 75])
-    assert facts["attention"][1]["seen_cells"] == [0, 9, 9, 18]
+    assert facts["views"][1]["attention"]["window"] == [0, 9, 9, 18]
 
 
 def test_own_transform_is_the_published_one(original):

@@ -26,12 +26,10 @@ def assert_as_in_float64(function, reference, inputs, dtype):
         assert (ours.double() - theirs).abs().max() <= TOLERANCE[dtype] * theirs.abs().max()
 
 
-@pytest.mark.parametrize("chunk", [1, 1 << 22])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_deconvolution_and_its_gradients(monkeypatch, dtype, factor, channels_last, chunk):
-    monkeypatch.setattr("piip_core.ops.deconvolution._CHUNK", chunk)
+def test_deconvolution_and_its_gradients(dtype, factor, channels_last):
     layer = Deconvolution(6, 5, factor)
     image = torch.randn(2, 6, 3, 4)
     image = image.contiguous(memory_format=torch.channels_last) if channels_last else image

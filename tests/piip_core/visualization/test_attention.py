@@ -8,6 +8,7 @@ import torch
 
 from piip_core import BranchConfig, InteractionConfig, PIIPConfig
 from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig, ViTConfig
+from piip_core.errors import UserError
 from piip_core.pyramid import PIIP, resize_for_branch
 from piip_core.visualization import trace_pyramid
 
@@ -126,13 +127,11 @@ def test_class_token_takes_its_share(randomize, make_scene):
     torch.testing.assert_close(row.weights.flatten(1), weights[:, 1:], rtol=0, atol=1e-6)
 
 
-def test_unfused_attention_is_seen_and_left_unfused(randomize, make_scene):
-    scene, pyramid = make_scene(), single(NETWORKS["vit"], randomize)
-    fused = trace_pyramid(pyramid, scene).views[0].attention
-    attention = pyramid.branches[0].model.blocks[1].attn
-    attention.fused_attn = False
-    torch.testing.assert_close(trace_pyramid(pyramid, scene).views[0].attention.weights, fused.weights)
-    assert attention.fused_attn is False
+def test_unfused_attention_is_refused(randomize, make_scene):
+    pyramid = single(NETWORKS["vit"], randomize)
+    pyramid.branches[0].model.blocks[1].attn.fused_attn = False
+    with pytest.raises(UserError, match="unset TIMM_FUSED_ATTN"):
+        trace_pyramid(pyramid, make_scene())
 
 
 def test_looking_changes_nothing(tiny_model, make_scene):

@@ -25,12 +25,13 @@ def test_files_and_what_they_say(tiny_model, make_scene, tmp_path):
     facts = json.loads(files[3].read_text())
     assert facts["files"] == ["attention.png", "sampling.png", "spectra.png"]
     assert (facts["image_size"], facts["padded_to"], facts["query"]) == ([96, 128], [96, 128], [70, 50])
-    assert [entry["block"] for entry in facts["attention"]] == [1, 0, 1]
-    assert [entry["map_size"] for entry in facts["attention"]] == [[3, 4], [4, 6], [6, 8]]
-    assert [entry["query_cell"] for entry in facts["attention"]] == [[1, 2], [2, 3], [3, 4]]
-    assert (facts["attention"][2]["window"], facts["attention"][2]["seen_cells"]) == (3, [3, 3, 6, 6])
-    assert np.array(facts["sampling"][0]["points"]).shape == (4, 4, 2)
-    assert len(facts["spectra"]["before"]) == len(facts["spectra"]["after"]) == 3
+    views, readings = facts["views"], facts["readings"]
+    assert [view["block"] for view in views] == [1, 0, 1]
+    assert [(view["cells"]["rows"], view["cells"]["columns"]) for view in views] == [(3, 4), (4, 6), (6, 8)]
+    assert [view["cell"] for view in views] == [[1, 2], [2, 3], [3, 4]]
+    assert (views[2]["window"], views[2]["attention"]["window"]) == (3, [3, 3, 6, 6])
+    assert np.array(readings[0]["points"]).shape == (4, 4, 2)
+    assert len(facts["before"]) == len(facts["after"]) == 3
 
 
 def test_outside_of_the_window_it_is_dark(tiny_model, make_scene):
