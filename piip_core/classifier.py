@@ -34,22 +34,34 @@ def with_pooling(config: ClassifierConfig, global_pool: str) -> ClassifierConfig
 
 
 def feature_maps(config: PIIPConfig) -> list[dict[str, Any]]:
-    """The final map of every branch, from the finest to the coarsest, as timm describes the features of a model.
+    """All maps of a pyramid, from the finest to the coarsest, as timm describes the features of a model.
+
+    For branches of one stride each, as ViTs are, that is branch by branch, the one with the largest image first, and
+    inside a branch from its first interaction to its end.
 
     Returns:
         For each map timm's `num_chs`, `reduction` (a fraction where the branch shrinks the image by one) and `module`;
-        and the number of its `branch`, from 1.
+        the number of its `branch`, from 1; after which `interaction` it is, from 0, None for after the blocks that
+        follow the last one; and whether it is the `final` one of its branch.
     """
     found = []
     for number, branch in sorted(enumerate(config.branches, 1), key=lambda pair: -pair[1].image_size):
-        reduction = branch.network.strides[-1] * config.image_size / branch.image_size
-        info = {
-            "num_chs": branch.network.dims[-1],
-            "reduction": int(reduction) if reduction.is_integer() else reduction,
-            "module": f"{_PYRAMID}branches.{number - 1}",
-            "branch": number,
-        }
-        found.append(info)
+        segments = config.segments(number)
+        points: list[int | None] = list(range(config.num_interactions))
+        if not segments or segments[-1][1] + 1 < branch.network.depth:
+            points.append(None)
+        for point in points:
+            reduction = config.strides_after(point)[number - 1] * config.image_size / branch.image_size
+            module = f"branches.{number - 1}" if point is None else f"interactions.{point}"
+            info = {
+                "num_chs": config.dims_after(point)[number - 1],
+                "reduction": int(reduction) if reduction.is_integer() else reduction,
+                "module": _PYRAMID + module,
+                "branch": number,
+                "interaction": point,
+                "final": point == points[-1],
+            }
+            found.append(info)
     return sorted(found, key=lambda info: info["reduction"])
 
 
@@ -102,17 +114,26 @@ class PIIPClassifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifiers by new ones; 0 classes: by none, so that `forward` gives pooled features.
 
+        With `global_pool` the heads read something else from now on, as in `with_pooling`. Class tokens never see an
+        interaction after the last blocks, so it goes, and comes (new) with other poolings.
+
         Raises:
-            ConfigError: If `global_pool` is not what the heads read: interactions depend on that, so it is chosen when
-                the model is built.
+            ConfigError: If `global_pool` is unknown, or not possible for the branches or the head.
         """
-        fits = global_pool in (None, self.global_pool)
-        check(fits, "global_pool", global_pool, f"{self.global_pool!r}: build a new model to read something else")
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        config = self.config if global_pool is None else with_pooling(self.config, global_pool)
+        self.config = dataclasses.replace(config, num_classes=num_classes)
         self.num_classes = num_classes
         self.head.reset_classifier(num_classes)
+        self._adopt(self.get_classifier())
+        if global_pool is not None:
+            self.pyramid.set_interactions(_pyramid_of(self.config))
+            self._adopt(self.pyramid.interactions)
+            self.feature_info = feature_maps(self.pyramid.config)
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Brings a new part to the device, dtype and mode of the model."""
         parameter = next(self.pyramid.branches.parameters())
-        self.head.to(parameter.device, parameter.dtype).train(self.training)
+        module.to(parameter.device, parameter.dtype).train(self.training)
 
     @property
     def global_pool(self) -> str:
@@ -130,32 +151,40 @@ class PIIPClassifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | list[tuple[Tensor, Tensor | None]] | tuple[list[BranchState], list[Any]]:
-        """Final states as from `forward_features`, and the maps of the branches.
+        """Final states as from `forward_features` (with `stop_early`, where it ended), and maps on the way there.
 
         Args:
             x: Image (B, 3, H, W).
             indices: Which of `feature_info`, in that order; the last n for an integer; None for all.
             return_prefix_tokens: Give pairs of a map and its class tokens (B, P, C), None for a branch without any.
             norm: Apply the norm before the head of the map's branch.
-            stop_early: No effect: all branches run to their ends together.
+            stop_early: End after the last interaction that is needed.
             output_fmt: "NCHW", "NHWC", "NCL" or "NLC".
-            intermediates_only: Leave out the final states.
+            intermediates_only: Leave out the final states, and end after the last interaction that is needed.
 
         Raises:
-            ConfigError: If there is no such map, or `norm` is asked of a merged head.
+            ConfigError: If there is no such map, or `norm` does not fit it.
         """
-        wanted = [self.feature_info[i]["branch"] for i in _resolve_indices(len(self.feature_info), indices)]
-        separate = self.config.head == "separate"
-        check(separate or not norm, "norm", norm, "False: a merged head has no norm of a single branch")
-        states, maps = self.forward_features(x), []
-        for number in wanted:
-            tokens, prefix, _ = states[number - 1]
-            if norm:
-                normalise = self.head.norms[str(number)]
-                tokens, prefix = normalise(tokens), None if prefix is None else normalise(prefix)
-            fitted = nchw_to(tokens.permute(0, 3, 1, 2).contiguous(), Format(output_fmt))
+        wanted = [self.feature_info[i] for i in _resolve_indices(len(self.feature_info), indices)]
+        norms = [self._norm_of(info) if norm else nn.Identity() for info in wanted]
+        points = {info["interaction"] for info in wanted}
+        early = (stop_early or intermediates_only) and None not in points
+        final, found = self.pyramid.forward_states(x, points - {None}, stop_early=early)
+        maps = []
+        for info, normalise in zip(wanted, norms, strict=True):
+            states = final if info["interaction"] is None else found[info["interaction"]]
+            tokens, prefix, _ = states[info["branch"] - 1]
+            fitted = nchw_to(normalise(tokens).permute(0, 3, 1, 2).contiguous(), Format(output_fmt))
+            prefix = None if prefix is None else normalise(prefix)
             maps.append((fitted, prefix) if return_prefix_tokens else fitted)
-        return maps if intermediates_only else (states, maps)
+        return maps if intermediates_only else (final, maps)
+
+    def _norm_of(self, info: dict[str, Any]) -> nn.Module:
+        check(self.config.head == "separate", "norm", True, "False: a merged head has no norm of a single branch")
+        number, dim = info["branch"], info["num_chs"]
+        width = self.pyramid.dims[number - 1]
+        check(dim == width, "norm", True, f"False for a map of {dim} channels: the norm has {width}")
+        return self.head.norms[str(number)]
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

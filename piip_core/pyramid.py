@@ -46,18 +46,27 @@ class PIIP(nn.Module):
 
     def __init__(self, config: PIIPConfig) -> None:
         super().__init__()
-        self.config = config
         self.branches = nn.ModuleList(build_branch(branch) for branch in config.branches)
         self.factors = [branch.image_size / config.image_size for branch in config.branches]
-        numbers = range(1, len(self.branches) + 1)
-        self.segments = [config.segments(number) for number in numbers]
-        self.interactions = nn.ModuleList(
-            Interaction(config.dims_after(k), config.interaction.graph(k, len(numbers)), config.interaction)
-            for k in range(config.num_interactions)
-        )
+        self.interactions = nn.ModuleList()
+        self.set_interactions(config)
         self.dims = [branch.dims[-1] for branch in self.branches]
         self.strides = [branch.strides[-1] for branch in self.branches]
         self.grad_checkpointing = False
+
+    def set_interactions(self, config: PIIPConfig) -> None:
+        """Takes a configuration with other segments and fewer or more interactions after the same first ones.
+
+        New ones pass features on unchanged until they are trained.
+        """
+        self.config = config
+        self.segments = [config.segments(number) for number in range(1, len(self.branches) + 1)]
+        kept = self.interactions[: config.num_interactions]
+        new = (
+            Interaction(config.dims_after(k), config.interaction.graph(k, len(self.branches)), config.interaction)
+            for k in range(len(kept), config.num_interactions)
+        )
+        self.interactions = nn.ModuleList([*kept, *new])
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Final map of every branch, (B, C_i, H_i, W_i), for an image (B, 3, H, W) at the largest resolution."""
@@ -74,9 +83,12 @@ class PIIP(nn.Module):
         return _to_maps(states), {k: _to_maps(found) for k, found in intermediates.items()}
 
     def forward_states(
-        self, image: Tensor, after: Collection[int] = ()
+        self, image: Tensor, after: Collection[int] = (), *, stop_early: bool = False
     ) -> tuple[list[BranchState], dict[int, list[BranchState]]]:
-        """As `forward_intermediates`, with what maps leave out: class tokens. Token maps are channels last."""
+        """As `forward_intermediates`, with what maps leave out: class tokens. Token maps are channels last.
+
+        With `stop_early` it ends after the last interaction asked for.
+        """
         states = [
             branch.embed(resize_for_branch(image, factor))
             for branch, factor in zip(self.branches, self.factors, strict=True)
@@ -91,6 +103,8 @@ class PIIP(nn.Module):
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
                 intermediates[k] = states
+            if stop_early and k == max(after, default=None):
+                return states, intermediates
         done = [segments[-1][1] + 1 if segments else 0 for segments in self.segments]
         final = [
             branch.run(state, start, branch.num_blocks)

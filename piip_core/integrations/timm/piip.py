@@ -18,9 +18,10 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ... import zoo
+from ...branches import ViTConfig
 from ...checkpoints import from_published, load_pretrained
-from ...classifier import PIIPClassifier, with_pooling
-from ...config import ClassifierConfig, PIIPConfig
+from ...classifier import PIIPClassifier, feature_maps, with_pooling
+from ...config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
 from ...errors import CheckpointError, check
 
 # Where a released file has the weights that a tag names
@@ -100,13 +101,14 @@ def create_classifier(
     config = MODELS[name].published if published else MODELS[name].training
     if kwargs.get("features_only") and config.head == "separate":
         kwargs.setdefault("global_pool", "avg")  # with the last interaction, which class tokens would not need
+    final = tuple(i for i, info in enumerate(feature_maps(config.pyramid)) if info["final"])
     try:
         model = build_model_with_cfg(
             partial(_build, config, pretrained_branches and not pretrained),
             name,
             pretrained,
             pretrained_filter_fn=convert_weights,
-            feature_cfg={"out_indices": tuple(range(len(config.pyramid.branches))), "feature_cls": "getter"},
+            feature_cfg={"out_indices": final, "feature_cls": "getter"},
             **kwargs,
         )
     except pickle.UnpicklingError as error:
@@ -217,5 +219,29 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     return create
 
 
+def _tiny() -> ClassifierConfig:
+    """Three branches of 4, 2 and 2 blocks: `piip_test`, for tests, as timm has test models."""
+    sizes = ((48, 4, 4, 32), (32, 2, 4, 48), (16, 2, 2, 96))
+    branches = (
+        BranchConfig(
+            network=ViTConfig(
+                embed_dim=dim,
+                depth=depth,
+                num_heads=heads,
+                patch_size=8,
+                pos_grid=side // 8,
+                layer_scale=None,
+                class_token=True,
+                class_position=True,
+            ),
+            image_size=side,
+        )
+        for dim, depth, heads, side in sizes
+    )
+    interaction = InteractionConfig(num_interactions=2, num_heads=4)
+    return ClassifierConfig(pyramid=PIIPConfig(branches=tuple(branches), interaction=interaction, merging=None))
+
+
 for _entry in zoo.classification_entries():
     register_classifier(_entry.name, _entry.training_config, published=_entry.config, url=_entry.checkpoint_url)
+register_classifier("piip_test", _tiny())

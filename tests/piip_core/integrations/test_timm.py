@@ -20,16 +20,7 @@ from timm.utils import ModelEmaV3
 
 from checkers import find_cases
 from checkers.public_config import classifier_from_public
-from piip_core import (
-    BranchConfig,
-    ClassifierConfig,
-    ConvNeXtConfig,
-    InteractionConfig,
-    PIIPClassifier,
-    PIIPConfig,
-    ViTConfig,
-    zoo,
-)
+from piip_core import BranchConfig, ConvNeXtConfig, InteractionConfig, PIIPClassifier, zoo
 from piip_core.checkpoints import our_names, to_published
 from piip_core.classifier import feature_maps
 from piip_core.errors import CheckpointError, ConfigError
@@ -40,34 +31,6 @@ from piip_core.pyramid import resize_for_branch
 
 SIDE = 96
 GOLDENS = Path(__file__).parents[2] / "data" / "goldens"
-
-
-def small_classifier() -> ClassifierConfig:
-    """Three branches of 4, 2 and 2 blocks."""
-    branches = tuple(
-        BranchConfig(
-            network=ViTConfig(
-                embed_dim=dim,
-                depth=depth,
-                num_heads=heads,
-                patch_size=8,
-                pos_grid=side // 8,
-                layer_scale=None,
-                class_token=True,
-                class_position=True,
-            ),
-            image_size=side,
-        )
-        for dim, depth, heads, side in ((48, 4, 4, 32), (32, 2, 4, 48), (16, 2, 2, 96))
-    )
-    interaction = InteractionConfig(num_interactions=2, num_heads=4)
-    return ClassifierConfig(pyramid=PIIPConfig(branches=branches, interaction=interaction, merging=None))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    """`piip_test`, for the tests of this file."""
-    register_classifier("piip_test", small_classifier())
 
 
 @pytest.fixture
@@ -121,27 +84,39 @@ def test_fresh_classifier_is_the_mean_of_plain_networks(pool, image, randomize):
 
 
 def test_intermediates_are_the_maps_of_the_pyramid(model, image):
-    final = model.pyramid(image)
+    final, found = model.pyramid.forward_intermediates(image, range(len(model.pyramid.interactions)))
     states, maps = model.forward_intermediates(image)
-    assert [info["branch"] for info in model.feature_info] == [3, 2, 1]
+    assert len(maps) == len(model.feature_info) == 6
     for info, x in zip(model.feature_info, maps, strict=True):
-        torch.testing.assert_close(x, final[info["branch"] - 1], rtol=0, atol=0)
+        expected = (final if info["interaction"] is None else found[info["interaction"]])[info["branch"] - 1]
+        torch.testing.assert_close(x, expected, rtol=0, atol=0)
         assert x.shape == (2, info["num_chs"], SIDE / info["reduction"], SIDE / info["reduction"])
         assert info["module"] in dict(model.named_modules())
     torch.testing.assert_close(model.forward_head(states), model(image), rtol=0, atol=0)
     last = model.forward_intermediates(image, 1, intermediates_only=True, output_fmt="NLC")
     torch.testing.assert_close(last[0], maps[-1].flatten(2).mT, rtol=0, atol=0)
-    with pytest.raises(ConfigError, match=r"indices=\[3\]: expected indices from -3 to 2"):
-        model.forward_intermediates(image, [3])
 
 
 def test_norms_and_class_tokens_of_intermediates_are_what_heads_read(model, image):
-    options = {"norm": True, "return_prefix_tokens": True, "intermediates_only": True}
+    final = [i for i, info in enumerate(model.feature_info) if info["final"]]
+    options = {"indices": final, "norm": True, "return_prefix_tokens": True, "intermediates_only": True}
     pairs = model.forward_intermediates(image, **options)
-    tokens = {info["branch"]: pair[1] for info, pair in zip(model.feature_info, pairs, strict=True)}
+    tokens = {model.feature_info[i]["branch"]: pair[1] for i, pair in zip(final, pairs, strict=True)}
     logits = [model.head.classifiers[str(number)](tokens[number][:, 0]) for number in (1, 2, 3)]
     torch.testing.assert_close(torch.stack(logits).mean(0), model(image))
     assert [pair[0].shape[1] for pair in pairs] == [16, 32, 48]
+
+
+def test_stopping_early_skips_what_follows(model, image):
+    calls = []
+    for branch in model.pyramid.branches:
+        branch.model.blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+    _, whole = model.forward_intermediates(image, [0])
+    assert len(calls) == 3
+    _, early = model.forward_intermediates(image, [0], stop_early=True)
+    alone = model.forward_intermediates(image, [0], intermediates_only=True)
+    assert len(calls) == 3
+    torch.testing.assert_close((early, alone), (whole, whole), rtol=0, atol=0)
 
 
 def test_features_only_gives_a_pyramid(image):
@@ -157,7 +132,7 @@ def test_features_only_gives_a_pyramid(image):
 
 
 def test_a_pyramid_of_your_own_with_a_convnext(image, randomize):
-    """Registered by its configuration; its maps are sorted by stride."""
+    """Registered by its configuration; its maps of several strides are sorted."""
     config = integration.MODELS["piip_test"].training
     network = ConvNeXtConfig(depths=(1, 1, 1, 1), stage_dims=(8, 16, 24, 32))
     convnext = BranchConfig(network=network, image_size=SIDE, segments=((0, 0), (1, 2), (3, 4), (5, 6)))
@@ -173,10 +148,10 @@ def test_a_pyramid_of_your_own_with_a_convnext(image, randomize):
         register_classifier("piip_test_convnext", config)
     torch.manual_seed(0)
     whole = randomize(timm.create_model("piip_test_convnext")).eval()
-    features = timm.create_model("piip_test_convnext", features_only=True, out_indices=(1,)).eval()
-    assert features.feature_info.reduction() == [32]
+    features = timm.create_model("piip_test_convnext", features_only=True, out_indices=(0, 1, 2)).eval()
+    assert features.feature_info.reduction() == [4, 8, 16]
     features.model.load_state_dict(whole.state_dict(), strict=False)
-    expected = whole.forward_intermediates(image, (1,), intermediates_only=True)
+    expected = whole.forward_intermediates(image, (0, 1, 2), intermediates_only=True)
     torch.testing.assert_close(features(image), expected, rtol=0, atol=0)
 
 
@@ -184,7 +159,7 @@ def test_a_pyramid_of_your_own_with_a_convnext(image, randomize):
 def test_maps_of_every_zoo_model_are_in_the_order_that_timm_wants(entry):
     found = feature_maps(entry.config)
     FeatureInfo(found, out_indices=1)  # asserts
-    assert sorted(info["branch"] for info in found) == list(range(1, len(entry.config.branches) + 1))
+    assert sorted(info["branch"] for info in found if info["final"]) == list(range(1, len(entry.config.branches) + 1))
 
 
 def test_layer_decay_and_weight_decay_of_timms_optimizers(model):
@@ -233,19 +208,21 @@ def test_training_with_timms_parts_learns(image):
     assert F.cross_entropy(ema(image), target) < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize(("pool", "interactions"), [("avg", 2), ("token", 1), ("first_patch", 2)])
-def test_pooling_is_chosen_when_the_model_is_built(pool, interactions, image):
-    """Class tokens never see an interaction after the last blocks, which is left out for them."""
-    model = timm.create_model("piip_test", num_classes=5, global_pool=pool).eval()
-    model.reset_classifier(3, pool)
-    assert (model.global_pool, model.num_classes, len(model.pyramid.interactions)) == (pool, 3, interactions)
-    again = PIIPClassifier(model.config).eval()
-    again.load_state_dict(model.state_dict())
-    torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match=f"global_pool='max': expected '{pool}': build a new model"):
+@pytest.mark.parametrize("published", [False, True])
+def test_pooling_can_change_and_the_configuration_follows(published, image, randomize):
+    model = timm.create_model("piip_test", num_classes=5, published=published).eval()
+    randomize(model.pyramid.branches)
+    for pool, interactions in (("avg", 2), ("token", 1), ("first_patch", 2), ("token", 1)):
+        model.reset_classifier(3, pool)
+        assert (model.global_pool, model.num_classes, len(model.pyramid.interactions)) == (pool, 3, interactions)
+        again = PIIPClassifier(model.config).eval()
+        again.load_state_dict(model.state_dict())
+        torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="global_pool='max'"):
         model.reset_classifier(3, "max")
-    with pytest.raises(ConfigError, match="global_pool='max': expected one of"):
-        timm.create_model("piip_test", global_pool="max")
+    merged = dataclasses.replace(model.config, head="merged", num_groups=16)
+    with pytest.raises(ConfigError, match="a merged head averages"):
+        PIIPClassifier(merged).reset_classifier(3, "token")
 
 
 def test_checkpoints_come_back(model, image, tmp_path):

@@ -13,9 +13,9 @@ from piip_core.integrations.timm import __main__ as runner
 def test_scripts_run_with_the_models_registered(monkeypatch, tmp_path, capsys):
     script = tmp_path / "script.py"
     script.write_text("import sys, timm\nprint(__name__, sys.argv[1:], timm.is_model('piip_tsb_368_192_128'))\n")
-    monkeypatch.setattr(sys, "argv", ["timm", str(script), "--model", "piip_tsb_368_192_128"])
+    monkeypatch.setattr(sys, "argv", ["timm", str(script), "--model", "piip_test"])
     runner.main()
-    assert capsys.readouterr().out == "__main__ ['--model', 'piip_tsb_368_192_128'] True\n"
+    assert capsys.readouterr().out == "__main__ ['--model', 'piip_test'] True\n"
     monkeypatch.setattr(sys, "argv", ["timm", str(tmp_path / "train.py")])
     with pytest.raises(SystemExit, match="no such file; expected a script"):
         runner.main()
