@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 from piip_core.errors import ConfigError, UserError
 from piip_core.files import write_atomically
-from piip_tools import planner
+from piip_tools.planner.candidates import Budget, Candidate, nearest_published, parse_budget, parse_count
+from piip_tools.planner.measuring import measure, search
+from piip_tools.planner.proposals import RULES, Measured, Proposal, baseline_for, propose
 from piip_tools.timing import describe_machine, device_argument
 
 
@@ -62,47 +64,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_proposals(
-    args: argparse.Namespace, budget: planner.Budget | None, max_params: int | None
-) -> tuple[list[planner.Proposal], float | None]:
+    args: argparse.Namespace, budget: Budget | None, max_params: int | None
+) -> tuple[list[Proposal], float | None]:
     """The best proposals, and the budget in FLOPs if there is one."""
     limits = {"params_limit": max_params, "models": args.models}
     if budget is None or budget.kind == "flops":
         flops_limit = budget and budget.limit
-        return planner.propose(args.branches, flops_limit=flops_limit, **limits)[: args.top], flops_limit
+        return propose(args.branches, flops_limit=flops_limit, **limits)[: args.top], flops_limit
     with tqdm(total=args.runs, unit="run", desc="measuring", disable=None) as progress:
 
-        def run(candidate: planner.Candidate) -> planner.Measured | None:
+        def run(candidate: Candidate) -> Measured | None:
             progress.set_postfix_str(candidate.title)
-            result = planner.measure(candidate, device=args.device, dtype=args.dtype, threads=args.threads)
+            result = measure(candidate, device=args.device, dtype=args.dtype, threads=args.threads)
             progress.update()
             return result
 
-        proposals, flops_limit = planner.search(args.branches, budget, run, runs=args.runs, **limits)
+        proposals, flops_limit = search(args.branches, budget, run, runs=args.runs, **limits)
     return proposals[: args.top], flops_limit
 
 
-def as_text(title: str, proposals: list[planner.Proposal], flops_limit: float | None) -> str:
-    baseline, measured = planner.baseline_for(flops_limit), proposals[0].measured is not None
+def as_text(title: str, proposals: list[Proposal], flops_limit: float | None) -> str:
+    baseline, measured = baseline_for(flops_limit), proposals[0].measured is not None
     header = ["", "models", "images", "#Param", "#FLOPs", "% per branch"]
     header += ["latency", "peak memory"] if measured else []
-    header += [rule.key for rule in planner.RULES] + ["nearest published", "its box AP"]
+    header += [rule.key for rule in RULES] + ["nearest published", "its box AP"]
     table = tabulate(list(map(cells, range(1, 1 + len(proposals)), proposals)), header, "github", disable_numparse=True)
-    rules = [f"- {rule.key}: {rule.text}. {rule.source[0].upper()}{rule.source[1:]}." for rule in planner.RULES]
+    rules = [f"- {rule.key}: {rule.text}. {rule.source[0].upper()}{rule.source[1:]}." for rule in RULES]
     return "\n".join([f"{title}, baseline {baseline.title} {baseline.resolution}", "", table, "", *rules])
 
 
-def cells(number: int, proposal: planner.Proposal) -> list[str]:
-    candidate, near = proposal.candidate, planner.nearest_published(proposal.candidate)
+def cells(number: int, proposal: Proposal) -> list[str]:
+    candidate, near = proposal.candidate, nearest_published(proposal.candidate)
     row = [str(number), candidate.models, "/".join(map(str, candidate.image_sizes))]
     row += [f"{candidate.params / 1e6:.0f}M", f"{candidate.flops / 1e9:.0f}G"]
     row.append("/".join(f"{share:.0%}".rstrip("%") for share in candidate.shares))
     if found := proposal.measured:
-        row += [planner.Budget("latency", found.seconds).text(), planner.Budget("memory", found.peak_bytes).text()]
-    row += ["yes" if rule.key in proposal.met else "-" for rule in planner.RULES]
+        row += [Budget("latency", found.seconds).text(), Budget("memory", found.peak_bytes).text()]
+    row += ["yes" if rule.key in proposal.met else "-" for rule in RULES]
     return row + (["-", "-"] if near is None else [f"{near[0].resolution}, {near[1]:.0f}G", f"{near[2]:.1f}"])
 
 
-def config_text(proposal: planner.Proposal, title: str) -> str:
+def config_text(proposal: Proposal, title: str) -> str:
     """A LazyConfig that trains a proposal like the published Mask R-CNN 1x models, wherever the file lies."""
     c = proposal.candidate
     met = ", ".join(proposal.met) or "none"
@@ -130,7 +132,7 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
 '''
 
 
-def write_picture(proposals: list[planner.Proposal], title: str, path: Path) -> None:
+def write_picture(proposals: list[Proposal], title: str, path: Path) -> None:
     try:
         from piip_tools.planner.drawing import draw_plan
     except ImportError as error:
@@ -143,8 +145,8 @@ def write_picture(proposals: list[planner.Proposal], title: str, path: Path) -> 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        budget = planner.parse_budget(args.budget) if args.budget else None
-        max_params = planner.parse_count(args.max_params) if args.max_params else None
+        budget = parse_budget(args.budget) if args.budget else None
+        max_params = parse_count(args.max_params) if args.max_params else None
         limits = [budget.text()] if budget else []
         limits += [f"{max_params / 1e6:.0f}M parameters"] if max_params else []
         title = f"{args.branches} branches within {' and '.join(limits)}"

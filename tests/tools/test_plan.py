@@ -3,8 +3,8 @@
 import pytest
 
 from piip_core import zoo
-from piip_tools import planner
-from piip_tools.flops import published_count
+from piip_tools.flops.published import published_count
+from piip_tools.planner.proposals import RULES, Measured, propose
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_table(tool, capsys):
         total = published_count(config).total
         assert cells["#FLOPs"] == f"{total.macs / 1e9:.0f}G" and cells["#Param"] == f"{total.params / 1e6:.0f}M"
         assert (cells["nearest published"], cells["its box AP"]) == ("1568/1120/672, 453G", "46.5")
-    for rule in planner.RULES:
+    for rule in RULES:
         assert f"- {rule.key}: {rule.text}" in out
 
 
@@ -34,9 +34,9 @@ def test_measured_budget(tool, capsys, monkeypatch):
 
     def measure(candidate, **machine):
         runs.append(machine)
-        return planner.Measured(seconds=candidate.flops / 100e9, peak_bytes=2_000_000_000)
+        return Measured(seconds=candidate.flops / 100e9, peak_bytes=2_000_000_000)
 
-    monkeypatch.setattr(planner, "measure", measure)
+    monkeypatch.setattr(tool, "measure", measure)
     arguments = ["--budget", "3s", "--branches", "2", "--runs", "3", "--device", "cpu", "--threads", "1"]
     tool.main([*arguments, "--dtype", "bfloat16"])
     out = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_written_config_is_the_proposal(tool, capsys, tmp_path, monkeypatch):
 
     path = tmp_path / "my_pyramid.py"
     tool.main(["--budget", "900G", "--write", str(path), "--choose", "2"])
-    proposal = planner.propose(3, flops_limit=900e9)[1].candidate
+    proposal = propose(3, flops_limit=900e9)[1].candidate
     assert 10 <= len(path.read_text().splitlines()) <= 32
     monkeypatch.chdir(tmp_path)  # the file works wherever it lies
     cfg = load_config("my_pyramid.py", ["model.backbone.bottom_up.config.branches.branch1.drop_path_rate=0.3"])

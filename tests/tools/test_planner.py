@@ -6,20 +6,10 @@ import pytest
 
 from piip_core import zoo
 from piip_core.errors import ConfigError
-from piip_tools.flops import published_count
-from piip_tools.planner import (
-    RULES,
-    Budget,
-    Measured,
-    baseline_for,
-    candidates,
-    measure,
-    nearest_published,
-    parse_budget,
-    parse_count,
-    propose,
-    search,
-)
+from piip_tools.flops.published import published_count
+from piip_tools.planner.candidates import Budget, candidates, nearest_published, parse_budget, parse_count
+from piip_tools.planner.measuring import measure, search
+from piip_tools.planner.proposals import RULES, Measured, baseline_for, propose
 
 TOP = 6
 # printed GFLOPs of the published three-branch rows: models, images, box AP printed

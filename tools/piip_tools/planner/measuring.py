@@ -13,7 +13,7 @@ import torch
 from piip_core.errors import ConfigError
 from piip_core.pyramid import DensePIIP
 
-from ..flops import published_count
+from ..flops.published import published_count
 from ..timing import clock_for, limited_threads, peak_memory
 from .candidates import Budget, Candidate
 from .proposals import Measured, Proposal, allowed, rank
