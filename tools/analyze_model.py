@@ -33,8 +33,10 @@ from piip_core import PIIPClassifier, zoo
 from piip_core.classifier import build_model
 from piip_core.deepspeed_start import BUCKET_SIZE
 from piip_core.meta import on_meta
-from piip_tools.flops import ModelReport, analyze_backbone, analyze_model, model_table, padded_size
-from piip_tools.memory import DryRun, MemoryReport, Setting, backbone_step, estimate_memory, memory_table
+from piip_tools.flops.executed import ModelReport, analyze_backbone, analyze_model, padded_size
+from piip_tools.flops.tables import model_table
+from piip_tools.memory.dry_run import DryRun, backbone_step
+from piip_tools.memory.estimate import MemoryReport, Setting, estimate_memory, memory_table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

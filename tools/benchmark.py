@@ -26,7 +26,7 @@ from piip_core.errors import ConfigError, UserError
 from piip_core.files import write_atomically
 from piip_core.ops import operator_status
 from piip_tools.benchmarks.operators import CASES, DTYPES, measure_operator
-from piip_tools.timing import draw_rows, format_rows
+from piip_tools.timing import describe_machine, device_argument, draw_rows, format_rows
 
 Rows = list[dict[str, Any]]
 
@@ -145,7 +145,7 @@ def parse_args() -> argparse.Namespace:
         add_options(command)
         if name != "chat":
             command.add_argument("--batch", type=int, default=1, help="images")
-        command.add_argument("--device", default="cpu", help="cpu or cuda")
+        command.add_argument("--device", type=device_argument, default="cpu", help="cpu or cuda")
         command.add_argument("--threads", type=int, default=1, help="CPU threads; 1 measures CPU time, more wall time")
         command.add_argument("--repeats", type=int, help="the median of so many is reported")
         command.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
@@ -155,10 +155,6 @@ def parse_args() -> argparse.Namespace:
     for option in ("batch", "threads", "repeats"):
         if getattr(args, option, 1) < 1:
             parser.error(f"--{option} {getattr(args, option)}: expected 1 or more")
-    try:
-        torch.device(args.device)
-    except RuntimeError:
-        parser.error(f"--device {args.device}: expected cpu, cuda or cuda:N")
     if args.command == "train" and "prepared" in args.forms:
         parser.error("--forms prepared is of forward passes: expected the command backbone")
     return args
@@ -170,8 +166,7 @@ def main() -> None:
         rows = args.run(args)
     except UserError as error:
         sys.exit(f"benchmark: {error}")
-    on_gpu = torch.device(args.device).type == "cuda"
-    machine = torch.cuda.get_device_name(args.device) if on_gpu else f"{args.threads} CPU thread(s)"
+    machine = describe_machine(args.device, args.threads)
     note = f"{machine}, medians of {args.repeats}, kernels of the operator: {operator_status.cpu_capability or 'none'}"
     print(f"{note}\n{format_rows(rows)}")
     if args.chart:

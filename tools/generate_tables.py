@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from piip_core import zoo
 from piip_core.files import write_atomically
-from piip_tools import flops
+from piip_tools.flops import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "projects/PIIP/configs"
@@ -30,12 +30,12 @@ READMES = (ROOT / "projects/PIIP/README.md", ROOT / "llava_piip/README.md")
 
 # Name of a block: its models, what counts them, and what makes a table of them and of a function that makes links
 BLOCKS = {
-    "zoo table": (zoo.entries, flops.analyze_zoo, flops.published_tables),
-    "classification table": (zoo.classification_entries, flops.analyze_zoo, flops.classification_table),
+    "zoo table": (zoo.entries, tables.analyze_zoo, tables.published_tables),
+    "classification table": (zoo.classification_entries, tables.analyze_zoo, tables.classification_table),
     "multimodal table": (
         zoo.multimodal_entries,
-        flops.analyze_multimodal,
-        lambda rows, link: flops.multimodal_table(rows),
+        tables.analyze_multimodal,
+        lambda rows, link: tables.multimodal_table(rows),
     ),
 }
 

@@ -26,7 +26,10 @@ from tqdm import tqdm
 
 from piip_core.errors import ConfigError, UserError
 from piip_core.files import write_atomically
-from piip_tools import planner
+from piip_tools.planner.candidates import Budget, Candidate, nearest_published, parse_budget, parse_count
+from piip_tools.planner.measuring import measure, search
+from piip_tools.planner.proposals import RULES, Measured, Proposal, baseline_for, propose
+from piip_tools.timing import describe_machine, device_argument
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +43,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--choose", type=int, default=1, metavar="N", help="which one --write writes (default: 1)")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the published models and the proposals")
     measured = parser.add_argument_group("memory and latency budgets, measured on this machine")
-    measured.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    measured.add_argument("--device", type=device_argument, default=default, help="cpu or cuda")
     measured.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     measured.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     measured.add_argument("--runs", type=int, default=6, metavar="N", help="candidates to measure (default: 6)")
@@ -59,78 +63,53 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class Plan:
-    """The proposals for the command line's budget, with what was measured for them."""
+def find_proposals(
+    args: argparse.Namespace, budget: Budget | None, max_params: int | None
+) -> tuple[list[Proposal], float | None]:
+    """The best proposals, and the budget in FLOPs if there is one."""
+    limits = {"params_limit": max_params, "models": args.models}
+    if budget is None or budget.kind == "flops":
+        flops_limit = budget and budget.limit
+        return propose(args.branches, flops_limit=flops_limit, **limits)[: args.top], flops_limit
+    with tqdm(total=args.runs, unit="run", desc="measuring", disable=None) as progress:
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.budget = planner.parse_budget(args.budget) if args.budget else None
-        self.max_params = planner.parse_count(args.max_params) if args.max_params else None
-        self.branches = args.branches
-        self.measured: dict[planner.Candidate, planner.Measured | None] = {}
-        self.machine: planner.Machine | None = None
-        limits = {"params_limit": self.max_params, "models": args.models}
-        if self.budget is None or self.budget.kind == "flops":
-            self.flops_limit = self.budget and self.budget.limit
-            proposals = planner.propose(args.branches, flops_limit=self.flops_limit, **limits)
-        else:
-            self.machine = planner.Machine(device=args.device, dtype=args.dtype, threads=args.threads)
-            with tqdm(total=args.runs, unit="run", desc="measuring", disable=None) as progress:
+        def run(candidate: Candidate) -> Measured | None:
+            progress.set_postfix_str(candidate.title)
+            result = measure(candidate, device=args.device, dtype=args.dtype, threads=args.threads)
+            progress.update()
+            return result
 
-                def run(candidate: planner.Candidate) -> planner.Measured | None:
-                    progress.set_postfix_str(candidate.title)
-                    result = planner.measure(candidate, self.machine)
-                    progress.update()
-                    return result
-
-                found = planner.search(args.branches, self.budget, run, runs=args.runs, **limits)
-            proposals, self.measured, self.flops_limit = found.proposals, found.measured, found.flops_limit
-        self.proposals = proposals[: args.top]
-        self.baseline = planner.baseline_for(self.flops_limit)
-
-    @property
-    def title(self) -> str:
-        """Number of branches and limits in words, for headings."""
-        limits = [] if self.budget is None else [self.budget.text()]
-        if self.max_params is not None:
-            limits.append(f"{self.max_params / 1e6:.0f}M parameters")
-        return f"{self.branches} branches within {' and '.join(limits)}"
+        proposals, flops_limit = search(args.branches, budget, run, runs=args.runs, **limits)
+    return proposals[: args.top], flops_limit
 
 
-def as_text(plan: Plan) -> str:
+def as_text(title: str, proposals: list[Proposal], flops_limit: float | None) -> str:
+    baseline, measured = baseline_for(flops_limit), proposals[0].measured is not None
     header = ["", "models", "images", "#Param", "#FLOPs", "% per branch"]
-    header += ["latency", "peak memory"] if plan.machine else []
-    header += [rule.key for rule in planner.RULES] + ["nearest published", "its box AP"]
-    rows = [cells(plan, number, proposal) for number, proposal in enumerate(plan.proposals, 1)]
-    table = tabulate(rows, header, tablefmt="github", disable_numparse=True)
-    lines = [f"{plan.title}, baseline {plan.baseline.title} {plan.baseline.resolution}", "", table, ""]
-    lines += [f"- {rule.key}: {rule.text}. {rule.source[0].upper()}{rule.source[1:]}." for rule in planner.RULES]
-    if plan.machine:
-        lines += ["", f"Measured on {plan.machine.description}; backbone and feature pyramid, one image."]
-        lines += [
-            f"- {candidate.title}: {'out of memory' if found is None else plan.budget.text(found.of(plan.budget))}"
-            for candidate, found in plan.measured.items()
-        ]
-    return "\n".join(lines)
+    header += ["latency", "peak memory"] if measured else []
+    header += [rule.key for rule in RULES] + ["nearest published", "its box AP"]
+    table = tabulate(list(map(cells, range(1, 1 + len(proposals)), proposals)), header, "github", disable_numparse=True)
+    rules = [f"- {rule.key}: {rule.text}. {rule.source[0].upper()}{rule.source[1:]}." for rule in RULES]
+    return "\n".join([f"{title}, baseline {baseline.title} {baseline.resolution}", "", table, "", *rules])
 
 
-def cells(plan: Plan, number: int, proposal: planner.Proposal) -> list[str]:
-    candidate, near = proposal.candidate, planner.nearest_published(proposal.candidate)
+def cells(number: int, proposal: Proposal) -> list[str]:
+    candidate, near = proposal.candidate, nearest_published(proposal.candidate)
     row = [str(number), candidate.models, "/".join(map(str, candidate.image_sizes))]
     row += [f"{candidate.params / 1e6:.0f}M", f"{candidate.flops / 1e9:.0f}G"]
     row.append("/".join(f"{share:.0%}".rstrip("%") for share in candidate.shares))
-    if plan.machine:
-        found = plan.measured[candidate]
-        row += [planner.Budget("latency", found.seconds).text(), planner.Budget("memory", found.peak_bytes).text()]
-    row += ["yes" if rule.key in proposal.met else "-" for rule in planner.RULES]
+    if found := proposal.measured:
+        row += [Budget("latency", found.seconds).text(), Budget("memory", found.peak_bytes).text()]
+    row += ["yes" if rule.key in proposal.met else "-" for rule in RULES]
     return row + (["-", "-"] if near is None else [f"{near[0].resolution}, {near[1]:.0f}G", f"{near[2]:.1f}"])
 
 
-def config_text(plan: Plan, proposal: planner.Proposal) -> str:
+def config_text(proposal: Proposal, title: str) -> str:
     """A LazyConfig that trains a proposal like the published Mask R-CNN 1x models, wherever the file lies."""
     c = proposal.candidate
     met = ", ".join(proposal.met) or "none"
     side = c.image_sizes[0]
-    return f'''"""PIIP-{c.title}, Mask R-CNN 1x on COCO: proposed by tools/plan.py for {plan.title}.
+    return f'''"""PIIP-{c.title}, Mask R-CNN 1x on COCO: proposed by tools/plan.py for {title}.
 
 Published count: {c.params / 1e6:.0f}M parameters, {c.flops / 1e9:.0f}G FLOPs. Guidelines met: {met}.
 """
@@ -153,12 +132,12 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
 '''
 
 
-def write_picture(plan: Plan, path: Path) -> None:
+def write_picture(proposals: list[Proposal], title: str, path: Path) -> None:
     try:
         from piip_tools.planner.drawing import draw_plan
     except ImportError as error:
         raise UserError(f"--picture needs matplotlib ({error}); see README.md") from None
-    figure = draw_plan(plan.proposals, f"Pyramids of {plan.title}, and the published models")
+    figure = draw_plan(proposals, f"Pyramids of {title}, and the published models")
     with write_atomically(path) as file:
         figure.savefig(file, format="png")
 
@@ -166,17 +145,25 @@ def write_picture(plan: Plan, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        plan = Plan(args)
-        if args.write and args.choose > len(plan.proposals):
-            raise ConfigError(f"--choose {args.choose}: there are {len(plan.proposals)} proposals")
+        budget = parse_budget(args.budget) if args.budget else None
+        max_params = parse_count(args.max_params) if args.max_params else None
+        limits = [budget.text()] if budget else []
+        limits += [f"{max_params / 1e6:.0f}M parameters"] if max_params else []
+        title = f"{args.branches} branches within {' and '.join(limits)}"
+        proposals, flops_limit = find_proposals(args, budget, max_params)
+        if args.write and args.choose > len(proposals):
+            raise ConfigError(f"--choose {args.choose}: there are {len(proposals)} proposals")
         if args.picture:
-            write_picture(plan, args.picture)
+            write_picture(proposals, title, args.picture)
         if args.write:
             with write_atomically(args.write, "w") as file:
-                file.write(config_text(plan, plan.proposals[args.choose - 1]))
+                file.write(config_text(proposals[args.choose - 1], title))
     except UserError as error:
         sys.exit(f"plan: {error}")
-    print(as_text(plan))
+    print(as_text(title, proposals, flops_limit))
+    if proposals[0].measured:
+        where = f"{describe_machine(args.device, args.threads)}, {args.dtype}, PyTorch {torch.__version__}"
+        print(f"\nMeasured on {where}; backbone and feature pyramid, one image.")
     for path in filter(None, (args.picture, args.write)):
         print(f"{path}: written", file=sys.stderr)
 

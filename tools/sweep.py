@@ -26,7 +26,7 @@ from piip_core import zoo
 from piip_core.errors import UserError
 from piip_core.files import atomic_path, explain_write_errors
 from piip_core.zoo.ablations import ABLATIONS, TABLES
-from piip_tools.flops import ablation_table
+from piip_tools.flops.tables import ablation_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "projects/PIIP/configs"

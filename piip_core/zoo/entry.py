@@ -19,7 +19,7 @@ class PublishedNumbers:
     Args:
         box_ap: COCO box AP.
         mask_ap: COCO mask AP.
-        params_m: Parameters in millions, by the rule of the paper's tables (`piip_tools.flops.published_count`).
+        params_m: Parameters in millions, by the rule of the paper's tables (`piip_tools.flops.published`).
         flops_g: GFLOPs, multiply-accumulates by the same rule.
         miou: Mean intersection over union on ADE20K's validation set, one scale.
     """

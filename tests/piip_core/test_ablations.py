@@ -10,7 +10,7 @@ import torch
 from piip_core import DensePIIP, PIIPConfig
 from piip_core.meta import on_meta
 from piip_core.zoo.ablations import ABLATIONS, TABLES
-from piip_tools.flops import published_count
+from piip_tools.flops.published import published_count
 
 # number of settings with a printed row, per table of the paper
 ROWS = {"II": 1, "IX": 7, "XIV": 12, "XV": 3, "XVI": 11, "XVII": 5}

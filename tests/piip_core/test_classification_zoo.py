@@ -11,7 +11,8 @@ from checkers.public_config import classifier_from_public
 from piip_core import PIIPClassifier, zoo
 from piip_core.errors import ConfigError
 from piip_core.meta import on_meta
-from piip_tools.flops import analyze_zoo, classification_table, published_count
+from piip_tools.flops.published import published_count
+from piip_tools.flops.tables import analyze_zoo, classification_table
 
 DATA = Path(__file__).parents[1] / "data"
 SETTINGS = json.loads((DATA / "classification_settings.json").read_text())

@@ -13,7 +13,8 @@ from piip_core import PIIP, InteractionConfig, zoo
 from piip_core.branches import ConvNeXtConfig, ViTConfig
 from piip_core.merging import TokenMerging
 from piip_core.meta import on_meta
-from piip_tools.flops import analyze_multimodal, multimodal_table, published_count
+from piip_tools.flops.published import published_count
+from piip_tools.flops.tables import analyze_multimodal, multimodal_table
 
 SETTINGS = json.loads((Path(__file__).parents[1] / "data/multimodal_settings.json").read_text())
 PIIP_ROWS = [name for name, settings in SETTINGS.items() if "backbone" in settings]

@@ -13,8 +13,7 @@ from torch import nn
 from piip_core.branches.timm_model import embed_positions
 from piip_core.integrations.timm.piip import remember_argument
 from piip_core.ops.reference import _grid_sample_backward
-from piip_tools.memory import AliveStorages
-from piip_tools.memory.dry_run import _fake_tensors
+from piip_tools.memory.dry_run import AliveStorages, _fake_tensors
 
 
 def test_torch_fake_tensors():

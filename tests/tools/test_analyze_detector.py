@@ -19,7 +19,7 @@ def tool(load_tool):
 
 def test_mask_rcnn_config(tool, capsys):
     from piip_core import zoo
-    from piip_tools.flops import published_count
+    from piip_tools.flops.published import published_count
 
     entry = zoo.get("piip_tsb_1120_896_448")
     path = str(CONFIGS / entry.config_file)
@@ -53,8 +53,8 @@ def test_memory_runs_all_of_the_model(name):
     from detectron2.config import instantiate
 
     from piip.lazy_config import load_config, skip_pretrained
-    from piip_tools.flops import padded_size
-    from piip_tools.memory import DryRun
+    from piip_tools.flops.executed import padded_size
+    from piip_tools.memory.dry_run import DryRun
     from piip_tools.memory.training_steps import size_divisor, training_size, training_step
 
     config = load_config(str(CONFIGS / f"demo/piip_digits_{name}.py"))

@@ -30,16 +30,9 @@ from piip_core.checkpoints import model_shapes
 from piip_core.merging import ClassificationMerging
 from piip_core.meta import on_meta
 from piip_core.ops import MSDeformAttn, make_reference_points
-from piip_tools.flops import (
-    Count,
-    analyze_backbone,
-    analyze_model,
-    analyze_zoo,
-    executed_count,
-    padded_size,
-    published_count,
-)
-from piip_tools.flops.published import published_rule
+from piip_tools.flops.executed import analyze_backbone, analyze_model, executed_count, padded_size
+from piip_tools.flops.published import Count, published_count, published_rule
+from piip_tools.flops.tables import analyze_zoo
 
 SETTINGS = json.loads((Path(__file__).parents[1] / "data/zoo_settings.json").read_text())
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from piip_core import zoo
-from piip_tools.flops import analyze_multimodal, analyze_zoo
+from piip_tools.flops.tables import analyze_multimodal, analyze_zoo
 
 
 @pytest.fixture(scope="module")

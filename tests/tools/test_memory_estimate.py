@@ -14,7 +14,8 @@ from piip_core import BranchConfig, InteractionConfig, PIIPConfig
 from piip_core.branches import ViTConfig
 from piip_core.meta import on_meta
 from piip_core.pyramid import DensePIIP
-from piip_tools.memory import DryRun, model_states, squares
+from piip_tools.memory.dry_run import DryRun, squares
+from piip_tools.memory.estimate import model_states
 
 
 def vit(embed_dim, image_size, window_size, **options):
@@ -28,7 +29,7 @@ CONFIG = PIIPConfig(
     interaction=InteractionConfig(num_interactions=2, num_heads=6),
 )
 PARAMS = 1_000_003
-LEAST, MOST = 0.95, 1.02  # of what was measured, as `piip_tools.memory.Estimate` says
+LEAST, MOST = 0.95, 1.02  # of what was measured, as `piip_tools.memory.estimate.Estimate` says
 
 
 def step(model):

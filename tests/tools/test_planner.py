@@ -6,21 +6,10 @@ import pytest
 
 from piip_core import zoo
 from piip_core.errors import ConfigError
-from piip_tools.flops import published_count
-from piip_tools.planner import (
-    RULES,
-    Budget,
-    Machine,
-    Measured,
-    baseline_for,
-    candidates,
-    measure,
-    nearest_published,
-    parse_budget,
-    parse_count,
-    propose,
-    search,
-)
+from piip_tools.flops.published import published_count
+from piip_tools.planner.candidates import Budget, candidates, nearest_published, parse_budget, parse_count
+from piip_tools.planner.measuring import measure, search
+from piip_tools.planner.proposals import RULES, Measured, baseline_for, propose
 
 TOP = 6
 # printed GFLOPs of the published three-branch rows: models, images, box AP printed
@@ -170,24 +159,23 @@ def machine_of(speed, memory=None):
 
 def test_search_ends_close_to_the_budget_with_few_runs():
     run = machine_of(100e9)
-    found = search(3, Budget("latency", 8.0), run, runs=5, models="TSB")
+    proposals, _ = search(3, Budget("latency", 8.0), run, runs=5, models="TSB")
     assert len(run.calls) == len(set(run.calls)) == 5
-    best = found.proposals[0]
-    assert 7.2 <= found.measured[best.candidate].seconds <= 8.0 and "spent" in best.met
-    assert best.spent == pytest.approx(found.measured[best.candidate].seconds / 8.0)
-    assert all(p.spent <= 1 for p in found.proposals)
+    best = proposals[0]
+    assert 7.2 <= best.measured.seconds <= 8.0 and "spent" in best.met
+    assert best.spent == pytest.approx(best.measured.seconds / 8.0)
+    assert all(p.spent <= 1 for p in proposals)
 
 
 def test_memory_budget():
-    found = search(3, Budget("memory", 6e9), machine_of(100e9), runs=4)
-    assert 4.8e9 <= found.measured[found.proposals[0].candidate].peak_bytes <= 6e9
+    proposals, _ = search(3, Budget("memory", 6e9), machine_of(100e9), runs=4)
+    assert 4.8e9 <= proposals[0].measured.peak_bytes <= 6e9
 
 
 def test_running_out_of_memory_makes_the_next_candidate_cheaper():
     run = machine_of(100e9, memory=300e9)
-    found = search(3, Budget("latency", 60.0), run, runs=6, models="TSB")
-    failed = [c for c, m in found.measured.items() if m is None]
-    assert failed and all(p.candidate not in failed for p in found.proposals)
+    proposals, _ = search(3, Budget("latency", 60.0), run, runs=6, models="TSB")
+    assert max(c.flops for c in run.calls) > 300e9 >= max(p.candidate.flops for p in proposals)
     assert min(c.flops for c in run.calls[1:]) <= 300e9
 
 
@@ -200,12 +188,7 @@ def test_nothing_fits_here():
 
 def test_real_measurement():
     small = min(candidates(2), key=lambda c: c.flops)
-    measured = measure(small, Machine(device="cpu", threads=1))
+    measured = measure(small)
     assert 0.01 < measured.seconds < 60
     # the weights, and the first branch's maps at least
     assert 4 * small.params < measured.peak_bytes < 4 * small.params + 1e9
-
-
-def test_unknown_device():
-    with pytest.raises(ConfigError, match="expected cpu or cuda"):
-        Machine(device="meta")

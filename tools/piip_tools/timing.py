@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
@@ -39,6 +40,24 @@ def clock_for(device: torch.device | str, threads: int) -> Clock:
         return time.perf_counter()
 
     return now
+
+
+def device_argument(text: str) -> str:
+    """A device on the command line, for `argparse`: cpu, cuda or cuda:N, if it is there."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: {torch.cuda.device_count()} CUDA devices are visible")
+    return text
+
+
+def describe_machine(device: str, threads: int) -> str:
+    """What is measured on, in words."""
+    return f"{threads} CPU thread(s)" if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def take_turns(works: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:

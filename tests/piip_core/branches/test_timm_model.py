@@ -11,7 +11,7 @@ from torch import nn
 from piip_core import PIIP, BranchConfig, ConfigError, InteractionConfig, PIIPConfig, TimmConfig
 from piip_core.branches import build_branch
 from piip_core.checkpoints.pretrained import load_branch
-from piip_tools.flops import analyze_backbone
+from piip_tools.flops.executed import analyze_backbone
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 MODELS = {

@@ -10,7 +10,7 @@ from detectron2.structures import ImageList
 
 from piip.modeling import PIIPFPN, PIIPBackbone
 from piip_core import BranchConfig, InteractionConfig, PIIPConfig, ViTConfig, prepare_for_inference
-from piip_tools.flops import executed_count
+from piip_tools.flops.executed import executed_count
 
 
 def tiny_config():

@@ -20,8 +20,8 @@ from llava_piip.conversation_cache import ConversationCache
 from llava_piip.image_processing import PIIPImageProcessor
 from llava_piip.inference import ChatModel
 from llava_piip.modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel
-from piip_core import BranchConfig, ConvNeXtConfig, PIIPConfig, ViTConfig, zoo
-from piip_core.errors import ConfigError, UserError
+from piip_core import ConvNeXtConfig, PIIPConfig, zoo
+from piip_core.errors import ConfigError, UserError, check
 
 from ..timing import Clock, clock_for, compare, limited_threads, peak_memory, take_turns
 
@@ -35,6 +35,9 @@ LANGUAGE_MODELS: Mapping[str, Mapping[str, int]] = {
     ),
 }
 _CONTEXT_LENGTH = 4096
+_IMAGE_SIZE = (1024, 768)  # width and height
+_BEFORE_IMAGE = 5 / 8  # part of the text: the template's system message is longer than most questions
+_QUESTION_TOKENS = 24  # of the second question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,12 @@ def build_pair(
         for other in zoo.multimodal_entries()
         if other.feature_block is not None and other.language_model == entry.language_model
     )
-    text_config = _language_model(entry.language_model, divide_widths, layers=None if language else 0)
+    sizes = dict(LANGUAGE_MODELS[entry.language_model])
+    for field in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        sizes[field] = _divided(field, sizes[field], divide_widths)
+    if not language:
+        sizes["num_hidden_layers"] = 0
+    text_config = LlamaConfig(**sizes, max_position_embeddings=_CONTEXT_LENGTH)
     models = []
     with torch.device(device):
         decoder = AutoModelForCausalLM.from_config(text_config, dtype=dtype, trust_remote_code=False)
@@ -107,48 +115,30 @@ def load_pair(
     Raises:
         UserError: As `ChatModel.load`.
     """
-    folders = model, baseline
-    chats = [ChatModel.load(folder, device=device, dtype=dtype) for folder in folders]
-    return [
-        TimedModel(name=str(folder), model=chat.model, image_processor=chat.processor.image_processor)
-        for folder, chat in zip(folders, chats, strict=True)
-    ]
-
-
-def _language_model(name: str, divisor: int, *, layers: int | None) -> LlamaConfig:
-    sizes = dict(LANGUAGE_MODELS[name])
-    for field in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        sizes[field] = _divided(f"{name} {field}", sizes[field], divisor)
-    if layers is not None:
-        sizes["num_hidden_layers"] = layers
-    return LlamaConfig(**sizes, max_position_embeddings=_CONTEXT_LENGTH)
+    models = []
+    for folder in (model, baseline):
+        chat = ChatModel.load(folder, device=device, dtype=dtype)
+        models.append(TimedModel(name=str(folder), model=chat.model, image_processor=chat.processor.image_processor))
+    return models
 
 
 def _narrower(vision: PIIPConfig, divisor: int) -> PIIPConfig:
-    heads = _divided("interaction heads", vision.interaction.num_heads, divisor)
-    branches = tuple(_narrower_branch(branch, divisor) for branch in vision.branches)
-    interaction = dataclasses.replace(vision.interaction, num_heads=heads)
-    return dataclasses.replace(vision, branches=branches, interaction=interaction)
+    def divide(config: Any, *names: str) -> Any:
+        return dataclasses.replace(config, **{name: _divided(name, getattr(config, name), divisor) for name in names})
+
+    branches = []
+    for branch in vision.branches:
+        names = ("stage_dims",) if isinstance(branch.network, ConvNeXtConfig) else ("embed_dim", "num_heads")
+        branches.append(dataclasses.replace(branch, network=divide(branch.network, *names)))
+    return dataclasses.replace(vision, branches=tuple(branches), interaction=divide(vision.interaction, "num_heads"))
 
 
-def _narrower_branch(branch: BranchConfig, divisor: int) -> BranchConfig:
-    network = branch.network
-    if isinstance(network, ConvNeXtConfig):
-        widths = {"stage_dims": tuple(_divided("stage_dims", width, divisor) for width in network.stage_dims)}
-    elif isinstance(network, ViTConfig):
-        widths = {name: _divided(name, getattr(network, name), divisor) for name in ("embed_dim", "num_heads")}
-    else:
-        raise ConfigError(f"a branch of type {type(network).__name__} cannot be made narrower")
-    return dataclasses.replace(branch, network=dataclasses.replace(network, **widths))
-
-
-def _divided(name: str, value: int, divisor: int) -> int:
+def _divided(name: str, value: int | tuple[int, ...], divisor: int) -> int | tuple[int, ...]:
+    if isinstance(value, tuple):
+        return tuple(_divided(name, one, divisor) for one in value)
     if divisor < 1 or value % divisor:
         raise ConfigError(f"divide_widths={divisor}: expected 1 or more and a divisor of {value} ({name})")
     return value // divisor
-
-
-_BEFORE_IMAGE = 5 / 8  # part of the text: the template's system message is longer than most questions
 
 
 def measure_chat(
@@ -156,8 +146,6 @@ def measure_chat(
     *,
     text_tokens: int = 64,
     new_tokens: int = 32,
-    question_tokens: int = 24,
-    image_size: tuple[int, int] = (1024, 768),
     repeats: int = 5,
     threads: int = 1,
     vision_only: bool = False,
@@ -167,9 +155,7 @@ def measure_chat(
     Args:
         models: On one device; the last one is the baseline.
         text_tokens: Of the first question and what the template puts around it.
-        new_tokens: Of the first answer.
-        question_tokens: Of the second question.
-        image_size: Width and height in pixels.
+        new_tokens: Of the first answer, 2 or more.
         repeats: Rounds that the medians are over.
         threads: Of the CPU.
         vision_only: Leaves the language model out.
@@ -183,33 +169,17 @@ def measure_chat(
     Raises:
         UserError: For a number that is too small, or a conversation that is too long for a model.
     """
-    least = {"text_tokens": (text_tokens, 2), "new_tokens": (new_tokens, 2), "question_tokens": (question_tokens, 1)}
-    for name, (value, smallest) in least.items():
-        if value < smallest:
-            raise UserError(f"{name}={value}: expected {smallest} or more")
+    check(new_tokens >= 2, "new_tokens", new_tokens, "2 or more")
     with limited_threads(threads):
-        chats = {
-            timed.name: _Conversation(
-                timed,
-                text_tokens,
-                new_tokens,
-                question_tokens,
-                image_size,
-                vision_only,
-                clock_for(timed.model.device, threads),
-            )
-            for timed in models
-        }
+        clock = clock_for(models[-1].model.device, threads)
+        chats = {timed.name: _Conversation(timed, clock, text_tokens, new_tokens, vision_only) for timed in models}
         times = take_turns({name: chat.measure for name, chat in chats.items()}, repeats)
-        sizes = {name: chat.sizes() for name, chat in chats.items()}
+        sizes = {name: [chat.sizes()] for name, chat in chats.items()}
     baseline = models[-1].name
-    rows = [
-        compare(what, unit, {name: [found[what, unit]] for name, found in sizes.items()}, baseline)
-        for what, unit in sizes[baseline]
-    ]
-    return rows + [
-        compare(what, unit, {name: [one[what, unit] for one in found] for name, found in times.items()}, baseline)
-        for what, unit in times[baseline][0]
+    return [
+        compare(what, unit, {name: [one[what, unit] for one in values] for name, values in found.items()}, baseline)
+        for found in (sizes, times)
+        for what, unit in found[baseline][0]
     ]
 
 
@@ -229,28 +199,19 @@ class _TokenTimes(BaseStreamer):
 class _Conversation:
     """One model, with what it is asked."""
 
-    def __init__(
-        self,
-        timed: TimedModel,
-        text_tokens: int,
-        new_tokens: int,
-        question_tokens: int,
-        image_size: tuple[int, int],
-        vision_only: bool,
-        clock: Clock,
-    ) -> None:
+    def __init__(self, timed: TimedModel, clock: Clock, text_tokens: int, new_tokens: int, vision_only: bool) -> None:
         self.model, self.processor, self.clock = timed.model, timed.image_processor, clock
         self.new_tokens, self.vision_only = new_tokens, vision_only
         config, generator = self.model.config, np.random.default_rng(0)
-        width, height = image_size
+        width, height = _IMAGE_SIZE
         self.image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
         words = min(self.model.get_input_embeddings().num_embeddings, config.image_token_id)
-        text, question = np.split(generator.integers(3, words, text_tokens + question_tokens), [text_tokens])
+        text, question = np.split(generator.integers(3, words, text_tokens + _QUESTION_TOKENS), [text_tokens])
         before, after = np.split(text, [round(_BEFORE_IMAGE * text_tokens)])
         self.prompt = [*before.tolist(), *[config.image_token_id] * config.image_seq_length, *after.tolist()]
         self.question = question.tolist()
         context = config.get_text_config().max_position_embeddings
-        needed = len(self.prompt) + new_tokens + question_tokens + 1
+        needed = len(self.prompt) + new_tokens + _QUESTION_TOKENS + 1
         if needed > context:
             message = f"the conversation has {needed} tokens, the context of {timed.name} is {context}: ask for less"
             raise UserError(message)

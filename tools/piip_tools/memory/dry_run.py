@@ -155,43 +155,9 @@ class _CudaRules(TorchFunctionMode):
         if func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
             args = (args[0].float(), *args[1:])
         elif func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is not None:
-            return _attention_with_bias(*args, **kwargs)
+            # CUDA's memory-efficient kernel keeps no weights beside a bias either; a CPU's keeps none without
+            args, kwargs = (args[0] + 0 * kwargs["attn_mask"].sum(), *args[1:]), {}
         return func(*args, **kwargs)
-
-
-def _attention_with_bias(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor) -> Tensor:
-    """CUDA's memory-efficient kernel, which has gradients of the bias; on a CPU the weights are kept instead."""
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value, attn_mask = (t.to(torch.bfloat16) for t in (query, key, value, attn_mask))
-    bias = attn_mask.expand(*query.shape[:3], key.shape[2])
-    return _EfficientAttention.apply(query, key, value, bias)[0]
-
-
-class _EfficientAttention(torch.autograd.Function):
-    """The tensors that the memory-efficient kernel makes and keeps, without their values."""
-
-    @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        batch, heads, queries, _ = query.shape
-        logsumexp = query.new_empty(batch, heads, _round_up(queries, 32), dtype=torch.float32)
-        output = query.new_empty(batch, queries, heads, value.shape[3])  # so that joining the heads copies nothing
-        return output.transpose(1, 2), logsumexp
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, *output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, bias = ctx.saved_tensors[:4]
-        *shape, keys = bias.shape
-        grad_bias = bias.new_empty(*shape, _round_up(keys, 16))[..., :keys]
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _fake_tensors() -> AbstractContextManager[Any]:

@@ -1,8 +1,8 @@
 """Training steps of detectors, segmentors and classifiers on tensors without data, for `piip_tools.memory`.
 
 What a training step does with ground truth (matching, sampling, suppression) depends on values, which such tensors do
-not have. Heads therefore run on as many samples as they take at most, and `piip_tools.memory.squares` stands for losses
-that depend on values.
+not have. Heads therefore run on as many samples as they take at most, and `squares` stands for losses that depend on
+values.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def size_divisor(model: nn.Module) -> int:
 
 
 def training_step(model: nn.Module, batch_size: int, size: tuple[int, int]) -> tuple[Step, list[str]]:
-    """A training step for `piip_tools.memory.DryRun` and notes on what it leaves out.
+    """A training step for `DryRun` and notes on what it leaves out.
 
     Args:
         model: A detector, segmentor or classifier.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,78 +13,28 @@ import torch
 from piip_core.errors import ConfigError
 from piip_core.pyramid import DensePIIP
 
-from ..flops import published_count
+from ..flops.published import published_count
 from ..timing import clock_for, limited_threads, peak_memory
 from .candidates import Budget, Candidate
-from .proposals import Proposal, allowed, rank
+from .proposals import Measured, Proposal, allowed, rank
 
 _FORWARDS, _ENOUGH_SECONDS = 5, 4.0  # forward passes that are timed, fewer if they take this long
 _CAUTION = 0.95  # part of the budget that the next candidate is chosen for
 _LARGEST_STEP = 8  # how many times the growing cost of the last one the next candidate may have
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """How to run the candidates: on "cpu" or a CUDA device, in "float32" or through autocast in "bfloat16"."""
-
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        kind = torch.device(self.device).type
-        if kind not in ("cpu", "cuda"):
-            raise ConfigError(f"device {self.device!r}: expected cpu or cuda")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {self.device!r}: no CUDA device is visible")
-
-    @property
-    def description(self) -> str:
-        """Device, dtype and version of PyTorch in one line."""
-        on_gpu = torch.device(self.device).type == "cuda"
-        processor = torch.cuda.get_device_name(self.device) if on_gpu else f"{self.threads} CPU threads"
-        return f"{processor}, {self.dtype}, PyTorch {torch.__version__}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Median time and highest memory of forward passes of backbone and feature pyramid, without a detector's heads.
-
-    Memory holds weights and activations: on a CPU those of tensors, on a GPU what PyTorch allocated.
-    """
-
-    seconds: float
-    peak_bytes: int
-
-    def of(self, budget: Budget) -> float:
-        """The number that a measured budget limits."""
-        return self.seconds if budget.kind == "latency" else float(self.peak_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """Measured candidates within the budget, best first, and all that were measured: None is out of memory.
-
-    `flops_limit` is what the budget amounts to in FLOPs, as far as the measurements tell.
-    """
-
-    proposals: list[Proposal]
-    measured: dict[Candidate, Measured | None]
-    flops_limit: float
-
-
-def measure(candidate: Candidate, machine: Machine) -> Measured | None:
-    """Runs a candidate with random weights; None if the GPU has not enough memory."""
-    device, side = torch.device(machine.device), candidate.image_sizes[0]
-    clock = time.perf_counter if device.type == "cpu" else clock_for(device, machine.threads)
+def measure(
+    candidate: Candidate, *, device: str = "cpu", dtype: Literal["float32", "bfloat16"] = "float32", threads: int = 1
+) -> Measured | None:
+    """Runs a candidate with random weights, "bfloat16" by autocast; None if the GPU has not enough memory."""
+    kind, side = torch.device(device).type, candidate.image_sizes[0]
+    clock = time.perf_counter if kind == "cpu" else clock_for(device, threads)
     times: list[float] = []
     try:
-        with limited_threads(machine.threads), torch.inference_mode():
+        with limited_threads(threads), torch.inference_mode():
             model = DensePIIP(candidate.config).eval().to(device)
             image = torch.rand(1, 3, side, side, device=device)
-            forward = torch.autocast(device.type, torch.bfloat16, enabled=machine.dtype == "bfloat16")(
-                lambda: model(image)
-            )
+            forward = torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16")(lambda: model(image))
             peak = peak_memory(forward, model, device)  # the first one also loads kernels
             while len(times) < _FORWARDS and sum(times) < _ENOUGH_SECONDS:
                 start = clock()
@@ -104,12 +54,15 @@ def search(
     params_limit: float | None = None,
     models: str | None = None,
     runs: int = 6,
-) -> Search:
+) -> tuple[list[Proposal], float]:
     """Finds pyramids within a measured budget, with few measurements.
 
     The cheapest candidate is measured first. From each measurement follows about what the others take; the best
     proposal that should then fit, and was not measured yet, comes next, up to `runs` measurements by `run`. The other
     arguments are those of `propose`.
+
+    Returns:
+        Measured candidates within the budget, best first, and what the budget amounts to in FLOPs.
 
     Raises:
         ConfigError: If not even the cheapest candidate fits.
@@ -133,8 +86,8 @@ def search(
             break
         measured[newest] = taken = run(newest)
     fitting = {c: m.of(budget) / budget.limit for c, m in measured.items() if m and m.of(budget) <= budget.limit}
-    flops_limit = _flops(fitting)
-    return Search(proposals=rank(fitting.items(), flops_limit), measured=measured, flops_limit=flops_limit)
+    proposals = rank(fitting.items(), _flops(fitting))
+    return [replace(proposal, measured=measured[proposal.candidate]) for proposal in proposals], _flops(fitting)
 
 
 def _expected(candidate: Candidate, budget: Budget) -> tuple[float, float]:

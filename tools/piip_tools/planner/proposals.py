@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from piip_core.errors import ConfigError
 from piip_core.zoo import ZooEntry, deit_pyramid
 
-from .candidates import IMAGE_SIZES, MODEL_SIZES, Candidate, candidates, published_mask_rcnn
+from .candidates import IMAGE_SIZES, MODEL_SIZES, Budget, Candidate, candidates, published_mask_rcnn
 
 LEAST_SPENT = 0.9
 LARGEST_SHARE = 0.5
@@ -66,12 +66,28 @@ RULES = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Median time and highest memory of forward passes of backbone and feature pyramid, without a detector's heads.
+
+    Memory holds weights and activations: on a CPU those of tensors, on a GPU what PyTorch allocated.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+    def of(self, budget: Budget) -> float:
+        """The number that a measured budget limits."""
+        return self.seconds if budget.kind == "latency" else float(self.peak_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Proposal:
     """A candidate within the budget, the keys of the `RULES` that it meets, and the part of the budget that it uses."""
 
     candidate: Candidate
     met: tuple[str, ...]
     spent: float | None
+    measured: Measured | None = None
 
 
 def baseline_for(flops_limit: float | None) -> ZooEntry:
@@ -159,10 +175,7 @@ def _with_image_rule(proposals: Sequence[Proposal]) -> list[Proposal]:
     first: dict[str, Proposal] = {}
     for proposal in sorted(proposals, key=lambda p: (-len(p.met), -p.candidate.image_sizes[0])):
         first.setdefault(proposal.candidate.models, proposal)
-    return [
-        Proposal(candidate=p.candidate, met=("image", *p.met), spent=p.spent) if first[p.candidate.models] is p else p
-        for p in proposals
-    ]
+    return [replace(p, met=("image", *p.met)) if first[p.candidate.models] is p else p for p in proposals]
 
 
 def _checks(flops_limit: float | None) -> dict[str, Callable[[Candidate], bool]]:
