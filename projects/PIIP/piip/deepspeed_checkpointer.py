@@ -27,31 +27,6 @@ def run_folder(output_dir: str) -> RunFolder:
     return RunFolder(Path(output_dir), RUN_STATE, fewer="train.checkpointer.max_to_keep", resume="--resume")
 
 
-def prepare_output(output_dir: str, *, resume: bool) -> Path | None:
-    """Finds the checkpoint to go on from, and removes what a killed run left half written; all processes call it.
-
-    Raises:
-        OutputFolderError: If it holds checkpoints, and they are of a run without DeepSpeed or `resume` is not given.
-    """
-    run = run_folder(output_dir)
-    checkpoints = run.checkpoints()
-    if checkpoints and not resume:
-        raise OutputFolderError(
-            f"train.output_dir={output_dir}: holds an earlier run ({checkpoints[-1].name}). Give --resume to go on "
-            "with it, or another train.output_dir"
-        )
-    if resume and not checkpoints and (run.path / "last_checkpoint").is_file():
-        raise OutputFolderError(
-            f"train.output_dir={output_dir}: was trained without DeepSpeed. Go on with train.deepspeed.stage=0, or "
-            "start anew from its weights: train.init_checkpoint=FILE.pth, another train.output_dir and no --resume"
-        )
-    comm.synchronize()  # nobody deletes anything before everybody has looked
-    if comm.is_main_process():
-        run.clear_staging()
-    comm.synchronize()
-    return checkpoints[-1] if checkpoints else None
-
-
 def export_checkpoint(checkpoint: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """Writes the weights of a `checkpoint-N`, and the classes, as one file; see `write_checkpoint`.
 
