@@ -38,8 +38,7 @@ def export_checkpoint(checkpoint: str | os.PathLike[str], target: str | os.PathL
     """
     if not (Path(checkpoint) / RUN_STATE).is_file():
         raise CheckpointError(f"{checkpoint}: has no {RUN_STATE}; expected the checkpoint-N of a run under DeepSpeed")
-    categories = CategoryTable(read_categories(str(checkpoint))).state_dict()
-    description = {"categories": categories} if categories else None
+    description = {"categories": CategoryTable(read_categories(str(checkpoint))).state_dict()}
     return write_checkpoint(target, read_checkpoint(checkpoint).state, description=description)
 
 
@@ -54,7 +53,7 @@ class DeepSpeedCheckpointer(HookBase):
         engine (deepspeed.DeepSpeedEngine): with model and optimizer.
         trainer (TrainerBase): its iteration and hooks are kept.
         output_dir (str): folder of the run.
-        categories (CategoryTable): optional, kept too.
+        categories (CategoryTable): kept too.
         period (int): iterations between saves.
         max_to_keep (int): checkpoints to keep; None keeps all.
     """
@@ -64,7 +63,7 @@ class DeepSpeedCheckpointer(HookBase):
         engine: Any,
         trainer: Any,
         output_dir: str,
-        categories: CategoryTable | None = None,
+        categories: CategoryTable,
         *,
         period: int = 1,
         max_to_keep: int | None = None,
@@ -93,7 +92,7 @@ class DeepSpeedCheckpointer(HookBase):
         save_engine(self.engine, folder, _TAG)
         state = {
             "trainer": self.trainer.state_dict(),
-            "categories": self.categories.state_dict() if self.categories else [],
+            "categories": self.categories.state_dict(),
             "stage": int(self.engine.zero_optimization_stage()),
             "num_processes": comm.get_world_size(),
         }
@@ -110,8 +109,7 @@ class DeepSpeedCheckpointer(HookBase):
         """
         state = load_torch_file(folder / RUN_STATE, mmap=False)
         self._check(folder, state)
-        if self.categories:
-            self.categories.load_state_dict(state["categories"])
+        self.categories.load_state_dict(state["categories"])
         self.engine.load_checkpoint(str(folder), tag=_TAG)
         self.trainer.load_state_dict(state["trainer"])
 

@@ -141,11 +141,9 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     model = instantiate(cfg.model).to(cfg.train.device)
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
-    table = CategoryTable(categories) if categories else None
-    average = None
+    table, average = CategoryTable(categories), None
     if averaging:
-        description = {"categories": table.state_dict()} if table else None
-        average = WeightAverage(model, cfg.train.output_dir, description, **averaging)
+        average = WeightAverage(model, cfg.train.output_dir, {"categories": table.state_dict()}, **averaging)
     if precision is torch.bfloat16:
         # With the cache, DeepSpeed's stage 3 would keep a bfloat16 copy of every weight
         _autocast_in_training(model, cfg.train.device, cache_enabled=not zero)
@@ -244,14 +242,13 @@ def _checkpoint_to_resume(cfg: DictConfig, resume: bool) -> str:
 class _Run:
     """Trainer and saving hook under DistributedDataParallel, to go on from `last` or `train.init_checkpoint`."""
 
-    def __init__(self, cfg: DictConfig, model: nn.Module, loader: Any, table: CategoryTable | None, last: str) -> None:
+    def __init__(self, cfg: DictConfig, model: nn.Module, loader: Any, table: CategoryTable, last: str) -> None:
         optimizer = instantiate(cfg.optimizer)
         # DistributedDataParallel takes no device ids on CPU
         on_cuda = torch.device(cfg.train.device).type == "cuda"
         model = create_ddp_model(model, **cfg.train.ddp, **({} if on_cuda else {"device_ids": None}))
         self.trainer = (AMPTrainer if _precision(cfg) is torch.float16 else SimpleTrainer)(model, loader, optimizer)
-        tables = {"categories": table} if table else {}
-        self._checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=self.trainer, **tables)
+        self._checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=self.trainer, categories=table)
         self._last, self._weights = last, cfg.train.init_checkpoint
         main = comm.is_main_process()
         self.save = hooks.PeriodicCheckpointer(self._checkpointer, **cfg.train.checkpointer) if main else HookBase()
@@ -271,7 +268,7 @@ class _Run:
 class _DeepSpeedRun(_Run):
     """The same under DeepSpeed."""
 
-    def __init__(self, cfg: DictConfig, model: nn.Module, loader: Any, table: CategoryTable | None, last: str) -> None:
+    def __init__(self, cfg: DictConfig, model: nn.Module, loader: Any, table: CategoryTable, last: str) -> None:
         if cfg.train.init_checkpoint and not last:  # before the weights are divided
             AtomicCheckpointer(model).load(cfg.train.init_checkpoint, checkpointables=[])
         optimizer = instantiate(cfg.optimizer)

@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from piip.checkpointer import RUN_STATE, read_categories
+from piip.checkpointer import RUN_STATE, CategoryTable, read_categories
 from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, export_checkpoint, run_folder
 from piip.deepspeed_trainer import deepspeed_config, zero_stage
 from piip.hooks import FINAL_AVERAGE, ClipNorm
@@ -220,7 +220,7 @@ def test_checkpoints_that_were_divided_otherwise_are_refused(state, words, tmp_p
     torch.save(state, tmp_path / RUN_STATE)
     engine = argparse.Namespace(zero_optimization_stage=lambda: 3)
     with pytest.raises(OutputFolderError, match=words):
-        DeepSpeedCheckpointer(engine, None, str(tmp_path)).load(tmp_path)
+        DeepSpeedCheckpointer(engine, None, str(tmp_path), CategoryTable()).load(tmp_path)
 
 
 @pytest.mark.parametrize(
