@@ -33,12 +33,14 @@ def detector(
     scale: tuple[int, int],
     crop: int | None = None,
     batch_size: int = 16,
-    lr: float,
-    layer_decay: float | None,
+    lr: float = 1e-4,
+    layer_decay: float | None = 0.85,
     epochs: int = 12,
     lr_drops: Sequence[int] = (8, 11),
 ) -> Nodes:
     """Mask R-CNN, Cascade Mask R-CNN or DINO on COCO: AdamW, learning rate in steps, evaluation after every epoch.
+
+    The defaults are what most published detectors were trained with.
 
     Args:
         entry: Backbone, head, and normalisation and padding of the images; or the name of a published model.

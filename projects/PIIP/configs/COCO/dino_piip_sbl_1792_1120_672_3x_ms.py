@@ -8,7 +8,6 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
     crop=1792,
     batch_size=32,
     lr=2e-4,
-    layer_decay=0.85,
     epochs=36,
     lr_drops=(27, 33),
 )

@@ -8,5 +8,4 @@ model, data, dataloader, optimizer, lr_multiplier, train = detector(
     crop=1536,
     batch_size=32,
     lr=2e-4,
-    layer_decay=0.85,
 )
