@@ -4,7 +4,6 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_tsb_1568_1120_672_cascade_3x_ms",
-    scale=(2041, 1225),
     crop=1568,
     epochs=36,
     lr_drops=(27, 33),

@@ -4,7 +4,6 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_sbl_1792_1120_672_dino",
-    scale=(2332, 1400),
     crop=1792,
     batch_size=32,
     lr=2e-4,

@@ -4,6 +4,5 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_lh6b_1280_1024_256",
-    scale=(1666, 1000),
     crop=1280,
 )

@@ -2,7 +2,4 @@
 
 from piip.recipes import detector
 
-model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    "piip_sbl_augreg384_1568_1120_672",
-    scale=(1568, 941),
-)
+model, data, dataloader, optimizer, lr_multiplier, train = detector("piip_sbl_augreg384_1568_1120_672")

@@ -2,7 +2,4 @@
 
 from piip.recipes import detector
 
-model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    "piip_tsbl_1792_1568_1120_448",
-    scale=(1792, 1075),
-)
+model, data, dataloader, optimizer, lr_multiplier, train = detector("piip_tsbl_1792_1568_1120_448")

@@ -4,6 +4,5 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "vit_b_1024",
-    scale=(1024, 614),
     layer_decay=0.95,
 )
