@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
 def audit_ade20k(args: argparse.Namespace) -> Any:
     """Reads the images and label maps of ADE20K or of own folders."""
     from piip.data.audit import Audit, audit_label_maps
-    from piip.data.segmentation import label_classes
+    from piip.data.label_maps import label_classes
 
     if args.images:
         given = int(args.classes) if args.classes.isdecimal() else args.classes

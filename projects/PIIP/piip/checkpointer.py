@@ -39,10 +39,10 @@ class CategoryTable:
     """The classes of a run, kept in its checkpoints: resuming checks them, `Predictor` takes names and ids from them.
 
     Args:
-        categories: Class k of the model is entry k.
+        categories: Class k of the model is entry k; empty if unknown.
     """
 
-    def __init__(self, categories: Sequence[Category]) -> None:
+    def __init__(self, categories: Sequence[Category] = ()) -> None:
         self.categories = tuple(categories)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -50,12 +50,12 @@ class CategoryTable:
         return [{"id": category.id, "name": category.name} for category in self.categories]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Compares with a checkpoint.
+        """Compares with a checkpoint, if both know their classes.
 
         Raises:
             DatasetError: If the checkpoint was trained on other classes.
         """
-        if state != self.state_dict():
+        if state and self.categories and state != self.state_dict():
             names = [listed([entry["name"] for entry in table]) for table in (state, self.state_dict())]
             raise DatasetError(
                 f"the checkpoint was trained on {len(state)} classes ({names[0]}), the data set has "

@@ -27,31 +27,6 @@ def run_folder(output_dir: str) -> RunFolder:
     return RunFolder(Path(output_dir), RUN_STATE, fewer="train.checkpointer.max_to_keep", resume="--resume")
 
 
-def prepare_output(output_dir: str, *, resume: bool) -> Path | None:
-    """Finds the checkpoint to go on from, and removes what a killed run left half written; all processes call it.
-
-    Raises:
-        OutputFolderError: If it holds checkpoints, and they are of a run without DeepSpeed or `resume` is not given.
-    """
-    run = run_folder(output_dir)
-    checkpoints = run.checkpoints()
-    if checkpoints and not resume:
-        raise OutputFolderError(
-            f"train.output_dir={output_dir}: holds an earlier run ({checkpoints[-1].name}). Give --resume to go on "
-            "with it, or another train.output_dir"
-        )
-    if resume and not checkpoints and (run.path / "last_checkpoint").is_file():
-        raise OutputFolderError(
-            f"train.output_dir={output_dir}: was trained without DeepSpeed. Go on with train.deepspeed.stage=0, or "
-            "start anew from its weights: train.init_checkpoint=FILE.pth, another train.output_dir and no --resume"
-        )
-    comm.synchronize()  # nobody deletes anything before everybody has looked
-    if comm.is_main_process():
-        run.clear_staging()
-    comm.synchronize()
-    return checkpoints[-1] if checkpoints else None
-
-
 def export_checkpoint(checkpoint: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """Writes the weights of a `checkpoint-N`, and the classes, as one file; see `write_checkpoint`.
 
@@ -63,8 +38,7 @@ def export_checkpoint(checkpoint: str | os.PathLike[str], target: str | os.PathL
     """
     if not (Path(checkpoint) / RUN_STATE).is_file():
         raise CheckpointError(f"{checkpoint}: has no {RUN_STATE}; expected the checkpoint-N of a run under DeepSpeed")
-    categories = CategoryTable(read_categories(str(checkpoint))).state_dict()
-    description = {"categories": categories} if categories else None
+    description = {"categories": CategoryTable(read_categories(str(checkpoint))).state_dict()}
     return write_checkpoint(target, read_checkpoint(checkpoint).state, description=description)
 
 
@@ -79,7 +53,7 @@ class DeepSpeedCheckpointer(HookBase):
         engine (deepspeed.DeepSpeedEngine): with model and optimizer.
         trainer (TrainerBase): its iteration and hooks are kept.
         output_dir (str): folder of the run.
-        categories (CategoryTable): optional, kept too.
+        categories (CategoryTable): kept too.
         period (int): iterations between saves.
         max_to_keep (int): checkpoints to keep; None keeps all.
     """
@@ -89,7 +63,7 @@ class DeepSpeedCheckpointer(HookBase):
         engine: Any,
         trainer: Any,
         output_dir: str,
-        categories: CategoryTable | None = None,
+        categories: CategoryTable,
         *,
         period: int = 1,
         max_to_keep: int | None = None,
@@ -118,7 +92,7 @@ class DeepSpeedCheckpointer(HookBase):
         save_engine(self.engine, folder, _TAG)
         state = {
             "trainer": self.trainer.state_dict(),
-            "categories": self.categories.state_dict() if self.categories else [],
+            "categories": self.categories.state_dict(),
             "stage": int(self.engine.zero_optimization_stage()),
             "num_processes": comm.get_world_size(),
         }
@@ -135,8 +109,7 @@ class DeepSpeedCheckpointer(HookBase):
         """
         state = load_torch_file(folder / RUN_STATE, mmap=False)
         self._check(folder, state)
-        if self.categories:
-            self.categories.load_state_dict(state["categories"])
+        self.categories.load_state_dict(state["categories"])
         self.engine.load_checkpoint(str(folder), tag=_TAG)
         self.trainer.load_state_dict(state["trainer"])
 

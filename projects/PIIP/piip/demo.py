@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import count
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,8 +25,6 @@ from piip.predict import Predictor
 from piip_core.errors import UserError
 from piip_core.files import explain_write_errors, write_atomically
 from piip_core.images import image_endings
-
-_Draw = Callable[[np.ndarray, Instances], np.ndarray]
 
 
 class _Job(NamedTuple):
@@ -65,10 +62,6 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
     results: list[dict[str, Any]] = []
     errors: list[str] = []
     image_ids = count(1)
-
-    def draw(image: np.ndarray, instances: Instances) -> np.ndarray:
-        return Visualizer(image, predictor.metadata).draw_instance_predictions(instances).get_image()
-
     for job in tqdm(jobs, desc="inputs", unit="file", disable=len(jobs) == 1 and jobs[0].is_video):
         job.target.parent.mkdir(parents=True, exist_ok=True)
         if job.is_video:
@@ -79,7 +72,7 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
         except UserError as error:
             errors.append(str(error))
             continue
-        drawn, found = _predict(predictor, image, next(image_ids), f"{job.target}_labels.png", min_score, draw)
+        drawn, found = _predict(predictor, image, next(image_ids), f"{job.target}_labels.png", min_score)
         results += [{**result, "file_name": str(job.source)} for result in found]
         with write_atomically(f"{job.target}.jpg") as file:
             Image.fromarray(drawn).save(file, format="JPEG", quality=92)
@@ -139,16 +132,22 @@ def draw_bars(image: np.ndarray, classes: Sequence[tuple[str, float]]) -> np.nda
 
 
 def _predict(
-    predictor: Predictor, image: np.ndarray, image_id: int, label_map: str, min_score: float, draw: _Draw
+    predictor: Predictor,
+    image: np.ndarray,
+    image_id: int,
+    label_map: str,
+    min_score: float,
+    video: VideoVisualizer | None = None,
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """The image with what the model makes of it, and the entries of the JSON; `draw` is for detections alone."""
+    """The image with what the model makes of it, and the entries of the JSON; `video` knows earlier images."""
 
     def entry(category: Category, **found: float) -> dict[str, Any]:
         return {"image_id": image_id, "category_id": category.id, "category_name": category.name, **found}
 
     if predictor.task == "detection":
         instances = predictor(image, min_score=min_score)
-        return draw(image, instances), predictor.to_coco(instances, image_id)
+        drawn = (video or VideoVisualizer(predictor.metadata)).draw_instance_predictions(image, instances)
+        return drawn.get_image(), predictor.to_coco(instances, image_id)
     if predictor.task == "classification":
         best = [(predictor.category(index), score) for index, score in predictor.classify(image)]
         drawn = draw_bars(image, [(category.name, score) for category, score in best])
@@ -181,11 +180,7 @@ def _is_video(path: Path) -> bool:
 def _run_on_video(predictor: Predictor, job: _Job, image_ids: Iterator[int], min_score: float) -> list[dict[str, Any]]:
     """Draws every frame; returns what was found."""
     results: list[dict[str, Any]] = []
-    visualizer = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
-
-    def draw(image: np.ndarray, instances: Instances) -> np.ndarray:
-        return visualizer.draw_instance_predictions(image, instances).get_image()
-
+    video = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
     encoder = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     written = None
     with av.open(str(job.source)) as container, av.open(f"{job.target}.mp4", "w") as output:
@@ -193,7 +188,7 @@ def _run_on_video(predictor: Predictor, job: _Job, image_ids: Iterator[int], min
         for frame in tqdm(container.decode(stream), total=stream.frames or None, desc=job.source.name, unit="frame"):
             image_id = next(image_ids)
             label_map = f"{job.target}_{image_id:06d}_labels.png"
-            drawn, found = _predict(predictor, frame.to_ndarray(format="rgb24"), image_id, label_map, min_score, draw)
+            drawn, found = _predict(predictor, frame.to_ndarray(format="rgb24"), image_id, label_map, min_score, video)
             results += [{**result, "file_name": str(job.source)} for result in found]
             # The pixel format wants even sides
             drawn = np.ascontiguousarray(drawn[: drawn.shape[0] // 2 * 2, : drawn.shape[1] // 2 * 2])

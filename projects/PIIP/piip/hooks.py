@@ -150,9 +150,7 @@ class WeightAverage(HookBase):
         settings: arguments of timm's `ModelEmaV3`, such as decay.
     """
 
-    def __init__(
-        self, model: nn.Module, output_dir: str, description: Mapping[str, Any] | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, output_dir: str, description: Mapping[str, Any], **settings: Any) -> None:
         self._average = ModelEmaV3(model, **settings)
         self._path, self._description = Path(output_dir, FINAL_AVERAGE), description
         self._loaded = False

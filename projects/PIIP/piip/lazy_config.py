@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from piip.data import Category, DatasetError, coco_categories
 from piip.data.classification import folder_categories, get_train_dicts
 from piip.data.dataset import check_same_classes
-from piip.data.segmentation import label_classes
+from piip.data.label_maps import label_classes
 from piip.setting_types import convert, leave_unchecked, setting_kinds
 from piip_core.errors import ConfigError
 

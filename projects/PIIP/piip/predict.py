@@ -23,7 +23,7 @@ from timm.data import ImageNetInfo
 
 from piip.checkpointer import AtomicCheckpointer, follow_published, read_categories
 from piip.data import Category, coco_categories
-from piip.data.segmentation import label_classes
+from piip.data.label_maps import label_classes
 from piip.data.transforms import as_input
 from piip.lazy_config import check_device, data_kind, skip_pretrained
 from piip.modeling.classifier import ImageClassifier

@@ -30,19 +30,22 @@ TRAIN_IMAGES = 117_266  # of 118287 in COCO train2017: those with annotations
 def detector(
     entry: ZooEntry | str,
     *,
-    scale: tuple[int, int],
+    scale: tuple[int, int] | None = None,
     crop: int | None = None,
     batch_size: int = 16,
-    lr: float,
-    layer_decay: float | None,
+    lr: float = 1e-4,
+    layer_decay: float | None = 0.85,
     epochs: int = 12,
     lr_drops: Sequence[int] = (8, 11),
 ) -> Nodes:
     """Mask R-CNN, Cascade Mask R-CNN or DINO on COCO: AdamW, learning rate in steps, evaluation after every epoch.
 
+    The defaults are what most published detectors were trained with.
+
     Args:
         entry: Backbone, head, and normalisation and padding of the images; or the name of a published model.
-        scale: Long and short side that images just fit into; test images only if there is a crop.
+        scale: Long and short side that images just fit into; test images only if there is a crop. None: 1333 x 800 in
+            proportion to the crop or, without, to the largest image of the pyramid.
         crop: Side of the crop of DETR's multi-scale training, whose resizing follows in proportion
             (at 1024: short sides of 480 to 800); None trains at `scale`.
         batch_size: Images per iteration, over all GPUs.
@@ -58,6 +61,9 @@ def detector(
     entry = zoo.get(entry) if isinstance(entry, str) else entry
     model = _dense_model(entry, "mask_rcnn", "cascade_mask_rcnn", "dino")
     data, dataloader = _common("coco" if crop is None else "coco_ms", "data", "dataloader")
+    if scale is None:
+        largest = max(branch.image_size for branch in entry.config.branches)
+        scale = (largest, largest * 800 // 1333) if crop is None else (crop * 1333 // 1024, crop * 800 // 1024)
     if crop is None:
         data.train.scales = [scale]  # also the test scale
     else:

@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import nn
 
 from piip.checkpointer import AtomicCheckpointer, CategoryTable, follow_published, read_categories
 from piip.data import Category, DatasetError, TrainLoader
-from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, prepare_output, run_folder
+from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, run_folder
 from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_model, zero_stage
 from piip.hooks import ClipNorm, MetricWriters, Saves, StepSeed, WeightAverage, average_settings
 from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
@@ -135,23 +134,20 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     evaluate = build_evaluation(cfg)
     loader = instantiate(cfg.dataloader.train)  # before the model, whose weights may take minutes
     zero = zero_stage(cfg) > 0
-    last = prepare_output(cfg.train.output_dir, resume=resume) if zero else _earlier_checkpoint(cfg, resume)
-    if cfg.train.init_checkpoint or (resume and last):
+    last = _checkpoint_to_resume(cfg, resume)
+    if cfg.train.init_checkpoint or last:
         skip_pretrained(cfg)
 
     model = instantiate(cfg.model).to(cfg.train.device)
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    table = CategoryTable(categories) if categories else None
-    average = None
+    table, average = CategoryTable(categories), None
     if averaging:
-        description = {"categories": table.state_dict()} if table else None
-        average = WeightAverage(model, cfg.train.output_dir, description, **averaging)
+        average = WeightAverage(model, cfg.train.output_dir, {"categories": table.state_dict()}, **averaging)
     if precision is torch.bfloat16:
         # With the cache, DeepSpeed's stage 3 would keep a bfloat16 copy of every weight
         _autocast_in_training(model, cfg.train.device, cache_enabled=not zero)
-    run = (_under_deepspeed if zero else _under_ddp)(cfg, model, optimizer, loader, table, last, resume)
+    run = (_DeepSpeedRun if zero else _Run)(cfg, model, loader, table, last)
     whole = (lambda: _evaluate_all(evaluate, run.whole_model(), average)) if evaluate else None
     saves = Saves(run.save)
     run.trainer.register_hooks(_build_hooks(cfg, seed, average, saves, whole))
@@ -160,9 +156,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     if average:
         average.start()
     # A checkpoint stores the iteration that it was written after
-    start = run.trainer.iter + 1 if resume and last else 0
-    if resume and not last:
-        logger.info("--resume: no checkpoint in %s yet, starting from the beginning", cfg.train.output_dir)
+    start = run.trainer.iter + 1 if last else 0
     _seek(loader, start, seed, drawn=cfg.train.get("seed", -1) < 0)
     if start >= cfg.train.max_iter:
         logger.info("Nothing to train: %s was written at iteration %d of %d", last, start, cfg.train.max_iter)
@@ -218,83 +212,85 @@ def _last_checkpoint(cfg: DictConfig) -> str:
     return str(folders[-1]) if folders else ""
 
 
-def _earlier_checkpoint(cfg: DictConfig, resume: bool) -> str:
-    """The last checkpoint in the folder of a run without DeepSpeed."""
-    last = _last_checkpoint(cfg)
-    if os.path.isdir(last):
+def _checkpoint_to_resume(cfg: DictConfig, resume: bool) -> str:
+    """The checkpoint to go on from, or an empty string; an error if another run in the folder would be mixed up."""
+    last, zero, folder = _last_checkpoint(cfg), zero_stage(cfg) > 0, f"train.output_dir={cfg.train.output_dir}"
+    if last and os.path.isdir(last) != zero:
         raise OutputFolderError(
-            f"train.output_dir={cfg.train.output_dir}: was trained under DeepSpeed. Go on with --resume and its "
-            f"train.deepspeed.stage, or start anew from its weights: train.init_checkpoint={last} and another "
-            "train.output_dir"
+            f"{folder}: was trained {'without' if zero else 'under'} DeepSpeed. Go on with --resume and its "
+            f"train.deepspeed.stage, or start anew from its weights: train.init_checkpoint={last}, another "
+            "train.output_dir and no --resume"
         )
-    if last and not resume and comm.is_main_process():
-        logger.warning(
-            "%s holds an earlier run: its checkpoints will be overwritten and metrics.json continued. --resume goes on "
-            "with it, another train.output_dir keeps it",
-            cfg.train.output_dir,
+    if last and zero and not resume:
+        raise OutputFolderError(
+            f"{folder}: holds an earlier run ({last}). Give --resume to go on with it, or another train.output_dir"
         )
-    return last
+    comm.synchronize()  # nobody deletes anything before everybody has looked
+    if comm.is_main_process():
+        run_folder(cfg.train.output_dir).clear_staging()
+        if resume and not last:
+            logger.info("--resume: no checkpoint in %s yet, starting from the beginning", cfg.train.output_dir)
+        elif last and not resume:
+            logger.warning(
+                "%s holds an earlier run: its checkpoints will be overwritten and metrics.json continued. --resume "
+                "goes on with it, another train.output_dir keeps it",
+                cfg.train.output_dir,
+            )
+    return last if resume else ""
 
 
-@dataclass(frozen=True)
 class _Run:
-    """What differs with and without DeepSpeed."""
+    """Trainer and saving hook under DistributedDataParallel, to go on from `last` or `train.init_checkpoint`."""
 
-    trainer: SimpleTrainer
-    save: HookBase
-    load: Callable[[], Any]  # the weights to start from, or everything to go on
-    whole_model: Callable[[], nn.Module]  # to evaluate
-    finish: Callable[[], Any] = lambda: None  # what a run that was killed at its very end may lack
+    def __init__(self, cfg: DictConfig, model: nn.Module, loader: Any, table: CategoryTable, last: str) -> None:
+        optimizer = instantiate(cfg.optimizer)
+        # DistributedDataParallel takes no device ids on CPU
+        on_cuda = torch.device(cfg.train.device).type == "cuda"
+        model = create_ddp_model(model, **cfg.train.ddp, **({} if on_cuda else {"device_ids": None}))
+        self.trainer = (AMPTrainer if _precision(cfg) is torch.float16 else SimpleTrainer)(model, loader, optimizer)
+        self._checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=self.trainer, categories=table)
+        self._last, self._weights = last, cfg.train.init_checkpoint
+        main = comm.is_main_process()
+        self.save = hooks.PeriodicCheckpointer(self._checkpointer, **cfg.train.checkpointer) if main else HookBase()
 
+    def load(self) -> None:
+        """Loads the weights to start from, or everything to go on."""
+        self._checkpointer.load(self._last or self._weights, checkpointables=None if self._last else [])
 
-def _under_ddp(
-    cfg: DictConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Any,
-    table: CategoryTable | None,
-    last: str,
-    resume: bool,
-) -> _Run:
-    # DistributedDataParallel takes no device ids on CPU
-    on_cuda = torch.device(cfg.train.device).type == "cuda"
-    model = create_ddp_model(model, **cfg.train.ddp, **({} if on_cuda else {"device_ids": None}))
-    trainer = (AMPTrainer if _precision(cfg) is torch.float16 else SimpleTrainer)(model, loader, optimizer)
-    tables = {"categories": table} if table else {}
-    checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=trainer, **tables)
-    return _Run(
-        trainer,
-        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if comm.is_main_process() else HookBase(),
-        lambda: checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume),
-        lambda: model,
-    )
+    def whole_model(self) -> nn.Module:
+        """The model to evaluate."""
+        return self.trainer.model
+
+    def finish(self) -> None:
+        """Writes what a run that was killed at its very end may lack."""
 
 
-def _under_deepspeed(
-    cfg: DictConfig,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Any,
-    table: CategoryTable | None,
-    last: Path | None,
-    resume: bool,
-) -> _Run:
-    if cfg.train.init_checkpoint and not last:  # before the weights are divided
-        AtomicCheckpointer(model).load(cfg.train.init_checkpoint, checkpointables=[])
-    engine = build_engine(
-        cfg, model, optimizer, loader.batch_sampler.batch_size if isinstance(loader, TrainLoader) else 1
-    )
-    skip_pretrained(cfg)  # for the models that are made from now on, to be filled with the weights of this one
-    trainer = DeepSpeedTrainer(engine, loader, optimizer)
-    saving = {"period": cfg.train.checkpointer.period, "max_to_keep": cfg.train.checkpointer.get("max_to_keep")}
-    checkpointer = DeepSpeedCheckpointer(engine, trainer, cfg.train.output_dir, table, **saving)
-    return _Run(
-        trainer,
-        checkpointer,
-        lambda: checkpointer.load(last) if last else None,
-        lambda: evaluation_model(engine, lambda: instantiate(cfg.model).to(cfg.train.device)),
-        lambda: checkpointer.export(last),
-    )
+class _DeepSpeedRun(_Run):
+    """The same under DeepSpeed."""
+
+    def __init__(self, cfg: DictConfig, model: nn.Module, loader: Any, table: CategoryTable, last: str) -> None:
+        if cfg.train.init_checkpoint and not last:  # before the weights are divided
+            AtomicCheckpointer(model).load(cfg.train.init_checkpoint, checkpointables=[])
+        optimizer = instantiate(cfg.optimizer)
+        batch_size = loader.batch_sampler.batch_size if isinstance(loader, TrainLoader) else 1
+        engine = build_engine(cfg, model, optimizer, batch_size)
+        skip_pretrained(cfg)  # for the models that are made from now on, to be filled with the weights of this one
+        self.trainer = DeepSpeedTrainer(engine, loader, optimizer)
+        period, keep = cfg.train.checkpointer.period, cfg.train.checkpointer.get("max_to_keep")
+        self.save = DeepSpeedCheckpointer(
+            engine, self.trainer, cfg.train.output_dir, table, period=period, max_to_keep=keep
+        )
+        self._cfg, self._last = cfg, last
+
+    def load(self) -> None:
+        if self._last:
+            self.save.load(Path(self._last))
+
+    def whole_model(self) -> nn.Module:
+        return evaluation_model(self.trainer.model, lambda: instantiate(self._cfg.model).to(self._cfg.train.device))
+
+    def finish(self) -> None:
+        self.save.export(Path(self._last))
 
 
 def _build_hooks(

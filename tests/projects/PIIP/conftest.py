@@ -193,7 +193,8 @@ def launch(free_port) -> Callable[..., list[list[int]]]:
     def run(folder: Path, config: str, *phases: list[dict]) -> list[list[int]]:
         with_config = [[{"config_file": config, **spec} for spec in specs] for specs in phases]
         (folder / "phases.json").write_text(json.dumps(with_config))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # A module of DeepSpeed compiles a function when it is imported, which loads PyTorch's compiler in every process
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
         script = Path(__file__).with_name("launched_training.py")
         files = [str(script), str(folder / "phases.json"), str(folder / "statuses.json")]
         command = [sys.executable, *files, free_port()]

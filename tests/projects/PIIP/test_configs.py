@@ -13,8 +13,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
 from omegaconf import OmegaConf
 
-from piip.data import KeepRatioResize, MultiScaleCrop, ShortSideResize
-from piip.data.segmentation import PhotometricDistortion, RatioRangeResize
+from piip.data import KeepRatioResize, MultiScaleCrop, PhotometricDistortion, RatioRangeResize, ShortSideResize
 from piip_core import zoo
 from piip_core.branches import ConvNeXtConfig
 from piip_core.checkpoints import model_shapes

@@ -17,8 +17,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from piip.checkpointer import RUN_STATE, read_categories
-from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, export_checkpoint, prepare_output, run_folder
+from piip.checkpointer import RUN_STATE, CategoryTable, read_categories
+from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, export_checkpoint, run_folder
 from piip.deepspeed_trainer import deepspeed_config, zero_stage
 from piip.hooks import FINAL_AVERAGE, ClipNorm
 from piip.lazy_config import follow_annotations, load_config
@@ -203,10 +203,10 @@ def test_runs_with_and_without_deepspeed_are_told_apart(runs, shared_coco):
 
     with pytest.raises(OutputFolderError, match=r"was trained under DeepSpeed\. Go on with --resume and its"):
         train("zero3", resume=True)
-    with pytest.raises(OutputFolderError, match=r"was trained without DeepSpeed\. Go on with train.deepspeed.stage=0"):
+    with pytest.raises(OutputFolderError, match=r"was trained without DeepSpeed\. Go on with --resume and its"):
         train("ddp", "train.deepspeed.stage=2", resume=True)
-    with pytest.raises(OutputFolderError, match=r"holds an earlier run \(checkpoint-4\). Give --resume"):
-        prepare_output(str(runs / "zero3"), resume=False)
+    with pytest.raises(OutputFolderError, match=r"holds an earlier run \(.*checkpoint-4\). Give --resume"):
+        train("zero3", "train.deepspeed.stage=3", resume=False)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_checkpoints_that_were_divided_otherwise_are_refused(state, words, tmp_p
     torch.save(state, tmp_path / RUN_STATE)
     engine = argparse.Namespace(zero_optimization_stage=lambda: 3)
     with pytest.raises(OutputFolderError, match=words):
-        DeepSpeedCheckpointer(engine, None, str(tmp_path)).load(tmp_path)
+        DeepSpeedCheckpointer(engine, None, str(tmp_path), CategoryTable()).load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -149,14 +148,13 @@ def test_results_never_replace_an_input(tmp_path):
             collect_inputs([str(inputs)], str(output))
 
 
-def test_the_command(tiny_config, run, shared_coco, tmp_path, repo_root):
+def test_the_command(tiny_config, run, shared_coco, tmp_path, load_tool, monkeypatch):
     (tmp_path / "bad.png").write_bytes((shared_coco.images / "001.png").read_bytes()[:500])
-    command = [sys.executable, str(repo_root / "tools" / "demo.py"), "--config-file", tiny_config]
-    command += ["--checkpoint", str(run / "model_final.pth"), "--output", str(tmp_path / "out")]
-    command += ["--input", str(shared_coco.images / "001.png"), str(tmp_path / "bad.png")]
-    command += ["--confidence-threshold", "0.1", "--opts", "train.device=cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert result.returncode == 1
-    assert f"error: {tmp_path / 'bad.png'}: cannot be decoded" in result.stderr
+    arguments = ["--config-file", tiny_config, "--checkpoint", str(run / "model_final.pth")]
+    arguments += ["--input", str(shared_coco.images / "001.png"), str(tmp_path / "bad.png")]
+    arguments += ["--output", str(tmp_path / "out"), "--confidence-threshold", "0.1", "--opts", "train.device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path / 'bad.png'}: cannot be decoded"):
+        load_tool("demo").main()
     assert (tmp_path / "out" / "001.jpg").is_file()
     assert json.loads((tmp_path / "out" / "predictions.json").read_text())

@@ -1,4 +1,4 @@
-"""UperNet's heads against Detectron2's segmentor and first principles; golden cases have their numbers."""
+"""UperNet's heads against first principles; golden cases have their numbers."""
 
 import pytest
 
@@ -7,11 +7,9 @@ pytest.importorskip("detectron2")
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import SemanticSegmentor
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from checkers.detection.segmentation import ToyEncoder
 from piip.modeling import FCNHead, PIIPBackbone, UperNetHead, feature_shapes
 from piip_core.meta import on_meta
 from piip_digits.model import demo_config
@@ -106,18 +104,6 @@ def test_autocast_does_not_reach_the_heads():
     torch.testing.assert_close(mixed, decoder.layers({name: x.bfloat16().float() for name, x in features.items()}))
     # a backbone's half precision is taken as it comes
     assert decoder.layers({name: x.bfloat16() for name, x in features.items()}).dtype == torch.float32
-
-
-def test_heads_work_in_detectron2s_own_segmentor():
-    backbone = randomise(ToyEncoder({"type": "ToyEncoder", "channels": list(WIDTHS)}))
-    model = SemanticSegmentor(backbone=backbone, sem_seg_head=head(), pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
-    entry = {"image": torch.rand(3, 64, 96), "sem_seg": torch.zeros(64, 96, dtype=torch.long)}
-    losses = model([entry, entry])
-    losses["loss_sem_seg"].backward()
-    assert all(p.grad is not None for p in model.sem_seg_head.parameters())
-    model.eval()
-    (output,) = model([{**entry, "height": 32, "width": 50}])
-    assert output["sem_seg"].shape == (CLASSES, 32, 50)
 
 
 def test_shapes_for_a_config_are_those_of_the_backbone():

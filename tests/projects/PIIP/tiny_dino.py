@@ -15,7 +15,8 @@ model.num_groups = 4
 model.transformer.embed_dim = 16
 model.transformer.num_heads = 2
 model.transformer.ffn_dim = 32
-model.transformer.num_encoder_layers = model.transformer.num_decoder_layers = 2
+model.transformer.num_encoder_layers = 1
+model.transformer.num_decoder_layers = 2
 model.transformer.num_queries = 20
 model.denoising.num_denoising = 4
 model.max_detections = 20

@@ -2,9 +2,4 @@
 
 from piip.recipes import detector
 
-model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    "piip_sbl_1568_1120_672_cascade_1x",
-    scale=(1568, 941),
-    lr=1e-4,
-    layer_decay=0.85,
-)
+model, data, dataloader, optimizer, lr_multiplier, train = detector("piip_sbl_1568_1120_672_cascade_1x")

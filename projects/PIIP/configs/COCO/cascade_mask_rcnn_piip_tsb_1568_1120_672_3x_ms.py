@@ -4,10 +4,7 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_tsb_1568_1120_672_cascade_3x_ms",
-    scale=(2041, 1225),
     crop=1568,
-    lr=1e-4,
-    layer_decay=0.85,
     epochs=36,
     lr_drops=(27, 33),
 )

@@ -4,9 +4,7 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_h6b_1024_768_dino",
-    scale=(1333, 800),
     crop=1024,
     batch_size=32,
     lr=2e-4,
-    layer_decay=0.85,
 )

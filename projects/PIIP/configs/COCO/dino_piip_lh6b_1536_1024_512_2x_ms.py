@@ -4,11 +4,9 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_lh6b_1536_1024_512_dino",
-    scale=(1999, 1200),
     crop=1536,
     batch_size=32,
     lr=2e-4,
-    layer_decay=0.85,
     epochs=24,
     lr_drops=(16, 22),
 )

@@ -4,11 +4,9 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_sbl_1792_1120_672_dino",
-    scale=(2332, 1400),
     crop=1792,
     batch_size=32,
     lr=2e-4,
-    layer_decay=0.85,
     epochs=36,
     lr_drops=(27, 33),
 )

@@ -4,7 +4,5 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "convnext_b_1024",
-    scale=(1024, 614),
-    lr=1e-4,
     layer_decay=None,
 )

@@ -4,8 +4,6 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "internvit_6b_1024",
-    scale=(1333, 800),
     crop=1024,
-    lr=1e-4,
     layer_decay=0.95,
 )

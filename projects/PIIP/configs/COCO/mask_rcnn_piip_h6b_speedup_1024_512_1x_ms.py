@@ -4,8 +4,5 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_h6b_speedup_1024_512",
-    scale=(1333, 800),
     crop=1024,
-    lr=1e-4,
-    layer_decay=0.85,
 )

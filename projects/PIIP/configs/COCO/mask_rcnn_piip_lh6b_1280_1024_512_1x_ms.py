@@ -4,8 +4,5 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_lh6b_1280_1024_512",
-    scale=(1666, 1000),
     crop=1280,
-    lr=1e-4,
-    layer_decay=0.85,
 )

@@ -4,9 +4,7 @@ from piip.recipes import detector
 
 model, data, dataloader, optimizer, lr_multiplier, train = detector(
     "piip_lh6b_1536_1024_512",
-    scale=(1999, 1200),
     crop=1536,
     batch_size=32,
     lr=2e-4,
-    layer_decay=0.85,
 )

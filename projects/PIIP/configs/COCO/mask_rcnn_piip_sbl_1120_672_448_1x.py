@@ -2,9 +2,4 @@
 
 from piip.recipes import detector
 
-model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    "piip_sbl_1120_672_448",
-    scale=(1120, 672),
-    lr=1e-4,
-    layer_decay=0.85,
-)
+model, data, dataloader, optimizer, lr_multiplier, train = detector("piip_sbl_1120_672_448")

@@ -2,9 +2,4 @@
 
 from piip.recipes import detector
 
-model, data, dataloader, optimizer, lr_multiplier, train = detector(
-    "piip_sbl_1344_896_448",
-    scale=(1344, 806),
-    lr=1e-4,
-    layer_decay=0.85,
-)
+model, data, dataloader, optimizer, lr_multiplier, train = detector("piip_sbl_1344_896_448")

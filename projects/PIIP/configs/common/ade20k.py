@@ -11,15 +11,9 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
 from omegaconf import OmegaConf
 
-from piip.data import ShortSideResize, build_train_loader
-from piip.data.segmentation import (
-    IGNORE_LABEL,
-    PhotometricDistortion,
-    RatioRangeResize,
-    SemSegDatasetMapper,
-    build_sem_seg_evaluator,
-    get_sem_seg_dicts,
-)
+from piip.data import PhotometricDistortion, RatioRangeResize, ShortSideResize, build_train_loader
+from piip.data.label_maps import IGNORE_LABEL
+from piip.data.segmentation import SemSegDatasetMapper, build_sem_seg_evaluator, get_sem_seg_dicts
 
 _ade20k = os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "ADEChallengeData2016")
 

@@ -14,7 +14,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data.transforms import RandomCrop_CategoryAreaConstraint
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 
-from piip.data.segmentation import IGNORE_LABEL
+from piip.data.label_maps import IGNORE_LABEL
 from piip.lazy import lazy_dataclass
 from piip.solver import WarmupFactor
 from piip_core.config import MergingConfig

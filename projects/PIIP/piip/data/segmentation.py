@@ -26,17 +26,6 @@ from .dataset import (
 )
 from .label_maps import IGNORE_LABEL, LABEL_ENDING, LabelClasses, label_classes, read_label_map, read_label_size
 from .mapper import CheckedDatasetMapper
-from .transforms import PhotometricDistortion, RatioRangeResize
-
-__all__ = [
-    "IGNORE_LABEL",
-    "PhotometricDistortion",
-    "RatioRangeResize",
-    "SemSegDatasetMapper",
-    "build_sem_seg_evaluator",
-    "get_sem_seg_dicts",
-    "label_classes",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 class SegmentationHead(nn.Module):
     """What the heads share: classifier, upsampling, loss; subclasses make the features that are classified.
 
-    Runs in the precision of its weights whatever autocast says: float32 for published models. It obeys the contract
-    of Detectron2's semantic segmentation heads, so that it also works in Detectron2's own `SemanticSegmentor`.
+    Runs in the precision of its weights whatever autocast says: float32 for published models. `SlidingWindowSegmentor`
+    calls `layers` and `losses`.
 
     Args:
         input_shape (dict[str, ShapeSpec]): backbone maps that the head reads.
@@ -59,22 +59,12 @@ class SegmentationHead(nn.Module):
         by_stride = sorted(input_shape.items(), key=lambda item: item[1].stride)
         self.in_features = [name for name, _ in by_stride]
         self.in_channels = [shape.channels for _, shape in by_stride]
-        self.stride = by_stride[0][1].stride  # of the logits
         self.num_classes, self.ignore_value, self.align_corners = num_classes, ignore_value, align_corners
         self.loss_weight, self.loss_average = loss_weight, loss_average
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = Conv2d(channels, num_classes, kernel_size=1)
         nn.init.normal_(self.conv_seg.weight, std=init_std)
         nn.init.zeros_(self.conv_seg.bias)
-
-    def forward(
-        self, features: Mapping[str, Tensor], targets: Tensor | None = None
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """As Detectron2's heads: (None, losses) in training, else (logits at the resolution of the image, {})."""
-        logits = self.layers(features)
-        if self.training:
-            return None, self.losses(logits, targets)
-        return self.resize(logits, (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)), {}
 
     def layers(self, features: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, num_classes, H / stride, W / stride) from the backbone maps, by name."""

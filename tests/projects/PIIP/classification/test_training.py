@@ -94,7 +94,7 @@ class _Loss(nn.Module):
 def _train_average(folder, iterations, *, model, state=None, start=0):
     """Gradient descent; returns the weights after every iteration and the hook."""
     trainer = SimpleTrainer(model, [torch.tensor([1.0, 2.0, 3.0])] * 9, torch.optim.SGD(model.parameters(), lr=0.1))
-    average, seen = WeightAverage(model, str(folder), decay=0.75), []
+    average, seen = WeightAverage(model, str(folder), {"categories": []}, decay=0.75), []
     trainer.register_hooks([average, hooks.CallbackHook(after_step=lambda _: seen.append(model.weight.tolist()))])
     if state is not None:
         average.load_state_dict(state)

@@ -9,8 +9,7 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2.config import instantiate
 
-from piip.data import DatasetError
-from piip.data.segmentation import PhotometricDistortion, RatioRangeResize
+from piip.data import DatasetError, PhotometricDistortion, RatioRangeResize
 from piip.lazy_config import follow_annotations, has_test_set, load_config
 from piip.predict import find_categories
 from piip.solver import WarmupFactor
