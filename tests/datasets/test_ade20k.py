@@ -54,7 +54,7 @@ def test_the_archive_becomes_a_data_set_without_problems(prepare, verify, root, 
     for part in json.loads(report.read_text())["sets"]:
         values = [np.asarray(Image.open(path)) for path in (root / NAME / "annotations" / part["title"]).iterdir()]
         whole = np.concatenate(values, axis=None)
-        assert part["images"] == len(values)
+        assert part["found"] == len(values)
         assert part["columns"]["ignored pixels"] == f"{(whole == 0).mean():.1%}"
         assert part["columns"]["classes seen"] == f"{len(set(whole.tolist()) - {0})} of 150"
 

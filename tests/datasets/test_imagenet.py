@@ -88,7 +88,7 @@ def test_the_archives_become_folders_of_classes(prepare, verify, root, capsys):
     assert prepare([str(root)]) == 0 == verify([str(root)])
     out = capsys.readouterr().out
     assert out.count("already there") == 2
-    assert "| train |        5 |          5 |         2 | 2 to 3" in out
+    assert "| train |       5 |          5 |         2 | 2 to 3" in out
 
 
 def test_an_archive_that_is_missing_or_damaged_leaves_nothing(prepare, root):
