@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from piip_core.errors import UserError
 
 from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages
+from ..data.dataset import Collator
 from ..inference import ChatModel, ContextLengthError, MemoryLimitError
 
 
@@ -99,29 +99,21 @@ def likelihood_batch(model: ChatModel, conversations: Sequence[Conversation]) ->
         ContextLengthError: If a conversation is longer than the context.
         UserError: If placeholders and images do not match, or an answer is empty.
     """
-    rows = [_encoded(model, conversation) for conversation in conversations]
-    # Padded on the left: the answers are then in the last columns, the only ones whose logits are needed
-    input_ids, targets, mask = (
-        pad_sequence([row[i] for row in rows], True, value, "left").to(model.device)
-        for i, value in enumerate((0, IGNORE_INDEX, 0))
-    )
-    kept = int((targets != IGNORE_INDEX).sum(0).ne(0).flip(0).nonzero().max()) + 1
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    if images := [image for conversation in conversations for image in conversation.images]:
-        inputs["pixel_values"] = model.processor.image_processor(images, return_tensors="pt").to(model.device)[
-            "pixel_values"
-        ]
+    batch = Collator.from_tokenizer(model.processor.tokenizer)([_encoded(model, each) for each in conversations])
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    targets = batch.pop("labels")[:, 1:]
+    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]  # the only ones whose logits are needed
     try:
         with torch.inference_mode():
-            logits = model.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
-            return _likelihoods(logits, targets[:, -kept:])
+            logits = model.model(**batch, logits_to_keep=columns, use_cache=False).logits
+            return _likelihoods(logits, targets[:, columns])
     except torch.OutOfMemoryError as error:
         count = len(conversations)
         raise MemoryLimitError(f"{count} conversations at once need too much memory: lower the batch size") from error
 
 
-def _encoded(model: ChatModel, conversation: Conversation) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, labels (those of the answer) and mask of a conversation, each (N,)."""
+def _encoded(model: ChatModel, conversation: Conversation) -> dict[str, Tensor]:
+    """A conversation as a sample of training."""
     messages, images = conversation
     encoded = model.processor.encode_conversation(messages, has_images=bool(images))
     if encoded.num_images != len(images):
@@ -131,8 +123,8 @@ def _encoded(model: ChatModel, conversation: Conversation) -> tuple[Tensor, Tens
         )
     if len(encoded.input_ids) > model.context_length:
         raise _too_long(model, len(encoded.input_ids))
-    ids = torch.tensor(encoded.input_ids)
-    return ids, torch.tensor(encoded.labels), torch.ones_like(ids)
+    pixels = model.processor.image_processor(list(images), return_tensors="pt") if images else {}
+    return {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels), **pixels}
 
 
 def _likelihoods(logits: Tensor, targets: Tensor) -> list[Likelihood]:
