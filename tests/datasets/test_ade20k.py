@@ -90,7 +90,7 @@ def test_everything_wrong_is_reported(prepare, verify, root, tmp_path, capsys):
         ("label map unusable", "ADE_00000001.png"),
         ("sizes differ", "ADE_00000002.png"),
     ]
-    assert [problem["kind"] for problem in second["problems"]] == ["number of images"]
+    assert [problem["kind"] for problem in second["problems"]] == ["number of images with a label map"]
     out = capsys.readouterr().out
     assert "label 151 (108 pixels): expected 1 to 150" in out
     assert "8 x 12 (height x width), but its image is 9 x 12" in out

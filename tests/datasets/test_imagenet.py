@@ -119,7 +119,7 @@ def test_everything_that_is_wrong_is_reported(prepare, verify, root, capsys):
     sets = json.loads((root / "report.json").read_text())["sets"]
     kinds = [{problem["kind"] for problem in part["problems"]} for part in sets]
     assert kinds[0] == {"image unreadable"}
-    assert kinds[1] == {"class without images", "classes differ", "number of classes or images"}
+    assert kinds[1] == {"class without images", "classes differ", "number of classes", "number of images"}
     assert "n01000001_0.JPEG: cannot be decoded" in capsys.readouterr().out
 
 

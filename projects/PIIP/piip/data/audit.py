@@ -37,9 +37,7 @@ def audit_label_maps(
     except DatasetError as error:
         result.add("folders unusable", images, str(error))
         return result
-    if expected not in (None, len(pairs)):
-        message = f"{images}: {len(pairs)} images with a label map: expected {expected}"
-        result.add("number of images", images, message)
+    result.compare("images with a label map", images, len(pairs), expected)
     for kind, paths in unmatched.items():
         for path in paths:
             result.add(kind, path, path)
@@ -111,9 +109,8 @@ def audit_classes(
         for name in (name for name, count in counts.items() if not count):
             path = os.path.join(folder, name)
             result.add("class without images", path, f"{path}: holds no image")
-        for what, number, expected in (("classes", len(names), num_classes), ("images", len(found), num_images)):
-            if expected not in (None, number):
-                result.add("number of classes or images", folder, f"{folder}: {number} {what}: expected {expected}")
+        result.compare("classes", folder, len(names), num_classes)
+        result.compare("images", folder, len(found), num_images)
         if decode:
             checked = read_all(_check_image, [path for path, _ in found], f"Reading {title}", workers)
             result.problems += [problem for problem in checked if problem is not None]
