@@ -31,8 +31,8 @@ _log = logging.getLogger(__name__)
 
 _IMAGE_WORDS = 128  # what the published `lengths` count an image as
 _MOST_SKIPPED_IN_A_ROW = 100
-_TURNS_CUT, _CONVERSATIONS_CUT = "turns cut", "conversations cut"
-_COUNTED = (*(problem.value for problem in Problem), _TURNS_CUT, _CONVERSATIONS_CUT)
+_CUT = "conversations cut"
+_COUNTED = (*(problem.value for problem in Problem), _CUT)
 _MAX_WORKERS = 128
 
 Folder = str | os.PathLike[str]
@@ -105,7 +105,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 return self._sample(record)
             except DataError as error:
                 errors.append(error)
-                if self._add(error.problem.value) == 1:
+                if self._count(error.problem.value) == 1:
                     kind = error.problem.value
                     _log.warning("Sample skipped (%s; further ones are only counted): %s", kind, error)
         raise DataError(
@@ -120,14 +120,9 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         return {kind: count for kind, count in counts.items() if count}
 
     @property
-    def turns_cut(self) -> int:
-        """How many rounds (question and answer) were cut from conversations longer than `max_length`."""
-        return self._total(_TURNS_CUT)
-
-    @property
     def conversations_cut(self) -> int:
         """How many times a conversation longer than `max_length` was cut."""
-        return self._total(_CONVERSATIONS_CUT)
+        return self._total(_CUT)
 
     @cached_property
     def modality_lengths(self) -> list[int]:
@@ -172,8 +167,9 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
                 sample["pixel_values"] = pixels["pixel_values"]
             except ImageError as error:
                 raise DataError(f"{record.where}: {error}", Problem.UNUSABLE) from error
-        if encoded.turns_cut:
-            self._count_cut(record, encoded.turns_cut)
+        if encoded.turns_cut and self._count(_CUT) == 1:
+            message = "%s: longer than %s ids, %d rounds cut from its end (further ones are only counted)"
+            _log.warning(message, record.where, self.max_length, encoded.turns_cut)
         return sample
 
     def _image(self, record: Record, name: str) -> Image.Image:
@@ -186,17 +182,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         except DataError as error:
             raise DataError(f"{record.where}: {error}", error.problem) from error
 
-    def _count_cut(self, record: Record, turns: int) -> None:
-        self._add(_TURNS_CUT, turns)
-        if self._add(_CONVERSATIONS_CUT) == 1:
-            message = "%s: longer than %s ids, %d rounds cut from its end (further ones are only counted)"
-            _log.warning(message, record.where, self.max_length, turns)
-
-    def _add(self, name: str, number: int = 1) -> int:
-        """Adds to one count and returns what this worker or process has counted of it."""
+    def _count(self, name: str) -> int:
+        """Counts one more, and returns what this worker or process has counted of it."""
         worker = get_worker_info()
         count = self._counts[0 if worker is None else 1 + worker.id % _MAX_WORKERS, _COUNTED.index(name)]
-        count += number
+        count += 1
         return int(count)
 
     def _total(self, name: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -38,10 +37,6 @@ class PublishedSet:
     records: int
     records_by_folder: Mapping[str, int]  # by the first folder of their image, "" for none; empty if not known
     folders: tuple[PublishedFolder, ...]
-
-    def relative_folders(self) -> list[str]:
-        """The image folders as image names start."""
-        return [os.path.relpath(folder.folder, self.image_root) for folder in self.folders]
 
 
 PUBLISHED: Mapping[str, PublishedSet] = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from piip_core.audit import Audit, SetAudit
 from piip_core.errors import UserError
 
-from ..data.audit import UNUSABLE_FILE, AuditReport, Decode, FileSummary, Finding, image_findings
+from ..data.audit import READING, UNUSABLE_FILE, Decode, audit_images
 from ..data.images import ImageFolder, read_image
 from ..data.records import DataError, Problem
 from .benchmark import SOURCES, Answer, Benchmark, Question
@@ -16,59 +17,58 @@ from .benchmark import SOURCES, Answer, Benchmark, Question
 
 def check_benchmarks(
     benchmarks: Sequence[Benchmark], data: Path, *, decode: Decode = "header", workers: int | None = None
-) -> AuditReport:
+) -> Audit:
     """Checks questions, labels and images of benchmarks below a folder; `decode` and `workers` are those of `audit`.
 
     Files are there and can be read, the number of questions is the published one, no question is asked twice, the
     labels belong to the questions (a trial answer to every question is scored, and written to send in), and images
     exist and can be read.
     """
-    report = AuditReport(decode)
+    sets: list[SetAudit] = []
     for benchmark in benchmarks:
         file, folder = benchmark.question_file(data), benchmark.image_folder(data)
-        summary = FileSummary(str(file), str(folder or file))
-        report.files.append(summary)
+        result = SetAudit(benchmark.title, benchmark.published)
+        sets.append(result)
         missing = benchmark.missing_files(data)
-        report.problems += [_unusable(file, f"{path}: missing; {SOURCES}") for path in missing]
+        for path in missing:
+            result.add(UNUSABLE_FILE, path, f"{path}: missing; {SOURCES}")
         try:
             questions = benchmark.read(file)
         except UserError as error:
             if file not in missing:
-                report.problems.append(_unusable(file, str(error)))
+                result.add(UNUSABLE_FILE, file, str(error))
             continue
-        summary.entries = len(questions)
-        summary.with_image = sum(question.image is not None for question in questions)
-        summary.text_only = len(questions) - summary.with_image
-        summary.counts.append((f"{benchmark.title}: questions", len(questions), benchmark.published))
-        report.problems += _repeated(file, questions)
+        result.found = len(questions)
+        result.compare("questions", file, len(questions), benchmark.published)
+        _check_questions(result, file, questions, decode)
         if not missing:
-            report.problems += _trial(benchmark, file, questions)
-        report.problems += _embedded_images(summary, questions, decode)
+            _try_answers(result, benchmark, file, questions)
         if folder is not None and folder.is_dir():
             users: dict[str, list[tuple[int, str]]] = {}
             for index, question in enumerate(questions):
                 if isinstance(question.image, str):
                     users.setdefault(question.image, []).append((index, f"{file}: question {question.id!r}"))
-                    summary.entries_by_folder[str(Path(question.image).parent)] += 1
-            images = ImageFolder(folder, follow_links=True)
-            report.problems += image_findings(summary, users, images, decode, workers, lambda n: str(Path(n).parent))
-    return report
+            sets += audit_images(users, ImageFolder(folder, follow_links=True), decode, workers)
+    return Audit(sets, READING[decode])
 
 
-def _unusable(file: Path, message: str) -> Finding:
-    return Finding(str(file), None, UNUSABLE_FILE, message)
-
-
-def _repeated(file: Path, questions: Sequence[Question]) -> Iterator[Finding]:
+def _check_questions(result: SetAudit, file: Path, questions: Sequence[Question], decode: Decode) -> None:
+    """Finds questions that are asked twice, and broken images that the question file holds."""
     first: dict[tuple[int | str, str], int] = {}
     for index, question in enumerate(questions):
         before = first.setdefault((question.id, question.prompt), index)
         if before != index:
             message = f"{file}: question {index} (id {question.id!r}) is question {before} again: it would count twice"
-            yield Finding(str(file), index, Problem.RECORD.value, message)
+            result.add(Problem.RECORD.value, file, message, index)
+        if isinstance(question.image, bytes) and decode != "none":
+            try:
+                read_image(question.image, f"the image of question {question.id}")
+            except DataError as error:
+                result.add(error.problem.value, file, f"{file}: {error}", index)
 
 
-def _trial(benchmark: Benchmark, file: Path, questions: Sequence[Question]) -> Iterator[Finding]:
+def _try_answers(result: SetAudit, benchmark: Benchmark, file: Path, questions: Sequence[Question]) -> None:
+    """Finds labels that do not belong to the questions."""
     answers = [Answer(question.id, question.prompt, "A") for question in questions]
     try:
         if benchmark.score is not None:
@@ -78,17 +78,4 @@ def _trial(benchmark: Benchmark, file: Path, questions: Sequence[Question]) -> I
             with tempfile.TemporaryDirectory() as folder:
                 export(file, Path(folder, name), answers)
     except UserError as error:
-        yield _unusable(file, f"labels do not fit the questions: {error}")
-
-
-def _embedded_images(summary: FileSummary, questions: Sequence[Question], decode: Decode) -> Iterator[Finding]:
-    """Findings about images that the question file holds, and their numbers in the summary."""
-    for index, question in enumerate(questions):
-        if isinstance(question.image, bytes):
-            summary.images_by_folder["(in the file)"] += 1
-            try:
-                if decode != "none":
-                    read_image(question.image, f"the image of question {question.id}")
-            except DataError as error:
-                summary.unusable_by_folder["(in the file)"] += 1
-                yield Finding(summary.file, index, error.problem.value, f"{summary.file}: {error}")
+        result.add(UNUSABLE_FILE, file, f"labels do not fit the questions: {error}")

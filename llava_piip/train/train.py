@@ -88,12 +88,12 @@ def run(trainer: PIIPTrainer, checkpoint: Path | None) -> None:
 def _report_data(trainer: PIIPTrainer) -> None:
     """Says what the data set left out, over all processes."""
     dataset, device = trainer.train_dataset, trainer.args.device
-    own = torch.tensor([sum(dataset.skipped.values()), dataset.conversations_cut, dataset.turns_cut], device=device)
-    skipped, conversations, turns = trainer.accelerator.reduce(own).tolist()
+    own = torch.tensor([sum(dataset.skipped.values()), dataset.conversations_cut], device=device)
+    skipped, cut = trainer.accelerator.reduce(own).tolist()
     if trainer.is_world_process_zero():
         print(
             f"data: {dataset.records.malformed} malformed entries left out, {skipped} samples skipped; "
-            f"{conversations} conversations cut to max_length, by {turns} turns in all"
+            f"{cut} conversations cut to max_length"
         )
 
 

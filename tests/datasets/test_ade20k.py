@@ -54,7 +54,7 @@ def test_the_archive_becomes_a_data_set_without_problems(prepare, verify, root, 
     for part in json.loads(report.read_text())["sets"]:
         values = [np.asarray(Image.open(path)) for path in (root / NAME / "annotations" / part["title"]).iterdir()]
         whole = np.concatenate(values, axis=None)
-        assert part["images"] == len(values)
+        assert part["found"] == len(values)
         assert part["columns"]["ignored pixels"] == f"{(whole == 0).mean():.1%}"
         assert part["columns"]["classes seen"] == f"{len(set(whole.tolist()) - {0})} of 150"
 
@@ -90,7 +90,7 @@ def test_everything_wrong_is_reported(prepare, verify, root, tmp_path, capsys):
         ("label map unusable", "ADE_00000001.png"),
         ("sizes differ", "ADE_00000002.png"),
     ]
-    assert [problem["kind"] for problem in second["problems"]] == ["number of images"]
+    assert [problem["kind"] for problem in second["problems"]] == ["number of images with a label map"]
     out = capsys.readouterr().out
     assert "label 151 (108 pixels): expected 1 to 150" in out
     assert "8 x 12 (height x width), but its image is 9 x 12" in out

@@ -88,7 +88,7 @@ def test_the_archives_become_folders_of_classes(prepare, verify, root, capsys):
     assert prepare([str(root)]) == 0 == verify([str(root)])
     out = capsys.readouterr().out
     assert out.count("already there") == 2
-    assert "| train |        5 |          5 |         2 | 2 to 3" in out
+    assert "| train |       5 |          5 |         2 | 2 to 3" in out
 
 
 def test_an_archive_that_is_missing_or_damaged_leaves_nothing(prepare, root):
@@ -119,7 +119,7 @@ def test_everything_that_is_wrong_is_reported(prepare, verify, root, capsys):
     sets = json.loads((root / "report.json").read_text())["sets"]
     kinds = [{problem["kind"] for problem in part["problems"]} for part in sets]
     assert kinds[0] == {"image unreadable"}
-    assert kinds[1] == {"class without images", "classes differ", "number of classes or images"}
+    assert kinds[1] == {"class without images", "classes differ", "number of classes", "number of images"}
     assert "n01000001_0.JPEG: cannot be decoded" in capsys.readouterr().out
 
 

@@ -44,7 +44,16 @@ def write(path: Path, entries: list) -> Path:
 
 
 def found(report) -> list[tuple]:
-    return [(finding.entry, finding.kind) for finding in report.problems]
+    return [(problem.entry, problem.kind) for problem in problems(report)]
+
+
+def problems(report) -> list:
+    return [problem for part in report.sets for problem in part.problems]
+
+
+def sizes(report, root: Path) -> dict[str, int]:
+    """Numbers of images by folder."""
+    return {os.path.relpath(part.title, root): part.found for part in report.sets[1:]}
 
 
 # What is in the tree of `broken`, and what has to be found with full decoding
@@ -99,14 +108,12 @@ def test_every_defect_is_found_at_its_entry(broken, decode):
     unseen = {"full": [], "header": [5], "none": [4, 5]}[decode]  # what needs more than this to be seen
     assert Counter(found(report)) == Counter(item for item in expected if item[0] not in unseen)
     assert not report.ok
-    for finding in report.problems:
-        assert finding.message.startswith(f"{broken / 'all.json'}: entry {finding.entry}")
-        assert finding.file == str(broken / "all.json")
-    (summary,) = report.files
-    assert (summary.entries, summary.with_image, summary.text_only) == (len(BROKEN), 13, 9)
-    assert summary.entries_by_folder == {"coco": 11, "ocr_vqa": 1, "..": 1}
-    assert summary.images_by_folder == {"coco": 6, "ocr_vqa": 1, "..": 1}
-    assert summary.unusable_by_folder["coco"] == {"full": 5, "header": 4, "none": 3}[decode]
+    for problem in problems(report):
+        assert problem.message.startswith(f"{broken / 'all.json'}: entry {problem.entry}")
+    entries = report.sets[0]
+    assert (entries.title, entries.found) == (str(broken / "all.json"), len(BROKEN))
+    assert entries.columns == {"text only": 9}
+    assert sizes(report, broken) == {"coco": 6, "ocr_vqa": 1, "..": 1}
 
 
 def test_the_audit_agrees_with_training(broken, tmp_path):
@@ -127,13 +134,22 @@ def test_the_audit_agrees_with_training(broken, tmp_path):
     dataset = ConversationDataset(read_records(path), Processor, broken)
     for number in range(len(dataset)):
         # an answer that is missing is found when labels are made, which the stand-in does not do
-        problems = [f for f in report.problems if f.entry == number and f.kind != EMPTY_ANSWER]
-        if problems:
+        expected = [f for f in problems(report) if f.entry == number and f.kind != EMPTY_ANSWER]
+        if expected:
             with pytest.raises(DataError) as error:
                 dataset[number]
-            assert str(error.value) in [f.message for f in problems if f.kind == error.value.problem.value]
+            assert str(error.value) in [f.message for f in expected if f.kind == error.value.problem.value]
         else:
             dataset[number]
+
+
+def test_only_the_largest_folders_are_told_apart(tmp_path):
+    for number in range(30):
+        picture(tmp_path / f"{number:02}" / "1.jpg", size=8)
+    names = [f"{number:02}/1.jpg" for number in range(30)]
+    report = audit(write(tmp_path / "a.json", [entry(i, name) for i, name in enumerate(names)]), tmp_path)
+    assert report.ok and len(report.sets) == 1 + 20 + 1
+    assert report.sets[-1].title == f"{tmp_path}: other folders" and report.sets[-1].found == 10
 
 
 def test_worker_processes_find_the_same(tmp_path):
@@ -165,9 +181,8 @@ def test_several_files_with_their_own_folders(broken, tmp_path):
     other = tmp_path / "mine.jsonl"
     other.write_text("\n".join(json.dumps(entry(number, "1.jpg")) for number in range(2)))
     report = audit([other, broken / "all.json"], [tmp_path / "mine", broken])
-    assert [summary.entries for summary in report.files] == [2, len(BROKEN)]
-    assert report.files[0].images_by_folder == {".": 1}
-    assert {finding.file for finding in report.problems} == {str(broken / "all.json")}
+    assert [part.found for part in report.sets] == [2, 1, len(BROKEN), 1, 6, 1]
+    assert not report.sets[0].problems and not report.sets[1].problems
 
 
 def test_published_sizes(tmp_path):
@@ -179,17 +194,9 @@ def test_published_sizes(tmp_path):
         picture(tmp_path / name)
     path = write(tmp_path / "a.json", [*(entry(i, name) for i, name in enumerate(names)), entry(3)])
     report = audit(path, tmp_path, published=published)
-    assert report.files[0].counts == [
-        ("small: all", 4, 4),
-        ("images in coco", 1, 1),
-        ("images in vg", 2, 2),
-        ("images in gqa", 0, 1),
-        ("text only", 1, 1),
-    ]
-    assert report.problems == [] and not report.ok
-    assert set(report.files[0].images_by_folder) == {"coco/train2017", "vg/VG_100K", "vg/VG_100K_2"}
-    assert "published size" in report.summary() and "DIFFERS" in report.summary()
-    assert "counts that differ from the published ones: 1" in report.verdict()
+    (problem,) = problems(report)
+    assert problem.message == f"{path}: 0 entries with images in gqa: expected 1" and not report.ok
+    assert sizes(report, tmp_path) == {"coco": 1, "vg": 2} and report.sets[0].expected == 4
     exact = replace(published, records_by_folder={"coco": 1, "vg": 2, "": 1})
     assert audit(path, tmp_path, published=exact).ok
 
@@ -217,25 +224,22 @@ def test_unusable_file_is_a_problem_and_the_next_is_checked(tmp_path, content, m
     if content is not None:
         bad.write_bytes(content)
     report = audit([bad, good], [tmp_path])
-    (problem,) = [finding for finding in report.problems if finding.entry is None]
-    assert problem.file == str(bad) and problem.kind == UNUSABLE_FILE and not report.ok
-    assert "unusable files: 1" in report.verdict()
+    (problem,) = [problem for problem in problems(report) if problem.entry is None]
+    assert problem.path == str(bad) and problem.kind == UNUSABLE_FILE and not report.ok
     assert re.search(match, problem.message)
-    assert report.files[1].entries == 1
+    assert report.sets[1].title == str(good) and report.sets[1].found == 1
 
 
 def test_json_report_and_summary(broken, tmp_path):
     report = audit(broken / "all.json", broken, decode="full")
     report.write_json(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["ok"] is False and content["decode"] == "full"
-    assert content["totals"] == Counter(finding.kind for finding in report.problems)
-    assert [(f["entry"], f["kind"]) for f in content["problems"]] == found(report)
-    assert content["files"][0]["images_by_folder"] == {"coco": 6, "ocr_vqa": 1, "..": 1}
+    assert content["ok"] is False and "All images were decoded" in content["note"]
+    assert [(f["entry"], f["kind"]) for part in content["sets"] for f in part["problems"]] == found(report)
     summary = report.summary(examples=1)
-    assert f"PROBLEM: {Problem.MISSING.value}: 3\n" in summary and "and 2 more" in summary
-    bad = sum(bool(kinds) for _, kinds in BROKEN)
-    assert report.verdict().startswith(f"entries with problems: {bad} of {len(BROKEN)} (")
+    assert f"PROBLEM in {broken / 'coco'}: {Problem.MISSING.value}: 3\n" in summary
+    assert summary.count("is missing in") == 1
+    assert report.verdict() == "Something is wrong, see above. (All images were decoded.)"
 
 
 def test_arguments_that_do_not_fit(tmp_path):

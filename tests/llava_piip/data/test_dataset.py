@@ -97,7 +97,7 @@ def test_conversations_are_cut_between_rounds_and_counted(make, caplog):
         assert len(sample["input_ids"]) == 6 and colors(sample) == [RED]  # the cut image is not read
     assert len(make((two, rounds))[0]["input_ids"]) == 14
     dataset[2]
-    assert dataset.turns_cut == 4 and dataset.conversations_cut == 2 and dataset.skipped == {}
+    assert dataset.conversations_cut == 2 and dataset.skipped == {}
     assert len(caplog.records) == 1 and "entry 0 (id 'id0')" in caplog.text and "2 rounds cut" in caplog.text
 
 
@@ -201,7 +201,7 @@ def test_workers_count_for_all(make):
     batches = list(DataLoader(dataset, 2, num_workers=2, collate_fn=Collator(0)))
     assert len(batches) == 6 and all(batch["pixel_values"].shape == (2, 3, 4, 4) for batch in batches)
     assert dataset.skipped == {Problem.MISSING.value: 4}
-    assert dataset.conversations_cut == dataset.turns_cut == 12
+    assert dataset.conversations_cut == 12
 
 
 def test_errors_of_workers_keep_their_type(make):

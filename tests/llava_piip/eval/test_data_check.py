@@ -13,12 +13,16 @@ SMALL = replace(POPE, published=21)
 
 
 def kinds(report):
-    return [finding.kind for finding in report.problems]
+    return [problem.kind for problem in problems(report)]
+
+
+def problems(report):
+    return [problem for part in report.sets for problem in part.problems]
 
 
 def test_good_data(pope_data):
     report = check_benchmarks([SMALL], pope_data, decode="full", workers=1)
-    assert report.ok and report.files[0].entries == 21 and report.files[0].images_by_folder == {".": 3}
+    assert report.ok and [part.found for part in report.sets] == [21, 3]
 
 
 def test_everything_wrong_is_found(pope_data):
@@ -31,27 +35,28 @@ def test_everything_wrong_is_found(pope_data):
     questions.write_text("\n".join([*lines, lines[0]]) + "\n")
     report = check_benchmarks([SMALL], pope_data, decode="full", workers=1)
     found = set(kinds(report))
-    assert found == {"entry malformed", "image missing", "image broken", "file unusable"}
-    assert not report.ok and report.files[0].unusable_by_folder == {".": 2}
-    (labels,) = (finding for finding in report.problems if finding.kind == "file unusable")
+    assert found == {"entry malformed", "image missing", "image broken", "file unusable", "number of questions"}
+    assert not report.ok
+    (labels,) = (problem for problem in problems(report) if problem.kind == "file unusable")
     assert "8 questions of category 'adversarial', but 7 labels" in labels.message
-    (twice,) = (finding for finding in report.problems if finding.kind == "entry malformed")
+    (twice,) = (problem for problem in problems(report) if problem.kind == "entry malformed")
     assert twice.entry == 21 and "is question 0 again" in twice.message
-    assert report.files[0].counts == [("POPE: questions", 22, 21)]
+    (number,) = (problem for problem in problems(report) if problem.kind == "number of questions")
+    assert number.message == f"{questions}: 22 questions: expected 21"
 
 
 def test_missing_files_are_listed(pope_data):
     (pope_data / "pope" / "coco" / "coco_pope_popular.json").unlink()
     report = check_benchmarks([SMALL, MMBENCH], pope_data, workers=1)
     assert kinds(report) == ["file unusable"] * 2
-    assert "coco_pope_popular.json: missing" in report.problems[0].message
-    assert MMBENCH.questions in report.problems[1].message
+    assert "coco_pope_popular.json: missing" in problems(report)[0].message
+    assert MMBENCH.questions in problems(report)[1].message
 
 
 def test_command_line(pope_data, tmp_path, capsys, load_script):
     main = load_script("verify").main
     assert main(["llava-eval", "pope", str(pope_data), "--workers", "1", "--report", str(tmp_path / "r.json")]) == 1
-    assert "8910 | DIFFERS" in " ".join(capsys.readouterr().out.split())
+    assert "21 questions: expected 8910" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())
     with pytest.raises(SystemExit, match="no benchmark is named 'popes'"):
         main(["llava-eval", "popes", str(pope_data)])

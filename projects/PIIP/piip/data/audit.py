@@ -2,96 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
+from piip_core.audit import Audit, Finding, SetAudit
 from piip_core.errors import UserError
-from piip_core.files import write_atomically
 
 from .classification import folder_categories, list_images
 from .dataset import DatasetError, first_few, read_all, read_image
 from .label_maps import IGNORE_LABEL, LabelClasses, read_label_map
 from .segmentation import Pair, match_files
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with a file or folder."""
-
-    kind: str
-    path: str
-    message: str
-
-
-@dataclass
-class SetAudit:
-    """What was found in one set.
-
-    Attributes:
-        title: Name of the set.
-        expected: Number of images that it should have, if known.
-        images: Number of its images.
-        columns: More of its row in the table, by header.
-        problems: Everything that is wrong.
-        warning: What is odd without being wrong.
-    """
-
-    title: str
-    expected: int | None = None
-    images: int = 0
-    columns: dict[str, Any] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    warning: str = ""
-
-    def add(self, kind: str, path: str, message: str) -> None:
-        """Adds a problem."""
-        self.problems.append(Problem(kind, path, message))
-
-
-@dataclass
-class Audit:
-    """What was found in all sets."""
-
-    sets: Sequence[SetAudit]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not any(part.problems for part in self.sets)
-
-    def verdict(self) -> str:
-        """One sentence."""
-        if not self.ok:
-            return "Something is wrong, see above."
-        warned = any(part.warning for part in self.sets)
-        return "No file is wrong, but see the warning above." if warned else "Everything is in order."
-
-    def summary(self, examples: int = 3) -> str:
-        """A table of the sets, and of every kind of problem the first examples."""
-        rows = []
-        for part in self.sets:
-            row = {"set": part.title, "images": part.images, "expected": part.expected, **part.columns}
-            rows.append(row | {"problems": len(part.problems)})
-        lines = [tabulate(rows, "keys", "github")]
-        for part in self.sets:
-            for kind, count in Counter(problem.kind for problem in part.problems).items():
-                lines.append(f"\nPROBLEM in {part.title}: {kind}: {count}")
-                lines += [f"  {problem.message}" for problem in part.problems if problem.kind == kind][:examples]
-            if part.warning:
-                lines.append(f"\nWARNING for {part.title}: {part.warning}")
-        return "\n".join(lines)
-
-    def write_json(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything found."""
-        with write_atomically(path, "w") as file:
-            json.dump(asdict(self), file, indent=1)
 
 
 def audit_label_maps(
@@ -114,9 +37,7 @@ def audit_label_maps(
     except DatasetError as error:
         result.add("folders unusable", images, str(error))
         return result
-    if expected not in (None, len(pairs)):
-        message = f"{images}: {len(pairs)} images with a label map: expected {expected}"
-        result.add("number of images", images, message)
+    result.compare("images with a label map", images, len(pairs), expected)
     for kind, paths in unmatched.items():
         for path in paths:
             result.add(kind, path, path)
@@ -125,28 +46,28 @@ def audit_label_maps(
         pixels += counts
         result.problems += problems
     result.warning = classes.absent(pixels)
-    result.images = len(pairs)
+    result.found = len(pairs)
     seen = np.count_nonzero(pixels[: classes.num_classes])
     ignored = pixels[-1] / max(pixels.sum(), 1)
     result.columns = {"classes seen": f"{seen} of {classes.num_classes}", "ignored pixels": f"{ignored:.1%}"}
     return result
 
 
-def _check_pair(pair: Pair, classes: LabelClasses) -> tuple[np.ndarray, list[Problem]]:
+def _check_pair(pair: Pair, classes: LabelClasses) -> tuple[np.ndarray, list[Finding]]:
     """Pixels of every class, and what is wrong."""
     problems, image, labels = [], None, None
     try:
         image = read_image(pair.image)
     except UserError as error:
-        problems.append(Problem("image unreadable", pair.image, str(error)))
+        problems.append(Finding("image unreadable", pair.image, str(error)))
     try:
         labels = read_label_map(pair.labels, classes)
     except UserError as error:
-        problems.append(Problem("label map unusable", pair.labels, str(error)))
+        problems.append(Finding("label map unusable", pair.labels, str(error)))
     if image is not None and labels is not None and image.shape[:2] != labels.shape:
         sizes = [f"{height} x {width}" for height, width in (labels.shape, image.shape[:2])]
         message = f"{pair.labels}: {sizes[0]} (height x width), but its image is {sizes[1]} after EXIF rotation"
-        problems.append(Problem("sizes differ", pair.labels, message))
+        problems.append(Finding("sizes differ", pair.labels, message))
     values = np.zeros(0, dtype=np.uint8) if labels is None else labels.reshape(-1)
     return np.bincount(values, minlength=IGNORE_LABEL + 1), problems
 
@@ -182,24 +103,23 @@ def audit_classes(
         found = list_images(folder)
         counts = Counter(dict.fromkeys(names, 0))
         counts.update(names[label] for _, label in found)
-        result.images = len(found)
+        result.found = len(found)
         span = f"{min(counts.values())} to {max(counts.values())}"
         result.columns = {"classes": len(names), "images per class": span}
         for name in (name for name, count in counts.items() if not count):
             path = os.path.join(folder, name)
             result.add("class without images", path, f"{path}: holds no image")
-        for what, number, expected in (("classes", len(names), num_classes), ("images", len(found), num_images)):
-            if expected not in (None, number):
-                result.add("number of classes or images", folder, f"{folder}: {number} {what}: expected {expected}")
+        result.compare("classes", folder, len(names), num_classes)
+        result.compare("images", folder, len(found), num_images)
         if decode:
             checked = read_all(_check_image, [path for path, _ in found], f"Reading {title}", workers)
             result.problems += [problem for problem in checked if problem is not None]
     return Audit(sets)
 
 
-def _check_image(path: str) -> Problem | None:
+def _check_image(path: str) -> Finding | None:
     try:
         read_image(path)
     except UserError as error:
-        return Problem("image unreadable", path, str(error))
+        return Finding("image unreadable", path, str(error))
     return None
