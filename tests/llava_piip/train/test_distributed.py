@@ -47,6 +47,7 @@ def environment(**more: str) -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled: importing the compiler takes longer than the run
         "PYTHONPATH": str(ROOT),  # the processes test what this one does
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **more,
