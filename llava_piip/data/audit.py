@@ -28,7 +28,7 @@ UNUSABLE_FILE = "file unusable"
 EMPTY_ANSWER = "answer empty or missing"
 READING = {
     "none": "(The images were not read, only looked up.)",
-    "header": "(Of the images only the headers were read: decode=full finds truncated ones too.)",
+    "header": "(Of the images only the headers were read: full decoding finds truncated ones too.)",
     "full": "(All images were decoded.)",
 }
 _CHUNK = 256  # images a worker process is handed at a time

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from vlmeval.dataset import DATASET_TYPE
-from vlmeval.vlm.base import BaseModel
 
 from piip_core.errors import UserError
+
+try:
+    from vlmeval.dataset import DATASET_TYPE
+    from vlmeval.vlm.base import BaseModel
+except ImportError as error:
+    missing = f"VLMEvalKit cannot be imported ({error}): clone it and run pip install -e VLMEvalKit (docs/harnesses.md)"
+    if __name__ == "__main__":
+        sys.exit(f"error: {missing}")
+    raise ImportError(missing) from error
 
 from ..data.images import read_image
 from ..eval.benchmark import LETTER

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from piip_core.errors import UserError
+from piip_core.errors import CheckpointError, UserError
 from piip_core.files import publish_folder
 
 from ..loading import load_trained
@@ -25,6 +25,8 @@ def merge(folder: str | Path, output: str | Path) -> None:
         CheckpointError: If the save cannot be loaded.
         UserError: If `output` is no empty folder, or cannot be written; it is then as it was.
     """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: no such folder; expected what a run saved, or the folder of the run")
     with publish_folder(output) as aside:
         model, processor = load_trained(folder)
         if isinstance(model, PeftModel):

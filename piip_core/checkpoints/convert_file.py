@@ -184,7 +184,7 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> dict[str, PIIPConfig | Cla
     if not found:
         raise CheckpointError(
             "the tensors fit no published model of this version; name the configuration (--config), known are "
-            + ", ".join(candidates)
+            + ", ".join([*zoo.names(), *(entry.name for entry in zoo.classification_entries())])
         )
     return found
 

@@ -112,5 +112,6 @@ def _find(name: str, known: Mapping[str, _Entry]) -> _Entry:
     try:
         return known[name]
     except KeyError:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        raise ConfigError(f"no published model is named {name!r}; close matches are {', '.join(close)}") from None
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        choices = f"close matches are {', '.join(close)}" if close else f"known are {', '.join(known)}"
+        raise ConfigError(f"no published model is named {name!r}; {choices}") from None

@@ -37,7 +37,8 @@ def export_checkpoint(checkpoint: str | os.PathLike[str], target: str | os.PathL
         CheckpointError: If the folder is no complete checkpoint.
     """
     if not (Path(checkpoint) / RUN_STATE).is_file():
-        raise CheckpointError(f"{checkpoint}: has no {RUN_STATE}; expected the checkpoint-N of a run under DeepSpeed")
+        found = f"has no {RUN_STATE}" if Path(checkpoint).is_dir() else "no such folder"
+        raise CheckpointError(f"{checkpoint}: {found}; expected the checkpoint-N of a run under DeepSpeed")
     description = {"categories": CategoryTable(read_categories(str(checkpoint))).state_dict()}
     return write_checkpoint(target, read_checkpoint(checkpoint).state, description=description)
 
