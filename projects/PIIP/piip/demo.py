@@ -23,7 +23,7 @@ from tqdm import tqdm
 from piip.data import Category, read_image
 from piip.predict import Predictor
 from piip_core.errors import UserError
-from piip_core.files import explain_write_errors, write_atomically
+from piip_core.files import atomic_path, explain_write_errors, write_atomically
 from piip_core.images import image_endings
 
 
@@ -183,7 +183,11 @@ def _run_on_video(predictor: Predictor, job: _Job, image_ids: Iterator[int], min
     video = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
     encoder = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     written = None
-    with av.open(str(job.source)) as container, av.open(f"{job.target}.mp4", "w") as output:
+    with (
+        atomic_path(f"{job.target}.mp4") as aside,
+        av.open(str(job.source)) as container,
+        av.open(str(aside), "w", format="mp4") as output,
+    ):
         stream = container.streams.video[0]
         for frame in tqdm(container.decode(stream), total=stream.frames or None, desc=job.source.name, unit="frame"):
             image_id = next(image_ids)

@@ -130,6 +130,26 @@ def test_images_folders_and_videos_become_pictures_and_json(predictor, shared_co
     assert len(loaded.anns) == len(results) > 0
 
 
+def test_an_interrupted_video_leaves_the_old_one(predictor, shared_coco, tmp_path, monkeypatch):
+    """After 100 frames: an encoder writes nothing of the first ones."""
+    _video(tmp_path / "clip.mp4", sorted(shared_coco.images.iterdir())[:1] * 101)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "clip.mp4").write_bytes(b"the old one")
+    nothing = predictor(np.zeros((120, 160, 3), np.uint8), min_score=1.0)
+    frames = iter([nothing] * 100)
+
+    def interrupted(self, image, **options):
+        for found in frames:
+            return found
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(predictor, [str(tmp_path / "clip.mp4")], str(output), min_score=0.0)
+    assert [(path.name, path.read_bytes()) for path in output.iterdir()] == [("clip.mp4", b"the old one")]
+
+
 def test_inputs_that_cannot_be_shown_are_named(tmp_path):
     with pytest.raises(UserError, match=r"gone.jpg: no such file or folder"):
         collect_inputs([str(tmp_path / "gone.jpg")], "out")
