@@ -48,6 +48,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # the operator's tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a library of their own
 SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer
