@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import Format, RmsNorm, nchw_to
 from torch import Tensor, nn
 
 from .branches import BranchState
-from .config import BranchConfig, ClassifierConfig, PIIPConfig
-from .errors import check, check_choice
+from .config import BranchConfig, ClassifierConfig, PIIPConfig, Pooling
+from .errors import ConfigError, check, check_choice
 from .merging import LAYER_NORM_EPS, ClassificationHeads, ClassificationMerging
 from .pyramid import PIIP, DensePIIP, ParameterLayers
 
 # timm's names of what a head reads; the first patch has none there
-_POOLINGS = {"token": "class_token", "avg": "average", "first_patch": "first_patch"}
+_POOLINGS: dict[str, Pooling] = {"token": "class_token", "avg": "average", "first_patch": "first_patch"}
 _PYRAMID = "pyramid."
 
 
@@ -75,6 +75,8 @@ class PIIPClassifier(nn.Module):
         feature_info: The maps that `forward_intermediates` gives, as in `feature_maps`.
     """
 
+    head: ClassificationHeads | ClassificationMerging
+
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
@@ -109,7 +111,7 @@ class PIIPClassifier(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The linear classifiers: a `ModuleDict` by branch number for separate heads, one linear for a merged one."""
-        return self.head.classifiers if self.config.head == "separate" else self.head.classifier
+        return self.head.classifiers if isinstance(self.head, ClassificationHeads) else self.head.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifiers by new ones; 0 classes: by none, so that `forward` gives pooled features.
@@ -132,7 +134,7 @@ class PIIPClassifier(nn.Module):
 
     def _adopt(self, module: nn.Module) -> None:
         """Brings a new part to the device, dtype and mode of the model."""
-        parameter = next(self.pyramid.branches.parameters())
+        parameter = next(self.pyramid.branches[0].parameters())
         module.to(parameter.device, parameter.dtype).train(self.training)
 
     @property
@@ -180,7 +182,8 @@ class PIIPClassifier(nn.Module):
         return maps if intermediates_only else (final, maps)
 
     def _norm_of(self, info: dict[str, Any]) -> nn.Module:
-        check(self.config.head == "separate", "norm", True, "False: a merged head has no norm of a single branch")
+        if isinstance(self.head, ClassificationMerging):
+            raise ConfigError("norm=True: expected False: a merged head has no norm of a single branch")
         number, dim = info["branch"], info["num_chs"]
         width = self.pyramid.dims[number - 1]
         check(dim == width, "norm", True, f"False for a map of {dim} channels: the norm has {width}")
@@ -195,7 +198,7 @@ class PIIPClassifier(nn.Module):
         """
         if prune_head:
             self.reset_classifier(0)
-        if prune_norm and self.config.head == "separate":
+        if prune_norm and isinstance(self.head, ClassificationHeads):
             self.head.norms = nn.ModuleDict({number: nn.Identity() for number in self.head.norms})
         return _resolve_indices(len(self.feature_info), indices)
 
@@ -214,9 +217,9 @@ class PIIPClassifier(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the tables and tokens that timm's networks do not decay."""
-        found = set()
+        found: set[str] = set()
         for index, branch in enumerate(self.pyramid.branches):
-            names = branch.model.no_weight_decay() if hasattr(branch.model, "no_weight_decay") else ()
+            names: set[str] = getattr(branch.model, "no_weight_decay", set)()
             found |= {f"{_PYRAMID}branches.{index}.model.{name}" for name in names}
         return found & {name for name, _ in self.named_parameters()}
 
@@ -237,7 +240,7 @@ def head_inputs(config: ClassifierConfig, states: Sequence[BranchState]) -> list
     if config.head == "merged":
         return [state.tokens.permute(0, 3, 1, 2) for state in states]
     if config.pooling == "class_token":
-        return [state.prefix[:, :1] for state in states]
+        return [cast(Tensor, state.prefix)[:, :1] for state in states]  # as `ClassifierConfig` has checked
     patches = [state.tokens.flatten(1, 2) for state in states]
     return [tokens[:, :1] for tokens in patches] if config.pooling == "first_patch" else patches
 
@@ -254,22 +257,17 @@ def _resolve_indices(count: int, indices: int | Sequence[int] | None) -> list[in
 
 
 def _pyramid_of(config: ClassifierConfig) -> PIIPConfig:
-    """The pyramid as the head needs it."""
-    reads_class_tokens = config.head == "separate" and config.pooling == "class_token"
-    return _without_idle_interaction(config.pyramid) if reads_class_tokens else config.pyramid
-
-
-def _without_idle_interaction(config: PIIPConfig) -> PIIPConfig:
-    """Without an interaction after the last blocks: it changes patch tokens alone, and class tokens never see it."""
-    count = config.num_interactions
-    segments = [config.segments(number) for number in range(1, len(config.branches) + 1)]
-    pairs = list(zip(config.branches, segments, strict=True))
-    if count == 0 or any(found[-1][1] + 1 < branch.network.depth for branch, found in pairs):
-        return config
+    """The pyramid as the head needs it: class tokens never see an interaction after the last blocks, so it goes."""
+    pyramid, count = config.pyramid, config.pyramid.num_interactions
+    if config.head == "merged" or config.pooling != "class_token" or count == 0:
+        return pyramid
+    pairs = [(branch, pyramid.segments(number)) for number, branch in enumerate(pyramid.branches, 1)]
+    if any(found[-1][1] + 1 < branch.network.depth for branch, found in pairs):
+        return pyramid
     return dataclasses.replace(
-        config,
+        pyramid,
         branches=tuple(dataclasses.replace(branch, segments=found[:-1]) for branch, found in pairs),
-        interaction=dataclasses.replace(config.interaction, num_interactions=count - 1),
+        interaction=dataclasses.replace(pyramid.interaction, num_interactions=count - 1),
     )
 
 

@@ -12,12 +12,13 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from .branches.base import FAMILIES, BranchConfig, NetworkConfig, freeze_sequences, is_sequence
 from .errors import ConfigError, check, check_choice
 
 ConfigT = TypeVar("ConfigT")
+Pooling = Literal["class_token", "first_patch", "average"]
 
 
 class _Described:
@@ -56,11 +57,12 @@ class UnitSpec:
     _PATTERN: ClassVar[re.Pattern[str]] = re.compile(r"(\d+)\s*(<->|->|<-)\s*(\d+)")
 
     @classmethod
-    def parse(cls, text: str) -> UnitSpec:
+    def parse(cls, text: object) -> UnitSpec:
         """Reads `"2<->3"` (both directions), `"3->2"` (features of Branch 3 into Branch 2) or `"2<-3"` (the same)."""
         match = cls._PATTERN.fullmatch(text.strip()) if isinstance(text, str) else None
-        check(match is not None, "InteractionConfig.units", text, "a unit such as '2<->3' or '3->2'")
-        a, arrow, b = int(match[1]), match[2], int(match[3])
+        parts = match.groups() if match else ()
+        check(bool(parts), "InteractionConfig.units", text, "a unit such as '2<->3' or '3->2'")
+        a, arrow, b = int(parts[0]), parts[1], int(parts[2])
         check(a != b, "InteractionConfig.units", text, "two different branches")
         into_b, into_a = arrow != "<-", arrow != "->"
         return cls(a, b, into_a, into_b) if a < b else cls(b, a, into_b, into_a)
@@ -290,7 +292,7 @@ class ClassifierConfig(_Described):
     pyramid: PIIPConfig
     num_classes: int = 1000
     head: Literal["separate", "merged"] = "separate"
-    pooling: Literal["class_token", "first_patch", "average"] = "class_token"
+    pooling: Pooling = "class_token"
     num_groups: int = 32
     drop_rate: float = 0.0
 
@@ -298,7 +300,7 @@ class ClassifierConfig(_Described):
         check(self.num_classes >= 0, "ClassifierConfig.num_classes", self.num_classes, "0 or more")
         check(0 <= self.drop_rate < 1, "ClassifierConfig.drop_rate", self.drop_rate, "a rate in [0, 1)")
         check_choice("ClassifierConfig.head", self.head, ("separate", "merged"))
-        check_choice("ClassifierConfig.pooling", self.pooling, ("class_token", "first_patch", "average"))
+        check_choice("ClassifierConfig.pooling", self.pooling, get_args(Pooling))
         merging, expected = self.pyramid.merging, "None: the head of a classifier takes the place of merging"
         check(merging is None, "ClassifierConfig.pyramid.merging", merging, expected)
         if self.head == "separate" and self.pooling == "class_token":

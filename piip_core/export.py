@@ -171,6 +171,7 @@ def export_onnx(
             dynamic_shapes=({0: "batch"},) if batch_size is None else None,
             verbose=False,
         )
+        assert onnx_program is not None  # with dynamo=True
         onnx_program.model.metadata_props.update(metadata or {})
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
         onnx_program.save(file, external_data=size > MAX_BYTES_INSIDE)

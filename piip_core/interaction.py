@@ -39,7 +39,7 @@ class DeformableCrossAttention(MSDeformAttn):
         )
         self.sampling_linear: nn.Linear | None = None
 
-    def forward(self, query: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]  # maps, no reference points
         """(B, Hq, Wq, C) and (B, Hv, Wv, Cv) to (B, Hq, Wq, C)."""
         grid = query.shape[1:3]
         values = self.value_proj(value).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
@@ -47,7 +47,7 @@ class DeformableCrossAttention(MSDeformAttn):
             sampling = self.sampling_linear(query)
         else:
             sampling = torch.cat((self.sampling_offsets(query), self.attention_weights(query)), dim=-1)
-        out = deform_attn_grid(values, [tuple(value.shape[1:3])], grid, sampling.flatten(1, 2), self.num_points)
+        out = deform_attn_grid(values, [value.shape[1:3]], grid, sampling.flatten(1, 2), self.num_points)
         return self.output_proj(out).unflatten(1, grid)
 
 
@@ -173,9 +173,10 @@ def _norm(config: InteractionConfig, dim: int) -> nn.Module:
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+    else:
+        return
+    if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -61,18 +62,17 @@ class BranchMerging(nn.Module):
         return _sum_on_grid(projected, self.weights, maps[self.grid - 1].shape[-2:])
 
 
-def _sum_on_grid(maps: Iterable[Tensor], weights: Tensor, size: tuple[int, int]) -> Tensor:
+def _sum_on_grid(maps: Iterable[Tensor], weights: Tensor, size: torch.Size) -> Tensor:
     """Weighted sum of maps (B, C, H_i, W_i), resized to one size (equation 4)."""
-    merged = None
-    for x, weight in zip(maps, weights.unbind(), strict=True):
-        if x.shape[-2:] != size:
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        x = x * weight
-        merged = x if merged is None else merged + x
-    return merged
+    resized = (
+        x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps
+    )
+    return reduce(torch.add, (x * weight for x, weight in zip(resized, weights.unbind(), strict=True)))
 
 
-def _join_scalar_weights(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+def _join_scalar_weights(
+    module: BranchMerging | ClassificationMerging, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
     """Reads files in which the weights were a scalar for each branch."""
     names = [f"{prefix}weights.{number}" for number in module.projections]
     if all(name in state_dict for name in names):
@@ -139,7 +139,7 @@ def _level(dim: int, have: int, want: int, norm: str, num_groups: int) -> nn.Mod
     if have == 4 * want:
         if norm == "group":
             _check_groups(dim, num_groups)
-            norm_layer = nn.GroupNorm(num_groups, dim, eps=GROUP_NORM_EPS)
+            norm_layer: nn.Module = nn.GroupNorm(num_groups, dim, eps=GROUP_NORM_EPS)
         else:
             norm_layer = LayerNorm2d(dim, eps=LAYER_NORM_EPS)
         return nn.Sequential(Deconvolution(dim, dim), norm_layer, nn.GELU(), Deconvolution(dim, dim))
@@ -286,11 +286,8 @@ class TokenMerging(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps of all branches, (B, C_i, H_i, W_i), to tokens (B, H * W, embed_dim), row by row."""
         size = maps[-1].shape[-2:] if self.grid is None else (self.grid, self.grid)
-        tokens = None
-        for x, projection in zip(maps, self.projections.values(), strict=True):
-            x = projection(x.permute(0, 2, 3, 1), size)
-            tokens = x if tokens is None else tokens + x
-        return tokens.flatten(1, 2)
+        pairs = zip(maps, self.projections.values(), strict=True)
+        return reduce(torch.add, (projection(x.permute(0, 2, 3, 1), size) for x, projection in pairs)).flatten(1, 2)
 
 
 class _TokenProjection(nn.Module):

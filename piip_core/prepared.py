@@ -67,8 +67,7 @@ def prepare_for_inference(model: Model, *, dtype: torch.dtype | None = None) -> 
                 pyramid.set_submodule(name, OneDNNLinear(module))
         pyramid.inference_only = True
     for module in model.modules():
-        if hasattr(module, "fold_for_inference"):
-            module.fold_for_inference()
+        getattr(module, "fold_for_inference", lambda: None)()
     return model.eval() if dtype is None else model.eval().to(dtype)
 
 
@@ -93,11 +92,10 @@ def _folded_linears(module: nn.Module) -> tuple[str, ...]:
 def _fold(pyramid: PIIP) -> None:
     for module in list(pyramid.modules()):
         if isinstance(module, Injection):
-            _scale_output(module.attn, module.attn_gamma)
-            module.attn_gamma = None
-            if module.ffn is not None:
-                _scale_output(module.ffn, module.ffn_gamma)
-                module.ffn_gamma = None
+            for name, before in (("attn_gamma", module.attn), ("ffn_gamma", module.ffn)):
+                if before is not None:
+                    _scale_output(before, getattr(module, name))
+                    setattr(module, name, None)
         elif isinstance(module, DeformableCrossAttention):
             module.sampling_linear = _join(module.sampling_offsets, module.attention_weights)
         elif isinstance(module, Block) and isinstance(module.attn, MapAttention) and isinstance(module.mlp, Mlp):

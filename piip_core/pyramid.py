@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .branches import Branch, BranchState, build_branch
-from .config import PIIPConfig
+from .config import MergingConfig, PIIPConfig
 from .errors import ConfigError, UserError
 from .interaction import Interaction
 from .merging import BranchMerging, FeaturePyramid
@@ -46,7 +48,8 @@ class PIIP(nn.Module):
 
     def __init__(self, config: PIIPConfig) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(build_branch(branch) for branch in config.branches)
+        # A ModuleList, whose own type does not say what it holds
+        self.branches = cast(Sequence[Branch], nn.ModuleList(map(build_branch, config.branches)))
         self.factors = [branch.image_size / config.image_size for branch in config.branches]
         self.interactions = nn.ModuleList()
         self.set_interactions(config)
@@ -99,7 +102,11 @@ class PIIP(nn.Module):
                 branch.run(state, segments[k][0], segments[k][1] + 1)
                 for branch, state, segments in zip(self.branches, states, self.segments, strict=True)
             ]
-            tokens = self._exchange(interaction, [state.tokens for state in states])
+            tokens = [state.tokens for state in states]
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(interaction, tokens, use_reentrant=False)
+            else:
+                tokens = interaction(tokens)
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
                 intermediates[k] = states
@@ -120,11 +127,6 @@ class PIIP(nn.Module):
             state, done = branch.run(state, done, block + 1), block + 1
             maps[block] = state.tokens.permute(0, 3, 1, 2)
         return [maps[block] for block in blocks]
-
-    def _exchange(self, interaction: Interaction, tokens: list[Tensor]) -> list[Tensor]:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(interaction, tokens, use_reentrant=False)
-        return interaction(tokens)
 
     def train(self, mode: bool = True) -> PIIP:
         """Sets training or evaluation mode.
@@ -170,7 +172,7 @@ class DensePIIP(nn.Module):
         if merging is None:
             raise ConfigError("PIIPConfig.merging=None: expected a MergingConfig for dense prediction")
         self.pyramid = PIIP(config)
-        self.merging = _MergingSet(self.pyramid) if merging.kind != "single" else None
+        self.merging = _MergingSet(self.pyramid, merging) if merging.kind != "single" else None
         levels = len(merging.out_strides)
         if merging.kind == "regular":
             points = [*merging.intermediate_after, None]
@@ -199,34 +201,34 @@ class DensePIIP(nn.Module):
 
 
 def dense_maps(
-    pyramid: PIIP, merging: nn.Module | None, feature_pyramid: FeaturePyramid, image: Tensor
+    pyramid: PIIP, merging: _MergingSet | None, feature_pyramid: FeaturePyramid, image: Tensor
 ) -> list[Tensor]:
     """What a `DensePIIP` of these parts computes: one map (B, C_l, H_l, W_l) per output stride."""
     config, levels = pyramid.config.merging, len(feature_pyramid.out_strides)
-    if config.out_blocks is not None:
+    if config is not None and config.out_blocks is not None:
         return feature_pyramid(pyramid.forward_blocks(image, config.out_blocks))
-    final, intermediates = pyramid.forward_intermediates(image, config.intermediate_after)
     if merging is None:
-        return feature_pyramid(final * levels)
-    merged = merging(final, intermediates)
+        return feature_pyramid(pyramid(image) * levels)
+    merged = merging(*pyramid.forward_intermediates(image, merging.after))
     return feature_pyramid(merged if len(merged) > 1 else merged * levels)
 
 
 class _MergingSet(nn.Module):
     """The final merging and, for the regular form, those after intermediate interactions."""
 
-    def __init__(self, pyramid: PIIP) -> None:
+    def __init__(self, pyramid: PIIP, merging: MergingConfig) -> None:
         super().__init__()
         config = pyramid.config
-        options = {
-            "branches": config.merging_branches,
-            "grid": config.largest_image,
-            "convs": 2 if config.merging.kind == "simple" else 1,
-            "num_groups": config.merging.num_groups,
-        }
-        self.after = config.merging.intermediate_after
-        self.intermediate = nn.ModuleList(BranchMerging(config.dims_after(k), **options) for k in self.after)
-        self.final = BranchMerging(pyramid.dims, **options)
+        merge = partial(
+            BranchMerging,
+            branches=config.merging_branches,
+            grid=config.largest_image,
+            convs=2 if merging.kind == "simple" else 1,
+            num_groups=merging.num_groups,
+        )
+        self.after = merging.intermediate_after
+        self.intermediate = nn.ModuleList(merge(config.dims_after(k)) for k in self.after)
+        self.final = merge(pyramid.dims)
 
     def forward(self, final: list[Tensor], intermediates: dict[int, list[Tensor]]) -> list[Tensor]:
         """Merged maps, those of the intermediate interactions first."""
@@ -247,9 +249,13 @@ class ParameterLayers:
 
     def __init__(self, pyramid: PIIP) -> None:
         self.pyramid = pyramid
-        taking_part = [branch for branch in pyramid.branches if _takes_part(branch)]
-        self.depth = taking_part[0].num_blocks if taking_part else 0
-        self.last = self.depth + 1 if taking_part else 0
+        taking_part = (
+            branch.num_blocks
+            for branch in pyramid.branches
+            if any(branch.layer_of(name) is not None for name, _ in branch.named_parameters())
+        )
+        self.depth = next(taking_part, 0)
+        self.last = self.depth + 1 if self.depth else 0
 
     def __call__(self, name: str) -> float:
         """Layer of a parameter by its name relative to the pyramid."""
@@ -259,7 +265,3 @@ class ParameterLayers:
         branch = self.pyramid.branches[int(parts[1])]
         layer = branch.layer_of(parts[2])
         return self.last if layer is None else layer * self.depth / branch.num_blocks
-
-
-def _takes_part(branch: Branch) -> bool:
-    return any(branch.layer_of(name) is not None for name, _ in branch.named_parameters())

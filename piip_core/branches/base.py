@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from timm.layers import DropPath
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import check, check_choice
 
 
-def is_sequence(value: object) -> bool:
+def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether the value is a list, tuple or the like, and not a string."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
@@ -43,15 +43,23 @@ class NetworkConfig:
     """
 
     family: ClassVar[str]
-    no_windows: str = ""
 
     depth: int
     dims: tuple[int, ...]
     strides: tuple[int, ...]
+    no_windows: str = ""
+
+    def set_blocks(self, dims: tuple[int, ...], strides: tuple[int, ...], no_windows: str = "") -> None:
+        """Sets the attributes that follow from the fields; for `__post_init__`."""
+        for name, value in (("depth", len(dims)), ("dims", dims), ("strides", strides), ("no_windows", no_windows)):
+            object.__setattr__(self, name, value)
+
+
+NetworkT_co = TypeVar("NetworkT_co", bound=NetworkConfig, covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchConfig:
+class BranchConfig(Generic[NetworkT_co]):
     """One branch of the pyramid.
 
     Args:
@@ -72,7 +80,7 @@ class BranchConfig:
             `piip_core.checkpoints.load_pretrained`, not by the constructors of modules.
     """
 
-    network: NetworkConfig
+    network: NetworkT_co
     image_size: int
     segments: tuple[tuple[int, int], ...] | None = None
     window_size: int | tuple[int | None, ...] | None = None
@@ -139,9 +147,12 @@ class Branch(nn.Module, ABC):
 
     Attributes:
         config: The configuration the branch was built from.
+        model: The library's network.
         dims: Channels after each block.
         strides: Pixels of the branch's own image per feature cell after each block.
     """
+
+    model: nn.Module
 
     def __init__(self, config: BranchConfig) -> None:
         super().__init__()

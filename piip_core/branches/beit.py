@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,10 @@ class RelativeBiasAttention(Attention):
         bias_window: Side of the square of tokens that the table covers.
 
     Attributes:
-        window_size: Side of the windows in tokens; None for global attention, on maps of exactly the table's size.
+        window_size: `bias_window` for attention in windows; None for global attention, on maps of exactly that size.
     """
+
+    bias_index: Tensor
 
     def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool, bias_window: int) -> None:
         super().__init__(embed_dim, num_heads=num_heads, qkv_bias=qkv_bias)
@@ -67,8 +69,8 @@ class RelativeBiasAttention(Attention):
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """Attends within a map (B, H, W, C); timm's blocks hand on arguments that a branch never has."""
         if self.window_size is not None:
-            return attend_in_windows(x, self.window_size, self.attend)
-        grid = tuple(x.shape[1:3])
+            return attend_in_windows(x, self.bias_window, self.attend)
+        grid = x.shape[1:3]
         if grid != (self.bias_window, self.bias_window):
             raise ConfigError(
                 f"a global BEiT block got {grid[0]} x {grid[1]} tokens: expected bias_window={self.bias_window} on "
@@ -93,8 +95,8 @@ class RelativeBiasAttention(Attention):
 class BEiTBranch(TransformerBranch):
     """A timm `Beit` without class token, whose blocks attend in windows with their own relative position bias."""
 
-    def __init__(self, config: BranchConfig) -> None:
-        net: BEiTConfig = config.network
+    def __init__(self, config: BranchConfig[BEiTConfig]) -> None:
+        net = config.network
         expected = f"BEiTConfig.bias_window={net.bias_window}, for which the blocks have relative positions"
         for window in config.window_sizes:
             check(window in (None, net.bias_window), "BranchConfig.window_size", window, expected)
@@ -110,10 +112,10 @@ class BEiTBranch(TransformerBranch):
             num_heads=net.num_heads,
             mlp_ratio=net.mlp_ratio,
             init_values=net.layer_scale,
-            norm_layer=partial(nn.LayerNorm, eps=net.norm_eps),
+            norm_layer=cast(type[nn.Module], partial(nn.LayerNorm, eps=net.norm_eps)),
             use_abs_pos_emb=False,
         )
-        model.cls_token = None
+        model.register_parameter("cls_token", None)
         model.norm = nn.Identity()
         model.patch_embed.strict_img_size = False
         model.patch_embed.flatten = False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ class ConvNeXtConfig(NetworkConfig):
     """ConvNeXt (version 1): four stages of depthwise-convolution blocks.
 
     Blocks are numbered through all stages, and the downsampling before each stage but the first counts as one: with
-    depths (3, 3, 9, 3), blocks 0-2, downsampling 3, blocks 4-6, downsampling 7, ..., 20.
+    depths (3, 3, 9, 3), blocks 0-2, downsampling 3, blocks 4-6, downsampling 7, ..., 20. A downsampling has the
+    channels and the stride of the stage that it leads to.
 
     Args:
         depths: Blocks of each stage.
@@ -29,7 +31,6 @@ class ConvNeXtConfig(NetworkConfig):
     """
 
     family: ClassVar[str] = "convnext"
-    no_windows: ClassVar[str] = "a ConvNeXt has no attention"
 
     depths: tuple[int, ...] = (3, 3, 9, 3)
     stage_dims: tuple[int, ...] = (96, 192, 384, 768)
@@ -43,21 +44,9 @@ class ConvNeXtConfig(NetworkConfig):
             value = getattr(self, field)
             fits = len(value) == 4 and min(value) > 0
             check(fits, f"ConvNeXtConfig.{field}", value, "4 positive integers, one for each of 4 stages")
-
-    @property
-    def depth(self) -> int:
-        """Blocks of all stages and the downsamplings between them."""
-        return sum(self.depths) + len(self.depths) - 1
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """Channels after each block; a downsampling has those of the stage that it leads to."""
-        return tuple(self.stage_dims[stage] for stage, _ in self.stage_of_blocks())
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels per cell after each block: 4, doubled by each downsampling."""
-        return tuple(4 * 2**stage for stage, _ in self.stage_of_blocks())
+        stages = [stage for stage, _ in self.stage_of_blocks()]
+        dims, strides = tuple(self.stage_dims[stage] for stage in stages), tuple(4 * 2**stage for stage in stages)
+        self.set_blocks(dims, strides, no_windows="a ConvNeXt has no attention")
 
     def stage_of_blocks(self) -> tuple[tuple[int, int | None], ...]:
         """For every block its stage and its index in it; None is the downsampling into that stage."""
@@ -80,21 +69,16 @@ class StagedBranch(Branch):
 
     Args:
         config: The branch.
-        model: With `stem` and `stages`, each of which has `downsample` and `blocks`; state dict below `model.`.
+        model: The network; its state dict is below `model.`.
     """
 
-    def __init__(self, config: BranchConfig, model: nn.Module) -> None:
+    model: ConvNeXt
+
+    def __init__(self, config: BranchConfig, model: ConvNeXt) -> None:
         super().__init__(config)
         self.model = model
-        self._steps = [
-            f"{number}.{part}"
-            for number, stage in enumerate(model.stages)
-            for part in (
-                *([] if isinstance(stage.downsample, nn.Identity) else ["downsample"]),
-                *(f"blocks.{i}" for i in range(len(stage.blocks))),
-            )
-        ]
-        set_drop_path([block for stage in model.stages for block in stage.blocks], config)
+        self._steps = [path for _, path in steps_of(model)]
+        set_drop_path([model.stages.get_submodule(path) for path in self._steps if "blocks" in path], config)
 
     def embed(self, image: Tensor) -> BranchState:
         """Runs the stem on an image (B, 3, H, W); the map is (B, H', W', C) of stride 4."""
@@ -110,12 +94,25 @@ class StagedBranch(Branch):
         return None
 
 
+def steps_of(model: ConvNeXt) -> list[tuple[int, str]]:
+    """Stage, and path below `stages`, of every block and downsampling, in the order they run."""
+    stages: Iterable[Any] = model.stages
+    return [
+        (number, f"{number}.{part}")
+        for number, stage in enumerate(stages)
+        for part in (
+            *([] if isinstance(stage.downsample, nn.Identity) else ["downsample"]),
+            *(f"blocks.{i}" for i in range(len(stage.blocks))),
+        )
+    ]
+
+
 @register_branch(ConvNeXtConfig)
 class ConvNeXtBranch(StagedBranch):
     """A timm `ConvNeXt` without its final norm and head."""
 
-    def __init__(self, config: BranchConfig) -> None:
-        net: ConvNeXtConfig = config.network
+    def __init__(self, config: BranchConfig[ConvNeXtConfig]) -> None:
+        net = config.network
         model = ConvNeXt(
             depths=net.depths,
             dims=net.stage_dims,
@@ -124,5 +121,5 @@ class ConvNeXtBranch(StagedBranch):
             norm_eps=net.norm_eps,
             num_classes=0,
         )
-        model.head = nn.Identity()
+        model.set_submodule("head", nn.Identity())
         super().__init__(config, model)

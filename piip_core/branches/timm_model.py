@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, check
 from ..meta import on_meta
 from .base import Branch, BranchConfig, BranchState, NetworkConfig, register_branch, to_tuples
-from .convnext import StagedBranch
+from .convnext import StagedBranch, steps_of
 from .transformer import MapAttention, TransformerBranch
 
 _EXAMPLES = "vit_small_patch16_dinov3, eva02_base_patch14_224, vit_base_patch16_siglip_256, convnextv2_tiny"
@@ -54,10 +54,7 @@ class TimmConfig(NetworkConfig):
         check(isinstance(self.name, str), "TimmConfig.name", self.name, "the name of a model of timm")
         pairs = self.options.items() if isinstance(self.options, Mapping) else self.options
         object.__setattr__(self, "options", tuple(sorted((str(key), to_tuples(value)) for key, value in pairs)))
-        dims, strides, no_windows = _inspect(self)  # names are checked where they are given
-        found = {"depth": len(dims), "dims": dims, "strides": strides, "no_windows": no_windows}
-        for name, value in found.items():
-            object.__setattr__(self, name, value)
+        self.set_blocks(*_inspect(self))  # names are checked where they are given
 
 
 @lru_cache(maxsize=64)
@@ -66,12 +63,8 @@ def _inspect(config: TimmConfig) -> tuple[tuple[int, ...], tuple[int, ...], str]
     with on_meta():
         model = create_network(config)
     if isinstance(model, ConvNeXt):
-        steps = [
-            (info["num_chs"], info["reduction"])
-            for stage, info in zip(model.stages, model.feature_info, strict=True)
-            for _ in range(len(stage.blocks) + (not isinstance(stage.downsample, nn.Identity)))
-        ]
-        dims, strides = zip(*steps, strict=True)
+        infos: list[Any] = [model.feature_info[stage] for stage, _ in steps_of(model)]
+        dims, strides = (tuple(info[key] for info in infos) for key in ("num_chs", "reduction"))
         return dims, strides, f"{config.name!r} is a ConvNeXt"
     depth, patch = len(model.blocks), model.patch_embed.patch_size[0]
     if isinstance(model, Eva):
@@ -83,7 +76,7 @@ def _inspect(config: TimmConfig) -> tuple[tuple[int, ...], tuple[int, ...], str]
     return (model.embed_dim,) * depth, (patch,) * depth, reason
 
 
-def create_network(config: TimmConfig) -> nn.Module:
+def create_network(config: TimmConfig) -> VisionTransformer | Eva | ConvNeXt:
     """timm's network without final norm, pooling and head, for images of any size.
 
     Raises:
@@ -95,7 +88,7 @@ def create_network(config: TimmConfig) -> nn.Module:
         known = f"close matches are {', '.join(close)}" if close else f"names are such as {_EXAMPLES}"
         raise ConfigError(f"TimmConfig.name={name!r}: timm has no such model; {known}")
     kind = _kind(name)
-    options = {"num_classes": 0, **dict(config.options)}
+    options: dict[str, Any] = {"num_classes": 0, **dict(config.options)}
     if kind is not ConvNeXt:
         options |= {"global_pool": "", "dynamic_img_size": True}
         if patch_size is not None:
@@ -110,10 +103,11 @@ def create_network(config: TimmConfig) -> nn.Module:
         model = timm.create_model(name, pretrained=False, **options)
     except (TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"TimmConfig: timm cannot build {name!r} with {options}: {error}") from error
+    assert isinstance(model, (VisionTransformer, Eva, ConvNeXt))  # as `_kind` found
     for part in ("norm", "fc_norm", "head"):
         if hasattr(model, part):
             setattr(model, part, nn.Identity())
-    if kind is ConvNeXt:
+    if isinstance(model, ConvNeXt):
         model.norm_pre = nn.Identity()
     return model
 
@@ -134,6 +128,8 @@ def _kind(name: str) -> type[nn.Module]:
 class TimmTransformerBranch(TransformerBranch):
     """A `VisionTransformer` or `Eva` of timm, with its own position embeddings and prefix tokens."""
 
+    model: VisionTransformer | Eva
+
     def embed(self, image: Tensor) -> BranchState:
         """Patches of an image (B, 3, H, W) with positions, and timm's prefix tokens and rotary positions."""
         patches = self.patch_map(image)
@@ -145,7 +141,7 @@ class TimmTransformerBranch(TransformerBranch):
         return BranchState(sequence[:, count:].unflatten(1, grid), prefix, rotary)
 
 
-def embed_positions(model: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor | None]:
+def embed_positions(model: VisionTransformer | Eva, patches: Tensor) -> tuple[Tensor, Tensor | None]:
     """A sequence (B, P + H * W, C) of prefix tokens and patches (B, H, W, C) with positions, and rotary positions.
 
     timm's own method for it is private. Public ones run it together with all blocks, and give no rotary positions;
@@ -156,7 +152,6 @@ def embed_positions(model: nn.Module, patches: Tensor) -> tuple[Tensor, Tensor |
 
 
 @register_branch(TimmConfig)
-def _build(config: BranchConfig) -> Branch:
+def _build(config: BranchConfig[TimmConfig]) -> Branch:
     model = create_network(config.network)
-    kind = StagedBranch if isinstance(model, ConvNeXt) else TimmTransformerBranch
-    return kind(config, model)
+    return StagedBranch(config, model) if isinstance(model, ConvNeXt) else TimmTransformerBranch(config, model)

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
@@ -47,16 +50,7 @@ class PlainTransformerConfig(NetworkConfig):
                 check(value > 0, f"{name}.{field.name}", value, "a positive integer")
         divides = self.embed_dim % self.num_heads == 0
         check(divides, f"{name}.num_heads", self.num_heads, f"a divisor of embed_dim={self.embed_dim}")
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """`embed_dim` for every block."""
-        return (self.embed_dim,) * self.depth
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """`patch_size` for every block."""
-        return (self.patch_size,) * self.depth
+        self.set_blocks((self.embed_dim,) * self.depth, (self.patch_size,) * self.depth)
 
 
 def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -73,7 +67,7 @@ def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Te
     windows, padded = window_partition(x, window_size)
     grid = windows.shape[1:3]
     windows = attend(windows.flatten(1, 2)).unflatten(1, grid)
-    return window_unpartition(windows, window_size, tuple(x.shape[1:3]), padded)
+    return window_unpartition(windows, window_size, (x.shape[1], x.shape[2]), padded)
 
 
 class MapAttention(Attention):
@@ -120,8 +114,8 @@ class MapAttention(Attention):
 class FullWidthNormAttention(MapAttention):
     """Normalises queries and keys over the full width, all heads together (InternViT-6B); timm does it per head."""
 
-    def __init__(self, dim: int, *args: object, norm_layer: Callable[[int], nn.Module], **kwargs: object) -> None:
-        super().__init__(dim, *args, norm_layer=norm_layer, **kwargs)
+    def __init__(self, dim: int, *, norm_layer: type[nn.Module], **options: Any) -> None:
+        super().__init__(dim, norm_layer=norm_layer, **options)
         self.q_norm, self.k_norm = norm_layer(dim), norm_layer(dim)
 
     def attend(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -163,20 +157,22 @@ class TransformerBranch(Branch):
     """
 
     keep_positions = False
+    model: VisionTransformer | Eva | Beit
 
-    def __init__(self, config: BranchConfig, model: nn.Module) -> None:
+    def __init__(self, config: BranchConfig, model: VisionTransformer | Eva | Beit) -> None:
         super().__init__(config)
         self.model = model
         self._positions: dict[tuple[object, ...], Tensor] = {}
-        set_drop_path(model.blocks, config)
+        set_drop_path([*model.blocks], config)
         for block, window in zip(model.blocks, config.window_sizes, strict=True):
             if hasattr(block.attn, "window_size"):
                 block.attn.window_size = window
+            if isinstance(block.attn, MapAttention):
                 block.attn.pad_before_qkv = config.window_padding == "before_qkv"
 
     def patch_map(self, image: Tensor) -> Tensor:
         """Patch embeddings (B, H, W, C) of an image; a remainder of the patch size is cut at the bottom and right."""
-        patch = self.config.network.strides[0]
+        patch = self.strides[0]
         height, width = (side // patch * patch for side in image.shape[-2:])
         # The convolution leaves channels first in memory, and every sum after it would inherit that
         return self.model.patch_embed(image[..., :height, :width]).contiguous()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from timm.layers import GELUTanh, QuickGELU, RmsNorm
+from timm.layers import GELUTanh, LayerScale, QuickGELU, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -51,17 +51,14 @@ class ViTConfig(PlainTransformerConfig):
     class_token: bool = False
     class_position: bool = False
 
-    @property
-    def no_windows(self) -> str:
-        """Why attention cannot work in windows: the class token; empty without one."""
-        return "a class token (class_token=True) belongs to no window" if self.class_token else ""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("ViTConfig.norm", self.norm, tuple(_NORMS))
         check_choice("ViTConfig.activation", self.activation, tuple(_ACTIVATIONS))
         possible = self.class_token or not self.class_position
         check(possible, "ViTConfig.class_position", self.class_position, "False for a network with class_token=False")
+        if self.class_token:
+            self.set_blocks(self.dims, self.strides, no_windows="a class token (class_token=True) belongs to no window")
 
 
 @register_branch(ViTConfig)
@@ -71,8 +68,10 @@ class ViTBranch(TransformerBranch):
     Position embeddings are stored for `pos_grid` x `pos_grid` patches and resized to the token grid of each input.
     """
 
-    def __init__(self, config: BranchConfig) -> None:
-        net: ViTConfig = config.network
+    model: VisionTransformer
+
+    def __init__(self, config: BranchConfig[ViTConfig]) -> None:
+        net = config.network
         model = _vision_transformer(
             net,
             qkv_bias=net.qkv_bias,
@@ -90,11 +89,12 @@ class ViTBranch(TransformerBranch):
     def embed(self, image: Tensor) -> BranchState:
         """Patches of an image (B, 3, H, W) with positions and the class token as prefix; normalised with `pre_norm`."""
         tokens = self.patch_map(image)
+        assert self.model.pos_embed is not None
         class_position, grid = self.model.pos_embed.tensor_split([int(self.config.network.class_position)], dim=1)
         tokens = self.model.norm_pre(tokens + self.position_map(grid, *tokens.shape[1:3]))
-        if self.model.cls_token is None:
+        prefix: Tensor | None = self.model.cls_token
+        if prefix is None:
             return BranchState(tokens)
-        prefix = self.model.cls_token
         if self.config.network.class_position:
             prefix = prefix + class_position
         return BranchState(tokens, self.model.norm_pre(prefix).expand(tokens.shape[0], -1, -1))
@@ -127,8 +127,10 @@ class UniPerceiverBranch(TransformerBranch):
     An image is frame 0. Position embeddings are resized to the token grid of each input.
     """
 
-    def __init__(self, config: BranchConfig) -> None:
-        net: UniPerceiverConfig = config.network
+    model: VisionTransformer
+
+    def __init__(self, config: BranchConfig[UniPerceiverConfig]) -> None:
+        net = config.network
         norm_layer = partial(nn.LayerNorm, eps=net.norm_eps)
         model = _vision_transformer(
             net,
@@ -140,19 +142,20 @@ class UniPerceiverBranch(TransformerBranch):
         )
         model.norm_pre = norm_layer(net.embed_dim)
         model.frame_embed = nn.Parameter(torch.zeros(net.num_frames, net.embed_dim))
-        for block in model.blocks:
-            for scale in (block.ls1, block.ls2):
-                nn.init.constant_(scale.gamma, net.layer_scale)
+        for module in model.modules():
+            if isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, net.layer_scale)
         super().__init__(config, model)
 
     def embed(self, image: Tensor) -> BranchState:
         """Patches of an image (B, 3, H, W) with positions and the embedding of frame 0, normalised."""
+        assert isinstance(self.model.pos_embed, Tensor) and isinstance(self.model.frame_embed, Tensor)
         tokens = self.patch_map(image)
         tokens = tokens + self.position_map(self.model.pos_embed, *tokens.shape[1:3])
         return BranchState(self.model.norm_pre(tokens + self.model.frame_embed[0]))
 
 
-def _vision_transformer(net: ViTConfig | UniPerceiverConfig, **options: object) -> VisionTransformer:
+def _vision_transformer(net: ViTConfig | UniPerceiverConfig, **options: Any) -> VisionTransformer:
     """timm's network without final norm and head; maps go in and out of its blocks."""
     return VisionTransformer(
         img_size=net.pos_grid * net.patch_size,

@@ -19,6 +19,7 @@ from ..branches import Branch
 from ..classifier import PIIPClassifier
 from ..errors import CheckpointError
 from ..files import check_regular
+from ..merging import ClassificationHeads
 from ..pyramid import PIIP
 from .branch_names import BRANCH_CLASSES
 from .convert import ConversionReport
@@ -104,7 +105,7 @@ def load_pretrained(model: PIIP | PIIPClassifier) -> dict[int, ConversionReport]
 
 def _head(model: PIIP | PIIPClassifier, number: int) -> dict[str, Tensor]:
     """Norm and classifier of a branch, as timm names them; nothing where it has none of its own."""
-    if not isinstance(model, PIIPClassifier) or model.config.head != "separate":
+    if not isinstance(model, PIIPClassifier) or not isinstance(model.head, ClassificationHeads):
         return {}
     parts = {"norm": model.head.norms[str(number)]}
     if model.num_classes:

@@ -232,16 +232,18 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+def _differentiable(name: str, gradients: Callable[..., Any], save: Callable[..., None]) -> Callable[..., Any]:
     """The operator for callers in Python: as it is registered, and with torch.func's transforms.
 
     What `register_autograd` makes cannot be transformed, and passes forward-mode derivatives over in silence; compilers
     and tracers on the other hand want the operator itself. Inside torch.compile PyTorch's rules hold.
     """
     operator = getattr(torch.ops.piip, name)
-    torch.library.register_autograd(f"piip::{name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"piip::{name}", gradients, setup_context=save)
 
     class Operator(torch.autograd.Function):
+        setup_context, backward, jvp = staticmethod(save), staticmethod(gradients), staticmethod(_refuse)
+
         @staticmethod
         def forward(*arguments: Any) -> Any:
             return operator(*arguments)
@@ -256,8 +258,6 @@ def _differentiable(name: str, backward: Callable[..., Any], setup_context: Call
             return (parts[0], 0) if isinstance(result, Tensor) else (tuple(parts), (0,) * len(parts))
 
     Operator.__name__ = Operator.__qualname__ = name
-    Operator.setup_context = staticmethod(setup_context)
-    Operator.backward, Operator.jvp = staticmethod(backward), staticmethod(_refuse)
 
     def call(*arguments: Any) -> Any:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 class Deconvolution(nn.ConvTranspose2d):
     """Transposed convolution whose windows touch but do not overlap: kernel size and stride are `factor`."""
 
+    bias: nn.Parameter
+
     def __init__(self, in_channels: int, out_channels: int, factor: int = 2) -> None:
         super().__init__(in_channels, out_channels, factor, stride=factor)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the one output size that there is
         """(B, C, H, W) to (B, D, factor * H, factor * W)."""
         if x.device.type != "cpu" or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return F.conv_transpose2d(x, self.weight, self.bias, stride=self.stride)

@@ -14,7 +14,7 @@ from .reference import compute_dtype
 
 _VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-SpatialShapes = Sequence[tuple[int, int]] | Tensor
+SpatialShapes = Sequence[Sequence[int]] | Tensor
 
 
 def ms_deform_attn(
@@ -61,7 +61,7 @@ def ms_deform_attn(
 def deform_attn_grid(
     value: Tensor,
     value_shapes: SpatialShapes,
-    query_shape: tuple[int, int],
+    query_shape: Sequence[int],
     sampling: Tensor,
     num_points: int = 4,
 ) -> Tensor:
@@ -150,7 +150,7 @@ def _check(value: Tensor, shapes: list[int], sampling_locations: Tensor, attenti
 
 
 def _check_grid(
-    value: Tensor, shapes: list[int], query_shape: tuple[int, int], sampling: Tensor, num_points: int
+    value: Tensor, shapes: list[int], query_shape: Sequence[int], sampling: Tensor, num_points: int
 ) -> tuple[int, int]:
     _check_tensors({"value": value, "sampling": sampling}, shapes, "value_shapes")
     if isinstance(num_points, bool) or not isinstance(num_points, int | torch.SymInt) or num_points < 0:

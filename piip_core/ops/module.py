@@ -123,15 +123,12 @@ class MSDeformAttn(nn.Module):
         dtype = compute_dtype(offsets.dtype)
         weights = logits.to(dtype).view(*shape[:3], -1).softmax(dim=-1).view(shape)
         offsets = offsets.to(dtype).view(*shape, 2)
-        return self._locations(offsets, reference_points.to(dtype), spatial_shapes), weights
-
-    def _locations(self, offsets: Tensor, reference: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
-        reference = reference[:, :, None, :, None, :]
+        reference = reference_points.to(dtype)[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
-            flat = [size for shape in spatial_shapes for size in shape]
-            return reference + offsets / map_sizes(flat, offsets)
+            flat = [size for pair in spatial_shapes for size in pair]
+            return reference + offsets / map_sizes(flat, offsets), weights
         if reference.shape[-1] == 4:
-            return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / self.num_points))
+            return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / self.num_points)), weights
         raise ValueError(
             f"reference_points ends in an axis of {reference.shape[-1]}; expected 2 for points (x, y) or 4 for boxes "
             "(x, y, w, h)"

@@ -128,7 +128,7 @@ def remember_argument(model: nn.Module, name: str, value: Any) -> None:
     timm's factory stores what it was given, and not what followed from it; its functions for saving take such arguments
     from whoever calls them alone. Seen working with timm 1.0.31.
     """
-    model._model_args = {name: value}
+    vars(model)["_model_args"] = {name: value}
 
 
 def _build(
@@ -148,19 +148,14 @@ def _build(
     if global_pool is not None:
         config = with_pooling(config, global_pool)
     if drop_path_rate is not None:
-        config = dataclasses.replace(config, pyramid=_with_drop_path(config.pyramid, drop_path_rate))
+        branches = (dataclasses.replace(branch, drop_path_rate=drop_path_rate) for branch in config.pyramid.branches)
+        interaction = dataclasses.replace(config.pyramid.interaction, drop_path_rate=drop_path_rate)
+        pyramid = dataclasses.replace(config.pyramid, branches=tuple(branches), interaction=interaction)
+        config = dataclasses.replace(config, pyramid=pyramid)
     model = PIIPClassifier(config)
     if pretrained_branches:
         load_pretrained(model)
     return model
-
-
-def _with_drop_path(config: PIIPConfig, rate: float) -> PIIPConfig:
-    return dataclasses.replace(
-        config,
-        branches=tuple(dataclasses.replace(branch, drop_path_rate=rate) for branch in config.branches),
-        interaction=dataclasses.replace(config.interaction, drop_path_rate=rate),
-    )
 
 
 def convert_weights(state: Mapping[str, Any], model: PIIPClassifier) -> dict[str, Tensor]:
@@ -173,7 +168,7 @@ def convert_weights(state: Mapping[str, Any], model: PIIPClassifier) -> dict[str
     Raises:
         CheckpointError: If they do not fit the form of the model.
     """
-    cfg, target = model.pretrained_cfg, model.state_dict()
+    cfg, target = vars(model)["pretrained_cfg"], model.state_dict()
     name = cfg["architecture"]
     state = dict(state.get(_WEIGHTS.get(cfg.get("tag"), "model"), state))
     if not state.keys() & target.keys():
@@ -192,8 +187,7 @@ def convert_weights(state: Mapping[str, Any], model: PIIPClassifier) -> dict[str
 
 def _pretrained_cfg(model: _Model) -> dict[str, Any]:
     config = model.training
-    numbers = range(1, len(config.pyramid.branches) + 1)
-    separate = tuple(f"head.classifiers.{number}" for number in numbers)
+    separate = tuple(f"head.classifiers.{number}" for number, _ in enumerate(config.pyramid.branches, 1))
     return {
         "url": model.url,
         "num_classes": config.num_classes,

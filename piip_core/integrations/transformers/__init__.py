@@ -40,7 +40,7 @@ def _hide_datasets_folder() -> None:
     """
     spec = importlib.util.find_spec("datasets") if is_datasets_available() else None
     if spec is not None and spec.origin is None:
-        sys.modules["datasets"] = None
+        sys.modules["datasets"] = None  # type: ignore[assignment]  # as documented: nobody can import it
         is_datasets_available.cache_clear()
 
 

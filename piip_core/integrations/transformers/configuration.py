@@ -10,7 +10,7 @@ from transformers import BitImageProcessorPil, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ... import zoo
-from ...config import ClassifierConfig, MergingConfig, PIIPConfig
+from ...config import ClassifierConfig, MergingConfig, PIIPConfig, Pooling
 from ...zoo.entry import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -35,7 +35,7 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
 
     pyramid: dict[str, Any] | None = None
     head: Literal["separate", "merged"] = "separate"
-    pooling: Literal["class_token", "first_patch", "average"] = "class_token"
+    pooling: Pooling = "class_token"
     num_groups: int = 32
     drop_rate: float = 0.0
     num_channels: Literal[3] = 3
@@ -45,7 +45,7 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pyramid is None:
             self.pyramid = zoo.classification("piip_tsb_368_192_128").training_config.pyramid.to_dict()
-        levels = len(self.dense.merging.out_strides)
+        levels = len((self.dense.merging or MergingConfig()).out_strides)
         self.stage_names = [f"stage{number}" for number in range(1, levels + 1)]
         features, indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         if features is None and indices is None:
@@ -95,15 +95,15 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
         """Pyramid and head of the classifier."""
         names = {field.name for field in dataclasses.fields(ClassifierConfig)} - {"pyramid", "num_classes"}
         return ClassifierConfig(
-            pyramid=dataclasses.replace(PIIPConfig.from_dict(self.pyramid), merging=None),
-            num_classes=self.num_labels,
+            pyramid=dataclasses.replace(self.dense, merging=None),
+            num_classes=self.num_labels or 0,
             **{name: getattr(self, name) for name in names},
         )
 
     @property
     def dense(self) -> PIIPConfig:
         """Pyramid and merging of the backbone."""
-        pyramid = PIIPConfig.from_dict(self.pyramid)
+        pyramid = PIIPConfig.from_dict(self.pyramid or {})
         return pyramid if pyramid.merging is not None else dataclasses.replace(pyramid, merging=MergingConfig())
 
     @property

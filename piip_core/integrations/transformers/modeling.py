@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,10 @@ class PIIPPreTrainedModel(PreTrainedModel):
 
     pyramid: PIIP
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     # Branches run block by block and hand on class tokens beside their maps: a pyramid stays on one device
-    _no_split_modules = ("PIIP",)
+    _no_split_modules = ["PIIP"]
     # timm's blocks always call PyTorch's scaled_dot_product_attention, which takes the fastest kernel there is
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -84,8 +84,7 @@ class PIIPPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fills what a file did not hold; transformers calls this for every module with something of that kind."""
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        getattr(module, "init_non_persistent_buffers", lambda: None)()
         if self._made_without_weights and not all(map(is_loaded, module.parameters(recurse=False))):
             self._start_missing_weights()
 
@@ -137,7 +136,7 @@ class _WithHead(PIIPPreTrainedModel):
 class PIIPModel(_WithHead):
     """A PIIP without classifier: the maps of all branches, and pooled features."""
 
-    _keys_to_ignore_on_load_unexpected = (r"^head\.classifiers?\.", r"^merging\.", r"^feature_pyramid\.")
+    _keys_to_ignore_on_load_unexpected = [r"^head\.classifiers?\.", r"^merging\.", r"^feature_pyramid\."]
 
     def __init__(self, config: PIIPTransformersConfig) -> None:
         super().__init__(config)
@@ -156,7 +155,7 @@ class PIIPModel(_WithHead):
 class PIIPForImageClassification(_WithHead):
     """A PIIP classifier."""
 
-    _keys_to_ignore_on_load_unexpected = (r"^merging\.", r"^feature_pyramid\.")
+    _keys_to_ignore_on_load_unexpected = [r"^merging\.", r"^feature_pyramid\."]
 
     def __init__(self, config: PIIPTransformersConfig) -> None:
         super().__init__(config)
@@ -183,7 +182,8 @@ class PIIPForImageClassification(_WithHead):
         states, hidden_states = self._states(pixel_values, output_hidden_states)
         logits = self.head(head_inputs(self.classifier_config, states))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+        hidden = cast(Maps | None, hidden_states)  # a tuple of tuples: transformers' own models have one branch
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden)
 
 
 class PIIPBackbone(BackboneMixin, PIIPPreTrainedModel):
@@ -192,7 +192,7 @@ class PIIPBackbone(BackboneMixin, PIIPPreTrainedModel):
     config_class = PIIPTransformersConfig
     config: PIIPTransformersConfig
     has_attentions = False
-    _keys_to_ignore_on_load_unexpected = (r"^head\.",)
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]
 
     def __init__(self, config: PIIPTransformersConfig) -> None:
         super().__init__(config)
@@ -213,6 +213,7 @@ class PIIPBackbone(BackboneMixin, PIIPPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         levels = tuple(dense_maps(self.pyramid, self.merging, self.feature_pyramid, self._image(pixel_values)))
         maps = tuple(x for stage, x in zip(self.stage_names, levels, strict=True) if stage in self.out_features)
+        maps = cast(tuple[Tensor], maps)  # as it is declared there
         return BackboneOutput(feature_maps=maps, hidden_states=levels if output_hidden_states else None)
 
 
