@@ -51,6 +51,7 @@ class RelativeBiasAttention(Attention):
     """
 
     bias_index: Tensor
+    window_size: Any  # an integer or None; timm declares a pair
 
     def __init__(self, embed_dim: int, num_heads: int, *, qkv_bias: bool, bias_window: int) -> None:
         super().__init__(embed_dim, num_heads=num_heads, qkv_bias=qkv_bias)
