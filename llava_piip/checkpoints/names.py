@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from piip_core.checkpoints import PublishedNames
 from piip_core.checkpoints.branch_names import branch_classes_of
@@ -68,10 +69,10 @@ class LlavaNames(PublishedNames):
 
 
 @dataclass(frozen=True)
-class ProjectorNames(PublishedNames):
+class ProjectorNames:
     """The name map of projectors alone, to those of `TokenMerging`."""
 
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...]
 
     def table(self) -> RuleTable:
         """All rules."""
@@ -80,3 +81,7 @@ class ProjectorNames(PublishedNames):
     def shapes(self) -> Mapping[str, torch.Size | None]:
         """Names of all tensors, of any shape."""
         return {rule.ours.replace("*", part): None for rule in self.rules for part in ("weight", "bias")}
+
+    def unused_tensors(self) -> Mapping[str, Tensor]:
+        """Published projectors hold none."""
+        return {}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from timm.layers import gen_relative_position_index
@@ -15,14 +14,8 @@ from ..config import BranchConfig
 from ..errors import CheckpointError, NotSupportedYet
 from .rules import CLASS_TOKEN, POSITION_SLOT, POSITION_TABLE, POSITION_TABLE_SLOT, Rule, rename_parts
 
-_BLOCK = (
-    "blocks.*.norm1.*",
-    "blocks.*.attn.qkv.*",
-    "blocks.*.attn.proj.*",
-    "blocks.*.norm2.*",
-    "blocks.*.mlp.fc1.*",
-    "blocks.*.mlp.fc2.*",
-)
+# What a block has under one name on both sides: scales, norms, attention, perceptron
+_BLOCK = ("blocks.*.*", "blocks.*.*.*", "blocks.*.*.*.*")
 
 _CONVNEXT_TIMM = rename_parts(
     ("stem.*.*", "convnext_model.stem.*.*"),
@@ -58,33 +51,18 @@ def _clip(prefix: str) -> tuple[Rule, ...]:
 BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
     # DeiT and DeiT III
     "deit": rename_parts(
+        ("blocks.*.ls1.gamma", "blocks.*.gamma_1"),
+        ("blocks.*.ls2.gamma", "blocks.*.gamma_2"),
         "pos_embed",
         "patch_embed.proj.*",
         *_BLOCK,
-        ("blocks.*.ls1.gamma", "blocks.*.gamma_1"),
-        ("blocks.*.ls2.gamma", "blocks.*.gamma_2"),
     ),
     # InternViT-6B, and by the same class AugReg, MAE, DINOv2
     "internvit": (
         Rule("pos_embed", "pos_embed", POSITION_SLOT),
-        *rename_parts(
-            "patch_embed.proj.*",
-            *_BLOCK,
-            "blocks.*.attn.q_norm.*",
-            "blocks.*.attn.k_norm.*",
-            "blocks.*.ls1.gamma",
-            "blocks.*.ls2.gamma",
-        ),
+        *rename_parts("patch_embed.proj.*", *_BLOCK),
     ),
-    "beit": rename_parts(
-        "patch_embed.proj.*",
-        *_BLOCK,
-        "blocks.*.attn.q_bias",
-        "blocks.*.attn.v_bias",
-        "blocks.*.attn.relative_position_bias_table",
-        "blocks.*.gamma_1",
-        "blocks.*.gamma_2",
-    ),
+    "beit": rename_parts("patch_embed.proj.*", *_BLOCK),
     "uniperceiver": (
         Rule("pos_embed", "visual_embed.patch_embed.spatial_pos_embed.weight", POSITION_TABLE),
         *rename_parts(
@@ -175,15 +153,16 @@ def branch_classes_of(keys: Iterable[str], count: int) -> tuple[str, ...]:
         CheckpointError: If the file has fewer branches.
         NotSupportedYet: For families that have no table here.
     """
-    keys = list(keys)
-    prefixes = [branch_prefix(number, count) for number in range(1, count + 1)]
-    inside = {prefix: [key.removeprefix(prefix) for key in keys if key.startswith(prefix)] for prefix in prefixes}
-    for prefix, found in inside.items():
-        if not found:
+    keys, classes = list(keys), []
+    for number in range(1, count + 1):
+        prefix = branch_prefix(number, count)
+        inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+        if not inside:
             raise CheckpointError(
                 f"no parameter starts with {prefix!r}: the file has fewer branches than the configuration"
             )
-    return tuple(map(branch_class_of, inside.values()))
+        classes.append(branch_class_of(inside))
+    return tuple(classes)
 
 
 def branch_prefix(number: int, count: int) -> str:
@@ -211,28 +190,29 @@ def default_branch_class(branch: BranchConfig) -> str:
     return _DEFAULT_CLASSES[type(network)]
 
 
-def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Callable[[], Tensor]]:
-    """Tensors of a published branch that ours does not have, by published name, and how to make them."""
+def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Tensor]:
+    """Tensors of a published branch that ours does not have, by published name."""
+    dim = network.dims[-1]
     match branch_class:
         case "convnext":
-            return _unused_norm("convnext_model.layernorm", network.dims[-1])
+            return _unused_norm("convnext_model.layernorm", dim)
         case "convnext_timm":
-            return _unused_norm("convnext_model.head.norm", network.dims[-1])
+            return _unused_norm("convnext_model.head.norm", dim)
         case "convnext_timm_mlp":
-            dim, layer = network.dims[-1], "convnext_model.head.pre_logits.fc"
-            hidden = {f"{layer}.weight": partial(torch.zeros, dim, dim), f"{layer}.bias": partial(torch.zeros, dim)}
+            layer = "convnext_model.head.pre_logits.fc"
+            hidden = {f"{layer}.weight": torch.zeros(dim, dim), f"{layer}.bias": torch.zeros(dim)}
             return _unused_norm("convnext_model.head.norm", dim) | hidden
         case "clip":
-            dim = network.dims[-1]
-            token = {"clip_model.embeddings.class_embedding": partial(torch.zeros, dim)}
             norm = _unused_norm("clip_model.post_layernorm", dim)
-            return norm if getattr(network, "class_token", True) else norm | token
+            if getattr(network, "class_token", True):
+                return norm
+            return norm | {"clip_model.embeddings.class_embedding": torch.zeros(dim)}
         case "beit":
-            window = (network.bias_window, network.bias_window)
-            index = partial(gen_relative_position_index, window)
+            assert isinstance(network, BEiTConfig)
+            index = gen_relative_position_index((network.bias_window, network.bias_window))
             return {f"blocks.{i}.attn.relative_position_index": index for i in range(network.depth)}
     return {}
 
 
-def _unused_norm(name: str, dim: int) -> dict[str, Callable[[], Tensor]]:
-    return {f"{name}.weight": partial(torch.ones, dim), f"{name}.bias": partial(torch.zeros, dim)}
+def _unused_norm(name: str, dim: int) -> dict[str, Tensor]:
+    return {f"{name}.weight": torch.ones(dim), f"{name}.bias": torch.zeros(dim)}

@@ -20,7 +20,15 @@ from ..files import read_json
 from .branch_names import branch_classes_of, branch_prefix, branch_rules, default_branch_class
 from .convert import ConversionReport, from_published, to_published
 from .formats import CheckpointFile, LazyState, LazyTensor
-from .names import PUBLISHED_BACKBONE, PublishedNames, config_from_dict, detector_of, our_names, published_names
+from .names import (
+    PUBLISHED_BACKBONE,
+    PublishedNames,
+    config_from_dict,
+    detector_of,
+    our_names,
+    published_names,
+    pyramid_of,
+)
 from .reading import read_checkpoint
 from .rules import RuleTable
 from .writing import write_checkpoint
@@ -198,9 +206,9 @@ def _candidates(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, _Con
     """Published models of the kind of the file, by name; classifiers with the file's number of classes."""
     heads = {head: shapes[key][0] for head, key in _CLASSIFIERS.items() if key in shapes}
     if heads:
-        for entry in zoo.classification_entries():
-            if entry.config.head in heads:
-                yield entry.name, dataclasses.replace(entry.config, num_classes=heads[entry.config.head])
+        for classifier in zoo.classification_entries():
+            if classifier.config.head in heads:
+                yield classifier.name, dataclasses.replace(classifier.config, num_classes=heads[classifier.config.head])
         return
     detector = detector_of(shapes)
     for entry in zoo.entries():
@@ -226,7 +234,7 @@ def _structure(config: _Config) -> tuple[object, ...]:
 def _fits(shapes: Mapping[str, Sequence[int]], config: _Config) -> bool:
     prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in shapes) else ""
     backbone = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
-    branches = (config.pyramid if isinstance(config, ClassifierConfig) else config).branches
+    branches = pyramid_of(config).branches
     classes = tuple(map(default_branch_class, branches))
     try:
         # Much cheaper than building the model

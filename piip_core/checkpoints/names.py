@@ -7,14 +7,14 @@ puts the pairs together for one configuration: number and kind of the branches, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..classifier import build_model
 from ..config import BranchConfig, ClassifierConfig, MergingConfig, PIIPConfig
@@ -94,10 +94,26 @@ def model_shapes(config: PIIPConfig | ClassifierConfig) -> Mapping[str, torch.Si
     """
     with on_meta():
         model = build_model(config)
-        if isinstance(model, PIIP):
-            model = nn.ModuleDict({"pyramid": model})
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return MappingProxyType(shapes)
+    prefix = "pyramid." if isinstance(model, PIIP) else ""
+    return MappingProxyType({prefix + name: tensor.shape for name, tensor in model.state_dict().items()})
+
+
+def pyramid_of(config: PIIPConfig | ClassifierConfig) -> PIIPConfig:
+    """The backbone, or that of the classifier."""
+    return config.pyramid if isinstance(config, ClassifierConfig) else config
+
+
+class NameMap(Protocol):
+    """What a conversion of names needs to know."""
+
+    def table(self) -> RuleTable:
+        """All rules."""
+
+    def shapes(self) -> Mapping[str, torch.Size | None]:
+        """Every tensor of our model with its shape; None for any."""
+
+    def unused_tensors(self) -> Mapping[str, Tensor]:
+        """Tensors that published files hold although the network needs none of them, by published name."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ class PublishedNames:
     """The complete name map for one configuration.
 
     Args:
-        config: The backbone or classifier; None for files with nothing but heads.
+        config: The backbone or classifier.
         branch_classes: Published class of each branch (a key of `BRANCH_CLASSES`).
         detector: What follows the backbone (a key of `HEADS`); None for nothing.
         ours_prefix: Where our model holds the backbone.
@@ -116,8 +132,8 @@ class PublishedNames:
         CheckpointError: If a classifier reads class tokens.
     """
 
-    config: PIIPConfig | ClassifierConfig | None
-    branch_classes: tuple[str, ...] = ()
+    config: PIIPConfig | ClassifierConfig
+    branch_classes: tuple[str, ...]
     detector: str | None = None
     ours_prefix: str = ""
     published_prefix: str = ""
@@ -134,19 +150,13 @@ class PublishedNames:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON, to store in a converted file."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        config = None if self.config is None else self.config.to_dict()
-        return fields | {"config": config, "branch_classes": list(self.branch_classes)}
+        return fields | {"config": self.config.to_dict(), "branch_classes": list(self.branch_classes)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PublishedNames:
         """Inverse of `to_dict`."""
-        config = None if data["config"] is None else config_from_dict(data["config"])
-        return cls(**{**data, "config": config, "branch_classes": tuple(data["branch_classes"])})
-
-    @property
-    def pyramid(self) -> PIIPConfig | None:
-        """The backbone, or that of the classifier."""
-        return self.config.pyramid if isinstance(self.config, ClassifierConfig) else self.config
+        found = {"config": config_from_dict(data["config"]), "branch_classes": tuple(data["branch_classes"])}
+        return cls(**{**data, **found})
 
     def table(self) -> RuleTable:
         """All rules, with the prefixes of both sides."""
@@ -155,58 +165,51 @@ class PublishedNames:
 
     def shapes(self) -> dict[str, torch.Size | None]:
         """Every tensor of our model with its shape; None where Detectron2 decides it (numbers of classes)."""
-        backbone = {} if self.config is None else model_shapes(self.config)
-        prefixed = {self.ours_prefix + name: shape for name, shape in backbone.items()}
-        return prefixed | dict.fromkeys(HEADS[self.detector].published if self.detector else ())
+        shapes: dict[str, torch.Size | None] = dict.fromkeys(HEADS[self.detector].published if self.detector else ())
+        return {self.ours_prefix + name: shape for name, shape in model_shapes(self.config).items()} | shapes
 
-    def unused_tensors(self) -> dict[str, Callable[[], Tensor]]:
-        """Tensors that published files hold although the network needs none of them, by name, and how to make them."""
-        if self.config is None:
-            return {}
+    def unused_tensors(self) -> dict[str, Tensor]:
+        """Tensors that published files hold although the network needs none of them, by published name."""
         found = self._unused_upsampling()
         for prefix, branch_class, branch in self._branches():
             unused = unused_branch_tensors(branch_class, branch.network)
             found |= {prefix + name: tensor for name, tensor in unused.items()}
         return {self.published_prefix + name: unused for name, unused in found.items()}
 
-    def _unused_upsampling(self) -> dict[str, Callable[[], Tensor]]:
+    def _unused_upsampling(self) -> dict[str, Tensor]:
         """The three-branch class keeps the four-fold upsampling even where no stride-4 map is asked for (`is_dino`)."""
-        merging = self.pyramid.merging
-        if len(self.pyramid.branches) != 3 or merging is None or merging.kind != "simple" or 4 in merging.out_strides:
+        pyramid = pyramid_of(self.config)
+        merging = pyramid.merging
+        if len(pyramid.branches) != 3 or merging is None or merging.kind != "simple" or 4 in merging.out_strides:
             return {}
-        dim = self.pyramid.branches[0].network.dims[-1]
-        vectors = {f"fpn1.{i}.{part}": (dim,) for i, part in ((0, "bias"), (1, "weight"), (1, "bias"), (3, "bias"))}
-        kernels = {f"fpn1.{i}.weight": (dim, dim, 2, 2) for i in (0, 3)}
-        return {name: partial(torch.zeros, shape) for name, shape in {**vectors, **kernels}.items()}
+        dim = pyramid.branches[0].network.dims[-1]
+        kernel, vector = torch.zeros(()).expand(dim, dim, 2, 2), torch.zeros(dim)
+        parts = {"0.weight": kernel, "0.bias": vector, "1.weight": vector, "1.bias": vector}
+        parts |= {"3.weight": kernel, "3.bias": vector}
+        return {f"fpn1.{part}": tensor for part, tensor in parts.items()}
 
     def _branches(self) -> Iterator[tuple[str, str, BranchConfig]]:
         """Published prefix, published class and configuration of each branch."""
-        branches = self.pyramid.branches
+        branches = pyramid_of(self.config).branches
         for number, (branch_class, branch) in enumerate(zip(self.branch_classes, branches, strict=True), 1):
             yield branch_prefix(number, len(branches)), branch_class, branch
 
     def _backbone_rules(self) -> Iterator[Rule]:
-        if self.config is None:
-            return
         for index, (prefix, branch_class, branch) in enumerate(self._branches()):
             for rule in branch_rules(branch_class, branch.network):
                 yield rule.prefixed(f"pyramid.branches.{index}.model.", prefix)
-        for low, high in self._unit_pairs():
-            for rule in unit_rules(scale=self.scale):
-                yield rule.prefixed(
-                    f"pyramid.interactions.*.units.{low}_{high}.", f"interactions.*.interaction_units_{low}{high}."
-                )
+        pyramid = pyramid_of(self.config)
+        graphs = (pyramid.interaction.graph(k, len(pyramid.branches)) for k in range(pyramid.num_interactions))
+        for low, high in sorted({(spec.low, spec.high) for graph in graphs for spec in graph}):
+            ours = f"pyramid.interactions.*.units.{low}_{high}."
+            for rule in unit_rules(self.scale):
+                yield rule.prefixed(ours, f"interactions.*.interaction_units_{low}{high}.")
         if isinstance(self.config, ClassifierConfig):
             yield from _HEADS[self.config.head]
             if self.config.head == "merged":
-                yield from _weight_rules("head.weights", "w", range(1, len(self.pyramid.branches) + 1))
+                yield from _weight_rules("head.weights", "w", range(1, len(pyramid.branches) + 1))
         elif self.config.merging is not None:
             yield from _merging_rules(self.config.merging, self.config.merging_branches, len(self.config.branches) == 1)
-
-    def _unit_pairs(self) -> list[tuple[int, int]]:
-        n = len(self.pyramid.branches)
-        graphs = (self.pyramid.interaction.graph(k, n) for k in range(self.pyramid.num_interactions))
-        return sorted({(spec.low, spec.high) for graph in graphs for spec in graph})
 
 
 def _merging_rules(merging: MergingConfig, branches: Sequence[int], single: bool) -> Iterator[Rule]:
@@ -235,9 +238,9 @@ def config_from_dict(data: Mapping[str, Any]) -> PIIPConfig | ClassifierConfig:
 
 
 def published_names(
-    config: PIIPConfig | ClassifierConfig | None, keys: Collection[str], *, backbone_only: bool = False
+    config: PIIPConfig | ClassifierConfig, keys: Collection[str], *, backbone_only: bool = False
 ) -> PublishedNames:
-    """The name map for the backbone or classifier in a published file (None: heads alone), by the names in it.
+    """The name map for the backbone or classifier in a published file, by the names in it.
 
     With `backbone_only`, our names are relative to `DensePIIP`, not to a Detectron2 model.
 
@@ -245,16 +248,13 @@ def published_names(
         CheckpointError: If a classifier reads class tokens, or the file has fewer branches.
         NotSupportedYet: If a branch is of a family without a name table.
     """
-    if config is None:
-        return PublishedNames(None, detector=detector_of(keys))
     prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in keys) else ""
-    names = PublishedNames(config, published_prefix=prefix)
     inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-    names = dataclasses.replace(names, branch_classes=branch_classes_of(inside, len(names.pyramid.branches)))
+    classes = branch_classes_of(inside, len(pyramid_of(config).branches))
     if not prefix or backbone_only:
-        return names
+        return PublishedNames(config, classes, published_prefix=prefix)
     detector = detector_of(keys)
-    return dataclasses.replace(names, detector=detector, ours_prefix=HEADS[detector or "rpn"].backbone)
+    return PublishedNames(config, classes, detector, HEADS[detector or "rpn"].backbone, prefix)
 
 
 def our_names(
@@ -267,15 +267,12 @@ def our_names(
     Raises:
         CheckpointError: If a classifier reads class tokens.
     """
-    names = PublishedNames(config)
-    classes = tuple(branch_classes or map(default_branch_class, names.pyramid.branches))
-    names = dataclasses.replace(names, branch_classes=classes)
+    classes = tuple(branch_classes or map(default_branch_class, pyramid_of(config).branches))
     prefixes = {head.backbone for head in HEADS.values()}
     prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in keys)), None)
     if prefix is None:
-        return names
-    detector = detector_of(keys, ours=True)
-    return dataclasses.replace(names, detector=detector, ours_prefix=prefix, published_prefix=PUBLISHED_BACKBONE)
+        return PublishedNames(config, classes)
+    return PublishedNames(config, classes, detector_of(keys, ours=True), prefix, PUBLISHED_BACKBONE)
 
 
 def detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:

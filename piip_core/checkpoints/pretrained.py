@@ -19,6 +19,7 @@ from ..branches import Branch
 from ..classifier import PIIPClassifier
 from ..errors import CheckpointError
 from ..files import check_regular
+from ..merging import ClassificationHeads
 from ..pyramid import PIIP
 from .branch_names import BRANCH_CLASSES
 from .convert import ConversionReport
@@ -104,7 +105,7 @@ def load_pretrained(model: PIIP | PIIPClassifier) -> dict[int, ConversionReport]
 
 def _head(model: PIIP | PIIPClassifier, number: int) -> dict[str, Tensor]:
     """Norm and classifier of a branch, as timm names them; nothing where it has none of its own."""
-    if not isinstance(model, PIIPClassifier) or model.config.head != "separate":
+    if not isinstance(model, PIIPClassifier) or not isinstance(model.head, ClassificationHeads):
         return {}
     parts = {"norm": model.head.norms[str(number)]}
     if model.num_classes:
@@ -247,21 +248,21 @@ def convert_pretrained(
             report.ignored[key] = "belongs to the text side"
             continue
         candidates = list(_candidates(key))
-        name, part = next((found for found in candidates if found[0] in target), (None, None))
-        names = [name] if name is not None else []
-        if key == _SHARED_TABLE and not names:
-            names = [name for name in target if name.endswith(_POSITION_TABLE)]
-        if not names:
+        found = [(name, part) for name, part in candidates if name in target][:1]
+        if key == _SHARED_TABLE and not found:
+            found = [(name, None) for name in target if name.endswith(_POSITION_TABLE)]
+        if not found:
             _explain(key, candidates, report)
             continue
-        report.used[key] = ", ".join(names)
-        if part is None:
-            converted |= {name: _fit(name, state[key], target[name], report) for name in names}
-        else:
-            parts.setdefault(name, {})[part] = state[key]
-    for name, found in parts.items():
-        if len(found) == PARTS:
-            joined = torch.cat([found[i] for i in range(PARTS)])
+        report.used[key] = ", ".join(name for name, _ in found)
+        for name, part in found:
+            if part is None:
+                converted[name] = _fit(name, state[key], target[name], report)
+            else:
+                parts.setdefault(name, {})[part] = state[key]
+    for name, tensors in parts.items():
+        if len(tensors) == PARTS:
+            joined = torch.cat([tensors[i] for i in range(PARTS)])
             converted[name] = _fit(name, joined, target[name], report)
     _fill_layer_scales(converted, target, report)
     report.missing = [name for name in target if name not in converted and name not in report.filled]

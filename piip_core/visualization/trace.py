@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..branches import BranchState
 from ..errors import ConfigError, UserError
-from ..interaction import DeformableCrossAttention, Interaction
+from ..interaction import DeformableCrossAttention, Interaction, InteractionUnit
 from ..ops import make_reference_points
 from ..pyramid import PIIP
 from .attention import AttentionRow, AttentionWatch, attention_row
@@ -73,8 +73,8 @@ class Trace:
     """What a forward pass showed, branch by branch. A single branch has no interaction."""
 
     interaction: int | None  # the one looked into, from 0
-    views: list[BlockView]  # of the chosen block of each branch
-    depth: list[list[Tensor]]  # spectra after every block of each branch
+    views: list[BlockView] = field(default_factory=list)  # of the chosen block of each branch
+    depth: list[list[Tensor]] = field(default_factory=list)  # spectra after every block of each branch
     before: list[Tensor] = field(default_factory=list)  # spectrum of each branch before the interaction
     after: list[Tensor] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)  # per direction of each unit, in the order they run
@@ -131,13 +131,14 @@ def trace_pyramid(
     elif not 0 <= interaction < count:
         expected = f"an index from 0 to {count - 1}" if count else "none: a single branch has no interactions"
         raise UserError(f"interaction {interaction}: the model has {count} interactions; expected {expected}")
-    trace = Trace(interaction, views=[None] * len(pyramid.branches), depth=[[] for _ in pyramid.branches])
+    trace = Trace(interaction, depth=[[] for _ in pyramid.branches])
     with ExitStack() as stack:
         for index, chosen in enumerate(_choose_blocks(pyramid, blocks)):
             _observe_blocks(stack, trace, scene, pyramid, index, chosen)
         if interaction is not None:
-            _observe_interaction(stack, trace, scene, pyramid)
+            _observe_interaction(stack, trace, scene, pyramid, interaction)
         pyramid(scene.pixel_values.to(next(pyramid.parameters()).device))
+    trace.views.sort(key=lambda view: view.branch)
     return trace
 
 
@@ -155,21 +156,22 @@ def _observe_blocks(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP,
             call, attention = watch.only_call(branch), None
             if call is not None:
                 prefix = 0 if state.prefix is None else state.prefix.shape[1]
-                attention = attention_row(call, tuple(state.tokens.shape[1:3]), cell, window=window, prefix=prefix)
+                height, width = state.tokens.shape[1:3]
+                attention = attention_row(call, (height, width), cell, window=window, prefix=prefix)
             energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
-            trace.views[index] = BlockView(index + 1, block, cells, cell, window, attention, energy)
+            trace.views.append(BlockView(index + 1, block, cells, cell, window, attention, energy))
         trace.depth[index].append(_spectrum(scene, cells, after.tokens))
         return after
 
     # A block is a method and not always a module, so there is nothing to hang a forward hook on
-    branch.run_block = run_block
+    branch.__dict__["run_block"] = run_block
     stack.callback(delattr, branch, "run_block")  # the class's own is visible again
 
 
-def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP) -> None:
+def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP, index: int) -> None:
     """Writes down the maps around an interaction, and what its attentions read, until the stack is closed."""
-    interaction: Interaction = pyramid.interactions[trace.interaction]
-    strides = pyramid.config.strides_after(trace.interaction)
+    interaction, strides = pyramid.interactions[index], pyramid.config.strides_after(index)
+    assert isinstance(interaction, Interaction)  # not in the type of a ModuleList
 
     def compare(module: nn.Module, inputs: tuple[Sequence[Tensor]], outputs: Sequence[Tensor]) -> None:
         for maps, spectra in ((inputs[0], trace.before), (outputs, trace.after)):
@@ -189,6 +191,7 @@ def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: 
 
     stack.callback(interaction.register_forward_hook(compare).remove)
     for spec, unit in zip(interaction.specs, interaction.units.values(), strict=True):
+        assert isinstance(unit, InteractionUnit)
         for injection, reader, source in ((unit.into_low, spec.low, spec.high), (unit.into_high, spec.high, spec.low)):
             if injection is not None:
                 stack.callback(injection.attn.register_forward_hook(partial(read, reader, source)).remove)
@@ -196,7 +199,7 @@ def _observe_interaction(stack: ExitStack, trace: Trace, scene: Scene, pyramid: 
 
 def _cells(pyramid: PIIP, index: int, tokens: Tensor, stride: int) -> Cells:
     size = stride / min(pyramid.factors[index], 1)  # no branch enlarges the image
-    return Cells(*tokens.shape[1:3], (size, size))
+    return Cells(tokens.shape[1], tokens.shape[2], (size, size))
 
 
 def _spectrum(scene: Scene, cells: Cells, tokens: Tensor) -> Tensor:
@@ -210,7 +213,8 @@ def _read(attention: nn.Module, query: Tensor, value: Tensor, cell: tuple[int, i
     if isinstance(attention, DeformableCrossAttention):
         index = row * query.shape[2] + column
         reference = make_reference_points(*query.shape[1:3], device=query.device)[:, index : index + 1]
-        locations, weights = attention.sampling(query[:, row, column, None], reference, [tuple(value.shape[1:3])])
+        grid = (value.shape[1], value.shape[2])
+        locations, weights = attention.sampling(query[:, row, column, None], reference, [grid])
         return locations[0, 0, :, 0], weights[0, 0, :, 0]
     with AttentionWatch() as watch:
         attention.forward(query, value)  # once more, without hooks
