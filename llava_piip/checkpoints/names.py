@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from piip_core.checkpoints import PublishedNames
 from piip_core.checkpoints.branch_names import branch_classes_of
-from piip_core.checkpoints.names import projector_rules
+from piip_core.checkpoints.names import NameMap, projector_rules
 from piip_core.checkpoints.rules import Rule, RuleTable, rename_parts
 from piip_core.meta import on_meta
 
@@ -69,7 +68,7 @@ class LlavaNames(PublishedNames):
 
 
 @dataclass(frozen=True)
-class ProjectorNames:
+class ProjectorNames(NameMap):
     """The name map of projectors alone, to those of `TokenMerging`."""
 
     rules: tuple[Rule, ...]
@@ -81,7 +80,3 @@ class ProjectorNames:
     def shapes(self) -> Mapping[str, torch.Size | None]:
         """Names of all tensors, of any shape."""
         return {rule.ours.replace("*", part): None for rule in self.rules for part in ("weight", "bias")}
-
-    def unused_tensors(self) -> Mapping[str, Tensor]:
-        """Published projectors hold none."""
-        return {}

@@ -27,32 +27,12 @@ _CONVNEXT_TIMM = rename_parts(
 )
 
 
-def _clip(prefix: str) -> tuple[Rule, ...]:
-    layer = f"{prefix}encoder.layers.*"
-    joined = (
-        Rule("blocks.*.attn.qkv.*", f"{layer}.self_attn.{name}_proj.*", part=part) for part, name in enumerate("qkv")
-    )
-    return (
-        Rule("pos_embed", f"{prefix}embeddings.position_embedding.weight", POSITION_TABLE),
-        Rule("cls_token", f"{prefix}embeddings.class_embedding", CLASS_TOKEN),
-        *joined,
-        *rename_parts(
-            ("patch_embed.proj.*", f"{prefix}embeddings.patch_embedding.*"),
-            ("norm_pre.*", f"{prefix}pre_layrnorm.*"),
-            ("blocks.*.norm1.*", f"{layer}.layer_norm1.*"),
-            ("blocks.*.attn.proj.*", f"{layer}.self_attn.out_proj.*"),
-            ("blocks.*.norm2.*", f"{layer}.layer_norm2.*"),
-            ("blocks.*.mlp.fc1.*", f"{layer}.mlp.fc1.*"),
-            ("blocks.*.mlp.fc2.*", f"{layer}.mlp.fc2.*"),
-        ),
-    )
-
+_CLIP_LAYER = "clip_model.encoder.layers.*"
 
 BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
     # DeiT and DeiT III
     "deit": rename_parts(
-        ("blocks.*.ls1.gamma", "blocks.*.gamma_1"),
-        ("blocks.*.ls2.gamma", "blocks.*.gamma_2"),
+        ("blocks.*.ls*.gamma", "blocks.*.gamma_*"),
         "pos_embed",
         "patch_embed.proj.*",
         *_BLOCK,
@@ -69,14 +49,11 @@ BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
             ("frame_embed", "visual_embed.patch_embed.temporal_pos_embed.weight"),
             ("patch_embed.proj.*", "visual_embed.patch_embed.proj.*"),
             ("norm_pre.*", "visual_embed.embeddings_norm.*"),
-            ("blocks.*.norm1.*", "layers.*.norm1.*"),
+            ("blocks.*.norm*.*", "layers.*.norm*.*"),
             ("blocks.*.attn.qkv.*", "layers.*.self_attn.in_proj.*"),
             ("blocks.*.attn.proj.*", "layers.*.self_attn.out_proj.*"),
-            ("blocks.*.ls1.gamma", "layers.*.gamma_1"),
-            ("blocks.*.norm2.*", "layers.*.norm2.*"),
-            ("blocks.*.mlp.fc1.*", "layers.*.linear1.*"),
-            ("blocks.*.mlp.fc2.*", "layers.*.linear2.*"),
-            ("blocks.*.ls2.gamma", "layers.*.gamma_2"),
+            ("blocks.*.mlp.fc*.*", "layers.*.linear*.*"),
+            ("blocks.*.ls*.gamma", "layers.*.gamma_*"),
         ),
     ),
     # transformers' ConvNeXt
@@ -86,8 +63,7 @@ BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
         ("stages.*.downsample.*.*", "convnext_model.encoder.stages.*.downsampling_layer.*.*"),
         ("stages.*.blocks.*.conv_dw.*", "convnext_model.encoder.stages.*.layers.*.dwconv.*"),
         ("stages.*.blocks.*.norm.*", "convnext_model.encoder.stages.*.layers.*.layernorm.*"),
-        ("stages.*.blocks.*.mlp.fc1.*", "convnext_model.encoder.stages.*.layers.*.pwconv1.*"),
-        ("stages.*.blocks.*.mlp.fc2.*", "convnext_model.encoder.stages.*.layers.*.pwconv2.*"),
+        ("stages.*.blocks.*.mlp.fc*.*", "convnext_model.encoder.stages.*.layers.*.pwconv*.*"),
         ("stages.*.blocks.*.gamma", "convnext_model.encoder.stages.*.layers.*.layer_scale_parameter"),
     ),
     # timm's ConvNeXt; transformers before 4.49 renamed every "gamma" to "weight" when it loaded a model
@@ -95,7 +71,18 @@ BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
     # the same with a hidden layer in its head
     "convnext_timm_mlp": _CONVNEXT_TIMM,
     # transformers' CLIP
-    "clip": _clip("clip_model."),
+    "clip": (
+        Rule("pos_embed", "clip_model.embeddings.position_embedding.weight", POSITION_TABLE),
+        Rule("cls_token", "clip_model.embeddings.class_embedding", CLASS_TOKEN),
+        *(Rule("blocks.*.attn.qkv.*", f"{_CLIP_LAYER}.self_attn.{x}_proj.*", part=i) for i, x in enumerate("qkv")),
+        *rename_parts(
+            ("patch_embed.proj.*", "clip_model.embeddings.patch_embedding.*"),
+            ("norm_pre.*", "clip_model.pre_layrnorm.*"),
+            ("blocks.*.norm*.*", f"{_CLIP_LAYER}.layer_norm*.*"),
+            ("blocks.*.attn.proj.*", f"{_CLIP_LAYER}.self_attn.out_proj.*"),
+            ("blocks.*.mlp.fc*.*", f"{_CLIP_LAYER}.mlp.fc*.*"),
+        ),
+    ),
 }
 
 # A component of names that only one published class has; the first one found decides
@@ -109,13 +96,6 @@ _MARKERS = {
     "gamma_1": "deit",
     "blocks": "internvit",
 }
-
-_DEFAULT_CLASSES: Mapping[type[NetworkConfig], str] = {
-    BEiTConfig: "beit",
-    UniPerceiverConfig: "uniperceiver",
-    ConvNeXtConfig: "convnext",
-}
-
 
 UNUSED = "the network never uses it, or it is computed here"
 
@@ -179,15 +159,19 @@ def default_branch_class(branch: BranchConfig) -> str:
     Raises:
         NotSupportedYet: For networks that no published class holds.
     """
-    network = branch.network
-    if isinstance(network, ViTConfig):
-        if network.pre_norm:
+    match branch.network:
+        case BEiTConfig():
+            return "beit"
+        case UniPerceiverConfig():
+            return "uniperceiver"
+        case ConvNeXtConfig():
+            return "convnext"
+        case ViTConfig(pre_norm=True):
             return "clip"
-        grows = branch.drop_path_schedule == "linear"
-        return "internvit" if network.qk_norm or grows or network.layer_scale is None else "deit"
-    if type(network) not in _DEFAULT_CLASSES:
-        raise NotSupportedYet(f"published names of {type(network).__name__}")
-    return _DEFAULT_CLASSES[type(network)]
+        case ViTConfig() as network:
+            grows = branch.drop_path_schedule == "linear"
+            return "internvit" if network.qk_norm or grows or network.layer_scale is None else "deit"
+    raise NotSupportedYet(f"published names of {type(branch.network).__name__}")
 
 
 def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Tensor]:

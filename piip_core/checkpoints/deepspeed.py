@@ -151,7 +151,6 @@ class _Partition:
     """The fp32 weights of one rank: one flat tensor per group (stages 1, 2) or per piece of them (stage 3)."""
 
     path: Path
-    count: int
     flat: list[Tensor]
     # Elements after each parameter of each group that only align the next one
     alignments: list[list[int]] | None
@@ -177,7 +176,7 @@ def _load_partitions(folder: Path, load: Callable[[Path], _States]) -> list[_Par
             raise CheckpointError(f"{file}: holds no fp32 weights under 'optimizer_state_dict'; expected those of ZeRO")
         count = max(counts) if isinstance(counts, list | tuple) else counts
         alignments = states.get("param_alignment_paddings")
-        partitions[file] = _Partition(file, count, [tensor.flatten() for tensor in flat], alignments)
+        partitions[file] = _Partition(file, [tensor.flatten() for tensor in flat], alignments)
     return [partitions[file] for file in _in_order(folder, files, count, "optim_states")]
 
 

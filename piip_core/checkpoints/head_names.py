@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .rules import Rule
-
 _Pairs = Sequence[tuple[str, str]]
 _LINEAR = ("weight", "bias")  # of a convolution or norm, too
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -26,11 +24,6 @@ class HeadNames:
 
     published: Mapping[str, str]
     backbone: str
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The names as rules."""
-        return tuple(Rule(ours, published) for ours, published in self.published.items())
 
 
 def _with_parts(pairs: _Pairs, parts: Sequence[str] = _LINEAR) -> dict[str, str]:

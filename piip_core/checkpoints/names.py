@@ -6,7 +6,6 @@ puts the pairs together for one configuration: number and kind of the branches, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,34 +40,30 @@ _INJECTION = rename_parts(
     # deformable: sampling_offsets, attention_weights, value_proj, output_proj; regular: wq, wk, wv, proj
     "attn.*.*",
     "ffn_norm.*",
-    "ffn.fc1.*",
     ("ffn.dwconv.*", "ffn.dwconv.dwconv.*"),
-    "ffn.fc2.*",
+    "ffn.fc*.*",
 )
-
-# In a published unit "1" is the branch with the lower number, whichever two branches it joins
-_DIRECTIONS = {"into_low": "branch2to1", "into_high": "branch1to2"}
 
 # Below the classifier on both sides: heads of the branches, or the merged one
 _HEADS = {
     "separate": rename_parts(("head.norms.*.*", "branch*.norm.*"), ("head.classifiers.*.*", "branch*.head.*")),
     "merged": (
-        *rename_parts(("head.projections.1.0.*", "merge_branch1.*")),
-        *rename_parts(*((f"head.projections.*.{i}.*", f"merge_branch*.{2 * i}.*") for i in (0, 2))),
         Rule("head.projections.*.1.weight", "merge_branch*.2.weight", POINTWISE_KERNEL),
-        *rename_parts(("head.projections.*.1.bias", "merge_branch*.2.bias")),
-        *rename_parts(("head.norm.*", "cls_norm.*"), ("head.classifier.*", "cls_head.*")),
+        *rename_parts(
+            ("head.projections.1.0.*", "merge_branch1.*"),
+            *((f"head.projections.*.{i}.*", f"merge_branch*.{2 * i}.*") for i in range(3)),
+            ("head.norm.*", "cls_norm.*"),
+            ("head.classifier.*", "cls_head.*"),
+        ),
     ),
 }
-
-# Stride of the map that a published module makes: fpn1, fpn2 (up1, up2 in single-branch baselines)
-_PYRAMID_MODULES = {4: "1", 8: "2"}
 
 
 def unit_rules(scale: str = "gamma") -> Iterator[Rule]:
     """Rules for one interaction unit, relative to the unit on both sides."""
     injection = (*_INJECTION, *rename_parts(("attn_gamma", f"ca_{scale}"), ("ffn_gamma", f"cffn_{scale}")))
-    for ours, published in _DIRECTIONS.items():
+    # In a published unit "1" is the branch with the lower number, whichever two branches it joins
+    for ours, published in (("into_low", "branch2to1"), ("into_high", "branch1to2")):
         yield Rule(f"{ours}.proj.*", f"{published}_proj.*")
         for rule in injection:
             yield rule.prefixed(f"{ours}.", f"{published}_injector.")
@@ -104,7 +99,7 @@ def pyramid_of(config: PIIPConfig | ClassifierConfig) -> PIIPConfig:
 
 
 class NameMap(Protocol):
-    """What a conversion of names needs to know."""
+    """What a conversion of names has to know."""
 
     def table(self) -> RuleTable:
         """All rules."""
@@ -114,10 +109,11 @@ class NameMap(Protocol):
 
     def unused_tensors(self) -> Mapping[str, Tensor]:
         """Tensors that published files hold although the network needs none of them, by published name."""
+        return {}
 
 
 @dataclass(frozen=True)
-class PublishedNames:
+class PublishedNames(NameMap):
     """The complete name map for one configuration.
 
     Args:
@@ -149,8 +145,7 @@ class PublishedNames:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON, to store in a converted file."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"config": self.config.to_dict(), "branch_classes": list(self.branch_classes)}
+        return {**vars(self), "config": self.config.to_dict(), "branch_classes": list(self.branch_classes)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PublishedNames:
@@ -161,7 +156,7 @@ class PublishedNames:
     def table(self) -> RuleTable:
         """All rules, with the prefixes of both sides."""
         backbone = (rule.prefixed(self.ours_prefix, self.published_prefix) for rule in self._backbone_rules())
-        return RuleTable([*backbone, *(HEADS[self.detector].rules if self.detector else ())])
+        return RuleTable([*backbone, *rename_parts(*(HEADS[self.detector].published.items() if self.detector else ()))])
 
     def shapes(self) -> dict[str, torch.Size | None]:
         """Every tensor of our model with its shape; None where Detectron2 decides it (numbers of classes)."""
@@ -169,7 +164,7 @@ class PublishedNames:
         return {self.ours_prefix + name: shape for name, shape in model_shapes(self.config).items()} | shapes
 
     def unused_tensors(self) -> dict[str, Tensor]:
-        """Tensors that published files hold although the network needs none of them, by published name."""
+        """See `NameMap`."""
         found = self._unused_upsampling()
         for prefix, branch_class, branch in self._branches():
             unused = unused_branch_tensors(branch_class, branch.network)
@@ -222,9 +217,8 @@ def _merging_rules(merging: MergingConfig, branches: Sequence[int], single: bool
             for number in branches:
                 yield Rule(f"{ours}.projections.{number}.*.*", f"{published}_branch{number}.*.*")
             yield from _weight_rules(f"{ours}.weights", f"{weights}w", branches)
-    module = "up" if single else "fpn"
-    for stride, name in _PYRAMID_MODULES.items():
-        yield Rule(f"feature_pyramid.levels.{stride}.*.*", f"{module}{name}.*.*")
+    for number, stride in ((1, 4), (2, 8)):
+        yield Rule(f"feature_pyramid.levels.{stride}.*.*", f"{'up' if single else 'fpn'}{number}.*.*")
 
 
 def _weight_rules(ours: str, published: str, branches: Sequence[int]) -> Iterator[Rule]:

@@ -60,7 +60,7 @@ SCALAR = Change(
 
 @dataclass(frozen=True)
 class Rule:
-    """One correspondence of names. `*` stands for one component between dots, the same text on both sides.
+    """One correspondence of names. `*` stands for text without dots, the same on both sides.
 
     Attributes:
         ours: Our name.

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from ..files import atomic_path, write_atomically
-from .scene import Cells, Scene
+from .scene import Box, Cells, Scene
 from .trace import BlockView, Reading, Trace, find_pyramid, trace_pyramid
 
 _BRANCH_COLOURS = ("#c0272d", "#e08a00", "#0b7d8c", "#4a3fb5")  # Branch 1 first; more branches start again
@@ -180,13 +180,7 @@ def _draw_view(axes: Axes, scene: Scene, view: BlockView) -> None:
     _caption(axes, f"Branch {view.branch}, block {view.block}: {reach}", text, branch_colour(view.branch))
 
 
-def _overlay(
-    axes: Axes,
-    scene: Scene,
-    weights: np.ndarray,
-    cells: Cells,
-    window: tuple[int, int, int, int] | None = None,
-) -> None:
+def _overlay(axes: Axes, scene: Scene, weights: np.ndarray, cells: Cells, window: Box | None = None) -> None:
     """Lays weights over the image as heat, from the smallest to the largest; outside of the window it is dark."""
     top, left, bottom, right = window or (0, 0, cells.rows, cells.columns)
     seen = weights[top:bottom, left:right]
@@ -268,7 +262,7 @@ def _mark(axes: Axes, point: tuple[float, float], size: float) -> None:
     axes.plot(*point, "+", color=_QUERY, markersize=size, markeredgewidth=1.6, zorder=5)
 
 
-def _frame(axes: Axes, cells: Cells, box: tuple[int, int, int, int], colour: str) -> None:
+def _frame(axes: Axes, cells: Cells, box: Box, colour: str) -> None:
     top, left, bottom, right = box
     height, width = cells.size
     corner, size = (left * width, top * height), ((right - left) * width, (bottom - top) * height)
