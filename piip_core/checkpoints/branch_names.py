@@ -25,8 +25,6 @@ _CONVNEXT_TIMM = rename_parts(
     ("stages.*.blocks.*.mlp.*.*", "convnext_model.stages.*.blocks.*.mlp.*.*"),
     ("stages.*.blocks.*.gamma", "convnext_model.stages.*.blocks.*.weight"),
 )
-
-
 _CLIP_LAYER = "clip_model.encoder.layers.*"
 
 BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {

@@ -262,7 +262,7 @@ def convert_pretrained(
         if len(tensors) == PARTS:
             joined = torch.cat([tensors[i] for i in range(PARTS)])
             converted[name] = _fit(name, joined, target[name], report)
-    # One with some of them is broken
+    # A file with some of them is broken
     scales = [name for name in target if name.endswith(_LAYER_SCALES)]
     if not any(name in converted for name in scales):
         report.filled |= dict.fromkeys(scales, "the file has no layer scale: it keeps its initial value")
