@@ -8,10 +8,11 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 
 from .errors import UserError
 
@@ -93,7 +94,7 @@ def read_image(path: str | os.PathLike[str], open_file: Callable[..., BinaryIO] 
 
 def image_size(image: Image.Image) -> tuple[int, int]:
     """Height and width after orientation of an opened image; nothing but its header is read."""
-    if image.format == "PNG" and _says_more_at_its_end(image):
+    if isinstance(image, PngImageFile) and image.fp and _says_more_at_its_end(image.fp):
         image.load()
     # Some versions of Pillow turn the size of a TIFF file when they open it, others when they load it
     tags = getattr(image, "tag_v2", None)
@@ -180,9 +181,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _says_more_at_its_end(image: Image.Image) -> bool:
+def _says_more_at_its_end(file: IO[bytes]) -> bool:
     """Whether a PNG file that is not loaded yet has tags or text after its pixels, where ExifTool writes them."""
-    file = image.fp
     here, pixels_seen, found = file.tell(), False, False
     file.seek(8)
     while not found and len(head := file.read(8)) == 8:

@@ -48,7 +48,8 @@ class FailedSaves:
     """Checkpoints that could not be written while the training went on; said in the log of the given logger."""
 
     def __init__(self, logger: logging.Logger) -> None:
-        self.logger, self.messages = logger, []
+        self.logger = logger
+        self.messages: list[str] = []
 
     def add(self, error: SaveError) -> None:
         """Logs a failed save and counts it."""

@@ -128,7 +128,7 @@ def load_published_projector(
     Raises:
         CheckpointError: If a key has no explanation or one is missing.
     """
-    names = ProjectorNames(None, rules=projector_rules(num_branches, projector_norm))
+    names = ProjectorNames(projector_rules(num_branches, projector_norm))
     found, report = to_ours(read_checkpoint(path).state, names, source=str(path))
     report.check()
     return found

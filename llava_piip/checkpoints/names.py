@@ -9,7 +9,7 @@ import torch
 
 from piip_core.checkpoints import PublishedNames
 from piip_core.checkpoints.branch_names import branch_classes_of
-from piip_core.checkpoints.names import projector_rules
+from piip_core.checkpoints.names import NameMap, projector_rules
 from piip_core.checkpoints.rules import Rule, RuleTable, rename_parts
 from piip_core.meta import on_meta
 
@@ -68,10 +68,10 @@ class LlavaNames(PublishedNames):
 
 
 @dataclass(frozen=True)
-class ProjectorNames(PublishedNames):
+class ProjectorNames(NameMap):
     """The name map of projectors alone, to those of `TokenMerging`."""
 
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...]
 
     def table(self) -> RuleTable:
         """All rules."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from timm.layers import gen_relative_position_index
@@ -15,14 +14,8 @@ from ..config import BranchConfig
 from ..errors import CheckpointError, NotSupportedYet
 from .rules import CLASS_TOKEN, POSITION_SLOT, POSITION_TABLE, POSITION_TABLE_SLOT, Rule, rename_parts
 
-_BLOCK = (
-    "blocks.*.norm1.*",
-    "blocks.*.attn.qkv.*",
-    "blocks.*.attn.proj.*",
-    "blocks.*.norm2.*",
-    "blocks.*.mlp.fc1.*",
-    "blocks.*.mlp.fc2.*",
-)
+# What a block has under one name on both sides: scales, norms, attention, perceptron
+_BLOCK = ("blocks.*.*", "blocks.*.*.*", "blocks.*.*.*.*")
 
 _CONVNEXT_TIMM = rename_parts(
     ("stem.*.*", "convnext_model.stem.*.*"),
@@ -32,73 +25,33 @@ _CONVNEXT_TIMM = rename_parts(
     ("stages.*.blocks.*.mlp.*.*", "convnext_model.stages.*.blocks.*.mlp.*.*"),
     ("stages.*.blocks.*.gamma", "convnext_model.stages.*.blocks.*.weight"),
 )
-
-
-def _clip(prefix: str) -> tuple[Rule, ...]:
-    layer = f"{prefix}encoder.layers.*"
-    joined = (
-        Rule("blocks.*.attn.qkv.*", f"{layer}.self_attn.{name}_proj.*", part=part) for part, name in enumerate("qkv")
-    )
-    return (
-        Rule("pos_embed", f"{prefix}embeddings.position_embedding.weight", POSITION_TABLE),
-        Rule("cls_token", f"{prefix}embeddings.class_embedding", CLASS_TOKEN),
-        *joined,
-        *rename_parts(
-            ("patch_embed.proj.*", f"{prefix}embeddings.patch_embedding.*"),
-            ("norm_pre.*", f"{prefix}pre_layrnorm.*"),
-            ("blocks.*.norm1.*", f"{layer}.layer_norm1.*"),
-            ("blocks.*.attn.proj.*", f"{layer}.self_attn.out_proj.*"),
-            ("blocks.*.norm2.*", f"{layer}.layer_norm2.*"),
-            ("blocks.*.mlp.fc1.*", f"{layer}.mlp.fc1.*"),
-            ("blocks.*.mlp.fc2.*", f"{layer}.mlp.fc2.*"),
-        ),
-    )
-
+_CLIP_LAYER = "clip_model.encoder.layers.*"
 
 BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
     # DeiT and DeiT III
     "deit": rename_parts(
+        ("blocks.*.ls*.gamma", "blocks.*.gamma_*"),
         "pos_embed",
         "patch_embed.proj.*",
         *_BLOCK,
-        ("blocks.*.ls1.gamma", "blocks.*.gamma_1"),
-        ("blocks.*.ls2.gamma", "blocks.*.gamma_2"),
     ),
     # InternViT-6B, and by the same class AugReg, MAE, DINOv2
     "internvit": (
         Rule("pos_embed", "pos_embed", POSITION_SLOT),
-        *rename_parts(
-            "patch_embed.proj.*",
-            *_BLOCK,
-            "blocks.*.attn.q_norm.*",
-            "blocks.*.attn.k_norm.*",
-            "blocks.*.ls1.gamma",
-            "blocks.*.ls2.gamma",
-        ),
+        *rename_parts("patch_embed.proj.*", *_BLOCK),
     ),
-    "beit": rename_parts(
-        "patch_embed.proj.*",
-        *_BLOCK,
-        "blocks.*.attn.q_bias",
-        "blocks.*.attn.v_bias",
-        "blocks.*.attn.relative_position_bias_table",
-        "blocks.*.gamma_1",
-        "blocks.*.gamma_2",
-    ),
+    "beit": rename_parts("patch_embed.proj.*", *_BLOCK),
     "uniperceiver": (
         Rule("pos_embed", "visual_embed.patch_embed.spatial_pos_embed.weight", POSITION_TABLE),
         *rename_parts(
             ("frame_embed", "visual_embed.patch_embed.temporal_pos_embed.weight"),
             ("patch_embed.proj.*", "visual_embed.patch_embed.proj.*"),
             ("norm_pre.*", "visual_embed.embeddings_norm.*"),
-            ("blocks.*.norm1.*", "layers.*.norm1.*"),
+            ("blocks.*.norm*.*", "layers.*.norm*.*"),
             ("blocks.*.attn.qkv.*", "layers.*.self_attn.in_proj.*"),
             ("blocks.*.attn.proj.*", "layers.*.self_attn.out_proj.*"),
-            ("blocks.*.ls1.gamma", "layers.*.gamma_1"),
-            ("blocks.*.norm2.*", "layers.*.norm2.*"),
-            ("blocks.*.mlp.fc1.*", "layers.*.linear1.*"),
-            ("blocks.*.mlp.fc2.*", "layers.*.linear2.*"),
-            ("blocks.*.ls2.gamma", "layers.*.gamma_2"),
+            ("blocks.*.mlp.fc*.*", "layers.*.linear*.*"),
+            ("blocks.*.ls*.gamma", "layers.*.gamma_*"),
         ),
     ),
     # transformers' ConvNeXt
@@ -108,8 +61,7 @@ BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
         ("stages.*.downsample.*.*", "convnext_model.encoder.stages.*.downsampling_layer.*.*"),
         ("stages.*.blocks.*.conv_dw.*", "convnext_model.encoder.stages.*.layers.*.dwconv.*"),
         ("stages.*.blocks.*.norm.*", "convnext_model.encoder.stages.*.layers.*.layernorm.*"),
-        ("stages.*.blocks.*.mlp.fc1.*", "convnext_model.encoder.stages.*.layers.*.pwconv1.*"),
-        ("stages.*.blocks.*.mlp.fc2.*", "convnext_model.encoder.stages.*.layers.*.pwconv2.*"),
+        ("stages.*.blocks.*.mlp.fc*.*", "convnext_model.encoder.stages.*.layers.*.pwconv*.*"),
         ("stages.*.blocks.*.gamma", "convnext_model.encoder.stages.*.layers.*.layer_scale_parameter"),
     ),
     # timm's ConvNeXt; transformers before 4.49 renamed every "gamma" to "weight" when it loaded a model
@@ -117,7 +69,18 @@ BRANCH_CLASSES: Mapping[str, tuple[Rule, ...]] = {
     # the same with a hidden layer in its head
     "convnext_timm_mlp": _CONVNEXT_TIMM,
     # transformers' CLIP
-    "clip": _clip("clip_model."),
+    "clip": (
+        Rule("pos_embed", "clip_model.embeddings.position_embedding.weight", POSITION_TABLE),
+        Rule("cls_token", "clip_model.embeddings.class_embedding", CLASS_TOKEN),
+        *(Rule("blocks.*.attn.qkv.*", f"{_CLIP_LAYER}.self_attn.{x}_proj.*", part=i) for i, x in enumerate("qkv")),
+        *rename_parts(
+            ("patch_embed.proj.*", "clip_model.embeddings.patch_embedding.*"),
+            ("norm_pre.*", "clip_model.pre_layrnorm.*"),
+            ("blocks.*.norm*.*", f"{_CLIP_LAYER}.layer_norm*.*"),
+            ("blocks.*.attn.proj.*", f"{_CLIP_LAYER}.self_attn.out_proj.*"),
+            ("blocks.*.mlp.fc*.*", f"{_CLIP_LAYER}.mlp.fc*.*"),
+        ),
+    ),
 }
 
 # A component of names that only one published class has; the first one found decides
@@ -131,13 +94,6 @@ _MARKERS = {
     "gamma_1": "deit",
     "blocks": "internvit",
 }
-
-_DEFAULT_CLASSES: Mapping[type[NetworkConfig], str] = {
-    BEiTConfig: "beit",
-    UniPerceiverConfig: "uniperceiver",
-    ConvNeXtConfig: "convnext",
-}
-
 
 UNUSED = "the network never uses it, or it is computed here"
 
@@ -175,15 +131,16 @@ def branch_classes_of(keys: Iterable[str], count: int) -> tuple[str, ...]:
         CheckpointError: If the file has fewer branches.
         NotSupportedYet: For families that have no table here.
     """
-    keys = list(keys)
-    prefixes = [branch_prefix(number, count) for number in range(1, count + 1)]
-    inside = {prefix: [key.removeprefix(prefix) for key in keys if key.startswith(prefix)] for prefix in prefixes}
-    for prefix, found in inside.items():
-        if not found:
+    keys, classes = list(keys), []
+    for number in range(1, count + 1):
+        prefix = branch_prefix(number, count)
+        inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+        if not inside:
             raise CheckpointError(
                 f"no parameter starts with {prefix!r}: the file has fewer branches than the configuration"
             )
-    return tuple(map(branch_class_of, inside.values()))
+        classes.append(branch_class_of(inside))
+    return tuple(classes)
 
 
 def branch_prefix(number: int, count: int) -> str:
@@ -200,39 +157,44 @@ def default_branch_class(branch: BranchConfig) -> str:
     Raises:
         NotSupportedYet: For networks that no published class holds.
     """
-    network = branch.network
-    if isinstance(network, ViTConfig):
-        if network.pre_norm:
+    match branch.network:
+        case BEiTConfig():
+            return "beit"
+        case UniPerceiverConfig():
+            return "uniperceiver"
+        case ConvNeXtConfig():
+            return "convnext"
+        case ViTConfig(pre_norm=True):
             return "clip"
-        grows = branch.drop_path_schedule == "linear"
-        return "internvit" if network.qk_norm or grows or network.layer_scale is None else "deit"
-    if type(network) not in _DEFAULT_CLASSES:
-        raise NotSupportedYet(f"published names of {type(network).__name__}")
-    return _DEFAULT_CLASSES[type(network)]
+        case ViTConfig() as network:
+            grows = branch.drop_path_schedule == "linear"
+            return "internvit" if network.qk_norm or grows or network.layer_scale is None else "deit"
+    raise NotSupportedYet(f"published names of {type(branch.network).__name__}")
 
 
-def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Callable[[], Tensor]]:
-    """Tensors of a published branch that ours does not have, by published name, and how to make them."""
+def unused_branch_tensors(branch_class: str, network: NetworkConfig) -> dict[str, Tensor]:
+    """Tensors of a published branch that ours does not have, by published name."""
+    dim = network.dims[-1]
     match branch_class:
         case "convnext":
-            return _unused_norm("convnext_model.layernorm", network.dims[-1])
+            return _unused_norm("convnext_model.layernorm", dim)
         case "convnext_timm":
-            return _unused_norm("convnext_model.head.norm", network.dims[-1])
+            return _unused_norm("convnext_model.head.norm", dim)
         case "convnext_timm_mlp":
-            dim, layer = network.dims[-1], "convnext_model.head.pre_logits.fc"
-            hidden = {f"{layer}.weight": partial(torch.zeros, dim, dim), f"{layer}.bias": partial(torch.zeros, dim)}
+            layer = "convnext_model.head.pre_logits.fc"
+            hidden = {f"{layer}.weight": torch.zeros(dim, dim), f"{layer}.bias": torch.zeros(dim)}
             return _unused_norm("convnext_model.head.norm", dim) | hidden
         case "clip":
-            dim = network.dims[-1]
-            token = {"clip_model.embeddings.class_embedding": partial(torch.zeros, dim)}
             norm = _unused_norm("clip_model.post_layernorm", dim)
-            return norm if getattr(network, "class_token", True) else norm | token
+            if getattr(network, "class_token", True):
+                return norm
+            return norm | {"clip_model.embeddings.class_embedding": torch.zeros(dim)}
         case "beit":
-            window = (network.bias_window, network.bias_window)
-            index = partial(gen_relative_position_index, window)
+            assert isinstance(network, BEiTConfig)
+            index = gen_relative_position_index((network.bias_window, network.bias_window))
             return {f"blocks.{i}.attn.relative_position_index": index for i in range(network.depth)}
     return {}
 
 
-def _unused_norm(name: str, dim: int) -> dict[str, Callable[[], Tensor]]:
-    return {f"{name}.weight": partial(torch.ones, dim), f"{name}.bias": partial(torch.zeros, dim)}
+def _unused_norm(name: str, dim: int) -> dict[str, Tensor]:
+    return {f"{name}.weight": torch.ones(dim), f"{name}.bias": torch.zeros(dim)}

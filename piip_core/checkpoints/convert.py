@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError, listed
 from .branch_names import UNUSED
-from .names import PublishedNames, published_names
+from .names import NameMap, published_names
 
 _MOST_LISTED = 20
 
@@ -59,10 +59,10 @@ class ConversionReport:
     def add(self, part: ConversionReport, prefix: str, title: str) -> None:
         """Adds the account of a part, whose names are below a prefix on both sides."""
         self.used |= {prefix + key: prefix + name for key, name in part.used.items()}
-        for own, found in ((self.ignored, part.ignored), (self.filled, part.filled)):
-            own |= {prefix + key: reason for key, reason in found.items()}
-        for own, found in ((self.unexplained, part.unexplained), (self.missing, part.missing)):
-            own += [prefix + key for key in found]
+        self.ignored |= {prefix + key: reason for key, reason in part.ignored.items()}
+        self.filled |= {prefix + key: reason for key, reason in part.filled.items()}
+        self.unexplained += [prefix + key for key in part.unexplained]
+        self.missing += [prefix + key for key in part.missing]
         self.mismatched |= {f"{title}: {name}": shapes for name, shapes in part.mismatched.items()}
         for text in part.notes:
             self.note(f"{title}: {text}")
@@ -109,7 +109,7 @@ class ConversionReport:
 
 def from_published(
     state: Mapping[str, Tensor],
-    config: PIIPConfig | ClassifierConfig | None,
+    config: PIIPConfig | ClassifierConfig,
     *,
     backbone_only: bool = False,
     source: str = "checkpoint",
@@ -117,8 +117,8 @@ def from_published(
     """Converts a published state dict, whose name map is recognised by its keys.
 
     Args:
-        state: With the prefix `backbone.` and perhaps a detector's neck and heads, or a bare backbone, or heads alone.
-        config: The backbone or classifier it belongs to; None for heads alone.
+        state: With the prefix `backbone.` and perhaps a detector's neck and heads, or a bare backbone.
+        config: The backbone or classifier it belongs to.
         backbone_only: Leave neck and heads out, and give names relative to `DensePIIP`.
         source: Name of the file, for messages.
 
@@ -131,13 +131,13 @@ def from_published(
     inside = {key: state[key] for key in state if key not in outside}
     converted, report = to_ours(inside, names, source=source)
     report.ignored |= dict.fromkeys(outside, "not part of the backbone, which alone was asked for")
-    if config is not None and names.published_prefix and not names.detector and not backbone_only:
+    if names.published_prefix and not names.detector and not backbone_only:
         report.note("the file has no neck and heads that are known here: a detector would start them at random")
     return converted, report
 
 
 def to_ours(
-    state: Mapping[str, Tensor], names: PublishedNames, *, source: str = "checkpoint"
+    state: Mapping[str, Tensor], names: NameMap, *, source: str = "checkpoint"
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Converts a published state dict by a given name map.
 
@@ -147,36 +147,36 @@ def to_ours(
     report = ConversionReport(source=source)
     table, unused, shapes = names.table(), names.unused_tensors(), names.shapes()
     converted: dict[str, Tensor] = {}
-    parts: dict[str, list[Tensor | None]] = {}
+    parts: dict[tuple[str, int], dict[int, Tensor]] = {}
     for key, tensor in state.items():
+        found = table.to_ours(key)
         if key in unused:
             report.ignored[key] = UNUSED
-            continue
-        name, rule = table.to_ours(key) or (None, None)
-        if name not in shapes:
+        elif found is None or found[0] not in shapes:
             report.unexplained.append(key)
-            continue
-        report.used[key] = name
-        tensor = rule.change.to_ours(tensor)
-        if rule.part is None:
-            converted[name] = tensor
-            report.note(rule.change.note)
         else:
-            parts.setdefault(name, [None] * rule.parts)[rule.part] = tensor
-    for name, found in parts.items():
-        if any(part is None for part in found):
+            name, rule = found
+            report.used[key] = name
+            tensor = rule.change.to_ours(tensor)
+            if rule.part is None:
+                converted[name] = tensor
+                report.note(rule.change.note)
+            else:
+                parts.setdefault((name, rule.parts), {})[rule.part] = tensor
+    for (name, count), tensors in parts.items():
+        if len(tensors) < count:
             continue  # missing
-        if len({part.shape for part in found}) == 1:
-            converted[name] = torch.cat(found)
+        if len({part.shape for part in tensors.values()}) == 1:
+            converted[name] = torch.cat([tensors[part] for part in range(count)])
         else:
-            different = ", ".join(str(tuple(part.shape)) for part in found)
+            different = ", ".join(str(tuple(tensors[part].shape)) for part in range(count))
             report.mismatched[name] = f"shapes {different} of its parts in the file, expected equal ones"
     _compare(converted, shapes, report)
     return {name: converted[name] for name in shapes if name in converted}, report
 
 
 def to_published(
-    state: Mapping[str, Tensor], names: PublishedNames, *, source: str = "model"
+    state: Mapping[str, Tensor], names: NameMap, *, source: str = "model"
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Converts our state dict to the published names.
 
@@ -196,13 +196,14 @@ def to_published(
         if not found or name not in shapes:
             report.unexplained.append(name)
             continue
-        published |= {key: rule.take(tensor) for key, rule in found}
+        for key, rule in found:
+            part = tensor if rule.part is None else tensor.chunk(rule.parts)[rule.part]
+            published[key] = rule.change.to_published(part)
         report.used[name] = ", ".join(key for key, _ in found)
         report.note(found[0][1].change.note)
     _compare(state, shapes, report)
     dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
-    for key, make in names.unused_tensors().items():
-        tensor = make()
+    for key, tensor in names.unused_tensors().items():
         published[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         report.filled[key] = f"{UNUSED}; the published class has it"
     return published, report

@@ -13,16 +13,22 @@ import torch
 from torch import Tensor
 
 from .. import zoo
-from ..branches import ConvNeXtConfig
 from ..config import BranchConfig, ClassifierConfig, PIIPConfig
 from ..errors import CheckpointError, ConfigError, NotSupportedYet
 from ..files import read_json
-from .branch_names import branch_classes_of, branch_prefix, branch_rules, default_branch_class
+from .branch_names import branch_classes_of, branch_prefix, default_branch_class
 from .convert import ConversionReport, from_published, to_published
 from .formats import CheckpointFile, LazyState, LazyTensor
-from .names import PUBLISHED_BACKBONE, PublishedNames, config_from_dict, detector_of, our_names, published_names
+from .names import (
+    PUBLISHED_BACKBONE,
+    PublishedNames,
+    config_from_dict,
+    detector_of,
+    our_names,
+    published_names,
+    pyramid_of,
+)
 from .reading import read_checkpoint
-from .rules import RuleTable
 from .writing import write_checkpoint
 
 _Config = PIIPConfig | ClassifierConfig
@@ -54,15 +60,13 @@ def convert_file(
     branch_classes: Sequence[str] | None = None,
     backbone_only: bool = False,
     allow_incomplete: bool = False,
-    unsafe_pickle: bool = False,
-    master_weights: bool = False,
-    ema: bool = False,
     dtype: torch.dtype | None = None,
+    **reading: bool,
 ) -> Conversion:
     """Converts a published checkpoint to ours, or back; the target appears once it is complete.
 
     Args:
-        source: What `read_checkpoint` reads, with its options `unsafe_pickle`, `master_weights` and `ema`.
+        source: What `read_checkpoint` reads.
         target: File for `write_checkpoint`. Ours has the weights under "model", as Detectron2 reads them, and a
             description with which it converts back.
         config: The backbone or classifier. None takes the file's description, or recognises a model of the zoo by its
@@ -71,17 +75,15 @@ def convert_file(
         branch_classes: With `to_public`: published class of each branch, where the file has no description.
         backbone_only: Leave neck and heads out, and give names relative to `DensePIIP`.
         allow_incomplete: Write although keys have no explanation; the report lists them.
-        unsafe_pickle: See `source`.
-        master_weights: See `source`.
-        ema: See `source`.
         dtype: Type for the floating-point tensors; None keeps that of each.
+        reading: `unsafe_pickle`, `master_weights` and `ema` of `read_checkpoint`.
 
     Raises:
         CheckpointError: If the source cannot be read, is not recognised, does not fit, or has values beyond the range
             of `dtype`.
         NotSupportedYet: If the model has parts that this version does not know.
     """
-    file = read_checkpoint(source, unsafe_pickle=unsafe_pickle, master_weights=master_weights, ema=ema, verify=True)
+    file = read_checkpoint(source, verify=True, **reading)
     if to_public:
         names, model = _names_of_ours(file, config, branch_classes)
         state, report = to_published(file.state, names, source=str(source))
@@ -138,7 +140,7 @@ def _config_of_published(
 ) -> tuple[PIIPConfig | ClassifierConfig, str]:
     shapes = file.state.shapes()
     if config is not None:
-        return fit_variant(shapes, config), "the given configuration"
+        return next((c for c in _variants(config) if _fits(shapes, c)), config), "the given configuration"
     try:
         found = recognise(shapes)
     except CheckpointError as error:
@@ -189,18 +191,13 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> dict[str, PIIPConfig | Cla
     return found
 
 
-def fit_variant(shapes: Mapping[str, Sequence[int]], config: _Config) -> _Config:
-    """The configuration itself, or with Branch 4 as released if only that fits the shapes."""
-    return next((variant for variant in _variants(config) if _fits(shapes, variant)), config)
-
-
 def _candidates(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, _Config]]:
     """Published models of the kind of the file, by name; classifiers with the file's number of classes."""
     heads = {head: shapes[key][0] for head, key in _CLASSIFIERS.items() if key in shapes}
     if heads:
-        for entry in zoo.classification_entries():
-            if entry.config.head in heads:
-                yield entry.name, dataclasses.replace(entry.config, num_classes=heads[entry.config.head])
+        for classifier in zoo.classification_entries():
+            if classifier.config.head in heads:
+                yield classifier.name, dataclasses.replace(classifier.config, num_classes=heads[classifier.config.head])
         return
     detector = detector_of(shapes)
     for entry in zoo.entries():
@@ -226,11 +223,11 @@ def _structure(config: _Config) -> tuple[object, ...]:
 def _fits(shapes: Mapping[str, Sequence[int]], config: _Config) -> bool:
     prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in shapes) else ""
     backbone = {key.removeprefix(prefix): tuple(shape) for key, shape in shapes.items() if key.startswith(prefix)}
-    branches = (config.pyramid if isinstance(config, ClassifierConfig) else config).branches
+    branches = pyramid_of(config).branches
     classes = tuple(map(default_branch_class, branches))
     try:
         # Much cheaper than building the model
-        if not _same_widths(backbone, branches) or branch_classes_of(backbone, len(branches)) != classes:
+        if not _have_widths(backbone, branches) or branch_classes_of(backbone, len(branches)) != classes:
             return False
         state = {key: torch.empty(shape, device="meta") for key, shape in backbone.items()}
         return from_published(state, config)[1].complete
@@ -238,12 +235,11 @@ def _fits(shapes: Mapping[str, Sequence[int]], config: _Config) -> bool:
         return False
 
 
-def _same_widths(shapes: Mapping[str, tuple[int, ...]], branches: Sequence[BranchConfig]) -> bool:
-    """Whether every branch has the patch or stem convolution of its configured class."""
+def _have_widths(shapes: Mapping[str, tuple[int, ...]], branches: Sequence[BranchConfig]) -> bool:
+    """Whether every branch's narrowest convolution, of patches or stem, has as many channels as its first block."""
     for number, branch in enumerate(branches, 1):
-        name = "stem.0.weight" if isinstance(branch.network, ConvNeXtConfig) else "patch_embed.proj.weight"
-        table = RuleTable(branch_rules(default_branch_class(branch), branch.network))
-        kernel = shapes.get(branch_prefix(number, len(branches)) + table.to_published(name)[0][0])
-        if kernel is None or kernel[0] != branch.network.dims[0]:
+        prefix = branch_prefix(number, len(branches))
+        widths = [shape[0] for key, shape in shapes.items() if key.startswith(prefix) and len(shape) > 3]
+        if branch.network.dims[0] != min(widths, default=0):
             return False
     return True

@@ -28,6 +28,7 @@ _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<tensor_ra
 _OPTIM_FILE = re.compile(r"(?:(?:bf16|fp16)_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<tensor_rank>\d+)_optim_states\.pt")
 # Layers of a pipeline, and experts: other files of the same endings
 _OTHER_FILE = re.compile(r"layer_.*[-_]model_states\.pt|expp_rank_.*_optim_states\.pt")
+_ALL = -1  # the rank of a file that all processes share
 _AGAIN = "Copy the whole folder again, or take another checkpoint of the run"
 
 
@@ -36,7 +37,7 @@ class _Ignored:
 
 
 # What the partitions hold besides tensors and plain values: known, and nothing that needs DeepSpeed's code
-_STAND_INS = [
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Ignored, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Ignored, "deepspeed.utils.tensor_fragment.fragment_address"),
@@ -67,8 +68,8 @@ def read_deepspeed(folder: Path, *, unsafe_pickle: bool, master_weights: bool, v
     files = _by_rank(folder, _MODEL_FILE)
     if not files:
         raise CheckpointError(f"{folder}: holds no mp_rank_00_model_states.pt. {_AGAIN}")
-    if None in files:
-        models = [load(files[None])]
+    if _ALL in files:
+        models = [load(files[_ALL])]
         entries = LazyState.of(_module(models[0])).entries  # with the buffers and what is not trained, in order
         if master_weights:
             entries = _merge_groups(models[0], entries, _load_partitions(folder, load))
@@ -78,9 +79,9 @@ def read_deepspeed(folder: Path, *, unsafe_pickle: bool, master_weights: bool, v
     return CheckpointFile(folder, LazyState(entries), tuple(key for key in models[0].content if key != "module"))
 
 
-def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int | None, Path]:
-    """Files by the rank of their process; None for the one of all."""
-    found: dict[int | None, Path] = {}
+def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """Files by the rank of their process; `_ALL` for the one of all."""
+    found: dict[int, Path] = {}
     for file in sorted(folder.iterdir()):
         if _OTHER_FILE.fullmatch(file.name):
             raise CheckpointError(f"{file}: of a run with pipeline or expert parallelism, which is not supported")
@@ -92,14 +93,14 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int | None, Path]:
                 f"{file}: one part of a tensor-parallel model; expected mp_rank_00 alone. Merge the parts with the "
                 "program that saved them"
             )
-        rank = None if match["rank"] is None else int(match["rank"])
+        rank = int(match["rank"] or _ALL)
         if rank in found:
             raise CheckpointError(f"{file}: {found[rank].name} is of the same rank; one is of another checkpoint")
         found[rank] = file
     return found
 
 
-def _in_order(folder: Path, files: Mapping[int | None, Path], count: int, ending: str) -> list[Path]:
+def _in_order(folder: Path, files: Mapping[int, Path], count: int, ending: str) -> list[Path]:
     """The files of all ranks, of which none may be missing."""
     missing = [f"zero_pp_rank_{rank}_mp_rank_00_{ending}.pt" for rank in range(count) if rank not in files]
     if missing:
@@ -150,7 +151,6 @@ class _Partition:
     """The fp32 weights of one rank: one flat tensor per group (stages 1, 2) or per piece of them (stage 3)."""
 
     path: Path
-    count: int
     flat: list[Tensor]
     # Elements after each parameter of each group that only align the next one
     alignments: list[list[int]] | None
@@ -176,7 +176,7 @@ def _load_partitions(folder: Path, load: Callable[[Path], _States]) -> list[_Par
             raise CheckpointError(f"{file}: holds no fp32 weights under 'optimizer_state_dict'; expected those of ZeRO")
         count = max(counts) if isinstance(counts, list | tuple) else counts
         alignments = states.get("param_alignment_paddings")
-        partitions[file] = _Partition(file, count, [tensor.flatten() for tensor in flat], alignments)
+        partitions[file] = _Partition(file, [tensor.flatten() for tensor in flat], alignments)
     return [partitions[file] for file in _in_order(folder, files, count, "optim_states")]
 
 
@@ -216,10 +216,11 @@ def _merge_pieces(models: Sequence[_States], partitions: Sequence[_Partition]) -
     for partition in partitions:
         partition.check_size(sum(tensor.numel() for tensor in partition.flat), start)
     for name, shape in model.mapping("frozen_param_shapes").items():
-        pieces = [m.mapping("frozen_param_fragments").get(name) for m in models]
-        if any(piece is None or piece.numel() != math.ceil(math.prod(shape) / ranks) for piece in pieces):
+        length = math.ceil(math.prod(shape) / ranks)
+        fragments = [m.mapping("frozen_param_fragments") for m in models]
+        if any(name not in held or held[name].numel() != length for held in fragments):
             raise CheckpointError(f"{model.path.parent}: lacks a rank's part of the frozen parameter {name}")
-        found[name] = _merged(shape, [([piece.flatten()], 0, piece.numel()) for piece in pieces])
+        found[name] = _merged(shape, [([held[name].flatten()], 0, length) for held in fragments])
     found |= model.tied(found)
     buffers = set(model.content.get("buffer_names") or ())
     found |= {name: LazyTensor.of(tensor) for name, tensor in module.items() if name in buffers}
@@ -234,19 +235,13 @@ def _merged(shape: Sequence[int], sources: Sequence[tuple[Sequence[Tensor], int,
 
     Each source has flat tensors that count as one, the first element, and the number of elements.
     """
-    shape = torch.Size(shape)
-    return LazyTensor(shape, sources[0][0][0].dtype, partial(_merge, shape, sources))
 
+    def load() -> Tensor:
+        parts: list[Tensor] = []
+        for tensors, start, length in sources:
+            for tensor in tensors:
+                parts.append(tensor[max(start, 0) : max(start + length, 0)])
+                start -= tensor.numel()
+        return torch.cat(parts)[: math.prod(shape)].reshape(shape)
 
-def _merge(shape: torch.Size, sources: Sequence[tuple[Sequence[Tensor], int, int]]) -> Tensor:
-    parts: list[Tensor] = []
-    for tensors, start, length in sources:
-        for tensor in tensors:
-            low, high = max(start, 0), min(start + length, tensor.numel())
-            if low < high:
-                parts.append(tensor[low:high])
-            start -= tensor.numel()
-    if not parts:
-        return sources[0][0][0][:0].reshape(shape)
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole[: math.prod(shape)].reshape(shape)
+    return LazyTensor(torch.Size(shape), sources[0][0][0].dtype, load)

@@ -141,7 +141,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].cpu().contiguous()
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy()), total)
+        total = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from .rules import Rule
-
 _Pairs = Sequence[tuple[str, str]]
 _LINEAR = ("weight", "bias")  # of a convolution or norm, too
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -26,11 +24,6 @@ class HeadNames:
 
     published: Mapping[str, str]
     backbone: str
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        """The names as rules."""
-        return tuple(Rule(ours, published) for ours, published in self.published.items())
 
 
 def _with_parts(pairs: _Pairs, parts: Sequence[str] = _LINEAR) -> dict[str, str]:
@@ -69,46 +62,35 @@ def _roi_heads(stage: str = "") -> dict[str, str]:
 # DINO: four levels, six encoder and six decoder layers
 
 
-def _dino_layer(kind: str, sampling: str, norms: int) -> _Pairs:
-    """The modules of a layer that samples, is feed-forward and normalises."""
-    modules = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
-    attention = "self_attn" if kind == "encoder" else "cross_attn"
-    return [
-        *((f"{attention}.{name}", f"{sampling}.{name}") for name in modules),
-        ("linear1", "ffns.0.layers.0.0"),
-        ("linear2", "ffns.0.layers.1"),
-        *((f"norm{i + 1}", f"norms.{i}") for i in range(norms)),
-    ]
-
-
-def _dino_transformer() -> Iterator[tuple[str, str]]:
-    """Names of modules below `transformer` (ours) and `bbox_head.transformer` (published)."""
-    yield from ((name, name) for name in ("enc_output", "enc_output_norm", "decoder.norm"))
-    yield from ((f"decoder.ref_point_head.layers.{i}", f"decoder.ref_point_head.{2 * i}") for i in range(2))
-    for i in range(6):
-        encoder, decoder = f"encoder.layers.{i}", f"decoder.layers.{i}"
-        for ours, published in _dino_layer("encoder", "attentions.0", norms=2):
-            yield f"{encoder}.{ours}", f"{encoder}.{published}"
-        for ours, published in _dino_layer("decoder", "attentions.1", norms=3):
-            yield f"{decoder}.{ours}", f"{decoder}.{published}"
-        yield f"{decoder}.self_attn.out_proj", f"{decoder}.attentions.0.attn.out_proj"
+def _dino_layers() -> Iterator[tuple[str, str]]:
+    """Names of the modules in layers: each samples, is feed-forward and normalises."""
+    for kind, sampling, number, norms in (("encoder", "self_attn", 0, 2), ("decoder", "cross_attn", 1, 3)):
+        modules = [("linear1", "ffns.0.layers.0.0"), ("linear2", "ffns.0.layers.1")]
+        for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
+            modules.append((f"{sampling}.{name}", f"attentions.{number}.{name}"))
+        modules += [(f"norm{i + 1}", f"norms.{i}") for i in range(norms)]
+        for layer in (f"transformer.{kind}.layers.{i}" for i in range(6)):
+            yield from ((f"{layer}.{ours}", f"bbox_head.{layer}.{published}") for ours, published in modules)
 
 
 def _dino() -> dict[str, str]:
     necks = [*((f"neck.convs.{i}", f"neck.convs.{i}") for i in range(3)), ("neck.convs.3", "neck.extra_convs.0")]
     names = {f"{ours}.weight": f"{published}.conv.weight" for ours, published in necks}
     names |= _with_parts([(f"{ours}.norm", f"{published}.gn") for ours, published in necks])
-    transformer = [(f"transformer.{ours}", f"bbox_head.transformer.{name}") for ours, name in _dino_transformer()]
-    names |= _with_parts(transformer)
-    for name in ("level_embeds", "query_embed.weight"):
-        names[f"transformer.{name}"] = f"bbox_head.transformer.{name}"
-    layers = [f"transformer.decoder.layers.{i}" for i in range(6)]
-    attention = [(f"{layer}.self_attn", f"bbox_head.{layer}.attentions.0.attn") for layer in layers]
-    names |= _with_parts(attention, ("in_proj_weight", "in_proj_bias"))
+    modules = list(_dino_layers())
+    for name in ("enc_output", "enc_output_norm", "decoder.norm"):
+        modules.append((f"transformer.{name}", f"bbox_head.transformer.{name}"))
+    points = "transformer.decoder.ref_point_head"
+    modules += [(f"{points}.layers.{i}", f"bbox_head.{points}.{2 * i}") for i in range(2)]
     for i in range(7):  # one pair of branches per decoder layer, and the last for the encoder's proposals
-        names |= _with_parts([(f"class_embed.{i}", f"bbox_head.cls_branches.{i}")])
-        boxes = [(f"bbox_embed.{i}.layers.{j}", f"bbox_head.reg_branches.{i}.{2 * j}") for j in range(3)]
-        names |= _with_parts(boxes)
+        modules.append((f"class_embed.{i}", f"bbox_head.cls_branches.{i}"))
+        modules += [(f"bbox_embed.{i}.layers.{j}", f"bbox_head.reg_branches.{i}.{2 * j}") for j in range(3)]
+    names |= _with_parts(modules)
+    for layer in (f"transformer.decoder.layers.{i}" for i in range(6)):
+        for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"):
+            names[f"{layer}.self_attn.{name}"] = f"bbox_head.{layer}.attentions.0.attn.{name}"
+    for name in ("transformer.level_embeds", "transformer.query_embed.weight"):
+        names[name] = f"bbox_head.{name}"
     return names | {"label_embed.weight": "bbox_head.label_embedding.weight"}
 
 

@@ -6,15 +6,14 @@ puts the pairs together for one configuration: number and kind of the branches, 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..classifier import build_model
 from ..config import BranchConfig, ClassifierConfig, MergingConfig, PIIPConfig
@@ -41,34 +40,30 @@ _INJECTION = rename_parts(
     # deformable: sampling_offsets, attention_weights, value_proj, output_proj; regular: wq, wk, wv, proj
     "attn.*.*",
     "ffn_norm.*",
-    "ffn.fc1.*",
     ("ffn.dwconv.*", "ffn.dwconv.dwconv.*"),
-    "ffn.fc2.*",
+    "ffn.fc*.*",
 )
-
-# In a published unit "1" is the branch with the lower number, whichever two branches it joins
-_DIRECTIONS = {"into_low": "branch2to1", "into_high": "branch1to2"}
 
 # Below the classifier on both sides: heads of the branches, or the merged one
 _HEADS = {
     "separate": rename_parts(("head.norms.*.*", "branch*.norm.*"), ("head.classifiers.*.*", "branch*.head.*")),
     "merged": (
-        *rename_parts(("head.projections.1.0.*", "merge_branch1.*")),
-        *rename_parts(*((f"head.projections.*.{i}.*", f"merge_branch*.{2 * i}.*") for i in (0, 2))),
         Rule("head.projections.*.1.weight", "merge_branch*.2.weight", POINTWISE_KERNEL),
-        *rename_parts(("head.projections.*.1.bias", "merge_branch*.2.bias")),
-        *rename_parts(("head.norm.*", "cls_norm.*"), ("head.classifier.*", "cls_head.*")),
+        *rename_parts(
+            ("head.projections.1.0.*", "merge_branch1.*"),
+            *((f"head.projections.*.{i}.*", f"merge_branch*.{2 * i}.*") for i in range(3)),
+            ("head.norm.*", "cls_norm.*"),
+            ("head.classifier.*", "cls_head.*"),
+        ),
     ),
 }
-
-# Stride of the map that a published module makes: fpn1, fpn2 (up1, up2 in single-branch baselines)
-_PYRAMID_MODULES = {4: "1", 8: "2"}
 
 
 def unit_rules(scale: str = "gamma") -> Iterator[Rule]:
     """Rules for one interaction unit, relative to the unit on both sides."""
     injection = (*_INJECTION, *rename_parts(("attn_gamma", f"ca_{scale}"), ("ffn_gamma", f"cffn_{scale}")))
-    for ours, published in _DIRECTIONS.items():
+    # In a published unit "1" is the branch with the lower number, whichever two branches it joins
+    for ours, published in (("into_low", "branch2to1"), ("into_high", "branch1to2")):
         yield Rule(f"{ours}.proj.*", f"{published}_proj.*")
         for rule in injection:
             yield rule.prefixed(f"{ours}.", f"{published}_injector.")
@@ -94,18 +89,35 @@ def model_shapes(config: PIIPConfig | ClassifierConfig) -> Mapping[str, torch.Si
     """
     with on_meta():
         model = build_model(config)
-        if isinstance(model, PIIP):
-            model = nn.ModuleDict({"pyramid": model})
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return MappingProxyType(shapes)
+    prefix = "pyramid." if isinstance(model, PIIP) else ""
+    return MappingProxyType({prefix + name: tensor.shape for name, tensor in model.state_dict().items()})
+
+
+def pyramid_of(config: PIIPConfig | ClassifierConfig) -> PIIPConfig:
+    """The backbone, or that of the classifier."""
+    return config.pyramid if isinstance(config, ClassifierConfig) else config
+
+
+class NameMap(Protocol):
+    """What a conversion of names has to know."""
+
+    def table(self) -> RuleTable:
+        """All rules."""
+
+    def shapes(self) -> Mapping[str, torch.Size | None]:
+        """Every tensor of our model with its shape; None for any."""
+
+    def unused_tensors(self) -> Mapping[str, Tensor]:
+        """Tensors that published files hold although the network needs none of them, by published name."""
+        return {}
 
 
 @dataclass(frozen=True)
-class PublishedNames:
+class PublishedNames(NameMap):
     """The complete name map for one configuration.
 
     Args:
-        config: The backbone or classifier; None for files with nothing but heads.
+        config: The backbone or classifier.
         branch_classes: Published class of each branch (a key of `BRANCH_CLASSES`).
         detector: What follows the backbone (a key of `HEADS`); None for nothing.
         ours_prefix: Where our model holds the backbone.
@@ -116,8 +128,8 @@ class PublishedNames:
         CheckpointError: If a classifier reads class tokens.
     """
 
-    config: PIIPConfig | ClassifierConfig | None
-    branch_classes: tuple[str, ...] = ()
+    config: PIIPConfig | ClassifierConfig
+    branch_classes: tuple[str, ...]
     detector: str | None = None
     ours_prefix: str = ""
     published_prefix: str = ""
@@ -133,80 +145,66 @@ class PublishedNames:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON, to store in a converted file."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        config = None if self.config is None else self.config.to_dict()
-        return fields | {"config": config, "branch_classes": list(self.branch_classes)}
+        return {**vars(self), "config": self.config.to_dict(), "branch_classes": list(self.branch_classes)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PublishedNames:
         """Inverse of `to_dict`."""
-        config = None if data["config"] is None else config_from_dict(data["config"])
-        return cls(**{**data, "config": config, "branch_classes": tuple(data["branch_classes"])})
-
-    @property
-    def pyramid(self) -> PIIPConfig | None:
-        """The backbone, or that of the classifier."""
-        return self.config.pyramid if isinstance(self.config, ClassifierConfig) else self.config
+        found = {"config": config_from_dict(data["config"]), "branch_classes": tuple(data["branch_classes"])}
+        return cls(**{**data, **found})
 
     def table(self) -> RuleTable:
         """All rules, with the prefixes of both sides."""
         backbone = (rule.prefixed(self.ours_prefix, self.published_prefix) for rule in self._backbone_rules())
-        return RuleTable([*backbone, *(HEADS[self.detector].rules if self.detector else ())])
+        return RuleTable([*backbone, *rename_parts(*(HEADS[self.detector].published.items() if self.detector else ()))])
 
     def shapes(self) -> dict[str, torch.Size | None]:
         """Every tensor of our model with its shape; None where Detectron2 decides it (numbers of classes)."""
-        backbone = {} if self.config is None else model_shapes(self.config)
-        prefixed = {self.ours_prefix + name: shape for name, shape in backbone.items()}
-        return prefixed | dict.fromkeys(HEADS[self.detector].published if self.detector else ())
+        shapes: dict[str, torch.Size | None] = dict.fromkeys(HEADS[self.detector].published if self.detector else ())
+        return {self.ours_prefix + name: shape for name, shape in model_shapes(self.config).items()} | shapes
 
-    def unused_tensors(self) -> dict[str, Callable[[], Tensor]]:
-        """Tensors that published files hold although the network needs none of them, by name, and how to make them."""
-        if self.config is None:
-            return {}
+    def unused_tensors(self) -> dict[str, Tensor]:
+        """See `NameMap`."""
         found = self._unused_upsampling()
         for prefix, branch_class, branch in self._branches():
             unused = unused_branch_tensors(branch_class, branch.network)
             found |= {prefix + name: tensor for name, tensor in unused.items()}
         return {self.published_prefix + name: unused for name, unused in found.items()}
 
-    def _unused_upsampling(self) -> dict[str, Callable[[], Tensor]]:
+    def _unused_upsampling(self) -> dict[str, Tensor]:
         """The three-branch class keeps the four-fold upsampling even where no stride-4 map is asked for (`is_dino`)."""
-        merging = self.pyramid.merging
-        if len(self.pyramid.branches) != 3 or merging is None or merging.kind != "simple" or 4 in merging.out_strides:
+        pyramid = pyramid_of(self.config)
+        merging = pyramid.merging
+        if len(pyramid.branches) != 3 or merging is None or merging.kind != "simple" or 4 in merging.out_strides:
             return {}
-        dim = self.pyramid.branches[0].network.dims[-1]
-        vectors = {f"fpn1.{i}.{part}": (dim,) for i, part in ((0, "bias"), (1, "weight"), (1, "bias"), (3, "bias"))}
-        kernels = {f"fpn1.{i}.weight": (dim, dim, 2, 2) for i in (0, 3)}
-        return {name: partial(torch.zeros, shape) for name, shape in {**vectors, **kernels}.items()}
+        dim = pyramid.branches[0].network.dims[-1]
+        kernel, vector = torch.zeros(()).expand(dim, dim, 2, 2), torch.zeros(dim)
+        parts = {"0.weight": kernel, "0.bias": vector, "1.weight": vector, "1.bias": vector}
+        parts |= {"3.weight": kernel, "3.bias": vector}
+        return {f"fpn1.{part}": tensor for part, tensor in parts.items()}
 
     def _branches(self) -> Iterator[tuple[str, str, BranchConfig]]:
         """Published prefix, published class and configuration of each branch."""
-        branches = self.pyramid.branches
+        branches = pyramid_of(self.config).branches
         for number, (branch_class, branch) in enumerate(zip(self.branch_classes, branches, strict=True), 1):
             yield branch_prefix(number, len(branches)), branch_class, branch
 
     def _backbone_rules(self) -> Iterator[Rule]:
-        if self.config is None:
-            return
         for index, (prefix, branch_class, branch) in enumerate(self._branches()):
             for rule in branch_rules(branch_class, branch.network):
                 yield rule.prefixed(f"pyramid.branches.{index}.model.", prefix)
-        for low, high in self._unit_pairs():
-            for rule in unit_rules(scale=self.scale):
-                yield rule.prefixed(
-                    f"pyramid.interactions.*.units.{low}_{high}.", f"interactions.*.interaction_units_{low}{high}."
-                )
+        pyramid = pyramid_of(self.config)
+        graphs = (pyramid.interaction.graph(k, len(pyramid.branches)) for k in range(pyramid.num_interactions))
+        for low, high in sorted({(spec.low, spec.high) for graph in graphs for spec in graph}):
+            ours = f"pyramid.interactions.*.units.{low}_{high}."
+            for rule in unit_rules(self.scale):
+                yield rule.prefixed(ours, f"interactions.*.interaction_units_{low}{high}.")
         if isinstance(self.config, ClassifierConfig):
             yield from _HEADS[self.config.head]
             if self.config.head == "merged":
-                yield from _weight_rules("head.weights", "w", range(1, len(self.pyramid.branches) + 1))
+                yield from _weight_rules("head.weights", "w", range(1, len(pyramid.branches) + 1))
         elif self.config.merging is not None:
             yield from _merging_rules(self.config.merging, self.config.merging_branches, len(self.config.branches) == 1)
-
-    def _unit_pairs(self) -> list[tuple[int, int]]:
-        n = len(self.pyramid.branches)
-        graphs = (self.pyramid.interaction.graph(k, n) for k in range(self.pyramid.num_interactions))
-        return sorted({(spec.low, spec.high) for graph in graphs for spec in graph})
 
 
 def _merging_rules(merging: MergingConfig, branches: Sequence[int], single: bool) -> Iterator[Rule]:
@@ -219,9 +217,8 @@ def _merging_rules(merging: MergingConfig, branches: Sequence[int], single: bool
             for number in branches:
                 yield Rule(f"{ours}.projections.{number}.*.*", f"{published}_branch{number}.*.*")
             yield from _weight_rules(f"{ours}.weights", f"{weights}w", branches)
-    module = "up" if single else "fpn"
-    for stride, name in _PYRAMID_MODULES.items():
-        yield Rule(f"feature_pyramid.levels.{stride}.*.*", f"{module}{name}.*.*")
+    for number, stride in ((1, 4), (2, 8)):
+        yield Rule(f"feature_pyramid.levels.{stride}.*.*", f"{'up' if single else 'fpn'}{number}.*.*")
 
 
 def _weight_rules(ours: str, published: str, branches: Sequence[int]) -> Iterator[Rule]:
@@ -235,9 +232,9 @@ def config_from_dict(data: Mapping[str, Any]) -> PIIPConfig | ClassifierConfig:
 
 
 def published_names(
-    config: PIIPConfig | ClassifierConfig | None, keys: Collection[str], *, backbone_only: bool = False
+    config: PIIPConfig | ClassifierConfig, keys: Collection[str], *, backbone_only: bool = False
 ) -> PublishedNames:
-    """The name map for the backbone or classifier in a published file (None: heads alone), by the names in it.
+    """The name map for the backbone or classifier in a published file, by the names in it.
 
     With `backbone_only`, our names are relative to `DensePIIP`, not to a Detectron2 model.
 
@@ -245,16 +242,13 @@ def published_names(
         CheckpointError: If a classifier reads class tokens, or the file has fewer branches.
         NotSupportedYet: If a branch is of a family without a name table.
     """
-    if config is None:
-        return PublishedNames(None, detector=detector_of(keys))
     prefix = PUBLISHED_BACKBONE if any(key.startswith(PUBLISHED_BACKBONE) for key in keys) else ""
-    names = PublishedNames(config, published_prefix=prefix)
     inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-    names = dataclasses.replace(names, branch_classes=branch_classes_of(inside, len(names.pyramid.branches)))
+    classes = branch_classes_of(inside, len(pyramid_of(config).branches))
     if not prefix or backbone_only:
-        return names
+        return PublishedNames(config, classes, published_prefix=prefix)
     detector = detector_of(keys)
-    return dataclasses.replace(names, detector=detector, ours_prefix=HEADS[detector or "rpn"].backbone)
+    return PublishedNames(config, classes, detector, HEADS[detector or "rpn"].backbone, prefix)
 
 
 def our_names(
@@ -267,15 +261,12 @@ def our_names(
     Raises:
         CheckpointError: If a classifier reads class tokens.
     """
-    names = PublishedNames(config)
-    classes = tuple(branch_classes or map(default_branch_class, names.pyramid.branches))
-    names = dataclasses.replace(names, branch_classes=classes)
+    classes = tuple(branch_classes or map(default_branch_class, pyramid_of(config).branches))
     prefixes = {head.backbone for head in HEADS.values()}
     prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in keys)), None)
     if prefix is None:
-        return names
-    detector = detector_of(keys, ours=True)
-    return dataclasses.replace(names, detector=detector, ours_prefix=prefix, published_prefix=PUBLISHED_BACKBONE)
+        return PublishedNames(config, classes)
+    return PublishedNames(config, classes, detector_of(keys, ours=True), prefix, PUBLISHED_BACKBONE)
 
 
 def detector_of(keys: Collection[str], *, ours: bool = False) -> str | None:

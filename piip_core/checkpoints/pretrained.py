@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,11 +54,9 @@ _OPEN_CLIP = (
     *rename_parts(
         ("patch_embed.proj.weight", "conv1.weight"),
         ("norm_pre.*", "ln_pre.*"),
-        ("blocks.*.norm1.*", "transformer.resblocks.*.ln_1.*"),
-        ("blocks.*.attn.qkv.weight", "transformer.resblocks.*.attn.in_proj_weight"),
-        ("blocks.*.attn.qkv.bias", "transformer.resblocks.*.attn.in_proj_bias"),
+        ("blocks.*.norm*.*", "transformer.resblocks.*.ln_*.*"),
+        ("blocks.*.attn.qkv.*", "transformer.resblocks.*.attn.in_proj_*"),
         ("blocks.*.attn.proj.*", "transformer.resblocks.*.attn.out_proj.*"),
-        ("blocks.*.norm2.*", "transformer.resblocks.*.ln_2.*"),
         ("blocks.*.mlp.fc1.*", "transformer.resblocks.*.mlp.c_fc.*"),
         ("blocks.*.mlp.fc2.*", "transformer.resblocks.*.mlp.c_proj.*"),
     ),
@@ -248,23 +246,26 @@ def convert_pretrained(
             report.ignored[key] = "belongs to the text side"
             continue
         candidates = list(_candidates(key))
-        name, part = next((found for found in candidates if found[0] in target), (None, None))
-        names = [name] if name is not None else []
-        if key == _SHARED_TABLE and not names:
-            names = [name for name in target if name.endswith(_POSITION_TABLE)]
-        if not names:
+        found = [(name, part) for name, part in candidates if name in target][:1]
+        if key == _SHARED_TABLE and not found:
+            found = [(name, None) for name in target if name.endswith(_POSITION_TABLE)]
+        if not found:
             _explain(key, candidates, report)
             continue
-        report.used[key] = ", ".join(names)
-        if part is None:
-            converted |= {name: _fit(name, state[key], target[name], report) for name in names}
-        else:
-            parts.setdefault(name, {})[part] = state[key]
-    for name, found in parts.items():
-        if len(found) == PARTS:
-            joined = torch.cat([found[i] for i in range(PARTS)])
+        report.used[key] = ", ".join(name for name, _ in found)
+        for name, part in found:
+            if part is None:
+                converted[name] = _fit(name, state[key], target[name], report)
+            else:
+                parts.setdefault(name, {})[part] = state[key]
+    for name, tensors in parts.items():
+        if len(tensors) == PARTS:
+            joined = torch.cat([tensors[i] for i in range(PARTS)])
             converted[name] = _fit(name, joined, target[name], report)
-    _fill_layer_scales(converted, target, report)
+    # A file with some of them is broken
+    scales = [name for name in target if name.endswith(_LAYER_SCALES)]
+    if not any(name in converted for name in scales):
+        report.filled |= dict.fromkeys(scales, "the file has no layer scale: it keeps its initial value")
     report.missing = [name for name in target if name not in converted and name not in report.filled]
     return converted, report
 
@@ -308,21 +309,20 @@ def _fit(name: str, tensor: Tensor, target: Tensor, report: ConversionReport) ->
 def _fit_positions(table: Tensor, entries: int, report: ConversionReport) -> Tensor:
     if table.shape[1] == entries:
         return table
-    have, keep = _leading_entries(table.shape[1]), _leading_entries(entries)
-    if have is None or keep is None or keep > have:
+    (have, old), (keep, new) = _leading_entries(table.shape[1]), _leading_entries(entries)
+    if old is None or new is None or keep > have:
         return table  # reported as a difference in shape
     if have > keep:
         report.note(f"{have - keep} leading position entries, of class tokens, dropped")
-    old, new = _side(table.shape[1] - have), _side(entries - keep)
     if old != new:
         report.note(f"position grid resized from {old} x {old} to {new} x {new}")
-    grid = resample_abs_pos_embed(table[:, have:].float(), (new, new), (old, old), num_prefix_tokens=0, antialias=False)
+    grid = resample_abs_pos_embed(table[:, have:].float(), [new, new], [old, old], num_prefix_tokens=0, antialias=False)
     return torch.cat((table[:, :keep], grid), dim=1)
 
 
-def _leading_entries(entries: int) -> int | None:
-    """Entries before those of the patches, of which there is a square number."""
-    return next((n for n in range(3) if _side(entries - n) is not None), None)
+def _leading_entries(entries: int) -> tuple[int, int | None]:
+    """How many entries are before those of the patches, and the side of their square."""
+    return next(((n, side) for n in range(3) if (side := _side(entries - n)) is not None), (0, None))
 
 
 def _fit_relative_positions(table: Tensor, entries: int, report: ConversionReport) -> Tensor:
@@ -342,13 +342,6 @@ def _fit_relative_positions(table: Tensor, entries: int, report: ConversionRepor
 def _side(entries: int) -> int | None:
     side = round(entries**0.5)
     return side if side * side == entries else None
-
-
-def _fill_layer_scales(provided: Collection[str], target: Mapping[str, Tensor], report: ConversionReport) -> None:
-    """A file without any layer scale leaves those of the branch as they are; one with some of them is broken."""
-    scales = [name for name in target if name.endswith(_LAYER_SCALES)]
-    if not any(name in provided for name in scales):
-        report.filled |= dict.fromkeys(scales, "the file has no layer scale: it keeps its initial value")
 
 
 def resize_relative_positions(table: Tensor, side: int) -> Tensor:

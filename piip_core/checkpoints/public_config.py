@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ..branches import ConvNeXtConfig, NetworkConfig, ViTConfig
 from ..config import BranchConfig, InteractionConfig, PIIPConfig
@@ -62,14 +62,11 @@ def config_from_public(
     return PIIPConfig(branches=tuple(branches), interaction=interaction, merging=None)
 
 
-def branch_of(
-    network: NetworkConfig, settings: Settings, *, segments: Sequence[Sequence[int]] | None, **options: Any
-) -> BranchConfig:
+def branch_of(network: NetworkConfig, settings: Settings, **options: Any) -> BranchConfig:
     """A branch with the settings that all published classes have."""
     return BranchConfig(
         network=network,
         image_size=settings["real_size" if "real_size" in settings else "img_size"],
-        segments=None if segments is None else tuple(map(tuple, segments)),
         drop_path_rate=settings.get("drop_path_rate", 0.0),
         **options,
     )
@@ -83,7 +80,7 @@ def check_fields(fields: Collection[str], known: Collection[str]) -> None:
 
 
 def _interaction(public: Mapping[str, Any], count: int) -> InteractionConfig:
-    kinds = {"deform": "deformable", "normal": "regular"}
+    kinds: dict[str, Literal["deformable", "regular"]] = {"deform": "deformable", "normal": "regular"}
     kind = public.get("interact_attn_type", "normal")
     if kind not in kinds:
         raise NotSupportedYet(f"interact_attn_type={kind!r}")

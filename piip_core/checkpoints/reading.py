@@ -14,8 +14,7 @@ from .formats import DESCRIPTION, CheckpointFile, LazyState, read_file
 
 INDEX_SUFFIX = ".index.json"
 # What a folder may hold, first choice first: the same weights are often there as safetensors and as PyTorch files
-_FOLDER_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json")
-_FOLDER_FILES += ("pytorch_model.bin",)
+_FOLDER_FILES = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in (INDEX_SUFFIX, "")]
 
 
 def read_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ SCALAR = Change(
 
 @dataclass(frozen=True)
 class Rule:
-    """One correspondence of names. `*` stands for one component between dots, the same text on both sides.
+    """One correspondence of names. `*` stands for text without dots, the same on both sides.
 
     Attributes:
         ours: Our name.
@@ -81,37 +81,16 @@ class Rule:
         """The same rule below a prefix on either side."""
         return replace(self, ours=ours + self.ours, published=published + self.published)
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """The published tensor, from ours."""
-        return self.change.to_published(tensor if self.part is None else tensor.chunk(self.parts)[self.part])
 
-    @cached_property
-    def _ours(self) -> re.Pattern[str]:
-        return _pattern(self.ours)
-
-    @cached_property
-    def _published(self) -> re.Pattern[str]:
-        return _pattern(self.published)
-
-    def to_ours(self, published: str) -> str | None:
-        """Our name for a published one, or None if the rule is about other names."""
-        return _translate(self._published, self.ours, published)
-
-    def to_published(self, ours: str) -> str | None:
-        """The published name for one of ours, or None if the rule is about other names."""
-        return _translate(self._ours, self.published, ours)
-
-
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(r"([^.]+)".join(re.escape(part) for part in template.split("*")))
 
 
-def _translate(pattern: re.Pattern[str], template: str, name: str) -> str | None:
-    match = pattern.fullmatch(name)
-    if match is None:
-        return None
-    head, *tails = template.split("*")
-    return head + "".join(value + tail for value, tail in zip(match.groups(), tails, strict=True))
+def _translate(template: str, into: str, name: str) -> str | None:
+    """The name in the form of another template; None if it does not fit the first."""
+    match = _pattern(template).fullmatch(name)
+    return None if match is None else into.replace("*", "{}").format(*match.groups())
 
 
 class RuleTable:
@@ -122,15 +101,17 @@ class RuleTable:
 
     def to_ours(self, published: str) -> tuple[str, Rule] | None:
         """Our name for a published one and the rule that gave it, or None."""
-        return next(((name, rule) for rule in self.rules if (name := rule.to_ours(published)) is not None), None)
+        found = ((_translate(rule.published, rule.ours, published), rule) for rule in self.rules)
+        return next(((name, rule) for name, rule in found if name is not None), None)
 
     def to_published(self, ours: str) -> list[tuple[str, Rule]]:
         """The published name for one of ours and the rule that gave it; several of a tensor that is published in parts.
 
         Empty for an unknown name.
         """
-        found = ((name, rule) for rule in self.rules if (name := rule.to_published(ours)) is not None)
-        return [(name, rule) for i, (name, rule) in enumerate(found) if i == 0 or rule.part is not None]
+        found = ((_translate(rule.ours, rule.published, ours), rule) for rule in self.rules)
+        known = [(name, rule) for name, rule in found if name is not None]
+        return known[:1] + [(name, rule) for name, rule in known[1:] if rule.part is not None]
 
 
 def rename_parts(*names: str | tuple[str, str]) -> tuple[Rule, ...]:

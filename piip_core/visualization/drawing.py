@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from ..files import atomic_path, write_atomically
-from .scene import Cells, Scene
+from .scene import Box, Cells, Scene
 from .trace import BlockView, Reading, Trace, find_pyramid, trace_pyramid
 
 _BRANCH_COLOURS = ("#c0272d", "#e08a00", "#0b7d8c", "#4a3fb5")  # Branch 1 first; more branches start again
@@ -68,7 +68,7 @@ def draw_sampling(scene: Scene, trace: Trace, title: str) -> Figure:
             if reading.points is None:
                 _overlay(axes, scene, reading.weights.mean(dim=0).numpy(), reading.cells)
             else:
-                _scatter(axes, reading, scale, area)
+                _scatter(axes, reading.points, reading.weights, scale, area)
             _mark(axes, reading.at, cross)
         whole.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="white", linewidth=1))
         near.set(xlim=(left, right), ylim=(bottom, top))
@@ -132,19 +132,19 @@ def visualize(model: nn.Module, scene: Scene, output: Path | str, *, name: str, 
     figures["spectra.png"] = draw_spectra(trace, f"{name}: Fourier spectra of the features")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    for file, figure in figures.items():
-        with atomic_path(output / file) as aside:
+    for figure_name, figure in figures.items():
+        with atomic_path(output / figure_name) as aside:
             figure.savefig(aside, format="png")
+    facts = {
+        "model": name,
+        "files": list(figures),
+        "image_size": scene.original_size,
+        "resized_to": scene.size,
+        "padded_to": scene.pixel_values.shape[-2:],
+        "query": scene.query_pixel,
+        **vars(trace),
+    }
     with write_atomically(output / "visualization.json", "w") as file:
-        facts = {
-            "model": name,
-            "files": list(figures),
-            "image_size": scene.original_size,
-            "resized_to": scene.size,
-            "padded_to": scene.pixel_values.shape[-2:],
-            "query": scene.query_pixel,
-            **vars(trace),
-        }
         json.dump(facts, file, default=lambda part: part.tolist() if isinstance(part, Tensor) else vars(part))
     return [output / file for file in (*figures, "visualization.json")]
 
@@ -180,13 +180,7 @@ def _draw_view(axes: Axes, scene: Scene, view: BlockView) -> None:
     _caption(axes, f"Branch {view.branch}, block {view.block}: {reach}", text, branch_colour(view.branch))
 
 
-def _overlay(
-    axes: Axes,
-    scene: Scene,
-    weights: np.ndarray,
-    cells: Cells,
-    window: tuple[int, int, int, int] | None = None,
-) -> None:
+def _overlay(axes: Axes, scene: Scene, weights: np.ndarray, cells: Cells, window: Box | None = None) -> None:
     """Lays weights over the image as heat, from the smallest to the largest; outside of the window it is dark."""
     top, left, bottom, right = window or (0, 0, cells.rows, cells.columns)
     seen = weights[top:bottom, left:right]
@@ -205,11 +199,11 @@ def _percent(share: float) -> str:
     return f"{share:.2%}" if share < 0.1 else f"{share:.0%}"
 
 
-def _scatter(axes: Axes, reading: Reading, scale: Normalize, area: float) -> None:
-    weights = reading.weights.flatten().numpy()
-    order = np.argsort(weights)  # the heaviest on top
-    x, y = reading.points.flatten(0, 1).numpy()[order].T
-    share = weights[order] / scale.vmax
+def _scatter(axes: Axes, points: Tensor, weights: Tensor, scale: Normalize, area: float) -> None:
+    shares = weights.flatten().numpy() / scale.vmax
+    order = np.argsort(shares)  # the heaviest on top
+    x, y = points.flatten(0, 1).numpy()[order].T
+    share = shares[order]
     sizes = area * (0.15 + 0.85 * share)
     axes.scatter(x, y, s=sizes, c=_HEAT(share), edgecolors="white", linewidths=0.6, zorder=3)
 
@@ -254,7 +248,8 @@ def _show_image(axes: Axes, scene: Scene, *, grey: bool = False, dim: float = 1.
     height, width = scene.size
     pixels = scene.image.astype(np.float32) / 255
     if grey:
-        pixels = np.repeat((pixels @ np.float32((0.299, 0.587, 0.114)))[..., None], 3, axis=2) * np.float32(dim)
+        luminance = pixels @ np.array((0.299, 0.587, 0.114), np.float32)
+        pixels = np.repeat(luminance[..., None], 3, axis=2) * np.float32(dim)
     shown = axes.imshow(pixels, extent=(0, width, height, 0), interpolation="bilinear")
     axes.set_axis_off()
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -267,7 +262,7 @@ def _mark(axes: Axes, point: tuple[float, float], size: float) -> None:
     axes.plot(*point, "+", color=_QUERY, markersize=size, markeredgewidth=1.6, zorder=5)
 
 
-def _frame(axes: Axes, cells: Cells, box: tuple[int, int, int, int], colour: str) -> None:
+def _frame(axes: Axes, cells: Cells, box: Box, colour: str) -> None:
     top, left, bottom, right = box
     height, width = cells.size
     corner, size = (left * width, top * height), ((right - left) * width, (bottom - top) * height)

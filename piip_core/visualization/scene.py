@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..errors import UserError
 
+Box = tuple[int, int, int, int]
+"""First row and column of some cells, and the row and column after the last."""
+
 
 @dataclass(frozen=True)
 class Cells:

@@ -15,11 +15,11 @@ from piip.modeling.dino import DINO, ContrastiveDenoising, DINOCriterion, DINOTr
 from piip.modeling.dino.boxes import Target, make_target
 from piip.modeling.dino.denoising import DenoisingDraws
 from piip_core.checkpoints.head_names import HEADS
-from piip_core.checkpoints.rules import RuleTable
+from piip_core.checkpoints.rules import RuleTable, rename_parts
 
 from .model import MapsBackbone
 
-_NAMES = RuleTable(HEADS["dino"].rules)
+_NAMES = RuleTable(rename_parts(*HEADS["dino"].published.items()))
 _DEFAULT_LEVELS = 4  # of the published transformer
 
 
