@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from piip.data.loader import derive_seed
-from piip.deepspeed_trainer import zero_stage
+from piip.deepspeed_training import zero_stage
 from piip_core.checkpoints import write_checkpoint
 from piip_core.errors import ConfigError
 from piip_core.training_checkpoints import FailedSaves, SaveError

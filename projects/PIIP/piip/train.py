@@ -26,8 +26,14 @@ from torch import nn
 
 from piip.checkpointer import AtomicCheckpointer, CategoryTable, follow_published, read_categories
 from piip.data import Category, DatasetError, TrainLoader
-from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, run_folder
-from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_model, zero_stage
+from piip.deepspeed_training import (
+    DeepSpeedCheckpointer,
+    DeepSpeedTrainer,
+    build_engine,
+    evaluation_model,
+    run_folder,
+    zero_stage,
+)
 from piip.hooks import ClipNorm, MetricWriters, Saves, StepSeed, WeightAverage, average_settings
 from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
 from piip_core.errors import ConfigError
