@@ -12,8 +12,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
-from .boxes import Target
 from .denoising import DenoisingLayout
+from .geometry import Target
 
 # Queries that learn a box, and the rows of the concatenated ground truth that they learn: image, query, row
 Pairs = tuple[Tensor, Tensor, Tensor]

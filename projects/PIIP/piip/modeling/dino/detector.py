@@ -14,11 +14,10 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .boxes import Target, image_scale, inverse_sigmoid, make_target
 from .criterion import DINOCriterion
 from .denoising import ContrastiveDenoising, DenoisingDraws, DenoisingQueries
-from .layers import MLP
-from .transformer import DINOTransformer
+from .geometry import Target, image_scale, inverse_sigmoid, make_target
+from .transformer import MLP, DINOTransformer
 
 _PRIOR = 0.01  # initial score of every class
 
@@ -55,11 +54,6 @@ class ChannelMapper(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, C_l, H_l, W_l) to maps (B, embed_dim, H_l, W_l) and one (B, embed_dim, H/2, W/2), rounded up."""
         return [conv(x) for conv, x in zip(self.convs, [*maps, maps[-1]], strict=True)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.convs[0].weight.dtype
 
 
 class Predictions(NamedTuple):
@@ -185,7 +179,7 @@ class DINO(nn.Module):
         self, maps: Sequence[Tensor], images: ImageList, denoising: DenoisingQueries | None = None
     ) -> Predictions:
         """Predictions of all decoder layers and of the encoder."""
-        maps = self.neck([x.to(self.neck.dtype) for x in maps])
+        maps = self.neck([x.to(self.label_embed.weight.dtype) for x in maps])
         padded_size = tuple(images.tensor.shape[-2:])
         out = self.transformer(maps, images.image_sizes, padded_size, self.class_embed, self.bbox_embed, denoising)
         logits, boxes = self.decode_heads(out.hidden, out.references)
@@ -203,7 +197,7 @@ class DINO(nn.Module):
     def _targets(self, batched_inputs: list[dict[str, Any]]) -> list[Target]:
         if any("instances" not in inputs for inputs in batched_inputs):
             raise ValueError("training without ground truth: expected 'instances' for every image; eval() detects")
-        dtype = self.neck.dtype
+        dtype = self.label_embed.weight.dtype
         return [make_target(inputs["instances"], self.num_classes, self.device, dtype) for inputs in batched_inputs]
 
     def _batch(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
