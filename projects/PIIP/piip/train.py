@@ -35,7 +35,14 @@ from piip.deepspeed_training import (
     zero_stage,
 )
 from piip.hooks import ClipNorm, MetricWriters, Saves, StepSeed, WeightAverage, average_settings
-from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
+from piip.lazy_config import (
+    check_device,
+    check_folders,
+    follow_annotations,
+    has_test_set,
+    load_config,
+    skip_pretrained,
+)
 from piip_core.errors import ConfigError
 from piip_core.files import explain_write_errors
 from piip_core.training_checkpoints import OutputFolderError, lock_run
@@ -59,8 +66,9 @@ def main(args: argparse.Namespace) -> None:
             stack.enter_context(lock_run(output_dir, "give another train.output_dir"))
         stack.enter_context(explain_write_errors(output_dir, full_disk_only=True))
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name="piip")
+        check_folders(cfg, training=not args.eval_only)
         categories = follow_annotations(cfg, training=not args.eval_only)
-        default_setup(cfg, args)  # after the line above: it saves the configuration
+        default_setup(cfg, args)  # after the lines above: it prints and saves the configuration
         logger.info("Running on %s, %d process(es)", cfg.train.device, comm.get_world_size())
         if args.eval_only:
             evaluate_only(cfg, categories, resume=args.resume)
