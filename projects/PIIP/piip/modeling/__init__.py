@@ -3,8 +3,7 @@
 from .backbone import PIIPFPN, PIIPBackbone, feature_shapes
 from .classifier import ImageClassifier
 from .rcnn import published_cascade_mask_rcnn, published_mask_rcnn
-from .segmentor import SlidingWindowSegmentor
-from .upernet import FCNHead, UperNetHead
+from .segmentor import FCNHead, SlidingWindowSegmentor, UperNetHead
 
 __all__ = [
     "FCNHead",
