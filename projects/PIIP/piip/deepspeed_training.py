@@ -182,15 +182,7 @@ class DeepSpeedCheckpointer(HookBase):
 
     Such a folder holds DeepSpeed's files, one or two per process, and the state of trainer and hooks. It is written
     aside and renamed when the last process has written its share. As a hook, it saves every `period` iterations and at
-    the end, where it exports the model too.
-
-    Args:
-        engine (deepspeed.DeepSpeedEngine): with model and optimizer.
-        trainer (TrainerBase): its iteration and hooks are kept.
-        output_dir (str): folder of the run.
-        categories (CategoryTable): kept too.
-        period (int): iterations between saves.
-        max_to_keep (int): checkpoints to keep; None keeps all.
+    the end, where it exports the model too; the last `max_to_keep` stay.
     """
 
     def __init__(

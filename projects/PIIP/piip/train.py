@@ -290,10 +290,7 @@ class _DeepSpeedRun(_Run):
         engine = build_engine(cfg, model, optimizer, batch_size)
         skip_pretrained(cfg)  # for the models that are made from now on, to be filled with the weights of this one
         self.trainer = DeepSpeedTrainer(engine, loader, optimizer)
-        period, keep = cfg.train.checkpointer.period, cfg.train.checkpointer.get("max_to_keep")
-        self.save = DeepSpeedCheckpointer(
-            engine, self.trainer, cfg.train.output_dir, table, period=period, max_to_keep=keep
-        )
+        self.save = DeepSpeedCheckpointer(engine, self.trainer, cfg.train.output_dir, table, **cfg.train.checkpointer)
         self._cfg, self._last = cfg, last
 
     def load(self) -> None:

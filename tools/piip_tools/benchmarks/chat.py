@@ -42,13 +42,7 @@ _QUESTION_TOKENS = 24  # of the second question
 
 @dataclass(frozen=True, kw_only=True)
 class TimedModel:
-    """One of the models.
-
-    Attributes:
-        name: What the results call it.
-        model: In evaluation mode.
-        image_processor: Makes its pixel values.
-    """
+    """One of the models, in evaluation mode."""
 
     name: str
     model: PIIPLlavaForConditionalGeneration

@@ -205,7 +205,7 @@ def _checks(flops_limit: float | None) -> dict[str, Callable[[Candidate], bool]]
     def in_range(candidate: Candidate) -> bool:
         sides = candidate.image_sizes
         return (
-            all(min(steps) <= ratio <= max(steps) for ratio in candidate.ratios)
+            all(min(steps) <= a / b <= max(steps) for a, b in itertools.pairwise(sides))
             and min(ranges) <= sides[0] / sides[-1] <= max(ranges)
             and sides[-1] >= smallest
         )

@@ -8,6 +8,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,7 +217,8 @@ def _divided(images: str, share: float, num_classes: int | None) -> tuple[list[d
                     "least two images in every class"
                 )
             count = min(max(round(share * len(paths)), 1), len(paths) - 1)
-            chosen.update(sorted(paths, key=lambda path: _digest(os.path.relpath(path, images)))[:count])
+            names = {path: Path(os.path.relpath(path, images)).as_posix() for path in paths}
+            chosen.update(sorted(paths, key=lambda path: hashlib.sha256(names[path].encode()).digest())[:count])
         for path in paths:
             (held_out if path in chosen else train).append({"file_name": path, "label": label})
     return train, held_out
@@ -225,7 +227,3 @@ def _divided(images: str, share: float, num_classes: int | None) -> tuple[list[d
 @lru_cache(maxsize=4)  # asked for several times, and listing ImageNet on a network disk takes a while
 def _list_once(images: str, changed: tuple[tuple[str, int], ...]) -> list[tuple[str, int]]:
     return list_images(images)
-
-
-def _digest(path: str) -> bytes:
-    return hashlib.sha256(path.replace(os.sep, "/").encode()).digest()

@@ -78,7 +78,7 @@ def check_annotations(
     Args:
         annotations: Objects of the file.
         images: Its checked images by id.
-        category_ids: Of the file.
+        category_ids: Ids of its categories.
         found: Takes errors and notes.
         training: Leave out the boxes that the published training does not use: no overlap with the image, a side below
             1 pixel, an area of 0. Otherwise, what no detection can match: no overlap, no size, a mask without a pixel.
@@ -235,10 +235,7 @@ class BadMaskError(ValueError):
 def check_mask(mask: Any, height: int, width: int) -> tuple[list[list[float]] | dict[str, Any], str]:
     """A 'segmentation' in the form that pycocotools takes.
 
-    Args:
-        mask: Polygons [[x, y, ...], ...], one polygon [x, y, ...], or a run-length encoding {"size", "counts"}.
-        height: Of its image, in pixels.
-        width: Of its image, in pixels.
+    It is polygons [[x, y, ...], ...], one polygon [x, y, ...], or a run-length encoding {"size", "counts"}.
 
     Returns:
         The mask, and what is to be said about it, if anything: "flat" for one polygon that was not in a list, "parts"

@@ -47,14 +47,7 @@ def keep_ratio_size(height: int, width: int, long_side: float, short_side: float
 
 
 class OpenCVResizeTransform(Transform):
-    """Resizes images as OpenCV does; coordinates scale by new / old per axis, masks take the nearest pixel.
-
-    Args:
-        h (int): height of the images it will be applied to.
-        w (int): width of the images it will be applied to.
-        new_h (int): height afterwards.
-        new_w (int): width afterwards.
-    """
+    """Resizes images of h x w pixels as OpenCV does; coordinates scale by new / old, masks take the nearest pixel."""
 
     def __init__(self, h: int, w: int, new_h: int, new_w: int) -> None:
         super().__init__()

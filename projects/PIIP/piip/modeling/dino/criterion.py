@@ -125,7 +125,9 @@ class DINOCriterion:
         predicted = torch.cat((encoder_boxes[None], boxes[:, :, slots:]))
         matches = self.matcher(logits, predicted, targets)
         pairs = [_join(layer, targets, logits.device) for layer in matches]
-        known = _known(denoising) if denoising else None
+        known: Pairs | None = None
+        if denoising:  # positive slots, and the boxes that they were made from
+            known = tuple(x[denoising.positive] for x in (denoising.image, denoising.slot, denoising.box))
         count, known_count = _averaged([len(pairs[0][0]), len(known[0]) if known else 0], logits)
 
         losses: dict[str, Tensor] = {}
@@ -171,11 +173,6 @@ def _join(layer: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target], dev
         offset += len(target.labels)
     joined = torch.stack([torch.cat(parts) for parts in (image, query, row)]).to(device)
     return joined[0], joined[1], joined[2]
-
-
-def _known(layout: DenoisingLayout) -> Pairs:
-    """Positive slots and the boxes that they were made from."""
-    return layout.image[layout.positive], layout.slot[layout.positive], layout.box[layout.positive]
 
 
 def _averaged(counts: Sequence[int], like: Tensor) -> Tensor:

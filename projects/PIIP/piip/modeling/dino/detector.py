@@ -117,9 +117,13 @@ class DINO(nn.Module):
         self.input_format, self.max_detections = input_format, max_detections
         width, branches = transformer.embed_dim, transformer.num_decoder_layers + 1
         self.neck = ChannelMapper([shapes[name].channels for name in in_features], width, num_groups=num_groups)
-        # one per decoder layer; the last is the encoder's
-        self.class_embed = _copies(_class_branch(width, num_classes), branches)
-        self.bbox_embed = _copies(_box_branch(width), branches)
+        class_branch, box_branch = nn.Linear(width, num_classes), MLP((width, width, width, 4))
+        nn.init.constant_(class_branch.bias, -math.log(1 / _PRIOR - 1))
+        nn.init.zeros_(box_branch.layers[-1].weight)
+        nn.init.zeros_(box_branch.layers[-1].bias)
+        # one per decoder layer, which start the same and learn for themselves; the last is the encoder's
+        self.class_embed = nn.ModuleList(copy.deepcopy(class_branch) for _ in range(branches))
+        self.bbox_embed = nn.ModuleList(copy.deepcopy(box_branch) for _ in range(branches))
         self.label_embed = nn.Embedding(num_classes, width)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(list(values)).view(-1, 1, 1), persistent=False)
@@ -228,21 +232,3 @@ def to_original(found: Instances, inputs: dict[str, Any]) -> Instances:
     return Instances(
         (height, width), pred_boxes=Boxes(rows / factors), scores=found.scores, pred_classes=found.pred_classes
     )
-
-
-def _class_branch(width: int, num_classes: int) -> nn.Module:
-    branch = nn.Linear(width, num_classes)
-    nn.init.constant_(branch.bias, -math.log(1 / _PRIOR - 1))
-    return branch
-
-
-def _box_branch(width: int) -> nn.Module:
-    branch = MLP((width, width, width, 4))
-    nn.init.zeros_(branch.layers[-1].weight)
-    nn.init.zeros_(branch.layers[-1].bias)
-    return branch
-
-
-def _copies(module: nn.Module, count: int) -> nn.ModuleList:
-    """Modules that start the same and learn for themselves."""
-    return nn.ModuleList(copy.deepcopy(module) for _ in range(count))
