@@ -84,7 +84,7 @@ def _split(text: str) -> tuple[float, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A parameter-inverted pyramid of DeiT models: the smaller the model, the larger its image (paper section III-A)."""
+    """A parameter-inverted pyramid of DeiT models: the smaller a model, the larger its image (paper section III-A)."""
 
     models: str  # sizes of the models, smallest first, as in the published names
     image_sizes: tuple[int, ...]  # image side of each, largest first
