@@ -19,6 +19,7 @@ from .geometry import Target
 Pairs = tuple[Tensor, Tensor, Tensor]
 
 _EPS = 1e-12  # of the logarithms in the cost
+_ALPHA, _GAMMA = 0.25, 2.0  # balance and exponent of the focal cost and loss
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,11 @@ class HungarianMatcher:
         class_weight: factor of the focal cost.
         box_weight: factor of the L1 distance of (cx, cy, w, h), relative to the image.
         giou_weight: factor of the generalised IoU.
-        alpha: balance of the focal cost.
-        gamma: its exponent.
     """
 
     class_weight: float = 2.0
     box_weight: float = 5.0
     giou_weight: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
 
     def cost(self, class_logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
         """Costs (..., Q, N) of all pairs of predictions and ground truth of one image.
@@ -45,8 +42,8 @@ class HungarianMatcher:
         Predictions are class logits (..., Q, num_classes) and boxes (..., Q, 4) as (cx, cy, w, h).
         """
         score = class_logits.sigmoid()[..., target.labels]
-        positive = self.alpha * (1 - score) ** self.gamma * -(score + _EPS).log()
-        negative = (1 - self.alpha) * score**self.gamma * -(1 - score + _EPS).log()
+        positive = _ALPHA * (1 - score) ** _GAMMA * -(score + _EPS).log()
+        negative = (1 - _ALPHA) * score**_GAMMA * -(1 - score + _EPS).log()
         distance = torch.cdist(boxes, target.boxes.expand(*boxes.shape[:-2], -1, -1), p=1)
         pixels = box_convert(boxes, "cxcywh", "xyxy") * target.scale
         pairs = torch.broadcast_tensors(pixels[..., None, :], target.pixel_boxes)
@@ -90,16 +87,12 @@ class DINOCriterion:
         class_weight: factor of the focal loss.
         box_weight: factor of the L1 loss, of (cx, cy, w, h) relative to the image.
         giou_weight: factor of the generalised-IoU loss, which is taken in pixels.
-        alpha: balance of the focal loss.
-        gamma: its exponent.
     """
 
     matcher: HungarianMatcher
     class_weight: float = 1.0
     box_weight: float = 5.0
     giou_weight: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
 
     def __call__(
         self,
@@ -156,7 +149,7 @@ class DINOCriterion:
         corners, wanted_corners = (box_convert(x, "cxcywh", "xyxy") * scales for x in (found, wanted))
         sums = {
             "cls": self.class_weight
-            * sigmoid_focal_loss(class_logits, one_hot, alpha=self.alpha, gamma=self.gamma, reduction="sum"),
+            * sigmoid_focal_loss(class_logits, one_hot, alpha=_ALPHA, gamma=_GAMMA, reduction="sum"),
             "bbox": self.box_weight * (found - wanted).abs().sum(),
             "iou": self.giou_weight * generalized_box_iou_loss(corners, wanted_corners, reduction="sum"),
         }
