@@ -66,8 +66,8 @@ def main(args: argparse.Namespace) -> None:
             stack.enter_context(lock_run(output_dir, "give another train.output_dir"))
         stack.enter_context(explain_write_errors(output_dir, full_disk_only=True))
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name="piip")
-        check_folders(cfg, training=not args.eval_only)
         categories = follow_annotations(cfg, training=not args.eval_only)
+        check_folders(cfg, training=not args.eval_only)
         default_setup(cfg, args)  # after the lines above: it prints and saves the configuration
         logger.info("Running on %s, %d process(es)", cfg.train.device, comm.get_world_size())
         if args.eval_only:
