@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from script_arguments import add_root, errors_as_messages, new_parser
+from script_arguments import add_root, errors_as_messages
 
 ADE20K = "ADEChallengeData2016"
 ADE20K_URL = f"http://data.csail.mit.edu/places/ADEchallenge/{ADE20K}.zip"
@@ -34,7 +34,7 @@ LLAVA = {"llava-pretrain": "LCS-558K (stage 1)", "llava-finetune": "mix665k of L
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
-    parser = new_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     digits = commands.add_parser("digits", help="handwritten digits on photographs, in COCO's layout, with label maps")
     digits.add_argument("root", nargs="?", type=Path, help="folder to write (default digits or digit_images here)")

@@ -10,11 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows the description as it is written."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
 def add_root(parser: argparse.ArgumentParser) -> None:
     """Adds the folder of all data sets."""
     parser.add_argument(

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from script_arguments import add_root, errors_as_messages, new_parser
+from script_arguments import add_root, errors_as_messages
 
 ADE20K = {"training": 20_210, "validation": 2_000}  # published images
 IMAGENET = {"train": (1000, 1_281_167), "val": (1000, 50_000)}  # published classes and images
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     llava.add_argument("--follow-links", action="store_true", help="allow links that lead out of the image folder")
     llava.set_defaults(audit=audit_llava)
 
-    parser = new_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     ade20k = commands.add_parser("ade20k", parents=[report], help="ADE20K, or own images and label maps")
     add_root(ade20k)

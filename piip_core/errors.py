@@ -29,7 +29,7 @@ class NotSupportedYet(NotImplementedError):  # noqa: N818  (says what it is)
     """The published model uses something this version cannot express; `feature` names it."""
 
     def __init__(self, feature: str) -> None:
-        super().__init__(feature)
+        super().__init__(f"not supported yet: {feature}")
         self.feature = feature
 
 

@@ -98,7 +98,7 @@ def analyze(args: argparse.Namespace) -> ModelReport:
     _, model = load_lazy_model(args.config, args.overrides)
     if isinstance(model, PIIPClassifier):
         return dataclasses.replace(analyze_backbone(model.config, args.input), name=type(model).__name__)
-    size = args.input and padded_size(*args.input, model.backbone.padding_constraints["size_divisibility"])
+    size = args.input and padded_size(*args.input, model.backbone.size_divisibility)
     return analyze_model(model, size, backbone="backbone")
 
 

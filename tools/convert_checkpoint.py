@@ -80,11 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             ema=args.ema,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
         )
-    except UserError as error:
+    except (UserError, NotSupportedYet) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except NotSupportedYet as error:
-        print(f"error: {args.source}: not supported yet: {error.feature}", file=sys.stderr)
         return 1
     print(conversion.report.summary())
     print(f"{conversion.model}; written to {conversion.path}")

@@ -48,11 +48,8 @@ def main(argv: list[str] | None = None) -> int:
                 vision_config=args.vision_config,
                 overwrite=args.overwrite,
             )
-    except UserError as error:
+    except (UserError, NotSupportedYet) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except NotSupportedYet as error:
-        print(f"error: {args.source}: not supported yet: {error.feature}", file=sys.stderr)
         return 1
     print(done.report.summary())
     print(f"{done.model}; written to {done.path}")

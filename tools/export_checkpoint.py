@@ -10,7 +10,7 @@ Training does this by itself at its end (model_final.safetensors).
 import argparse
 import sys
 
-from piip.deepspeed_checkpointer import export_checkpoint
+from piip.deepspeed_training import export_checkpoint
 from piip_core.errors import UserError
 
 

@@ -27,8 +27,7 @@ from tqdm import tqdm
 from piip_core.errors import ConfigError, UserError
 from piip_core.files import write_atomically
 from piip_tools.planner.candidates import Budget, Candidate, nearest_published, parse_budget, parse_count
-from piip_tools.planner.measuring import measure, search
-from piip_tools.planner.proposals import RULES, Measured, Proposal, baseline_for, propose
+from piip_tools.planner.proposals import RULES, Measured, Proposal, baseline_for, measure, propose, search
 from piip_tools.timing import describe_machine, device_argument
 
 

@@ -161,16 +161,9 @@ def scenes(config: SceneConfig, split: str, count: int) -> Iterator[Scene]:
 
 
 def digit_crops(split: str, count: int, size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images of one digit each, about in the middle, for classification.
+    """Images (count, size, size, 3) uint8 RGB of one digit each, about in the middle, and labels (count,) int64.
 
-    Args:
-        split: "train" or "val"; digits and photographs are divided exactly as for the scenes.
-        count: number of images.
-        size: side of the images in pixels, at least 16.
-        seed: seed of everything random but the split.
-
-    Returns:
-        Images (count, size, size, 3) uint8 RGB and labels (count,) int64.
+    Digits and photographs are divided into "train" and "val" exactly as for the scenes, whatever the `seed`.
     """
     images = np.empty((count, size, size, 3), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int64)

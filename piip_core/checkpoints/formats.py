@@ -188,6 +188,8 @@ def load_torch_file(
     """
     path = Path(path)
     check_regular(path, CheckpointError)
+    if not path.stat().st_size:
+        raise CheckpointError(f"{path}: the file is empty (0 bytes); download or save it again")
     objects: list[str] = []
     try:
         size, mappable = _check_archive(path, verify)

@@ -10,8 +10,8 @@ from detectron2.modeling.matcher import Matcher
 
 from checkers import Status
 from checkers.detection import rpn
-from piip.modeling.mask_rcnn import BestBoxMatcher, PublishedRPN
-from piip.modeling.upernet import SegmentationHead
+from piip.modeling.rcnn import BestBoxMatcher, PublishedRPN
+from piip.modeling.segmentor import SegmentationHead
 from written_cases import GOLDENS, failed, recorded, run_path, run_written
 
 

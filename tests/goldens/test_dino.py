@@ -7,17 +7,17 @@ pytest.importorskip("detectron2")
 import torch
 
 from checkers import Status
-from piip.modeling.dino import boxes, criterion, denoising, layers, positions, transformer
+from piip.modeling.dino import criterion, denoising, geometry, transformer
 from written_cases import GOLDENS, failed, run_path
 
 
 @pytest.mark.parametrize(
     ("module", "constant", "value", "name", "expected"),
     [
-        (boxes, "_EPS", 1e-5, "dino_decoder_dn", "output.ref.1"),
-        (boxes, "_EPS", 1e-5, "dino_dn_queries", "output.dn_bbox_query"),
-        (positions, "_MAP_TEMPERATURE", 10_000, "dino_encoder_many_queries", "output.pos.0"),
-        (positions, "_BOX_TEMPERATURE", 20, "dino_decoder_dn", "output.query_pos.0"),
+        (geometry, "_EPS", 1e-5, "dino_decoder_dn", "output.ref.1"),
+        (geometry, "_EPS", 1e-5, "dino_dn_queries", "output.dn_bbox_query"),
+        (geometry, "_MAP_TEMPERATURE", 10_000, "dino_encoder_many_queries", "output.pos.0"),
+        (geometry, "_BOX_TEMPERATURE", 20, "dino_decoder_dn", "output.query_pos.0"),
         (transformer, "_BASE_SIDE", 0.1, "dino_encoder_many_queries", "output.proposals_unact"),
     ],
 )
@@ -28,13 +28,13 @@ def test_wrong_constants_fail(monkeypatch, module, constant, value, name, expect
 
 def test_boxes_that_stop_the_gradient_fail(monkeypatch):
     """Looking forward once: the boxes that a layer starts from are detached for its prediction, too."""
-    forward = layers.Decoder.forward
+    forward = transformer.Decoder.forward
 
     def once(self, *args, **kwargs):
         hidden, references = forward(self, *args, **kwargs)
         return hidden, [reference.detach() for reference in references]
 
-    monkeypatch.setattr(layers.Decoder, "forward", once)
+    monkeypatch.setattr(transformer.Decoder, "forward", once)
     wrong = failed(run_path(GOLDENS / "dino_dn_train_one_empty.json"))
     assert wrong and all(name.startswith("grad.") for name in wrong)
 

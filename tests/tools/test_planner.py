@@ -8,8 +8,7 @@ from piip_core import zoo
 from piip_core.errors import ConfigError
 from piip_tools.flops.published import published_count
 from piip_tools.planner.candidates import Budget, candidates, nearest_published, parse_budget, parse_count
-from piip_tools.planner.measuring import measure, search
-from piip_tools.planner.proposals import RULES, Measured, baseline_for, propose
+from piip_tools.planner.proposals import RULES, Measured, baseline_for, measure, propose, search
 
 TOP = 6
 # printed GFLOPs of the published three-branch rows: models, images, box AP printed

@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from piip.data.loader import derive_seed
-from piip.deepspeed_trainer import zero_stage
+from piip.deepspeed_training import zero_stage
 from piip_core.checkpoints import write_checkpoint
 from piip_core.errors import ConfigError
 from piip_core.training_checkpoints import FailedSaves, SaveError
@@ -97,8 +97,7 @@ class MetricWriters(hooks.PeriodicWriter):
 class StepSeed(HookBase):
     """Seeds all generators before every iteration, so that an iteration is the same in a resumed run.
 
-    Args:
-        seed (int): same on all processes; negative draws one, which checkpoints keep.
+    The seed is that of all processes; a negative one draws it, and checkpoints keep it.
     """
 
     def __init__(self, seed: int) -> None:
@@ -141,13 +140,8 @@ def average_settings(cfg: DictConfig) -> dict[str, Any] | None:
 class WeightAverage(HookBase):
     """Updates an average of the weights after every iteration; it is part of the trainer's state in checkpoints.
 
-    The last one is written to the output folder, to be loaded like any weights.
-
-    Args:
-        model (nn.Module): the model as it was built: not wrapped, on its device.
-        output_dir (str): folder of the run.
-        description (Mapping[str, Any]): what to store beside the exported weights.
-        settings: arguments of timm's `ModelEmaV3`, such as decay.
+    The last one is written to the output folder with a `description`, to be loaded like any weights. `model` is not
+    wrapped and on its device; `settings` are arguments of timm's `ModelEmaV3`, such as decay.
     """
 
     def __init__(self, model: nn.Module, output_dir: str, description: Mapping[str, Any], **settings: Any) -> None:

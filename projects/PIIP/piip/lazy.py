@@ -23,10 +23,8 @@ def lazy_dataclass(config: Any) -> DictConfig:
     """Describes a configuration dataclass as a LazyConfig node that instantiates to an equal one.
 
     Every field can then be overridden on the command line, for example
-    `model.backbone.bottom_up.config.branches.branch1.image_size=448`.
-
-    Args:
-        config: A dataclass instance; dataclasses inside it become nodes too, branches under their number.
+    `model.backbone.bottom_up.config.branches.branch1.image_size=448`. Dataclasses inside of it become nodes too,
+    branches under their number.
     """
     return LazyCall(type(config))(**{f.name: _lazy(getattr(config, f.name)) for f in dataclasses.fields(config)})
 

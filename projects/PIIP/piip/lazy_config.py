@@ -19,14 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from piip.data import Category, DatasetError, coco_categories
 from piip.data.classification import folder_categories, get_train_dicts
-from piip.data.dataset import check_same_classes
+from piip.data.dataset import check_same_classes, existing_folder
 from piip.data.label_maps import label_classes
 from piip.setting_types import convert, leave_unchecked, setting_kinds
 from piip_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {"coco": "annotations", "label_maps": "labels", "class_folders": "images"}  # and what a test set of each has
+# Kinds of data sets, and the setting that says where one is
+_KINDS = {"coco": "annotations", "label_maps": "labels", "class_folders": "images"}
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -145,6 +146,18 @@ def has_test_set(cfg: DictConfig) -> bool:
     return kind is None or test.get(_KINDS[kind]) is not None or bool(test.get("share"))
 
 
+def check_folders(cfg: DictConfig, *, training: bool) -> None:
+    """Raises DatasetError if a folder of images or label maps is missing that training or test will read."""
+    if data_kind(cfg) not in ("coco", "label_maps"):  # folders of classes are read for their classes
+        return
+    parts = [cfg.data.train] if training else []
+    parts += [cfg.data.test] if has_test_set(cfg) else []
+    for part in parts:
+        for setting in ("images", "labels"):
+            if setting in part:
+                existing_folder(part[setting], f"a folder of {setting}", setting)
+
+
 def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ...]:
     """Sets `data.num_classes`, which the model's fields refer to, from annotation files, label maps or folders.
 
@@ -164,39 +177,26 @@ def follow_annotations(cfg: DictConfig, *, training: bool) -> tuple[Category, ..
         classes = label_classes(cfg.data.classes, cfg.data.get("reduce_zero_label"))
         logger.info("Values in the label maps: %s", classes.meaning)
         source, categories = str(cfg.data.classes), classes.categories
-    elif kind == "class_folders":
-        source, categories = _folder_categories(cfg, training)
     else:
-        source, categories = _annotated_categories(cfg, training)
+        source, categories = _stored_categories(cfg, kind, training)
     cfg.data.num_classes = len(categories)
     names = ", ".join(category.name for category in categories[:10]) + (" ..." if len(categories) > 10 else "")
     logger.info("%d classes from %s: %s", len(categories), source, names)
     return categories
 
 
-def _annotated_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Category, ...]]:
-    """An annotation file and its categories, which are those of the others, too."""
-    files = [cfg.data.train.annotations] if training else []
-    if cfg.data.test.annotations is not None:
-        files.append(cfg.data.test.annotations)
-    if not files:
-        raise DatasetError("data.test.annotations is null: expected a COCO-format annotation file to evaluate on")
-    categories = [coco_categories(file) for file in files]
-    check_same_classes(files[0], categories[0], files[-1], categories[-1])
-    return files[0], categories[0]
-
-
-def _folder_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Category, ...]]:
-    """A folder with a sub-folder per class, which is that of the others, too, and its classes."""
-    train, test = cfg.data.train, cfg.data.test
+def _stored_categories(cfg: DictConfig, kind: str, training: bool) -> tuple[str, tuple[Category, ...]]:
+    """An annotation file or folder of classes and its categories, which are those of the others, too."""
+    train, test, setting = cfg.data.train, cfg.data.test, _KINDS[kind]
     share = test.get("share") or 0.0
-    folders = [train.images] if training or share else []
-    if test.images is not None and not share:
-        folders.append(test.images)
-    if not folders:
-        raise DatasetError("data.test.images is null: expected a folder with a sub-folder of images per class")
-    categories = [folder_categories(folder) for folder in folders]
-    check_same_classes(folders[0], categories[0], folders[-1], categories[-1])
+    sources = [train[setting]] if training or share else []
+    if test[setting] is not None and not share:
+        sources.append(test[setting])
+    if not sources:
+        raise DatasetError(f"data.test.{setting} is null: expected a data set to evaluate on")
+    read = coco_categories if kind == "coco" else folder_categories
+    categories = [read(source) for source in sources]
+    check_same_classes(sources[0], categories[0], sources[-1], categories[-1])
     if training and "num_images" in train:
         train.num_images = len(get_train_dicts(train.images, share=share))
         batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=1)
@@ -207,7 +207,7 @@ def _folder_categories(cfg: DictConfig, training: bool) -> tuple[str, tuple[Cate
                 train.num_images,
                 batch,
             )
-    return folders[0], categories[0]
+    return sources[0], categories[0]
 
 
 def skip_pretrained(cfg: DictConfig) -> None:

@@ -26,10 +26,23 @@ from torch import nn
 
 from piip.checkpointer import AtomicCheckpointer, CategoryTable, follow_published, read_categories
 from piip.data import Category, DatasetError, TrainLoader
-from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, run_folder
-from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_model, zero_stage
+from piip.deepspeed_training import (
+    DeepSpeedCheckpointer,
+    DeepSpeedTrainer,
+    build_engine,
+    evaluation_model,
+    run_folder,
+    zero_stage,
+)
 from piip.hooks import ClipNorm, MetricWriters, Saves, StepSeed, WeightAverage, average_settings
-from piip.lazy_config import check_device, follow_annotations, has_test_set, load_config, skip_pretrained
+from piip.lazy_config import (
+    check_device,
+    check_folders,
+    follow_annotations,
+    has_test_set,
+    load_config,
+    skip_pretrained,
+)
 from piip_core.errors import ConfigError
 from piip_core.files import explain_write_errors
 from piip_core.training_checkpoints import OutputFolderError, lock_run
@@ -54,7 +67,8 @@ def main(args: argparse.Namespace) -> None:
         stack.enter_context(explain_write_errors(output_dir, full_disk_only=True))
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name="piip")
         categories = follow_annotations(cfg, training=not args.eval_only)
-        default_setup(cfg, args)  # after the line above: it saves the configuration
+        check_folders(cfg, training=not args.eval_only)
+        default_setup(cfg, args)  # after the lines above: it prints and saves the configuration
         logger.info("Running on %s, %d process(es)", cfg.train.device, comm.get_world_size())
         if args.eval_only:
             evaluate_only(cfg, categories, resume=args.resume)
@@ -276,10 +290,7 @@ class _DeepSpeedRun(_Run):
         engine = build_engine(cfg, model, optimizer, batch_size)
         skip_pretrained(cfg)  # for the models that are made from now on, to be filled with the weights of this one
         self.trainer = DeepSpeedTrainer(engine, loader, optimizer)
-        period, keep = cfg.train.checkpointer.period, cfg.train.checkpointer.get("max_to_keep")
-        self.save = DeepSpeedCheckpointer(
-            engine, self.trainer, cfg.train.output_dir, table, period=period, max_to_keep=keep
-        )
+        self.save = DeepSpeedCheckpointer(engine, self.trainer, cfg.train.output_dir, table, **cfg.train.checkpointer)
         self._cfg, self._last = cfg, last
 
     def load(self) -> None:

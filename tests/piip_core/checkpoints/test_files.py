@@ -64,8 +64,9 @@ def test_broken_files_are_named(name, damage, tmp_path):
     write_checkpoint(path, {"a": torch.randn(1000)})
     content = {"empty": b"", "truncated": path.read_bytes()[:2000], "text": b"<!doctype html>" * 50}[damage]
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as error:
         read_checkpoint(path)
+    assert ("is empty (0 bytes)" in str(error.value)) == (damage == "empty" and name == "file.pth")
 
 
 def test_missing_files_and_files_without_weights_are_named(tmp_path):

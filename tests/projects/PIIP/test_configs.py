@@ -13,7 +13,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
 from omegaconf import OmegaConf
 
-from piip.data import KeepRatioResize, MultiScaleCrop, PhotometricDistortion, RatioRangeResize, ShortSideResize
+from piip.data import KeepRatioResize, MultiScaleCrop, PhotometricDistortion
 from piip_core import zoo
 from piip_core.branches import ConvNeXtConfig
 from piip_core.checkpoints import model_shapes
@@ -188,12 +188,12 @@ def check_data(recipe, cfg):
 def check_segmentation(recipe, cfg):
     side, length, warmup = recipe["crop"], recipe["max_iter"], recipe["warmup_iters"]
     resize, crop, flip, distortion = instantiate(cfg.dataloader.train.mapper.augmentations)
-    assert isinstance(resize, RatioRangeResize) and isinstance(flip, T.RandomFlip)
-    assert (list(resize.scale), tuple(resize.ratio_range)) == (recipe["scale"], (0.5, 2.0))
+    assert isinstance(resize, KeepRatioResize) and isinstance(flip, T.RandomFlip)
+    assert (list(resize.scales[0]), tuple(resize.ratio_range)) == (recipe["scale"], (0.5, 2.0))
     assert tuple(crop.crop_aug.crop_size) == (side, side) and crop.single_category_max_area == 0.75
     assert isinstance(distortion, PhotometricDistortion)
     (test,) = instantiate(cfg.dataloader.test.mapper.augmentations)
-    assert isinstance(test, ShortSideResize) and test.short_side == side
+    assert isinstance(test, KeepRatioResize) and test.scales == [(math.inf, side)]
     assert (cfg.model.inference, cfg.model.window, cfg.model.stride) == ("slide", side, recipe["stride"])
     assert cfg.model.train_size == side
     assert cfg.model.sem_seg_head.num_classes == cfg.model.auxiliary_head.num_classes == 150

@@ -16,8 +16,8 @@ from detectron2.data.transforms import ResizeShortestEdge
 from safetensors.torch import load_file
 
 from checkers.detection.pipeline import network_input
-from piip.data import KeepRatioResize, ShortSideResize
-from piip.data.transforms import OpenCVResizeTransform, keep_ratio_size, short_side_size
+from piip.data import KeepRatioResize
+from piip.data.transforms import OpenCVResizeTransform, keep_ratio_size
 from piip.lazy_config import load_config
 
 
@@ -45,7 +45,7 @@ def test_test_time_pipeline_equals_the_public_one_bit_for_bit(repo_root, formula
         k = entry["k"]
         image = formula_image(*entry["ori_shape"], k)
         assert _sha256(image) == entry["input_sha256"]
-        augmentation = ShortSideResize(min(scale)) if name == "pipe_seg_512" else KeepRatioResize([scale])
+        augmentation = KeepRatioResize([(np.inf, min(scale)) if name == "pipe_seg_512" else scale])
         assert _sha256(augmentation.get_transform(image).apply_image(image)) == entry["resized_u8_bgr_sha256"]
 
         tensor = network_input(image, [augmentation], image_format="BGR", **settings)[0]
@@ -100,7 +100,7 @@ def test_keep_ratio_differs_from_detectron2_only_at_known_ties(long, short, diff
 def test_short_side_is_exact_and_the_long_one_unlimited():
     generator = np.random.default_rng(0)
     for height, width in [(1, 1), (7, 9000), *generator.integers(1, 3000, (500, 2))]:
-        size = short_side_size(int(height), int(width), 512)
+        size = keep_ratio_size(int(height), int(width), np.inf, 512)
         assert min(size) == 512
         exact = [512 * side / min(height, width) for side in (height, width)]
         assert max(abs(np.subtract(size, exact))) <= 0.5
@@ -142,7 +142,7 @@ def test_what_cannot_be_resized_is_refused():
         OpenCVResizeTransform(4, 4, 8, 8).apply_image(np.zeros((4, 4, 3), dtype=np.float32))
     with pytest.raises(ValueError, match="long side, short side"):
         KeepRatioResize([1333])
-    with pytest.raises(ValueError, match="short_side=0"):
-        ShortSideResize(0)
+    with pytest.raises(ValueError, match="long side, short side"):
+        KeepRatioResize([(np.inf, 0)])
     with pytest.raises(ValueError, match="made for"):
         OpenCVResizeTransform(4, 4, 8, 8).apply_image(np.zeros((5, 4, 3), dtype=np.uint8))

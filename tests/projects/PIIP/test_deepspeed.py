@@ -18,8 +18,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from piip.checkpointer import RUN_STATE, CategoryTable, read_categories
-from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, export_checkpoint, run_folder
-from piip.deepspeed_trainer import deepspeed_config, zero_stage
+from piip.deepspeed_training import (
+    DeepSpeedCheckpointer,
+    deepspeed_config,
+    export_checkpoint,
+    run_folder,
+    zero_stage,
+)
 from piip.hooks import FINAL_AVERAGE, ClipNorm
 from piip.lazy_config import follow_annotations, load_config
 from piip.train import evaluate_only, main

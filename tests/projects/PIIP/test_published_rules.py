@@ -10,7 +10,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 
-from piip.modeling.mask_rcnn import BestBoxMatcher, TwoSidedBox2BoxTransform, published_mask_rcnn, weights_from_stds
+from piip.modeling.rcnn import BestBoxMatcher, TwoSidedBox2BoxTransform, published_mask_rcnn, weights_from_stds
 
 
 def literal_assignment(quality, positive, negative, minimum):

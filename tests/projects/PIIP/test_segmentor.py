@@ -12,8 +12,7 @@ from detectron2.modeling import Backbone
 from torch import nn
 
 from piip.modeling import FCNHead, SlidingWindowSegmentor, UperNetHead
-from piip.modeling.segmentor import window_starts
-from piip.modeling.upernet import SegmentationHead
+from piip.modeling.segmentor import SegmentationHead, window_starts
 from piip_core.meta import on_meta
 
 CLASSES = 4

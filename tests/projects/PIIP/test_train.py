@@ -149,7 +149,7 @@ def test_a_wrong_test_set_stops_before_training(tiny_config, shared_coco, tmp_pa
     opts = [*shared_coco.overrides("train", "test"), "data.test.images=/nowhere"]
     with pytest.raises(DatasetError, match="/nowhere: no such folder"):
         _train(tiny_config, tmp_path / "o", *opts)
-    assert not (tmp_path / "o" / "metrics.json").exists()
+    assert not (tmp_path / "o" / "config.yaml").exists()  # nor is it printed
 
 
 def test_an_earlier_run_in_the_folder_is_warned_about(finished_run, tiny_config, shared_coco, tmp_path, caplog):

@@ -33,19 +33,12 @@ _OFFSETS = 2.0  # pixels: how far trained offsets spread around their reference 
 
 @dataclass(frozen=True, kw_only=True)
 class TimedModel:
-    """A backbone to measure.
-
-    Attributes:
-        name: Which backbone it is.
-        form: Which form of it, out of `FORMS`; of a baseline its name.
-        build: Makes it with random weights, in float32.
-        image_size: Side of the square images it gets.
-    """
+    """A backbone to measure."""
 
     name: str
-    form: str
-    build: Callable[[], nn.Module]
-    image_size: int
+    form: str  # out of `FORMS`; of a baseline its name
+    build: Callable[[], nn.Module]  # with random weights, in float32
+    image_size: int  # side of the square images it gets
 
     def load(self, precision: str, device: str, batch: int) -> tuple[nn.Module, Tensor]:
         """The model in evaluation mode, and images for it."""
@@ -59,13 +52,9 @@ class TimedModel:
 def piip_models(
     names: Sequence[str], forms: Sequence[str], *, scale: float = 1.0, neck: bool = False
 ) -> list[TimedModel]:
-    """Backbones of published models.
+    """Backbones of published models in some of the `FORMS`, with `neck` under the FPN (256 channels) of our detectors.
 
-    Args:
-        names: Of the models, see `zoo.names`.
-        forms: Out of `FORMS`.
-        scale: Factor of all image sizes, which are cut to multiples of 32.
-        neck: Gives them the FPN (256 channels) of our detectors.
+    Image sizes times `scale` are cut to multiples of 32.
     """
 
     def build(entry: zoo.ZooEntry) -> nn.Module:

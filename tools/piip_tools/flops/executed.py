@@ -32,15 +32,10 @@ MACS_PER_SAMPLE = 5  # four corners of the bilinear interpolation and the attent
 
 @dataclass(frozen=True)
 class ModuleCounts:
-    """Counts of a model by module.
+    """Counts of a model by module."""
 
-    Attributes:
-        params: Parameters by their names.
-        macs: Multiply-accumulates by the name of each module that was called, with those of the modules it called.
-    """
-
-    params: Mapping[str, int]
-    macs: Counter[str]
+    params: Mapping[str, int]  # by the names of the parameters
+    macs: Counter[str]  # by the name of each module that was called, with those of the modules it called
 
     @property
     def total(self) -> Count:
@@ -64,10 +59,7 @@ def _is_inside(name: str, outer: str) -> bool:
 def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCounts:
     """Runs a model once without gradients and counts.
 
-    Args:
-        model: All its parameters are counted.
-        inputs: Positional arguments of the forward.
-        run: Name of the submodule to run on them; "" for the model itself.
+    `run` is the name of the submodule that gets the `inputs`, "" for the model itself; all parameters are counted.
     """
     formulas = {
         torch.ops.piip.deform_attn_grid: _deformable_grid_flops,
@@ -112,30 +104,21 @@ def _deformable_grid_flops(
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleRow:
-    """One part of a model. None where a part does not exist by that rule, or was not run.
-
-    Attributes:
-        params: Parameters it holds.
-        flops: Multiply-accumulates it executes.
-        params_published_count: Parameters by the published rule.
-        flops_published_count: Multiply-accumulates by the published rule.
-    """
+    """One part of a model. None where a part does not exist by that rule, or was not run; FLOPs are MACs."""
 
     name: str
-    params: int | None = None
-    flops: int | None = None
-    params_published_count: int | None = None
+    params: int | None = None  # that it holds
+    flops: int | None = None  # that it executes
+    params_published_count: int | None = None  # by the published rule
     flops_published_count: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport(ModuleRow):
-    """Counts of a model and of its parts.
+    """Counts of a model and of its parts, which add up to it.
 
-    Attributes:
-        input_size: Height and width of the image of the executed count. The published count is always of one square
-            image of the last branch's size.
-        modules: The parts; they add up to the model.
+    `input_size` is height and width of the image of the executed count. The published count is always of one square
+    image of the last branch's size.
     """
 
     input_size: tuple[int, int]

@@ -38,17 +38,11 @@ class Count:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedCount:
-    """Published count by part.
+    """Published count by part."""
 
-    Attributes:
-        branches: Each branch, Branch 1 first.
-        interactions: All interactions together.
-        head: The head that stands in for merging and feature pyramid.
-    """
-
-    branches: tuple[Count, ...]
-    interactions: Count
-    head: Count
+    branches: tuple[Count, ...]  # Branch 1 first
+    interactions: Count  # all together
+    head: Count  # what stands in for merging and feature pyramid
 
     @property
     def total(self) -> Count:
@@ -207,18 +201,16 @@ def _blocks(
     count = Count()
     for window in branch.window_sizes:
         keys = patches if window is None else window * window
-        projected = tokens if window is None or not dense else _padded(branch, window)
+        projected = tokens
+        if window is not None and dense:
+            side = branch.image_size // branch.network.strides[0]
+            projected = (-(-side // window) * window) ** 2
         count += norm(tokens, width) * 2
         count += _linear(projected, width, 3 * width, bias=False) + Count(qkv_bias)
         count += Count(macs=2 * patches * keys * width)
         count += _linear(tokens, width, width)
         count += _linear(tokens, width, hidden) + _linear(tokens, hidden, width)
     return count
-
-
-def _padded(branch: BranchConfig, window: int) -> int:
-    side = branch.image_size // branch.network.strides[0]
-    return (-(-side // window) * window) ** 2
 
 
 @_network.register

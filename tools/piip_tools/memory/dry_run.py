@@ -41,14 +41,11 @@ _FLOAT32_ON_CUDA = {F.layer_norm, F.group_norm, F.rms_norm, F.interpolate, F.sof
 class Activations:
     """What a training step takes beside the model, its gradients and the optimizer's state, in bytes.
 
-    Attributes:
-        saved: At the end of the forward pass: what is kept for the backward pass, and the batch.
-        peak: The most at any time, from the batch to the end of the backward pass. Gradients of parameters count while
-            autograd computes them, until they reach the parameter.
+    Gradients of parameters count while autograd computes them, until they reach the parameter.
     """
 
-    saved: int
-    peak: int
+    saved: int  # at the end of the forward pass: what is kept for the backward pass, and the batch
+    peak: int  # the most at any time, from the batch to the end of the backward pass
 
 
 class DryRun:

@@ -30,24 +30,15 @@ _REDUCE_BUCKETS = 2  # communication overlaps with the backward pass
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStates:
-    """Bytes on one of the GPUs, and in the memory of its host, that do not depend on the batch.
-
-    Attributes:
-        parameters: Weights.
-        gradients: What stays of the gradients until the optimizer's step.
-        optimizer: AdamW's moments, and in stages 1 and 2 the copy of the weights that it updates.
-        communication: Buckets that gradients and weights travel in, and the weights that stage 3 has gathered.
-        step: What the optimizer's step takes for itself while activations take nothing.
-        whole: The whole weights with what else is there: alone before they are divided, in stage 3 again, as a copy,
-            while the model is evaluated.
-        host: In the memory of the host, per GPU.
-    """
+    """Bytes on one of the GPUs, and in the memory of its host, that do not depend on the batch."""
 
     parameters: int
-    gradients: int
-    optimizer: int
-    communication: int
-    step: int
+    gradients: int  # what stays of them until the optimizer's step
+    optimizer: int  # AdamW's moments, and in stages 1 and 2 the copy of the weights that it updates
+    communication: int  # buckets that gradients and weights travel in, and the weights that stage 3 has gathered
+    step: int  # what the optimizer's step takes for itself while activations take nothing
+    # The whole weights with what else is there: alone before they are divided, in stage 3 again, as a copy, while the
+    # model is evaluated
     whole: int
     host: int = 0
 
@@ -133,24 +124,15 @@ class Estimate:
     allocated: more, because gradients count in full while activations are at their peak. Without them it is not above
     (tests/tools/test_memory_estimate.py asks for that, and for at most 5 % less with them). Nothing here was compared
     with a GPU.
-
-    Attributes:
-        stage: ZeRO stage, 0 for DistributedDataParallel.
-        checkpointing: Whether blocks are computed again in the backward pass instead of kept.
-        states: Bytes that do not depend on the batch.
-        activations: Bytes that do.
-        buffers: Bytes of the model's buffers.
-        total: The most bytes at any time; activations and what the optimizer's step takes are never there together.
-        fits: Whether `total` leaves `RESERVE` of the GPU free.
     """
 
-    stage: int
-    checkpointing: bool
+    stage: int  # of ZeRO, 0 for DistributedDataParallel
+    checkpointing: bool  # whether blocks are computed again in the backward pass instead of kept
     states: ModelStates
     activations: Activations
-    buffers: int
-    total: int
-    fits: bool
+    buffers: int  # bytes of the model's buffers
+    total: int  # the most bytes at any time; activations and what the step takes are never there together
+    fits: bool  # whether `total` leaves `RESERVE` of the GPU free
 
     @property
     def title(self) -> str:

@@ -52,7 +52,7 @@ def training_size(cfg: DictConfig) -> tuple[int, int]:
 
 def size_divisor(model: nn.Module) -> int:
     """What the sides of padded images are multiples of; classifiers pad nothing."""
-    return 1 if isinstance(model, ImageClassifier) else model.backbone.padding_constraints["size_divisibility"]
+    return 1 if isinstance(model, ImageClassifier) else model.backbone.size_divisibility
 
 
 def training_step(model: nn.Module, batch_size: int, size: tuple[int, int]) -> tuple[Step, list[str]]:

@@ -84,15 +84,10 @@ def _split(text: str) -> tuple[float, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A parameter-inverted pyramid of DeiT models: the smaller the model, the larger its image (paper section III-A).
+    """A parameter-inverted pyramid of DeiT models: the smaller a model, the larger its image (paper section III-A)."""
 
-    Args:
-        models: Sizes of the models, smallest first, as in the published names.
-        image_sizes: Image side of each, largest first.
-    """
-
-    models: str
-    image_sizes: tuple[int, ...]
+    models: str  # sizes of the models, smallest first, as in the published names
+    image_sizes: tuple[int, ...]  # image side of each, largest first
 
     @cached_property
     def count(self) -> PublishedCount:
@@ -138,11 +133,6 @@ class Candidate:
     def shares(self) -> tuple[float, ...]:
         """Part of all FLOPs that each branch takes, in the order of `models`; the rest is interactions and head."""
         return tuple(branch.macs / self.flops for branch in reversed(self.count.branches))
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Side of each image relative to the next smaller one."""
-        return tuple(a / b for a, b in itertools.pairwise(self.image_sizes))
 
 
 @cache

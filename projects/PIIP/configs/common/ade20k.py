@@ -4,6 +4,7 @@ Own data, on the command line (label maps: PNG files named as the images, 0 to N
     data.train.images=DIR data.train.labels=DIR data.test.images=DIR data.test.labels=DIR data.classes=names.txt
 """
 
+import math
 import os
 
 import detectron2.data.transforms as T
@@ -11,7 +12,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader
 from omegaconf import OmegaConf
 
-from piip.data import PhotometricDistortion, RatioRangeResize, ShortSideResize, build_train_loader
+from piip.data import KeepRatioResize, PhotometricDistortion, build_train_loader
 from piip.data.label_maps import IGNORE_LABEL
 from piip.data.segmentation import SemSegDatasetMapper, build_sem_seg_evaluator, get_sem_seg_dicts
 
@@ -58,7 +59,7 @@ dataloader.train = L(build_train_loader)(
     mapper=L(SemSegDatasetMapper)(
         is_train=True,
         augmentations=[
-            L(RatioRangeResize)(scale="${data.train.scale}", ratio_range="${data.train.ratio_range}"),
+            L(KeepRatioResize)(scales=["${data.train.scale}"], ratio_range="${data.train.ratio_range}"),
             L(T.RandomCrop_CategoryAreaConstraint)(
                 crop_type="absolute",
                 crop_size="${data.train.crop}",
@@ -87,7 +88,7 @@ dataloader.test = L(build_detection_test_loader)(
     ),
     mapper=L(SemSegDatasetMapper)(
         is_train=False,
-        augmentations=[L(ShortSideResize)(short_side="${data.test.short_side}")],
+        augmentations=[L(KeepRatioResize)(scales=[(math.inf, "${data.test.short_side}")])],
         image_format="${...train.mapper.image_format}",
         **_classes,
     ),

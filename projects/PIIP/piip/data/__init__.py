@@ -6,7 +6,7 @@ from .coco import build_coco_evaluator, coco_categories, get_coco_dicts
 from .dataset import Category, DatasetError, read_image
 from .loader import TrainLoader, build_train_loader
 from .mapper import CheckedDatasetMapper
-from .transforms import KeepRatioResize, MultiScaleCrop, PhotometricDistortion, RatioRangeResize, ShortSideResize
+from .transforms import KeepRatioResize, MultiScaleCrop, PhotometricDistortion
 
 __all__ = [
     "Category",
@@ -15,8 +15,6 @@ __all__ = [
     "KeepRatioResize",
     "MultiScaleCrop",
     "PhotometricDistortion",
-    "RatioRangeResize",
-    "ShortSideResize",
     "TrainLoader",
     "UnreadableImageError",
     "build_coco_evaluator",

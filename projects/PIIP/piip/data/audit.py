@@ -80,11 +80,8 @@ def audit_classes(
 ) -> Audit:
     """Counts the images of every class, reads them to the end and reports everything that is wrong.
 
-    Args:
-        parts: Title and folder of every set, and the numbers of classes and images that it should have, if known. All
-            should have the classes of the first.
-        decode: Read every image to the end; otherwise they are counted only.
-        workers: Files that are read at the same time; by default one per core.
+    `parts` are title and folder of every set, and the numbers of classes and images that it should have, if known; all
+    should have the classes of the first. Without `decode`, images are only counted.
     """
     sets: list[SetAudit] = []
     known: list[str] = []

@@ -8,6 +8,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,15 +193,22 @@ def _class_folders(images: str) -> dict[str, str]:
 
 def _divided(images: str, share: float, num_classes: int | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Records to train on, and held-out ones."""
-    number = len(folder_categories(images))
-    check_num_classes(number, f"{images}: {number} classes (sub-folders)", num_classes)
+    folders = _class_folders(images)
+    check_num_classes(len(folders), f"{images}: {len(folders)} classes (sub-folders)", num_classes)
     if not 0 <= share < 1:
         raise DatasetError(f"data.test.share={share}: expected a part of the training images, from 0 to below 1")
-    by_class: dict[int, list[str]] = {}
-    for path, label in _read(images):
-        by_class.setdefault(label, []).append(path)
+    by_class: list[list[str]] = [[] for _ in folders]
+    for path, label in _list_once(images, tuple((path, os.stat(path).st_mtime_ns) for path in folders.values())):
+        by_class[label].append(path)
+    empty = [name for name, paths in zip(folders, by_class, strict=True) if not paths]
+    if empty:
+        raise DatasetError(
+            f"{images}: {len(empty)} of {len(folders)} classes (sub-folders) have no image: {first_few(empty)}: "
+            "expected files that end in .jpg, .png or another ending of images that Pillow reads; remove such folders "
+            "or fill them"
+        )
     train, held_out = [], []
-    for label, paths in by_class.items():
+    for label, paths in enumerate(by_class):
         chosen: set[str] = set()
         if share:
             if len(paths) < 2:
@@ -209,32 +217,13 @@ def _divided(images: str, share: float, num_classes: int | None) -> tuple[list[d
                     "least two images in every class"
                 )
             count = min(max(round(share * len(paths)), 1), len(paths) - 1)
-            chosen.update(sorted(paths, key=lambda path: _digest(os.path.relpath(path, images)))[:count])
+            names = {path: Path(os.path.relpath(path, images)).as_posix() for path in paths}
+            chosen.update(sorted(paths, key=lambda path: hashlib.sha256(names[path].encode()).digest())[:count])
         for path in paths:
             (held_out if path in chosen else train).append({"file_name": path, "label": label})
     return train, held_out
 
 
-def _digest(path: str) -> bytes:
-    return hashlib.sha256(path.replace(os.sep, "/").encode()).digest()
-
-
-def _read(images: str) -> list[tuple[str, int]]:
-    """Path and class of every image; an error if a class has none."""
-    folders = _class_folders(images)
-    return _read_classes(images, tuple(folders), tuple(os.stat(path).st_mtime_ns for path in folders.values()))
-
-
 @lru_cache(maxsize=4)  # asked for several times, and listing ImageNet on a network disk takes a while
-def _read_classes(images: str, names: tuple[str, ...], changed: tuple[int, ...]) -> list[tuple[str, int]]:
-    del changed  # part of the key
-    found = list_images(images)
-    labels = {label for _, label in found}
-    empty = [name for label, name in enumerate(names) if label not in labels]
-    if empty:
-        raise DatasetError(
-            f"{images}: {len(empty)} of {len(names)} classes (sub-folders) have no image: {first_few(empty)}: expected "
-            "files that end in .jpg, .png or another ending of images that Pillow reads; remove such folders or fill "
-            "them"
-        )
-    return found
+def _list_once(images: str, changed: tuple[tuple[str, int], ...]) -> list[tuple[str, int]]:
+    return list_images(images)

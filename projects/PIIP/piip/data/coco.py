@@ -24,9 +24,8 @@ from detectron2.utils.file_io import PathManager
 
 from piip_core.images import spellings
 
-from .coco_annotations import Findings, check_annotations, whole_number
-from .dataset import Category, DatasetError, check_num_classes, existing_folder, first_few
-from .masks import compressed
+from .coco_annotations import Findings, check_annotations, compressed, whole_number
+from .dataset import Category, DatasetError, check_num_classes, existing_folder
 
 logger = logging.getLogger(__name__)
 
@@ -90,19 +89,6 @@ def coco_categories(path: str) -> tuple[Category, ...]:
     return _check_categories(data["categories"], Findings(path))
 
 
-class _Evaluator(COCOEvaluator):
-    """Says beside the numbers which classes are not in them."""
-
-    unseen = ""
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As `COCOEvaluator`."""
-        results = super().evaluate(*args, **kwargs)
-        if results and self.unseen:
-            logger.warning("AP is NaN for categories without an object, and the mean of the others: %s", self.unseen)
-        return results
-
-
 def build_coco_evaluator(
     annotations: str, *, output_dir: str | None = None, require_masks: bool = False, **kwargs: Any
 ) -> COCOEvaluator:
@@ -133,9 +119,7 @@ def build_coco_evaluator(
             thing_dataset_id_to_contiguous_id={category.id: k for k, category in enumerate(file.categories)},
         )
         tasks = None if require_masks else ("bbox",)
-        evaluator = _Evaluator(name, **{"tasks": tasks, "output_dir": output_dir, **kwargs})
-    evaluator.unseen = first_few([f"{category.name} (id {category.id})" for category in file.unseen])
-    return evaluator
+        return COCOEvaluator(name, **{"tasks": tasks, "output_dir": output_dir, **kwargs})
 
 
 @dataclass(frozen=True)
@@ -145,7 +129,6 @@ class _CocoFile:
     data: dict[str, Any]
     categories: tuple[Category, ...]  # sorted by id: class k of the model is entry k
     annotations: dict[int, list[dict[str, Any]]]  # by image id, for every image
-    unseen: tuple[Category, ...]  # those without an object, if the file has annotations
 
 
 def _load(path: str, *, training: bool, require_annotations: bool, require_masks: bool) -> _CocoFile:
@@ -168,17 +151,15 @@ def _load(path: str, *, training: bool, require_annotations: bool, require_masks
         training=training,
         require_masks=require_masks,
     )
-    unseen: tuple[Category, ...] = ()
     if "annotations" in data:
         data["annotations"] = [annotation for group in by_image.values() for annotation in group]
         seen = {annotation["category_id"] for annotation in data["annotations"] if not annotation["iscrowd"]}
-        unseen = tuple(category for category in categories if category.id not in seen)
-    effect = "are never learned" if training else "are in no mean (their AP is NaN)"
-    for category in unseen:
-        kind = f"of {len(categories)} categories have no object and {effect}"
-        found.note(kind, f"category {category.id} ({category.name})")
+        effect = "are never learned" if training else "are in no mean (their AP is NaN)"
+        for category in (category for category in categories if category.id not in seen):
+            kind = f"of {len(categories)} categories have no object and {effect}"
+            found.note(kind, f"category {category.id} ({category.name})")
     found.log_notes(logger)
-    return _CocoFile(data, categories, by_image, unseen)
+    return _CocoFile(data, categories, by_image)
 
 
 def _standard_dicts(file: _CocoFile, images: str) -> list[dict[str, Any]]:

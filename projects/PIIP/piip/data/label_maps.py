@@ -69,10 +69,9 @@ class LabelClasses:
         return f"0 to {self.num_classes - 1} for the classes, {IGNORE_LABEL} to ignore"
 
     def absent(self, pixels: np.ndarray) -> str:
-        """Which classes have no pixel, in words; an empty string if all have.
+        """Which classes have none of the `pixels` (num_classes and more,), whose last number is of those to ignore.
 
-        Args:
-            pixels: Number of pixels of every class (num_classes and more,), the last one those to ignore.
+        In words; an empty string if all have some.
         """
         absent = [repr(name) for name, count in zip(self.names, pixels, strict=False) if not count]
         if not absent:

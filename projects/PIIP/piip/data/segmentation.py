@@ -118,7 +118,11 @@ def get_sem_seg_dicts(
     known = label_classes(classes, reduce_zero_label)
     check_num_classes(known.num_classes, f"{known.num_classes} classes", num_classes)
     pairs = find_pairs(images, labels)
-    sizes = list(read_all(_sizes, pairs, f"Checking {images}", _READERS))
+
+    def read_sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
+        return read_image_size(pair.image), read_label_size(pair.labels)
+
+    sizes = list(read_all(read_sizes, pairs, f"Checking {images}", _READERS))
     different = [
         f"{pair.labels} is {label}, its image {image}"
         for pair, (image, label) in zip(pairs, sizes, strict=True)
@@ -244,10 +248,6 @@ def _files(folder: str, endings: Sequence[str], what: str) -> tuple[dict[str, st
         if found.setdefault(name, path) != path:
             repeated.append(name)
     return found, sorted(repeated)
-
-
-def _sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
-    return read_image_size(pair.image), read_label_size(pair.labels)
 
 
 def _warn_absent(labels: str, pairs: Sequence[Pair], classes: LabelClasses) -> None:

@@ -46,20 +46,8 @@ def keep_ratio_size(height: int, width: int, long_side: float, short_side: float
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
-def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width with the same aspect ratio and a short side of `short_side`, however long the other becomes."""
-    return keep_ratio_size(height, width, short_side * max(height, width) / min(height, width), short_side)
-
-
 class OpenCVResizeTransform(Transform):
-    """Resizes images as OpenCV does; coordinates scale by new / old per axis, masks take the nearest pixel.
-
-    Args:
-        h (int): height of the images it will be applied to.
-        w (int): width of the images it will be applied to.
-        new_h (int): height afterwards.
-        new_w (int): width afterwards.
-    """
+    """Resizes images of h x w pixels as OpenCV does; coordinates scale by new / old, masks take the nearest pixel."""
 
     def __init__(self, h: int, w: int, new_h: int, new_w: int) -> None:
         super().__init__()
@@ -99,64 +87,29 @@ class KeepRatioResize(Augmentation):
     """Resizes so that the image just fits into a frame, keeping the aspect ratio: `keep_ratio_size` in OpenCV's pixels.
 
     Args:
-        scales (list[tuple[int, int]]): frames as (long side, short side); one is drawn at random per image.
+        scales (list[tuple[float, float]]): frames as (long side, short side); one is drawn at random per image. An
+            infinite long side leaves that of the image unlimited.
+        ratio_range (tuple[float, float]): smallest and largest factor of the frame, drawn at random per image; sides
+            times the factor are rounded down. None for the frame itself.
     """
 
-    def __init__(self, scales: Sequence[Sequence[int]]) -> None:
+    def __init__(self, scales: Sequence[Sequence[float]], ratio_range: Sequence[float] | None = None) -> None:
         super().__init__()
         pairs = [tuple(scale) if isinstance(scale, Sequence) else (scale,) for scale in scales]
         if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
             raise ValueError(f"scales={scales}: expected (long side, short side) pairs of positive numbers")
-        self.scales = [(max(pair), min(pair)) for pair in pairs]
+        if ratio_range is not None and not (len(ratio_range) == 2 and 0 < ratio_range[0] <= ratio_range[1]):
+            raise ValueError(f"ratio_range={ratio_range}: expected (smallest, largest), both positive")
+        self.scales, self.ratio_range = [(max(pair), min(pair)) for pair in pairs], ratio_range
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """Draws a frame and returns the resize of a (H, W) or (H, W, C) image that fits it into that."""
         height, width = image.shape[:2]
-        index = np.random.randint(len(self.scales)) if len(self.scales) > 1 else 0
-        return OpenCVResizeTransform(height, width, *keep_ratio_size(height, width, *self.scales[index]))
-
-
-class ShortSideResize(Augmentation):
-    """Gives the shorter side one length and leaves the longer one unlimited: the published segmentation test rule.
-
-    Args:
-        short_side (int): new length of the shorter side, enlarged or shrunk.
-    """
-
-    def __init__(self, short_side: int) -> None:
-        super().__init__()
-        if short_side < 1:
-            raise ValueError(f"short_side={short_side}: expected a positive number of pixels")
-        self.short_side = short_side
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Returns the resize of a (H, W) or (H, W, C) image that gives its shorter side the wanted length."""
-        height, width = image.shape[:2]
-        return OpenCVResizeTransform(height, width, *short_side_size(height, width, self.short_side))
-
-
-class RatioRangeResize(Augmentation):
-    """Resizes so that the image just fits into a frame times a random ratio, keeping the aspect ratio.
-
-    Args:
-        scale (Sequence[int]): frame as (long side, short side); its sides times the ratio are rounded down.
-        ratio_range (Sequence[float]): smallest and largest ratio.
-    """
-
-    def __init__(self, scale: Sequence[int], ratio_range: Sequence[float]) -> None:
-        super().__init__()
-        if len(scale) != 2 or min(scale) < 1:
-            raise ValueError(f"scale={scale}: expected (long side, short side) in pixels")
-        if len(ratio_range) != 2 or not 0 < ratio_range[0] <= ratio_range[1] or min(scale) * ratio_range[0] < 1:
-            raise ValueError(f"ratio_range={ratio_range}: expected (smallest, largest), both positive")
-        self.scale, self.ratio_range = (max(scale), min(scale)), tuple(ratio_range)
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws a ratio and returns the resize of a (H, W) or (H, W, C) image to the frame times it."""
-        height, width = image.shape[:2]
-        ratio = np.random.uniform(*self.ratio_range)
-        long_side, short_side = (int(side * ratio) for side in self.scale)
-        return OpenCVResizeTransform(height, width, *keep_ratio_size(height, width, long_side, short_side))
+        frame = self.scales[np.random.randint(len(self.scales)) if len(self.scales) > 1 else 0]
+        if self.ratio_range is not None:
+            ratio = np.random.uniform(*self.ratio_range)
+            frame = [int(side * ratio) for side in frame]
+        return OpenCVResizeTransform(height, width, *keep_ratio_size(height, width, *frame))
 
 
 class _PolygonCropTransform(CropTransform):

@@ -63,11 +63,11 @@ def _detector(args: argparse.Namespace) -> None:
     """Data set, training with evaluation, images."""
     start = time.monotonic()
     output = args.output / "detector"
-    _print_step(f"Data set: {args.data}", "written" if prepare_digits(args.data) else "already there")
+    print(f"== Data set: {args.data}: {'written' if prepare_digits(args.data) else 'already there'}", flush=True)
     if args.restart:
         shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    _print_step("Training a three-branch PIIP Mask R-CNN", f"everything it writes is in {output}")
+    print(f"== Training a three-branch PIIP Mask R-CNN: everything it writes is in {output}", flush=True)
     # On small images two processes with one thread each are much faster than one process with two threads.
     cores = len(os.sched_getaffinity(0))
     processes = min(cores, 2)
@@ -106,8 +106,7 @@ def _draw_detector(args: argparse.Namespace, output: Path, seconds: float) -> No
     draw_predictions(drawings[0], title, args.data / annotations, args.data / "val", results)
     losses, scores = ({name: curves[key] for key, name in shown.items()} for shown in (_LOSSES, _SCORES))
     draw_curves(drawings[1], "PIIP Mask R-CNN on digit scenes", losses, scores, "COCO AP on validation scenes")
-    _print_step(f"Done in {seconds / 60:.1f} minutes", "images to open:")
-    print(*(f"  {path}" for path in drawings), sep="\n")
+    print(f"== Done in {seconds / 60:.1f} minutes: images to open:", *(f"  {path}" for path in drawings), sep="\n")
     print(f"box AP {box:.1f} (AP50 {box50:.1f}), mask AP {mask:.1f} (AP50 {mask50:.1f}) on the validation scenes")
 
 
@@ -118,11 +117,7 @@ def _classifier(args: argparse.Namespace) -> None:
         shutil.rmtree(output, ignore_errors=True)
     torch.set_num_threads(1)  # the tensors are small: a second thread brings little and waits a lot on a busy machine
     run_classifier(output)
-    _print_step("Done", f"its backbone is {output / 'backbone.safetensors'}")
-
-
-def _print_step(title: str, text: str) -> None:
-    print(f"== {title}: {text}", flush=True)
+    print(f"== Done: its backbone is {output / 'backbone.safetensors'}")
 
 
 if __name__ == "__main__":

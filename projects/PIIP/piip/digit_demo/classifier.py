@@ -53,13 +53,8 @@ def run_classifier(output: Path, *, num_train: int = 8000, num_val: int = 1000, 
     """Trains the classifier, or goes on with training, and prints how well it does.
 
     Besides its own checkpoint it leaves `backbone.safetensors`, a start for a Detectron2 model with this backbone
-    (`train.init_checkpoint`).
-
-    Args:
-        output: Folder for the checkpoint.
-        num_train: Number of training images per epoch, drawn anew each time.
-        num_val: Number of validation images; no digit and no photograph of theirs is in training.
-        epochs: Rounds of training.
+    (`train.init_checkpoint`). The `num_train` images of an epoch are drawn anew each time; no digit and no photograph
+    of the `num_val` others is among them.
     """
     output.mkdir(parents=True, exist_ok=True)
     val_images, val_labels = _make_crops("val", num_val)

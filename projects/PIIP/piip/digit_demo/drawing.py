@@ -49,17 +49,9 @@ def draw_curves(path: Path, title: str, losses: Curves, scores: Curves, score_la
 
 
 def draw_predictions(path: Path, title: str, annotations: Path, images: Path, results: Path, count: int = 12) -> None:
-    """Draws validation images in pairs, ground truth left and prediction right.
+    """Draws images of a COCO annotation file in pairs, ground truth left and predictions in COCO's result format right.
 
-    The images are spread evenly over the annotation file; none is chosen for how it came out.
-
-    Args:
-        path: File to write.
-        title: Text above the images.
-        annotations: COCO annotation file.
-        images: Folder of the images.
-        results: Predictions in COCO's result format (`coco_instances_results.json` of Detectron2's evaluator).
-        count: Number of pairs.
+    They are spread evenly over the file; none is chosen for how it came out.
     """
     from piip.data import read_image  # Detectron2, without which the classifier runs
 

@@ -1,11 +1,9 @@
 """Backbones, heads and meta-architectures for Detectron2."""
 
 from .backbone import PIIPFPN, PIIPBackbone, feature_shapes
-from .cascade_rcnn import published_cascade_mask_rcnn
 from .classifier import ImageClassifier
-from .mask_rcnn import published_mask_rcnn
-from .segmentor import SlidingWindowSegmentor
-from .upernet import FCNHead, UperNetHead
+from .rcnn import published_cascade_mask_rcnn, published_mask_rcnn
+from .segmentor import FCNHead, SlidingWindowSegmentor, UperNetHead
 
 __all__ = [
     "FCNHead",

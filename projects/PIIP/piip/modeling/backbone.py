@@ -65,11 +65,6 @@ class PIIPBackbone(Backbone):
         """What height and width of the images must be multiples of."""
         return self._pad_divisor
 
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        """`size_divisibility` for Detectron2's `ImageList`."""
-        return {"size_divisibility": self._pad_divisor}
-
 
 def feature_shapes(config: PIIPConfig, names: Sequence[str]) -> dict[str, ShapeSpec]:
     """What `PIIPBackbone.output_shape` will say of some maps, for the `input_shape` of heads in a LazyConfig.
@@ -115,8 +110,3 @@ class PIIPFPN(FPN):
     def size_divisibility(self) -> int:
         """What height and width of the images must be multiples of: the bottom-up network's."""
         return self.bottom_up.size_divisibility
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        """Detectron2's constraints with those of the bottom-up network on top."""
-        return {**super().padding_constraints, **self.bottom_up.padding_constraints}

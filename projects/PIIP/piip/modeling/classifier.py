@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from piip_core import ConfigError
@@ -57,7 +57,8 @@ class ImageClassifier(PIIPClassifier):
         self.random_erasing, self.mixup = random_erasing, mixup
         if mixup is not None and mixup.num_classes != config.num_classes:
             raise ConfigError(f"model.mixup.num_classes={mixup.num_classes}: expected {config.num_classes}")
-        self.loss = loss or _cross_entropy(mixup, label_smoothing)
+        plain = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.loss = loss or plain
         self.set_grad_checkpointing(use_act_checkpoint)
         if pretrained and not next(self.parameters()).is_meta:
             load_pretrained(self)
@@ -110,9 +111,3 @@ class ImageClassifier(PIIPClassifier):
                     f"{entry.get('file_name', 'training image')}: label {label}: expected 0 to {self.num_classes - 1}"
                 )
         return torch.tensor([entry["label"] for entry in batched_inputs], device=self.device)
-
-
-def _cross_entropy(mixup: Mixup | None, smoothing: float) -> nn.Module:
-    if mixup:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

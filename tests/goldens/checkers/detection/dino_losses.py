@@ -7,9 +7,9 @@ from torch import Tensor
 
 from checkers import Check, GoldenCase
 from piip.modeling.dino import ContrastiveDenoising, DINOCriterion, HungarianMatcher
-from piip.modeling.dino.boxes import Target
 from piip.modeling.dino.denoising import DenoisingDraws, DenoisingLayout, DenoisingQueries
 from piip.modeling.dino.detector import Predictions
+from piip.modeling.dino.geometry import Target
 from piip_core.errors import NotSupportedYet
 
 from .dino_model import given_targets

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from checkers import Check, GoldenCase
 from checkers.losses import check_gradients as check_recorded
 from piip.modeling.dino import DINO, ContrastiveDenoising, DINOCriterion, DINOTransformer, HungarianMatcher
-from piip.modeling.dino.boxes import Target, make_target
 from piip.modeling.dino.denoising import DenoisingDraws
+from piip.modeling.dino.geometry import Target, make_target
 from piip_core.checkpoints.head_names import HEADS
 from piip_core.checkpoints.rules import RuleTable, rename_parts
 

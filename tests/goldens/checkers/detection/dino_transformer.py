@@ -8,7 +8,7 @@ from torch import Tensor
 from checkers import Check, GoldenCase
 from checkers.losses import recorded_loss
 from piip.modeling.dino.denoising import DenoisingQueries
-from piip.modeling.dino.positions import Levels, map_encoding, padding_masks
+from piip.modeling.dino.geometry import Levels, map_encoding, padding_masks
 from piip.modeling.dino.transformer import Selection, grid_proposals
 
 from .dino_model import build_dino, check_gradients, check_selected, given_images, given_maps, record_outputs

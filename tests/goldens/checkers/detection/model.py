@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from checkers import GoldenCase
 from piip.modeling import PIIPFPN, published_cascade_mask_rcnn
-from piip.modeling.mask_rcnn import published_mask_rcnn, weights_from_stds
+from piip.modeling.rcnn import published_mask_rcnn, weights_from_stds
 from piip_core.checkpoints.head_names import HEADS
 from piip_core.errors import NotSupportedYet
 

@@ -13,7 +13,7 @@ from detectron2.structures import ImageList
 from torch import Tensor
 
 from checkers import Check, GoldenCase
-from piip.data import KeepRatioResize, ShortSideResize
+from piip.data import KeepRatioResize
 from piip_core.errors import NotSupportedYet
 
 from .model import require
@@ -52,7 +52,7 @@ def _resize(scale: Sequence[int], steps: Mapping[str, Mapping[str, Any]]) -> Aug
     if kind == {"SETR_Resize"}:
         settings = steps["SETR_Resize"]
         require("keep_ratio and setr_multi_scale", settings["keep_ratio"] and settings["setr_multi_scale"], True)
-        return ShortSideResize(max(min(scale), settings["crop_size"][0]))
+        return KeepRatioResize([(np.inf, max(min(scale), settings["crop_size"][0]))])
     raise NotSupportedYet(f"test pipeline with {', '.join(sorted(kind))}")
 
 

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from checkers import Check, GoldenCase
-from piip.modeling.mask_rcnn import CASCADE_STDS, PublishedRPN, TwoSidedBox2BoxTransform, weights_from_stds
+from piip.modeling.rcnn import CASCADE_STDS, PublishedRPN, TwoSidedBox2BoxTransform, weights_from_stds
 from piip_core.errors import NotSupportedYet
 
 from .model import build_detector, image_list

@@ -12,8 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from checkers import Check, GoldenCase
-from piip.modeling.segmentor import SlidingWindowSegmentor, window_starts
-from piip.modeling.upernet import FCNHead, SegmentationHead, UperNetHead
+from piip.modeling.segmentor import FCNHead, SegmentationHead, SlidingWindowSegmentor, UperNetHead, window_starts
 
 from .model import MapsBackbone, recorded_maps, rename_heads, require
 

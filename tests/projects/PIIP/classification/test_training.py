@@ -21,7 +21,7 @@ from torch import nn
 
 from piip.checkpointer import read_categories
 from piip.data import DatasetError
-from piip.deepspeed_trainer import build_engine
+from piip.deepspeed_training import build_engine
 from piip.hooks import FINAL_AVERAGE, WeightAverage, average_settings
 from piip.lazy_config import follow_annotations, load_config
 from piip.train import evaluate_only, main

@@ -9,7 +9,7 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2.config import instantiate
 
-from piip.data import DatasetError, PhotometricDistortion, RatioRangeResize
+from piip.data import DatasetError, KeepRatioResize, PhotometricDistortion
 from piip.lazy_config import follow_annotations, has_test_set, load_config
 from piip.predict import find_categories
 from piip.solver import WarmupFactor
@@ -29,7 +29,8 @@ def test_ade20k_is_as_published(load):
     assert [c.id for c in follow_annotations(cfg, training=True)] == list(range(1, 151))
     assert cfg.data.num_classes == 150 and cfg.dataloader.train.total_batch_size == 16
     resize, crop, flip, colours = instantiate(cfg.dataloader.train.mapper.augmentations)
-    assert isinstance(resize, RatioRangeResize) and resize.scale == (2048, 512) and resize.ratio_range == (0.5, 2.0)
+    assert isinstance(resize, KeepRatioResize)
+    assert resize.scales == [(2048, 512)] and tuple(resize.ratio_range) == (0.5, 2.0)
     assert (crop.single_category_max_area, crop.ignored_category) == (0.75, 255)
     assert tuple(crop.crop_aug.crop_size) == (512, 512) and flip.prob == 0.5 and flip.horizontal
     assert isinstance(colours, PhotometricDistortion)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from piip.modeling.dino import ContrastiveDenoising
-from piip.modeling.dino.boxes import Target
 from piip.modeling.dino.denoising import DenoisingLayout
+from piip.modeling.dino.geometry import Target
 
 CLASSES, WIDTH = 50, 8
 

@@ -7,7 +7,7 @@ pytest.importorskip("detectron2")
 import torch
 
 from piip.modeling.dino import DINOCriterion, HungarianMatcher, criterion
-from piip.modeling.dino.boxes import Target, inverse_sigmoid
+from piip.modeling.dino.geometry import Target, inverse_sigmoid
 
 CLASSES, QUERIES = 4, 6
 SCALE = torch.tensor([200.0, 100.0, 200.0, 100.0])

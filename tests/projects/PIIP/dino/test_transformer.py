@@ -7,7 +7,7 @@ pytest.importorskip("detectron2")
 import torch
 
 from piip.modeling.dino import DINOTransformer
-from piip.modeling.dino.positions import padding_masks
+from piip.modeling.dino.geometry import padding_masks
 from piip.modeling.dino.transformer import select_proposals
 
 WIDTH = 16

@@ -12,13 +12,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
-from .boxes import Target
 from .denoising import DenoisingLayout
+from .geometry import Target
 
 # Queries that learn a box, and the rows of the concatenated ground truth that they learn: image, query, row
 Pairs = tuple[Tensor, Tensor, Tensor]
 
 _EPS = 1e-12  # of the logarithms in the cost
+_ALPHA, _GAMMA = 0.25, 2.0  # balance and exponent of the focal cost and loss
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,11 @@ class HungarianMatcher:
         class_weight: factor of the focal cost.
         box_weight: factor of the L1 distance of (cx, cy, w, h), relative to the image.
         giou_weight: factor of the generalised IoU.
-        alpha: balance of the focal cost.
-        gamma: its exponent.
     """
 
     class_weight: float = 2.0
     box_weight: float = 5.0
     giou_weight: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
 
     def cost(self, class_logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
         """Costs (..., Q, N) of all pairs of predictions and ground truth of one image.
@@ -45,8 +42,8 @@ class HungarianMatcher:
         Predictions are class logits (..., Q, num_classes) and boxes (..., Q, 4) as (cx, cy, w, h).
         """
         score = class_logits.sigmoid()[..., target.labels]
-        positive = self.alpha * (1 - score) ** self.gamma * -(score + _EPS).log()
-        negative = (1 - self.alpha) * score**self.gamma * -(1 - score + _EPS).log()
+        positive = _ALPHA * (1 - score) ** _GAMMA * -(score + _EPS).log()
+        negative = (1 - _ALPHA) * score**_GAMMA * -(1 - score + _EPS).log()
         distance = torch.cdist(boxes, target.boxes.expand(*boxes.shape[:-2], -1, -1), p=1)
         pixels = box_convert(boxes, "cxcywh", "xyxy") * target.scale
         pairs = torch.broadcast_tensors(pixels[..., None, :], target.pixel_boxes)
@@ -90,16 +87,12 @@ class DINOCriterion:
         class_weight: factor of the focal loss.
         box_weight: factor of the L1 loss, of (cx, cy, w, h) relative to the image.
         giou_weight: factor of the generalised-IoU loss, which is taken in pixels.
-        alpha: balance of the focal loss.
-        gamma: its exponent.
     """
 
     matcher: HungarianMatcher
     class_weight: float = 1.0
     box_weight: float = 5.0
     giou_weight: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
 
     def __call__(
         self,
@@ -125,7 +118,9 @@ class DINOCriterion:
         predicted = torch.cat((encoder_boxes[None], boxes[:, :, slots:]))
         matches = self.matcher(logits, predicted, targets)
         pairs = [_join(layer, targets, logits.device) for layer in matches]
-        known = _known(denoising) if denoising else None
+        known: Pairs | None = None
+        if denoising:  # positive slots, and the boxes that they were made from
+            known = tuple(x[denoising.positive] for x in (denoising.image, denoising.slot, denoising.box))
         count, known_count = _averaged([len(pairs[0][0]), len(known[0]) if known else 0], logits)
 
         losses: dict[str, Tensor] = {}
@@ -154,7 +149,7 @@ class DINOCriterion:
         corners, wanted_corners = (box_convert(x, "cxcywh", "xyxy") * scales for x in (found, wanted))
         sums = {
             "cls": self.class_weight
-            * sigmoid_focal_loss(class_logits, one_hot, alpha=self.alpha, gamma=self.gamma, reduction="sum"),
+            * sigmoid_focal_loss(class_logits, one_hot, alpha=_ALPHA, gamma=_GAMMA, reduction="sum"),
             "bbox": self.box_weight * (found - wanted).abs().sum(),
             "iou": self.giou_weight * generalized_box_iou_loss(corners, wanted_corners, reduction="sum"),
         }
@@ -171,11 +166,6 @@ def _join(layer: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target], dev
         offset += len(target.labels)
     joined = torch.stack([torch.cat(parts) for parts in (image, query, row)]).to(device)
     return joined[0], joined[1], joined[2]
-
-
-def _known(layout: DenoisingLayout) -> Pairs:
-    """Positive slots and the boxes that they were made from."""
-    return layout.image[layout.positive], layout.slot[layout.positive], layout.box[layout.positive]
 
 
 def _averaged(counts: Sequence[int], like: Tensor) -> Tensor:

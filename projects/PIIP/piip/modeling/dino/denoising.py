@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .boxes import Target, inverse_sigmoid
+from .geometry import Target, inverse_sigmoid
 
 
 @dataclass(frozen=True)

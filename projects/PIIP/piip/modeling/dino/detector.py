@@ -14,11 +14,10 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .boxes import Target, image_scale, inverse_sigmoid, make_target
 from .criterion import DINOCriterion
 from .denoising import ContrastiveDenoising, DenoisingDraws, DenoisingQueries
-from .layers import MLP
-from .transformer import DINOTransformer
+from .geometry import Target, image_scale, inverse_sigmoid, make_target
+from .transformer import MLP, DINOTransformer
 
 _PRIOR = 0.01  # initial score of every class
 
@@ -55,11 +54,6 @@ class ChannelMapper(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, C_l, H_l, W_l) to maps (B, embed_dim, H_l, W_l) and one (B, embed_dim, H/2, W/2), rounded up."""
         return [conv(x) for conv, x in zip(self.convs, [*maps, maps[-1]], strict=True)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.convs[0].weight.dtype
 
 
 class Predictions(NamedTuple):
@@ -123,9 +117,13 @@ class DINO(nn.Module):
         self.input_format, self.max_detections = input_format, max_detections
         width, branches = transformer.embed_dim, transformer.num_decoder_layers + 1
         self.neck = ChannelMapper([shapes[name].channels for name in in_features], width, num_groups=num_groups)
-        # one per decoder layer; the last is the encoder's
-        self.class_embed = _copies(_class_branch(width, num_classes), branches)
-        self.bbox_embed = _copies(_box_branch(width), branches)
+        class_branch, box_branch = nn.Linear(width, num_classes), MLP((width, width, width, 4))
+        nn.init.constant_(class_branch.bias, -math.log(1 / _PRIOR - 1))
+        nn.init.zeros_(box_branch.layers[-1].weight)
+        nn.init.zeros_(box_branch.layers[-1].bias)
+        # one per decoder layer, which start the same and learn for themselves; the last is the encoder's
+        self.class_embed = nn.ModuleList(copy.deepcopy(class_branch) for _ in range(branches))
+        self.bbox_embed = nn.ModuleList(copy.deepcopy(box_branch) for _ in range(branches))
         self.label_embed = nn.Embedding(num_classes, width)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(list(values)).view(-1, 1, 1), persistent=False)
@@ -185,7 +183,7 @@ class DINO(nn.Module):
         self, maps: Sequence[Tensor], images: ImageList, denoising: DenoisingQueries | None = None
     ) -> Predictions:
         """Predictions of all decoder layers and of the encoder."""
-        maps = self.neck([x.to(self.neck.dtype) for x in maps])
+        maps = self.neck([x.to(self.label_embed.weight.dtype) for x in maps])
         padded_size = tuple(images.tensor.shape[-2:])
         out = self.transformer(maps, images.image_sizes, padded_size, self.class_embed, self.bbox_embed, denoising)
         logits, boxes = self.decode_heads(out.hidden, out.references)
@@ -203,7 +201,7 @@ class DINO(nn.Module):
     def _targets(self, batched_inputs: list[dict[str, Any]]) -> list[Target]:
         if any("instances" not in inputs for inputs in batched_inputs):
             raise ValueError("training without ground truth: expected 'instances' for every image; eval() detects")
-        dtype = self.neck.dtype
+        dtype = self.label_embed.weight.dtype
         return [make_target(inputs["instances"], self.num_classes, self.device, dtype) for inputs in batched_inputs]
 
     def _batch(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
@@ -234,21 +232,3 @@ def to_original(found: Instances, inputs: dict[str, Any]) -> Instances:
     return Instances(
         (height, width), pred_boxes=Boxes(rows / factors), scores=found.scores, pred_classes=found.pred_classes
     )
-
-
-def _class_branch(width: int, num_classes: int) -> nn.Module:
-    branch = nn.Linear(width, num_classes)
-    nn.init.constant_(branch.bias, -math.log(1 / _PRIOR - 1))
-    return branch
-
-
-def _box_branch(width: int) -> nn.Module:
-    branch = MLP((width, width, width, 4))
-    nn.init.zeros_(branch.layers[-1].weight)
-    nn.init.zeros_(branch.layers[-1].bias)
-    return branch
-
-
-def _copies(module: nn.Module, count: int) -> nn.ModuleList:
-    """Modules that start the same and learn for themselves."""
-    return nn.ModuleList(copy.deepcopy(module) for _ in range(count))

@@ -1,4 +1,4 @@
-"""Training under DeepSpeed's ZeRO: weights, gradients and optimizer states divided among the processes."""
+"""Training under DeepSpeed's ZeRO: settings, trainer, checkpoints, and the model as one file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from timm.optim import Lamb
 from torch import distributed, nn
 
-from piip_core.deepspeed_start import LIVE_PARAMETERS, import_deepspeed
-from piip_core.errors import ConfigError, UserError
-from piip_core.files import read_json
+from piip.checkpointer import RUN_STATE, CategoryTable, read_categories
+from piip_core.checkpoints import load_torch_file, read_checkpoint, write_checkpoint
+from piip_core.deepspeed_start import LIVE_PARAMETERS, import_deepspeed, save_engine
+from piip_core.errors import CheckpointError, ConfigError, SaveError, UserError
+from piip_core.files import read_json, write_atomically
+from piip_core.training_checkpoints import OutputFolderError, RunFolder
+
+_TAG = "zero"  # folder of DeepSpeed's files in a checkpoint
+_FINAL = "model_final.safetensors"
 
 
 def zero_stage(cfg: DictConfig) -> int:
@@ -94,19 +101,14 @@ def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optim
         )
     device = torch.device(cfg.train.device)
     deepspeed = import_deepspeed(device.type)
-    _describe_group()
-    deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
-    config = deepspeed_config(cfg, batch_size)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def _describe_group() -> None:
-    """Makes the group of a single process if there is none, and tells DeepSpeed which process this is."""
-    if not distributed.is_initialized():
+    if not distributed.is_initialized():  # a single process
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
         comm.create_local_process_group(1)
     os.environ.setdefault("LOCAL_RANK", str(comm.get_local_rank()))
+    deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
+    config = deepspeed_config(cfg, batch_size)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 class DeepSpeedTrainer(SimpleTrainer):
@@ -152,3 +154,108 @@ def evaluation_model(engine: Any, build: Callable[[], nn.Module]) -> nn.Module:
     for target, buffer in zip(whole.buffers(), trained.buffers(), strict=True):
         target.copy_(buffer)
     return whole
+
+
+def run_folder(output_dir: str) -> RunFolder:
+    """The folder of a run under DeepSpeed."""
+    return RunFolder(Path(output_dir), RUN_STATE, fewer="train.checkpointer.max_to_keep", resume="--resume")
+
+
+def export_checkpoint(checkpoint: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Writes the weights of a `checkpoint-N`, and the classes, as one file; see `write_checkpoint`.
+
+    Returns:
+        What to load: `target`, or its index.
+
+    Raises:
+        CheckpointError: If the folder is no complete checkpoint.
+    """
+    if not (Path(checkpoint) / RUN_STATE).is_file():
+        found = f"has no {RUN_STATE}" if Path(checkpoint).is_dir() else "no such folder"
+        raise CheckpointError(f"{checkpoint}: {found}; expected the checkpoint-N of a run under DeepSpeed")
+    description = {"categories": CategoryTable(read_categories(str(checkpoint))).state_dict()}
+    return write_checkpoint(target, read_checkpoint(checkpoint).state, description=description)
+
+
+class DeepSpeedCheckpointer(HookBase):
+    """Saves and loads `checkpoint-N`, the state after N iterations; all processes call the methods together.
+
+    Such a folder holds DeepSpeed's files, one or two per process, and the state of trainer and hooks. It is written
+    aside and renamed when the last process has written its share. As a hook, it saves every `period` iterations and at
+    the end, where it exports the model too; the last `max_to_keep` stay.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        trainer: Any,
+        output_dir: str,
+        categories: CategoryTable,
+        *,
+        period: int = 1,
+        max_to_keep: int | None = None,
+    ) -> None:
+        self.engine, self.trainer, self.categories = engine, trainer, categories
+        self.period, self.max_to_keep = period, max_to_keep
+        self.run = run_folder(output_dir)
+
+    def after_step(self) -> None:
+        """Saves if the period or the training is over, and deletes the oldest checkpoints beyond `max_to_keep`.
+
+        Raises:
+            SaveError: If it cannot be written.
+        """
+        iterations, last = self.trainer.iter + 1, self.trainer.max_iter
+        if iterations % self.period and iterations != last:
+            return
+        folder = self.run.save(f"{self.run.PREFIX}{iterations}", self._write, main=comm.is_main_process())
+        if comm.is_main_process():
+            self.run.keep_last(self.max_to_keep)
+        comm.synchronize()
+        if iterations == last:
+            self.export(folder)
+
+    def _write(self, folder: Path) -> None:
+        save_engine(self.engine, folder, _TAG)
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "categories": self.categories.state_dict(),
+            "stage": int(self.engine.zero_optimization_stage()),
+            "num_processes": comm.get_world_size(),
+        }
+        if comm.is_main_process():
+            with write_atomically(folder / RUN_STATE) as file:
+                torch.save(state, file)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a complete checkpoint.
+
+        Raises:
+            OutputFolderError: If it is of another stage or number of processes.
+            DatasetError: If it was trained on other classes.
+        """
+        state = load_torch_file(folder / RUN_STATE, mmap=False)
+        otherwise = f"train.init_checkpoint={folder}, another train.output_dir and no --resume"
+        RunFolder.check_same_processes(folder, state["num_processes"], comm.get_world_size(), otherwise)
+        stage = int(self.engine.zero_optimization_stage())
+        if state["stage"] != stage:
+            raise OutputFolderError(
+                f"{folder}: is of ZeRO stage {state['stage']}, this run of {stage}. Go on with train.deepspeed.stage="
+                f"{state['stage']}, or start anew from its weights: {otherwise}"
+            )
+        self.categories.load_state_dict(state["categories"])
+        self.engine.load_checkpoint(str(folder), tag=_TAG)
+        self.trainer.load_state_dict(state["trainer"])
+
+    def export(self, checkpoint: Path) -> Path:
+        """`export_checkpoint` to `model_final.safetensors` by the first process; all get its SaveError."""
+        result: Path | SaveError = self.run.path / _FINAL
+        if comm.is_main_process():
+            try:
+                result = export_checkpoint(checkpoint, result)
+            except SaveError as error:
+                result = error
+        result = comm.all_gather(result)[0]
+        if isinstance(result, SaveError):
+            raise result
+        return result
