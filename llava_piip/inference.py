@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -173,23 +172,49 @@ class ChatModel:
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
 
-    def generate(self, inputs: BatchFeature, settings: GenerationConfig, *, stop: Sequence[str] = ()) -> list[str]:
+    def answer(self, conversations: Sequence[tuple[Messages, Sequence[Any]]], **settings: Any) -> list[str]:
+        """Answers the last messages of conversations, each with its images, all at once.
+
+        Settings and errors are those of `generate` and `encode`.
+        """
+        prompts = [self.prompt(messages) for messages, _ in conversations]
+        inputs = self.processor(text=prompts, images=[list(images) for _, images in conversations])
+        return self.generate(inputs, **settings)
+
+    def generate(
+        self,
+        inputs: BatchFeature,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        until: Sequence[str] = (),
+        **others: Any,
+    ) -> list[str]:
         """Answers of a batch, all at once; each is what it would be alone, without white space around it.
 
         Args:
             inputs: Of the processor, for one or more conversations.
-            settings: As `generation_config` makes them; answers are shorter where the context has less room.
-            stop: Texts that end an answer and are no part of it, beside those of the template.
+            max_new_tokens: Most tokens of an answer; fewer where the context has less room.
+            temperature: See `generation_config`.
+            top_p: See `generation_config`; without sampling it does not count.
+            until: Texts that end an answer and are no part of it, beside those of the template.
+            **others: More settings of transformers' `GenerationConfig`, such as `num_beams`.
 
         Raises:
             ContextLengthError: If a conversation leaves no room for an answer.
             MemoryLimitError: If the batch does not fit into memory.
+            UserError: For a setting that is unknown or cannot work.
         """
-        ends = [*self.end_texts, *stop]
+        settings = self.generation_config(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p if temperature else 1.0
+        )
+        if unknown := settings.update(**others):
+            raise UserError(f"{', '.join(unknown)}: no setting of transformers' GenerationConfig")
+        ends = [*self.end_texts, *until]
         lengths = inputs["attention_mask"].sum(1).tolist()
         self.check_length(max(lengths), 1)
-        limits = [min(settings.max_new_tokens, self.context_length - length) for length in lengths]
-        settings = copy.deepcopy(settings)
+        limits = [min(max_new_tokens, self.context_length - length) for length in lengths]
         settings.update(max_new_tokens=max(limits), stop_strings=ends or None)
         inputs = inputs.to(self.device)
         if "pixel_values" in inputs:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
-from ..conversation import IMAGE_TAG
+from ..conversation import IMAGE_TAG, Messages
 from ..data.images import read_image
 from ..inference import ChatModel
-from ..integrations.answering import Conversation, answer_batch
 from .questions import QUESTION_TYPES, Question
 
 MOST_TOKENS = 48
@@ -33,15 +33,15 @@ def answer_all(chat: ChatModel, questions: Sequence[Question], image_root: Path,
     answers: list[str] = []
     for first in tqdm(range(0, len(questions), batch_size), desc="Answers", unit="batch"):
         batch = [_conversation(question, image_root) for question in questions[first : first + batch_size]]
-        answers += answer_batch(chat, batch, max_new_tokens=MOST_TOKENS)
+        answers += chat.answer(batch, max_new_tokens=MOST_TOKENS)
     return answers
 
 
-def _conversation(question: Question, image_root: Path) -> Conversation:
+def _conversation(question: Question, image_root: Path) -> tuple[Messages, list[Image.Image]]:
     if question.image is None:
-        return Conversation([{"role": "user", "content": question.text}], [])
+        return [{"role": "user", "content": question.text}], []
     image = read_image(image_root / question.image, question.image, as_viewed=True)
-    return Conversation([{"role": "user", "content": f"{IMAGE_TAG}\n{question.text}"}], [image])
+    return [{"role": "user", "content": f"{IMAGE_TAG}\n{question.text}"}], [image]
 
 
 def is_right(question: Question, answer: str) -> bool:
