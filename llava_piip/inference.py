@@ -150,16 +150,7 @@ class ChatModel:
     def generation_config(
         self, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0
     ) -> GenerationConfig:
-        """Settings for `model.generate`, whatever the folder's own `generation_config.json` says about sampling.
-
-        Args:
-            max_new_tokens: Most tokens of the answer.
-            temperature: 0 takes the most probable token each time; with a higher one answers vary.
-            top_p: Sample among the most probable tokens that together have this probability.
-
-        Raises:
-            ConfigError: For a value that cannot work.
-        """
+        """Settings for `model.generate`, whatever the folder's own `generation_config.json` says about sampling."""
         check_sampling(max_new_tokens, temperature, top_p)
         sampled = temperature > 0
         return GenerationConfig(
@@ -196,8 +187,8 @@ class ChatModel:
         Args:
             inputs: Of the processor, for one or more conversations.
             max_new_tokens: Most tokens of an answer; fewer where the context has less room.
-            temperature: See `generation_config`.
-            top_p: See `generation_config`; without sampling it does not count.
+            temperature: 0 takes the most probable token each time; with a higher one answers vary.
+            top_p: Sample among the most probable tokens that together have this probability.
             until: Texts that end an answer and are no part of it, beside those of the template.
             **others: More settings of transformers' `GenerationConfig`, such as `num_beams`.
 
@@ -246,11 +237,11 @@ class ChatModel:
             messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
             images: Those of all messages, in order.
             max_new_tokens: Most tokens of the answer; None for 512, or fewer where the context has no room for them.
-            temperature: See `generation_config`.
-            top_p: See `generation_config`.
+            temperature: See `generate`.
+            top_p: See `generate`.
 
         Raises:
-            UserError: As `encode` and `generation_config`.
+            UserError: As `encode`, and for a setting that cannot work.
         """
         settings = self.generation_config(
             max_new_tokens=DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
@@ -276,7 +267,7 @@ class ChatModel:
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raises a `ConfigError` for a setting that cannot work; see `ChatModel.generation_config`."""
+    """Raises a `ConfigError` for a setting that cannot work; see `ChatModel.generate`."""
     check(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "1 or more")
     right = temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf
     check(right, "temperature", temperature, f"0, or {_LEAST_TEMPERATURE:g} or more")
