@@ -54,22 +54,7 @@ class PIIPLlava(lmms):
     """A model that gets a task's text and images ("simple" in lmms-eval), which covers all kinds of tasks.
 
     Images stand in front of the text, each in a line of its own, unless the text says `<image>` where they belong.
-
-    Args:
-        pretrained: Folder of a trained or converted model.
-        batch_size: Requests that are answered together.
-        device: Where the model runs; by default, and with several processes, the process's GPU, or the CPU where there
-            is none.
-        dtype: float16, bfloat16, float32 or auto (that of the file); by default what published results were measured
-            with on a GPU, and float32 on the CPU.
-        quantization: 4bit or 8bit.
-        likelihood: What `loglikelihood` returns. "loss" is the mean negative log-probability of a token, as of the
-            package's own models; its scoring takes the choice with the smallest number. "logprob" is the
-            log-probability of the answer, as the interface is documented, for scoring of your own.
-
-    Raises:
-        UserError: For a value that cannot work.
-        CheckpointError: If the folder holds no such model.
+    docs/harnesses.md says what the arguments are.
     """
 
     is_simple = True

@@ -39,17 +39,7 @@ DEFAULT_NEW_TOKENS = 2048  # of VLMEvalKit's own LLaVA
 class PIIPLlava(BaseModel):
     """A model that answers VLMEvalKit's messages: images and texts in their order.
 
-    Args:
-        model_path: Folder of a trained or converted model.
-        device: Where the model runs; by default the first GPU that VLMEvalKit leaves the process, or the CPU.
-        dtype: See `llava_piip.integrations.lmms_eval.PIIPLlava`.
-        quantization: 4bit or 8bit.
-        max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
-        **settings: Of `ChatModel.generate`: temperature, top_p, num_beams ...
-
-    Raises:
-        UserError: For a value that cannot work.
-        CheckpointError: If the folder holds no such model.
+    docs/harnesses.md says what the arguments are; the settings are those of `ChatModel.generate`.
     """
 
     INSTALL_REQ = False

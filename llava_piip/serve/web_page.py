@@ -133,13 +133,7 @@ def ask_again(chat: ChatModel | RemoteModel, kept: Conversation, *settings: floa
 
 
 def _add_question(chat: ChatModel | RemoteModel, kept: Conversation, text: str, files: list[str]) -> None:
-    """Adds a question with uploaded images.
-
-    Images are kept as a model here sees them: decoded files can be a hundred times larger.
-
-    Raises:
-        UserError: If it is too long, or an image cannot be used.
-    """
+    """Adds a question with uploaded images, kept as a model here sees them: decoded files can be far larger."""
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"the question has {len(text)} characters: at most {MAX_CHARACTERS} are taken")
     if (count := len(kept.images) + len(files)) > MAX_IMAGES:
@@ -152,11 +146,7 @@ def _add_question(chat: ChatModel | RemoteModel, kept: Conversation, text: str, 
 
 
 def _answer(chat: ChatModel | RemoteModel, kept: Conversation, settings: Sequence[float]) -> Iterator[list[Any]]:
-    """Streams the answer to the question at the end; says if it was cut.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Streams the answer to the question at the end; says if it was cut."""
     temperature, top_p, most = settings
     text = ""
     with closing(kept.answer(chat, temperature=temperature, top_p=top_p, max_new_tokens=int(most))) as pieces:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.utils.logger import log_first_n
+
 from .dataset import DatasetError, first_few
 from .masks import BadMaskError, check_mask, mask_area
 
@@ -45,10 +47,10 @@ class Findings:
             raise DatasetError(f"{self.path}: {'; '.join(problems)}. Correct these entries or remove them")
 
     def log_notes(self, logger: logging.Logger) -> None:
-        """Logs all notes as one warning."""
+        """Logs all notes as one warning, once in a run that reads the file several times."""
         if self._notes:
             notes = (f"{len(found)} {kind}: {first_few(found)}" for kind, found in self._notes.items())
-            logger.warning("%s: %s", self.path, "; ".join(notes))
+            log_first_n(logging.WARNING, f"{self.path}: {'; '.join(notes)}", key="message", name=logger.name)
 
 
 def whole_number(value: Any) -> int | None:
