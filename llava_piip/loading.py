@@ -7,9 +7,9 @@ processor.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ NOTE = "trained.json"
 FORMAT = 1
 _ADAPTER = "adapter_config.json"
 # Of a configuration, what must be the same for another model to work with the same projector or adapters
-_COMPARED = ("vision_config.piip", "vision_config.feature_block")
-_COMPARED += ("projector_norm", "projector_num_groups", "projector_grid")
+_COMPARED = ("vision_config.", "projector_")
 _COMPARED += tuple(f"text_config.{name}" for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"))
+_UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "architectures", "attn_implementation")
 
 
 @dataclass(frozen=True)
@@ -209,11 +209,22 @@ def gathered(parameters: list[Tensor]) -> AbstractContextManager[Any]:
 
 
 def _check_fit(folder: Path, base: nn.Module) -> None:
-    saved = load_part(type(base.config), str(folder))
-    for name in _COMPARED:
-        there, here = (attrgetter(name)(config) for config in (saved, base.config))
-        if there != here:
+    saved, own = (_flat(config.to_dict()) for config in (load_part(type(base.config), str(folder)), base.config))
+    for name in sorted({*saved, *own}):
+        if name.startswith(_COMPARED) and saved.get(name) != own.get(name):
             raise CheckpointError(
-                f"{folder}: was trained with another model: {name} is {there!r} there and {here!r} in this one; "
-                "expected the save of the same model"
+                f"{folder}: was trained with another model: {name} is {saved.get(name)!r} there and {own.get(name)!r} "
+                "in this one; expected the save of the same model"
             )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Values of a configuration by their names, such as "vision_config.pyramid.branches.0.image_size"."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return {name.removeprefix("."): value}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    found = {}
+    for key, item in items:
+        if key not in _UNIMPORTANT:
+            found |= _flat(item, f"{name}.{key}")
+    return found

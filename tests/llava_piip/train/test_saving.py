@@ -92,7 +92,7 @@ def test_a_projector_of_another_row_or_language_model_is_refused_with_the_differ
     folder, _ = stage1
     model, _ = load_trained(files.model)
     edit(folder, "vision_config", "pyramid", "branches", 1, "image_size", value=96)
-    with pytest.raises(CheckpointError, match=r"vision_config\.piip is .*image_size=96.* there"):
+    with pytest.raises(CheckpointError, match=r"vision_config\.pyramid\.branches\.1\.image_size is 96 there"):
         load_projector(model, folder)
     edit(folder, "vision_config", "pyramid", "branches", 1, "image_size", value=64)
     edit(folder, "text_config", "hidden_size", value=4096)
