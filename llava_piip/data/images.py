@@ -71,8 +71,6 @@ class ImageFolder:
         path = self.root / name  # an absolute name replaces the root
         try:
             real = Path(os.path.realpath(path))
-        except OSError as error:
-            raise DataError(f"image {name!r} cannot be read: {error.strerror}", Problem.UNREADABLE) from error
         except ValueError as error:  # a zero byte, half of a character
             raise DataError(f"image {name!r} is no file name ({error}): {fix}", Problem.OUTSIDE) from None
         if real.is_relative_to(self._real_root):
