@@ -155,8 +155,7 @@ def unpack_imagenet(name: str, source: Path, folder: Path) -> None:
 
 def prepare_llava(args: argparse.Namespace) -> int:
     """Unpacks what PIIP-LLaVA is trained on, and says what is missing."""
-    from llava_piip.data.preparation import prepare_published
-    from llava_piip.data.published import PUBLISHED
+    from llava_piip.data.published import PUBLISHED, prepare_published
 
     preparation = prepare_published(
         PUBLISHED[args.what.removeprefix("llava-")],

@@ -56,13 +56,6 @@ def messages_from_llava(conversations: Sequence[Mapping[str, str]], *, has_image
     If the record has an image, a message that contains `<image>` gets one tag and a newline in front, and loses all
     others. Otherwise the tag is ordinary text. A `gpt` turn at the very start (a greeting) is left out, as in LLaVA.
 
-    Args:
-        conversations: The record's turns, {"from": "human" or "gpt", "value": text}.
-        has_image: Whether the record names an image.
-
-    Returns:
-        {"role": "user" or "assistant", "content": text}, starting with the user.
-
     Raises:
         ConversationError: For turns of another role, roles that do not alternate, or no question.
     """
@@ -188,9 +181,6 @@ def encode_rendered(
         image_token_id: Id that stands for a piece of an image.
         image_seq_length: Number of them per image.
         has_images: Whether `<image>` stands for an image; otherwise it is ordinary text.
-
-    Raises:
-        ConversationError: If ordinary text contains the image token.
     """
     try:
         text.encode()
@@ -244,8 +234,8 @@ def encode_conversation(
 
     Args:
         tokenizer: A fast tokenizer.
-        messages: {"role": "system", "user" or "assistant", "content": text}; images are `<image>` in the text.
-        chat_template: A name in `CHAT_TEMPLATES` or a Jinja template with `{% generation %}` blocks.
+        messages: See `render_conversation`.
+        chat_template: See `render_conversation`.
         max_length: Most ids, with bos and those of images.
         **settings: Those of `encode_rendered`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -151,16 +150,7 @@ class ChatModel:
     def generation_config(
         self, *, max_new_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0
     ) -> GenerationConfig:
-        """Settings for `model.generate`, whatever the folder's own `generation_config.json` says about sampling.
-
-        Args:
-            max_new_tokens: Most tokens of the answer.
-            temperature: 0 takes the most probable token each time; with a higher one answers vary.
-            top_p: Sample among the most probable tokens that together have this probability.
-
-        Raises:
-            ConfigError: For a value that cannot work.
-        """
+        """Settings for `model.generate`, whatever the folder's own `generation_config.json` says about sampling."""
         check_sampling(max_new_tokens, temperature, top_p)
         sampled = temperature > 0
         return GenerationConfig(
@@ -173,23 +163,49 @@ class ChatModel:
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
 
-    def generate(self, inputs: BatchFeature, settings: GenerationConfig, *, stop: Sequence[str] = ()) -> list[str]:
+    def answer(self, conversations: Sequence[tuple[Messages, Sequence[Any]]], **settings: Any) -> list[str]:
+        """Answers the last messages of conversations, each with its images, all at once.
+
+        Settings and errors are those of `generate` and `encode`.
+        """
+        prompts = [self.prompt(messages) for messages, _ in conversations]
+        inputs = self.processor(text=prompts, images=[list(images) for _, images in conversations])
+        return self.generate(inputs, **settings)
+
+    def generate(
+        self,
+        inputs: BatchFeature,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        until: Sequence[str] = (),
+        **others: Any,
+    ) -> list[str]:
         """Answers of a batch, all at once; each is what it would be alone, without white space around it.
 
         Args:
             inputs: Of the processor, for one or more conversations.
-            settings: As `generation_config` makes them; answers are shorter where the context has less room.
-            stop: Texts that end an answer and are no part of it, beside those of the template.
+            max_new_tokens: Most tokens of an answer; fewer where the context has less room.
+            temperature: 0 takes the most probable token each time; with a higher one answers vary.
+            top_p: Sample among the most probable tokens that together have this probability.
+            until: Texts that end an answer and are no part of it, beside those of the template.
+            **others: More settings of transformers' `GenerationConfig`, such as `num_beams`.
 
         Raises:
             ContextLengthError: If a conversation leaves no room for an answer.
             MemoryLimitError: If the batch does not fit into memory.
+            UserError: For a setting that is unknown or cannot work.
         """
-        ends = [*self.end_texts, *stop]
+        settings = self.generation_config(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p if temperature else 1.0
+        )
+        if unknown := settings.update(**others):
+            raise UserError(f"{', '.join(unknown)}: no setting of transformers' GenerationConfig")
+        ends = [*self.end_texts, *until]
         lengths = inputs["attention_mask"].sum(1).tolist()
         self.check_length(max(lengths), 1)
-        limits = [min(settings.max_new_tokens, self.context_length - length) for length in lengths]
-        settings = copy.deepcopy(settings)
+        limits = [min(max_new_tokens, self.context_length - length) for length in lengths]
         settings.update(max_new_tokens=max(limits), stop_strings=ends or None)
         inputs = inputs.to(self.device)
         if "pixel_values" in inputs:
@@ -221,11 +237,11 @@ class ChatModel:
             messages: As `PIIPLlavaProcessor.apply_chat_template` takes them.
             images: Those of all messages, in order.
             max_new_tokens: Most tokens of the answer; None for 512, or fewer where the context has no room for them.
-            temperature: See `generation_config`.
-            top_p: See `generation_config`.
+            temperature: See `generate`.
+            top_p: See `generate`.
 
         Raises:
-            UserError: As `encode` and `generation_config`.
+            UserError: As `encode`, and for a setting that cannot work.
         """
         settings = self.generation_config(
             max_new_tokens=DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
@@ -251,7 +267,7 @@ class ChatModel:
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Raises a `ConfigError` for a setting that cannot work; see `ChatModel.generation_config`."""
+    """Raises a `ConfigError` for a setting that cannot work; see `ChatModel.generate`."""
     check(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "1 or more")
     right = temperature == 0 or _LEAST_TEMPERATURE <= temperature < math.inf
     check(right, "temperature", temperature, f"0, or {_LEAST_TEMPERATURE:g} or more")

@@ -54,15 +54,9 @@ class ModelSource:
 
 
 def load_trained(folder: str | Path, source: ModelSource | None = None, **settings: Any) -> tuple[nn.Module, Any]:
-    """Gives back the model and processor that a run saved: a whole model, trained parts, or adapters.
+    """Model and processor of a checkpoint, of the `final` folder of a run, or of a run, with settings of `build`.
 
-    Args:
-        folder: A checkpoint or the `final` folder of a run, or the run.
-        source: Where the weights are that were not trained, if not where they were at the training.
-        **settings: Those of `build`.
-
-    Raises:
-        CheckpointError: If the folder holds none of them, or does not fit what it was trained from.
+    `source` says where the weights are that were not trained, if not where they were at the training.
     """
     folder = final_folder(folder)
     if not is_trained_folder(folder):
@@ -79,14 +73,7 @@ def build(
 ) -> tuple[nn.Module, Any]:
     """Model and processor of a source: a whole model's folder, or one of the zoo to put together.
 
-    Args:
-        source: Where the weights are.
-        dtype: Precision; "auto" for that of the file.
-        bits: See `quantization_config`.
-        **options: Others of transformers' `from_pretrained`.
-
-    Raises:
-        UserError: If they cannot be loaded.
+    The options are those of transformers' `from_pretrained`; `bits` is that of `quantization_config`.
     """
     options["dtype"] = dtype
     options["quantization_config"] = quantization_config(bits, torch.bfloat16 if dtype == "auto" else dtype)
@@ -105,11 +92,7 @@ def build(
 
 
 def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig | None:
-    """How to load the language model in 8 or 4 bits, everything else as it is; None for 16.
-
-    Raises:
-        ConfigError: If bitsandbytes is not installed.
-    """
+    """How to load the language model in 8 or 4 bits, everything else as it is; None for 16."""
     if bits == 16:
         return None
     if not is_bitsandbytes_available():
@@ -143,11 +126,7 @@ def is_trained_folder(folder: str | Path) -> bool:
 
 
 def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
-    """Parameters of a part by their names in the model, each once (the output layer may share the embedding).
-
-    Raises:
-        ConfigError: If there is no such part.
-    """
+    """Parameters of a part by their names in the model, each once (the output layer may share the embedding)."""
     check_choice("part", part, PARTS)
     return {name: parameter for name, parameter in model.named_parameters() if name.startswith(PREFIXES[part])}
 
@@ -159,11 +138,7 @@ def part_state(model: nn.Module, part: str) -> dict[str, Tensor]:
 
 
 def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:
-    """What a save of trained parts says: its parts, and where the rest comes from.
-
-    Raises:
-        CheckpointError: If it is none, or of a later version.
-    """
+    """What a save of trained parts says: its parts, and where the rest comes from."""
     file = Path(folder) / NOTE
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no {NOTE}; expected the folder that a training stage saved, RUN/{FINAL}")
@@ -182,11 +157,7 @@ def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:
 
 
 def load_tensors(model: nn.Module, folder: str | Path) -> None:
-    """Loads what `save_trained` wrote, adapters included, into the model it was written from or one that equals it.
-
-    Raises:
-        CheckpointError: If the save does not fit the model; names what differs.
-    """
+    """Loads what `save_trained` wrote, adapters included, into the model it was written from or one that equals it."""
     folder, base = Path(folder), base_model(model)
     parts, _ = read_note(folder)
     _check_fit(folder, base)
@@ -198,11 +169,7 @@ def load_tensors(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_projector(model: nn.Module, folder: str | Path) -> None:
-    """Starts the projector from that of an earlier stage, out of what it saved or the folder of its run.
-
-    Raises:
-        CheckpointError: If there is none, or it belongs to another vision tower or language model.
-    """
+    """Starts the projector from that of an earlier stage, out of what it saved or the folder of its run."""
     folder = final_folder(folder)
     parts, _ = read_note(folder)
     if "projector" not in parts:

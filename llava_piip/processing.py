@@ -124,11 +124,6 @@ class PIIPLlavaProcessor(ProcessorMixin):
     ) -> str | list[str] | BatchFeature:
         """As transformers' processors do, with `<image>` in texts as text where messages have image parts.
 
-        Args:
-            conversation: Messages, or several lists of them; see `llava_piip.conversation.protect_text`.
-            chat_template: Another one than the processor's.
-            **options: Those of transformers: add_generation_prompt, tokenize, return_dict ...
-
         Returns:
             The prompt; with `tokenize` its ids, with `return_dict` what a call returns; `assistant_masks` (B, N) with
             `return_assistant_tokens_mask`.
@@ -194,15 +189,7 @@ class PIIPLlavaProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, **kwargs)
 
     def encode_prompt(self, prompt: str, num_images: int) -> list[int]:
-        """Ids of one prompt, for the case that its images need no processing; a call gives the same.
-
-        Args:
-            prompt: With `<image>` where the images are.
-            num_images: How many there are; with none, `<image>` is ordinary text.
-
-        Raises:
-            UserError: If images and placeholders do not match.
-        """
+        """Ids of one prompt, for the case that its images need no processing; a call gives the same."""
         placeholders = prompt.count(IMAGE_TAG) if num_images else 0
         if placeholders != num_images:
             raise UserError(

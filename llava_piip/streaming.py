@@ -28,11 +28,7 @@ class AnswerStream(BaseStreamer, StoppingCriteria, Iterator[str]):
 
     Args:
         generate: Generates one answer, given `streamer` and `stopping_criteria` as transformers' `generate` takes them.
-        tokenizer: Of the model.
-        prompt_ids: The prompt.
-        end_ids: Tokens that end an answer.
-        end_texts: Texts that do, and are no part of it.
-        max_new_tokens: Most tokens of the answer.
+        end_texts: Texts that end an answer, and are no part of it.
 
     Attributes:
         prompt_tokens: Tokens of the conversation, visual ones included.

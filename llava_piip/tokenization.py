@@ -28,17 +28,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, literals: Sequ
     with a space, and this function does not. With a tokenizer of the older kind (`legacy=True`) each piece between
     special tokens gets its own space. Other tokenizers (byte-level BPE) are used as they are.
 
-    Args:
-        tokenizer: A fast tokenizer.
-        text: The text; names of special tokens in it become those tokens.
-        literals: Names of tokens that are ordinary characters here.
+    Names of special tokens in the text become those tokens, but for the `literals`.
 
     Returns:
         The ids, and for each the first character and the one after the last. A prefix space counts as a part of the
         first character.
-
-    Raises:
-        ConfigError: If the tokenizer is not a fast one: others do not tell positions.
     """
     if not tokenizer.is_fast:
         raise ConfigError(f"{type(tokenizer).__name__} gives no character positions: load the fast tokenizer")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
@@ -90,12 +90,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One sample, or what stands in for it.
-
-        Raises:
-            IndexError: If there is no entry of that number.
-            DataError: If the sample is unusable and not to be skipped, or a hundred in a row are unusable.
-        """
+        """One sample, or what stands in for it; a DataError if it cannot be used, or a hundred in a row cannot."""
         number = range(len(self))[index]
         if self.on_error == "raise":
             return self._sample(self.records[number])
@@ -208,26 +203,8 @@ class Collator:
 
     pad_token_id: int
 
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> Collator:
-        """A collator that pads with the tokenizer's padding id.
-
-        Raises:
-            ConfigError: If the tokenizer has none.
-        """
-        if tokenizer.pad_token_id is None:
-            raise ConfigError(
-                "the tokenizer has no padding token: set one, tokenizer.pad_token = tokenizer.unk_token "
-                "(Llama, Vicuna) or tokenizer.eos_token; padding is masked, so any will do"
-            )
-        return cls(tokenizer.pad_token_id)
-
     def __call__(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Makes a batch of items of `ConversationDataset`.
-
-        Raises:
-            DataError: If there are no samples.
-        """
+        """Makes a batch of items of `ConversationDataset`."""
         if not samples:
             raise DataError("a batch of no samples: expected at least one")
         ids = [sample["input_ids"] for sample in samples]

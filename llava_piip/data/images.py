@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path, PurePath
 
@@ -16,8 +15,6 @@ from piip_core.images import image_formats, spellings, upright
 
 from ..image_processing import ImageError, rgb_image
 from .records import DataError, Problem
-
-_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")  # the likeliest first
 
 
 class ImageFolder:
@@ -53,7 +50,8 @@ class ImageFolder:
         try:
             found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"image {name!r} is missing in {self.root}{self._hint(path)}", Problem.MISSING) from None
+            message = f"image {name!r} is missing in {self.root}: add it, or remove the entry"
+            raise DataError(message, Problem.MISSING) from None
         except OSError as error:
             raise DataError(f"image {name!r} cannot be read: {error.strerror}", Problem.UNREADABLE) from error
         if not stat.S_ISREG(found.st_mode):
@@ -73,8 +71,6 @@ class ImageFolder:
         path = self.root / name  # an absolute name replaces the root
         try:
             real = Path(os.path.realpath(path))
-        except OSError as error:
-            raise DataError(f"image {name!r} cannot be read: {error.strerror}", Problem.UNREADABLE) from error
         except ValueError as error:  # a zero byte, half of a character
             raise DataError(f"image {name!r} is no file name ({error}): {fix}", Problem.OUTSIDE) from None
         if real.is_relative_to(self._real_root):
@@ -88,20 +84,6 @@ class ImageFolder:
                 Problem.OUTSIDE,
             )
         return path
-
-    @staticmethod
-    def _hint(path: Path) -> str:
-        if not path.parent.is_dir():
-            return f": there is no folder {path.parent}; is the image folder the right one?"
-        if other := next(same_stem(path), None):
-            return f", but {other.name!r} exists: rename it (images are read by content), or correct the entry"
-        return ": add it, or remove the entry"
-
-
-def same_stem(path: Path) -> Iterator[Path]:
-    """The files that are not empty and differ from a path in the ending alone, the likeliest first."""
-    others = (path.with_suffix(ending) for ending in (*_ENDINGS, *map(str.upper, _ENDINGS)))
-    return (other for other in others if other.is_file() and other.stat().st_size)
 
 
 def read_image(source: Path | bytes, what: str, *, convert: bool = True, as_viewed: bool = False) -> Image.Image:

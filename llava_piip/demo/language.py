@@ -48,7 +48,7 @@ def train_language_model(folder: Path, conversations: Sequence[Conversation], *,
     )
     model = LlamaForCausalLM(config)
     batches = range(0, len(conversations) - batch_size + 1, batch_size)
-    collator = Collator.from_tokenizer(tokenizer)
+    collator = Collator(tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), _LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=len(batches), pct_start=0.08)
     progress = tqdm(batches, desc="Language model", unit="batch")

@@ -33,7 +33,6 @@ from piip_core.training_checkpoints import lock_run
 from ..conversation import IMAGE_TAG, render_conversation
 from ..data.images import ImageFolder, read_image
 from ..inference import ChatModel
-from ..integrations.answering import answer_inputs
 from ..processing import PIIPLlavaProcessor
 from .benchmark import Answer, Benchmark, EvalError, Question, Score, read_json, read_json_lines, write_json
 
@@ -103,7 +102,7 @@ def _answers(
     for inputs in DataLoader(batches, batch_size=None, collate_fn=prepare, num_workers=workers):
         if isinstance(inputs, UserError):
             raise inputs
-        yield answer_inputs(model, inputs, max_new_tokens=benchmark.max_new_tokens)
+        yield model.generate(inputs, max_new_tokens=benchmark.max_new_tokens)
 
 
 def _prepare(

@@ -1,4 +1,4 @@
-"""Adapters for other projects' programs; each needs the program that it serves. `answering` is what they share."""
+"""Adapters for other projects' programs; each needs the program that it serves."""
 
 from __future__ import annotations
 

@@ -13,14 +13,15 @@ from accelerate import PartialState
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from piip_core.errors import UserError
 
-from ..conversation import IMAGE_TAG
+from ..conversation import IGNORE_INDEX, IMAGE_TAG, Messages
 from ..eval.running import default_dtype
-from ..inference import ChatModel, MemoryLimitError, Quantization
-from .answering import Conversation, Likelihood, answer_batch, likelihood_batch, parts_message
+from ..inference import ChatModel, MemoryLimitError, Quantization, explain_memory_limit
 
 DEFAULT_NEW_TOKENS = 1024  # of lmms-eval's own LLaVA where a task says nothing
 
@@ -31,6 +32,8 @@ _OTHER_SETTINGS = ("top_k", "repetition_penalty")
 _IGNORED_SETTINGS = ("image_aspect_ratio", "max_agentic_steps", "seed", "skip_special_tokens", "visual_cot")
 
 _log = logging.getLogger(__name__)
+
+Conversation = tuple[Messages, Sequence[Image.Image]]
 
 
 class _Value(tuple, GenerationResult):
@@ -51,22 +54,7 @@ class PIIPLlava(lmms):
     """A model that gets a task's text and images ("simple" in lmms-eval), which covers all kinds of tasks.
 
     Images stand in front of the text, each in a line of its own, unless the text says `<image>` where they belong.
-
-    Args:
-        pretrained: Folder of a trained or converted model.
-        batch_size: Requests that are answered together.
-        device: Where the model runs; by default, and with several processes, the process's GPU, or the CPU where there
-            is none.
-        dtype: float16, bfloat16, float32 or auto (that of the file); by default what published results were measured
-            with on a GPU, and float32 on the CPU.
-        quantization: 4bit or 8bit.
-        likelihood: What `loglikelihood` returns. "loss" is the mean negative log-probability of a token, as of the
-            package's own models; its scoring takes the choice with the smallest number. "logprob" is the
-            log-probability of the answer, as the interface is documented, for scoring of your own.
-
-    Raises:
-        UserError: For a value that cannot work.
-        CheckpointError: If the folder holds no such model.
+    docs/harnesses.md says what the arguments are.
     """
 
     is_simple = True
@@ -106,7 +94,7 @@ class PIIPLlava(lmms):
         answers: dict[int, str] = {}
         while left := [i for i in range(len(requests)) if i not in answers]:
             same = [i for i in left if settings[i] == settings[left[0]]]
-            work = partial(answer_batch, self.chat, **settings[left[0]])
+            work = partial(self.chat.answer, **settings[left[0]])
             found = self._batched([requests[i] for i in same], self._asked, work, "", "lmms-eval: answers")
             answers |= zip(same, found, strict=True)
         return self._remembered("generate_until", requests, [answers[i] for i in range(len(requests))])
@@ -121,7 +109,7 @@ class PIIPLlava(lmms):
         The arguments are (text, answer or how to get it, images of a document, document, task, split), or
         (text, answer). An answer counts as the training has it: after the role, with its end token.
         """
-        impossible, work = Likelihood(-math.inf, 1, is_greedy=False), partial(likelihood_batch, self.chat)
+        work, impossible = partial(_likelihoods, self.chat), (-math.inf, 1, False)
         found = self._batched(requests, self._answered, work, impossible, "lmms-eval: likelihoods")
         values = [
             _Value(total if self.likelihood == "logprob" else -total / num_tokens, is_greedy)
@@ -142,7 +130,7 @@ class PIIPLlava(lmms):
             answer = answer if isinstance(answer, str) else answer(doc)
         messages, images = _question(text, visuals)
         # The template puts the blank in front of an answer where it needs one
-        return Conversation([*messages, {"role": "assistant", "content": answer.strip()}], images)
+        return [*messages, {"role": "assistant", "content": answer.strip()}], images
 
     def _document(self, request: Instance) -> Any:
         *_, doc_id, task, split = request.args
@@ -207,9 +195,47 @@ def _question(text: str, visuals: Any) -> Conversation:
     tags = text.count(IMAGE_TAG)
     if images and tags not in (0, len(images)):
         raise UserError(f"the text has {tags} {IMAGE_TAG} for {len(images)} images, expected none or as many")
+    content: Any = text
     if images and not tags:
-        return Conversation([parts_message("user", [*[None] * len(images), text])], images)
-    return Conversation([{"role": "user", "content": text}], images)
+        content = [*[{"type": "image"}] * len(images), {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}], images
+
+
+def _likelihoods(chat: ChatModel, conversations: Sequence[Conversation]) -> list[tuple[float, int, bool]]:
+    """How probable the answers are that conversations end with, all at once.
+
+    Tokens are those of the training: the text after the role, with the end token of the template.
+
+    Returns:
+        For each answer its log-probability, its number of tokens, and whether each is the most probable one.
+
+    Raises:
+        ContextLengthError: If a conversation is longer than the context.
+        UserError: If placeholders and images do not match, or an answer is empty.
+    """
+    encoded = [
+        chat.processor.encode_conversation(messages, has_images=bool(images)) for messages, images in conversations
+    ]
+    chat.check_length(max(len(row.input_ids) for row in encoded))
+    # Padded on the left: the answers are then in the last columns, the only ones whose logits are needed
+    columns = [(row.input_ids, row.labels, [1] * len(row.labels)) for row in encoded]
+    input_ids, targets, mask = (
+        pad_sequence([torch.tensor(row[i]) for row in columns], True, value, "left").to(chat.device)
+        for i, value in enumerate((0, IGNORE_INDEX, 0))
+    )
+    kept = int((targets != IGNORE_INDEX).sum(0).ne(0).flip(0).nonzero().max()) + 1
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    if images := [image for _, images in conversations for image in images]:
+        inputs |= chat.processor.image_processor(images, return_tensors="pt").to(chat.device)
+    hint = f"{len(conversations)} conversations at once need too much memory: lower the batch size"
+    with explain_memory_limit(hint), torch.inference_mode():
+        logits = chat.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
+        targets = targets[:, -kept:]
+        loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
+        counted = targets != IGNORE_INDEX
+        greedy = ((logits.argmax(-1) == targets) | ~counted).all(1)
+        values = -loss.double().sum(1), counted.sum(1), greedy
+    return list(zip(*(value.tolist() for value in values), strict=True))
 
 
 def _image(visual: Any) -> Image.Image:
@@ -222,7 +248,7 @@ def _image(visual: Any) -> Image.Image:
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `answer_batch` as tasks write them; none is changed in place, for all requests of a task share them.
+    """Settings of `ChatModel.generate` from those of a task; none is changed in place, for all its requests share them.
 
     Raises:
         UserError: For a setting that the model does not have.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 
 from piip_core.errors import UserError
 
@@ -26,11 +27,11 @@ except ImportError as error:
         sys.exit(f"error: {missing}")
     raise ImportError(missing) from error
 
+from ..conversation import Messages
 from ..data.images import read_image
 from ..eval.benchmark import LETTER
 from ..eval.running import default_dtype
 from ..inference import ChatModel, Quantization
-from .answering import Conversation, answer_batch, parts_message
 
 DEFAULT_NEW_TOKENS = 2048  # of VLMEvalKit's own LLaVA
 
@@ -38,17 +39,7 @@ DEFAULT_NEW_TOKENS = 2048  # of VLMEvalKit's own LLaVA
 class PIIPLlava(BaseModel):
     """A model that answers VLMEvalKit's messages: images and texts in their order.
 
-    Args:
-        model_path: Folder of a trained or converted model.
-        device: Where the model runs; by default the first GPU that VLMEvalKit leaves the process, or the CPU.
-        dtype: See `llava_piip.integrations.lmms_eval.PIIPLlava`.
-        quantization: 4bit or 8bit.
-        max_new_tokens: Most tokens of an answer, as far as the model's context has room for them.
-        **settings: Of `llava_piip.integrations.answering.answer_batch`: temperature, top_p, num_beams ...
-
-    Raises:
-        UserError: For a value that cannot work.
-        CheckpointError: If the folder holds no such model.
+    docs/harnesses.md says what the arguments are; the settings are those of `ChatModel.generate`.
     """
 
     INSTALL_REQ = False
@@ -90,7 +81,7 @@ class PIIPLlava(BaseModel):
 
     def chat_inner(self, message: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
         """Answers the last of several {"role": "user" or "assistant", "content": as for `generate_inner`}."""
-        return answer_batch(self.chat_model, [_conversation(message)], **self.settings)[0]
+        return self.chat_model.answer([_conversation(message)], **self.settings)[0]
 
 
 def register(name: str, folder: str, **settings: Any) -> None:
@@ -124,19 +115,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runpy.run_path(left[0], run_name="__main__")
 
 
-def _conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+def _conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[Messages, list[Image.Image]]:
     images, turns = [], []
     for message in messages:
-        content = message["content"]
-        parts: list[str | None] = []
+        content, parts = message["content"], []
         for part in [{"type": "text", "value": content}] if isinstance(content, str) else content:
             if part["type"] == "image":
                 images.append(read_image(Path(part["value"]), f"image {part['value']!r}"))
-            elif part["type"] != "text":
-                raise UserError(f"a message has a part of type {part['type']!r}: expected text or image")
-            parts.append(None if part["type"] == "image" else part["value"])
-        turns.append(parts_message(message["role"], parts))
-    return Conversation(turns, images)
+                parts.append({"type": "image"})
+            else:  # the template refuses other types than text
+                parts.append({"type": part["type"], "text": part["value"]})
+        turns.append({"role": message["role"], "content": parts})
+    return turns, images
 
 
 def _is_empty(line: Mapping[str, Any], column: str) -> bool:

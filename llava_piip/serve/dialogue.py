@@ -41,11 +41,7 @@ class Conversation:
     stream: AnswerStream | RemoteStream | None = None
 
     def ask(self, text: str) -> None:
-        """Adds a question after the pending images. `<image>` in it is text like any other.
-
-        Raises:
-            ConversationError: If the text is empty.
-        """
+        """Adds a question after the pending images. `<image>` in it is text like any other."""
         if not text.strip():
             raise ConversationError("the question is empty: type a text")
         if self.system is not None and not self.messages:
@@ -75,11 +71,7 @@ class Conversation:
                 self.retract()
 
     def retract(self) -> str:
-        """Takes the last question and its answer back; returns its text, and its images are pending again.
-
-        Raises:
-            UserError: If there is none.
-        """
+        """Takes the last question and its answer back; returns its text, and its images are pending again."""
         if len(self.messages) < 2:
             raise UserError("there is no question to take back")
         question, _ = self.messages[-2:]
@@ -96,13 +88,9 @@ class Conversation:
 
 
 def open_image(source: str) -> Image.Image:
-    """Opens an image as a viewer shows it, for somebody who may read every file here and connect to every address.
+    """Opens the image of a path or address as a viewer shows it.
 
-    Args:
-        source: Path of a file, or an address that starts with https://, http:// or data:.
-
-    Raises:
-        UserError: If there is no image, or it is too large.
+    For somebody who may read every file here and connect to every address.
     """
     if source.lower().startswith(("http://", "https://", "data:")):
         return read_image(_fetch(source), source[:100], as_viewed=True)

@@ -1,8 +1,9 @@
-"""The web page: its components, what they call, and how it is served."""
+"""The web page: its components, what they call, what the branches look at, and how it is served."""
 
 from __future__ import annotations
 
 import html
+import io
 import ipaddress
 import logging
 import sys
@@ -12,16 +13,20 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from piip_core.errors import ConfigError, UserError
+from piip_core.visualization import draw_attention, draw_sampling, find_pyramid, prepare_scene, trace_pyramid
 
 from ..inference import DEFAULT_NEW_TOKENS, ChatModel
 from .dialogue import Conversation, open_image
-from .looking import look, network_view
 from .remote import RemoteModel
 
 MAX_BYTES = 10_000_000  # of an uploaded file
@@ -128,13 +133,7 @@ def ask_again(chat: ChatModel | RemoteModel, kept: Conversation, *settings: floa
 
 
 def _add_question(chat: ChatModel | RemoteModel, kept: Conversation, text: str, files: list[str]) -> None:
-    """Adds a question with uploaded images.
-
-    Images are kept as a model here sees them: decoded files can be a hundred times larger.
-
-    Raises:
-        UserError: If it is too long, or an image cannot be used.
-    """
+    """Adds a question with uploaded images, kept as a model here sees them: decoded files can be far larger."""
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"the question has {len(text)} characters: at most {MAX_CHARACTERS} are taken")
     if (count := len(kept.images) + len(files)) > MAX_IMAGES:
@@ -147,11 +146,7 @@ def _add_question(chat: ChatModel | RemoteModel, kept: Conversation, text: str, 
 
 
 def _answer(chat: ChatModel | RemoteModel, kept: Conversation, settings: Sequence[float]) -> Iterator[list[Any]]:
-    """Streams the answer to the question at the end; says if it was cut.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Streams the answer to the question at the end; says if it was cut."""
     temperature, top_p, most = settings
     text = ""
     with closing(kept.answer(chat, temperature=temperature, top_p=top_p, max_new_tokens=int(most))) as pieces:
@@ -284,6 +279,56 @@ def _add_looking_panel(chat: ChatModel, session: gr.State) -> tuple[Callable[[An
     start.click(draw, [session, number, depth], maps, **_MODEL)
     whole.select(clicked, [session, number, depth], maps, **_MODEL)
     return lambda event: event.then(latest, [session], [number, whole, *maps], **_AT_ONCE), [whole, *maps]
+
+
+def look(
+    chat: ChatModel, image: Image.Image, *, at: tuple[int, int] | None = None, depth: float = 0.5
+) -> tuple[Image.Image, Image.Image | None]:
+    """Draws the self-attention of one point of an image in a block of every branch (paper section IV-G).
+
+    Not to be called while the same model answers: the blocks are watched meanwhile.
+
+    Args:
+        chat: The model.
+        image: RGB.
+        at: The point, (x, y) in pixels of `network_view`; None for the middle.
+        depth: Which block of each branch, and which interaction: 0 the first, 1 the last.
+
+    Returns:
+        The drawing, and one of what the point reads from the other branches, None for a single branch.
+    """
+    view, pixels = _prepare(chat, image)
+    pyramid = find_pyramid(chat.model)
+    scene = prepare_scene(view.shape[:2], view, pixels.to(next(pyramid.parameters()).dtype), at)
+    blocks = [round(depth * (branch.num_blocks - 1)) for branch in pyramid.branches]
+    count = len(pyramid.interactions)
+    interaction = round(depth * (count - 1)) if count else None
+    trace = trace_pyramid(pyramid, scene, blocks=blocks, interaction=interaction)
+    attention = draw_attention(scene, trace, "What the marked place attends to, mean over the heads")
+    if not trace.readings:
+        return _as_image(attention), None
+    title = f"What it reads from other branches, interaction {interaction + 1} of {count}"
+    return _as_image(attention), _as_image(draw_sampling(scene, trace, title))
+
+
+def network_view(chat: ChatModel, image: Image.Image) -> Image.Image:
+    """An image as the vision tower gets it: a square of its size, which is the same to the model."""
+    return Image.fromarray(_prepare(chat, image)[0])
+
+
+def _prepare(chat: ChatModel, image: Image.Image) -> tuple[np.ndarray, torch.Tensor]:
+    """What the tower gets, as an image (S, S, 3) uint8 and as values (1, 3, S, S)."""
+    processor = chat.processor.image_processor
+    pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    shown = ((pixels[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return shown.permute(1, 2, 0).numpy(), pixels
+
+
+def _as_image(figure: Figure) -> Image.Image:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file).convert("RGB")
 
 
 _EMPTY = {"text": "", "files": []}

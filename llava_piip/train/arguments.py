@@ -39,6 +39,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         given = "a row of the zoo (--model piip_llava_clip_bl_512_256_7b) or a folder"
         check(self.model is not None, "model", self.model, given)
+        found = self.projector is None or Path(self.projector).is_dir()
+        check(found, "projector", self.projector, "a folder that stage 1 saved")
 
 
 @dataclass
@@ -62,6 +64,11 @@ class DataArguments:
         check(files > 0, "annotations", self.annotations, "files to train on: --annotations FILE [FILE ...]")
         each = f"one folder, or one for each of the {files} annotation files, in their order"
         check(len(self.image_root) in (0, 1, files), "image_root", self.image_root, each)
+        # Before anything is said of the device, which the training arguments look at
+        for file in self.annotations:
+            check(Path(file).is_file(), "annotations", file, "a file that exists")
+        for folder in self.image_root:
+            check(Path(folder).is_dir(), "image_root", folder, "a folder that exists")
 
     def roots(self) -> str | dict[str, str] | None:
         """Image folders as `ConversationDataset` takes them."""

@@ -41,10 +41,6 @@ def prepare_output(training: PIIPTrainingArguments) -> Path | None:
     """Makes sure that a run can write to its folder, and finds the checkpoint to go on from, None for a new start.
 
     All processes call it together; what a killed run left half written is removed.
-
-    Raises:
-        OutputFolderError: If the folder holds something and the arguments do not say what to do with it, or
-            `resume_from_checkpoint` is no complete checkpoint.
     """
     folder, resume_from = run_folder(training.output_dir), training.resume_from_checkpoint
     run = folder.path

@@ -19,12 +19,7 @@ from ..loading import load_trained
 
 
 def merge(folder: str | Path, output: str | Path) -> None:
-    """Writes the whole model of a save of trained parts or adapters, or of its run, into a new or empty folder.
-
-    Raises:
-        CheckpointError: If the save cannot be loaded.
-        UserError: If `output` is no empty folder, or cannot be written; it is then as it was.
-    """
+    """Writes the whole model of a save of trained parts or adapters, or of its run, into a new or empty folder."""
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected what a run saved, or the folder of the run")
     with publish_folder(output) as aside:

@@ -69,7 +69,7 @@ def prepare(
         model=network,
         args=training,
         train_dataset=dataset,
-        data_collator=Collator.from_tokenizer(processor.tokenizer),
+        data_collator=Collator(processor.tokenizer.pad_token_id),
         processing_class=processor,
         source=source,
         group_by_modality=data.group_by_modality,

@@ -41,7 +41,7 @@ class Talk:
         for hook in hooks:
             hook.remove()
         inputs = self.chat.encode(self.messages, self.images, max_new_tokens=NEW_TOKENS)
-        expected = self.chat.generate(inputs, self.chat.generation_config(max_new_tokens=NEW_TOKENS))
+        expected = self.chat.generate(inputs, max_new_tokens=NEW_TOKENS)
         assert [answer] == expected
         reused = self.chat.cache.reused_tokens
         assert computed[0] == stream.prompt_tokens - reused
@@ -103,11 +103,7 @@ def test_what_fails_leaves_nothing_half_done(talk, monkeypatch):
 
 def test_threads_do_not_disturb_one_another(talk):
     questions = [[{"role": "user", "content": f"<image>\n{word}?"}] for word in ("What", "Where", "When", "Who")]
-    settings = talk.chat.generation_config(max_new_tokens=20)
-    expected = [
-        talk.chat.generate(talk.chat.encode(question, talk.pictures[:1], max_new_tokens=20), settings)[0]
-        for question in questions
-    ]
+    expected = [talk.chat.answer([(question, talk.pictures[:1])], max_new_tokens=20)[0] for question in questions]
     for _ in range(3):
         streams = [talk.chat.stream(question, talk.pictures[:1], max_new_tokens=20) for question in questions]
         assert ["".join(stream).rstrip() for stream in streams] == expected

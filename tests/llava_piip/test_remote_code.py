@@ -122,7 +122,7 @@ def test_no_file_of_a_folder_makes_its_code_run(files, answers, folders, tmp_pat
 
 
 def test_a_published_folder_that_is_converted_runs_none_either(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("llava_piip.checkpoints.convert.find_vision", lambda *_: None)  # tells what the weights are of
+    monkeypatch.setattr("llava_piip.checkpoints.find_vision", lambda *_: ({}, ""))  # tells what the weights are of
     printed = in_child(lambda: convert_folder(spoil(folders[1], tmp_path / "mark"), "out"), "y\n" * 40)
     assert not (tmp_path / "mark").exists() and "cannot be loaded" in printed, printed
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,12 +244,6 @@ def test_the_padding_id_inside_of_a_text_stays_visible():
 
 def test_text_alone_has_no_pixels():
     assert set(Collator(PAD)([sample([1]), sample([1, 2])])) == {"input_ids", "labels", "attention_mask"}
-
-
-def test_the_tokenizers_padding():
-    assert Collator.from_tokenizer(SimpleNamespace(pad_token_id=5)) == Collator(5)
-    with pytest.raises(ConfigError, match="no padding token: set one"):
-        Collator.from_tokenizer(SimpleNamespace(pad_token_id=None))
 
 
 def test_bad_input():

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
+from llava_piip.demo.__main__ import answer_all, format_scores, is_right, score
 from llava_piip.demo.questions import Question
-from llava_piip.demo.results import answer_all, format_scores, is_right, score
 from llava_piip.inference import ChatModel
 
 

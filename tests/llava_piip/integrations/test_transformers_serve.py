@@ -61,8 +61,7 @@ def test_answers_are_the_models_own(server, chat_folder, pictures):
     found = []
     for picture in pictures[:2]:
         asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is <image>?"}]}]
-        settings = chat.generation_config(max_new_tokens=8)
-        [expected] = chat.generate(chat.encode(asked, [picture], max_new_tokens=8), settings)
+        [expected] = chat.answer([(asked, [picture])], max_new_tokens=8)
         messages = [{"role": "user", "content": content(picture, "What is <image>?")}]
         options = dict(model=str(chat_folder), messages=messages, max_tokens=8, temperature=0)
         answer = client.chat.completions.create(**options).choices[0]

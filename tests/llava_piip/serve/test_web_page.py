@@ -12,8 +12,7 @@ pytest.importorskip("gradio", reason="the web page needs gradio")
 from llava_piip.inference import ChatModel
 from llava_piip.serve import web_page
 from llava_piip.serve.dialogue import Conversation
-from llava_piip.serve.looking import look
-from llava_piip.serve.web_page import MAX_CHARACTERS, MAX_IMAGES
+from llava_piip.serve.web_page import MAX_CHARACTERS, MAX_IMAGES, look
 from piip_core.errors import UserError
 
 SETTINGS = (0.0, 1.0, 8)

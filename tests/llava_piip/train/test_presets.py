@@ -57,6 +57,16 @@ STAGES = {
 EVERYTHING, WITHOUT_VISION = ["projector", "language_model", "vision_tower"], ["projector", "language_model"]
 
 
+@pytest.fixture(autouse=True)
+def given_files(tmp_path, monkeypatch):
+    """Makes the files and folders that the command lines name."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.json", "one.json", "x.json", "y.json", "x", "y", "z"):
+        Path(file).touch()
+    for folder in ("images", "i", "j"):
+        Path(folder).mkdir()
+
+
 def parse(*arguments):
     return parse_arguments([*arguments, *GIVEN, *CPU])
 
@@ -178,6 +188,14 @@ def test_what_a_machine_without_gpu_cannot_do(tmp_path, monkeypatch):
     given = ["stage1", "--model", "m", "--annotations", "a.json", "--output_dir", str(tmp_path)]
     with pytest.raises(ConfigError, match=r"without a GPU: --use_cpu true --bf16 false --tf32 false"):
         parse_arguments([*given, "--deepspeed", "none"])
+
+
+@pytest.mark.parametrize("missing", [("annotations", "b.json"), ("image_root", "b")])
+def test_missing_files_are_named_before_what_the_machine_cannot_do(missing):
+    option, path = missing
+    given = ["stage1", "--model", "m", *GIVEN, "--deepspeed", "none", f"--{option}", path]
+    with pytest.raises(ConfigError, match=f"{option}='{path}': expected .* that exists"):
+        parse_arguments(given)
 
 
 def test_deepspeed_without_a_launcher(tmp_path, monkeypatch):

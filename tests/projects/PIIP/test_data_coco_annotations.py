@@ -224,7 +224,6 @@ def test_a_file_under_two_image_ids_is_refused(case):
 def test_a_box_that_nothing_can_match_is_dropped_and_counted(case, perfect_ap, caplog, box):
     case.set("bbox", box)
     assert len(case.trained()) == 5
-    caplog.clear()
     assert perfect_ap(case.write(), case.folder, masks=True) == _FULL
     assert "1 boxes without usable area in the image are dropped: annotation 1 (bbox" in caplog.text
 
@@ -233,9 +232,15 @@ def test_a_box_that_nothing_can_match_is_dropped_and_counted(case, perfect_ap, c
 def test_an_object_whose_mask_has_no_pixel_is_dropped_and_counted(case, perfect_ap, caplog, mask):
     case.set("segmentation", mask)
     assert len(case.trained(require_masks=True)) == 5 and len(case.trained()) == 6
-    caplog.clear()
     assert perfect_ap(case.write(), case.folder, masks=True) == _FULL
     assert "1 masks without a pixel in the image are dropped with their objects: annotation 1" in caplog.text
+
+
+def test_a_file_that_is_read_again_is_warned_about_once(case, caplog):
+    case.set("bbox", [10, 10, 0, 20])
+    case.trained()
+    case.trained()
+    assert caplog.text.count("1 boxes without usable area") == 1
 
 
 def test_odd_but_possible_files_are_warned_about(case, caplog):

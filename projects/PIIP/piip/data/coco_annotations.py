@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
+from detectron2.utils.logger import log_first_n
 
 from .dataset import DatasetError, first_few
 
@@ -47,10 +48,10 @@ class Findings:
             raise DatasetError(f"{self.path}: {'; '.join(problems)}. Correct these entries or remove them")
 
     def log_notes(self, logger: logging.Logger) -> None:
-        """Logs all notes as one warning."""
+        """Logs all notes as one warning, once in a run that reads the file several times."""
         if self._notes:
             notes = (f"{len(found)} {kind}: {first_few(found)}" for kind, found in self._notes.items())
-            logger.warning("%s: %s", self.path, "; ".join(notes))
+            log_first_n(logging.WARNING, f"{self.path}: {'; '.join(notes)}", key="message", name=logger.name)
 
 
 def whole_number(value: Any) -> int | None:

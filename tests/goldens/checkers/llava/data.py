@@ -211,7 +211,7 @@ def _compare(
     samples = [
         {key: value[:limit] if key != "pixel_values" else value for key, value in sample.items()} for sample, _ in pairs
     ]
-    ours = Collator.from_tokenizer(tokenizer)(samples)
+    ours = Collator(tokenizer.pad_token_id)(samples)
     width = max(len(row.ids) for _, row in pairs)
     ids, labels, mask, public_mask = (
         torch.full((len(pairs), width), value) for value in (tokenizer.pad_token_id, IGNORE_INDEX, False, False)

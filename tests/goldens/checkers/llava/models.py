@@ -18,8 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from checkers import Check, GoldenCase
 from checkers.losses import check_gradients
-from llava_piip.checkpoints import LlavaNames, convert_folder, load_published_projector
-from llava_piip.checkpoints.names import OUR_PROJECTOR
+from llava_piip.checkpoints import OUR_PROJECTOR, LlavaNames, convert_folder, load_published_projector
 from llava_piip.configuration import PIIPLlavaConfig
 from llava_piip.conversation import IGNORE_INDEX, IMAGE_TAG, EncodedConversation, messages_from_llava
 from llava_piip.modeling import PIIPLlavaForConditionalGeneration

@@ -23,7 +23,7 @@ from piip_core import zoo
 from piip_core.checkpoints import read_checkpoint, to_ours, to_published
 from piip_core.errors import CheckpointError, SaveError, UserError
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[1] / "data"
 PUBLISHED = DATA / "goldens" / "llava_full_clip_bl_ckpt"
 LISTINGS = sorted(path.name.removesuffix(".tsv.gz") for path in (DATA / "state_dicts").glob("piip-llava*.tsv.gz"))
 NARROW = dict(intermediate_size=64, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8, vocab_size=64)
@@ -163,7 +163,7 @@ def test_failure_while_writing_leaves_nothing(convert, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llava_piip.checkpoints.convert.write_checkpoint", full)
+    monkeypatch.setattr("llava_piip.checkpoints.write_checkpoint", full)
     with pytest.raises(SaveError, match=r"ours: could not be written .*free some space"):
         convert(PUBLISHED)
     assert not list(tmp_path.iterdir())

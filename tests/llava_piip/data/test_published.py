@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_piip.data import ImageFolder, preparation
+from llava_piip.data import ImageFolder, published
 from llava_piip.data.audit import audit
-from llava_piip.data.preparation import prepare_published, provide_expected_names
-from llava_piip.data.published import PUBLISHED
+from llava_piip.data.published import PUBLISHED, prepare_published, provide_expected_names
 from piip_core.errors import UserError
 
 NAMES = {
@@ -106,7 +105,7 @@ def test_only_what_is_missing_is_downloaded(root, finetune, monkeypatch):
         wanted.append((url, path))
         return Path(path)
 
-    monkeypatch.setattr(preparation, "download", download)
+    monkeypatch.setattr(published, "download", download)
     for part in ("gqa/images.zip", "vg/images2.zip"):
         (root / part).unlink()
     picture(root / "vg/VG_100K_2/1.jpg")
