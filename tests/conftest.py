@@ -1,7 +1,9 @@
 """What tests of several packages share."""
 
+import gc
 import importlib.util
 import json
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -19,6 +21,12 @@ from piip_core import BranchConfig, DensePIIP, InteractionConfig, MergingConfig,
 from piip_core.files import lock_folder
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Lets the garbage collector pass over all that was imported, which takes half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _load(name: str, folder: str) -> ModuleType:
@@ -56,6 +64,54 @@ def _randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def randomize():
     """Adds noise to all parameters of a module, the zero-initialised ones too, so that every path matters."""
     return _randomize
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """A context of `multiprocessing` whose processes have imported nothing of ours yet, but what takes longest."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.library", "timm", "transformers.models.llama.modeling_llama"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+_FRESH = """
+import os, sys
+os.environ |= environment
+sys.argv[1:] = arguments
+for number, path in enumerate(outputs, 1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+"""
+
+
+@pytest.fixture(scope="session")
+def start_python(forkserver, tmp_path_factory):
+    """Starts a process with code in it as `python -c CODE ARGUMENTS`, sooner; also returns the files of its output."""
+
+    def start(code: str, *arguments: str, **environment: str):
+        outputs = [str(tmp_path_factory.mktemp("fresh") / name) for name in ("out", "err")]
+        settings = dict(arguments=arguments, environment=environment, outputs=outputs, __name__="__main__")
+        process = forkserver.Process(target=exec, args=(_FRESH + code, settings))
+        process.start()
+        return process, *map(Path, outputs)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_python(start_python):
+    """Runs code to its end, see `start_python`."""
+
+    def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        process, output, errors = start_python(code, *arguments, **environment)
+        process.join(timeout=120)
+        process.kill()
+        return subprocess.CompletedProcess(code, process.exitcode, output.read_text(), errors.read_text())
+
+    return run
 
 
 def _free_port() -> str:

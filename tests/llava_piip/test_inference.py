@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -199,8 +197,7 @@ def test_what_cannot_be_loaded_is_named(model_folder, tmp_path):
             ChatModel.load(model_folder, **settings)
 
 
-def test_what_answers_imports_neither_a_server_nor_the_training():
+def test_what_answers_imports_neither_a_server_nor_the_training(run_python):
     code = "import sys, llava_piip.inference, llava_piip.eval.__main__\n"
     code += f"print([name for name in sys.modules if name.startswith({NEVER})])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert found.stdout.strip() == "[]"
+    assert run_python(code).stdout.strip() == "[]"

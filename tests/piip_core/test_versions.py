@@ -1,7 +1,6 @@
 """The versions that this release says it was tested with, against what it declares and locks; warnings beyond them."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -86,8 +85,7 @@ def test_newer_and_older_versions_are_named(transformers_version):
     assert doctor.untested() == []
 
 
-def test_importing_the_chat_model_says_it_once():
+def test_importing_the_chat_model_says_it_once(run_python):
     pytest.importorskip("transformers")
     code = "import piip_core.doctor as d; d.TESTED = {'transformers': ('1.0', '5.0.0')}; import llava_piip, llava_piip"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stderr.count("is newer than anything this release was tested with (up to 5.0.0)") == 1
+    assert run_python(code).stderr.count("is newer than anything this release was tested with (up to 5.0.0)") == 1

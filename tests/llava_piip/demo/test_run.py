@@ -31,6 +31,23 @@ from piip_digits.scenes import NAMED_COLOURS
 from piip_tools.timing import limited_threads
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_photographs():
+    """Cuts 8 pieces of photographs instead of 600, which takes longer than the short trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        for settings in (vision._ALONE, vision._SEVERAL):
+            patch.setitem(settings, "num_photos", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(few_photographs, tmp_path_factory):
+    """The folder of branches after an update of Branch 1 and three of Branch 2, and their accuracies."""
+    folder = tmp_path_factory.mktemp("vision")
+    with limited_threads(1):
+        return folder, [vision._train_branch(folder, number, steps, num_val=32) for number, steps in ((1, 1), (2, 3))]
+
+
 @pytest.fixture
 def short(monkeypatch, language_model, trained):
     """Hardly trained branches, ten updates of the language model, and stages that give back what they start from."""
@@ -152,6 +169,14 @@ def test_training_starts_and_ends_the_same_every_time(trained, tmp_path):
     assert again == trained[1][1]
     first, second = (load_file(folder / "branch2.safetensors") for folder in (trained[0], tmp_path))
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
+def test_branches_are_taught_by_processes(forkserver, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, "get_context", lambda kind: forkserver)  # as spawn, sooner
+    (accuracy,) = vision.train_branches(tmp_path, steps=(1,), num_val=32)
+    assert 0 <= accuracy <= 1
+    first, second = (load_file(folder / "branch1.safetensors") for folder in (trained[0], tmp_path))
+    assert first.keys() == second.keys()
 
 
 @pytest.mark.parametrize("loss", [vision._loss_alone, vision._loss_of_cells])

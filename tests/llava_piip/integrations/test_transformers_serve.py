@@ -2,12 +2,9 @@
 
 import base64
 import io
-import os
-import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -21,23 +18,19 @@ pytest.importorskip("uvicorn")
 
 
 @pytest.fixture(scope="module")
-def server(chat_folder, free_port, tmp_path_factory):
+def server(chat_folder, free_port, start_python):
     """Its address, while it runs."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "llava_piip.integrations.transformers_serve", str(chat_folder)]
-    options = ["--device", "cpu", "--dtype", "float32", "--port", port]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[3]
-    with log.open("w") as output:
-        process = subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment, cwd=root)
-        try:
-            while not answers(f"http://localhost:{port}/health"):
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.2)
-            yield f"http://localhost:{port}/v1"
-        finally:
-            process.kill()
-            process.wait()
+    port = free_port()
+    code = "import runpy; runpy.run_module('llava_piip.integrations.transformers_serve', run_name='__main__')"
+    process, *logs = start_python(code, str(chat_folder), "--device", "cpu", "--dtype", "float32", "--port", port)
+    try:
+        while not answers(f"http://localhost:{port}/health"):
+            assert process.is_alive(), "".join(log.read_text() for log in logs)
+            time.sleep(0.2)
+        yield f"http://localhost:{port}/v1"
+    finally:
+        process.kill()
+        process.join()
 
 
 def answers(address):

@@ -92,7 +92,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses_and_weights(files, tmp_pa
         "adapters": ["--train_parts", "projector", "--lora", "true", "--lora_rank", "4", "--lora_dropout", "0.3"],
         "projector": ["--train_parts", "projector", "--chat_template", "llava_v1", "--pad_to_square", "false"],
     }[kind]
-    more += ["--max_steps", "6", "--save_steps", "2"]
+    more += ["--max_steps", "4", "--save_steps", "2"]
     whole, _ = files.trainer(tmp_path / "whole", *more)
     run(whole, None)
 

@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -226,7 +224,7 @@ for source in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured by Linux's /proc")
-def test_reading_holds_no_tensor_in_memory(tmp_path):
+def test_reading_holds_no_tensor_in_memory(tmp_path, run_python):
     """Files of 60 MB are read, and written in shards, with little memory besides the mapped files."""
     state = {f"t{i}": torch.ones(1_250_000) for i in range(12)}
     torch.save({"model": state, "optimizer": torch.ones(5_000_000)}, tmp_path / "file.pth")
@@ -240,9 +238,7 @@ def test_reading_holds_no_tensor_in_memory(tmp_path):
         partition = {"partition_count": 2, "fp32_flat_groups": [torch.ones(7_500_000)]}
         torch.save({"optimizer_state_dict": partition}, step / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     sources = [str(path) for path in (tmp_path / "file.pth", single, shards, step)]
-    command = [sys.executable, "-c", PROBE, *sources]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    lines = result.stdout.splitlines()
+    lines = run_python(PROBE, *sources).stdout.splitlines()
     assert len(lines) == 4
     for line in lines:
         count, total, peak = map(float, line.split())

@@ -1,9 +1,6 @@
 """How the operator lives with the rest of PyTorch: registration, compile, export, autocast, and the fallback."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -201,7 +198,7 @@ print(json.dumps({
     [{"PIIP_DISABLE_EXTENSION": "1"}, {"PIIP_CPU_CAPABILITY": "portable"}, {"PIIP_CPU_CAPABILITY": "avx2"}],
     ids=["reference", "portable", "avx2"],
 )
-def test_other_implementations_give_the_same(make_inputs, tmp_path, environment):
+def test_other_implementations_give_the_same(make_inputs, tmp_path, run_python, environment):
     """The PyTorch fallback and the kernels for lesser processors: same schema, same numbers, opcheck passes."""
     cases = [
         make_inputs(width=width, spatial_shapes=((5, 7), (3, 2)), dtype=dtype)
@@ -216,8 +213,7 @@ def test_other_implementations_give_the_same(make_inputs, tmp_path, environment)
         ],
         tmp_path / "in",
     )
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "in"), str(tmp_path / "out"), *OPERATORS]
-    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    result = run_python(SCRIPT, str(tmp_path / "in"), str(tmp_path / "out"), *OPERATORS, **environment)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
 
@@ -244,10 +240,11 @@ def test_other_implementations_give_the_same(make_inputs, tmp_path, environment)
             assert error < tolerance[mine.dtype]
 
 
-def test_missing_library_is_told_once(tmp_path):
+def test_missing_library_is_told_once(run_python):
     """Without the library, and not on purpose, the first call warns with reason and remedy, the second is silent."""
     script = (
-        "import warnings, torch\n"
+        "import os, warnings, torch\n"
+        "os.environ.pop('PIIP_DISABLE_EXTENSION', None)\n"
         "from pathlib import Path\n"
         "glob = Path.glob\n"
         "Path.glob = lambda self, pattern: iter(()) if pattern == '_kernels*.so' else glob(self, pattern)\n"
@@ -259,10 +256,7 @@ def test_missing_library_is_told_once(tmp_path):
         "    call(); call()\n"
         "print(operator_status.compiled, [str(w.message) for w in caught])\n"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "PIIP_DISABLE_EXTENSION"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
+    result = run_python(script)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("False ['The compiled deformable-attention operator is not available")
     assert result.stdout.count("is not available") == 1

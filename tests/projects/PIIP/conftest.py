@@ -132,14 +132,6 @@ def shared_coco(tmp_path_factory: pytest.TempPathFactory) -> CocoFiles:
 
 
 @pytest.fixture(scope="session")
-def real_coco(shared_coco: CocoFiles) -> CocoFiles:
-    """The 80 real COCO images beside the checkout where they are, else the synthetic data set."""
-    folder = _ROOT.parent / "shared" / "data" / "coco_tiny"
-    files = CocoFiles(folder / "annotations" / "instances_train2017.json", folder / "train2017")
-    return files if files.annotations.is_file() else shared_coco
-
-
-@pytest.fixture(scope="session")
 def perfect_ap() -> Callable[..., dict[str, float]]:
     """AP by task of predictions that equal the objects that are read for a test."""
     import pycocotools.mask as mask_util

@@ -9,6 +9,7 @@ and `forget`, one to be removed before.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -57,6 +58,7 @@ def fork(rank: int, port: str, specs: list[dict]) -> int:
 if __name__ == "__main__":
     phases, statuses = json.loads(Path(sys.argv[1]).read_text()), []
     import_deepspeed("cpu")
+    gc.freeze()  # what was imported is not passed over again in every process
     for number, specs in enumerate(phases):
         for forgotten in (spec.pop("forget") for spec in specs if "forget" in spec):
             shutil.rmtree(forgotten)

@@ -5,7 +5,9 @@ import functools
 import importlib
 import json
 import re
+import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,13 +29,21 @@ def small_data(monkeypatch):
 
 
 def test_the_detector_trains_goes_on_and_draws(tmp_path, monkeypatch, small_data, capfd):
+    """First on two processes through Detectron2's launcher, then on this one."""
     pytest.importorskip("detectron2")
     output, data = tmp_path / "a folder (1)", tmp_path / "digits"
+
+    def run_here(command, **_):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        runpy.run_path(command[1], run_name="__main__")
+        return contextlib.nullcontext(SimpleNamespace(stdout=[], returncode=0))
+
     short = ["train.eval_period=1", "train.checkpointer.period=1", "dataloader.train.total_batch_size=2"]
-    monkeypatch.setattr(demo.os, "sched_getaffinity", lambda _: {0})  # one process, which starts sooner
-    for iterations in (1, 2):
-        demo.main(["--output", str(output), "--data", str(data), f"train.max_iter={iterations}", *short])
+    for processes in (2, 1):
+        monkeypatch.setattr(demo.os, "sched_getaffinity", lambda _, cores=processes: set(range(cores)))
+        demo.main(["--output", str(output), "--data", str(data), f"train.max_iter={3 - processes}", *short])
         assert re.search(r"box AP [\d.]+ \(AP50 [\d.]+\), mask AP", capfd.readouterr().out.splitlines()[-1])
+        monkeypatch.setattr(demo, "subprocess", SimpleNamespace(Popen=run_here, PIPE=None))
     lines = [json.loads(line) for line in (output / "detector" / "metrics.json").read_text().splitlines()]
     assert {line["iteration"] for line in lines if "bbox/AP" in line} >= {1, 2}
     for name in ("predictions", "curves"):

@@ -13,7 +13,6 @@ from detectron2.structures import Boxes, ImageList, Instances
 from piip.modeling.dino.detector import to_original
 
 CONFIGS = Path(__file__).parents[4] / "projects" / "PIIP" / "configs"
-LAYERS = 2  # of the tiny decoder
 
 
 def total(losses):
