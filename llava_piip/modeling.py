@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.models.llava.modeling_llava import (
     LlavaForConditionalGeneration,
     LlavaModel,
+    LlavaModelOutputWithPast,
     LlavaPreTrainedModel,
 )
 
@@ -115,7 +116,7 @@ class PIIPLlavaModel(LlavaModel):
             **kwargs: As for the language model: attention mask, positions, cache ...
 
         Returns:
-            As transformers' `LlavaModel`, without the features of images.
+            As transformers' `LlavaModel`, with what `get_image_features` gave in the field that it has for images.
 
         Raises:
             UserError: If placeholders and images do not match in number.
@@ -138,7 +139,11 @@ class PIIPLlavaModel(LlavaModel):
             )
         if zero is not None:
             inputs_embeds = inputs_embeds + zero
-        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        outputs = super().forward(inputs_embeds=inputs_embeds, **kwargs)
+        if features is not None and isinstance(outputs, ModelOutput):
+            name, value = _image_field(encoded, features)
+            outputs[name] = value
+        return outputs
 
     def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Embeddings of the text, with the visual tokens put at their placeholders."""
@@ -168,6 +173,13 @@ class PIIPLlavaModel(LlavaModel):
         parameter = self.multi_modal_projector.projections["1"].linear_1.weight
         black = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
         return self.get_image_features(black).last_hidden_state[:, :0].sum()
+
+
+def _image_field(encoded: BaseModelOutputWithPooling, features: Tensor) -> tuple[str, Any]:
+    """Name and value of what LLaVA's outputs hold of images: transformers 5.24 renamed it and put more into it."""
+    if "image_outputs" in {field.name for field in fields(LlavaModelOutputWithPast)}:
+        return "image_outputs", encoded
+    return "image_hidden_states", features.flatten(0, 1)
 
 
 class PIIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
