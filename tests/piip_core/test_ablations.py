@@ -144,7 +144,7 @@ def test_gradients_reach_all_parameters_if_all_branches_are_merged(name, tiny_co
 
 def test_settings_of_piip_llava_are_those_of_table_xiii():
     parts = {"none": (), "interactions": ("interactions",), "all": ("vision_tower",)}
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE_XIII.split("\n|")[1:]]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE_XIII.strip().splitlines()]
     for (count, unfrozen, sizes, flops, *scores), setting in zip(lines, CHAT_ABLATIONS.values(), strict=True):
         assert zoo.multimodal(setting.name) is setting and setting.table == "XIII"
         assert (setting.vision.num_interactions, setting.resolution) == (int(count), sizes)
