@@ -3,6 +3,7 @@
 Importing this package registers the models with transformers' Auto classes.
 """
 
+import logging
 import warnings
 
 from piip_core.doctor import untested
@@ -10,6 +11,10 @@ from piip_core.doctor import untested
 # First of all: a library that is too old may not even be imported
 for _line in untested():
     warnings.warn(f"{_line}; python -m piip_core.doctor says more", stacklevel=2)
+
+# peft, which transformers' Trainer imports, imports bitsandbytes wherever it is installed, and that warns of kernels
+# for 4 bits that nobody asked for; `loading.quantization_config`, where they are asked for, lets it speak
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from transformers import (
     AutoConfig,

@@ -7,6 +7,7 @@ processor.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,8 +34,9 @@ PREFIXES = {
     "projector": ("model.multi_modal_projector.",),
     "language_model": ("model.language_model.", "lm_head."),
     "vision_tower": ("model.vision_tower.",),
+    "interactions": ("model.vision_tower.pyramid.interactions.",),
 }
-PARTS = tuple(PREFIXES)
+PARTS = ("projector", "language_model", "vision_tower")  # that make up a model; interactions are a part of the tower
 NOTE = "trained.json"
 FORMAT = 1
 _ADAPTER = "adapter_config.json"
@@ -97,6 +99,7 @@ def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) 
         return None
     if not is_bitsandbytes_available():
         raise ConfigError(f"bits={bits}: needs bitsandbytes, which is not installed: pip install 'piip[llava-qlora]'")
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
     kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
@@ -127,7 +130,7 @@ def is_trained_folder(folder: str | Path) -> bool:
 
 def part_parameters(model: nn.Module, part: str) -> dict[str, nn.Parameter]:
     """Parameters of a part by their names in the model, each once (the output layer may share the embedding)."""
-    check_choice("part", part, PARTS)
+    check_choice("part", part, tuple(PREFIXES))
     return {name: parameter for name, parameter in model.named_parameters() if name.startswith(PREFIXES[part])}
 
 
@@ -149,9 +152,9 @@ def read_note(folder: str | Path) -> tuple[list[str], ModelSource]:
         raise CheckpointError(
             f"{file}: cannot be read ({error!r}); save the stage again, or take another checkpoint"
         ) from None
-    if version != FORMAT or not set(parts) <= set(PARTS):
+    if version != FORMAT or not set(parts) <= set(PREFIXES):
         raise CheckpointError(
-            f"{file}: of format {version} with parts {parts}; this version reads {FORMAT} with {PARTS}"
+            f"{file}: of format {version} with parts {parts}; this version reads {FORMAT} with {tuple(PREFIXES)}"
         )
     return parts, source
 
@@ -169,13 +172,15 @@ def load_tensors(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_projector(model: nn.Module, folder: str | Path) -> None:
-    """Starts the projector from that of an earlier stage, out of what it saved or the folder of its run."""
+    """Starts from the projector of an earlier stage, and what it trained of the vision tower: its save or its run."""
     folder = final_folder(folder)
     parts, _ = read_note(folder)
     if "projector" not in parts:
         raise CheckpointError(f"{folder}: holds {parts} and no projector; expected the save of stage 1")
     _check_fit(folder, base_model(model))
-    _load_part(base_model(model), folder, "projector")
+    for part in parts:
+        if part != "language_model":
+            _load_part(base_model(model), folder, part)
 
 
 def _load_part(base: nn.Module, folder: Path, part: str) -> None:

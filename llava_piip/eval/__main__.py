@@ -26,7 +26,7 @@ from piip_core import zoo
 from piip_core.errors import UserError
 
 from ..inference import DTYPES, ChatModel
-from . import BENCHMARKS, find_benchmarks
+from . import BENCHMARKS, VARIANTS, find_benchmarks
 from .benchmark import SOURCES, Benchmark, EvalError, read_json
 from .running import SCORES, answer_benchmark, default_dtype, score_answers
 
@@ -55,8 +55,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m llava_piip.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = f"{', '.join(BENCHMARKS)}, all, or {_TABLE}"
-    parser.add_argument("benchmarks", nargs="+", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK", help=names)
+    names = [*BENCHMARKS, *VARIANTS]
+    text = f"{', '.join(names)}, all (the first eight), or {_TABLE}"
+    parser.add_argument("benchmarks", nargs="+", choices=[*names, "all"], metavar="BENCHMARK", help=text)
     parser.add_argument("--model", type=Path, metavar="DIR", help="what training saved or the converter wrote")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of all benchmarks")
     parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: output/eval/NAME OF THE MODEL)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .benchmark import (
     Answer,
     Benchmark,
     EvalError,
+    Question,
     Score,
     checked,
     last_answers,
@@ -122,6 +124,14 @@ def _score_textvqa(questions_file: Path, answers: Sequence[Answer]) -> Score:
     return Score(value, lines, {"samples": len(answers), "accuracy": value})
 
 
+def _without_tokens(questions_file: Path) -> list[Question]:
+    """Questions without the line that lists what an OCR program read in the image."""
+    questions = read_llava_questions(questions_file)
+    lines = (question.text.split("\n") for question in questions)
+    texts = ("\n".join(line for line in some if not line.startswith(_TOKENS)) for some in lines)
+    return [replace(question, text=text) for question, text in zip(questions, texts, strict=True)]
+
+
 # The server of VQAv2 wants an entry for every question of the whole test split, of which test-dev is a part
 _ALL_QUESTIONS = "llava_vqav2_mscoco_test2015.jsonl"
 
@@ -146,6 +156,9 @@ TEXTVQA = Benchmark(
     labels=(_ANNOTATIONS,),
     published=5000,
     score=_score_textvqa,
+)
+TEXTVQA_WITHOUT_OCR = replace(
+    TEXTVQA, name="textvqa_without_ocr", title="TextVQA without OCR tokens", read=_without_tokens
 )
 VQAV2 = Benchmark(
     name="vqav2",

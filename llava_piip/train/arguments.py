@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from piip_core.errors import ConfigError, check, check_choice
 
-from ..loading import PARTS
+from ..loading import PREFIXES
 
 # ruff: noqa: RUF009  (_argument is dataclasses.field)
 
@@ -33,7 +33,7 @@ class ModelArguments:
     model: str | None = _argument(None, "a row of the zoo, or a saved model's folder")
     language_model: str | None = _argument(None, "name or folder of a row's language model; None: the published one")
     pretrained_vision: bool = _argument(True, "start a row's branches from their pretrained weights; false: at random")
-    projector: str | None = _argument(None, "folder that stage 1 saved, whose projector to start from")
+    projector: str | None = _argument(None, "folder that stage 1 saved, to start from its projector and other parts")
     attn_implementation: str | None = _argument(None, "attention of the language model: sdpa, flash_attention_2, eager")
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class DataArguments:
 class PIIPTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments, and what is particular here: parts, their learning rates, adapters, resuming."""
 
-    train_parts: list[str] = _argument(["projector"], f"what to train: any of {', '.join(PARTS)}")
+    train_parts: list[str] = _argument(["projector"], f"what to train: any of {', '.join(PREFIXES)}")
     projector_lr: float | None = _argument(None, "learning rate of the projector; None: learning_rate")
     vision_lr: float | None = _argument(None, "learning rate of the vision tower; None: learning_rate")
     language_lr: float | None = _argument(None, "learning rate of the language model; None: learning_rate")
@@ -139,7 +139,7 @@ class PIIPTrainingArguments(TrainingArguments):
     def _check_parts(self) -> None:
         """Refuses parts and adapters that cannot be."""
         for part in self.train_parts:
-            check_choice("train_parts", part, PARTS)
+            check_choice("train_parts", part, tuple(PREFIXES))
         check(len(set(self.train_parts)) == len(self.train_parts), "train_parts", self.train_parts, "each part once")
         check(self.bits in (16, 8, 4), "bits", self.bits, "16, 8 or 4")
         check(self.bits == 16 or self.lora, "bits", self.bits, "16 without --lora: quantised weights cannot be trained")
@@ -149,7 +149,7 @@ class PIIPTrainingArguments(TrainingArguments):
             replaced = "no 'language_model' with lora=True, which trains adapters in its place"
             check("language_model" not in self.train_parts, "train_parts", self.train_parts, replaced)
         else:
-            check(bool(self.train_parts), "train_parts", self.train_parts, f"at least one of {', '.join(PARTS)}")
+            check(bool(self.train_parts), "train_parts", self.train_parts, f"at least one of {', '.join(PREFIXES)}")
 
     def _accumulate(self) -> None:
         """Sets the number of micro batches of each device that make up `total_batch_size` samples."""

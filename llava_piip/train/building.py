@@ -87,10 +87,12 @@ def _build_partitioned(source: ModelSource, training: PIIPTrainingArguments, **s
 
 def freeze_except(model: nn.Module, parts: Iterable[str]) -> None:
     """Makes the parameters of the named parts trainable, and no others."""
-    chosen = [parameter for part in parts for parameter in part_parameters(model, part).values()]
+    chosen = {part: part_parameters(model, part) for part in parts}
     model.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
+    for part, parameters in chosen.items():
+        check(bool(parameters), "train_parts", part, "parts that the model has")
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
 
 
 def language_model_linears(model: nn.Module, target: Iterable[str] = ()) -> list[str]:

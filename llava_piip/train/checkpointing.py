@@ -22,7 +22,7 @@ from ..loading import (
     FINAL,
     FORMAT,
     NOTE,
-    PARTS,
+    PREFIXES,
     ModelSource,
     base_model,
     gathered,
@@ -95,9 +95,12 @@ def save_trained(
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state_dict is None else state_dict
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""  # that peft puts in front of names
+    found = {part: part_parameters(base, part).values() for part in PREFIXES}
     # Not a language model with adapters
-    trained = [part for part in PARTS if all(p.requires_grad for p in part_parameters(base, part).values())]
+    trained = [part for part, parameters in found.items() if parameters and all(p.requires_grad for p in parameters)]
     parts = list(dict.fromkeys(["projector", *trained]))
+    if "vision_tower" in parts and "interactions" in parts:
+        parts.remove("interactions")  # the file of the tower has them
     for part in parts:
         write_checkpoint(
             folder / f"{part}.safetensors", {name: state[prefix + name] for name in part_state(base, part)}

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from piip_core import zoo
 from piip_core.errors import ConfigError
+from piip_core.zoo.ablations import CHAT_ABLATIONS
 
 from .arguments import DataArguments, ModelArguments, PIIPTrainingArguments
 
@@ -23,7 +24,8 @@ _ARGUMENTS = (ModelArguments, DataArguments, PIIPTrainingArguments)
 
 def list_presets() -> list[str]:
     """Names of the presets that come with the package: for each row of the zoo its stages, and those without a row."""
-    rows = [f"{entry.name}/{stage}" for entry in zoo.multimodal_entries() for stage in ("stage1", "stage2")]
+    names = [*(entry.name for entry in zoo.multimodal_entries()), *CHAT_ABLATIONS]
+    rows = [f"{name}/{stage}" for name in names for stage in ("stage1", "stage2")]
     return sorted([*rows, *(path.stem for path in _FOLDER.glob("*.yaml"))])
 
 
@@ -46,8 +48,9 @@ def parse_arguments(
     """Arguments of a run from a command line: `[PRESET] [--key value ...]`."""
     parser = _Parser(
         _ARGUMENTS,
-        prog="train.py",
-        description="Trains PIIP-LLaVA. Example: deepspeed llava_piip/train/train.py "
+        prog="python -m llava_piip.train",
+        description="Trains PIIP-LLaVA, in one process with --deepspeed none. On all GPUs: deepspeed "
+        "llava_piip/train/train.py "
         "piip_llava_clip_bl_512_256_7b/stage1 --annotations blip_laion_cc_sbu_558k.json "
         "--image_root LLaVA-Pretrain/images --output_dir runs/stage1",
         epilog=f"presets: {', '.join(list_presets())}",
@@ -78,7 +81,9 @@ def _load(name: str, beside: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     row, _, stage = name.rpartition("/")
     if name in list_presets() and row:
         content = _load(stage, _FOLDER, chain) | {"model": row}
-        if stage == "stage2" and row.startswith("llava_1_5"):  # which leaves its vision tower as it is
+        if stage == "stage1":
+            content["train_parts"] = list(zoo.multimodal(row).first_stage)
+        elif row.startswith("llava_1_5"):  # which leaves its vision tower as it is
             content["train_parts"] = ["projector", "language_model"]
         return content
     path = _find(name, beside)

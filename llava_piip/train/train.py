@@ -1,4 +1,4 @@
-"""Trains PIIP-LLaVA.
+"""Trains PIIP-LLaVA; in one process, `python -m llava_piip.train` is the same.
 
 deepspeed llava_piip/train/train.py piip_llava_clip_bl_512_256_7b/stage1 \
     --annotations blip_laion_cc_sbu_558k.json --image_root LLaVA-Pretrain/images --output_dir runs/stage1
@@ -17,7 +17,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from transformers import set_seed
+import transformers
 
 from llava_piip.chat_templates import resolve_chat_template
 from llava_piip.data import Collator, ConversationDataset, read_records
@@ -51,7 +51,7 @@ def prepare(
     checkpoint = prepare_output(training)
     # a mistake there is found before gigabytes are loaded
     records = read_records(data.annotations, on_error=data.on_error)
-    set_seed(training.seed)
+    transformers.set_seed(training.seed)
     network, processor, source = build_for_training(model, training)
     # in the processor, so that what is saved goes on as it was trained
     processor.image_processor.pad_to_square = data.pad_to_square

@@ -47,7 +47,7 @@ __all__ = [
 
 _BY_NAME = {entry.name: entry for entry in _dense.ENTRIES}
 _CLASSIFIERS_BY_NAME = {entry.name: entry for entry in _classifiers.ENTRIES}
-_MULTIMODAL_BY_NAME = {entry.name: entry for entry in _multimodal.ENTRIES}
+_MULTIMODAL_BY_NAME = {entry.name: entry for entry in (*_multimodal.ENTRIES, *_multimodal.SETTINGS)}
 _Entry = TypeVar("_Entry")
 
 
@@ -90,7 +90,7 @@ def multimodal_entries() -> tuple[MultimodalEntry, ...]:
 
 
 def multimodal(name: str) -> MultimodalEntry:
-    """A published multimodal model by name.
+    """A published multimodal model, or a setting of `zoo.ablations`, by name.
 
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.

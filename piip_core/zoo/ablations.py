@@ -13,11 +13,13 @@ from typing import Any
 
 from ..config import MergingConfig, PIIPConfig
 from .dense import ENTRIES, baseline, deit_pyramid, hybrid_pyramid
-from .entry import PublishedNumbers, ZooEntry
+from .entry import MultimodalEntry, PublishedNumbers, ZooEntry
+from .multimodal import SETTINGS
 
 TABLES = {
     "II": "Feature pyramid from maps of several depths (the row of the CNN and hybrid table with three ViTs)",
     "IX": "Branches that take part in merging",
+    "XIII": "Interactions of PIIP-LLaVA, and what its first training stage trains",
     "XIV": "Image pyramid, parameter-inverted design and interactions",
     "XV": "Single branch at the resolution of the pyramid",
     "XVI": "Attention and number of interactions",
@@ -204,3 +206,74 @@ ABLATIONS = {
     )
 }
 """All settings by name, in the order of the tables. `table` is a key of `TABLES`, `paper` has its printed numbers."""
+
+CHAT_ABLATIONS: dict[str, MultimodalEntry] = {setting.name: setting for setting in SETTINGS}
+"""Settings of Table XIII by name, for `llava_piip`."""
+
+# ---- Figures ----
+
+# Image sizes of Table I
+_SIZES = {
+    "TSB": ("1120_896_448", "1568_896_448", "1568_1120_672"),
+    "SBL": ("1120_672_448", "1344_896_448", "1568_896_672"),
+    "TSBL": ("1344_896_672_448", "1568_1120_672_448", "1792_1568_1120_448"),
+}
+_CURVES = {
+    f"PIIP-{models}": tuple(_ENTRIES[f"piip_{models.lower()}_{sizes}"] for sizes in all_sizes)
+    for models, all_sizes in _SIZES.items()
+}
+
+
+def _tbl(sizes: str) -> ZooEntry:
+    config = deit_pyramid("TBL", tuple(map(int, sizes.split("_"))), window_size=28)
+    return _setting("", _SBL, f"tbl_{sizes}", f"TBL {sizes.replace('_', '/')}", config)
+
+
+def _curve(printed: str, **interaction: Any) -> dict[str, tuple[ZooEntry, ...]]:
+    """A setting of a table, and the same at the larger sizes of PIIP-TSB."""
+    setting = ABLATIONS[printed]
+    larger = (
+        _setting("", entry.name, f"{printed}_{sizes}", setting.title, _interact(entry.config, **interaction))
+        for entry, sizes in zip(_CURVES["PIIP-TSB"][1:], _SIZES["TSB"][1:], strict=True)
+    )
+    return {setting.title: (setting, *larger)}
+
+
+def _beside_tsb(*curves: dict[str, tuple[ZooEntry, ...]]) -> dict[str, tuple[ZooEntry, ...]]:
+    return {label: points for curve in curves for label, points in curve.items()} | {"PIIP-TSB": _CURVES["PIIP-TSB"]}
+
+
+FIGURES: dict[str, dict[str, dict[str, tuple[ZooEntry, ...]]]] = {
+    "6": {"models and image sizes": {"ViTDet": (_ENTRIES["vit_b_1024"], _ENTRIES["vit_l_1024"]), **_CURVES}},
+    "7": {
+        "(a) models and image sizes": _beside_tsb({"PIIP-TBL": tuple(map(_tbl, _SIZES["TSB"]))}),
+        "(b) interactions (PIIP-TSB has 12) and image sizes": _beside_tsb(
+            _curve("interactions_0", num_interactions=0),
+            *(_curve(f"interactions_{count}_deformable", num_interactions=count) for count in (1, 2, 4, 6)),
+        ),
+    },
+    "8": {
+        "directions (PIIP-TSB: both, neighbours) and image sizes": _beside_tsb(
+            *(
+                _curve(f"direction_{units}", units=units)
+                for units in ("alternating", "cycle_down", "cycle_up", "bidirectional_cycle")
+            )
+        )
+    },
+}
+"""Panels of the paper's figures of cost and box AP: their curves, and the points of each.
+
+The figures are images, so a point has scores only where a table prints them. The sizes of the other points are not
+printed: they are those of PIIP-TSB in Table I. Of Figure 7 (a) the text names PIIP-TSB and PIIP-TBL alone; here
+PIIP-TBL has the same sizes, and the windows of PIIP-SBL.
+"""
+
+FIGURE_SETTINGS = {
+    point.name: point
+    for panels in FIGURES.values()
+    for curves in panels.values()
+    for points in curves.values()
+    for point in points
+    if not point.table
+}
+"""Points that stand in no table, by name."""

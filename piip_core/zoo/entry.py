@@ -174,9 +174,11 @@ class MultimodalEntry:
         projector_norm: Norm inside the projector; see `TokenMerging`.
         feature_block: Block of Branch 1 whose tokens are the features; None for the last. Only without interactions.
         training_data: Samples of both stages together, as printed.
+        first_stage: What the first of the two training stages trains.
         scores: Published.
         flops_g: Printed GFLOPs (multiply-accumulates) of the vision tower.
         note: What to know about the printed numbers.
+        table: Number of the paper's table, of a setting of its ablations.
     """
 
     name: str
@@ -187,9 +189,11 @@ class MultimodalEntry:
     projector_norm: Literal["group", "layer", "none"] = "group"
     feature_block: int | None = None
     training_data: str = "1.2M"
+    first_stage: tuple[str, ...] = ("projector",)
     scores: MultimodalScores
     flops_g: float
     note: str = ""
+    table: str = ""
 
     @property
     def image_size(self) -> int:

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from piip_core.zoo.ablations import ABLATIONS, TABLES
+from piip_core.zoo.ablations import ABLATIONS, CHAT_ABLATIONS, FIGURE_SETTINGS, FIGURES, TABLES
 
 TOOL = Path(__file__).parents[2] / "tools/sweep.py"
 
@@ -20,7 +21,8 @@ def test_every_setting_has_a_line(tool, capsys):
     tool.main([])
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|") and "_" in line]
-    assert [line.split("|")[1].strip() for line in lines] == list(ABLATIONS)
+    names = [next(cell for cell in map(str.strip, line.split("|")) if "_" in cell).strip("`") for line in lines]
+    assert set(names) == ABLATIONS.keys() | CHAT_ABLATIONS.keys() and len(names) == len(set(names))
     assert [line.split(":")[0] for line in out.splitlines() if line.startswith("Table ")] == [
         f"Table {n}" for n in TABLES
     ]
@@ -38,6 +40,63 @@ def test_one_table(tool, capsys):
     assert header[-1] == "FLOPs with merging" and float(row[-1].rstrip("G")) > float(row[8].rstrip("G"))
 
 
+def test_the_table_of_piip_llava(tool, capsys):
+    tool.main(["--table", "XIII"])
+    out = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if "`chat_" in line]
+    assert [row[-2].strip("`") for row in cells] == list(CHAT_ABLATIONS)
+    assert [row[-5:-3] for row in cells[:3]] == [["193G", "193.5G"], ["196G", "196.2G"], ["194G", "194.3G"]]
+    assert "Table XI prints other scores" in out
+
+
+@pytest.mark.parametrize("number", FIGURES)
+def test_figures(tool, capsys, tmp_path, number):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    tool.main(["--figure", number, "--plot", str(tmp_path / "figure.png")])
+    out = capsys.readouterr().out
+    for panel, curves in FIGURES[number].items():
+        assert f"Figure {number}, {panel}" in out
+        assert all(f"| {point.name} " in out for points in curves.values() for point in points)
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.format == "PNG" and image.width == 850 * len(FIGURES[number])
+
+
+def test_a_figure_has_rings_at_printed_and_dots_at_counted_costs():
+    pytest.importorskip("matplotlib")
+    from piip_tools.flops.drawing import draw_figure
+
+    (axes,) = draw_figure("title", FIGURES["8"]).axes
+    lines = {marker: [line for line in axes.lines if line.get_marker() == marker] for marker in ".o|"}
+    drawn = {marker: [p for line in found for p in line.get_xydata().tolist()] for marker, found in lines.items()}
+    # Tables I and XVII
+    printed = [(210, 43.5), (230, 43.2), (230, 43.6), (283, 44.0), (243, 43.9), (287, 45.0), (453, 46.6)]
+    assert sorted(map(tuple, drawn["o"])) == sorted(printed)
+    assert sorted(score for _, score in drawn["."]) == sorted(score for _, score in printed)
+    assert all(abs(x - want) < 1.1 for (x, _), (want, _) in zip(sorted(drawn["."]), sorted(printed), strict=True))
+    assert len(drawn["|"]) == len([name for name in FIGURE_SETTINGS if name.startswith("direction")])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_stages_of_piip_llava_are_left_to_deepspeed(tool, capsys, monkeypatch, stage):
+    started = []
+    monkeypatch.setattr(tool.os, "execvp", lambda program, command: started.extend([program, *command]))
+    tool.main(["--train", f"chat_first_stage_all/{stage}", "--annotations", "a b.json"])
+    program, *command = started
+    assert program == "deepspeed" and capsys.readouterr().out == f"{shlex.join(command)}\n"
+    pytest.importorskip("transformers")
+    from llava_piip.train.presets import parse_arguments
+
+    monkeypatch.setenv("RANK", "0")
+    without_gpu = ["--use_cpu", "true", "--bf16", "false", "--tf32", "false", "--deepspeed", "none"]
+    model, data, training = parse_arguments([*command[2:], *without_gpu])
+    assert (model.model, data.annotations) == ("chat_first_stage_all", ["a b.json"])
+    runs = "output/ablations/chat_first_stage_all/"
+    assert training.output_dir == runs + stage
+    assert model.projector == (runs + "stage1" if stage == "stage2" else None)
+
+
 def test_merging_fewer_branches_costs_less(tool, capsys):
     tool.main(["--table", "IX"])
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| out_b")]
@@ -50,6 +109,7 @@ def test_merging_fewer_branches_costs_less(tool, capsys):
     [
         (["train.max_iter=3"], "train.max_iter=3: further arguments go with --train only"),
         (["--train", "interactions_6"], "argument --train: invalid choice: 'interactions_6'"),
+        (["--plot", "f.png"], "--plot f.png: goes with --figure only"),
         (["--write", "out_b", "out_b.py"], "expected a file name that ends in .yaml"),
         (["--train", "out_b", "--table", "IX"], "not allowed with"),
         (["--write", "out", "out.yaml"], "--write out: expected one of"),
@@ -62,12 +122,12 @@ def test_mistakes(tool, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("name", [*ABLATIONS, "tbl_1568_1120_672", "interactions_4_deformable_1568_896_448"])
 def test_written_configs_are_the_settings(tool, name, tmp_path):
     pytest.importorskip("detectron2")
     from detectron2.config import LazyConfig, instantiate
 
-    setting, path = ABLATIONS[name], tmp_path / "sweep.yaml"
+    setting, path = (ABLATIONS | FIGURE_SETTINGS)[name], tmp_path / "sweep.yaml"
     tool.main(["--write", name, str(path)])
     cfg = LazyConfig.load(str(path))
     assert instantiate(cfg.model.backbone.bottom_up.config) == setting.config

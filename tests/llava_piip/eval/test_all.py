@@ -112,6 +112,23 @@ def test_the_eight_in_one_command(eval_data, model_folder, tmp_path, capsys):
     assert [prompt.startswith("<image>\n") for prompt in science] == [True, False]
 
 
+@pytest.mark.usefixtures("short_answers")
+def test_textvqa_without_ocr_tokens(eval_data, model_folder, tmp_path):
+    """The same questions without the line of tokens; beside the eight, and scored by the same labels."""
+    questions = eval_data / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl"
+    given = [json.loads(line) for line in questions.read_text().splitlines()]
+    assert any("Reference OCR token" in entry["text"] for entry in given)
+    arguments = ["textvqa_without_ocr", "--model", model_folder, "--data", eval_data, "--output", tmp_path, "--cpu"]
+    assert command.main(list(map(str, [*arguments, "--workers", 0]))) == 0
+    folder = tmp_path / "textvqa_without_ocr"
+    asked = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [entry["question_id"] for entry in asked] == [entry["question_id"] for entry in given]
+    for entry, whole in zip(asked, given, strict=True):
+        left = [line for line in whole["text"].splitlines() if "OCR" not in line]
+        assert entry["prompt"].splitlines() == left and len(left) == 2
+    assert json.loads((folder / "scores.json").read_text())["complete"]
+
+
 def test_the_eight_are_in_order(eval_data):
     """But for the numbers of questions."""
     report = check_benchmarks(BENCHMARKS.values(), eval_data, decode="full", workers=1)

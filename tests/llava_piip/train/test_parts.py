@@ -1,6 +1,7 @@
 """What is trained: parts by their modules, and the groups of the optimizer."""
 
 import pytest
+from torch import nn
 
 from llava_piip.loading import PARTS, part_parameters
 from llava_piip.train.building import freeze_except
@@ -15,6 +16,29 @@ def test_the_parts_are_the_whole_model_and_share_nothing(tiny_llava):
     of_parts = [name for part in PARTS for name in part_parameters(model, part)]
     assert sorted(of_parts) == sorted(name for name, _ in model.named_parameters())
     assert "lm_head.weight" in part_parameters(model, "language_model")
+
+
+def test_interactions_are_what_of_the_tower_is_in_no_branch(tiny_llava):
+    model, _ = tiny_llava
+    tower = set(part_parameters(model, "vision_tower"))
+    branches = {name for name in tower if ".branches." in name}
+    interactions = set(part_parameters(model, "interactions"))
+    assert interactions == tower - branches and interactions and branches
+    freeze_except(model, ["projector", "interactions"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == interactions | set(part_parameters(model, "projector"))
+    groups = parameter_groups(model, RATES, 0.0, frozenset())
+    assert [(group["part"], len(group["params"])) for group in groups] == [
+        ("projector", len(trained - interactions)),
+        ("vision_tower", len(interactions)),
+    ]
+
+
+def test_a_model_without_interactions_cannot_train_them(tiny_llava):
+    model, _ = tiny_llava
+    model.model.vision_tower.pyramid.interactions = nn.ModuleList()
+    with pytest.raises(ConfigError, match="train_parts='interactions': expected parts that the model has"):
+        freeze_except(model, ["projector", "interactions"])
 
 
 def test_a_tied_output_layer_counts_once(tiny_llava):

@@ -11,8 +11,9 @@ from llava_piip.train.arguments import deepspeed_config
 from llava_piip.train.presets import list_presets, load_preset, parse_arguments
 from piip_core import zoo
 from piip_core.errors import ConfigError
+from piip_core.zoo.ablations import CHAT_ABLATIONS
 
-ROWS = [entry.name for entry in zoo.multimodal_entries()]
+ROWS = [*(entry.name for entry in zoo.multimodal_entries()), *CHAT_ABLATIONS]
 GIVEN = ("--annotations", "a.json", "--image_root", "images", "--output_dir", "out")
 CPU = ("--use_cpu", "true", "--tf32", "false", "--bf16", "false", "--deepspeed", "none", "--report_to", "none")
 # The settings of the published models: what the stages share, and what differs
@@ -40,7 +41,6 @@ STAGES = {
         "chat_template": "plain",
         "pad_to_square": False,
         "images_as_viewed": False,
-        "train_parts": ["projector"],
         "group_by_modality": False,
     },
     "stage2": {
@@ -54,6 +54,8 @@ STAGES = {
         "group_by_modality": True,
     },
 }
+# In the first stage, Table XIII
+UNFROZEN = {"chat_first_stage_interactions": ["interactions"], "chat_first_stage_all": ["vision_tower"]}
 EVERYTHING, WITHOUT_VISION = ["projector", "language_model", "vision_tower"], ["projector", "language_model"]
 
 
@@ -83,7 +85,9 @@ def test_presets_have_the_papers_numbers(row, stage):
     expected = BOTH | STAGES[stage] | {"model": row}
     assert {key: preset.get(key) for key in expected} == expected
     if stage == "stage2":
-        assert preset["train_parts"] == (EVERYTHING if row.startswith("piip") else WITHOUT_VISION)
+        assert preset["train_parts"] == (WITHOUT_VISION if row.startswith("llava") else EVERYTHING)
+    else:
+        assert preset["train_parts"] == ["projector", *UNFROZEN.get(row, [])]
 
 
 @pytest.mark.parametrize(("stage", "devices", "expected"), [("stage1", 8, 1), ("stage2", 8, 4), ("stage2", 2, 16)])

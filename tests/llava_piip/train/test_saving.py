@@ -79,6 +79,21 @@ def test_stage_2_starts_from_the_projector_of_stage_1_and_nothing_else(stage1, f
         )
 
 
+@pytest.mark.parametrize("part", ["interactions", "vision_tower"])
+def test_stage_2_starts_from_what_stage_1_trained_of_the_vision_tower(files, tmp_path, part):
+    model, processor = load_trained(files.model)
+    freeze_except(model, ["projector", part])
+    save_trained(noise(model), tmp_path, ModelSource(str(files.model)), processor=processor)
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == {"projector", part}
+    assert set(load_file(tmp_path / f"{part}.safetensors")) == set(part_parameters(model, part))
+    fresh, _ = load_trained(files.model)
+    before = fresh.state_dict()
+    assert not any(torch.equal(before[name], tensor) for name, tensor in part_parameters(model, part).items())
+    load_projector(fresh, tmp_path)
+    torch.testing.assert_close(fresh.state_dict(), model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(load_trained(tmp_path)[0].state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def edit(folder, *keys, value):
     config = json.loads((folder / "config.json").read_text())
     inner = config

@@ -183,7 +183,7 @@ def multimodal_table(rows: Iterable[CountedModel]) -> str:
 
 
 def ablation_table(settings: Iterable[zoo.ZooEntry]) -> str:
-    """Settings of one of the paper's ablations: printed scores and costs, our counts, and notes."""
+    """Settings of one of the paper's ablations or figures: printed scores and costs, our counts, and notes."""
     rows = [
         CountedModel(
             entry=setting,
@@ -195,8 +195,8 @@ def ablation_table(settings: Iterable[zoo.ZooEntry]) -> str:
     columns = [
         ("name", attrgetter("entry.name")),
         ("setting", attrgetter("entry.title")),
-        ("box AP", _scaled("entry.paper.box_ap")),
-        ("mask AP", _scaled("entry.paper.mask_ap")),
+        ("box AP", lambda row: _number(paper_number(row.entry, "box_ap"), 1, "", 1)),
+        ("mask AP", lambda row: _number(paper_number(row.entry, "mask_ap"), 1, "", 1)),
         ("#Param", _printed("params_m", "M")),
         ("ours", _scaled("published_count.params", 1e6, "M")),
         ("dev.", _deviation("params_m", "published_count.params", 1e6)),
@@ -208,6 +208,11 @@ def ablation_table(settings: Iterable[zoo.ZooEntry]) -> str:
     ]
     notes = "".join(f"\n- {row.entry.name}: {row.entry.note}." for row in rows if row.entry.note)
     return _table(columns, rows, left=2) + (f"\n{notes}" if notes else "")
+
+
+def paper_number(entry: zoo.ZooEntry, name: str) -> float | None:
+    """A number as the paper prints it, which is that of the public repository unless the zoo has another."""
+    return getattr(entry.paper, name) or getattr(entry.published, name)
 
 
 def _table(columns: Sequence[tuple[str, Cell]], rows: Iterable[object], *, left: int = 1) -> str:
