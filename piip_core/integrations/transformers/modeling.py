@@ -22,6 +22,7 @@ from ...classifier import PIIPClassifier, head_inputs
 from ...config import ClassifierConfig
 from ...errors import UserError
 from ...pyramid import PIIP, DensePIIP, dense_maps
+from .card import PushWithCard
 from .configuration import PIIPTransformersConfig
 
 Maps = tuple[Tensor, ...]
@@ -45,7 +46,7 @@ class PIIPModelOutput(ModelOutput):
     hidden_states: tuple[Maps, ...] | None = None
 
 
-class PIIPPreTrainedModel(PreTrainedModel):
+class PIIPPreTrainedModel(PushWithCard, PreTrainedModel):
     """What all models with a PIIP as their `pyramid` have in common, whatever their configuration."""
 
     pyramid: PIIP
