@@ -97,7 +97,7 @@ def keep_converted(released: zoo.Released, kept: str, convert: Callable[[Path, P
     with lock_folder(folder):  # the processes of one training wait for the first of them
         if (found := _find(folder / kept, released)) is not None:
             return found
-        known = _read_record(folder)
+        known = {} if released.sha256 else _read_record(folder)  # of what is known, nothing needs remembering
         with _explain_failures(released), explain_write_errors(constants.HF_HUB_CACHE):
             source, record = _download(released, known.get("revision", released.revision))
         _check(source, record, known, released)
@@ -124,11 +124,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _find(target: Path, released: zoo.Released) -> Path | None:
-    """What was converted before, unless it came from another file than the table names now."""
+    """What was converted and recorded before, unless it came from another file than the table names now."""
+    record = _read_record(target.parent)
+    if not record or released.sha256 not in (None, record["files"].get(released.file, {}).get("sha256")):
+        return None
     paths = (target, target.with_name(target.name + INDEX_SUFFIX))
-    found = next((path for path in paths if path.exists()), None)
-    facts = _read_record(target.parent).get("files", {}).get(released.file, {})
-    return found if released.sha256 in (None, facts.get("sha256")) else None
+    return next((path for path in paths if path.exists()), None)
 
 
 def _download(released: zoo.Released, revision: str) -> tuple[Path, dict[str, Any]]:
