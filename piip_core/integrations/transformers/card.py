@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, upload_file
 from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,7 +62,8 @@ class PushWithCard:
         token = options.get("token")
         repo_id = create_repo(repo_id, private=options.get("private"), token=token, exist_ok=True).repo_id
         if not file_exists(repo_id, "README.md", token=token):
-            make_model_card(self, repo_id).push_to_hub(repo_id, token=token)
+            card = str(make_model_card(self, repo_id)).encode()
+            upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, token=token)
         return super().push_to_hub(repo_id, **options)
 
 
