@@ -26,6 +26,7 @@ from piip_core.checkpoints import (
 from piip_core.checkpoints.branch_names import branch_classes_of, default_branch_class
 from piip_core.checkpoints.names import NameMap, projector_rules
 from piip_core.checkpoints.public_config import config_from_public
+from piip_core.checkpoints.released import keep_converted
 from piip_core.checkpoints.rules import Rule, RuleTable, rename_parts
 from piip_core.errors import CheckpointError, NotSupportedYet
 from piip_core.files import publish_folder, read_json, write_atomically
@@ -95,6 +96,25 @@ def convert_folder(
         assemble_processor(config, tokenizer).save_pretrained(aside)
         write_checkpoint(aside / "model.safetensors", state, description={"branch_classes": names.branch_classes})
     return Conversion(report, origin, target)
+
+
+def fetch_released(name: str) -> Path:
+    """The folder of a released PIIP-LLaVA for `from_pretrained`, downloaded and converted at the first call.
+
+    Where it is kept, and what is checked: `piip_core.checkpoints.released.keep_converted`.
+
+    Raises:
+        ConfigError: For an unknown name; the message lists the closest ones.
+        CheckpointError: If it cannot be fetched, is another one than expected, or is no such model.
+    """
+    released = zoo.released(name)
+    if released.file is not None:
+        raise CheckpointError(f"{name}: is no chat model; expected one of those that begin with piip_llava_")
+
+    def convert(source: Path, target: Path) -> Path:
+        return convert_folder(source, target, row=released.entry.name, overwrite=True).path
+
+    return keep_converted(released, "model", convert)
 
 
 def export_folder(

@@ -21,6 +21,7 @@ from transformers.models.llava.modeling_llava import (
 from piip_core import PIIP
 from piip_core.errors import UserError
 from piip_core.integrations.transformers import PIIPPreTrainedModel
+from piip_core.integrations.transformers.card import PushWithCard
 from piip_core.integrations.transformers.modeling import build_then_partition
 from piip_core.merging import TokenMerging
 
@@ -182,7 +183,7 @@ def _image_field(encoded: BaseModelOutputWithPooling, features: Tensor) -> tuple
     return "image_hidden_states", features.flatten(0, 1)
 
 
-class PIIPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class PIIPLlavaForConditionalGeneration(PushWithCard, LlavaForConditionalGeneration):
     """PIIP-LLaVA with its language modelling head: training, generation, `from_pretrained`, `save_pretrained`."""
 
     config_class = PIIPLlavaConfig

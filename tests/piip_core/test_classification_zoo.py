@@ -56,7 +56,7 @@ def test_is_what_the_public_settings_build(name):
 def test_numbers_are_the_published_ones(name):
     entry, printed = zoo.classification(name), SETTINGS[name]["published"]
     assert [entry.published.top1, entry.published.params_m, entry.published.flops_g] == list(printed.values())
-    assert Path(entry.checkpoint_url).stem == Path(SETTINGS[name]["config_file"]).stem
+    assert Path(zoo.released(name).file).stem == Path(SETTINGS[name]["config_file"]).stem
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from piip_core import DensePIIP, PIIPClassifier, zoo
+from piip_core.checkpoints import fetch_released, read_checkpoint
 from piip_core.errors import ConfigError
 from piip_core.meta import on_meta
 
@@ -27,6 +28,15 @@ def test_backbones():
     assert model.pyramid.config == zoo.get("piip_tsb_1120_896_448").config
     with pytest.raises(ConfigError, match="close matches are piip_tsb_1120_896_448"):
         torch.hub.load(ROOT, "piip_backbone", "piip_tsb_1120", source="local")
+
+
+def test_a_released_backbone(hub):
+    name = "piip_tsb_1120_896_448"
+    hub.release(name)
+    model = torch.hub.load(ROOT, "piip_backbone", name, source="local", pretrained=True)
+    file = read_checkpoint(fetch_released(name)).state
+    key = "pyramid.branches.2.model.patch_embed.proj.weight"
+    assert torch.equal(model.state_dict()[key], file[f"backbone.bottom_up.features.{key}"].float())
 
 
 def test_backbone_from_a_checkpoint_of_a_detector(monkeypatch, tiny_model, tmp_path):

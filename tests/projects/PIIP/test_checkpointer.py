@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from torch import nn
 
 pytest.importorskip("detectron2")
 
-from piip.checkpointer import AtomicCheckpointer, read_categories
+from detectron2.config import instantiate
+
+from piip.checkpointer import AtomicCheckpointer, find_weights, follow_published, read_categories
+from piip.lazy_config import load_config
 from piip.modeling import PIIPBackbone
 from piip_core import (
     BranchConfig,
@@ -19,9 +23,12 @@ from piip_core import (
     PIIPClassifier,
     PIIPConfig,
     ViTConfig,
+    zoo,
 )
-from piip_core.checkpoints import write_checkpoint
+from piip_core.checkpoints import PublishedNames, write_checkpoint
 from piip_core.errors import CheckpointError
+
+TSBL = str(Path(__file__).parents[3] / "projects/PIIP/configs/COCO/mask_rcnn_piip_tsbl_1344_896_672_448_1x.py")
 
 
 def _model(seed):
@@ -88,3 +95,22 @@ def test_a_classifier_starts_the_pyramid_of_a_detector(tmp_path, caplog):
     other = nn.ModuleDict({"backbone": PIIPBackbone(wider, pad_divisor=32)})
     with pytest.raises(CheckpointError, match=r"model\.pth: its pyramid is not that of the model"):
         AtomicCheckpointer(other).load(path, checkpointables=[])
+
+
+def test_a_released_model_of_four_branches_is_built_as_its_file_holds_it(tmp_path):
+    """Its Branch 4 is a second copy of Branch 3's network; overrides of the configuration stay."""
+    config = zoo.get("piip_tsbl_1344_896_672_448").config
+    held = zoo.tsbl_as_released(config)
+    description = PublishedNames(held, ("deit",) * 4).to_dict()
+    path = write_checkpoint(tmp_path / "model.safetensors", {"x": torch.zeros(1)}, description=description)
+    override = "model.backbone.bottom_up.config.branches.branch1.image_size=224"
+    cfg = load_config(TSBL, [override])
+    follow_published(cfg, str(path))
+    found = instantiate(cfg.model.backbone.bottom_up.config)
+    assert [branch.network for branch in found.branches] == [branch.network for branch in held.branches]
+    assert found.branches[0].image_size == 224 and found.branches[3].network != config.branches[3].network
+
+
+def test_settings_that_are_no_names_stay(tmp_path):
+    assert find_weights("") == "" and find_weights("https://example.org/a.pth") == "https://example.org/a.pth"
+    assert find_weights(str(tmp_path / "x.pth")) == str(tmp_path / "x.pth")

@@ -19,7 +19,7 @@ from timm.data import create_transform
 from piip.demo import draw_bars, run_demo
 from piip.lazy_config import load_config
 from piip.predict import Predictor
-from piip_core import PIIPClassifier
+from piip_core import PIIPClassifier, zoo
 from piip_core.checkpoints import PublishedNames, convert_file, to_published
 from piip_core.errors import ConfigError
 
@@ -85,7 +85,7 @@ def test_names_are_given_or_in_the_checkpoint_or_those_of_imagenet(model, weight
     assert len(names) == 1000 and names[0] == "tench, Tinca tinca" and names[207] == "golden retriever"
 
 
-def test_a_converted_published_checkpoint_says_how_it_is_built(model, randomize, image, tmp_path):
+def test_a_published_checkpoint_says_how_it_is_built(model, randomize, image, tmp_path, hub, monkeypatch):
     """Released classifiers have no position for a class token and read the first patch."""
     pyramid = model.config.pyramid
     branches = tuple(
@@ -101,10 +101,15 @@ def test_a_converted_published_checkpoint_says_how_it_is_built(model, randomize,
     converted = tmp_path / "converted.safetensors"
     convert_file(tmp_path / "released.pth", converted, config=config)
 
-    predictor = Predictor(tiny(num_classes=1000), str(converted))
-    assert predictor.model.config == config != model.config
-    found = dict(predictor.classify(image, top=100))
-    assert [found[k] for k in range(7)] == pytest.approx(expected(published, image).tolist(), abs=1e-5)
+    entry = dataclasses.replace(zoo.classification("piip_tsb_368_192_128"), name="piip_tiny", config=config)
+    named = zoo.Released(entry=entry, repository="OpenGVLab/PIIP", file="classification/tiny.pth")
+    monkeypatch.setitem(zoo._RELEASED_BY_NAME, "piip_tiny", named)
+    hub.release("piip_tiny", content=(tmp_path / "released.pth").read_bytes())
+    for checkpoint in (str(converted), "piip_tiny"):
+        predictor = Predictor(tiny(num_classes=1000), checkpoint)
+        assert predictor.model.config == config != model.config
+        found = dict(predictor.classify(image, top=100))
+        assert [found[k] for k in range(7)] == pytest.approx(expected(published, image).tolist(), abs=1e-5)
     with pytest.raises(ConfigError, match=r"images of \[16, 32\] pixels, the configuration has one with \[16, 48\]"):
         Predictor(tiny("model.config.pyramid.branches.branch2.image_size=48"), str(converted))
 
