@@ -101,7 +101,9 @@ def data_option(released: zoo.Released) -> str:
     """The option that gives the data of a model."""
     if isinstance(released.entry, zoo.MultimodalEntry):
         return "chat"
-    return "imagenet" if isinstance(released.entry, zoo.ClassificationEntry) else released.data.lower()
+    if isinstance(released.entry, zoo.ClassificationEntry):
+        return "imagenet"
+    return "ade20k" if released.entry.head == "upernet" else "coco"
 
 
 def precision_of(released: zoo.Released, args: argparse.Namespace) -> str:

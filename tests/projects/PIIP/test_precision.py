@@ -94,9 +94,9 @@ def test_training_keeps_heads_in_float32_too(build):
 
 
 def test_what_is_no_precision_is_refused(build):
-    with pytest.raises(ConfigError, match="train.eval_precision='half': expected 'training' or one of float32, bf"):
+    with pytest.raises(ConfigError, match=r"train.eval_precision='half': expected 'training' or one of float32, bf"):
         build("train.eval_precision=half")
     cfg = load_config(str(Path(__file__).with_name("tiny_mask_rcnn.py")), ["train.amp.float32_heads=True"])
     cfg.train.amp.enabled = True
-    with pytest.raises(ConfigError, match="train.amp.float32_heads=True: expected false for GeneralizedRCNN, which"):
+    with pytest.raises(ConfigError, match=r"train.amp.float32_heads=True: expected false for GeneralizedRCNN, which"):
         set_precision(instantiate(cfg.model), cfg)
