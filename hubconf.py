@@ -1,7 +1,7 @@
 """Entry points of torch.hub: the classifiers of this project as timm makes them, and its backbones for dense tasks.
 
 torch.hub.load(REPOSITORY, "piip_tsb_368_192_128", pretrained_branches=True, num_classes=10)
-torch.hub.load(REPOSITORY, "piip_backbone", "piip_tsb_1120_896_448", pretrained_branches=True)
+torch.hub.load(REPOSITORY, "piip_backbone", "piip_tsb_1120_896_448", pretrained=True)
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ for _entry in _zoo.classification_entries():
     globals()[_entry.name] = _create
 
 
-def piip_backbone(name: str, checkpoint: str | None = None, pretrained_branches: bool = False) -> _DensePIIP:
+def piip_backbone(
+    name: str, checkpoint: str | None = None, pretrained_branches: bool = False, pretrained: bool = False
+) -> _DensePIIP:
     """A backbone for detection or segmentation: an image (B, 3, H, W) to one map per stride of `out_strides`.
 
     Args:
         name: Its name in the zoo, for example "piip_sbl_1568_1120_672".
         checkpoint: File to load: a released one converted by tools/convert_checkpoint.py, or of a training here.
         pretrained_branches: Start every branch from the weights that the configuration names for it.
+        pretrained: Load the backbone of the released detector or segmentor; see `fetch_released`.
 
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
         CheckpointError: If weights cannot be had or do not fit.
     """
-    model = _DensePIIP(_zoo.get(name).config)
+    model = _DensePIIP(_zoo.released(name).config if pretrained else _zoo.get(name).config)
     if pretrained_branches:
         _load_pretrained(model.pyramid)
-    if checkpoint is not None:
-        _load_checkpoint(model, checkpoint)
+    if pretrained or checkpoint is not None:
+        _load_checkpoint(model, checkpoint or name)
     return model

@@ -16,9 +16,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import BatchFeature, GenerationConfig
 
-from piip_core.errors import CheckpointError, UserError, check, check_choice
+from piip_core.errors import CheckpointError, ConfigError, UserError, check, check_choice
 from piip_core.files import read_json
 
+from .checkpoints import fetch_released
 from .configuration import PIIPLlavaConfig
 from .conversation import ConversationError, Messages, has_image_parts, render_conversation
 from .conversation_cache import ConversationCache
@@ -73,7 +74,7 @@ class ChatModel:
         """Loads what training saved or the converter wrote: a whole model, trained parts, or adapters.
 
         Args:
-            folder: The folder, or that of a finished run.
+            folder: The folder, that of a finished run, or the name of a released model, see `zoo.released`.
             device: Where the model runs; None for the first GPU, or the CPU where there is none.
             dtype: A name in `DTYPES`, or "auto" for the precision of the file.
             quantization: Precision of the language model's linear layers; the vision tower keeps `dtype`.
@@ -289,9 +290,16 @@ def _ends(model: nn.Module, processor: PIIPLlavaProcessor) -> tuple[list[int], l
 def model_folder(folder: Path) -> Path:
     """The folder with the files, checked to be one of ours: a mistake would show as a missing key otherwise.
 
+    The name of a released model is as good as a folder; see `fetch_released`.
+
     Raises:
-        CheckpointError: If it is not.
+        CheckpointError: If it is neither.
     """
+    if not folder.exists() and folder.name == str(folder):
+        try:
+            return fetch_released(folder.name)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}: no such folder (looked from {Path.cwd()}), and {error}") from None
     folder = final_folder(folder)
     if is_trained_folder(folder):
         return folder

@@ -85,12 +85,12 @@ def find_refusal(error: BaseException | None) -> tuple[str, str] | None:
 
 
 @contextmanager
-def lock_folder(path: str | os.PathLike[str], otherwise: str) -> Iterator[None]:
+def lock_folder(path: str | os.PathLike[str], otherwise: str | None = None) -> Iterator[None]:
     """Keeps other processes from writing to the same folder, which is made if missing.
 
     Raises:
-        OutputFolderError: If another process holds it (`otherwise` says what else than waiting the user can do), or it
-            cannot be made or written.
+        OutputFolderError: If another process holds it (`otherwise` says what else than waiting the user can do; None
+            waits), or it cannot be made or written.
     """
     import fcntl  # not on Windows, where all but training works
 
@@ -105,7 +105,7 @@ def lock_folder(path: str | os.PathLike[str], otherwise: str) -> Iterator[None]:
         try:
             # A record lock, which goes with its process however that ends. One of flock would stay as long as the
             # workers of a data loader, which inherit it. Over NFS it needs lockd (version 3), or version 4
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
         except (BlockingIOError, PermissionError):  # depends on the system
             file.seek(0)
             holder = file.read().strip() or "another process"

@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import huggingface_hub
 import pytest
 import torch
 
 from piip_core import BranchConfig, DensePIIP, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
+from piip_core.checkpoints import released
 from piip_core.files import lock_folder
 
 ROOT = Path(__file__).parents[1]
@@ -141,3 +143,15 @@ def kill_saves(tmp_path):
         assert {tuple(result["left"]) for result in found["results"]} >= {("checkpoint-2",)}
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hugging Face hub (hub_standin.py), from which this process fetches released models, too."""
+    with _load("hub_standin", "tests").Hub() as running:
+        cache = tmp_path / "hub"
+        for name in ("hf_hub_download", "snapshot_download"):
+            fetch = partial(getattr(huggingface_hub, name), endpoint=running.endpoint, cache_dir=cache)
+            monkeypatch.setattr(released, name, fetch)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+        yield running

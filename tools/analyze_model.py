@@ -42,7 +42,10 @@ from piip_tools.memory.estimate import MemoryReport, Setting, estimate_memory, m
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*zoo.names(), *(entry.name for entry in zoo.classification_entries())]
-    parser.add_argument("config", help=f"a LazyConfig file, or a published model: {', '.join(names)}")
+    parser.add_argument(
+        "config",
+        help=f"a LazyConfig file, or a published model (released ones also as mask_rcnn_...): {', '.join(names)}",
+    )
     parser.add_argument("overrides", nargs="*", help="of a LazyConfig, as key=value")
     parser.add_argument(
         "--input",

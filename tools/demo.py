@@ -6,7 +6,8 @@
 
 Pictures (videos as .mp4) and predictions.json appear in the output folder: detections in COCO's result format; the
 classes of a segmentation, with a label map beside every picture; or the five best classes of every image, as bars and
-with scores. Published checkpoints that tools/convert_checkpoint.py has converted do as well as those of own trainings.
+with scores. --checkpoint takes checkpoints of own trainings, published ones that tools/convert_checkpoint.py has
+converted, and names of released models (python -m piip_core.zoo lists them), which are fetched.
 Runs on the GPU if there is one, else on the CPU; train.device decides.
 """
 
@@ -18,7 +19,12 @@ import sys
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="LazyConfig (.py or .yaml)")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help=".pth or .safetensors")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help=".pth, .safetensors or a released model: python -m piip_core.zoo",
+    )
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="image files, folders, video files")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument(

@@ -11,6 +11,8 @@ Models that outgrow one GPU (weights, gradients and optimizer states divided amo
 Go on after an interruption, evaluate:
     ... --resume
     ... --eval-only train.init_checkpoint=output/run/model_final.pth
+A released model by its name (python -m piip_core.zoo lists them), fetched at the first call:
+    ... --eval-only train.init_checkpoint=mask_rcnn_piip_tsb_1568_1120_672
 Own data in COCO format; the number of classes follows the annotation file:
     ... data.train.annotations=A.json data.train.images=DIR data.test.annotations=B.json data.test.images=DIR
 Own images with one sub-folder per class; classes and the length of the training follow the folder:

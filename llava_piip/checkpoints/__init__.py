@@ -1,6 +1,6 @@
 """Published PIIP-LLaVA checkpoints to our layout and back."""
 
-from .convert import convert_folder, export_folder, load_published_projector
+from .convert import convert_folder, export_folder, fetch_released, load_published_projector
 from .names import LlavaNames
 from .vision_config import published_vision_config, recognise_row
 
@@ -8,6 +8,7 @@ __all__ = [
     "LlavaNames",
     "convert_folder",
     "export_folder",
+    "fetch_released",
     "load_published_projector",
     "published_vision_config",
     "recognise_row",

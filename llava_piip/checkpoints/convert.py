@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
-from piip_core import BranchConfig, ConvNeXtConfig
+from piip_core import BranchConfig, ConvNeXtConfig, zoo
 from piip_core.checkpoints import (
     Conversion,
     read_checkpoint,
@@ -21,6 +21,7 @@ from piip_core.checkpoints import (
 )
 from piip_core.checkpoints.branch_names import default_branch_class
 from piip_core.checkpoints.names import projector_rules
+from piip_core.checkpoints.released import keep_converted
 from piip_core.errors import CheckpointError
 from piip_core.files import publish_folder, read_json, write_atomically
 
@@ -83,6 +84,25 @@ def convert_folder(
         assemble_processor(config, tokenizer).save_pretrained(aside)
         write_checkpoint(aside / "model.safetensors", state, description={"branch_classes": names.branch_classes})
     return Conversion(report, vision.origin, target)
+
+
+def fetch_released(name: str) -> Path:
+    """The folder of a released PIIP-LLaVA for `from_pretrained`, downloaded and converted at the first call.
+
+    Where it is kept, and what is checked: `piip_core.checkpoints.released.keep_converted`.
+
+    Raises:
+        ConfigError: For an unknown name; the message lists the closest ones.
+        CheckpointError: If it cannot be fetched, is another one than expected, or is no such model.
+    """
+    released = zoo.released(name)
+    if released.file is not None:
+        raise CheckpointError(f"{name}: is no chat model; expected one of those that begin with piip_llava_")
+
+    def convert(source: Path, target: Path) -> Path:
+        return convert_folder(source, target, row=released.entry.name, overwrite=True).path
+
+    return keep_converted(released, "model", convert)
 
 
 def export_folder(

@@ -57,7 +57,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     names = f"{', '.join(BENCHMARKS)}, all, or {_TABLE}"
     parser.add_argument("benchmarks", nargs="+", choices=[*BENCHMARKS, "all"], metavar="BENCHMARK", help=names)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="what training saved or the converter wrote")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="what training saved, or a released model")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of all benchmarks")
     parser.add_argument("--output", type=Path, metavar="DIR", help="results (default: output/eval/NAME OF THE MODEL)")
     parser.add_argument(
@@ -82,11 +82,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    if args.model is not None and not args.model.is_dir():
-        parser.error(f"--model {args.model}: is no folder")
     for name in ("questions", "images"):  # absolute paths stay what they are below --data
         if path := getattr(args, name):
             args.benchmarks = [replace(args.benchmarks[0], **{name: str(path.resolve())})]
+    released = {model.name for model in zoo.released_models()}
+    if args.model is not None and not args.model.is_dir() and str(args.model) not in released:
+        parser.error(f"--model {args.model}: is no folder, and no released model")
     if args.output is None:
         args.output = Path("output", "eval", args.model.resolve().name if args.model else args.answers.stem)
     return args

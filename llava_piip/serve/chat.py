@@ -69,7 +69,8 @@ def make_parser(program: str, description: str | None) -> argparse.ArgumentParse
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="folder that training or the converter wrote, or of a run; with --server the model's name there",
+        help="folder that training or the converter wrote, or of a run, or the name of a released model; with --server "
+        "the model's name there",
     )
     parser.add_argument(
         "--server", metavar="URL", help="ask an OpenAI-compatible server instead, such as http://127.0.0.1:8000/v1"

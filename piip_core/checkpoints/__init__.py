@@ -7,6 +7,7 @@ from .load import build_trained, find_pyramid, load_checkpoint, load_pyramid, py
 from .names import PublishedNames, model_shapes, our_names, published_names
 from .pretrained import convert_pretrained, load_branch, load_pretrained
 from .reading import read_checkpoint
+from .released import fetch_released, find_checkpoint
 from .writing import write_checkpoint
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "build_trained",
     "convert_file",
     "convert_pretrained",
+    "fetch_released",
+    "find_checkpoint",
     "find_pyramid",
     "from_published",
     "load_branch",

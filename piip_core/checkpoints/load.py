@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .formats import CheckpointFile, LazyState
 from .names import model_shapes
 from .pretrained import convert_pretrained
 from .reading import read_checkpoint
+from .released import find_checkpoint
 
 # The first tensor of a PIIP in a state dict, whatever holds it
 _FIRST_BRANCH = re.compile(r"(|.*?\.)branches\.0\.model\.")
@@ -29,13 +31,14 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, ema: bool
 
     Args:
         model: What to fill; of `DensePIIP` and `PIIPClassifier`, published checkpoints are read as well.
-        path: A checkpoint of our training (of a detector, too), of timm, transformers or the hub, or a published one.
+        path: A checkpoint of our training (of a detector, too), of timm, transformers or the hub, or a published one;
+            or the name of a released model, see `zoo.released`.
         ema: As in `read_checkpoint`.
 
     Raises:
         CheckpointError: If the file cannot be read, or does not hold exactly one set of all weights of the model.
     """
-    _load(model, read_checkpoint(path, ema=ema))
+    _load(model, _read(path, ema))
 
 
 def build_trained(
@@ -51,12 +54,17 @@ def build_trained(
     Raises:
         CheckpointError: If the file cannot be read or fits none of the configurations.
     """
-    file = read_checkpoint(path, ema=ema)
+    file = _read(path, ema)
     possible = [_with_classes_of(config, file.state.shapes()) for config in configs]
     config = next((c for c in possible if _prefixes(file.state, model_shapes(c))), possible[0])
     model = build_model(config)
     _load(model, file)
     return model.eval()
+
+
+def _read(path: str | os.PathLike[str], ema: bool) -> CheckpointFile:
+    found = find_checkpoint(path, ema=ema)
+    return read_checkpoint(found, ema=ema and found == Path(path))  # a released one has its own file of averages
 
 
 def _load(model: nn.Module, file: CheckpointFile) -> None:

@@ -23,6 +23,8 @@ from .entry import (
     ZooEntry,
 )
 from .networks import VIT
+from .releases import RELEASED as _RELEASED
+from .releases import Released
 
 __all__ = [
     "VIT",
@@ -31,6 +33,7 @@ __all__ = [
     "MultimodalEntry",
     "MultimodalScores",
     "PublishedNumbers",
+    "Released",
     "ZooEntry",
     "baseline",
     "classification",
@@ -42,12 +45,15 @@ __all__ = [
     "multimodal",
     "multimodal_entries",
     "names",
+    "released",
+    "released_models",
     "tsbl_as_released",
 ]
 
 _BY_NAME = {entry.name: entry for entry in _dense.ENTRIES}
 _CLASSIFIERS_BY_NAME = {entry.name: entry for entry in _classifiers.ENTRIES}
 _MULTIMODAL_BY_NAME = {entry.name: entry for entry in _multimodal.ENTRIES}
+_RELEASED_BY_NAME = {name: model for model in _RELEASED for name in (model.entry.name, model.name)}
 _Entry = TypeVar("_Entry")
 
 
@@ -98,20 +104,35 @@ def multimodal(name: str) -> MultimodalEntry:
     return _find(name, _MULTIMODAL_BY_NAME)
 
 
+def released_models() -> tuple[Released, ...]:
+    """All models whose weights were released, in the order of the tables."""
+    return _RELEASED
+
+
+def released(name: str) -> Released:
+    """A released model by name: `mask_rcnn_piip_tsb_1568_1120_672`, or as the zoo calls it, `piip_tsb_1568_1120_672`.
+
+    Raises:
+        ConfigError: For an unknown name; the message lists the closest ones.
+    """
+    return _find(name, _RELEASED_BY_NAME, "released")
+
+
 def find(name: str) -> ZooEntry | ClassificationEntry:
-    """A published dense model or classifier by name.
+    """A published dense model or classifier by name, also by that of its released file.
 
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
     known: dict[str, ZooEntry | ClassificationEntry] = {**_BY_NAME, **_CLASSIFIERS_BY_NAME}
-    return _find(name, known)
+    model = _RELEASED_BY_NAME.get(name)
+    return _find(model.entry.name if model else name, known)
 
 
-def _find(name: str, known: Mapping[str, _Entry]) -> _Entry:
+def _find(name: str, known: Mapping[str, _Entry], kind: str = "published") -> _Entry:
     try:
         return known[name]
     except KeyError:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         choices = f"close matches are {', '.join(close)}" if close else f"known are {', '.join(known)}"
-        raise ConfigError(f"no published model is named {name!r}; {choices}") from None
+        raise ConfigError(f"no {kind} model is named {name!r}; {choices}") from None

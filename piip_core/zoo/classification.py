@@ -7,7 +7,6 @@ from ..config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConf
 from .entry import ClassificationEntry, ClassificationNumbers
 from .networks import TIMM_SIZES, VIT, with_network, with_own_grid
 
-_CHECKPOINTS = "https://huggingface.co/OpenGVLab/PIIP/resolve/main/classification/"
 _DEIT, _AUGREG = "timm:deit_{}_patch16_224.fb_in1k", "timm:vit_{}_patch16_224.augreg_in21k_ft_in1k"
 # Stochastic depth by size, the same in all blocks
 _DROP_PATH = {"T": 0.05, "S": 0.05, "B": 0.2, "L": 0.4}
@@ -31,15 +30,12 @@ def _fine_tuned(sizes: str, image_sizes: tuple[int, ...], weights: str, *numbers
     branches = tuple(_fine_tuned_branch(*pair, weights) for pair in pairs)
     # The class token with its position, as in the pretrained network; the published models leave it out
     with_positions = tuple(with_network(branch, class_position=True) for branch in branches)
-    pretraining = "augreg" if weights == _AUGREG else "deit1"
-    file = f"piip_3branch_{sizes.lower()}_{'-'.join(map(str, image_sizes))}_cls_token_{pretraining}.pth"
     return ClassificationEntry(
         name="_".join(["piip", sizes.lower(), *map(str, image_sizes)]),
         title=f"PIIP-{sizes}",
         config=ClassifierConfig(pyramid=PIIPConfig(branches=branches, merging=None), pooling="first_patch"),
         training_config=ClassifierConfig(pyramid=PIIPConfig(branches=with_positions, merging=None)),
         published=ClassificationNumbers(*numbers),
-        checkpoint_url=_CHECKPOINTS + file,
     )
 
 

@@ -113,7 +113,6 @@ class ClassificationEntry:
         training_config: What a new training starts from: the same with class tokens as their pretrained networks have
             them, or `config`.
         published: Numbers of the table.
-        checkpoint_url: The released file.
         note: What to know about the printed numbers.
         schedule: Length of the training in epochs: "20ep".
     """
@@ -126,7 +125,6 @@ class ClassificationEntry:
     config: ClassifierConfig
     training_config: ClassifierConfig
     published: ClassificationNumbers
-    checkpoint_url: str | None = None
     note: str = ""
     schedule: str = "20ep"
 

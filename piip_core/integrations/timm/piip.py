@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ... import zoo
 from ...branches import ViTConfig
-from ...checkpoints import from_published, load_pretrained
+from ...checkpoints import fetch_released, from_published, load_pretrained
 from ...classifier import PIIPClassifier, feature_maps, with_pooling
 from ...config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig
 from ...errors import CheckpointError, check
@@ -78,8 +78,8 @@ def create_classifier(
 
     Args:
         name: One of `model_names()`.
-        pretrained: Load the released weights, or those that `pretrained_cfg_overlay=dict(file=...)` names. Released
-            files are converted. The tag `in1k_ema` takes the moving average of the released weights.
+        pretrained: Load the released weights (see `fetch_released`; of the tag `in1k_ema` their moving average), or
+            those that `pretrained_cfg_overlay=dict(file=...)` names, which are converted.
         published: Build the released form, whose heads read the first patch token and whose weights need that; else
             the form for new training, whose heads read class tokens. None: the released form if its weights are to be
             downloaded. True goes with a released file of your own in `pretrained_cfg_overlay`.
@@ -94,10 +94,12 @@ def create_classifier(
         ConfigError: If an argument has a value that is not possible.
         CheckpointError: If the weights do not fit.
     """
-    own = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
-    if published is None:
-        source = resolve_pretrained_cfg(name, *own)
-        published = pretrained and not (source.file or source.state_dict or source.source or source.hf_hub_id)
+    source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    downloads = pretrained and not (source.file or source.state_dict or source.source or source.hf_hub_id)
+    published = downloads if published is None else published
+    if downloads and source.url in {model.url for model in zoo.released_models()}:
+        file = str(fetch_released(name, ema=source.tag == "in1k_ema"))
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": file}
     config = MODELS[name].published if published else MODELS[name].training
     if kwargs.get("features_only") and config.head == "separate":
         kwargs.setdefault("global_pool", "avg")  # with the last interaction, which class tokens would not need
@@ -242,6 +244,7 @@ def _tiny() -> ClassifierConfig:
     return ClassifierConfig(pyramid=PIIPConfig(branches=tuple(branches), interaction=interaction, merging=None))
 
 
+_URLS = {model.name: model.url for model in zoo.released_models()}
 for _entry in zoo.classification_entries():
-    register_classifier(_entry.name, _entry.training_config, published=_entry.config, url=_entry.checkpoint_url)
+    register_classifier(_entry.name, _entry.training_config, published=_entry.config, url=_URLS.get(_entry.name))
 register_classifier("piip_test", _tiny())

@@ -67,9 +67,9 @@ class PIIPTransformersConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ConfigError: For an unknown name; the message lists the closest ones.
         """
-        if name in {entry.name for entry in zoo.entries()}:
-            return cls.from_pyramid(zoo.get(name).config, **options)
-        entry = zoo.classification(name)
+        entry = zoo.find(name)
+        if isinstance(entry, zoo.ZooEntry):
+            return cls.from_pyramid(entry.config, **options)
         if not {"num_labels", "id2label"} & set(options):
             options["id2label"] = _imagenet_labels()
         return cls.from_classifier(entry.training_config if training else entry.config, **options)

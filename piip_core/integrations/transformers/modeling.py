@@ -15,7 +15,9 @@ from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_z
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
 from transformers.utils import can_return_tuple
 
+from ... import zoo
 from ...branches import BranchState
+from ...checkpoints import load_checkpoint
 from ...classifier import PIIPClassifier, head_inputs
 from ...config import ClassifierConfig
 from ...errors import UserError
@@ -24,6 +26,7 @@ from .configuration import PIIPTransformersConfig
 
 Maps = tuple[Tensor, ...]
 Module = TypeVar("Module", bound=nn.Module)
+Model = TypeVar("Model", bound="PIIPPreTrainedModel")
 
 
 @dataclass
@@ -56,6 +59,27 @@ class PIIPPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_released(cls: type[Model], name: str, *, ema: bool = False, **options: Any) -> Model:
+        """A released model with its weights, in evaluation mode; they are fetched at the first call.
+
+        Args:
+            name: A classifier, or a detector or segmentor for its backbone; see `zoo.released`.
+            ema: Of a classifier, the moving average of the weights.
+            **options: Fields of the configuration.
+
+        Raises:
+            ConfigError: For an unknown name; the message lists the closest ones.
+            CheckpointError: If the weights cannot be had; see `fetch_released`.
+        """
+        held = zoo.released(name).config
+        config = PIIPTransformersConfig.from_zoo(name, **options)
+        config.pyramid = (held.pyramid if isinstance(held, ClassifierConfig) else held).to_dict()
+        config.name_or_path = name
+        model = cls(config)
+        load_checkpoint(model, name, ema=ema)
+        return model.eval()
 
     @property
     def gradient_checkpointing(self) -> bool:

@@ -10,21 +10,23 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from piip.data import Category, DatasetError
 from piip.lazy import lazy_dataclass
 from piip.lazy_config import data_kind
+from piip_core import zoo
 from piip_core.checkpoints import (
     PublishedNames,
+    find_checkpoint,
     find_pyramid,
     load_pyramid,
     load_torch_file,
     pyramid_prefix,
     read_checkpoint,
 )
-from piip_core.config import ClassifierConfig
+from piip_core.config import ClassifierConfig, PIIPConfig
 from piip_core.errors import CheckpointError, ConfigError, listed
 from piip_core.files import write_atomically
 
@@ -176,6 +178,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
             self.logger.warning("%s: the model has no %s", path, ", ".join(unknown))
 
 
+def find_weights(path: str) -> str:
+    """`find_checkpoint` for settings: an empty one, and addresses, are what they are."""
+    return path if not path or "://" in path else str(find_checkpoint(path))
+
+
 def _read(path: str) -> dict[str, Any]:
     """The weights of any checkpoint under "model", and beside them what a `.pth` holds."""
     if os.path.isdir(path) and os.path.isfile(os.path.join(path, RUN_STATE)):
@@ -193,19 +200,25 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def follow_published(cfg: DictConfig, weights: str) -> None:
-    """Sets `model.config` of a classifier to what the checkpoint holds, if `tools/convert_checkpoint.py` wrote it.
+    """Sets the configuration of the model to what the checkpoint holds, if it is a published one that was converted.
 
-    Configurations of other models are left alone; checkpoints of trainings do not describe the model and change
-    nothing.
+    That is `model.config` of a classifier, and the last branch of four, see `zoo.tsbl_as_released`. Others are left
+    alone; checkpoints of trainings do not describe the model and change nothing.
 
     Raises:
         CheckpointError: If the file cannot be read.
         ConfigError: If it is a classifier with other image sizes than that of `cfg`.
     """
-    if data_kind(cfg) != "class_folders" or "config" not in cfg.model or not os.path.exists(weights):
+    node = cfg.model if data_kind(cfg) == "class_folders" else OmegaConf.select(cfg, "model.backbone.bottom_up")
+    if node is None or "config" not in node or not os.path.exists(weights):
         return
-    given, description = instantiate(cfg.model.config), read_checkpoint(weights).description or {}
+    given, description = instantiate(node.config), read_checkpoint(weights).description or {}
     held = PublishedNames.from_dict(description).config if "config" in description else None
+    if isinstance(given, PIIPConfig) and isinstance(held, PIIPConfig) and len(given.branches) == 4:
+        released = zoo.tsbl_as_released(given)
+        if [branch.network for branch in held.branches] == [branch.network for branch in released.branches]:
+            node.config = lazy_dataclass(released)
+        return
     if not isinstance(given, ClassifierConfig) or not isinstance(held, ClassifierConfig):
         return
     sizes = [[branch.image_size for branch in config.pyramid.branches] for config in (held, given)]

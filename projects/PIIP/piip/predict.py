@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from piip.checkpointer import AtomicCheckpointer, follow_published, read_categories
+from piip.checkpointer import AtomicCheckpointer, find_weights, follow_published, read_categories
 from piip.data import Category, coco_categories
 from piip.data.label_maps import label_classes
 from piip.data.transforms import as_input
@@ -40,7 +40,8 @@ class Predictor:
     Args:
         cfg: LazyConfig with model, dataloader.test.mapper and train.device; it is changed (`data.num_classes`, and
             `model.config` for a published classifier, see `follow_published`).
-        weights: Checkpoint, `.pth` or `.safetensors`; every weight of the model must be in it.
+        weights: Checkpoint, `.pth` or `.safetensors`, or the name of a released model, see `piip_core.zoo.released`;
+            every weight of the model must be in it.
         device: Where to run; `train.device` by default.
         class_names: Names of the classes, if checkpoint and annotation files do not give them.
         prepare: Make the model faster by `piip_core.prepare_for_inference`; results differ by rounding.
@@ -66,6 +67,7 @@ class Predictor:
         prepare: bool = False,
     ) -> None:
         self.device = check_device(device or cfg.train.device)
+        weights = find_weights(weights)
         follow_published(cfg, weights)
         self.categories = find_categories(cfg, weights, class_names)
         if self.categories and data_kind(cfg) is not None:

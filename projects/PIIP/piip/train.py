@@ -25,7 +25,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
-from piip.checkpointer import AtomicCheckpointer, CategoryTable, follow_published, read_categories
+from piip.checkpointer import AtomicCheckpointer, CategoryTable, find_weights, follow_published, read_categories
 from piip.data import Category, DatasetError, TrainLoader
 from piip.deepspeed_checkpointer import DeepSpeedCheckpointer, run_folder
 from piip.deepspeed_trainer import DeepSpeedTrainer, build_engine, evaluation_model, zero_stage
@@ -96,7 +96,7 @@ def evaluate_only(cfg: DictConfig, categories: Sequence[Category] = (), *, resum
         CheckpointError: If the checkpoint lacks weights or has others than the model.
         DatasetError: If it was trained on classes of other names.
     """
-    path = _last_checkpoint(cfg) if resume else cfg.train.init_checkpoint
+    path = _last_checkpoint(cfg) if resume else find_weights(cfg.train.init_checkpoint)
     if not path:
         raise ConfigError(
             "--eval-only: no checkpoint: give train.init_checkpoint=PATH, or --resume for the last one of "
@@ -151,6 +151,8 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     loader = instantiate(cfg.dataloader.train)  # before the model, whose weights may take minutes
     zero = zero_stage(cfg) > 0
     last = _checkpoint_to_resume(cfg, resume)
+    if not last:
+        cfg.train.init_checkpoint = find_weights(cfg.train.init_checkpoint)
     if cfg.train.init_checkpoint or last:
         skip_pretrained(cfg)
 
