@@ -153,11 +153,11 @@ def lazy_config(released: zoo.Released, args: argparse.Namespace) -> tuple[Any, 
 def evaluate(released: zoo.Released, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Evaluates a model in processes of its own, and returns the numbers of the zoo that come out."""
     if data_option(released) == "chat":
+        from llava_piip.checkpoints import fetch_released as fetch_chat
         from llava_piip.eval.__main__ import measured_scores
-        from llava_piip.loading import find_model
 
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus)]
-        command += ["-m", "llava_piip.eval", *args.benchmarks, "--model", str(find_model(released.name))]
+        command += ["-m", "llava_piip.eval", *args.benchmarks, "--model", str(fetch_chat(released.name))]
         command += ["--data", str(args.chat), "--output", str(folder), "--dtype", precision_of(released, args)]
         _run([*command, *(["--cpu"] if args.device == "cpu" else []), *(["--restart"] if args.restart else [])])
         return measured_scores(folder)
