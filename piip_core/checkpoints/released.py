@@ -107,9 +107,14 @@ def keep_converted(released: zoo.Released, kept: str, convert: Callable[[Path, P
     return written
 
 
+def read_record(released: zoo.Released) -> dict[str, Any]:
+    """Repository, revision, and size and hash by file of what was fetched before; nothing if nothing was."""
+    return _read_record(_folder(released))
+
+
 def recorded_size(released: zoo.Released) -> int | None:
     """Bytes of what is downloaded, if that is known."""
-    files = _read_record(_folder(released)).get("files", {})
+    files = read_record(released).get("files", {})
     return sum(facts["size"] for facts in files.values()) or released.size
 
 

@@ -76,6 +76,20 @@ def test_total_is_what_the_profiler_measures(dry_run, precision, checkpointing, 
     assert activations.peak > states.step  # or the activations would not have been tested
 
 
+def test_evaluation_takes_what_the_mem_tracker_sees(dry_run):
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    model, tracker = DensePIIP(CONFIG).eval(), MemTracker()
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    tracker.track_external(model)
+    with tracker, torch.no_grad():
+        model(torch.zeros(2, 3, 224, 224))
+        (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    estimated = dry_run.inference(lambda model: model(torch.empty(2, 3, 224, 224)))
+    assert estimated == pytest.approx(snapshot["Total"] - held, rel=0.01)
+    assert estimated < 0.5 * dry_run.activations(step, precision="fp32").peak
+
+
 def test_activations_are_those_of_the_mem_tracker(dry_run):
     """PyTorch's own tracker, on real tensors."""
     from torch.distributed._tools.mem_tracker import MemTracker

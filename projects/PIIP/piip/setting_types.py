@@ -35,6 +35,8 @@ _SETTINGS: dict[str, Kinds] = {
     "train.load_pretrained": (bool,),
     "train.amp.enabled": (bool,),
     "train.amp.precision": (str,),
+    "train.amp.float32_heads": (bool,),
+    "train.eval_precision": (str,),
     "train.ddp.broadcast_buffers": (bool,),
     "train.ddp.find_unused_parameters": (bool,),
     "train.ddp.fp16_compression": (bool,),
@@ -216,6 +218,8 @@ def _without_effect(train: DictConfig) -> list[str]:
     select = functools.partial(OmegaConf.select, train)
     notes = {
         "amp.precision": select("amp.enabled") and " (mixed precision is float16 there)",
+        "amp.float32_heads": select("amp.float32_heads") and "",
+        "eval_precision": "" if select("eval_precision", default="float32") != "float32" else None,
         "clip_norm": select("clip_norm") and "",
         "ema.decay": None if select("ema.decay") is None else "",
         "deepspeed.stage": select("deepspeed.stage") and "",

@@ -7,6 +7,7 @@ resuming that continues exactly, checkpoints that survive a crash, and early err
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -43,11 +44,15 @@ from piip.lazy_config import (
     load_config,
     skip_pretrained,
 )
+from piip.precision import set_precision, training_precision
 from piip_core.errors import ConfigError
-from piip_core.files import explain_write_errors
+from piip_core.files import explain_write_errors, write_atomically
 from piip_core.training_checkpoints import OutputFolderError, lock_run
 
 logger = logging.getLogger(__name__)
+
+EVALUATION = "evaluation.json"
+"""What `--eval-only` writes in the output folder: the checkpoint and its metrics."""
 
 _NO_TEST = "the configuration has no evaluator, or no test set (data.test.annotations, .labels or .images is null)"
 
@@ -116,10 +121,21 @@ def evaluate_only(cfg: DictConfig, categories: Sequence[Category] = (), *, resum
     evaluate = build_evaluation(cfg)
     if evaluate is None:
         raise ConfigError(f"--eval-only: {_NO_TEST}: expected a test set")
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = _build_model(cfg)
     AtomicCheckpointer(model, strict=True).load(path, checkpointables=[])
     _check_names(path, categories)
-    return evaluate(model)
+    results = evaluate(model)
+    if comm.is_main_process():
+        with write_atomically(Path(cfg.train.output_dir, EVALUATION), "w") as file:
+            json.dump({"checkpoint": path, "results": results}, file, indent=2)
+    return results
+
+
+def _build_model(cfg: DictConfig) -> nn.Module:
+    """A model to evaluate."""
+    model = instantiate(cfg.model).to(cfg.train.device)
+    set_precision(model, cfg)
+    return model
 
 
 def _check_names(checkpoint: str, categories: Sequence[Category]) -> None:
@@ -144,7 +160,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
         categories: Classes to keep in the checkpoints, from `follow_annotations`.
         resume: Go on from the last checkpoint of `train.output_dir`, if there is one.
     """
-    seed, averaging, precision = StepSeed(cfg.train.get("seed", -1)), average_settings(cfg), _precision(cfg)
+    seed, averaging = StepSeed(cfg.train.get("seed", -1)), average_settings(cfg)
     evaluate = build_evaluation(cfg)
     loader = instantiate(cfg.dataloader.train)  # before the model, whose weights may take minutes
     zero = zero_stage(cfg) > 0
@@ -160,9 +176,9 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     table, average = CategoryTable(categories), None
     if averaging:
         average = WeightAverage(model, cfg.train.output_dir, {"categories": table.state_dict()}, **averaging)
-    if precision is torch.bfloat16:
-        # With the cache, DeepSpeed's stage 3 would keep a bfloat16 copy of every weight
-        _autocast_in_training(model, cfg.train.device, cache_enabled=not zero)
+        set_precision(average.model, cfg)
+    # With the cache, DeepSpeed's stage 3 would keep a bfloat16 copy of every weight
+    set_precision(model, cfg, cache_enabled=not zero)
     run = (_DeepSpeedRun if zero else _Run)(cfg, model, loader, table, last)
     whole = (lambda: _evaluate_all(evaluate, run.whole_model(), average)) if evaluate else None
     saves = Saves(run.save)
@@ -179,33 +195,6 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
         run.finish()
     run.trainer.train(start, cfg.train.max_iter)  # and evaluates
     saves.check()  # not within the loop, which would log a traceback
-
-
-def _precision(cfg: DictConfig) -> torch.dtype | None:
-    """That of autocast, if there is one."""
-    if not cfg.train.amp.enabled:
-        return None
-    precision, on_cuda = cfg.train.amp.get("precision", "bfloat16"), torch.device(cfg.train.device).type == "cuda"
-    if precision != "bfloat16" and not (precision == "float16" and on_cuda):
-        raise ConfigError(
-            f"train.amp.precision={precision!r} on {cfg.train.device}: expected 'bfloat16', or 'float16' on CUDA"
-        )
-    return torch.bfloat16 if precision == "bfloat16" else torch.float16
-
-
-def _autocast_in_training(model: nn.Module, device: str, *, cache_enabled: bool) -> None:
-    """Runs the model in bfloat16 while it trains.
-
-    Inside of it, since DeepSpeed turns off what is turned on around its engine. Losses are not scaled: bfloat16 has the
-    range of float32.
-    """
-    forward, device_type = model.forward, torch.device(device).type
-
-    def autocast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device_type, torch.bfloat16, enabled=model.training, cache_enabled=cache_enabled):
-            return forward(*args, **kwargs)
-
-    model.forward = autocast
 
 
 def _evaluate_all(
@@ -263,7 +252,9 @@ class _Run:
         # DistributedDataParallel takes no device ids on CPU
         on_cuda = torch.device(cfg.train.device).type == "cuda"
         model = create_ddp_model(model, **cfg.train.ddp, **({} if on_cuda else {"device_ids": None}))
-        self.trainer = (AMPTrainer if _precision(cfg) is torch.float16 else SimpleTrainer)(model, loader, optimizer)
+        self.trainer = (AMPTrainer if training_precision(cfg) is torch.float16 else SimpleTrainer)(
+            model, loader, optimizer
+        )
         self._checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=self.trainer, categories=table)
         self._last, self._weights = last, cfg.train.init_checkpoint
         main = comm.is_main_process()
@@ -300,7 +291,7 @@ class _DeepSpeedRun(_Run):
             self.save.load(Path(self._last))
 
     def whole_model(self) -> nn.Module:
-        return evaluation_model(self.trainer.model, lambda: instantiate(self._cfg.model).to(self._cfg.train.device))
+        return evaluation_model(self.trainer.model, lambda: _build_model(self._cfg))
 
     def finish(self) -> None:
         self.save.export(Path(self._last))

@@ -96,6 +96,16 @@ class DryRun:
             torch.autograd.backward(get_gradient_edge(loss))
         return Activations(saved=saved, peak=tracker.peak)
 
+    @torch.no_grad()
+    def inference(self, step: Callable[[nn.Module], Any], *, precision: Precision = "fp32") -> int:
+        """The most bytes at any time of a forward pass in evaluation mode; arguments as for `activations`."""
+        tracker = AliveStorages(self.model)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with self._mode, _CudaRules(), tracker, autocast:
+            step(self.model.eval())
+        self.model.train()
+        return tracker.peak
+
 
 def backbone_step(batch_size: int, size: tuple[int, int]) -> Step:
     """A training step of a backbone alone: images (batch_size, 3, *size), and `squares` for the losses."""

@@ -10,6 +10,8 @@ train = model_zoo.get_config("common/train.py").train
 train.device = "cuda" if torch.cuda.is_available() else "cpu"
 train.seed = 0  # of order, augmentations and sampling: a resumed run equals an uninterrupted one. -1 draws one
 train.amp.precision = "bfloat16"  # or "float16" (CUDA only, with loss scaling); used when train.amp.enabled
+train.amp.float32_heads = False  # autocast of the backbone alone; neck and heads compute in float32, as published
+train.eval_precision = "float32"  # of evaluation: also "bfloat16", "float16", or "training" for that of train.amp
 train.clip_norm = 0.0  # largest norm of the gradients of all parameters together; 0: not clipped
 # Models that outgrow one GPU; see "Large models: DeepSpeed" in the README of this project
 train.deepspeed = {
