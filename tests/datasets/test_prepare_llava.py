@@ -53,8 +53,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 def test_prepare_then_verify(prepare, verify, root, capsys):
     assert verify.main(["llava-finetune", str(root)]) == 1
-    out = capsys.readouterr().out
-    assert out.count("image missing: 1") == 2 and "'2.gif' exists" in out
+    assert capsys.readouterr().out.count("image missing: 1") == 2
     assert prepare.main(["llava-finetune", str(root)]) == 0
     out = capsys.readouterr().out
     assert "1 files unpacked" in out and "1 images got a second name" in out

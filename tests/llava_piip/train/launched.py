@@ -1,6 +1,5 @@
 """Runs that launchers start: a JSON file with one after the other, interrupted where it says so."""
 
-import gc
 import json
 import os
 import signal
@@ -44,7 +43,6 @@ def multimodal(name, known=zoo.multimodal):
 
 zoo.multimodal = multimodal
 RunFolder.publish, trainer.PIIPTrainer.training_step = publish_or_die, step_or_stop
-gc.freeze()  # what was imported is not passed over again and again
 local_rank = [argument for argument in sys.argv[1:-1] if argument.startswith("--local_rank")]
 for spec in json.loads(Path(sys.argv[-1]).read_text()):
     try:

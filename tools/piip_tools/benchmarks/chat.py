@@ -37,7 +37,6 @@ LANGUAGE_MODELS: Mapping[str, Mapping[str, int]] = {
 _CONTEXT_LENGTH = 4096
 _IMAGE_SIZE = (1024, 768)  # width and height
 _BEFORE_IMAGE = 5 / 8  # part of the text: the template's system message is longer than most questions
-_TEXT_TOKENS = 64  # of the first question and what the template puts around it
 _QUESTION_TOKENS = 24  # of the second question
 
 
@@ -139,6 +138,7 @@ def _divided(name: str, value: int | tuple[int, ...], divisor: int) -> int | tup
 def measure_chat(
     models: Sequence[TimedModel],
     *,
+    text_tokens: int = 64,
     new_tokens: int = 32,
     repeats: int = 5,
     threads: int = 1,
@@ -148,6 +148,7 @@ def measure_chat(
 
     Args:
         models: On one device; the last one is the baseline.
+        text_tokens: Of the first question and what the template puts around it.
         new_tokens: Of the first answer, 2 or more.
         repeats: Rounds that the medians are over.
         threads: Of the CPU.
@@ -165,7 +166,7 @@ def measure_chat(
     check(new_tokens >= 2, "new_tokens", new_tokens, "2 or more")
     with limited_threads(threads):
         clock = clock_for(models[-1].model.device, threads)
-        chats = {timed.name: _Conversation(timed, clock, new_tokens, vision_only) for timed in models}
+        chats = {timed.name: _Conversation(timed, clock, text_tokens, new_tokens, vision_only) for timed in models}
         times = take_turns({name: chat.measure for name, chat in chats.items()}, repeats)
         sizes = {name: [chat.sizes()] for name, chat in chats.items()}
     baseline = models[-1].name
@@ -192,15 +193,15 @@ class _TokenTimes(BaseStreamer):
 class _Conversation:
     """One model, with what it is asked."""
 
-    def __init__(self, timed: TimedModel, clock: Clock, new_tokens: int, vision_only: bool) -> None:
+    def __init__(self, timed: TimedModel, clock: Clock, text_tokens: int, new_tokens: int, vision_only: bool) -> None:
         self.model, self.processor, self.clock = timed.model, timed.image_processor, clock
         self.new_tokens, self.vision_only = new_tokens, vision_only
         config, generator = self.model.config, np.random.default_rng(0)
         width, height = _IMAGE_SIZE
         self.image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
         words = min(self.model.get_input_embeddings().num_embeddings, config.image_token_id)
-        text, question = np.split(generator.integers(3, words, _TEXT_TOKENS + _QUESTION_TOKENS), [_TEXT_TOKENS])
-        before, after = np.split(text, [round(_BEFORE_IMAGE * _TEXT_TOKENS)])
+        text, question = np.split(generator.integers(3, words, text_tokens + _QUESTION_TOKENS), [text_tokens])
+        before, after = np.split(text, [round(_BEFORE_IMAGE * text_tokens)])
         self.prompt = [*before.tolist(), *[config.image_token_id] * config.image_seq_length, *after.tolist()]
         self.question = question.tolist()
         context = config.get_text_config().max_position_embeddings
