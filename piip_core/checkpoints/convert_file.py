@@ -169,7 +169,7 @@ def recognise(shapes: Mapping[str, Sequence[int]]) -> dict[str, PIIPConfig | Cla
 
     Returns:
         Their names in the zoo, and the configurations that fit; of models with four branches perhaps with Branch 4 as
-        released. Those that differ in image sizes alone cannot be told apart, and convert a file alike.
+        released. Those that differ in image sizes or windows alone cannot be told apart, and convert a file alike.
 
     Raises:
         CheckpointError: If no model of the zoo fits.

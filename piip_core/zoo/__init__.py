@@ -13,7 +13,6 @@ from ..errors import ConfigError
 from . import classification as _classifiers
 from . import dense as _dense
 from . import multimodal as _multimodal
-from .dense import baseline, deit_pyramid, tsbl_as_released
 from .entry import (
     ClassificationEntry,
     ClassificationNumbers,
@@ -23,6 +22,7 @@ from .entry import (
     ZooEntry,
 )
 from .networks import VIT
+from .pyramids import baseline, deit_pyramid, tsbl_as_released
 from .releases import RELEASED as _RELEASED
 from .releases import Released
 

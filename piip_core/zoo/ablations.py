@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 from ..config import MergingConfig, PIIPConfig
-from .dense import ENTRIES, baseline, deit_pyramid, hybrid_pyramid
+from .dense import ENTRIES
 from .entry import MultimodalEntry, PublishedNumbers, ZooEntry
 from .multimodal import SETTINGS
+from .pyramids import baseline, deit_pyramid, hybrid_pyramid
 
 TABLES = {
     "II": "Feature pyramid from maps of several depths (the row of the CNN and hybrid table with three ViTs)",

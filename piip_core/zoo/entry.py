@@ -89,7 +89,7 @@ class ZooEntry:
 
 @dataclass(frozen=True)
 class ClassificationNumbers:
-    """Numbers as printed in a published table.
+    """Numbers as printed in a published table; None where it is not known what it prints.
 
     Args:
         top1: Accuracy on ImageNet-1K's validation set, in percent.
@@ -98,8 +98,8 @@ class ClassificationNumbers:
     """
 
     top1: float
-    params_m: float
-    flops_g: float
+    params_m: float | None = None
+    flops_g: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

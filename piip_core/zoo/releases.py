@@ -7,8 +7,8 @@ from typing import Any
 
 from ..config import ClassifierConfig, PIIPConfig
 from . import classification, dense, multimodal
-from .dense import tsbl_as_released
 from .entry import ClassificationEntry, MultimodalEntry, ZooEntry
+from .pyramids import tsbl_as_released
 
 _METRICS = {"box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU", "top1": "top-1", "average": "mean of eight"}
 

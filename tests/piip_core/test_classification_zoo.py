@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from checkers.public_config import classifier_from_public
 from piip_core import PIIPClassifier, zoo
+from piip_core.checkpoints import load_pretrained
 from piip_core.errors import ConfigError
 from piip_core.meta import on_meta
 from piip_tools.flops.published import published_count
@@ -17,6 +20,12 @@ from piip_tools.flops.tables import analyze_zoo, classification_table
 DATA = Path(__file__).parents[1] / "data"
 SETTINGS = json.loads((DATA / "classification_settings.json").read_text())
 RELEASED = sorted(SETTINGS)
+# The network of timm that each of the paper's baselines is
+BASELINES = {
+    "deit_b_224": "deit_base_patch16_224",
+    "vit_l_224": "vit_large_patch16_224",
+    "vit_b_224": "deit3_base_patch16_224",
+}
 
 
 def released_shapes(name):
@@ -33,7 +42,7 @@ def without_weights(config):
 
 def test_every_released_classifier_is_there_by_its_name():
     names = [entry.name for entry in zoo.classification_entries()]
-    assert sorted(names) == sorted([*RELEASED, "piip_b_512_256_128"])
+    assert sorted(names) == sorted([*RELEASED, *BASELINES, "piip_b_512_256_128"])
     assert all(zoo.classification(name).name == name for name in names)
     with pytest.raises(ConfigError, match="piip_tsb_368_192_128"):
         zoo.classification("piip_tsb_368")
@@ -80,6 +89,43 @@ def test_counts_are_the_published_ones(name):
     assert total.params / 1e6 == pytest.approx(SETTINGS[name]["recomputed"]["params_M"], rel=3e-4)
     assert total.macs / 1e9 == pytest.approx(entry.published.flops_g, rel=0.003)
     assert total.params / 1e6 == pytest.approx(entry.published.params_m, rel=0.003)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_are_timms_networks(name, tmp_path):
+    """The same scores with the same weights, here of two blocks."""
+    (branch,) = zoo.classification(name).config.pyramid.branches
+    with on_meta():
+        assert len(timm.create_model(BASELINES[name]).blocks) == branch.network.depth
+    plain = timm.create_model(BASELINES[name], depth=2)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    network = dataclasses.replace(branch.network, depth=2)
+    branch = dataclasses.replace(branch, network=network, pretrained=str(tmp_path / "plain.pth"))
+    config = zoo.classification(name).config
+    config = dataclasses.replace(config, pyramid=dataclasses.replace(config.pyramid, branches=(branch,)))
+    model = PIIPClassifier(config).eval()
+    load_pretrained(model)
+    image = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(model(image), plain.eval()(image))
+
+
+def test_gains_over_the_baselines_are_those_of_the_papers_text():
+    """Sections IV-D: of accuracy, and of #FLOPs at the same accuracy."""
+    top1 = {entry.name: entry.published.top1 for entry in zoo.classification_entries()}
+    assert top1["piip_tsb_368_192_128"] - top1["deit_b_224"] == pytest.approx(0.3)
+    assert top1["piip_sbl_384_192_128"] - top1["vit_l_224"] == pytest.approx(0.7)
+    assert top1["piip_b_512_256_128"] - top1["vit_b_224"] == pytest.approx(0.7)
+    cheaper, large = (zoo.classification(name).published for name in ("piip_sbl_320_160_96", "vit_l_224"))
+    assert cheaper.top1 == large.top1 and 1 - cheaper.flops_g / large.flops_g == pytest.approx(0.367, abs=5e-4)
+
+
+def test_counts_of_the_baselines_are_the_printed_ones():
+    """Those from scratch are printed cut off: 100.96M as 100M, 86.6M as 86M, 17.56G as 17.5G."""
+    counts = {name: published_count(zoo.classification(name).config).total for name in BASELINES}
+    assert round(counts["vit_l_224"].macs / 1e9, 1) == zoo.classification("vit_l_224").published.flops_g
+    scratch = zoo.classification("vit_b_224").published
+    assert counts["vit_b_224"].params // 1e6 == scratch.params_m
+    assert counts["vit_b_224"].macs // 1e8 == round(10 * scratch.flops_g)
 
 
 def test_from_scratch_counts_are_those_of_the_papers_table():

@@ -22,8 +22,14 @@ PAPER_ONLY = {
     "piip_sbl_1568_1120_672_cascade_1x": (53.6, 46.3, None, None),
     "piip_tsb_1568_1120_672_cascade_3x_ms": (53.1, 46.5, None, None),
     "piip_sbl_1568_1120_672_cascade_3x_ms": (54.5, 47.7, None, None),
+    "vit_b_640_upernet": (None, None, None, 159),
     "piip_tsb_896_448_336_upernet": (None, None, None, 118),
+    "vit_l_640_upernet": (None, None, None, 545),
     "piip_sbl_1120_448_336_upernet": (None, None, None, 456),
+    "internvit_6b_windows_512_upernet": (None, None, None, 6105),
+    "piip_lh6b_640_512_192_upernet": (None, None, None, 1903),
+    "piip_lh6b_640_512_256_upernet": (None, None, None, 2592),
+    "piip_lh6b_640_512_384_upernet": (None, None, None, 4560),
 }
 DETECTORS = {"mask_rcnn": "Mask R-CNN", "dino": "DINO", "upernet": "UperNet"}
 SEGMENTATION = [name for name, row in SETTINGS.items() if row["detector"] == "UperNet"]

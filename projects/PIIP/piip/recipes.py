@@ -13,6 +13,8 @@ from detectron2.config import LazyConfig
 from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler, PolynomialDecayParamScheduler
 from omegaconf import DictConfig
+from timm.loss import BinaryCrossEntropy
+from timm.optim import Lamb
 
 from piip.lazy import lazy_dataclass
 from piip.solver import CosineToMinimum, WarmupFactor, classifier_params, layer_decay_params
@@ -123,11 +125,12 @@ def classifier(
     *,
     batch_size: int,
     lr: float,
-    interaction_lr_ratio: float,
+    interaction_lr_ratio: float = 1.0,
     weight_decay: float,
     epochs: float,
     warmup_epochs: float,
     ema_decay: float | None,
+    from_scratch: bool = False,
     output_dir: str = "",
 ) -> Nodes:
     """A classifier on ImageNet-1K: AdamW, learning rate falling along a cosine, evaluation after every epoch.
@@ -143,6 +146,8 @@ def classifier(
         epochs: Passes over the training images.
         warmup_epochs: Those over which the learning rate rises.
         ema_decay: Of the moving average of the weights, per iteration; None without.
+        from_scratch: Start from random weights, with what DeiT III's recipe for ViT-B (arXiv 2204.07118) has instead of
+            that of fine-tuning: 3-Augment three times per image, binary cross-entropy, LAMB.
         output_dir: Where checkpoints go; for a published classifier, output/ and the name of its config.
     """
     if isinstance(config, str):
@@ -174,6 +179,15 @@ def classifier(
         decay_vectors=True,  # as published; False exempts biases, norms, position embeddings and class tokens
     )
     optimizer = L(torch.optim.AdamW)(params=params, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    if from_scratch:
+        train.load_pretrained = False
+        dataloader.train.repeats = 3
+        dataloader.train.mapper.transform.auto_augment = "3a"  # one of grey, solarised and blurred
+        model.label_smoothing = 0.0
+        # Every class that is in the mixed image is to be found, whatever its share
+        model.loss = L(BinaryCrossEntropy)(smoothing="${..label_smoothing}", target_threshold=0.0)
+        params.decay_vectors = False
+        optimizer = L(Lamb)(params=params, lr=lr, weight_decay=weight_decay)
     return model, data, dataloader, optimizer, lr_multiplier, train
 
 

@@ -73,6 +73,7 @@ AS_RELEASED = {"piip_tsbl_1568_1120_672_448"}
 _LARGE = {"crop": 1280, "scale": [1666, 1000]}
 _LONG = {"epochs": 36, "lr_drops": [27, 33], "crop": 1568, "scale": [2041, 1225]}
 _WIDE = {"crop": 896, "scale": [3584, 896], "stride": 597}
+_CROP_640 = {"crop": 640, "scale": [2560, 640], "stride": 426, "max_iter": 160_000}
 _WIDER = {"crop": 1120, "scale": [4480, 1120], "stride": 746}
 PAPER_ONLY = {
     "piip_lh6b_1280_1024_256": ("piip_h6b_1024_512", _LARGE),
@@ -82,6 +83,12 @@ PAPER_ONLY = {
     "piip_sbl_1568_1120_672_cascade_1x": ("piip_sbl_1568_1120_672", {}),
     "piip_tsb_1568_1120_672_cascade_3x_ms": ("piip_tsb_1568_1120_672", _LONG),
     "piip_sbl_1568_1120_672_cascade_3x_ms": ("piip_sbl_1568_1120_672", _LONG),
+    "vit_b_640_upernet": ("piip_h6b_512_512_upernet", _CROP_640),
+    "vit_l_640_upernet": ("piip_h6b_512_512_upernet", _CROP_640),
+    "internvit_6b_windows_512_upernet": ("piip_h6b_512_512_upernet", {"max_iter": 160_000}),
+    "piip_lh6b_640_512_192_upernet": ("piip_h6b_512_512_upernet", _CROP_640),
+    "piip_lh6b_640_512_256_upernet": ("piip_h6b_512_512_upernet", _CROP_640),
+    "piip_lh6b_640_512_384_upernet": ("piip_h6b_512_512_upernet", _CROP_640),
     "piip_tsb_896_448_336_upernet": ("piip_h6b_512_512_upernet", _WIDE | {"max_iter": 160_000}),
     "piip_sbl_1120_448_336_upernet": ("piip_h6b_512_512_upernet", _WIDER | {"max_iter": 160_000}),
 }
@@ -138,7 +145,7 @@ def test_docstrings_tell_images_and_windows(entry):
     title, _, rest = ast.get_docstring(ast.parse((CONFIGS / entry.config_file).read_text())).partition(": ")
     title, _, attention = title.partition(f" {entry.resolution}")
     assert entry.title.startswith(title) and attention.removeprefix(", ") == attention_of(config.branches)
-    assert rest.endswith(("COCO.", "ADE20K.", "ImageNet-1K.")) or entry.name == "piip_b_512_256_128"
+    assert rest.endswith(("COCO.", "ADE20K.", "ImageNet-1K."))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

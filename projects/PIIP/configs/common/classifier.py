@@ -27,6 +27,6 @@ model = L(ImageClassifier)(
         num_classes="${data.num_classes}",
     ),
     label_smoothing=0.1,
-    loss=None,  # cross entropy; ../ImageNet/piip_b_512_256_128_300ep.py has the binary one
+    loss=None,  # cross entropy; from scratch the binary one (piip.recipes.classifier)
 )
 model.config.num_classes = "${data.num_classes}"
