@@ -19,25 +19,14 @@ from pathlib import Path
 import pytest
 
 from piip_core import zoo
-from piip_core.zoo.ablations import ABLATIONS
+from piip_core.zoo.ablations import ABLATIONS, CHAT_ABLATIONS
 from piip_tools.flops.published import published_count
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT.parent / "shared" / "seeds" / "paper.txt"  # where it lies beside the checkout
-CHAT_ABLATIONS: dict[str, zoo.MultimodalEntry] = {}
 
 NOT_REPRODUCED = {
     ("III", "PIIP-TSB, Mask R-CNN 1x"): "the table prints neither image sizes nor #FLOPs, and no public model fits",
-    **{
-        ("XIII", row): "the zoo has no settings of PIIP-LLaVA's ablations"
-        for row in (
-            "2 interactions, pretraining unfreezes none",
-            "0 interactions, pretraining unfreezes none",
-            "12 interactions, pretraining unfreezes none",
-            "2 interactions, pretraining unfreezes interactions",
-            "2 interactions, pretraining unfreezes all",
-        )
-    },
 }
 ROWS = {
     "ours": {
