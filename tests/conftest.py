@@ -1,7 +1,9 @@
 """What tests of several packages share."""
 
+import dataclasses
 import gc
 import importlib.util
+import io
 import json
 import multiprocessing.forkserver
 import os
@@ -18,8 +20,18 @@ import huggingface_hub
 import pytest
 import torch
 
-from piip_core import BranchConfig, DensePIIP, InteractionConfig, MergingConfig, PIIPConfig, ViTConfig
-from piip_core.checkpoints import released
+from piip_core import (
+    BranchConfig,
+    ClassifierConfig,
+    DensePIIP,
+    InteractionConfig,
+    MergingConfig,
+    PIIPClassifier,
+    PIIPConfig,
+    ViTConfig,
+    zoo,
+)
+from piip_core.checkpoints import our_names, released, to_published
 from piip_core.files import lock_folder
 
 ROOT = Path(__file__).parents[1]
@@ -211,3 +223,30 @@ def hub(tmp_path, monkeypatch):
             monkeypatch.setattr(released, name, fetch)
         monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
         yield running
+
+
+@pytest.fixture
+def tiny_release(hub, monkeypatch, randomize):
+    """`piip_tiny`, a small classifier in the table of released models and in the hub; its weights and their average."""
+    pyramid = tiny_config(merging=None)
+    branches = [
+        dataclasses.replace(b, network=dataclasses.replace(b.network, class_token=True)) for b in pyramid.branches
+    ]
+    pyramid = dataclasses.replace(pyramid, branches=tuple(branches))
+    config = ClassifierConfig(pyramid=pyramid, num_classes=7, pooling="first_patch")
+    entry = dataclasses.replace(
+        zoo.classification("piip_tsb_368_192_128"), name="piip_tiny", config=config, training_config=config
+    )
+    model = zoo.Released(entry=entry, repository="OpenGVLab/PIIP", file="classification/tiny.pth")
+    monkeypatch.setitem(zoo._RELEASED_BY_NAME, entry.name, model)
+    monkeypatch.setitem(zoo._CLASSIFIERS_BY_NAME, entry.name, entry)
+    monkeypatch.setattr(zoo, "_RELEASED", (*zoo._RELEASED, model))
+    models = {key: randomize(PIIPClassifier(config), seed).eval() for seed, key in enumerate(("model", "model_ema"))}
+    content, file = {"epoch": 19}, io.BytesIO()
+    for key, made in models.items():
+        state = made.state_dict()
+        content[key], report = to_published(state, our_names(config, list(state)))
+        report.check()
+    torch.save(content, file)
+    hub.release(entry.name, content=file.getvalue())
+    return models

@@ -28,7 +28,7 @@ from .reading import INDEX_SUFFIX
 
 _RECORD = "source.json"
 # Of a repository that is a model: configuration, weights, tokenizer
-_FOLDER_FILES = ("*.json", "*.safetensors", "*.bin", "*.model")
+_FOLDER_FILES = ["*.json", "*.safetensors", "*.bin", "*.model"]
 # The hub names a large file by its SHA-256, and the cache keeps it under this name
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LOG_IN = "log in (hf auth login) or set HF_TOKEN"
@@ -66,11 +66,12 @@ def fetch_released(name: str, *, ema: bool = False) -> Path:
         SaveError: If the disk is full or may not be written.
     """
     released = zoo.released(name)
-    if released.file is None:
+    if isinstance(released.entry, zoo.MultimodalEntry):
         raise CheckpointError(f"{name}: is a chat model; expected a detector, segmentor or classifier")
+    config = released.entry.config
 
     def convert(source: Path, target: Path) -> Path:
-        return convert_file(source, target, config=released.entry.config, ema=ema).path
+        return convert_file(source, target, config=config, ema=ema).path
 
     return keep_converted(released, "model_ema.safetensors" if ema else "model.safetensors", convert)
 

@@ -42,7 +42,7 @@ def _fine_tuned(sizes: str, image_sizes: tuple[int, ...], weights: str, *numbers
 
 
 def _paper_only(
-    name: str, title: str, config: ClassifierConfig, *numbers: float | None, **facts: str
+    name: str, title: str, config: ClassifierConfig, top1: float, *numbers: float | None, **facts: str
 ) -> ClassificationEntry:
     """A model without released weights."""
     return ClassificationEntry(
@@ -50,7 +50,7 @@ def _paper_only(
         title=title,
         config=config,
         training_config=config,
-        published=ClassificationNumbers(*numbers),
+        published=ClassificationNumbers(top1, *numbers),
         **facts,
     )
 
@@ -61,9 +61,11 @@ def _alone(branch: BranchConfig) -> ClassifierConfig:
     return ClassifierConfig(pyramid=PIIPConfig(branches=(branch,), interaction=interaction, merging=None))
 
 
-def _fine_tuned_baseline(name: str, title: str, size: str, weights: str, *numbers: float | None) -> ClassificationEntry:
+def _fine_tuned_baseline(
+    name: str, title: str, size: str, weights: str, top1: float, *numbers: float | None
+) -> ClassificationEntry:
     branch = with_network(_fine_tuned_branch(size, 224, weights), class_position=True, layer_scale=None)
-    return _paper_only(name, title, _alone(branch), *numbers, note=_TEXT_ONLY)
+    return _paper_only(name, title, _alone(branch), top1, *numbers, note=_TEXT_ONLY)
 
 
 def _scratch_branch(

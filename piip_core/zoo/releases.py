@@ -13,6 +13,9 @@ from .pyramids import tsbl_as_released
 _METRICS = {"box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU", "top1": "top-1", "average": "mean of eight"}
 
 
+_Entry = ZooEntry | ClassificationEntry | MultimodalEntry
+
+
 @dataclass(frozen=True, kw_only=True)
 class Released:
     """A model whose weights its authors give out.
@@ -26,7 +29,7 @@ class Released:
         sha256: Of the file, where it is known beforehand.
     """
 
-    entry: ZooEntry | ClassificationEntry | MultimodalEntry
+    entry: _Entry
     repository: str
     file: str | None = None
     revision: str = "main"
@@ -112,7 +115,8 @@ _CHAT_MODELS = (
 
 
 def _all() -> tuple[Released, ...]:
-    entries = {entry.name: entry for entry in (*dense.ENTRIES, *classification.ENTRIES, *multimodal.ENTRIES)}
+    known: tuple[_Entry, ...] = (*dense.ENTRIES, *classification.ENTRIES, *multimodal.ENTRIES)
+    entries = {entry.name: entry for entry in known}
     files = [
         Released(entry=entries[name], repository="OpenGVLab/PIIP", file=f"{file}.pth") for name, file in _FILES.items()
     ]

@@ -1,13 +1,14 @@
 """Entry points of torch.hub, loaded as torch.hub does."""
 
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
 import torch
 
 from piip_core import DensePIIP, PIIPClassifier, zoo
-from piip_core.checkpoints import fetch_released, read_checkpoint
+from piip_core.checkpoints import our_names, to_published
 from piip_core.errors import ConfigError
 from piip_core.meta import on_meta
 
@@ -30,13 +31,18 @@ def test_backbones():
         torch.hub.load(ROOT, "piip_backbone", "piip_tsb_1120", source="local")
 
 
-def test_a_released_backbone(hub):
-    name = "piip_tsb_1120_896_448"
-    hub.release(name)
-    model = torch.hub.load(ROOT, "piip_backbone", name, source="local", pretrained=True)
-    file = read_checkpoint(fetch_released(name)).state
-    key = "pyramid.branches.2.model.patch_embed.proj.weight"
-    assert torch.equal(model.state_dict()[key], file[f"backbone.bottom_up.features.{key}"].float())
+def test_a_released_backbone(hub, monkeypatch, tiny_model):
+    config, file = tiny_model.pyramid.config, io.BytesIO()
+    entry = dataclasses.replace(zoo.get("piip_tsb_1120_896_448"), name="piip_tiny", config=config)
+    released = zoo.Released(entry=entry, repository="OpenGVLab/PIIP", file="detection/tiny.pth")
+    monkeypatch.setitem(zoo._RELEASED_BY_NAME, "piip_tiny", released)
+    state, report = to_published(tiny_model.state_dict(), our_names(config, list(tiny_model.state_dict())))
+    report.check()
+    torch.save({"state_dict": state}, file)
+    hub.release("piip_tiny", content=file.getvalue())
+    loaded = torch.hub.load(ROOT, "piip_backbone", "piip_tiny", source="local", pretrained=True).eval()
+    image = torch.randn(1, 3, 128, 128)
+    torch.testing.assert_close(list(loaded(image)), list(tiny_model(image)), rtol=0, atol=0)
 
 
 def test_backbone_from_a_checkpoint_of_a_detector(monkeypatch, tiny_model, tmp_path):

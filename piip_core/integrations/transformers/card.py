@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, 
 from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from ... import zoo
 from ...config import PIIPConfig
@@ -49,10 +50,11 @@ model = {kind}.from_pretrained("{repository}")
 """
 
 
-class PushWithCard:
+class PushWithCard(PreTrainedModel):
     """Models of transformers whose `push_to_hub` describes them."""
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    # Whatever else transformers takes is passed through
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
         """As transformers', with a card made from the configuration where the repository has none.
 
         Args:
@@ -64,10 +66,10 @@ class PushWithCard:
         if not file_exists(repo_id, "README.md", token=token):
             card = str(make_model_card(self, repo_id)).encode()
             upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, token=token)
-        return super().push_to_hub(repo_id, **options)
+        return super().push_to_hub(repo_id, **options)  # type: ignore[arg-type]  # its decorator hides the first one
 
 
-def make_model_card(model: nn.Module, repository: str) -> ModelCard:
+def make_model_card(model: PreTrainedModel, repository: str) -> ModelCard:
     """What the configuration says of a model: its pyramid, parameters and FLOPs, where it started, and how to load it.
 
     Args:
@@ -75,9 +77,9 @@ def make_model_card(model: nn.Module, repository: str) -> ModelCard:
         repository: Where it will be.
     """
     kind, module = type(model).__name__, type(model).__module__.partition(".")[0]
-    tower = model.model.vision_tower if hasattr(model, "model") else model
+    tower: Any = model.get_submodule("model.vision_tower") if hasattr(model, "model") else model
     pyramid = tower.pyramid.config
-    started = _released(model.config.name_or_path)
+    started = _released(model.config.name_or_path or "")
     text = _TEXT.format(
         name=repository.rpartition("/")[2],
         kind=kind,
@@ -99,7 +101,7 @@ def make_model_card(model: nn.Module, repository: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def _pyramid_table(pyramid: PIIPConfig, tower: nn.Module) -> str:
+def _pyramid_table(pyramid: PIIPConfig, tower: Any) -> str:
     rows = []
     for number, (config, branch) in enumerate(zip(pyramid.branches, tower.pyramid.branches, strict=True), 1):
         windows = {"none" if size is None else str(size) for size in config.window_sizes}
@@ -111,7 +113,7 @@ def _pyramid_table(pyramid: PIIPConfig, tower: nn.Module) -> str:
     return tabulate(rows, head, tablefmt="github", disable_numparse=True)
 
 
-def _cost(model: nn.Module, tower: nn.Module, pyramid: PIIPConfig) -> str:
+def _cost(model: PreTrainedModel, tower: Any, pyramid: PIIPConfig) -> str:
     side = max(branch.image_size for branch in pyramid.branches)
     with on_meta():
         twin = type(tower)(copy.deepcopy(tower.config)).eval()

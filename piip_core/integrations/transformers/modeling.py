@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, initialization
+from transformers import initialization
 from transformers.backbone_utils import BackboneMixin
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
@@ -46,7 +46,7 @@ class PIIPModelOutput(ModelOutput):
     hidden_states: tuple[Maps, ...] | None = None
 
 
-class PIIPPreTrainedModel(PushWithCard, PreTrainedModel):
+class PIIPPreTrainedModel(PushWithCard):
     """What all models with a PIIP as their `pyramid` have in common, whatever their configuration."""
 
     pyramid: PIIP

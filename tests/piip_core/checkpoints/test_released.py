@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import io
 import json
 import os
 import subprocess
@@ -14,16 +13,14 @@ import timm
 import torch
 
 import piip_core.integrations.timm  # noqa: F401  (registers the classifiers)
-from piip_core import ClassifierConfig, DensePIIP, PIIPClassifier, zoo
+from piip_core import DensePIIP, PIIPClassifier, zoo
 from piip_core.checkpoints import (
     build_trained,
     fetch_released,
     find_checkpoint,
     load_checkpoint,
-    our_names,
     read_checkpoint,
     released,
-    to_published,
 )
 from piip_core.errors import CheckpointError, ConfigError, SaveError
 from piip_core.integrations.timm import piip as timm_models
@@ -31,48 +28,35 @@ from piip_core.meta import on_meta
 
 NAME = "piip_tiny"
 CLASSIFIER, DETECTOR = "piip_tsb_368_192_128", "mask_rcnn_piip_tsb_1120_896_448"
-FETCH = "import sys; from piip_core.checkpoints import fetch_released; print(fetch_released(sys.argv[1]))"
+FETCH = """
+import dataclasses, json, sys
+from piip_core import ClassifierConfig, zoo
+from piip_core.checkpoints import fetch_released
+
+config = ClassifierConfig.from_dict(json.loads(sys.argv[2]))
+entry = dataclasses.replace(zoo.classification("piip_tsb_368_192_128"), name="piip_tiny", config=config)
+zoo._RELEASED_BY_NAME["piip_tiny"] = zoo.Released(
+    entry=entry, repository="OpenGVLab/PIIP", file="classification/tiny.pth"
+)
+print(fetch_released(sys.argv[1]))
+"""
 SETTINGS = Path(__file__).parents[2] / "data" / "zoo_settings.json"
-
-
-@pytest.fixture
-def tiny(hub, monkeypatch, tiny_config, randomize):
-    """A small classifier in the table and in the hub; its weights and their moving average."""
-    pyramid = tiny_config(merging=None)
-    branches = [
-        dataclasses.replace(b, network=dataclasses.replace(b.network, class_token=True)) for b in pyramid.branches
-    ]
-    pyramid = dataclasses.replace(pyramid, branches=tuple(branches))
-    config = ClassifierConfig(pyramid=pyramid, num_classes=7, pooling="first_patch")
-    entry = dataclasses.replace(zoo.classification(CLASSIFIER), name=NAME, config=config, training_config=config)
-    model = zoo.Released(entry=entry, repository="OpenGVLab/PIIP", file="classification/tiny.pth")
-    monkeypatch.setitem(zoo._RELEASED_BY_NAME, NAME, model)
-    monkeypatch.setattr(zoo, "_RELEASED", (*zoo._RELEASED, model))
-    models = {key: randomize(PIIPClassifier(config), seed).eval() for seed, key in enumerate(("model", "model_ema"))}
-    content, file = {"epoch": 19}, io.BytesIO()
-    for key, made in models.items():
-        state = made.state_dict()
-        content[key], report = to_published(state, our_names(config, list(state)))
-        report.check()
-    torch.save(content, file)
-    hub.release(NAME, content=file.getvalue())
-    return models
 
 
 def downloads(hub):
     return [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
 
 
-def fetch_elsewhere(environment, name):
-    command = [sys.executable, "-c", FETCH, name]
+def fetch_elsewhere(environment, name, config):
+    command = [sys.executable, "-c", FETCH, name, json.dumps(config.to_dict())]
     return subprocess.Popen(command, env=os.environ | environment, stdout=-1, stderr=-1, text=True)
 
 
-def test_a_model_and_its_average_are_fetched_converted_and_kept(hub, tiny, tmp_path):
+def test_a_model_and_its_average_are_fetched_converted_and_kept(hub, tiny_release, tmp_path):
     path = fetch_released(NAME)
     assert path == tmp_path / "assets" / "piip" / "released" / NAME / "model.safetensors"
     image = torch.randn(1, 3, 128, 128)
-    for ema, want in enumerate(tiny.values()):
+    for ema, want in enumerate(tiny_release.values()):
         model = PIIPClassifier(want.config).eval()
         load_checkpoint(model, NAME, ema=bool(ema))
         torch.testing.assert_close(model(image), want(image), rtol=0, atol=0)
@@ -83,12 +67,12 @@ def test_a_model_and_its_average_are_fetched_converted_and_kept(hub, tiny, tmp_p
     assert released.recorded_size(zoo.released(NAME)) == size
 
 
-def test_timm_takes_it_by_its_name(hub, tiny, monkeypatch):
-    config, model = tiny["model"].config, zoo.released(NAME)
+def test_timm_takes_it_by_its_name(hub, tiny_release, monkeypatch):
+    config, model = tiny_release["model"].config, zoo.released(NAME)
     monkeypatch.setitem(timm_models.MODELS, "piip_test", timm_models._Model(config, config, model.url))
     monkeypatch.setitem(zoo._RELEASED_BY_NAME, "piip_test", model)
     image = torch.randn(1, 3, 128, 128)
-    for tag, want in zip(("in1k", "in1k_ema"), tiny.values(), strict=True):
+    for tag, want in zip(("in1k", "in1k_ema"), tiny_release.values(), strict=True):
         overlay = {"url": model.url, "tag": tag, "num_classes": 7}
         made = timm.create_model("piip_test", pretrained=True, pretrained_cfg_overlay=overlay).eval()
         torch.testing.assert_close(made(image), want(image), rtol=0, atol=0)
@@ -147,7 +131,7 @@ def test_paths_win_and_other_words_are_explained(hub, tmp_path, monkeypatch):
     assert hub.requests == []
 
 
-def test_interrupted_and_slowed_down_downloads_go_on(hub, tiny):
+def test_interrupted_and_slowed_down_downloads_go_on(hub, tiny_release):
     """By the hub's client itself: it resumes where it was cut off, and waits as long as it is told to."""
     hub.failures["GET"] = [(429, {"Retry-After": "0"}), 5000]
     fetch_released(NAME)
@@ -164,7 +148,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("what", FAILURES)
-def test_failures_are_one_sentence(hub, tiny, what, monkeypatch):
+def test_failures_are_one_sentence(hub, tiny_release, what, monkeypatch):
     failures, message = FAILURES[what]
     hub.failures |= failures
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's, between its attempts
@@ -173,7 +157,7 @@ def test_failures_are_one_sentence(hub, tiny, what, monkeypatch):
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{NAME} (https://huggingface.co/OpenGVLab")
 
 
-def test_what_is_no_checkpoint_is_refused_and_not_recorded(hub, tiny):
+def test_what_is_no_checkpoint_is_refused_and_not_recorded(hub, tiny_release):
     content = hub.repositories["OpenGVLab/PIIP"]["classification/tiny.pth"]
     hub.release(NAME, content=b"<html>Bad gateway</html>")
     with pytest.raises(CheckpointError, match="not a complete PyTorch checkpoint"):
@@ -182,7 +166,7 @@ def test_what_is_no_checkpoint_is_refused_and_not_recorded(hub, tiny):
     assert fetch_released(NAME).is_file()
 
 
-def test_other_bytes_than_promised_are_refused(hub, tiny, monkeypatch):
+def test_other_bytes_than_promised_are_refused(hub, tiny_release, monkeypatch):
     model = zoo.released(NAME)
     for known in {"sha256": "0" * 64}, {"size": 99}:
         monkeypatch.setitem(zoo._RELEASED_BY_NAME, NAME, dataclasses.replace(model, **known))
@@ -195,7 +179,7 @@ def test_other_bytes_than_promised_are_refused(hub, tiny, monkeypatch):
         fetch_released("mask_rcnn_vit_b_1024")
 
 
-def test_the_first_download_is_recorded_and_binding(hub, tiny, tmp_path):
+def test_the_first_download_is_recorded_and_binding(hub, tiny_release, tmp_path):
     path = fetch_released(NAME)
     record = path.parent / "source.json"
     revision = json.loads(record.read_text())["revision"]
@@ -213,7 +197,7 @@ def test_the_first_download_is_recorded_and_binding(hub, tiny, tmp_path):
         fetch_released(NAME)
 
 
-def test_a_full_disk_is_named(hub, tiny, monkeypatch):
+def test_a_full_disk_is_named(hub, tiny_release, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -222,18 +206,17 @@ def test_a_full_disk_is_named(hub, tiny, monkeypatch):
         fetch_released(NAME)
 
 
-def test_the_variables_of_the_hub_client_count(hub, tmp_path):
+def test_the_variables_of_the_hub_client_count(hub, tiny_release, tmp_path):
     """Endpoint, cache, token and offline mode, and two processes at once."""
-    hub.release(CLASSIFIER)
-    environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_secret"}
-    outputs = [process.communicate() for process in [fetch_elsewhere(environment, CLASSIFIER) for _ in range(2)]]
-    expected = tmp_path / "home" / "assets" / "piip" / "released" / CLASSIFIER / "model.safetensors"
+    config, environment = tiny_release["model"].config, hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_secret"}
+    outputs = [process.communicate() for process in [fetch_elsewhere(environment, NAME, config) for _ in range(2)]]
+    expected = tmp_path / "home" / "assets" / "piip" / "released" / NAME / "model.safetensors"
     assert [output[0].strip() for output in outputs] == [str(expected)] * 2, outputs
     assert len(downloads(hub)) == 1
     assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"Bearer hf_secret"}
     offline = environment | {"HF_HUB_OFFLINE": "1"}
     kept, missing = [
-        process.communicate() for process in [fetch_elsewhere(offline, name) for name in (CLASSIFIER, DETECTOR)]
+        process.communicate() for process in [fetch_elsewhere(offline, name, config) for name in (NAME, DETECTOR)]
     ]
     assert kept[0].strip() == str(expected) and len(downloads(hub)) == 1
     assert "CheckpointError" in missing[1] and "offline mode is enabled" in missing[1]
