@@ -161,11 +161,13 @@ def evaluate(released: zoo.Released, args: argparse.Namespace, folder: Path) -> 
         command += ["--data", str(args.chat), "--output", str(folder), "--dtype", precision_of(released, args)]
         _run([*command, *(["--cpu"] if args.device == "cpu" else []), *(["--restart"] if args.restart else [])])
         return measured_scores(folder)
+    from piip.train import EVALUATION
+
     _, overrides = lazy_config(released, args)
     command = [str(TRAIN), "--eval-only", "--config-file", str(CONFIGS / released.entry.config_file)]
     command += ["--num-gpus", str(args.gpus), f"train.init_checkpoint={fetch_released(released.name)}"]
     _run([*command, f"train.output_dir={folder}", *overrides])
-    results = read_json(folder / "evaluation.json")["results"]
+    results = read_json(folder / EVALUATION)
     return {name: results[task][key] for name, (task, key) in _METRICS.items() if task in results}
 
 
