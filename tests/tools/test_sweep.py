@@ -79,7 +79,10 @@ def test_a_figure_has_rings_at_printed_and_dots_at_counted_costs():
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_stages_of_piip_llava_are_left_to_deepspeed(tool, capsys, monkeypatch, stage):
+def test_stages_of_piip_llava_are_left_to_deepspeed(tool, capsys, monkeypatch, tmp_path, stage):
+    monkeypatch.chdir(tmp_path)
+    Path("a b.json").write_text("[]")  # what the command names has to exist
+    Path("output/ablations/chat_first_stage_all/stage1").mkdir(parents=True)
     started = []
     monkeypatch.setattr(tool.os, "execvp", lambda program, command: started.extend([program, *command]))
     tool.main(["--train", f"chat_first_stage_all/{stage}", "--annotations", "a b.json"])

@@ -110,7 +110,7 @@ def release(hub, monkeypatch, tmp_path):
 
 @pytest.fixture
 def real_coco(shared_coco):
-    """Overrides for the 80 real COCO images beside the checkout where they are, else for the synthetic ones; classes."""
+    """Overrides for the 80 real COCO images beside the checkout where they are, else for synthetic ones; classes."""
     folder = HERE.parents[3] / "shared" / "data" / "coco_tiny"
     annotations = folder / "annotations" / "instances_train2017.json"
     if not annotations.is_file():
