@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -186,10 +187,16 @@ def numbers(released: zoo.Released) -> tuple[dict[str, float | None], dict[str, 
 
 
 def compare(released: zoo.Released, ours: dict[str, float]) -> list[dict[str, Any]]:
-    """Our numbers beside the published ones, and the difference to those of the public repository."""
+    """Our numbers beside the published ones, and the difference to those of the public repository.
+
+    Raises:
+        UserError: If a number is none.
+    """
     published, paper = numbers(released)
     rows = []
     for metric, value in ours.items():
+        if math.isnan(value):
+            raise UserError(f"{metric} is no number: the model found nothing on these data")
         printed = published.get(metric)
         difference = None if printed is None else value - printed
         rows.append(
