@@ -160,20 +160,25 @@ def evaluate(released: zoo.Released, args: argparse.Namespace, folder: Path) -> 
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus)]
         command += ["-m", "llava_piip.eval", *args.benchmarks, "--model", str(fetch_chat(released.name))]
         command += ["--data", str(args.chat), "--output", str(folder), "--dtype", precision_of(released, args)]
-        _run([*command, *(["--cpu"] if args.device == "cpu" else []), *(["--restart"] if args.restart else [])])
+        run_python([*command, *(["--cpu"] if args.device == "cpu" else []), *(["--restart"] if args.restart else [])])
         return measured_scores(folder)
     from piip.train import EVALUATION
 
     _, overrides = lazy_config(released, args)
     command = [str(TRAIN), "--eval-only", "--config-file", str(CONFIGS / released.entry.config_file)]
     command += ["--num-gpus", str(args.gpus), f"train.init_checkpoint={fetch_released(released.name)}"]
-    _run([*command, f"train.output_dir={folder}", *overrides])
+    run_python([*command, f"train.output_dir={folder}", *overrides])
     results = read_json(folder / EVALUATION)
     return {name: results[task][key] for name, (task, key) in _METRICS.items() if task in results}
 
 
-def _run(command: list[str]) -> None:
-    code = subprocess.run([sys.executable, *command], check=False).returncode
+def run_python(arguments: list[str]) -> None:
+    """Runs a process of its own.
+
+    Raises:
+        UserError: If it fails; it has said why.
+    """
+    code = subprocess.run([sys.executable, *arguments], check=False).returncode
     if code:
         raise UserError(f"the evaluation above ended with exit status {code}")
 

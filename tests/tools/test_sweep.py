@@ -1,6 +1,8 @@
 """tools/sweep.py: tables of the ablations, and training of a setting."""
 
 import argparse
+import contextlib
+import io
 import json
 import shlex
 from pathlib import Path
@@ -17,16 +19,22 @@ def tool(load_tool):
     return load_tool("sweep")
 
 
-def test_every_setting_has_a_line(tool, capsys):
-    tool.main([])
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("|") and "_" in line]
+@pytest.fixture(scope="module")
+def tables(tool):
+    """What it prints without arguments: all tables."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        tool.main([])
+    return printed.getvalue()
+
+
+def test_every_setting_has_a_line(tables):
+    lines = [line for line in tables.splitlines() if line.startswith("|") and "_" in line]
     names = [next(cell for cell in map(str.strip, line.split("|")) if "_" in cell).strip("`") for line in lines]
     assert set(names) == ABLATIONS.keys() | CHAT_ABLATIONS.keys() and len(names) == len(set(names))
-    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("Table ")] == [
+    assert [line.split(":")[0] for line in tables.splitlines() if line.startswith("Table ")] == [
         f"Table {n}" for n in TABLES
     ]
-    assert "- resolution_l_1792: #Param: the paper repeats" in out
+    assert "- resolution_l_1792: #Param: the paper repeats" in tables
 
 
 def test_one_table(tool, capsys):
@@ -40,13 +48,11 @@ def test_one_table(tool, capsys):
     assert header[-1] == "FLOPs with merging" and float(row[-1].rstrip("G")) > float(row[8].rstrip("G"))
 
 
-def test_the_table_of_piip_llava(tool, capsys):
-    tool.main(["--table", "XIII"])
-    out = capsys.readouterr().out
-    cells = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if "`chat_" in line]
+def test_the_table_of_piip_llava(tables):
+    cells = [[cell.strip() for cell in line.split("|")] for line in tables.splitlines() if "`chat_" in line]
     assert [row[-2].strip("`") for row in cells] == list(CHAT_ABLATIONS)
     assert [row[-5:-3] for row in cells[:3]] == [["193G", "193.5G"], ["196G", "196.2G"], ["194G", "194.3G"]]
-    assert "Table XI prints other scores" in out
+    assert "Table XI prints other scores" in tables
 
 
 @pytest.mark.parametrize("number", FIGURES)
@@ -100,9 +106,8 @@ def test_stages_of_piip_llava_are_left_to_deepspeed(tool, capsys, monkeypatch, t
     assert model.projector == (runs + "stage1" if stage == "stage2" else None)
 
 
-def test_merging_fewer_branches_costs_less(tool, capsys):
-    tool.main(["--table", "IX"])
-    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| out_b")]
+def test_merging_fewer_branches_costs_less(tables):
+    lines = [line.split("|") for line in tables.splitlines() if line.startswith("| out_b")]
     flops = {line[1].strip(): float(line[-2].strip(" G")) for line in lines}
     assert flops["out_b"] < flops["out_b_s"] < flops["out_b_s_t"]
 

@@ -123,6 +123,19 @@ def tool(load_tool):
     return load_tool("reproduce")
 
 
+@pytest.fixture
+def in_process(tool, load_tool, monkeypatch):
+    """Evaluates in this process what the tool would start a process for; a detector's is started."""
+    script = load_tool("lazyconfig_train_net")
+
+    def run(arguments: list[str]) -> None:
+        assert arguments[0] == str(tool.TRAIN)
+        monkeypatch.setattr(script.sys, "argv", arguments)
+        train_main(script.parse_args())
+
+    monkeypatch.setattr(tool, "run_python", run)
+
+
 def _evaluate(file: str, weights: Path, output: Path, *overrides: str) -> dict:
     args = argparse.Namespace(config_file=str(HERE / file), resume=False, eval_only=True)
     args.opts = [f"train.output_dir={output}", f"train.init_checkpoint={weights}", *overrides]
@@ -157,7 +170,9 @@ def test_a_detector_is_fetched_evaluated_and_compared(release, tool, real_coco, 
     assert "left out: mask_rcnn_tiny: needs 0.0 GiB by estimate" in capfd.readouterr().err
 
 
-def test_segmentors_and_classifiers_and_a_model_that_fails(release, tool, shared_folders, tmp_path, monkeypatch, capfd):
+def test_segmentors_and_classifiers_and_a_model_that_fails(
+    release, tool, in_process, shared_folders, tmp_path, monkeypatch, capfd
+):
     _label_maps(tmp_path / "ade")
     segmentor = release("upernet_tiny", "data.num_classes=150")
     classifier = release("tiny_classifier", "data.num_classes=3", "model.config.num_classes=3", *_FIRST_PATCH)
