@@ -35,7 +35,7 @@ from tabulate import tabulate
 
 from piip_core import zoo
 from piip_core.checkpoints.released import fetch_released, read_record
-from piip_core.errors import ConfigError, UserError
+from piip_core.errors import ConfigError, UserError, listed
 from piip_core.files import read_json, write_atomically
 from piip_tools.memory.estimate import GIB, RESERVE
 from piip_tools.memory.evaluation import chat_memory, detectron2_memory
@@ -151,6 +151,26 @@ def lazy_config(released: zoo.Released, args: argparse.Namespace) -> tuple[Any, 
     return load_config(str(CONFIGS / released.entry.config_file), overrides), overrides
 
 
+def check_data(released: zoo.Released, args: argparse.Namespace) -> None:
+    """Looks at what the evaluation will read, before anything is downloaded.
+
+    Raises:
+        UserError: If files, folders or benchmarks are missing.
+    """
+    if data_option(released) == "chat":
+        from llava_piip.eval import find_benchmarks
+
+        missing = [str(path) for one in find_benchmarks(args.benchmarks) for path in one.missing_files(args.chat)]
+        if missing:
+            raise ConfigError(f"--chat {args.chat}: missing are {listed(missing)}; docs/evaluation.md lays them out")
+        return
+    from piip.lazy_config import check_folders, follow_annotations
+
+    cfg, _ = lazy_config(released, args)
+    follow_annotations(cfg, training=False)
+    check_folders(cfg, training=False)
+
+
 def evaluate(released: zoo.Released, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Evaluates a model in processes of its own, and returns the numbers of the zoo that come out."""
     if data_option(released) == "chat":
@@ -243,6 +263,7 @@ def reproduce(released: zoo.Released, args: argparse.Namespace) -> dict[str, Any
         if result["settings"] == settings:
             print(f"{released.name}: was evaluated on {result['date']} ({folder / RESULT})")
             return result
+    check_data(released, args)
     needed = needed_memory(released, args)
     if needed > args.memory:
         raise ConfigError(
@@ -298,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 results.append(reproduce(released, args))
             except UserError as error:
-                left_out.append(f"{released.name}: {error}")
+                left_out.append(f"{released.name}: {str(error).removeprefix(released.name).lstrip(': ')}")
                 print(left_out[-1], file=sys.stderr, flush=True)
     except UserError as error:
         sys.exit(f"reproduce: {error}")

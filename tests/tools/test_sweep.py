@@ -90,16 +90,16 @@ def test_stages_of_piip_llava_are_left_to_deepspeed(tool, capsys, monkeypatch, t
     Path("a b.json").write_text("[]")  # what the command names has to exist
     Path("output/ablations/chat_first_stage_all/stage1").mkdir(parents=True)
     started = []
-    monkeypatch.setattr(tool.os, "execvp", lambda program, command: started.extend([program, *command]))
+    monkeypatch.setattr(tool.os, "execv", lambda program, command: started.extend([program, *command]))
     tool.main(["--train", f"chat_first_stage_all/{stage}", "--annotations", "a b.json"])
     program, *command = started
-    assert program == "deepspeed" and capsys.readouterr().out == f"{shlex.join(command)}\n"
+    assert program == tool.sys.executable and capsys.readouterr().out == f"{shlex.join(command)}\n"
     pytest.importorskip("transformers")
     from llava_piip.train.presets import parse_arguments
 
     monkeypatch.setenv("RANK", "0")
     without_gpu = ["--use_cpu", "true", "--bf16", "false", "--tf32", "false", "--deepspeed", "none"]
-    model, data, training = parse_arguments([*command[2:], *without_gpu])
+    model, data, training = parse_arguments([*command[4:], *without_gpu])
     assert (model.model, data.annotations) == ("chat_first_stage_all", ["a b.json"])
     runs = "output/ablations/chat_first_stage_all/"
     assert training.output_dir == runs + stage
@@ -116,10 +116,16 @@ def test_merging_fewer_branches_costs_less(tables):
     ("arguments", "message"),
     [
         (["train.max_iter=3"], "train.max_iter=3: further arguments go with --train only"),
-        (["--train", "interactions_6"], "argument --train: invalid choice: 'interactions_6'"),
+        (
+            ["--train", "interactions_6"],
+            "argument --train: no setting is named 'interactions_6'; expected interactions_6_regular or",
+        ),
         (["--plot", "f.png"], "--plot f.png: goes with --figure only"),
         (["--write", "out_b", "out_b.py"], "expected a file name that ends in .yaml"),
         (["--train", "out_b", "--table", "IX"], "not allowed with"),
+        (["--train", "chat_interactions_0"], "expected chat_interactions_0/stage"),
+        (["--write", "chat_interactions_0", "out.yaml"], "those of PIIP-LLaVA have no LazyConfig"),
+        (["--figure", "6", "--plot", "six.xyz"], "--plot six.xyz: expected a file name that ends in .png"),
         (["--write", "out", "out.yaml"], "--write out: expected one of"),
     ],
 )
