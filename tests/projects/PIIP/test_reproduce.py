@@ -109,13 +109,18 @@ def release(hub, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def real_coco(shared_coco):
-    """Overrides for the 80 real COCO images beside the checkout where they are, else for synthetic ones; classes."""
+def real_coco(shared_coco, tmp_path):
+    """Overrides for 10 real COCO images beside the checkout where they are, else for synthetic ones; classes."""
     folder = HERE.parents[3] / "shared" / "data" / "coco_tiny"
     annotations = folder / "annotations" / "instances_train2017.json"
     if not annotations.is_file():
         return shared_coco.overrides("test"), 3
-    return [f"data.test.annotations={annotations}", f"data.test.images={folder / 'train2017'}"], 80
+    data = json.loads(annotations.read_text())
+    data["images"] = data["images"][:10]
+    kept = {image["id"] for image in data["images"]}
+    data["annotations"] = [one for one in data["annotations"] if one["image_id"] in kept]
+    (tmp_path / "ten.json").write_text(json.dumps(data))
+    return [f"data.test.annotations={tmp_path / 'ten.json'}", f"data.test.images={folder / 'train2017'}"], 80
 
 
 @pytest.fixture(scope="session")
