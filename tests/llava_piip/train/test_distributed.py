@@ -148,6 +148,7 @@ def launched(files, settings, language_model_folder, tmp_path_factory, free_port
     return Launched(folder, arguments, finish(launch(deepspeed(*launcher, *program))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["everything", "adapters"])
 def test_zero3_on_two_processes_has_the_losses_of_one_process_also_when_it_was_interrupted(
     kind, launched, files, losses, tmp_path, monkeypatch, tiny_entry
@@ -157,6 +158,7 @@ def test_zero3_on_two_processes_has_the_losses_of_one_process_also_when_it_was_i
     compare(launched.folder / kind, one_process(files, losses, tmp_path, *launched.arguments[kind]))
 
 
+@pytest.mark.slow
 def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_process(
     launched, files, losses, tmp_path, free_port
 ):
