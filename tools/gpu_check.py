@@ -51,7 +51,8 @@ def run_steps(commands: Mapping[str, list[str]], seconds: Mapping[str, float], f
     """
     steps, end = [], time.monotonic()
     for name, command in commands.items():
-        start, end = time.monotonic(), end + seconds[name]
+        start = time.monotonic()
+        end = max(start, end) + seconds[name]
         print(f"{name}: ", end="", flush=True)
         found, log = folder / f"{name}.jsonl", folder / f"{name}.log"
         found.write_text("")

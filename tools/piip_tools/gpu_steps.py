@@ -157,9 +157,8 @@ def operator_speed(device: str, small: bool) -> Steps:
             times = {name: row["medians"].get(name) for name in ("ours", "pytorch", "transformers", "copy")}
             speed = row["bytes"] / (1e-3 * times["ours"])
             ratios = {f"{name} : ours": times[name] and times[name] / times["ours"] for name in list(times)[1:]}
-            yield (
-                {"what": row["what"]} | times | ratios | {"GB/s": 1e-9 * speed, "of the large copy": speed / bandwidth}
-            )
+            bytes_moved = {"GB/s": 1e-9 * speed, "of the large copy": speed / bandwidth}
+            yield {"what": row["what"]} | times | ratios | bytes_moved
 
 
 def _backbones(device: str, small: bool, *, compiled: bool) -> Steps:
@@ -259,11 +258,11 @@ def _need(what: str, found: object) -> None:
 
 
 def _output_of(command: Sequence[str], **environment: str) -> str:
-    """The last line of what a process prints; all of it is printed."""
+    """The last line that a process prints; all of them are printed."""
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
     _fail_if(done.returncode, "exit status")
-    return done.stdout.strip().splitlines()[-1]
+    return (done.stdout.strip().splitlines() or [""])[-1]
 
 
 def _verdict(passed: bool) -> str:
