@@ -69,8 +69,9 @@ def environment_of(packages, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_rehearsal_with_nothing_but_what_it_asks_for(tmp_path):
+def test_rehearsal_with_nothing_but_what_it_asks_for(tmp_path, monkeypatch):
     """From a checkout where nothing is compiled."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     python = environment_of(PACKAGES, tmp_path / "environment")
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)

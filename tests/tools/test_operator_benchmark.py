@@ -11,6 +11,8 @@ from piip_tools.benchmarks.operators import (
     Case,
     implementations,
     make_inputs,
+    operator_errors,
+    transformers_layer,
     usual_formulation,
 )
 
@@ -25,6 +27,23 @@ def test_implementations_agree(case):
     inputs = make_inputs(case, torch.float32, "cpu", 2)
     ours, pytorch = (call(*inputs) for call in implementations(case, torch.float32).values())
     torch.testing.assert_close(ours, pytorch, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", [SMALL, LEVELS], ids=lambda c: c.name)
+def test_transformers_layer_agrees(case):
+    pytest.importorskip("transformers")
+    calls = implementations(case, torch.float32, transformers_layer("cpu"))
+    inputs = make_inputs(case, torch.float32, "cpu", 2)
+    torch.testing.assert_close(calls["transformers"](*inputs), calls["pytorch"](*inputs))
+
+
+@pytest.mark.parametrize("case", [SMALL, LEVELS], ids=lambda c: c.name)
+def test_errors_of_the_operator(case):
+    """Within float32's rounding, gradients too; those of values in bfloat16 are rounded to it."""
+    errors, repeatable = operator_errors(case, torch.float32, "cpu")
+    assert max(errors.values()) < 1e-5 and repeatable
+    errors, _ = operator_errors(case, torch.bfloat16, "cpu")
+    assert 1e-4 < errors["output"] < 2e-2 and 1e-4 < errors["value"] < 2e-2
 
 
 def test_usual_formulation_is_the_reference():

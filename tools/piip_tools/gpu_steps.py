@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = 77
@@ -70,6 +71,8 @@ def operator(device: str, small: bool) -> Steps:
     for case, (dtype, tolerance), deterministic in choices:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         errors, repeatable = operator_errors(case, DTYPES[dtype], device)
+        # A location in float32 is rounded to a part of the side of the map
+        tolerance = max(tolerance, 2**-22 * max(itertools.chain(*case.value_shapes)))
         passed = max(errors.values()) < tolerance and (repeatable or not deterministic)
         wrong += not passed
         what = f"{case.name}, {dtype}{', deterministic' * deterministic}"
@@ -119,8 +122,9 @@ def goldens(device: str, small: bool) -> Steps:
                     continue
                 errors = {kind: result.worst(kind) for kind in ("output", "inter", "grad")}
                 failed = result.status is Status.FAILED
-                if dtype == "bf16" and not result.reason:
+                if dtype == "bf16" and not result.reason:  # gradients of locations jump where rounding moves them
                     failed = max(errors["output"] or 0, errors["inter"] or 0) > 5e-2
+                    errors["grad"] = None
                 wrong += failed
                 yield {"case": result.name, "dtype": dtype} | errors | {"": _verdict(not failed)}
                 print(result)
@@ -163,15 +167,20 @@ def operator_speed(device: str, small: bool) -> Steps:
 
 def _backbones(device: str, small: bool, *, compiled: bool) -> Steps:
     """PIIP-TSB and SBL beside ViTDet-B and L: forward passes, training steps, peak memory."""
-    from .benchmarks.backbones import measure_backbones, piip_models, timm_vitdet
+    from .benchmarks.backbones import TimedModel, measure_backbones, piip_models, timm_vitdet
 
-    scale, threads = 0.1 if small else 1.0, torch.get_num_threads()
+    threads = torch.get_num_threads()
+    compile_ = partial(torch.compile, backend="aot_eager" if small else "inductor")
     yield "ViTDet is timm's encoder of SAM: the same network, ending in one map. Training is float32 under autocast."
     pairs = [("piip_tsb_1568_1120_672", "vitdet_b"), ("piip_sbl_1568_1120_672", "vitdet_l")]
     for name, baseline in pairs[:1] if small else pairs:
-        models = [*piip_models([name], ["ours"], scale=scale), timm_vitdet(baseline, scale)]
+        if small:
+            tiny = TimedModel(name="tiny", form="ours", build=_tiny_pyramid, image_size=128)
+            models = [tiny, timm_vitdet(baseline, 0.1, depth=2)]
+        else:
+            models = [*piip_models([name], ["ours"]), timm_vitdet(baseline)]
         if compiled:
-            models = [replace(model, build=lambda build=model.build: torch.compile(build())) for model in models]
+            models = [replace(model, build=lambda build=model.build: compile_(build())) for model in models]
         for training, precision in ((False, "bf16"), (True, "amp")):
             options = dict(training=training, device=device, repeats=1 if small else 5, threads=threads)
             for row in measure_backbones(models, [precision], **options):
@@ -188,14 +197,14 @@ def memory(device: str, small: bool) -> Steps:
     from .memory.estimate import Setting, estimate_memory
     from .timing import peak_memory
 
-    entry = zoo.get("piip_tsb_1568_1120_672")
-    side = 160 if small else entry.image_size // 32 * 32
+    name = "piip_tsb_1568_1120_672"
+    build, side = (_tiny_pyramid, 512) if small else (lambda: DensePIIP(zoo.get(name).config), 1568)
     with torch.device("meta"):
-        run = DryRun(DensePIIP(entry.config))
+        run = DryRun(build())
     setting = Setting(batch_size=1, input_size=(side, side), gpus=1)
-    estimates = estimate_memory(entry.name, run, backbone_step(1, (side, side)), setting).estimates[:2]
+    estimates = estimate_memory(name, run, backbone_step(1, (side, side)), setting).estimates[:2]
     with torch.device(device):
-        model, image = DensePIIP(entry.config).train(), torch.randn(1, 3, side, side)
+        model, image = build().train(), torch.randn(1, 3, side, side)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -212,7 +221,7 @@ def memory(device: str, small: bool) -> Steps:
         held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
         measured = held + peak_memory(step, model, device)
         yield {
-            "what": f"{entry.name} at {side}" + ", checkpointing" * estimate.checkpointing,
+            "what": f"{'tiny' if small else name} at {side}" + ", checkpointing" * estimate.checkpointing,
             "estimate, MB": 1e-6 * estimate.total,
             "measured, MB": 1e-6 * measured,
             "estimate : measured": estimate.total / measured,
@@ -245,6 +254,17 @@ STEPS: Mapping[str, Callable[[str, bool], Steps]] = {
     "compiled": partial(_backbones, compiled=True),
 }
 """What tools/gpu_check.py starts, by name."""
+
+
+def _tiny_pyramid() -> nn.Module:
+    from piip_core import BranchConfig, DensePIIP, InteractionConfig, PIIPConfig, ViTConfig
+
+    sizes = ((32, 64), (24, 96), (16, 128))
+    branches = tuple(
+        BranchConfig(network=ViTConfig(embed_dim=dim, depth=2, num_heads=dim // 8, pos_grid=4), image_size=side)
+        for dim, side in sizes
+    )
+    return DensePIIP(PIIPConfig(branches=branches, interaction=InteractionConfig(num_interactions=2, num_heads=4)))
 
 
 def _architecture() -> str:

@@ -90,11 +90,14 @@ def vitdet(name: str, scale: float = 1.0) -> TimedModel:
     return TimedModel(name=name, form=name, build=lambda: instantiate(backbone), image_size=size)
 
 
-def timm_vitdet(name: str, scale: float = 1.0) -> TimedModel:
-    """timm's encoder of SAM: the network of `vitdet`, with one map of 256 channels in place of the pyramid."""
+def timm_vitdet(name: str, scale: float = 1.0, **options: Any) -> TimedModel:
+    """timm's encoder of SAM: the network of `vitdet`, with one map of 256 channels in place of the pyramid.
+
+    `options` are timm's, of the model.
+    """
     size = int(1024 * scale) // 32 * 32
     model = {"vitdet_b": "samvit_base_patch16", "vitdet_l": "samvit_large_patch16"}[name]
-    options = dict(img_size=size, num_classes=0, global_pool="")
+    options |= dict(img_size=size, num_classes=0, global_pool="")
     return TimedModel(name=name, form=name, build=lambda: timm.create_model(model, **options), image_size=size)
 
 
