@@ -84,29 +84,12 @@ def export_program(model: nn.Module, image_size: tuple[int, int], *, batch_size:
             message = f"{type(model).__name__} at {height} x {width} cannot be exported ({first_line})"
             raise ExportError(message) from error
     logger.info("replacing the operator by standard ones")
-    program = program.run_decompositions(
+    return program.run_decompositions(
         {
             torch.ops.piip.deform_attn_grid.default: deform_attn_grid_reference,
             torch.ops.piip.ms_deform_attn.default: ms_deform_attn_reference,
         }
     )
-    _round_scales_up(program)
-    return program
-
-
-def _round_scales_up(program: ExportedProgram) -> None:
-    """Makes resizing factors float32, as ONNX has them, without losing a pixel.
-
-    A side becomes floor(side * factor): 368 times float32(192 / 368) is 191.99999, times the next number 192.
-    """
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.upsample_bilinear2d.vec and node.args[3] is not None:
-            factors = [torch.tensor(factor, dtype=torch.float32) for factor in node.args[3]]
-            up = [
-                float(rounded if float(rounded) >= factor else rounded.nextafter(torch.tensor(torch.inf)))
-                for rounded, factor in zip(factors, node.args[3], strict=True)
-            ]
-            node.args = (*node.args[:3], up)
 
 
 def save_program(
