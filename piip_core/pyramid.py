@@ -88,7 +88,7 @@ class PIIP(nn.Module):
         The image (B, 3, H, W) has the resolution of the largest branch image; every branch shrinks it for itself.
         """
         states, intermediates = self.forward_states(image, after)
-        return _to_maps(states), {k: _to_maps(found) for k, found in intermediates.items()}
+        return to_maps(states), {k: to_maps(found) for k, found in intermediates.items()}
 
     def forward_states(
         self, image: Tensor, after: Collection[int] = (), *, stop_early: bool = False
@@ -153,7 +153,8 @@ class PIIP(nn.Module):
             branch.set_grad_checkpointing(enable)
 
 
-def _to_maps(states: Sequence[BranchState]) -> list[Tensor]:
+def to_maps(states: Sequence[BranchState]) -> list[Tensor]:
+    """The maps of branches, (B, C_i, H_i, W_i)."""
     return [state.tokens.permute(0, 3, 1, 2) for state in states]
 
 

@@ -26,6 +26,7 @@ from piip_core.pyramid import PIIP
 
 from .published import Count, PublishedCount, published_count
 
+
 @dataclass(frozen=True)
 class ModuleCounts:
     """Counts of a model by module."""
