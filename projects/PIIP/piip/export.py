@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import onnx
 import torch
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
@@ -41,11 +40,13 @@ def export_detector(
     if not isinstance(model, GeneralizedRCNN):
         raise ExportError(f"{type(model).__name__}: expected a GeneralizedRCNN; others export their backbone alone")
     image = torch.rand(3, *image_size, generator=torch.Generator().manual_seed(0)) * 255
-    adapter = TracingAdapter(model.eval(), [{"image": image}], _detect)
+    adapter = TracingAdapter(model, [{"image": image}], _detect).eval()
     names = ["boxes", "scores", "classes", "masks"][: len(adapter(image))]
 
     def write(file: Path) -> Callable[[Tensor], list[Tensor]]:
         open_onnx = import_runtime()
+        import onnx
+
         torch.onnx.export(
             adapter, (image,), file, dynamo=False, opset_version=opset, input_names=[INPUT], output_names=names
         )
