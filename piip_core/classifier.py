@@ -13,7 +13,7 @@ from .branches import BranchState
 from .config import BranchConfig, ClassifierConfig, PIIPConfig, Pooling
 from .errors import ConfigError, check, check_choice
 from .merging import LAYER_NORM_EPS, ClassificationHeads, ClassificationMerging
-from .pyramid import PIIP, DensePIIP, ParameterLayers
+from .pyramid import PIIP, DensePIIP, ParameterLayers, to_maps
 
 # timm's names of what a head reads; the first patch has none there
 _POOLINGS: dict[str, Pooling] = {"token": "class_token", "avg": "average", "first_patch": "first_patch"}
@@ -73,6 +73,8 @@ class PIIPClassifier(nn.Module):
         num_features: Width of the pooled features: of all branches together for separate heads, of Branch 1 for a
             merged one. Also `head_hidden_size`, as timm calls it.
         feature_info: The maps that `forward_intermediates` gives, as in `feature_maps`.
+        unpooled: Whether `forward` gives maps, timm's `global_pool=""`: those of the branches, (B, C_i, H_i, W_i), with
+            the norms of separate heads, or the one of a merged head. `forward_features` gives maps, too, then.
     """
 
     head: ClassificationHeads | ClassificationMerging
@@ -80,6 +82,7 @@ class PIIPClassifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
+        self.unpooled = False
         self.num_classes = config.num_classes
         self.pyramid = PIIP(_pyramid_of(config))
         self.feature_info = feature_maps(self.pyramid.config)
@@ -97,17 +100,22 @@ class PIIPClassifier(nn.Module):
             )
         self.num_features = self.head_hidden_size = self.head.num_features
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Logits (B, num_classes) of an image (B, 3, H, W) at the largest resolution, usually `config.image_size`."""
         return self.forward_head(self.forward_features(image))
 
-    def forward_features(self, image: Tensor) -> list[BranchState]:
+    def forward_features(self, image: Tensor) -> list[BranchState] | list[Tensor]:
         """Final state of every branch: its map, channels last, (B, H_i, W_i, C_i), and its class token (B, 1, C_i)."""
-        return self.pyramid.forward_states(image)[0]
+        return self._features(self.pyramid.forward_states(image)[0])
 
-    def forward_head(self, states: Sequence[BranchState], pre_logits: bool = False) -> Tensor:
+    def _features(self, states: list[BranchState]) -> list[BranchState] | list[Tensor]:
+        return to_maps(states) if self.unpooled else states
+
+    def forward_head(self, features: Sequence[Any], pre_logits: bool = False) -> Tensor | list[Tensor]:
         """Logits (B, num_classes) from `forward_features`; with `pre_logits` the pooled features (B, num_features)."""
-        return self.head(head_inputs(self.config, states), pre_logits=pre_logits)
+        if self.unpooled:
+            return self.head.forward_maps(features)
+        return self.head(head_inputs(self.config, features), pre_logits=pre_logits)
 
     def get_classifier(self) -> nn.Module:
         """The linear classifiers: a `ModuleDict` by branch number for separate heads, one linear for a merged one."""
@@ -117,17 +125,20 @@ class PIIPClassifier(nn.Module):
         """Replaces the classifiers by new ones; 0 classes: by none, so that `forward` gives pooled features.
 
         With `global_pool` the heads read something else from now on, as in `with_pooling`. Class tokens never see an
-        interaction after the last blocks, so it goes, and comes (new) with other poolings.
+        interaction after the last blocks, so it goes, and comes (new) with other poolings. "" makes it `unpooled`.
 
         Raises:
-            ConfigError: If `global_pool` is unknown, or not possible for the branches or the head.
+            ConfigError: If `global_pool` is unknown, or not possible for the branches, the head or the classes.
         """
-        config = self.config if global_pool is None else with_pooling(self.config, global_pool)
+        unpooled = global_pool == "" or (self.unpooled and global_pool is None)
+        check(not (unpooled and num_classes), "num_classes", num_classes, "0 with global_pool='', for maps")
+        config = with_pooling(self.config, global_pool) if global_pool else self.config
+        self.unpooled = unpooled
         self.config = dataclasses.replace(config, num_classes=num_classes)
         self.num_classes = num_classes
         self.head.reset_classifier(num_classes)
         self._adopt(self.get_classifier())
-        if global_pool is not None:
+        if global_pool:
             self.pyramid.set_interactions(_pyramid_of(self.config))
             self._adopt(self.pyramid.interactions)
             self.feature_info = feature_maps(self.pyramid.config)
@@ -139,7 +150,9 @@ class PIIPClassifier(nn.Module):
 
     @property
     def global_pool(self) -> str:
-        """What the heads read, as in `with_pooling`."""
+        """What the heads read, as in `with_pooling`; "" for nothing."""
+        if self.unpooled:
+            return ""
         pooling = self.config.pooling if self.config.head == "separate" else "average"
         return next(name for name, value in _POOLINGS.items() if value == pooling)
 
@@ -152,7 +165,7 @@ class PIIPClassifier(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | list[tuple[Tensor, Tensor | None]] | tuple[list[BranchState], list[Any]]:
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor | None]] | tuple[list[BranchState] | list[Tensor], list[Any]]:
         """Final states as from `forward_features` (with `stop_early`, where it ended), and maps on the way there.
 
         Args:
@@ -179,7 +192,7 @@ class PIIPClassifier(nn.Module):
             fitted = nchw_to(normalise(tokens).permute(0, 3, 1, 2).contiguous(), Format(output_fmt))
             prefix = None if prefix is None else normalise(prefix)
             maps.append((fitted, prefix) if return_prefix_tokens else fitted)
-        return maps if intermediates_only else (final, maps)
+        return maps if intermediates_only else (self._features(final), maps)
 
     def _norm_of(self, info: dict[str, Any]) -> nn.Module:
         if isinstance(self.head, ClassificationMerging):
@@ -192,12 +205,12 @@ class PIIPClassifier(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes classifiers, which maps do not need, and norms of separate heads; blocks and interactions stay.
+        """Removes pooling, classifiers, and norms of separate heads from what gives maps; blocks and interactions stay.
 
         Returns the indices, as `forward_intermediates` has them.
         """
         if prune_head:
-            self.reset_classifier(0)
+            self.reset_classifier(0, "")
         if prune_norm and isinstance(self.head, ClassificationHeads):
             self.head.norms = nn.ModuleDict({number: nn.Identity() for number in self.head.norms})
         return _resolve_indices(len(self.feature_info), indices)

@@ -84,29 +84,12 @@ def export_program(model: nn.Module, image_size: tuple[int, int], *, batch_size:
             message = f"{type(model).__name__} at {height} x {width} cannot be exported ({first_line})"
             raise ExportError(message) from error
     logger.info("replacing the operator by standard ones")
-    program = program.run_decompositions(
+    return program.run_decompositions(
         {
             torch.ops.piip.deform_attn_grid.default: deform_attn_grid_reference,
             torch.ops.piip.ms_deform_attn.default: ms_deform_attn_reference,
         }
     )
-    _round_scales_up(program)
-    return program
-
-
-def _round_scales_up(program: ExportedProgram) -> None:
-    """Makes resizing factors float32, as ONNX has them, without losing a pixel.
-
-    A side becomes floor(side * factor): 368 times float32(192 / 368) is 191.99999, times the next number 192.
-    """
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.upsample_bilinear2d.vec and node.args[3] is not None:
-            factors = [torch.tensor(factor, dtype=torch.float32) for factor in node.args[3]]
-            up = [
-                float(rounded if float(rounded) >= factor else rounded.nextafter(torch.tensor(torch.inf)))
-                for rounded, factor in zip(factors, node.args[3], strict=True)
-            ]
-            node.args = (*node.args[:3], up)
 
 
 def save_program(
@@ -118,12 +101,12 @@ def save_program(
     when loaded, and then no file is left.
     """
 
-    def write(program: ExportedProgram, file: Path) -> Callable[[Tensor], list[Tensor]]:
-        torch.export.save(program, file)
+    def write(file: Path) -> Callable[[Tensor], list[Tensor]]:
+        torch.export.save(export_program(model, image_size, batch_size=batch_size), file)
         loaded = torch.export.load(file).module()
         return lambda image: tensors_in(loaded(image))
 
-    return _write_checked(model, Path(path), image_size, batch_size, write)
+    return write_checked(model, Path(path), _noise(batch_size or 1, image_size), write)
 
 
 def export_onnx(
@@ -152,15 +135,10 @@ def export_onnx(
     """
     if opset < MIN_OPSET:
         raise ExportError(f"opset={opset}: expected {MIN_OPSET} or later, the first with GridSample")
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx needs it)
-    except ImportError as error:
-        raise ExportError(
-            f"ONNX export needs more packages ({error}): pip install onnx onnxscript onnxruntime"
-        ) from None
 
-    def write(program: ExportedProgram, file: Path) -> Callable[[Tensor], list[Tensor]]:
+    def write(file: Path) -> Callable[[Tensor], list[Tensor]]:
+        open_onnx = import_runtime()
+        program = export_program(model, image_size, batch_size=batch_size)
         logger.info("translating to ONNX")
         onnx_program = torch.onnx.export(
             program,
@@ -175,29 +153,46 @@ def export_onnx(
         onnx_program.model.metadata_props.update(metadata or {})
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
         onnx_program.save(file, external_data=size > MAX_BYTES_INSIDE)
+        return open_onnx(file)
+
+    return write_checked(model, Path(path), _noise(batch_size or 1, image_size), write)
+
+
+def import_runtime() -> Callable[[Path], Callable[[Tensor], list[Tensor]]]:
+    """What opens an .onnx file of one input in onnxruntime.
+
+    Raises:
+        ExportError: If a package is missing.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+    except ImportError as error:
+        raise ExportError(
+            f"ONNX export needs more packages ({error}): pip install onnx onnxscript onnxruntime"
+        ) from None
+
+    def open_onnx(file: Path) -> Callable[[Tensor], list[Tensor]]:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         return lambda image: [torch.from_numpy(found) for found in session.run(None, {INPUT: image.numpy()})]
 
-    return _write_checked(model, Path(path), image_size, batch_size, write)
+    return open_onnx
 
 
-def _write_checked(
-    model: nn.Module,
-    path: Path,
-    image_size: tuple[int, int],
-    batch_size: int | None,
-    write: Callable[[ExportedProgram, Path], Callable[[Tensor], list[Tensor]]],
+def write_checked(
+    model: nn.Module, path: Path, image: Tensor, write: Callable[[Path], Callable[[Tensor], list[Tensor]]]
 ) -> ExportCheck:
-    """Lets `write` make files in a folder aside and return what runs them, and renames them into place if they pass."""
+    """Lets `write` make files in a folder aside and return what runs them, and renames them into place if they pass.
+
+    They pass if they compute of the image what the model does.
+    """
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}; make it, or name another file")
-    program = export_program(model, image_size, batch_size=batch_size)
     # Files that know each other's names, on the disk of their destination
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".incomplete", dir=path.parent) as folder:
-        run = write(program, Path(folder, path.name))
+        run = write(Path(folder, path.name))
         logger.info("comparing with PyTorch")
-        noise = torch.randn(batch_size or 1, 3, *image_size, generator=torch.Generator().manual_seed(0))
-        error, largest = _compare(model, run, noise)
+        error, largest = _compare(model, run, image)
         if not error <= MAX_RELATIVE_ERROR * largest:  # NaN does not pass
             raise ExportError(
                 f"{path}: the exported model is off by {error:.2e}, where PyTorch's outputs reach {largest:.2e}; "
@@ -211,6 +206,10 @@ def _write_checked(
     return ExportCheck(files=written, max_error=error, max_value=largest)
 
 
+def _noise(batch_size: int, image_size: tuple[int, int]) -> Tensor:
+    return torch.randn(batch_size, 3, *image_size, generator=torch.Generator().manual_seed(0))
+
+
 def _compare(model: nn.Module, run: Callable[[Tensor], list[Tensor]], image: Tensor) -> tuple[float, float]:
     """Largest difference and largest value of the output that differs most for its size."""
     with torch.no_grad():
@@ -219,8 +218,10 @@ def _compare(model: nn.Module, run: Callable[[Tensor], list[Tensor]], image: Ten
     for have, want in zip(found, expected, strict=True):
         if have.shape != want.shape:
             raise ExportError(f"an output has shape {tuple(have.shape)}, in PyTorch {tuple(want.shape)}")
-        results.append((float((have - want).abs().max()), float(want.abs().max())))
-    return max(results, key=lambda result: result[0] / max(result[1], torch.finfo(torch.float32).tiny))
+        if want.numel():
+            results.append((float((have - want).abs().max()), float(want.abs().max())))
+    tiny = torch.finfo(torch.float32).tiny
+    return max(results, key=lambda result: result[0] / max(result[1], tiny), default=(0.0, 0.0))
 
 
 def _output_names(model: nn.Module) -> list[str] | None:

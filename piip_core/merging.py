@@ -192,6 +192,11 @@ class ClassificationHeads(nn.Module):
         logits = [classifier(x) for classifier, x in zip(self.classifiers.values(), pooled, strict=True)]
         return sum(logits) / len(logits)
 
+    def forward_maps(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps of all branches, (B, C_i, H_i, W_i), normalised."""
+        pairs = zip(self.norms.values(), maps, strict=True)
+        return [norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for norm, x in pairs]
+
 
 class ClassificationMerging(nn.Module):
     """Merged classification head (from-scratch PIIP-B): merge all branches, average over positions, one linear.
@@ -239,10 +244,13 @@ class ClassificationMerging(nn.Module):
 
         With `pre_logits`, or without classes, it gives the pooled features, (B, C_1).
         """
-        projected = (projection(x) for projection, x in zip(self.projections.values(), maps, strict=True))
-        merged = _sum_on_grid(projected, self.weights, maps[self.grid - 1].shape[-2:])
-        pooled = self.drop(self.norm(merged).mean(dim=(-2, -1)))
+        pooled = self.drop(self.forward_maps(maps).mean(dim=(-2, -1)))
         return pooled if pre_logits else self.classifier(pooled)
+
+    def forward_maps(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps of all branches, (B, C_i, H_i, W_i), merged to (B, C_1, H, W) and normalised."""
+        projected = (projection(x) for projection, x in zip(self.projections.values(), maps, strict=True))
+        return self.norm(_sum_on_grid(projected, self.weights, maps[self.grid - 1].shape[-2:]))
 
 
 def _classifier(dim: int, num_classes: int) -> nn.Linear:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ def resize_for_branch(image: Tensor, factor: float) -> Tensor:
     """
     if factor >= 1:
         return image
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        # ONNX has float32: 368 * float32(192 / 368) is 191.99999, times the next number 192
+        rounded = np.float32(factor)
+        factor = float(rounded if rounded >= factor else np.nextafter(rounded, np.float32(1)))
     return F.interpolate(image, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
@@ -83,7 +88,7 @@ class PIIP(nn.Module):
         The image (B, 3, H, W) has the resolution of the largest branch image; every branch shrinks it for itself.
         """
         states, intermediates = self.forward_states(image, after)
-        return _to_maps(states), {k: _to_maps(found) for k, found in intermediates.items()}
+        return to_maps(states), {k: to_maps(found) for k, found in intermediates.items()}
 
     def forward_states(
         self, image: Tensor, after: Collection[int] = (), *, stop_early: bool = False
@@ -148,7 +153,8 @@ class PIIP(nn.Module):
             branch.set_grad_checkpointing(enable)
 
 
-def _to_maps(states: Sequence[BranchState]) -> list[Tensor]:
+def to_maps(states: Sequence[BranchState]) -> list[Tensor]:
+    """The maps of branches, (B, C_i, H_i, W_i)."""
     return [state.tokens.permute(0, 3, 1, 2) for state in states]
 
 

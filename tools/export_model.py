@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Exports a classifier or the backbone of a detector or segmentor to ONNX or as a torch.export program.
+"""Exports a classifier, a detector, or the backbone of a detector or segmentor to ONNX or as a torch.export program.
 
 What the file computes is compared with PyTorch.
 
@@ -8,10 +8,13 @@ Examples:
     python tools/export_model.py piip_tsb_1120_896_448 --image-size 800 1120 --output backbone.onnx
     python tools/export_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py \\
         --checkpoint output/run/model_final.pth --output backbone.pt2
+    python tools/export_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py --whole \\
+        --checkpoint output/run/model_final.pth --image-size 800 1120 --output detector.onnx
 
 The file needs nothing of this project: the deformable attention is replaced by standard operators (GridSample). Its
 input "image" is (batch, 3, H, W), RGB, float32, with the mean taken off and divided by the deviation that the tool
-prints. Outputs are "logits" (before the softmax) of a classifier, maps "stride4", "stride8" ... of a backbone.
+prints. Outputs are "logits" (before the softmax) of a classifier, maps "stride4", "stride8" ... of a backbone. A whole
+detector takes one image (3, H, W) of 0 to 255 and gives "boxes" in its pixels, "scores", "classes", "masks" in boxes.
 
 ONNX needs the packages onnx, onnxscript and onnxruntime.
 """
@@ -30,7 +33,7 @@ from piip_core import ClassifierConfig, DensePIIP, PIIPClassifier, PIIPConfig, z
 from piip_core.checkpoints import build_trained
 from piip_core.classifier import build_model
 from piip_core.errors import UserError
-from piip_core.export import DEFAULT_OPSET, export_onnx, save_program
+from piip_core.export import DEFAULT_OPSET, ExportCheck, export_onnx, save_program
 from piip_core.meta import on_meta
 from piip_core.zoo.entry import IMAGENET_MEAN, IMAGENET_STD
 
@@ -45,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image-size", nargs="+", type=int, metavar="N", help="side, or height and width; they are fixed"
     )
+    parser.add_argument("--whole", action="store_true", help="of a LazyConfig, the whole detector (ONNX)")
     parser.add_argument("--batch-size", type=int, help="fixed number of images; without, it is open")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of ONNX (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
@@ -54,6 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--image-size {args.image_size}: expected one or two positive numbers of pixels")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: expected a positive number")
+    if args.whole and (args.output.suffix != ".onnx" or Path(args.config).suffix != ".py" or args.batch_size):
+        parser.error("--whole: expected a LazyConfig, an .onnx file and no --batch-size: a detector takes one image")
     if args.ema and args.checkpoint is None:
         parser.error("--ema: expected --checkpoint, too")
     return args
@@ -71,14 +77,21 @@ def from_zoo(name: str) -> Described:
     return [entry.config], entry.pixel_mean, entry.pixel_std
 
 
-def from_lazy_config(path: str, overrides: Sequence[str]) -> Described:
-    """The classifier or backbone of a LazyConfig."""
+def check_detectron2(path: str) -> None:
+    """Raises a UserError if there is none."""
     try:
-        from detectron2.config import instantiate
-
-        from piip.lazy_config import load_config, skip_pretrained
+        import piip.lazy_config  # noqa: F401
     except ImportError as error:
         raise UserError(f"{path} is a LazyConfig, which needs Detectron2 ({error}); see README.md") from None
+
+
+def from_lazy_config(path: str, overrides: Sequence[str]) -> Described:
+    """The classifier or backbone of a LazyConfig."""
+    check_detectron2(path)
+    from detectron2.config import instantiate
+
+    from piip.lazy_config import load_config, skip_pretrained
+
     config = load_config(path, overrides)
     skip_pretrained(config)
     with on_meta():
@@ -106,18 +119,45 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, int], dict[st
     return model, (height, width), {"model": args.config, "pixel_mean": str(list(mean)), "pixel_std": str(list(std))}
 
 
+def export_part(args: argparse.Namespace) -> ExportCheck:
+    """Writes the classifier or backbone."""
+    model, image_size, notes = build(args)
+    print(f"images: {image_size[0]} x {image_size[1]}, mean {notes['pixel_mean']}, deviation {notes['pixel_std']}")
+    if args.output.suffix == ".pt2":
+        return save_program(model, args.output, image_size, batch_size=args.batch_size)
+    options = {"batch_size": args.batch_size, "opset": args.opset, "metadata": notes}
+    return export_onnx(model, args.output, image_size, **options)
+
+
+def export_whole(args: argparse.Namespace) -> ExportCheck:
+    """Writes the detector of a LazyConfig."""
+    check_detectron2(args.config)
+    from detectron2.config import instantiate
+
+    from piip.export import export_detector
+    from piip.lazy_config import load_config, skip_pretrained
+    from piip.predict import Predictor
+
+    config = load_config(args.config, args.overrides)
+    if args.checkpoint is None:
+        print("without --checkpoint: the weights are random", file=sys.stderr)
+        skip_pretrained(config)
+        model = instantiate(config.model)
+    else:
+        model = Predictor(config, str(args.checkpoint), device="cpu").model
+    if args.image_size is None:
+        raise UserError("--whole: expected --image-size, that of the images after resizing")
+    notes = {"model": args.config, "format": str(config.model.get("input_format"))}
+    size = (args.image_size * 2)[:2]
+    return export_detector(model, args.output, (size[0], size[1]), opset=args.opset, metadata=notes)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("piip_core").setLevel(logging.INFO)
     try:
-        model, image_size, notes = build(args)
-        print(f"images: {image_size[0]} x {image_size[1]}, mean {notes['pixel_mean']}, deviation {notes['pixel_std']}")
-        if args.output.suffix == ".pt2":
-            check = save_program(model, args.output, image_size, batch_size=args.batch_size)
-        else:
-            options = {"batch_size": args.batch_size, "opset": args.opset, "metadata": notes}
-            check = export_onnx(model, args.output, image_size, **options)
+        check = export_whole(args) if args.whole else export_part(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -137,6 +137,8 @@ def resize_position_grid(grid: Tensor, height: int, width: int) -> Tensor:
     """
     side = int(grid.shape[1] ** 0.5)
     table = grid.unflatten(1, (side, side))
+    if torch.jit.is_tracing():
+        height, width = int(height), int(width)  # not every ONNX runtime shrinks a table by a size that it computes
     if (height, width) == (side, side):
         return table
     table = F.interpolate(table.permute(0, 3, 1, 2).float(), size=(height, width), mode="bicubic", align_corners=False)

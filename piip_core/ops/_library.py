@@ -9,6 +9,7 @@ so autograd, torch.compile and torch.export see no difference.
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .reference import (
+    deform_attn_grid_reference,
     grid_sampling,
     grid_sampling_backward,
     ms_deform_attn_backward_reference,
@@ -232,11 +235,14 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _differentiable(name: str, gradients: Callable[..., Any], save: Callable[..., None]) -> Callable[..., Any]:
+def _differentiable(
+    name: str, gradients: Callable[..., Any], save: Callable[..., None], standard: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """The operator for callers in Python: as it is registered, and with torch.func's transforms.
 
     What `register_autograd` makes cannot be transformed, and passes forward-mode derivatives over in silence; compilers
-    and tracers on the other hand want the operator itself. Inside torch.compile PyTorch's rules hold.
+    and tracers on the other hand want the operator itself, and `torch.onnx.export` what it is in `standard` ones.
+    Inside torch.compile PyTorch's rules hold.
     """
     operator = getattr(torch.ops.piip, name)
     torch.library.register_autograd(f"piip::{name}", gradients, setup_context=save)
@@ -260,8 +266,9 @@ def _differentiable(name: str, gradients: Callable[..., Any], save: Callable[...
     Operator.__name__ = Operator.__qualname__ = name
 
     def call(*arguments: Any) -> Any:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        return operator(*arguments) if traced else Operator.apply(*arguments)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            return Operator.apply(*arguments)
+        return (standard if standard and torch.onnx.is_in_onnx_export() else operator)(*arguments)
 
     return call
 
@@ -277,5 +284,21 @@ def _join_batches(size: int, dims: tuple[Any, ...], arguments: tuple[Any, ...]) 
 
 _ms_deform_attn_backward = _differentiable("ms_deform_attn_backward", _refuse, _save_nothing)
 _deform_attn_grid_backward = _differentiable("deform_attn_grid_backward", _refuse, _save_nothing)
-ms_deform_attn = _differentiable("ms_deform_attn", _backward, _save_inputs)
-deform_attn_grid = _differentiable("deform_attn_grid", _grid_backward, _save_inputs)
+ms_deform_attn = _differentiable("ms_deform_attn", _backward, _save_inputs, ms_deform_attn_reference)
+deform_attn_grid = _differentiable("deform_attn_grid", _grid_backward, _save_inputs, deform_attn_grid_reference)
+
+_MACS_PER_SAMPLE = 5  # four corners of the bilinear interpolation and the attention weight
+
+
+@register_flop_formula(torch.ops.piip.ms_deform_attn)
+def ms_deform_attn_flops(value: Sequence[int], shapes: Any, locations: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two per multiply-accumulate, as PyTorch counts; of the tensors, the shapes."""
+    return 2 * _MACS_PER_SAMPLE * math.prod(locations[:-1]) * value[-1]
+
+
+@register_flop_formula(torch.ops.piip.deform_attn_grid)
+def deform_attn_grid_flops(
+    value: Sequence[int], shapes: Any, query_shape: Any, sampling: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Two per multiply-accumulate, as PyTorch counts; of the tensors, the shapes."""
+    return 2 * _MACS_PER_SAMPLE * math.prod(sampling) // 3 * value[-1]

@@ -17,7 +17,8 @@ class Deconvolution(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the one output size that there is
         """(B, C, H, W) to (B, D, factor * H, factor * W)."""
-        if x.device.type != "cpu" or not (torch.is_grad_enabled() and self.weight.requires_grad):
+        trains = torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing()
+        if x.device.type != "cpu" or not trains:
             return F.conv_transpose2d(x, self.weight, self.bias, stride=self.stride)
         # The same as a matrix product: oneDNN takes 3 to 4 times as long for the gradient of a deconvolution's weight
         factor = self.stride[0]

@@ -128,8 +128,9 @@ def flatten_spatial_shapes(spatial_shapes: SpatialShapes, name: str = "spatial_s
 
 
 def _integer(size: Any) -> Any:
-    """NumPy's integers as Python's, whose products do not overflow; anything else as it is."""
-    return int(size) if not isinstance(size, int) and isinstance(size, Integral) else size
+    """Python's integer for NumPy's, whose products overflow, and for a size under `torch.jit.trace`, a 0-d tensor."""
+    traced = isinstance(size, Tensor) and torch.jit.is_tracing()
+    return int(size) if traced or (not isinstance(size, int) and isinstance(size, Integral)) else size
 
 
 def _check(value: Tensor, shapes: list[int], sampling_locations: Tensor, attention_weights: Tensor) -> None:

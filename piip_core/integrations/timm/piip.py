@@ -6,10 +6,12 @@ import dataclasses
 import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from timm.models import (
     DefaultCfg,
+    adapt_input_conv,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -85,10 +87,10 @@ def create_classifier(
             downloaded. True goes with a released file of your own in `pretrained_cfg_overlay`.
         pretrained_branches: Start every branch and its head from the network that it is named after, as the published
             fine-tuning does; interactions start as identity.
-        **kwargs: Of timm: `num_classes`, `global_pool` ("token", "avg", "first_patch"), `drop_rate`, `drop_path_rate`
-            (all branches and interactions; None keeps the published rates), `img_size` (no effect: the network takes
-            images of any size), `features_only`, `out_indices`, `pretrained_cfg`,
-            `pretrained_cfg_overlay` and `cache_dir`.
+        **kwargs: Of timm: `num_classes`, `in_chans`, `global_pool` ("token", "avg", "first_patch", or "" with no
+            classes: see `PIIPClassifier.unpooled`), `drop_rate`, `drop_path_rate` (all branches and interactions; None
+            keeps the published rates), `img_size` (no effect: the network takes images of any size), `device`, `dtype`,
+            `features_only`, `out_indices`, `pretrained_cfg`, `pretrained_cfg_overlay` and `cache_dir`.
 
     Raises:
         ConfigError: If an argument has a value that is not possible.
@@ -143,12 +145,14 @@ def _build(
     drop_rate: float = 0.0,
     drop_path_rate: float | None = None,
     img_size: int | tuple[int, int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PIIPClassifier:
     """The model that timm's arguments describe; `img_size` is noted by timm."""
-    check(in_chans == 3, "in_chans", in_chans, "3: the branches are made for colour images")
+    check(in_chans > 0, "in_chans", in_chans, "a positive number of channels")
     config = dataclasses.replace(config, num_classes=num_classes, drop_rate=drop_rate)
     if global_pool is not None:
-        config = with_pooling(config, global_pool)
+        config = with_pooling(config, global_pool or "avg")
     if drop_path_rate is not None:
         branches = (dataclasses.replace(branch, drop_path_rate=drop_path_rate) for branch in config.pyramid.branches)
         interaction = dataclasses.replace(config.pyramid.interaction, drop_path_rate=drop_path_rate)
@@ -157,7 +161,21 @@ def _build(
     model = PIIPClassifier(config)
     if pretrained_branches:
         load_pretrained(model)
-    return model
+    for name in _first_convs(config.pyramid) if in_chans != 3 else ():
+        conv = cast(nn.Conv2d, model.get_submodule(name))
+        conv.in_channels, conv.weight = in_chans, nn.Parameter(adapt_input_conv(in_chans, conv.weight.detach()))
+    if global_pool == "":
+        model.reset_classifier(num_classes, "")
+    return model.to(device=device, dtype=dtype)
+
+
+def _first_convs(config: PIIPConfig) -> tuple[str, ...]:
+    """The convolution of each branch that reads the image: a stem's, or that of the patches."""
+    staged = [len(set(branch.network.strides)) > 1 for branch in config.branches]
+    return tuple(
+        f"pyramid.branches.{index}.model.{'stem.0' if stem else 'patch_embed.proj'}"
+        for index, stem in enumerate(staged)
+    )
 
 
 def convert_weights(state: Mapping[str, Any], model: PIIPClassifier) -> dict[str, Tensor]:
@@ -176,9 +194,11 @@ def convert_weights(state: Mapping[str, Any], model: PIIPClassifier) -> dict[str
     if not state.keys() & target.keys():
         state, report = from_published(state, MODELS[name].published, source=f"weights for {name}")
         report.check()
-    classifiers = {f"{classifier}.{part}" for classifier in cfg["classifier"] for part in ("weight", "bias")}
+    adapted = {
+        f"{module}.{part}" for key in ("classifier", "first_conv") for module in cfg[key] for part in ("weight", "bias")
+    }
     shapes = {key: tensor.shape for key, tensor in target.items()}
-    wrong = sorted(key for key, tensor in state.items() if shapes.get(key) != tensor.shape and key not in classifiers)
+    wrong = sorted(key for key, tensor in state.items() if shapes.get(key) != tensor.shape and key not in adapted)
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} tensors of the weights for {name} do not fit this form of it ({', '.join(wrong[:3])} ...): "
@@ -195,11 +215,7 @@ def _pretrained_cfg(model: _Model) -> dict[str, Any]:
         "num_classes": config.num_classes,
         "input_size": (3, config.image_size, config.image_size),
         "crop_pct": 1.0,
-        "first_conv": tuple(
-            f"pyramid.branches.{index}.model.patch_embed.proj"
-            for index, branch in enumerate(config.pyramid.branches)
-            if hasattr(branch.network, "embed_dim")  # plain transformers
-        ),
+        "first_conv": _first_convs(config.pyramid),
         "classifier": separate if config.head == "separate" else ("head.classifier",),
         "paper_name": "Parameter-Inverted Image Pyramid Networks for Visual Perception and Multimodal Understanding",
         "paper_ids": "arXiv:2501.07783",

@@ -325,5 +325,40 @@ def test_arguments_that_users_know():
     assert {b.config.drop_path_rate for b in model.pyramid.branches} == {0.3}
     assert model.pyramid.config.interaction.drop_path_rate == 0.3
     assert model.eval()(torch.randn(1, 3, 128, 160)).shape == (1, 1000)
-    with pytest.raises(ConfigError, match="in_chans=1: expected 3"):
-        timm.create_model("piip_test", in_chans=1)
+    low = timm.create_model("piip_test", num_classes=5, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in low.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_grey_images_get_the_sum_of_the_kernels(model, image, tmp_path):
+    """As timm adapts pretrained weights, the model sees a grey image as it saw three equal channels."""
+    torch.save(model.state_dict(), tmp_path / "rgb.pth")
+    overlay = {"file": str(tmp_path / "rgb.pth"), "num_classes": 5}
+    grey = timm.create_model("piip_test", pretrained=True, in_chans=1, num_classes=5, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(grey.eval()(image[:, :1]), model(image[:, :1].expand(-1, 3, -1, -1)))
+    six = timm.create_model("piip_test", in_chans=6, num_classes=5)
+    assert six(torch.cat((image, image), dim=1)).shape == (2, 5)
+    with pytest.raises(ConfigError, match="in_chans=0: expected a positive number"):
+        timm.create_model("piip_test", in_chans=0)
+
+
+def test_without_pooling_it_gives_maps(model, image):
+    final = [i for i, info in enumerate(model.feature_info) if info["final"]]
+    maps = timm.create_model("piip_test", num_classes=0, global_pool="").eval()
+    assert [x.shape[1:] for x in maps(image)] == [(48, 4, 4), (32, 6, 6), (16, 12, 12)]
+    assert len(maps.pyramid.interactions) == 2 and maps.global_pool == ""
+    normed = model.forward_intermediates(image, final, norm=True, intermediates_only=True)
+    plain = model.forward_intermediates(image, final, intermediates_only=True)
+    with pytest.raises(ConfigError, match="num_classes=5: expected 0 with global_pool=''"):
+        model.reset_classifier(5, "")
+    model.reset_classifier(0, "")
+    torch.testing.assert_close(model(image), normed[::-1])
+    assert model.prune_intermediate_layers(final, prune_norm=True) == final
+    for found in (model(image), model.forward_features(image), model.forward_intermediates(image)[0]):
+        torch.testing.assert_close(found, plain[::-1], rtol=0, atol=0)
+    model.reset_classifier(5, "avg")
+    assert model(image).shape == (2, 5)
+    merged = dataclasses.replace(model.config, head="merged", num_groups=8, num_classes=0)
+    merged = PIIPClassifier(merged).eval()
+    pooled = merged(image)
+    merged.reset_classifier(0, "")
+    torch.testing.assert_close(merged(image).mean(dim=(2, 3)), pooled)

@@ -1,5 +1,6 @@
 """timm's scripts with the models of this project."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,7 +22,39 @@ def test_scripts_run_with_the_models_registered(monkeypatch, tmp_path, capsys):
         runner.main()
 
 
-@pytest.mark.skipif("TIMM_CHECKOUT" not in os.environ, reason="TIMM_CHECKOUT names no checkout of timm's repository")
+needs_checkout = pytest.mark.skipif(
+    "TIMM_CHECKOUT" not in os.environ, reason="TIMM_CHECKOUT names no checkout of timm's repository"
+)
+REFUSED = {
+    "test_model_forward_torchscript": "torch.jit.script knows no named tuples of features: torch.jit.trace instead",
+    "test_model_forward_fx": "sizes decide what is computed, which torch.fx does not see: torch.export instead",
+    "test_model_forward_intermediates": "features are a list, one for each branch, not a tensor",
+    "test_model_default_cfgs": "features are a list, one for each branch, with no single pool size",
+}
+
+
+@needs_checkout
+@pytest.mark.parametrize("name", ["piip_test", "piip_tsb_368_192_128"])
+def test_timms_own_tests(name):
+    """tests/test_models.py; what a model of several branches cannot do is in `REFUSED`."""
+    path = Path(os.environ["TIMM_CHECKOUT"], "tests", "test_models.py")
+    spec = importlib.util.spec_from_file_location("timm_test_models", path)
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    for test in (
+        tests.test_model_forward,
+        tests.test_model_backward,
+        tests.test_model_forward_features,
+        tests.test_model_forward_intermediates_features,
+        *([tests.test_model_default_cfgs_non_std] if name == "piip_test" else []),  # it leaves images beyond 320 out
+    ):
+        test(model_name=name, batch_size=2)
+    for refused in REFUSED if name == "piip_test" else ():
+        with pytest.raises(Exception):  # noqa: B017  (of whatever library gives up)
+            getattr(tests, refused)(model_name=name, batch_size=1)
+
+
+@needs_checkout
 def test_timms_own_scripts_run_unchanged(tmp_path):
     """Training with EMA, mixup and layer decay, resuming it, and validating what it wrote."""
     from PIL import Image

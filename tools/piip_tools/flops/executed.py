@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from piip_core import ops  # noqa: F401  (registers the operator)
 from piip_core.classifier import PIIPClassifier, build_model
 from piip_core.config import ClassifierConfig, PIIPConfig
 from piip_core.errors import ConfigError
@@ -26,8 +25,6 @@ from piip_core.meta import on_meta
 from piip_core.pyramid import PIIP
 
 from .published import Count, PublishedCount, published_count
-
-MACS_PER_SAMPLE = 5  # four corners of the bilinear interpolation and the attention weight
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,7 @@ def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCount
 
     `run` is the name of the submodule that gets the `inputs`, "" for the model itself; all parameters are counted.
     """
-    formulas = {
-        torch.ops.piip.deform_attn_grid: _deformable_grid_flops,
-        torch.ops.piip.ms_deform_attn: _deformable_flops,
-    }
-    counter, module = FlopCounterMode(display=False, custom_mapping=formulas), model.get_submodule(run)
+    counter, module = FlopCounterMode(display=False), model.get_submodule(run)
     with torch.no_grad(), _plain_attention(), counter:
         module(*inputs)
     names = {f"{type(module).__name__}{'.' * bool(name)}{name}": name for name, _ in module.named_modules()}
@@ -86,20 +79,6 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _deformable_flops(value: torch.Size, spatial_shapes: Any, locations: torch.Size, *_: Any, **__: Any) -> int:
-    """(B, S, heads, D) values sampled at (B, Q, heads, levels, points, 2) locations."""
-    batch, queries, heads, levels, points, _ = locations
-    return 2 * MACS_PER_SAMPLE * batch * queries * heads * levels * points * value[-1]
-
-
-def _deformable_grid_flops(
-    value: torch.Size, value_shapes: Any, query_shape: Any, sampling: torch.Size, *_: Any, **__: Any
-) -> int:
-    """(B, S, heads, D) values sampled as (B, Q, 3 * heads * levels * points) offsets and logits say."""
-    batch, queries, width = sampling
-    return 2 * MACS_PER_SAMPLE * batch * queries * (width // 3) * value[-1]
 
 
 @dataclass(frozen=True, kw_only=True)

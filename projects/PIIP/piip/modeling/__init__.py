@@ -2,6 +2,7 @@
 
 from .backbone import PIIPFPN, PIIPBackbone, feature_shapes
 from .classifier import ImageClassifier
+from .flops import register_flop_handles
 from .rcnn import published_cascade_mask_rcnn, published_mask_rcnn
 from .segmentor import FCNHead, SlidingWindowSegmentor, UperNetHead
 
@@ -16,3 +17,5 @@ __all__ = [
     "published_cascade_mask_rcnn",
     "published_mask_rcnn",
 ]
+
+register_flop_handles()
