@@ -70,6 +70,7 @@ class PIIPClassifier(nn.Module):
 
     Attributes:
         num_classes: Number of classes; 0 without classifier.
+        in_chans: Channels of the image, as timm calls it.
         num_features: Width of the pooled features: of all branches together for separate heads, of Branch 1 for a
             merged one. Also `head_hidden_size`, as timm calls it.
         feature_info: The maps that `forward_intermediates` gives, as in `feature_maps`.
@@ -82,7 +83,7 @@ class PIIPClassifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        self.unpooled = False
+        self.in_chans, self.unpooled = 3, False
         self.num_classes = config.num_classes
         self.pyramid = PIIP(_pyramid_of(config))
         self.feature_info = feature_maps(self.pyramid.config)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,10 +27,10 @@ def resize_for_branch(image: Tensor, factor: float) -> Tensor:
     """
     if factor >= 1:
         return image
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        # ONNX has float32: 368 * float32(192 / 368) is 191.99999, times the next number 192
-        rounded = np.float32(factor)
-        factor = float(rounded if rounded >= factor else np.nextafter(rounded, np.float32(1)))
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        # Up to the next float32, which ONNX has: 368 * float32(192 / 368) is 191.99999, times the next number 192
+        steps = 2.0 ** (24 - math.frexp(factor)[1])
+        factor = math.ceil(factor * steps) / steps
     return F.interpolate(image, scale_factor=factor, mode="bilinear", align_corners=False)
 
 

@@ -136,13 +136,12 @@ def resize_position_grid(grid: Tensor, height: int, width: int) -> Tensor:
     Bicubic, in fp32, without antialiasing, as published.
     """
     side = int(grid.shape[1] ** 0.5)
-    table = grid.unflatten(1, (side, side))
-    if torch.jit.is_tracing():
-        height, width = int(height), int(width)  # not every ONNX runtime shrinks a table by a size that it computes
     if (height, width) == (side, side):
-        return table
-    table = F.interpolate(table.permute(0, 3, 1, 2).float(), size=(height, width), mode="bicubic", align_corners=False)
-    return table.permute(0, 2, 3, 1).to(grid.dtype)
+        return grid.unflatten(1, (side, side))
+    # Not a permutation of four dimensions, which ONNX Runtime would move behind Resize, and then refuse
+    table = grid.transpose(1, 2).unflatten(2, (side, side)).float()
+    table = F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
+    return table.flatten(2).transpose(1, 2).unflatten(1, (height, width)).to(grid.dtype)
 
 
 class TransformerBranch(Branch):

@@ -163,7 +163,8 @@ def _build(
         load_pretrained(model)
     for name in _first_convs(config.pyramid) if in_chans != 3 else ():
         conv = cast(nn.Conv2d, model.get_submodule(name))
-        conv.in_channels, conv.weight = in_chans, nn.Parameter(adapt_input_conv(in_chans, conv.weight.detach()))
+        model.in_chans = conv.in_channels = in_chans
+        conv.weight = nn.Parameter(adapt_input_conv(in_chans, conv.weight.detach()))
     if global_pool == "":
         model.reset_classifier(num_classes, "")
     return model.to(device=device, dtype=dtype)

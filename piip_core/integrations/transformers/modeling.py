@@ -210,7 +210,7 @@ class PIIPForImageClassification(_WithHead):
         states, hidden_states = self._states(pixel_values, output_hidden_states)
         logits = self.head(head_inputs(self.classifier_config, states))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        hidden = cast(Maps | None, hidden_states)  # a tuple of tuples: transformers' own models have one branch
+        hidden = cast("Maps | None", hidden_states)  # a tuple of tuples: transformers' own models have one branch
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden)
 
 
