@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,24 +67,9 @@ def export_program(model: nn.Module, image_size: tuple[int, int], *, batch_size:
     Raises:
         ExportError: If the model cannot be traced.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-            raise ExportError(
-                f"{name} is {parameter.dtype} on {parameter.device}: expected float32 on the CPU (model.float().cpu())"
-            )
-    model.eval()
-    height, width = image_size
-    logger.info("tracing (a published model takes minutes)")
-    # An example of one image would make programs of exactly one
-    example = torch.zeros(batch_size or 2, 3, height, width)
-    shapes = ({0: Dim("batch", min=1)} if batch_size is None else None,)
-    with torch.no_grad():
-        try:
-            program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-        except (RuntimeError, ValueError) as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            message = f"{type(model).__name__} at {height} x {width} cannot be exported ({first_line})"
-            raise ExportError(message) from error
+    example, shapes = _example(model, image_size, batch_size)
+    with torch.no_grad(), refusing(f"{type(model).__name__} at {image_size[0]} x {image_size[1]}"):
+        program = torch.export.export(model, (example,), dynamic_shapes=shapes)
     logger.info("replacing the operator by standard ones")
     return program.run_decompositions(
         {
@@ -90,6 +77,31 @@ def export_program(model: nn.Module, image_size: tuple[int, int], *, batch_size:
             torch.ops.piip.ms_deform_attn.default: ms_deform_attn_reference,
         }
     )
+
+
+def _example(model: nn.Module, image_size: tuple[int, int], batch_size: int | None) -> tuple[Tensor, Any]:
+    """An image batch to trace a model with, which is checked and set to evaluation mode, and what is open in it."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise ExportError(
+                f"{name} is {parameter.dtype} on {parameter.device}: expected float32 on the CPU (model.float().cpu())"
+            )
+    model.eval()
+    logger.info("tracing (a published model takes minutes)")
+    # An example of one image would make programs of exactly one
+    example = torch.zeros(batch_size or 2, 3, *image_size)
+    return example, ({0: Dim("batch", min=1)} if batch_size is None else None,)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns errors of exporters into an ExportError of one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = error.__cause__ or error
+        first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+        raise ExportError(f"{what} cannot be exported ({first_line})") from error
 
 
 def save_program(
@@ -133,22 +145,21 @@ def export_onnx(
     Raises:
         ExportError: As for `save_program`, or if a package is missing.
     """
-    if opset < MIN_OPSET:
-        raise ExportError(f"opset={opset}: expected {MIN_OPSET} or later, the first with GridSample")
 
     def write(file: Path) -> Callable[[Tensor], list[Tensor]]:
-        open_onnx = import_runtime()
-        program = export_program(model, image_size, batch_size=batch_size)
-        logger.info("translating to ONNX")
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=_output_names(model),
-            dynamic_shapes=({0: "batch"},) if batch_size is None else None,
-            verbose=False,
-        )
+        open_onnx = import_runtime(opset)
+        example, shapes = _example(model, image_size, batch_size)
+        with torch.no_grad(), refusing(f"{type(model).__name__} at {image_size[0]} x {image_size[1]}"):
+            onnx_program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=_output_names(model),
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
         assert onnx_program is not None  # with dynamo=True
         onnx_program.model.metadata_props.update(metadata or {})
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -158,12 +169,14 @@ def export_onnx(
     return write_checked(model, Path(path), _noise(batch_size or 1, image_size), write)
 
 
-def import_runtime() -> Callable[[Path], Callable[[Tensor], list[Tensor]]]:
+def import_runtime(opset: int) -> Callable[[Path], Callable[[Tensor], list[Tensor]]]:
     """What opens an .onnx file of one input in onnxruntime.
 
     Raises:
-        ExportError: If a package is missing.
+        ExportError: If a package is missing, or the operator set is too old.
     """
+    if opset < MIN_OPSET:
+        raise ExportError(f"opset={opset}: expected {MIN_OPSET} or later, the first with GridSample")
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
@@ -218,10 +231,8 @@ def _compare(model: nn.Module, run: Callable[[Tensor], list[Tensor]], image: Ten
     for have, want in zip(found, expected, strict=True):
         if have.shape != want.shape:
             raise ExportError(f"an output has shape {tuple(have.shape)}, in PyTorch {tuple(want.shape)}")
-        if want.numel():
-            results.append((float((have - want).abs().max()), float(want.abs().max())))
-    tiny = torch.finfo(torch.float32).tiny
-    return max(results, key=lambda result: result[0] / max(result[1], tiny), default=(0.0, 0.0))
+        results.append((float((have - want).abs().max()), float(want.abs().max())))
+    return max(results, key=lambda result: result[0] / max(result[1], torch.finfo(torch.float32).tiny))
 
 
 def _output_names(model: nn.Module) -> list[str] | None:

@@ -8,13 +8,14 @@ Examples:
     python tools/export_model.py piip_tsb_1120_896_448 --image-size 800 1120 --output backbone.onnx
     python tools/export_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py \\
         --checkpoint output/run/model_final.pth --output backbone.pt2
-    python tools/export_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py --whole \\
-        --checkpoint output/run/model_final.pth --image-size 800 1120 --output detector.onnx
+    python tools/export_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py \\
+        --checkpoint output/run/model_final.pth --whole photo.jpg --output detector.onnx
 
 The file needs nothing of this project: the deformable attention is replaced by standard operators (GridSample). Its
 input "image" is (batch, 3, H, W), RGB, float32, with the mean taken off and divided by the deviation that the tool
 prints. Outputs are "logits" (before the softmax) of a classifier, maps "stride4", "stride8" ... of a backbone. A whole
-detector takes one image (3, H, W) of 0 to 255 and gives "boxes" in its pixels, "scores", "classes", "masks" in boxes.
+detector takes one resized image (3, H, W) of 0 to 255 and gives "boxes" in its pixels, "scores", "classes", "masks" in
+boxes. It is traced with the image that --whole names, which must have objects, and is for images of that size.
 
 ONNX needs the packages onnx, onnxscript and onnxruntime.
 """
@@ -48,7 +49,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image-size", nargs="+", type=int, metavar="N", help="side, or height and width; they are fixed"
     )
-    parser.add_argument("--whole", action="store_true", help="of a LazyConfig, the whole detector (ONNX)")
+    parser.add_argument(
+        "--whole", type=Path, metavar="IMAGE", help="the whole detector, for images of the size of this"
+    )
     parser.add_argument("--batch-size", type=int, help="fixed number of images; without, it is open")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of ONNX (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
@@ -58,8 +61,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--image-size {args.image_size}: expected one or two positive numbers of pixels")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: expected a positive number")
-    if args.whole and (args.output.suffix != ".onnx" or Path(args.config).suffix != ".py" or args.batch_size):
-        parser.error("--whole: expected a LazyConfig, an .onnx file and no --batch-size: a detector takes one image")
+    if args.whole and (args.output.suffix != ".onnx" or Path(args.config).suffix != ".py" or not args.checkpoint):
+        parser.error("--whole: expected a LazyConfig, --checkpoint and an .onnx file")
+    if args.whole and (args.batch_size or args.image_size or args.ema):
+        parser.error("--whole: expected no --batch-size, --image-size or --ema: a file is for one image of one size")
     if args.ema and args.checkpoint is None:
         parser.error("--ema: expected --checkpoint, too")
     return args
@@ -132,24 +137,17 @@ def export_part(args: argparse.Namespace) -> ExportCheck:
 def export_whole(args: argparse.Namespace) -> ExportCheck:
     """Writes the detector of a LazyConfig."""
     check_detectron2(args.config)
-    from detectron2.config import instantiate
-
+    from piip.data import read_image
     from piip.export import export_detector
-    from piip.lazy_config import load_config, skip_pretrained
+    from piip.lazy_config import load_config
     from piip.predict import Predictor
 
     config = load_config(args.config, args.overrides)
-    if args.checkpoint is None:
-        print("without --checkpoint: the weights are random", file=sys.stderr)
-        skip_pretrained(config)
-        model = instantiate(config.model)
-    else:
-        model = Predictor(config, str(args.checkpoint), device="cpu").model
-    if args.image_size is None:
-        raise UserError("--whole: expected --image-size, that of the images after resizing")
+    predictor = Predictor(config, str(args.checkpoint), device="cpu")
+    image = predictor.to_input(read_image(str(args.whole)))
     notes = {"model": args.config, "format": str(config.model.get("input_format"))}
-    size = (args.image_size * 2)[:2]
-    return export_detector(model, args.output, (size[0], size[1]), opset=args.opset, metadata=notes)
+    print(f"images: {image.shape[1]} x {image.shape[2]}, {notes['format']}, 0 to 255")
+    return export_detector(predictor.model, args.output, image, opset=args.opset, metadata=notes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

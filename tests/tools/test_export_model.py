@@ -70,7 +70,7 @@ def test_mistakes_are_named(load_tool, tmp_path, capsys):
     for arguments, message in (
         (["piip_tsb_368_192_128", "--output", "x.bin"], "expected a name ending in .onnx or .pt2"),
         (["piip_tsb_368_192_128", "--output", "x.onnx", "--image-size", "1", "2", "3"], "one or two positive numbers"),
-        (["piip_tsb_368_192_128", "--output", "x.onnx", "--whole"], "--whole: expected a LazyConfig"),
+        (["piip_tsb_368_192_128", "--output", "x.onnx", "--whole", "x.png"], "--whole: expected a LazyConfig"),
         (["piip_tsb_368_192_128", "--output", "x.onnx", "--ema"], "--ema: expected --checkpoint"),
     ):
         with pytest.raises(SystemExit):

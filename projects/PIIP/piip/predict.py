@@ -20,6 +20,7 @@ from detectron2.utils.colormap import colormap
 from omegaconf import DictConfig
 from PIL import Image
 from timm.data import ImageNetInfo
+from torch import Tensor
 
 from piip.checkpointer import AtomicCheckpointer, find_weights, follow_published, read_categories
 from piip.data import Category, coco_categories
@@ -136,19 +137,24 @@ class Predictor:
         if self.task != task:
             name = {"detection": "", "segmentation": ".segment", "classification": ".classify"}[self.task]
             raise ValueError(f"the model is for {self.task}: call predictor{name}(image)")
+        # The model moves the image to its device, normalises and pads it
+        return self.model([{"image": self.to_input(image), "height": image.shape[0], "width": image.shape[1]}])[0]
+
+    def to_input(self, image: np.ndarray) -> Tensor:
+        """What the model takes for one image (H, W, 3), uint8 RGB: resized, as the configuration says.
+
+        Raises:
+            ValueError: If the image is not as described.
+        """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"image of shape {image.shape}, {image.dtype}: expected (H, W, 3) uint8")
-        height, width = image.shape[:2]
         if self._image_format == "BGR":
             image = np.ascontiguousarray(image[:, :, ::-1])
         if self.task == "classification":
-            tensor = torch.as_tensor(self._transform(Image.fromarray(image)))
-        else:
-            inputs = AugInput(image)
-            self._transform(inputs)
-            tensor = as_input(inputs.image)
-        # The model moves the image to its device, normalises and pads it
-        return self.model([{"image": tensor, "height": height, "width": width}])[0]
+            return torch.as_tensor(self._transform(Image.fromarray(image)))
+        inputs = AugInput(image)
+        self._transform(inputs)
+        return as_input(inputs.image)
 
     def category(self, index: int) -> Category:
         """Dataset id and name of class `index` of the model."""

@@ -1,4 +1,4 @@
-"""Detectron2's tracing of a detector: its analysis, and the whole detector as a file."""
+"""Detectron2's tracing of a detector: its analysis, and whole detectors as files."""
 
 from pathlib import Path
 
@@ -11,23 +11,45 @@ pytest.importorskip("detectron2")
 import onnxruntime
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.analysis import FlopCountAnalysis, activation_count_operators, parameter_count_table
+from PIL import Image
+from safetensors.torch import save_file
 
 from piip.export import export_detector
 from piip_core.export import ExportError
 from piip_tools.flops.executed import executed_count
 
+MASK_RCNN = Path(__file__).with_name("tiny_piip_mask_rcnn.py")
+CASCADE = Path(__file__).parents[3] / "projects/PIIP/configs/demo/piip_digits_cascade_mask_rcnn.py"
+BLACK, NOISE = torch.zeros(3, 90, 128), torch.rand(3, 90, 128, generator=torch.Generator().manual_seed(1)) * 255
 
-@pytest.fixture(scope="module")
-def detector():
-    config = LazyConfig.load(str(Path(__file__).with_name("tiny_piip_mask_rcnn.py")))
+
+def build(path, **backbone):
+    """With heads that say something."""
+    config = LazyConfig.load(str(path))
     config.data.num_classes = 3
+    config.model.backbone.update(backbone)
     torch.manual_seed(0)
-    return instantiate(config.model).eval()
+    model = instantiate(config.model).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("cls_score.weight", "bbox_pred.weight")):
+                parameter *= 30
+    return model
 
 
-def test_detectron2s_analysis_agrees_with_ours(detector):
+def check_detections(path, model, image, some):
+    found = onnxruntime.InferenceSession(path).run(["boxes", "scores", "classes", "masks"], {"image": image.numpy()})
+    with torch.no_grad():
+        (expected,) = model.inference([{"image": image}], do_postprocess=False)
+    assert bool(len(expected)) == some
+    expected = (expected.pred_boxes.tensor, expected.scores, expected.pred_classes, expected.pred_masks)
+    for have, want, tolerance in zip(found, expected, (1e-3, 1e-5, 0, 1e-5), strict=True):
+        np.testing.assert_allclose(have, want, rtol=0, atol=tolerance)
+
+
+def test_detectron2s_analysis_agrees_with_ours():
     """What tools/analyze_model.py of Detectron2 calls for flop, activation and parameter."""
-    inputs = [{"image": torch.zeros(3, 96, 128), "height": 96, "width": 128}]
+    detector, inputs = build(MASK_RCNN), [{"image": torch.zeros(3, 96, 128), "height": 96, "width": 128}]
     counts = FlopCountAnalysis(detector, inputs).by_module_and_operator()["model.backbone"]
     products = ("conv", "linear", "scaled_dot_product_attention", "deform_attn_grid")
     ours = executed_count(detector.backbone, torch.zeros(1, 3, 96, 128)).total.macs
@@ -36,23 +58,31 @@ def test_detectron2s_analysis_agrees_with_ours(detector):
     assert "backbone.bottom_up" in parameter_count_table(detector)
 
 
-@torch.no_grad()
-def test_exported_detector_finds_the_same(detector, tmp_path):
-    path = tmp_path / "detector.onnx"
-    check = export_detector(detector, path, (90, 128), metadata={"format": "RGB"})
-    assert check.files == (path,)
-    session = onnxruntime.InferenceSession(path)
-    assert session.get_modelmeta().custom_metadata_map == {"format": "RGB"}
-    image = torch.rand(3, 90, 128, generator=torch.Generator().manual_seed(1)) * 255
-    boxes, scores, classes, masks = session.run(["boxes", "scores", "classes", "masks"], {"image": image.numpy()})
-    (expected,) = detector.inference([{"image": image}], do_postprocess=False)
-    assert len(boxes) > 10
-    np.testing.assert_array_equal(classes, expected.pred_classes)
-    np.testing.assert_allclose(boxes, expected.pred_boxes.tensor, atol=1e-2)
-    np.testing.assert_allclose(scores, expected.scores, atol=1e-4)
-    np.testing.assert_allclose(masks, expected.pred_masks, atol=1e-4)
+def test_exported_mask_rcnn_finds_the_same(load_tool, tmp_path, capsys):
+    model, path, photo = build(MASK_RCNN), tmp_path / "detector.onnx", tmp_path / "black.png"
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    Image.new("RGB", (128, 90)).save(photo)
+    arguments = [str(MASK_RCNN), "data.num_classes=3", "--checkpoint", str(tmp_path / "model.safetensors")]
+    assert load_tool("export_model").main([*arguments, "--whole", str(photo), "--output", str(path)]) == 0
+    assert "images: 90 x 128, RGB, 0 to 255" in capsys.readouterr().out
+    assert onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["format"] == "RGB"
+    grey = torch.full_like(BLACK, 200.0)
+    for image, some in ((BLACK, True), (NOISE, True), (grey, False)):
+        check_detections(path, model, image, some)
+    with pytest.raises(ExportError, match="nothing is found in the image: expected one with objects"):
+        export_detector(model, path, grey)
+
+
+def test_exported_cascade_finds_the_same(tmp_path):
+    model, path = (
+        build(CASCADE, bottom_up=LazyConfig.load(str(MASK_RCNN)).model.backbone.bottom_up),
+        tmp_path / "x.onnx",
+    )
+    export_detector(model, path, BLACK)
+    for image in (BLACK, NOISE):
+        check_detections(path, model, image, some=True)
 
 
 def test_other_models_are_refused(tmp_path):
     with pytest.raises(ExportError, match="Conv2d: expected a GeneralizedRCNN"):
-        export_detector(torch.nn.Conv2d(3, 1, 1), tmp_path / "x.onnx", (32, 32))
+        export_detector(torch.nn.Conv2d(3, 1, 1), tmp_path / "x.onnx", BLACK)
