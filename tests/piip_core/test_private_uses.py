@@ -79,21 +79,6 @@ def test_timm_model_args(tmp_path):
     assert stored["model_args"]["published"] is True, "timm does not store model._model_args"
 
 
-def test_fvcore_registry_and_torch_flop_registry(tiny_model):
-    """fvcore.nn.flop_count._DEFAULT_SUPPORTED_OPS and torch.utils.flop_counter.flop_registry, in modeling/flops.py."""
-    pytest.importorskip("detectron2")
-    from fvcore.nn import FlopCountAnalysis
-
-    import piip.modeling  # noqa: F401
-    from piip_tools.flops.executed import executed_count
-
-    image = torch.zeros(1, 3, 128, 160)
-    found = FlopCountAnalysis(tiny_model, image).by_operator()
-    products = ("conv", "linear", "scaled_dot_product_attention", "deform_attn_grid")
-    assert found["deform_attn_grid"]
-    assert sum(found[name] for name in products) == executed_count(tiny_model, image).total.macs
-
-
 def test_transformers_initialised_flag():
     """`_is_hf_initialized` of a tensor, in piip_core/integrations/transformers/modeling.py."""
     pytest.importorskip("transformers")

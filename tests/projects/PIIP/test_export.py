@@ -48,7 +48,7 @@ def check_detections(path, model, image, some):
 
 
 def test_detectron2s_analysis_agrees_with_ours():
-    """What tools/analyze_model.py of Detectron2 calls for flop, activation and parameter."""
+    """What its tools/analyze_model.py calls; by `_DEFAULT_SUPPORTED_OPS` of fvcore, in piip/modeling/flops.py."""
     detector, inputs = build(MASK_RCNN), [{"image": torch.zeros(3, 96, 128), "height": 96, "width": 128}]
     counts = FlopCountAnalysis(detector, inputs).by_module_and_operator()["model.backbone"]
     products = ("conv", "linear", "scaled_dot_product_attention", "deform_attn_grid")

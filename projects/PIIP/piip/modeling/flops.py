@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from fvcore.nn.flop_count import _DEFAULT_SUPPORTED_OPS
 from fvcore.nn.jit_handles import get_shape
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 import piip_core.ops  # noqa: F401  (registers the operators)
 
@@ -18,15 +18,15 @@ def register_flop_handles() -> None:
 
     fvcore has no public registry, and Detectron2's tool no option. Seen working with fvcore 0.1.5.post20221221.
     """
-    operators = {
-        "piip::deform_attn_grid": torch.ops.piip.deform_attn_grid,
-        "piip::ms_deform_attn": torch.ops.piip.ms_deform_attn,
-        "aten::scaled_dot_product_attention": torch.ops.aten._scaled_dot_product_flash_attention,
+    formulas = {
+        "piip::deform_attn_grid": flop_registry[torch.ops.piip.deform_attn_grid],
+        "piip::ms_deform_attn": flop_registry[torch.ops.piip.ms_deform_attn],
+        "aten::scaled_dot_product_attention": lambda query, key, value, *_: sdpa_flop_count(query, key, value),
     }
-    for name, operator in operators.items():
-        _DEFAULT_SUPPORTED_OPS.setdefault(name, _handle(operator))
+    for name, formula in formulas.items():
+        _DEFAULT_SUPPORTED_OPS.setdefault(name, _handle(formula))
 
 
-def _handle(operator: Any) -> Callable[[list[Any], list[Any]], int]:
-    formula = flop_registry[operator]  # two for each multiply-accumulate
+def _handle(formula: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
+    """For fvcore, of PyTorch's formula, which counts two for each multiply-accumulate."""
     return lambda inputs, outputs: formula(*map(get_shape, inputs)) // 2
