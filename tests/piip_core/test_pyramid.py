@@ -126,7 +126,8 @@ def test_autocast_and_half_weights(tiny_model, dtype):
         assert h.dtype == dtype and (h.float() - e).abs().max() < 0.06 * scale
 
 
-def test_checkpointing_keeps_the_gradients(tiny_model):
+@pytest.mark.parametrize("mode", [True, "cheap"])
+def test_checkpointing_keeps_the_gradients(tiny_model, mode):
     image = torch.randn(1, 3, 96, 128)
 
     def gradients(enable):
@@ -135,8 +136,13 @@ def test_checkpointing_keeps_the_gradients(tiny_model):
         sum(o.square().mean() for o in tiny_model(image)).backward()
         return [p.grad.clone() for p in tiny_model.parameters()]
 
-    for expected, actual in zip(gradients(False), gradients(True), strict=True):
+    for expected, actual in zip(gradients(False), gradients(mode), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_checkpointing_has_three_modes(tiny_model):
+    with pytest.raises(ConfigError, match="grad_checkpointing='most': expected False, True or 'cheap'"):
+        tiny_model.set_grad_checkpointing("most")
 
 
 @pytest.fixture
