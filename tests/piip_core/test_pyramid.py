@@ -153,6 +153,21 @@ def two_branches(tiny_config, randomize):
     return randomize(DensePIIP(config)).eval()
 
 
+def test_cheap_checkpointing_in_one_compiled_graph(two_branches):
+    image = torch.randn(1, 3, 64, 64)
+    gradients = []
+    for mode, model in (
+        (False, two_branches),
+        ("cheap", torch.compile(two_branches, fullgraph=True, backend="aot_eager")),
+    ):
+        two_branches.set_grad_checkpointing(mode)
+        two_branches.zero_grad()
+        sum(o.square().mean() for o in model(image)).backward()
+        gradients.append([p.grad.clone() for p in two_branches.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_compile_in_one_graph(two_branches):
     compiled = torch.compile(two_branches, fullgraph=True, backend="aot_eager")
     image = torch.randn(1, 3, 96, 128)
