@@ -10,8 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 GradCheckpointing = bool | Literal["cheap"]
-"""What is recomputed: everything (True), nothing (False), or all but matrix products, convolutions and self-attention
-("cheap": norms, activations, residuals, copies, deformable sampling)."""
+"""What is recomputed: everything (True), nothing (False), or what is "cheap": interactions, and in blocks all but
+matrix products, convolutions and self-attention, so norms, activations, residuals and copies."""
 
 _EXPENSIVE = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.convolution.", "aten._scaled_dot_product")
 

@@ -28,7 +28,7 @@ class PIIPBackbone(Backbone):
         pretrained (bool): load the weights that the branches name in `BranchConfig.pretrained`. Turn it off when a
             checkpoint of the whole model follows. Nothing is loaded on the meta device.
         use_act_checkpoint (bool | str): recompute activations in the backward pass to save memory; "cheap" recomputes
-            all but matrix products, convolutions and self-attention.
+            interactions, and of blocks all but matrix products, convolutions and self-attention.
     """
 
     def __init__(

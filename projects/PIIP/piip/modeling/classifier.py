@@ -30,7 +30,7 @@ class ImageClassifier(PIIPClassifier):
         pretrained (bool): load the weights that the branches name in `BranchConfig.pretrained`. Turn it off when a
             checkpoint of the whole model follows. Nothing is loaded on the meta device.
         use_act_checkpoint (bool | str): recompute activations in the backward pass to save memory; "cheap" recomputes
-            all but matrix products, convolutions and self-attention.
+            interactions, and of blocks all but matrix products, convolutions and self-attention.
         random_erasing (Callable): timm's `RandomErasing` of normalised training images; may be None.
         mixup (Mixup): timm's mixup and cutmix of training batches; may be None.
         label_smoothing (float): of the cross entropy without mixup; `mixup` smooths itself.
