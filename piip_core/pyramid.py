@@ -101,7 +101,7 @@ class PIIP(nn.Module):
                 branch.run(state, segments[k][0], segments[k][1] + 1)
                 for branch, state, segments in zip(self.branches, states, self.segments, strict=True)
             ]
-            # Whole also where only what is cheap is recomputed: a seventh of the work, and two fifths of what is kept
+            # Whole also where only what is cheap is recomputed: little of the work, and two fifths of what is kept
             tokens = run_checkpointed(bool(self.grad_checkpointing), interaction, [state.tokens for state in states])
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
