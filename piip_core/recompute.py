@@ -13,7 +13,12 @@ GradCheckpointing = bool | Literal["cheap"]
 """What is recomputed: everything (True), nothing (False), or what is "cheap": interactions, and in blocks all but
 matrix products, convolutions and self-attention, so norms, activations, residuals and copies."""
 
-_EXPENSIVE = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.convolution.", "aten._scaled_dot_product")
+# Attention's kernels have no public names; PyTorch's documentation of selective checkpointing lists them by these. Those
+# of another release would be recomputed. Seen with torch 2.10 to 2.14
+_ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+_EXPENSIVE = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution} | {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in _ATTENTION
+}
 
 
 def run_checkpointed(mode: GradCheckpointing, function: Callable[..., Any], *args: Any) -> Any:
@@ -27,4 +32,4 @@ def run_checkpointed(mode: GradCheckpointing, function: Callable[..., Any], *arg
 
 
 def _keeps(context: object, operator: Any, *args: Any, **kwargs: Any) -> bool:
-    return str(operator).startswith(_EXPENSIVE)
+    return getattr(operator, "overloadpacket", None) in _EXPENSIVE

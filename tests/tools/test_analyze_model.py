@@ -75,12 +75,15 @@ def test_memory(memory):
 def test_what_is_kept_by_module(memory):
     table = memory("--kept").split("kept, MB")[1]
     rows = {
-        name: list(map(float, cells))
-        for name, *cells in (row.strip("|").replace("|", "").split() for row in table.splitlines()[2:])
+        name.strip(): list(map(float, cells))
+        for name, *cells in (row.strip("|").split("|") for row in table.splitlines()[2:])
     }
     off, cheap, everything = rows["all"]
     assert 0 < everything < cheap < off
-    norm = rows["DensePIIP.pyramid.branches.0.model.blocks.*.norm1"]
+    assert [sum(column) for column in zip(*rows.values(), strict=True)] == pytest.approx(
+        [2 * off, 2 * cheap, 2 * everything], abs=2
+    )
+    norm = rows["DensePIIP.feature_pyramid.levels.4.1"]
     assert norm[0] > 0 == norm[1] == norm[2]
 
 

@@ -251,10 +251,16 @@ def memory_table(report: MemoryReport) -> str:
 
 
 def kept_table(report: MemoryReport, rows: int = 40) -> str:
-    """What is kept for the backward pass, in MB by the module that made it and by what is recomputed."""
+    """What is kept for the backward pass, in MB by the module that made it and by what is recomputed; largest first."""
+    from tabulate import tabulate
+
     ways = {way: next(e for e in report.estimates if e.checkpointing == way).activations for way in _WAYS}
-    names = list(dict.fromkeys(name for found in ways.values() for name in found.kept))[:rows]
-    lines = [[name, *(f"{found.kept.get(name, 0) / 1e6:.1f}" for found in ways.values())] for name in names]
-    lines.append(["all", *(f"{found.saved / 1e6:.1f}" for found in ways.values())])
+    names = list(dict.fromkeys(name for found in ways.values() for name in found.kept))
+    sizes = {name: [found.kept.get(name, 0) for found in ways.values()] for name in names}
+    lines = {name: sizes[name] for name in names[:rows]}
+    if rest := names[rows:]:
+        lines[f"{len(rest)} others"] = [sum(column) for column in zip(*(sizes[name] for name in rest), strict=True)]
+    lines["all"] = [found.saved for found in ways.values()]
     header = ["kept, MB, by checkpointing", *_WAYS.values()]
-    return tabulate(lines, header, tablefmt="github", disable_numparse=True, colalign=["left", *["right"] * len(ways)])
+    cells = [[name, *(f"{size / 1e6:.1f}" for size in line)] for name, line in lines.items()]
+    return tabulate(cells, header, tablefmt="github", disable_numparse=True, colalign=["left", *["right"] * len(ways)])
