@@ -13,12 +13,12 @@ GradCheckpointing = bool | Literal["cheap"]
 """What is recomputed: everything (True), nothing (False), or what is "cheap": interactions, and in blocks all but
 matrix products, convolutions and self-attention, so norms, activations, residuals and copies."""
 
-# Attention's kernels have no public names; PyTorch's documentation of selective checkpointing lists them by these. Those
-# of another release would be recomputed. Seen with torch 2.10 to 2.14
+# Attention's kernels have no public names; PyTorch's documentation of selective checkpointing lists them by these.
+# Those that another release brings would be recomputed. Seen with torch 2.10 to 2.14
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-_EXPENSIVE = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution} | {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{name}") for name in _ATTENTION
-}
+_KERNELS = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None) for name in _ATTENTION]
+_PRODUCTS = [torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution]
+_EXPENSIVE = {*_PRODUCTS, *_KERNELS} - {None}
 
 
 def run_checkpointed(mode: GradCheckpointing, function: Callable[..., Any], *args: Any) -> Any:

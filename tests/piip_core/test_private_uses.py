@@ -9,10 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from piip_core.branches.timm_model import embed_positions
 from piip_core.integrations.timm.piip import remember_argument
 from piip_core.ops.reference import _grid_sample_backward
+from piip_core.recompute import run_checkpointed
 from piip_tools.memory.dry_run import AliveStorages, _fake_tensors
 
 
@@ -46,6 +48,18 @@ def test_torch_grid_sampler_2d_backward():
     expected = torch.autograd.grad(sampled, (image, grid), grad)
     for found, want in zip(_grid_sample_backward(grad, image, grid), expected, strict=True):
         torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(("mode", "again"), [("cheap", False), (True, True)])
+def test_torch_attention_kernels(mode, again):
+    """torch.ops.aten._scaled_dot_product_flash_attention_for_cpu and its like, in piip_core/recompute.py."""
+    query = torch.randn(1, 2, 16, 8, requires_grad=True)
+    loss = run_checkpointed(mode, lambda x: F.scaled_dot_product_attention(x, x, x), query).sum()
+    with profile(activities=[ProfilerActivity.CPU]) as backward:
+        loss.backward()
+    names = {event.name for event in backward.events()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in names
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in names) == again
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
