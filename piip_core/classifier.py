@@ -14,6 +14,7 @@ from .config import BranchConfig, ClassifierConfig, PIIPConfig, Pooling
 from .errors import ConfigError, check, check_choice
 from .merging import LAYER_NORM_EPS, ClassificationHeads, ClassificationMerging
 from .pyramid import PIIP, DensePIIP, ParameterLayers, to_maps
+from .recompute import GradCheckpointing
 
 # timm's names of what a head reads; the first patch has none there
 _POOLINGS: dict[str, Pooling] = {"token": "class_token", "avg": "average", "first_patch": "first_patch"}
@@ -237,8 +238,8 @@ class PIIPClassifier(nn.Module):
             found |= {f"{_PYRAMID}branches.{index}.model.{name}" for name in names}
         return found & {name for name, _ in self.named_parameters()}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
+    def set_grad_checkpointing(self, enable: GradCheckpointing = True) -> None:
+        """Recomputes activations of blocks and interactions in the backward pass; see `GradCheckpointing`."""
         self.pyramid.set_grad_checkpointing(enable)
 
 

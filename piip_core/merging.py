@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, check_choice
 from .ops.deconvolution import Deconvolution
+from .recompute import GradCheckpointing, run_checkpointed
 
 GROUP_NORM_EPS = 1e-5
 LAYER_NORM_EPS = 1e-6
@@ -142,11 +143,26 @@ def _level(dim: int, have: int, want: int, norm: str, num_groups: int) -> nn.Mod
             norm_layer: nn.Module = nn.GroupNorm(num_groups, dim, eps=GROUP_NORM_EPS)
         else:
             norm_layer = LayerNorm2d(dim, eps=LAYER_NORM_EPS)
-        return nn.Sequential(Deconvolution(dim, dim), norm_layer, nn.GELU(), Deconvolution(dim, dim))
+        return FourFold(Deconvolution(dim, dim), norm_layer, nn.GELU(), Deconvolution(dim, dim))
     raise ConfigError(
         f"MergingConfig.out_strides: a map of stride {have} cannot be brought to stride {want}; "
         f"possible are {have // 4}, {have // 2}, {have} and multiples of it"
     )
+
+
+class FourFold(nn.Sequential):
+    """Deconvolution, norm, GELU, deconvolution.
+
+    Attributes:
+        grad_checkpointing: Whether the backward pass recomputes norm and GELU; it needs no deconvolution for that.
+    """
+
+    grad_checkpointing: GradCheckpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 4 * H, 4 * W)."""
+        first, norm, gelu, last = self
+        return run_checkpointed(bool(self.grad_checkpointing), lambda x: last(gelu(norm(x))), first(x))
 
 
 def _check_groups(dim: int, num_groups: int) -> None:

@@ -7,16 +7,15 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .branches import Branch, BranchState, build_branch
 from .config import MergingConfig, PIIPConfig
-from .errors import ConfigError, UserError
+from .errors import ConfigError, UserError, check
 from .interaction import Interaction
-from .merging import BranchMerging, FeaturePyramid
+from .merging import BranchMerging, FeaturePyramid, FourFold
+from .recompute import GradCheckpointing, run_checkpointed
 
 
 def resize_for_branch(image: Tensor, factor: float) -> Tensor:
@@ -60,7 +59,7 @@ class PIIP(nn.Module):
         self.set_interactions(config)
         self.dims = [branch.dims[-1] for branch in self.branches]
         self.strides = [branch.strides[-1] for branch in self.branches]
-        self.grad_checkpointing = False
+        self.grad_checkpointing: GradCheckpointing = False
 
     def set_interactions(self, config: PIIPConfig) -> None:
         """Takes a configuration with other segments and fewer or more interactions after the same first ones.
@@ -107,11 +106,8 @@ class PIIP(nn.Module):
                 branch.run(state, segments[k][0], segments[k][1] + 1)
                 for branch, state, segments in zip(self.branches, states, self.segments, strict=True)
             ]
-            tokens = [state.tokens for state in states]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(interaction, tokens, use_reentrant=False)
-            else:
-                tokens = interaction(tokens)
+            # Whole also where only what is cheap is recomputed: little of the work, and two fifths of what is kept
+            tokens = run_checkpointed(bool(self.grad_checkpointing), interaction, [state.tokens for state in states])
             states = [state._replace(tokens=t) for state, t in zip(states, tokens, strict=True)]
             if k in after:
                 intermediates[k] = states
@@ -146,8 +142,9 @@ class PIIP(nn.Module):
             )
         return super().train(mode)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
+    def set_grad_checkpointing(self, enable: GradCheckpointing = True) -> None:
+        """Recomputes activations of blocks and interactions in the backward pass; see `GradCheckpointing`."""
+        check(enable in (False, True, "cheap"), "grad_checkpointing", enable, "False, True or 'cheap'")
         self.grad_checkpointing = enable
         for branch in self.branches:
             branch.set_grad_checkpointing(enable)
@@ -201,9 +198,12 @@ class DensePIIP(nn.Module):
         """One map (B, C_l, H_l, W_l) per output stride for an image (B, 3, H, W)."""
         return dense_maps(self.pyramid, self.merging, self.feature_pyramid, image)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the activations of blocks and interactions in the backward pass instead of keeping them."""
+    def set_grad_checkpointing(self, enable: GradCheckpointing = True) -> None:
+        """Recomputes activations of blocks and interactions in the backward pass; see `GradCheckpointing`."""
         self.pyramid.set_grad_checkpointing(enable)
+        for level in self.feature_pyramid.levels.values():
+            if isinstance(level, FourFold):
+                level.grad_checkpointing = enable
 
 
 def dense_maps(

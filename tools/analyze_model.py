@@ -14,8 +14,9 @@ in --json and GMACs in tables. "Published count" is the rule behind the publishe
 image, without merging convolutions and feature pyramid); the other columns are what the model holds and executes on one
 image of the --input size after padding.
 
---memory prints GiB per GPU for every ZeRO stage (0: DistributedDataParallel) with and without activation checkpointing,
-and whether that fits. A LazyConfig counts the whole detector or segmentor; a published model's name the backbone alone.
+--memory prints GiB per GPU for every ZeRO stage (0: DistributedDataParallel) without, with cheap and with full
+activation checkpointing, and whether that fits; --kept also what is kept for the backward pass, by module. A LazyConfig
+counts the whole detector or segmentor; a published model's name the backbone alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from piip_core.meta import on_meta
 from piip_tools.flops.executed import ModelReport, analyze_backbone, analyze_model, padded_size
 from piip_tools.flops.tables import model_table
 from piip_tools.memory.dry_run import DryRun, backbone_step
-from piip_tools.memory.estimate import MemoryReport, Setting, estimate_memory, memory_table
+from piip_tools.memory.estimate import MemoryReport, Setting, estimate_memory, kept_table, memory_table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--memory", action="store_true", help="the memory that training takes on each GPU")
     memory = parser.add_argument_group("with --memory")
+    memory.add_argument("--kept", action="store_true", help="also what is kept for the backward pass, by module")
     memory.add_argument("--gpus", type=int, default=8, help="over all machines (default: %(default)s)")
     memory.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="of each GPU (default: %(default)s)")
     memory.add_argument("--batch-size", type=int, default=2, help="images per GPU (default: %(default)s)")
@@ -139,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(dataclasses.asdict(report), indent=2))
     else:
         print(memory_table(report) if args.memory else model_table(report))
+        if args.memory and args.kept:
+            print(f"\n{kept_table(report)}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="PIIP models, by the names of tools/analyze_model.py",
     )
-    parser.add_argument("--forms", nargs="+", choices=("ours", "prepared"), help="of the PIIP models")
+    parser.add_argument("--forms", nargs="+", choices=("ours", "prepared", "cheap", "all"), help="of the PIIP models")
     parser.add_argument(
         "--neck", action="store_true", help="give PIIP the FPN of our detectors too, so that all maps have 256 channels"
     )

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeGuard, TypeV
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import check, check_choice
+from ..recompute import GradCheckpointing, run_checkpointed
 
 
 def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
@@ -158,7 +158,7 @@ class Branch(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.dims, self.strides = config.network.dims, config.network.strides
-        self.grad_checkpointing = False
+        self.grad_checkpointing: GradCheckpointing = False
 
     @property
     def num_blocks(self) -> int:
@@ -183,14 +183,11 @@ class Branch(nn.Module, ABC):
     def run(self, state: BranchState, start: int, stop: int) -> BranchState:
         """Runs blocks `start` to `stop` (exclusive), recomputing them in the backward pass if checkpointing is on."""
         for index in range(start, stop):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                state = checkpoint(self.run_block, state, index, use_reentrant=False)
-            else:
-                state = self.run_block(state, index)
+            state = run_checkpointed(self.grad_checkpointing, self.run_block, state, index)
         return state
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the activations of blocks in the backward pass instead of keeping them."""
+    def set_grad_checkpointing(self, enable: GradCheckpointing = True) -> None:
+        """Recomputes activations of blocks in the backward pass instead of keeping them; see `GradCheckpointing`."""
         self.grad_checkpointing = enable
 
 

@@ -9,10 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from piip_core.branches.timm_model import embed_positions
 from piip_core.integrations.timm.piip import remember_argument
 from piip_core.ops.reference import _grid_sample_backward
+from piip_core.recompute import run_checkpointed
 from piip_tools.memory.dry_run import AliveStorages, _fake_tensors
 
 
@@ -46,6 +48,22 @@ def test_torch_grid_sampler_2d_backward():
     expected = torch.autograd.grad(sampled, (image, grid), grad)
     for found, want in zip(_grid_sample_backward(grad, image, grid), expected, strict=True):
         torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(("mode", "runs"), [(False, 1), ("cheap", 1), (True, 2)])
+def test_torch_attention_kernels(mode, runs):
+    """torch.ops.aten._scaled_dot_product_flash_attention_for_cpu and its like, in piip_core/recompute.py."""
+    kernel, called = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    query = torch.randn(1, 2, 16, 8, requires_grad=True)
+    with Count():
+        run_checkpointed(mode, lambda x: F.scaled_dot_product_attention(x, x, x), query).sum().backward()
+    assert called.count(kernel) == runs
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])

@@ -126,7 +126,8 @@ def test_autocast_and_half_weights(tiny_model, dtype):
         assert h.dtype == dtype and (h.float() - e).abs().max() < 0.06 * scale
 
 
-def test_checkpointing_keeps_the_gradients(tiny_model):
+@pytest.mark.parametrize("mode", [True, "cheap"])
+def test_checkpointing_keeps_the_gradients(tiny_model, mode):
     image = torch.randn(1, 3, 96, 128)
 
     def gradients(enable):
@@ -135,8 +136,13 @@ def test_checkpointing_keeps_the_gradients(tiny_model):
         sum(o.square().mean() for o in tiny_model(image)).backward()
         return [p.grad.clone() for p in tiny_model.parameters()]
 
-    for expected, actual in zip(gradients(False), gradients(True), strict=True):
+    for expected, actual in zip(gradients(False), gradients(mode), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_checkpointing_has_three_modes(tiny_model):
+    with pytest.raises(ConfigError, match="grad_checkpointing='most': expected False, True or 'cheap'"):
+        tiny_model.set_grad_checkpointing("most")
 
 
 @pytest.fixture
@@ -145,6 +151,21 @@ def two_branches(tiny_config, randomize):
     interaction = InteractionConfig(num_interactions=1, num_heads=4)
     config = tiny_config(dims=(32, 16), sizes=(64, 128), depth=1, window_size=3, interaction=interaction)
     return randomize(DensePIIP(config)).eval()
+
+
+def test_cheap_checkpointing_in_one_compiled_graph(two_branches):
+    image = torch.randn(1, 3, 64, 64)
+    gradients = []
+    for mode, model in (
+        (False, two_branches),
+        ("cheap", torch.compile(two_branches, fullgraph=True, backend="aot_eager")),
+    ):
+        two_branches.set_grad_checkpointing(mode)
+        two_branches.zero_grad()
+        sum(o.square().mean() for o in model(image)).backward()
+        gradients.append([p.grad.clone() for p in two_branches.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_compile_in_one_graph(two_branches):

@@ -59,14 +59,32 @@ def test_memory(memory):
     report = json.loads(memory("--json", "--gpu-memory", "0.1"))
     assert report["setting"]["input_size"] == [256, 256]
     by_way = {(way["stage"], way["checkpointing"]): way for way in report["estimates"]}
-    assert len(by_way) == 8
+    assert len(by_way) == 12
     assert by_way[0, False]["states"]["parameters"] == 4 * report["params"]
-    assert by_way[0, True]["activations"]["peak"] < by_way[0, False]["activations"]["peak"]
+    peaks = [by_way[0, checkpointing]["activations"]["peak"] for checkpointing in (True, "cheap", False)]
+    assert peaks == sorted(peaks)
+    for way in by_way.values():
+        assert sum(way["activations"]["kept"].values()) == way["activations"]["saved"]
     # float32 copies of 2 images through 2 blocks of width 32 at 8 x 8 tokens are the least that is kept
     assert by_way[0, True]["activations"]["saved"] > 4 * 2 * 2 * 32 * 8 * 8
     fits = [way["fits"] for way in report["estimates"]]
     assert fits == [way["total"] <= 0.9 * 0.1 * 2**30 for way in by_way.values()] and any(fits)
     assert "fits on 8 x 0.1 GB" in report["answer"]
+
+
+def test_what_is_kept_by_module(memory):
+    table = memory("--kept").split("kept, MB")[1]
+    rows = {
+        name.strip(): list(map(float, cells))
+        for name, *cells in (row.strip("|").split("|") for row in table.splitlines()[2:])
+    }
+    off, cheap, everything = rows["all"]
+    assert 0 < everything < cheap < off
+    assert [sum(column) for column in zip(*rows.values(), strict=True)] == pytest.approx(
+        [2 * off, 2 * cheap, 2 * everything], abs=2
+    )
+    norm = rows["DensePIIP.feature_pyramid.levels.4.1"]
+    assert norm[0] > 0 == norm[1] == norm[2]
 
 
 def test_memory_that_is_not_enough(memory):

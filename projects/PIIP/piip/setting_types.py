@@ -79,6 +79,8 @@ def setting_kinds(cfg: DictConfig, key: str) -> Kinds:
     """The types of a setting such as "train.max_iter": as listed here, otherwise that of its present value."""
     if key in _SETTINGS:
         return _SETTINGS[key]
+    if key.endswith(".use_act_checkpoint"):
+        return (bool, str)  # true, false or cheap
     default, parent = OmegaConf.select(cfg, key), OmegaConf.select(cfg, key.rpartition(".")[0])
     if type(default) is int and isinstance(parent, DictConfig) and "_target_" in parent:
         return (int, float)  # an argument may well be 1 in one configuration and 0.5 in another
@@ -104,7 +106,7 @@ def convert(value: Any, kinds: Kinds, default: Any, key: str, written: str | Non
     """
     number = type(value) in (int, float)
     looks_like_text = type(value) is bool or (number and (int not in kinds or str(value) != written))
-    if str in kinds and written and looks_like_text:
+    if str in kinds and bool not in kinds and written and looks_like_text:
         return written
     for kind in kinds:
         if kind is bool and str(value).lower() in _BOOLEANS:

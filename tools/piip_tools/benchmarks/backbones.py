@@ -15,6 +15,7 @@ from piip_core.export import tensors_in
 from piip_core.interaction import DeformableCrossAttention
 from piip_core.prepared import prepare_for_inference
 from piip_core.pyramid import DensePIIP
+from piip_core.recompute import GradCheckpointing
 
 from ..timing import clock_for, compare, limited_threads, peak_memory, time_in_turns
 
@@ -23,8 +24,13 @@ PRECISIONS = ("fp32", "bf16", "amp")
 
 # Width, depth, heads, and the blocks with global attention, of Detectron2's projects/ViTDet
 _VITDET = {"vitdet_b": (768, 12, 12, (2, 5, 8, 11)), "vitdet_l": (1024, 24, 16, (5, 11, 17, 23))}
-FORMS = {"ours": lambda model: model, "prepared": prepare_for_inference}
-"""As it is built; after `prepare_for_inference`."""
+FORMS = {
+    "ours": lambda model: model,
+    "prepared": prepare_for_inference,
+    "cheap": lambda model: recompute(model, "cheap"),
+    "all": lambda model: recompute(model, True),
+}
+"""As it is built; after `prepare_for_inference`; with activations recomputed in training."""
 
 _OFFSETS = 2.0  # pixels: how far trained offsets spread around their reference points, roughly
 
@@ -111,6 +117,14 @@ def scatter_offsets(model: nn.Module) -> nn.Module:
         if isinstance(module, DeformableCrossAttention):
             linear = module.sampling_offsets
             linear.weight.normal_(std=_OFFSETS / linear.in_features**0.5)  # its inputs are normalised
+    return model
+
+
+def recompute(model: nn.Module, mode: GradCheckpointing) -> nn.Module:
+    """Sets what the backward pass of a training step recomputes."""
+    for module in model.modules():
+        if isinstance(module, DensePIIP):
+            module.set_grad_checkpointing(mode)
     return model
 
 

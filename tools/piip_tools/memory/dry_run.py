@@ -10,8 +10,10 @@ What the sums cannot know is what kernels take for themselves while they run. Se
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,9 +27,11 @@ from torch.overrides import TorchFunctionMode
 
 # By the name under which PyTorch's notes "Extending PyTorch" document it. Seen working with torch 2.10 to 2.14
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
 
 from piip_core.export import tensors_in
-from piip_core.pyramid import PIIP
+from piip_core.pyramid import PIIP, DensePIIP
+from piip_core.recompute import GradCheckpointing
 
 Precision = Literal["fp32", "bf16"]
 Kernels = Literal["cuda", "cpu"]
@@ -46,6 +50,7 @@ class Activations:
 
     saved: int  # at the end of the forward pass: what is kept for the backward pass, and the batch
     peak: int  # the most at any time, from the batch to the end of the backward pass
+    kept: dict[str, int]  # `saved` by the module that made it, that of all blocks together, the largest first
 
 
 class DryRun:
@@ -67,7 +72,7 @@ class DryRun:
         step: Step,
         *,
         precision: Precision = "bf16",
-        checkpointing: bool = False,
+        checkpointing: GradCheckpointing = False,
         cache_weights: bool = True,
         kernels: Kernels = "cuda",
     ) -> Activations:
@@ -76,25 +81,27 @@ class DryRun:
         Args:
             step: As above.
             precision: "bf16" is autocast with float32 weights.
-            checkpointing: Of the blocks of all branches (`PIIP.set_grad_checkpointing`).
+            checkpointing: Of blocks and interactions (`PIIP.set_grad_checkpointing`).
             cache_weights: Whether autocast keeps the bfloat16 copies of the weights to the end of the forward pass.
             kernels: Whose rules of autocast, and whose attention kernels.
         """
         for module in self.model.modules():
-            if isinstance(module, PIIP):
+            if isinstance(module, PIIP | DensePIIP):
                 module.set_grad_checkpointing(checkpointing)
-        tracker = AliveStorages(self.model)
+        modules = ModuleTracker()
+        tracker = AliveStorages(self.model, lambda: max(modules.parents, key=len))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache_weights)
         rules = _CudaRules if kernels == "cuda" else nullcontext
         with warnings.catch_warnings(), self._mode, rules(), tracker:
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-            with autocast:
+            with autocast, modules:
                 loss = step(self.model)
             saved = tracker.alive
+            kept = {name: size for name, size in tracker.makers.most_common() if size}
             # Under the rules too, so that blocks are recomputed as they were computed: given the loss itself, PyTorch
             # would take the rules off for the call
             torch.autograd.backward(get_gradient_edge(loss))
-        return Activations(saved=saved, peak=tracker.peak)
+        return Activations(saved=saved, peak=tracker.peak, kept=kept)
 
     @torch.no_grad()
     def inference(self, step: Callable[[nn.Module], Any], *, precision: Precision = "fp32") -> int:
@@ -122,15 +129,19 @@ class AliveStorages(TorchDispatchMode):
 
     Args:
         model: Its parameters and buffers do not count.
+        maker: Names what makes storages at the time.
 
     Attributes:
         alive: Bytes now.
         peak: The most bytes so far.
+        makers: Bytes now, by what made them; blocks and interactions count together.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, maker: Callable[[], str] = lambda: "") -> None:
         super().__init__()
         self.alive = self.peak = 0
+        self.makers: Counter[str] = Counter()
+        self._maker = maker
         # A storage is one object, with one id, for as long as it lives
         self._model = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
         self._known = {id(storage) for storage in self._model}
@@ -146,12 +157,17 @@ class AliveStorages(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         if key not in self._known:
             self._known.add(key)
-            self.alive += size
-            weakref.finalize(storage, self._remove, key, size).atexit = False
+            maker = re.sub(r"(blocks|interactions)\.\d+", r"\1.*", self._maker())
+            self._count(maker, size)
+            weakref.finalize(storage, self._remove, key, maker, size).atexit = False
 
-    def _remove(self, key: int, size: int) -> None:
+    def _remove(self, key: int, maker: str, size: int) -> None:
         self._known.discard(key)
-        self.alive -= size
+        self._count(maker, -size)
+
+    def _count(self, maker: str, size: int) -> None:
+        self.alive += size
+        self.makers[maker] += size
 
 
 class _CudaRules(TorchFunctionMode):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from piip_core.deepspeed_start import BUCKET_SIZE, LIVE_PARAMETERS
 from piip_core.errors import ConfigError
+from piip_core.recompute import GradCheckpointing
 
 from .dry_run import Activations, DryRun, Precision, Step
 
@@ -19,6 +20,9 @@ RESERVE = 0.1
 allowance, no measurement."""
 STAGES = (0, 1, 2, 3)
 """ZeRO stages; 0 is DistributedDataParallel, or a single process."""
+
+_WAYS: dict[GradCheckpointing, str] = {False: "off", "cheap": "cheap", True: "on"}
+_TITLES: dict[GradCheckpointing, str] = {False: "without", "cheap": "and cheap", True: "and"}
 
 # What `train.deepspeed` trains with: float32 weights and gradients, autocast in bfloat16, AdamW
 _FLOAT32 = 4
@@ -125,7 +129,7 @@ class Estimate:
     """
 
     stage: int  # of ZeRO, 0 for DistributedDataParallel
-    checkpointing: bool  # whether blocks are computed again in the backward pass instead of kept
+    checkpointing: GradCheckpointing  # what is computed again in the backward pass instead of kept
     states: ModelStates
     activations: Activations
     buffers: int  # bytes of the model's buffers
@@ -136,7 +140,7 @@ class Estimate:
     def title(self) -> str:
         """In words, to follow "with"."""
         way = f"ZeRO-{self.stage}" if self.stage else "DistributedDataParallel (stage 0)"
-        return f"{way} {'and' if self.checkpointing else 'without'} activation checkpointing"
+        return f"{way} {_TITLES[self.checkpointing]} activation checkpointing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,28 +159,28 @@ class MemoryReport:
 
 
 def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes: Sequence[str] = ()) -> MemoryReport:
-    """Estimates every stage with and without activation checkpointing; seconds to a minute for 7e9 parameters.
+    """Estimates every stage in every way of activation checkpointing; seconds to a minute for 7e9 parameters.
 
     `step` is as for `DryRun.activations`, with batches of `setting`; `notes` say what it leaves out.
     """
     params = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     buffers = sum(buffer.nbytes for buffer in run.model.buffers())
-    kept = run.activations(step, precision=setting.precision)
     # Under DeepSpeed our training turns off autocast's cache; without checkpointing autograd keeps the copies anyway
-    checkpointed = {
-        cached: run.activations(step, precision=setting.precision, checkpointing=True, cache_weights=cached)
-        for cached in ([True, False] if setting.precision == "bf16" else [True])
+    found = {
+        (way, cached): run.activations(step, precision=setting.precision, checkpointing=way, cache_weights=cached)
+        for way in _WAYS
+        for cached in ([True, False] if way and setting.precision == "bf16" else [True])
     }
     estimates = []
     for stage in STAGES:
         states = model_states(params, stage, setting.gpus, setting.offload, setting.bucket_size)
-        recomputed = checkpointed[stage == 0 or setting.precision == "fp32"]
-        for activations in (kept, recomputed):
+        for way in _WAYS:
+            activations = found.get((way, stage == 0), found[way, True])
             total = max(states.total + max(activations.peak, states.step), states.whole) + buffers
             estimates.append(
                 Estimate(
                     stage=stage,
-                    checkpointing=activations is recomputed,
+                    checkpointing=way,
                     states=states,
                     activations=activations,
                     buffers=buffers,
@@ -200,8 +204,8 @@ def _answer(setting: Setting, estimates: Sequence[Estimate]) -> str:
     if not fitting:
         least = min(estimates, key=lambda estimate: estimate.total)
         return f"does not fit on {hardware}: the least is {least.total / GIB:.0f} GiB per GPU, with {least.title}"
-    # Recomputing costs a third more compute and stage 3 the most communication, so both together come last
-    best = min(fitting, key=lambda e: (e.stage == 3, e.checkpointing, e.stage))
+    # Recomputing all costs a third more compute and stage 3 the most communication, so both together come last
+    best = min(fitting, key=lambda e: (e.stage == 3, [*_WAYS].index(e.checkpointing), e.stage))
     return f"fits on {hardware} with {best.title}: {best.total / GIB:.0f} of {setting.gpu_memory:g} GiB per GPU"
 
 
@@ -223,7 +227,7 @@ def memory_table(report: MemoryReport) -> str:
     lines = [
         [
             estimate.stage,
-            "on" if estimate.checkpointing else "off",
+            _WAYS[estimate.checkpointing],
             *(f"{read(estimate) / GIB:.1f}" for read in columns.values()),
             "yes" if estimate.fits else "no",
         ]
@@ -244,3 +248,19 @@ def memory_table(report: MemoryReport) -> str:
     start = f"Every process makes the whole model on its host first: {4 * report.params / GIB:.1f} GiB each"
     notes = "".join(f"\n{note}." for note in [start, *report.notes])
     return f"{title}\n\n{table}\n\n{legend}{notes}\n{report.name} {report.answer}"
+
+
+def kept_table(report: MemoryReport, rows: int = 40) -> str:
+    """What is kept for the backward pass, in MB by the module that made it and by what is recomputed; largest first."""
+    from tabulate import tabulate
+
+    ways = {way: next(e for e in report.estimates if e.checkpointing == way).activations for way in _WAYS}
+    names = list(dict.fromkeys(name for found in ways.values() for name in found.kept))
+    sizes = {name: [found.kept.get(name, 0) for found in ways.values()] for name in names}
+    lines = {name: sizes[name] for name in names[:rows]}
+    if rest := names[rows:]:
+        lines[f"{len(rest)} others"] = [sum(column) for column in zip(*(sizes[name] for name in rest), strict=True)]
+    lines["all"] = [found.saved for found in ways.values()]
+    header = ["kept, MB, by checkpointing", *_WAYS.values()]
+    cells = [[name, *(f"{size / 1e6:.1f}" for size in line)] for name, line in lines.items()]
+    return tabulate(cells, header, tablefmt="github", disable_numparse=True, colalign=["left", *["right"] * len(ways)])

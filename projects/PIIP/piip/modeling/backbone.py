@@ -15,6 +15,7 @@ from piip_core import DensePIIP, PIIPConfig
 from piip_core.checkpoints import load_pretrained
 from piip_core.meta import on_meta
 from piip_core.ops.deconvolution import join
+from piip_core.recompute import GradCheckpointing
 
 
 class PIIPBackbone(Backbone):
@@ -26,11 +27,17 @@ class PIIPBackbone(Backbone):
             trained with 224 (64 for single branches): padded cells take part in window attention.
         pretrained (bool): load the weights that the branches name in `BranchConfig.pretrained`. Turn it off when a
             checkpoint of the whole model follows. Nothing is loaded on the meta device.
-        use_act_checkpoint (bool): recompute activations in the backward pass to save memory.
+        use_act_checkpoint (bool | str): recompute activations in the backward pass to save memory; "cheap" recomputes
+            interactions, and of blocks all but matrix products, convolutions and self-attention.
     """
 
     def __init__(
-        self, config: PIIPConfig, *, pad_divisor: int, pretrained: bool = True, use_act_checkpoint: bool = False
+        self,
+        config: PIIPConfig,
+        *,
+        pad_divisor: int,
+        pretrained: bool = True,
+        use_act_checkpoint: GradCheckpointing = False,
     ) -> None:
         super().__init__()
         self.features = DensePIIP(config)

@@ -14,6 +14,7 @@ from piip_core import ConfigError
 from piip_core.checkpoints import load_pretrained
 from piip_core.classifier import PIIPClassifier
 from piip_core.config import ClassifierConfig
+from piip_core.recompute import GradCheckpointing
 
 
 class ImageClassifier(PIIPClassifier):
@@ -28,7 +29,8 @@ class ImageClassifier(PIIPClassifier):
         input_format (str): channel order that the model expects, for tools that read images.
         pretrained (bool): load the weights that the branches name in `BranchConfig.pretrained`. Turn it off when a
             checkpoint of the whole model follows. Nothing is loaded on the meta device.
-        use_act_checkpoint (bool): recompute activations in the backward pass to save memory.
+        use_act_checkpoint (bool | str): recompute activations in the backward pass to save memory; "cheap" recomputes
+            interactions, and of blocks all but matrix products, convolutions and self-attention.
         random_erasing (Callable): timm's `RandomErasing` of normalised training images; may be None.
         mixup (Mixup): timm's mixup and cutmix of training batches; may be None.
         label_smoothing (float): of the cross entropy without mixup; `mixup` smooths itself.
@@ -44,7 +46,7 @@ class ImageClassifier(PIIPClassifier):
         pixel_std: Sequence[float],
         input_format: str = "RGB",
         pretrained: bool = True,
-        use_act_checkpoint: bool = False,
+        use_act_checkpoint: GradCheckpointing = False,
         random_erasing: Callable[[Tensor], Tensor] | None = None,
         mixup: Mixup | None = None,
         label_smoothing: float = 0.0,

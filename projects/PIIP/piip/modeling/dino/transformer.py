@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from piip_core.ops import MSDeformAttn
+from piip_core.recompute import GradCheckpointing, run_checkpointed
 
 from .denoising import DenoisingQueries
 from .geometry import Levels, box_encoding, inverse_sigmoid, map_encoding, padding_masks
@@ -54,7 +54,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of `EncoderLayer`s, whose arguments are `layer_args`; positions are added anew in each."""
 
-    def __init__(self, num_layers: int, *layer_args: int, use_act_checkpoint: bool = False) -> None:
+    def __init__(self, num_layers: int, *layer_args: int, use_act_checkpoint: GradCheckpointing = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(*layer_args) for _ in range(num_layers))
         self.use_act_checkpoint = use_act_checkpoint
@@ -63,10 +63,7 @@ class Encoder(nn.Module):
         """Cells (B, S, embed_dim) to memory (B, S, embed_dim)."""
         reference_points = levels.reference_points()
         for layer in self.layers:
-            if self.use_act_checkpoint and self.training:
-                x = checkpoint(layer, x, positions, reference_points, levels, use_reentrant=False)
-            else:
-                x = layer(x, positions, reference_points, levels)
+            x = run_checkpointed(self.use_act_checkpoint, layer, x, positions, reference_points, levels)
         return x
 
 
@@ -218,7 +215,7 @@ class DINOTransformer(nn.Module):
         num_decoder_layers: number of decoder layers.
         num_levels: number of feature maps.
         num_queries: number of queries, at most the number of cells of all maps.
-        use_act_checkpoint: recompute the encoder's activations in the backward pass to save memory.
+        use_act_checkpoint: recompute the encoder's activations in the backward pass; see `GradCheckpointing`.
 
     Raises:
         ValueError: if `embed_dim` is not such a multiple.
@@ -235,7 +232,7 @@ class DINOTransformer(nn.Module):
         num_decoder_layers: int = 6,
         num_levels: int = 4,
         num_queries: int = 900,
-        use_act_checkpoint: bool = False,
+        use_act_checkpoint: GradCheckpointing = False,
     ) -> None:
         super().__init__()
         if embed_dim % 4 or embed_dim % num_heads:
