@@ -12,6 +12,7 @@ DETECTRON2 ?= -e ".[detection]"
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 CHAT_DEMO_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 # an environment of the locked versions is none of the newest ones
 SUFFIX := $(if $(strip $(CONSTRAINTS)),,-newest)
@@ -33,7 +34,7 @@ ifeq ($(strip $(VENV)),)
 HAS_DETECTRON2 := cd / && $(PY) -c "import detectron2._C" 2>/dev/null
 endif
 
-.PHONY: demo chat-demo test sanitize lint tables docs setup doctor lock
+.PHONY: demo chat-demo test sanitize gpu-check lint tables docs setup doctor lock
 
 demo: $(STAMP)
 	$(PY) -m piip.digit_demo $(DEMO_ARGS)
@@ -60,6 +61,10 @@ sanitize: $(STAMP)
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(abspath $(PY)) -m pytest -q \
 	  -p no:xdist tests/piip_core/ops/test_errors.py tests/piip_core/ops/test_grid.py tests/piip_core/ops/test_functional.py
+
+# builds, tests and measures on a GPU in under eight minutes (docs/performance.md)
+gpu-check:
+	$(PY) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 # fails if the tables of published models in the READMEs are out of date
 tables: $(STAMP)

@@ -10,9 +10,11 @@ from functools import partial as _partial
 from functools import update_wrapper as _update_wrapper
 
 from piip_core import DensePIIP as _DensePIIP
+from piip_core import PIIPConfig as _PIIPConfig
 from piip_core import zoo as _zoo
 from piip_core.checkpoints import load_checkpoint as _load_checkpoint
 from piip_core.checkpoints import load_pretrained as _load_pretrained
+from piip_core.errors import ConfigError as _ConfigError
 from piip_core.integrations.timm import create_classifier as _create_classifier
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm"]
@@ -39,7 +41,10 @@ def piip_backbone(
         ConfigError: For an unknown name; the message lists the closest ones.
         CheckpointError: If weights cannot be had or do not fit.
     """
-    model = _DensePIIP(_zoo.released(name).config if pretrained else _zoo.get(name).config)
+    config = _zoo.released(name).config if pretrained else _zoo.get(name).config
+    if not isinstance(config, _PIIPConfig) or config.merging is None:
+        raise _ConfigError(f"{name}: is no detector or segmentor: expected one, for its backbone")
+    model = _DensePIIP(config)
     if pretrained_branches:
         _load_pretrained(model.pyramid)
     if pretrained or checkpoint is not None:

@@ -98,6 +98,10 @@ os.environ |= environment
 sys.argv[1:] = arguments
 for number, path in enumerate(outputs, 1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+if "HF_ENDPOINT" in environment:  # the server has imported the hub's client, which reads its variables once
+    import importlib, huggingface_hub.hf_api
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = environment["HF_ENDPOINT"]
 """
 
 
@@ -121,7 +125,7 @@ def run_python(start_python):
 
     def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         process, output, errors = start_python(code, *arguments, **environment)
-        process.join(timeout=120)
+        process.join(timeout=300)
         process.kill()
         return subprocess.CompletedProcess(code, process.exitcode, output.read_text(), errors.read_text())
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from tabulate import tabulate
 
 from piip_core import zoo
 from piip_core.checkpoints.released import fetch_released, read_record
-from piip_core.errors import ConfigError, UserError
+from piip_core.errors import ConfigError, UserError, listed
 from piip_core.files import read_json, write_atomically
 from piip_tools.memory.estimate import GIB, RESERVE
 from piip_tools.memory.evaluation import chat_memory, detectron2_memory
@@ -150,6 +151,26 @@ def lazy_config(released: zoo.Released, args: argparse.Namespace) -> tuple[Any, 
     return load_config(str(CONFIGS / released.entry.config_file), overrides), overrides
 
 
+def check_data(released: zoo.Released, args: argparse.Namespace) -> None:
+    """Looks at what the evaluation will read, before anything is downloaded.
+
+    Raises:
+        UserError: If files, folders or benchmarks are missing.
+    """
+    if data_option(released) == "chat":
+        from llava_piip.eval import find_benchmarks
+
+        missing = [str(path) for one in find_benchmarks(args.benchmarks) for path in one.missing_files(args.chat)]
+        if missing:
+            raise ConfigError(f"--chat {args.chat}: missing are {listed(missing)}; docs/evaluation.md lays them out")
+        return
+    from piip.lazy_config import check_folders, follow_annotations
+
+    cfg, _ = lazy_config(released, args)
+    follow_annotations(cfg, training=False)
+    check_folders(cfg, training=False)
+
+
 def evaluate(released: zoo.Released, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Evaluates a model in processes of its own, and returns the numbers of the zoo that come out."""
     if data_option(released) == "chat":
@@ -159,18 +180,25 @@ def evaluate(released: zoo.Released, args: argparse.Namespace, folder: Path) -> 
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.gpus)]
         command += ["-m", "llava_piip.eval", *args.benchmarks, "--model", str(fetch_chat(released.name))]
         command += ["--data", str(args.chat), "--output", str(folder), "--dtype", precision_of(released, args)]
-        _run([*command, *(["--cpu"] if args.device == "cpu" else []), *(["--restart"] if args.restart else [])])
+        run_python([*command, *(["--cpu"] if args.device == "cpu" else []), *(["--restart"] if args.restart else [])])
         return measured_scores(folder)
+    from piip.train import EVALUATION
+
     _, overrides = lazy_config(released, args)
     command = [str(TRAIN), "--eval-only", "--config-file", str(CONFIGS / released.entry.config_file)]
     command += ["--num-gpus", str(args.gpus), f"train.init_checkpoint={fetch_released(released.name)}"]
-    _run([*command, f"train.output_dir={folder}", *overrides])
-    results = read_json(folder / "evaluation.json")["results"]
+    run_python([*command, f"train.output_dir={folder}", *overrides])
+    results = read_json(folder / EVALUATION)
     return {name: results[task][key] for name, (task, key) in _METRICS.items() if task in results}
 
 
-def _run(command: list[str]) -> None:
-    code = subprocess.run([sys.executable, *command], check=False).returncode
+def run_python(arguments: list[str]) -> None:
+    """Runs a process of its own.
+
+    Raises:
+        UserError: If it fails; it has said why.
+    """
+    code = subprocess.run([sys.executable, *arguments], check=False).returncode
     if code:
         raise UserError(f"the evaluation above ended with exit status {code}")
 
@@ -184,10 +212,16 @@ def numbers(released: zoo.Released) -> tuple[dict[str, float | None], dict[str, 
 
 
 def compare(released: zoo.Released, ours: dict[str, float]) -> list[dict[str, Any]]:
-    """Our numbers beside the published ones, and the difference to those of the public repository."""
+    """Our numbers beside the published ones, and the difference to those of the public repository.
+
+    Raises:
+        UserError: If a number is none.
+    """
     published, paper = numbers(released)
     rows = []
     for metric, value in ours.items():
+        if math.isnan(value):
+            raise UserError(f"{metric} is no number: the model found nothing on these data")
         printed = published.get(metric)
         difference = None if printed is None else value - printed
         rows.append(
@@ -229,6 +263,7 @@ def reproduce(released: zoo.Released, args: argparse.Namespace) -> dict[str, Any
         if result["settings"] == settings:
             print(f"{released.name}: was evaluated on {result['date']} ({folder / RESULT})")
             return result
+    check_data(released, args)
     needed = needed_memory(released, args)
     if needed > args.memory:
         raise ConfigError(
@@ -284,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 results.append(reproduce(released, args))
             except UserError as error:
-                left_out.append(f"{released.name}: {error}")
+                left_out.append(f"{released.name}: {str(error).removeprefix(released.name).lstrip(': ')}")
                 print(left_out[-1], file=sys.stderr, flush=True)
     except UserError as error:
         sys.exit(f"reproduce: {error}")

@@ -23,9 +23,12 @@ merging and window padding; "with merging" has them.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from piip_core import zoo
@@ -49,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--table", choices=list(TABLES), help="print the settings of one table of the paper only")
     action.add_argument("--figure", choices=list(FIGURES), help="print the points of a figure of the paper")
-    action.add_argument("--train", metavar="NAME", choices=[*SETTINGS, *STAGES], help="train a setting")
+    action.add_argument("--train", metavar="NAME", type=_known([*SETTINGS, *STAGES]), help="train a setting")
     action.add_argument("--write", nargs=2, metavar=("NAME", "FILE.yaml"), help="write the LazyConfig of a setting")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figure too")
     args, args.rest = parser.parse_known_args(argv)
@@ -57,11 +60,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{' '.join(args.rest)}: further arguments go with --train only")
     if args.plot and not args.figure:
         parser.error(f"--plot {args.plot}: goes with --figure only")
+    if args.plot and args.plot.suffix != ".png":
+        parser.error(f"--plot {args.plot}: expected a file name that ends in .png")
     if args.write and args.write[0] not in SETTINGS:
-        parser.error(f"--write {args.write[0]}: expected one of {', '.join(SETTINGS)}")
+        chat = " (those of PIIP-LLaVA have no LazyConfig)" if args.write[0].startswith("chat_") else ""
+        parser.error(f"--write {args.write[0]}: expected one of {', '.join(SETTINGS)}{chat}")
     if args.write and Path(args.write[1]).suffix not in (".yaml", ".yml"):
         parser.error(f"--write {args.write[1]}: expected a file name that ends in .yaml")
     return args
+
+
+def _known(names: list[str]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name in names:
+            return name
+        close = difflib.get_close_matches(name, names, n=3) or ["what --table and --figure print"]
+        raise argparse.ArgumentTypeError(f"no setting is named {name!r}; expected {' or '.join(close)}")
+
+    return check
 
 
 def write_config(setting: zoo.ZooEntry, path: str | os.PathLike[str], output_dir: str) -> None:
@@ -95,7 +111,8 @@ def chat_command(stage: str, rest: list[str]) -> list[str]:
     """What trains a stage of a setting of PIIP-LLaVA; `rest` may name other folders."""
     run = Path("output/ablations") / stage
     first = [] if run.name == "stage1" else ["--projector", str(run.with_name("stage1"))]
-    return ["deepspeed", str(CHAT_TRAIN), stage, "--output_dir", str(run), *first, *rest]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]  # of this Python, whatever PATH says
+    return [*launcher, str(CHAT_TRAIN), stage, "--output_dir", str(run), *first, *rest]
 
 
 def print_table(number: str) -> None:
@@ -130,12 +147,11 @@ def main(argv: list[str] | None = None) -> None:
         write_config(SETTINGS[name], path, f"output/ablations/{name}")
         print(f"{path}: written")
     elif args.train in STAGES:
+        if find_spec("deepspeed") is None:
+            sys.exit("sweep: training PIIP-LLaVA needs DeepSpeed: pip install --no-build-isolation -e '.[llava]'")
         command = chat_command(args.train, args.rest)
         print(shlex.join(command), flush=True)
-        try:
-            os.execvp(command[0], command)
-        except FileNotFoundError:
-            sys.exit("sweep: this needs DeepSpeed's launcher; see llava_piip/README.md")
+        os.execv(command[0], command)
     elif args.train:
         output_dir = f"output/ablations/{args.train}"
         path = f"{output_dir}.yaml"

@@ -59,14 +59,12 @@ def parse_arguments(
     )
     preset = "name of a preset (below), or a YAML file; keys that follow override its values"
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=preset)
-    chosen, _ = parser.parse_known_args(list(arguments))
-    if chosen.preset:
-        parser.set_defaults(**load_preset(chosen.preset))
-    model, data, training, _, unknown = parser.parse_args_into_dataclasses(
-        list(arguments), return_remaining_strings=True, look_for_args_file=False
-    )
+    chosen, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         raise ConfigError(f"{unknown[0]!r}: no such argument{_close_to(unknown[0], _fields())}")
+    if chosen.preset:
+        parser.set_defaults(**load_preset(chosen.preset))
+    model, data, training, _ = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     return model, data, training
 
 

@@ -160,8 +160,9 @@ def _unwrap(path: Path, content: Any, wrappers: Sequence[str]) -> CheckpointFile
         content = content[inside]
     if not (isinstance(content, Mapping) and _is_state(content)):
         found = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+        wanted = "moving average of the weights" if "model_ema" in wrappers else "state dict"
         raise CheckpointError(
-            f"{path}: no state dict inside (found {found}). Expected a dictionary of tensors, alone or under "
+            f"{path}: no {wanted} inside (found {found}). Expected a dictionary of tensors, alone or under "
             + ", ".join(repr(key) for key in wrappers)
         )
     return CheckpointFile(path, LazyState.of(content), tuple(extras), description)

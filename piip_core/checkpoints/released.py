@@ -102,7 +102,10 @@ def keep_converted(released: zoo.Released, kept: str, convert: Callable[[Path, P
         with _explain_failures(released), explain_write_errors(constants.HF_HUB_CACHE):
             source, record = _download(released, known.get("revision", released.revision))
         _check(source, record, known, released)
-        written = convert(source, folder / kept)
+        try:
+            written = convert(source, folder / kept)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; to fetch it again, delete {source.resolve()}") from error
         with write_atomically(folder / _RECORD, "w") as file:
             json.dump(record, file, indent=2)
     return written
@@ -196,7 +199,8 @@ def _explain_failures(released: zoo.Released) -> Iterator[None]:
                 reason = "the hub has no such file, or not any more"
             case _:
                 reason = _first_line(error)
-        raise CheckpointError(f"{released.name} ({released.url}) could not be fetched: {reason}") from error
+        address = released.url.replace("https://huggingface.co", constants.ENDPOINT, 1)
+        raise CheckpointError(f"{released.name} ({address}) could not be fetched: {reason}") from error
 
 
 def _first_line(error: BaseException) -> str:

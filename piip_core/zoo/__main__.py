@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+
 from tabulate import tabulate
 
 from ..checkpoints.released import recorded_size
 from . import released_models
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Prints name, data, published metric, size where it is known, and address of every released model."""
+    argparse.ArgumentParser(prog="python -m piip_core.zoo", description=__doc__).parse_args(argv)
     rows = []
     for released in released_models():
         metrics = ", ".join(f"{name} {value}" for name, value in released.metrics.items())

@@ -163,16 +163,17 @@ def test_every_way_to_generate_sees_the_images(make_llava):
     assistant = copy.deepcopy(model)
     drafts = dict(num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0)
     assistant.generation_config.update(**drafts)
-    model.register_forward_pre_hook(
+    counting = model.register_forward_pre_hook(
         lambda _, args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
     assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), expected)
+    counting.remove()
     assert lengths == [inputs["input_ids"].shape[1] + 4, 3]
 
     half = model.generate(**inputs, **options | dict(max_new_tokens=4, min_new_tokens=4), return_dict_in_generate=True)
-    cache = {name: half[name] for name in ("cache", "past_key_values") if name in half}  # renamed in 5.24
+    name = next(name for name in ("cache", "past_key_values") if name in half)  # renamed in transformers 5.24
     asked = dict(inputs, input_ids=half.sequences, attention_mask=torch.ones_like(half.sequences))
-    rest = model.generate(**asked, **options | dict(max_new_tokens=4, min_new_tokens=4), **cache)
+    rest = model.generate(**asked, **options | dict(max_new_tokens=4, min_new_tokens=4), **{name: half[name]})
     assert torch.equal(rest, expected)
 
     text = processor(text="USER: Hello ASSISTANT:")

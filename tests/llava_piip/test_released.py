@@ -1,9 +1,6 @@
 """A released chat model by its name, and one that is pushed, with a stand-in of the hub."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -64,10 +61,9 @@ def test_other_words_and_other_models_are_explained(hub, tmp_path, monkeypatch):
         fetch_released("piip_tsb_368_192_128")
 
 
-def test_a_pushed_model_has_a_card_and_loads(hub, model_folder, tmp_path):
-    environment = os.environ | hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_x"}
-    command = [sys.executable, "-c", PUSH, str(model_folder), str(tmp_path / "again")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_a_pushed_model_has_a_card_and_loads(hub, run_python, model_folder, tmp_path):
+    environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_x"}
+    done = run_python(PUSH, str(model_folder), str(tmp_path / "again"), **environment)
     assert done.returncode == 0, done.stderr[-4000:]
     card = ModelCard(hub.repositories["somebody/chat"]["README.md"].decode())
     assert card.data.pipeline_tag == "image-text-to-text" and "in the vision tower" in card.text

@@ -1,8 +1,6 @@
 """The export tool; what it exports is tested with the package."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,14 @@ from safetensors.torch import save_file
 from piip_core import BranchConfig, ClassifierConfig, PIIPClassifier, PIIPConfig, ViTConfig, zoo
 
 ROOT = Path(__file__).parents[2]
+RUN = """
+import sys, torch
+sys.modules.update(dict.fromkeys(("piip", "piip_core", "timm")))  # importing them fails
+folder = sys.argv[1]
+run = torch.export.load(f"{folder}/model.pt2").module()
+torch.save(run(torch.load(f"{folder}/image.pt")), f"{folder}/logits.pt")
+assert not [name for name, module in sys.modules.items() if module and name.startswith("piip")]
+"""
 
 
 @pytest.fixture
@@ -24,7 +30,9 @@ def tiny_row(load_tool, monkeypatch):
     return load_tool("export_model"), config
 
 
-def test_exports_a_checkpoint_to_a_program_that_needs_nothing_of_ours(tiny_row, randomize, tmp_path, capsys):
+def test_exports_a_checkpoint_to_a_program_that_needs_nothing_of_ours(
+    tiny_row, randomize, run_python, tmp_path, capsys
+):
     tool, config = tiny_row
     model = randomize(PIIPClassifier(dataclasses.replace(config, num_classes=3))).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -36,12 +44,8 @@ def test_exports_a_checkpoint_to_a_program_that_needs_nothing_of_ours(tiny_row, 
 
     image = torch.randn(3, 3, 32, 48)
     torch.save(image, tmp_path / "image.pt")
-    script = (
-        "import sys, torch; folder = sys.argv[1]; run = torch.export.load(f'{folder}/model.pt2').module();"
-        "torch.save(run(torch.load(f'{folder}/image.pt')), f'{folder}/logits.pt');"
-        "assert not [name for name in sys.modules if name.startswith(('piip', 'timm'))]"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    done = run_python(RUN, str(tmp_path))
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(image), rtol=1e-5, atol=1e-6)
 

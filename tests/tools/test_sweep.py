@@ -1,6 +1,8 @@
 """tools/sweep.py: tables of the ablations, and training of a setting."""
 
 import argparse
+import contextlib
+import io
 import json
 import shlex
 from pathlib import Path
@@ -17,16 +19,22 @@ def tool(load_tool):
     return load_tool("sweep")
 
 
-def test_every_setting_has_a_line(tool, capsys):
-    tool.main([])
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("|") and "_" in line]
+@pytest.fixture(scope="module")
+def tables(tool):
+    """What it prints without arguments: all tables."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        tool.main([])
+    return printed.getvalue()
+
+
+def test_every_setting_has_a_line(tables):
+    lines = [line for line in tables.splitlines() if line.startswith("|") and "_" in line]
     names = [next(cell for cell in map(str.strip, line.split("|")) if "_" in cell).strip("`") for line in lines]
     assert set(names) == ABLATIONS.keys() | CHAT_ABLATIONS.keys() and len(names) == len(set(names))
-    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("Table ")] == [
+    assert [line.split(":")[0] for line in tables.splitlines() if line.startswith("Table ")] == [
         f"Table {n}" for n in TABLES
     ]
-    assert "- resolution_l_1792: #Param: the paper repeats" in out
+    assert "- resolution_l_1792: #Param: the paper repeats" in tables
 
 
 def test_one_table(tool, capsys):
@@ -40,13 +48,11 @@ def test_one_table(tool, capsys):
     assert header[-1] == "FLOPs with merging" and float(row[-1].rstrip("G")) > float(row[8].rstrip("G"))
 
 
-def test_the_table_of_piip_llava(tool, capsys):
-    tool.main(["--table", "XIII"])
-    out = capsys.readouterr().out
-    cells = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if "`chat_" in line]
+def test_the_table_of_piip_llava(tables):
+    cells = [[cell.strip() for cell in line.split("|")] for line in tables.splitlines() if "`chat_" in line]
     assert [row[-2].strip("`") for row in cells] == list(CHAT_ABLATIONS)
     assert [row[-5:-3] for row in cells[:3]] == [["193G", "193.5G"], ["196G", "196.2G"], ["194G", "194.3G"]]
-    assert "Table XI prints other scores" in out
+    assert "Table XI prints other scores" in tables
 
 
 @pytest.mark.parametrize("number", FIGURES)
@@ -79,27 +85,29 @@ def test_a_figure_has_rings_at_printed_and_dots_at_counted_costs():
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_stages_of_piip_llava_are_left_to_deepspeed(tool, capsys, monkeypatch, stage):
+def test_stages_of_piip_llava_are_left_to_deepspeed(tool, capsys, monkeypatch, tmp_path, stage):
+    monkeypatch.chdir(tmp_path)
+    Path("a b.json").write_text("[]")  # what the command names has to exist
+    Path("output/ablations/chat_first_stage_all/stage1").mkdir(parents=True)
     started = []
-    monkeypatch.setattr(tool.os, "execvp", lambda program, command: started.extend([program, *command]))
+    monkeypatch.setattr(tool.os, "execv", lambda program, command: started.extend([program, *command]))
     tool.main(["--train", f"chat_first_stage_all/{stage}", "--annotations", "a b.json"])
     program, *command = started
-    assert program == "deepspeed" and capsys.readouterr().out == f"{shlex.join(command)}\n"
+    assert program == tool.sys.executable and capsys.readouterr().out == f"{shlex.join(command)}\n"
     pytest.importorskip("transformers")
     from llava_piip.train.presets import parse_arguments
 
     monkeypatch.setenv("RANK", "0")
     without_gpu = ["--use_cpu", "true", "--bf16", "false", "--tf32", "false", "--deepspeed", "none"]
-    model, data, training = parse_arguments([*command[2:], *without_gpu])
+    model, data, training = parse_arguments([*command[4:], *without_gpu])
     assert (model.model, data.annotations) == ("chat_first_stage_all", ["a b.json"])
     runs = "output/ablations/chat_first_stage_all/"
     assert training.output_dir == runs + stage
     assert model.projector == (runs + "stage1" if stage == "stage2" else None)
 
 
-def test_merging_fewer_branches_costs_less(tool, capsys):
-    tool.main(["--table", "IX"])
-    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| out_b")]
+def test_merging_fewer_branches_costs_less(tables):
+    lines = [line.split("|") for line in tables.splitlines() if line.startswith("| out_b")]
     flops = {line[1].strip(): float(line[-2].strip(" G")) for line in lines}
     assert flops["out_b"] < flops["out_b_s"] < flops["out_b_s_t"]
 
@@ -108,10 +116,16 @@ def test_merging_fewer_branches_costs_less(tool, capsys):
     ("arguments", "message"),
     [
         (["train.max_iter=3"], "train.max_iter=3: further arguments go with --train only"),
-        (["--train", "interactions_6"], "argument --train: invalid choice: 'interactions_6'"),
+        (
+            ["--train", "interactions_6"],
+            "argument --train: no setting is named 'interactions_6'; expected interactions_0 or",
+        ),
         (["--plot", "f.png"], "--plot f.png: goes with --figure only"),
         (["--write", "out_b", "out_b.py"], "expected a file name that ends in .yaml"),
         (["--train", "out_b", "--table", "IX"], "not allowed with"),
+        (["--train", "chat_interactions_0"], "chat_interactions_0/stage1"),
+        (["--write", "chat_interactions_0", "out.yaml"], "those of PIIP-LLaVA have no LazyConfig"),
+        (["--figure", "6", "--plot", "six.xyz"], "--plot six.xyz: expected a file name that ends in .png"),
         (["--write", "out", "out.yaml"], "--write out: expected one of"),
     ],
 )

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from piip_core.errors import UserError
+from piip_core.errors import UserError, check
 
 from .memory.dry_run import AliveStorages
 
@@ -78,6 +77,22 @@ def time_in_turns(works: Mapping[K, Callable[[], object]], repeats: int, clock: 
     return take_turns({key: lambda work=work: timed(work) for key, work in works.items()}, repeats)
 
 
+def kernel_seconds(work: Callable[[], object], calls: int = 10) -> float:
+    """Seconds of a GPU's kernels in one call, without those in which it waits for the host.
+
+    Raises:
+        UserError: If the profiler saw no kernel.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(calls):
+            work()
+        torch.cuda.synchronize()
+    events = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    microseconds = sum(event.self_device_time_total for event in events)
+    check(microseconds > 0, "microseconds of kernels", microseconds, "a profiler that may watch the GPU (CUPTI)")
+    return 1e-6 * microseconds / calls
+
+
 def peak_memory(call: Callable[[], object], model: nn.Module, device: torch.device | str) -> int:
     """The most bytes of tensors at one time that a call makes, so beside parameters, buffers and optimizer state.
 
@@ -116,6 +131,8 @@ def compare(what: str, unit: str, values: Mapping[str, Sequence[float]], baselin
 
 def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of `compare` as a table: the medians by name, with the ratios to the baseline in brackets."""
+    from tabulate import tabulate  # the GPU check does without
+
     names = _names(rows)
     lines = [[f"{row['what']}, {row['unit']}", *(_cell(row, name) for name in names)] for row in rows]
     align = ["left", *["right"] * len(names)]

@@ -22,7 +22,7 @@ from ...branches import BranchState
 from ...checkpoints import load_checkpoint
 from ...classifier import PIIPClassifier, head_inputs
 from ...config import ClassifierConfig
-from ...errors import UserError
+from ...errors import ConfigError, UserError
 from ...pyramid import PIIP, DensePIIP, dense_maps
 from .card import PushWithCard
 from .configuration import PIIPTransformersConfig
@@ -73,10 +73,13 @@ class PIIPPreTrainedModel(PushWithCard):
             **options: Fields of the configuration.
 
         Raises:
-            ConfigError: For an unknown name; the message lists the closest ones.
+            ConfigError: For an unknown name, with the closest ones in the message, or that of a chat model.
             CheckpointError: If the weights cannot be had; see `fetch_released`.
         """
-        held = zoo.released(name).config
+        released = zoo.released(name)
+        if isinstance(released.entry, zoo.MultimodalEntry):
+            raise ConfigError(f"{name}: is a chat model; llava_piip.ChatModel loads it")
+        held = released.config
         config = PIIPTransformersConfig.from_zoo(name, **options)
         config.pyramid = (held.pyramid if isinstance(held, ClassifierConfig) else held).to_dict()
         config.name_or_path = name

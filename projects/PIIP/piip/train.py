@@ -52,7 +52,7 @@ from piip_core.training_checkpoints import OutputFolderError, lock_run
 logger = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
-"""What `--eval-only` writes in the output folder: the checkpoint and its metrics."""
+"""What `--eval-only` writes in the output folder: the metrics."""
 
 _NO_TEST = "the configuration has no evaluator, or no test set (data.test.annotations, .labels or .images is null)"
 
@@ -76,7 +76,10 @@ def main(args: argparse.Namespace) -> None:
         default_setup(cfg, args)  # after the lines above: it prints and saves the configuration
         logger.info("Running on %s, %d process(es)", cfg.train.device, comm.get_world_size())
         if args.eval_only:
-            evaluate_only(cfg, categories, resume=args.resume)
+            results = evaluate_only(cfg, categories, resume=args.resume)
+            if comm.is_main_process():
+                with write_atomically(Path(output_dir, EVALUATION), "w") as file:
+                    json.dump(results, file, indent=2)
         else:
             do_train(cfg, categories, resume=args.resume)
 
@@ -124,11 +127,7 @@ def evaluate_only(cfg: DictConfig, categories: Sequence[Category] = (), *, resum
     model = _build_model(cfg)
     AtomicCheckpointer(model, strict=True).load(path, checkpointables=[])
     _check_names(path, categories)
-    results = evaluate(model)
-    if comm.is_main_process():
-        with write_atomically(Path(cfg.train.output_dir, EVALUATION), "w") as file:
-            json.dump({"checkpoint": path, "results": results}, file, indent=2)
-    return results
+    return evaluate(model)
 
 
 def _build_model(cfg: DictConfig) -> nn.Module:

@@ -54,11 +54,11 @@ class GoldenCase:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, in the types of the file."""
+        """All tensors, in the types of the file, on PyTorch's default device."""
         path = self.path.with_suffix(".safetensors")
         if not path.is_file():
             raise GoldenError(f"{path}: missing; {self.path.name} needs its tensors beside it")
-        return load_file(path)
+        return load_file(path, device=str(torch.get_default_device()))
 
     def below(self, prefix: str) -> dict[str, Tensor]:
         """Tensors under a prefix such as "state.", without it; halves, which only save space, become float32."""

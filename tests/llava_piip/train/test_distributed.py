@@ -131,8 +131,8 @@ ADAPTERS = ("--train_parts", "projector", "vision_tower", "--lora", "true", "--l
 
 @pytest.fixture(scope="module")
 def launched(files, settings, language_model_folder, tmp_path_factory, free_port) -> Launched:
-    """Runs on two hosts, from one launch because what the processes import takes longer than the runs: under ZeRO-3,
-    each interrupted and resumed, and one under ZeRO-2 that is killed."""
+    """Runs from one launch because what the processes import takes longer than the runs: under ZeRO-3, each interrupted
+    and resumed, and one under ZeRO-2 that is killed."""
     folder, arguments, specs = tmp_path_factory.mktemp("launched"), {}, []
     # of the zoo: one process puts it together for all
     new = ("--model", "tiny", "--language_model", str(language_model_folder), "--pretrained_vision", "false")
@@ -143,16 +143,14 @@ def launched(files, settings, language_model_folder, tmp_path_factory, free_port
     arguments["killed"] = [*settings, "--max_steps", "6"]
     command = files.command(folder / "killed", *arguments["killed"], "--deepspeed", "zero2")
     specs.append({"arguments": command, "kill_at": "checkpoint-6"})
-    hosts = folder / "hostfile"
-    hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
-    common = ("--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port())
+    launcher = ("--num_accelerators", "2", "--master_addr", "127.0.0.1", "--master_port", free_port())
     program = specified(folder / "runs.json", *specs)
-    nodes = [launch(deepspeed(*common, "--node_rank", str(rank), *program)) for rank in (0, 1)]
-    return Launched(folder, arguments, finish(*nodes))
+    return Launched(folder, arguments, finish(launch(deepspeed(*launcher, *program))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["everything", "adapters"])
-def test_zero3_on_two_hosts_has_the_losses_of_one_process_also_when_it_was_interrupted(
+def test_zero3_on_two_processes_has_the_losses_of_one_process_also_when_it_was_interrupted(
     kind, launched, files, losses, tmp_path, monkeypatch, tiny_entry
 ):
     row = replace(tiny_entry(), vision=PIIPLlavaConfig.from_pretrained(files.model).vision_config.piip)
@@ -160,6 +158,7 @@ def test_zero3_on_two_hosts_has_the_losses_of_one_process_also_when_it_was_inter
     compare(launched.folder / kind, one_process(files, losses, tmp_path, *launched.arguments[kind]))
 
 
+@pytest.mark.slow
 def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_process(
     launched, files, losses, tmp_path, free_port
 ):

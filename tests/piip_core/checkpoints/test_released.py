@@ -4,8 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,11 +43,6 @@ SETTINGS = Path(__file__).parents[2] / "data" / "zoo_settings.json"
 
 def downloads(hub):
     return [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
-
-
-def fetch_elsewhere(environment, name, config):
-    command = [sys.executable, "-c", FETCH, name, json.dumps(config.to_dict())]
-    return subprocess.Popen(command, env=os.environ | environment, stdout=-1, stderr=-1, text=True)
 
 
 def test_a_model_and_its_average_are_fetched_converted_and_kept(hub, tiny_release, tmp_path):
@@ -206,17 +199,23 @@ def test_a_full_disk_is_named(hub, tiny_release, monkeypatch):
         fetch_released(NAME)
 
 
-def test_the_variables_of_the_hub_client_count(hub, tiny_release, tmp_path):
+def test_the_variables_of_the_hub_client_count(hub, tiny_release, start_python, tmp_path):
     """Endpoint, cache, token and offline mode, and two processes at once."""
-    config, environment = tiny_release["model"].config, hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_secret"}
-    outputs = [process.communicate() for process in [fetch_elsewhere(environment, NAME, config) for _ in range(2)]]
+    config = json.dumps(tiny_release["model"].config.to_dict())
+    environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_secret"}
+
+    def fetch(*names):
+        started = [start_python(FETCH, name, config, **environment) for name in names]
+        for process, *_ in started:
+            process.join(timeout=120)
+        return [[file.read_text() for file in files] for _, *files in started]
+
+    outputs = fetch(NAME, NAME)
     expected = tmp_path / "home" / "assets" / "piip" / "released" / NAME / "model.safetensors"
     assert [output[0].strip() for output in outputs] == [str(expected)] * 2, outputs
     assert len(downloads(hub)) == 1
     assert {token for _, path, token in hub.requests if "/resolve/" in path} == {"Bearer hf_secret"}
-    offline = environment | {"HF_HUB_OFFLINE": "1"}
-    kept, missing = [
-        process.communicate() for process in [fetch_elsewhere(offline, name, config) for name in (NAME, DETECTOR)]
-    ]
+    environment["HF_HUB_OFFLINE"] = "1"
+    kept, missing = fetch(NAME, DETECTOR)
     assert kept[0].strip() == str(expected) and len(downloads(hub)) == 1
     assert "CheckpointError" in missing[1] and "offline mode is enabled" in missing[1]

@@ -80,6 +80,7 @@ def test_a_group_is_checked_by_its_fields(config):
     assert load_config(config(MASK_RCNN), ["train.amp={enabled:no}"]).train.amp == {
         "enabled": False,
         "precision": "bfloat16",
+        "float32_heads": False,
     }
     with pytest.raises(ConfigError, match=r"data.train.images=202401: expected text \(.* is quoted twice"):
         load_config(config(UPERNET), ["data.train={images:2024_01}"])

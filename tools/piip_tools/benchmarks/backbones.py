@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
-from detectron2 import model_zoo
-from detectron2.config import instantiate
 from torch import Tensor, nn
 
-from piip.modeling import PIIPFPN, PIIPBackbone
 from piip_core import zoo
 from piip_core.export import tensors_in
 from piip_core.interaction import DeformableCrossAttention
@@ -44,7 +42,8 @@ class TimedModel:
         """The model in evaluation mode, and images for it."""
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         torch.manual_seed(0)
-        model = self.build().eval().to(device, dtype)
+        with torch.device(device):
+            model = self.build().eval().to(dtype)
         image = torch.randn(batch, 3, self.image_size, self.image_size).to(device, dtype)
         return FORMS.get(self.form, lambda model: model)(model), image
 
@@ -60,6 +59,8 @@ def piip_models(
     def build(entry: zoo.ZooEntry) -> nn.Module:
         if not neck:
             return scatter_offsets(DensePIIP(entry.config))
+        from piip.modeling import PIIPFPN, PIIPBackbone  # need Detectron2
+
         backbone = PIIPBackbone(entry.config, pad_divisor=32, pretrained=False)
         return scatter_offsets(PIIPFPN(backbone, list(backbone.output_shape()), 256))
 
@@ -77,6 +78,9 @@ def piip_models(
 
 def vitdet(name: str, scale: float = 1.0) -> TimedModel:
     """Detectron2's "vitdet_b" or "vitdet_l" with its SimpleFeaturePyramid (256 channels), for 1024 * `scale` pixels."""
+    from detectron2 import model_zoo
+    from detectron2.config import instantiate
+
     width, depth, heads, global_blocks = _VITDET[name]
     backbone = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model.backbone
     size = backbone.square_pad = backbone.net.img_size = int(1024 * scale) // 32 * 32
@@ -84,6 +88,14 @@ def vitdet(name: str, scale: float = 1.0) -> TimedModel:
     backbone.net.window_block_indexes = [block for block in range(depth) if block not in global_blocks]
     backbone.net.drop_path_rate = 0.0
     return TimedModel(name=name, form=name, build=lambda: instantiate(backbone), image_size=size)
+
+
+def timm_vitdet(name: str, scale: float = 1.0) -> TimedModel:
+    """timm's encoder of SAM: the network of `vitdet`, with one map of 256 channels in place of the pyramid."""
+    size = int(1024 * scale) // 32 * 32
+    model = {"vitdet_b": "samvit_base_patch16", "vitdet_l": "samvit_large_patch16"}[name]
+    options = dict(img_size=size, num_classes=0, global_pool="")
+    return TimedModel(name=name, form=name, build=lambda: timm.create_model(model, **options), image_size=size)
 
 
 @torch.no_grad()

@@ -6,17 +6,25 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from piip_core.ops.functional import deform_attn_grid, ms_deform_attn
-from piip_core.ops.reference import compute_dtype, grid_sampling, make_reference_points, map_sizes
+from piip_core.ops.reference import (
+    compute_dtype,
+    deform_attn_grid_reference,
+    grid_sampling,
+    make_reference_points,
+    map_sizes,
+    ms_deform_attn_reference,
+)
 
-from ..timing import clock_for, compare, limited_threads, time_in_turns
+from ..timing import clock_for, compare, kernel_seconds, limited_threads, take_turns, time_in_turns
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -78,7 +86,8 @@ CASES = (
 def make_inputs(case: Case, dtype: torch.dtype, device: str, batch: int) -> tuple[Tensor, ...]:
     """Value and sampling of `deform_attn_grid`; without a query map value, locations and weights of `ms_deform_attn`.
 
-    Offsets are of a few pixels, as trained ones are. Locations and weights have the dtype that is computed in.
+    Offsets are of a few pixels, as trained ones are. Samples stay a fifth of a pixel away from the lines through pixel
+    centres: there gradients jump, and rounding would decide. Locations and weights have the dtype that is computed in.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (batch, case.queries, case.heads, len(case.value_shapes), case.points)
@@ -86,10 +95,14 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, batch: int) -> tupl
     offsets = 2 * torch.randn(*shape, 2, generator=generator)
     logits = torch.randn(shape, generator=generator)
     value = value.to(device, dtype)
+    maps = [case.query_shape] if case.query_shape else case.value_shapes
+    centres = torch.cat([make_reference_points(*map_) for map_ in maps], dim=1)[:, :, :, None, None]
+    sizes = map_sizes(case.flat_shapes, offsets)
+    pixels = centres * sizes + offsets - 0.5
+    offsets += 0.25 - 0.5 * (pixels - pixels.floor())
     if case.query_shape is not None:
         return value, torch.cat((offsets.flatten(2), logits.flatten(2)), dim=-1).to(device, dtype)
-    centres = torch.cat([make_reference_points(*shape) for shape in case.value_shapes], dim=1)
-    locations = centres[:, :, :, None, None] + offsets / map_sizes(case.flat_shapes, offsets)
+    locations = centres + offsets / sizes
     weights = logits.flatten(3).softmax(-1).view_as(logits)
     return value, *(x.to(device, compute_dtype(dtype)) for x in (locations, weights))
 
@@ -110,29 +123,79 @@ def usual_formulation(
     return output.view(batch, heads * width, queries).transpose(1, 2).contiguous()
 
 
-def implementations(case: Case, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
-    """Ours and PyTorch's, as functions of what `make_inputs` returns; 16-bit cases also in float32, faster on CPUs."""
+def transformers_layer(device: str) -> nn.Module:
+    """transformers' operator: the original CUDA kernel, from the hub, by the package kernels; on a CPU in PyTorch."""
+    if torch.device(device).type == "cuda":
+        from kernels import get_kernel
+
+        return get_kernel("kernels-community/deformable-detr", version=1).layers.MultiScaleDeformableAttention()
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+    return MultiScaleDeformableAttention()
+
+
+def implementations(
+    case: Case, dtype: torch.dtype, layer: nn.Module | None = None, device: str = "cpu"
+) -> dict[str, Callable[..., Tensor]]:
+    """Ours, PyTorch's and that of a `transformers_layer`, as functions of what `make_inputs` returns.
+
+    PyTorch's 16-bit cases also in float32, faster on CPUs.
+    """
 
     def ours(value: Tensor, *sampling: Tensor) -> Tensor:
         if case.query_shape is None:
             return ms_deform_attn(value, case.value_shapes, *sampling)
         return deform_attn_grid(value, case.value_shapes, case.query_shape, *sampling, case.points)
 
-    def pytorch(dtype: torch.dtype) -> Callable[..., Tensor]:
+    def unfused(sample: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
         def call(value: Tensor, *sampling: Tensor) -> Tensor:
             value = value.to(dtype)
             if case.query_shape is None:
                 where = [x.to(dtype) for x in sampling]
             else:
                 where = grid_sampling(value, case.flat_shapes, case.query_shape, *sampling, case.points, dtype=dtype)
-            return usual_formulation(value, case.value_shapes, *where)
+            return sample(value, case.value_shapes, *where)
 
         return call
 
-    calls = {"ours": ours, "pytorch": pytorch(dtype)}
+    calls = {"ours": ours, "pytorch": unfused(usual_formulation, dtype)}
     if compute_dtype(dtype) != dtype:
-        calls["pytorch in fp32"] = pytorch(compute_dtype(dtype))
+        calls["pytorch in fp32"] = unfused(usual_formulation, compute_dtype(dtype))
+    if layer is not None:
+        sizes = torch.tensor(case.value_shapes, device=device)
+        starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
+        calls["transformers"] = unfused(
+            lambda value, shapes, *where: layer(value, sizes, list(shapes), starts, *where, 64), dtype
+        )
     return calls
+
+
+def operator_errors(case: Case, dtype: torch.dtype, device: str, batch: int = 2) -> tuple[dict[str, float], bool]:
+    """Differences of the output and of each gradient from the reference in float64, over their largest numbers.
+
+    Also whether a second run gave the same numbers.
+    """
+
+    def reference(value: Tensor, *sampling: Tensor) -> Tensor:
+        if case.query_shape is None:
+            return ms_deform_attn_reference(value, case.flat_shapes, *sampling)
+        return deform_attn_grid_reference(value, case.flat_shapes, case.query_shape, *sampling, case.points)
+
+    def results(call: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        output = call(*leaves)
+        slope = torch.cos(torch.arange(output.numel(), device=device)).view_as(output).to(dtype)
+        return [output.detach(), *torch.autograd.grad(output, leaves, slope.to(output.dtype))]
+
+    inputs, ours = make_inputs(case, dtype, device, batch), implementations(case, dtype)["ours"]
+    first, second = (results(ours, [tensor.clone() for tensor in inputs]) for _ in range(2))
+    exact = results(reference, [tensor.double() for tensor in inputs])
+    names = ("output", "value", *(["sampling"] if case.query_shape else ["locations", "weights"]))
+    errors = {
+        name: ((one.double() - other).abs().max() / other.abs().max()).item()
+        for name, one, other in zip(names, first, exact, strict=True)
+    }
+    return errors, all(map(torch.equal, first, second))
 
 
 def measure_operator(
@@ -143,36 +206,41 @@ def measure_operator(
     batch: int = 1,
     repeats: int = 15,
     threads: int = 1,
+    layer: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """Times forward and backward of every case in every dtype, all implementations in turns in this process.
 
     Where the queries are a map, all start from offsets and logits, so that the others' softmax and locations are timed
     too; otherwise from locations and weights.
 
-    `dtypes` are names out of `DTYPES`, of values, offsets and logits.
+    `dtypes` are names out of `DTYPES`, of values, offsets and logits; `layer` is a `transformers_layer` to time, too.
 
     Returns:
-        A row of `compare` per case, dtype and direction, in milliseconds; "copy" is the copy of as many bytes as have
-        to be read and written at least.
+        A row of `compare` per case, dtype and direction, in milliseconds (of a GPU's kernels alone); "copy" is the copy
+        of as many bytes as have to be read and written at least, which "bytes" counts.
     """
-    clock = clock_for(device, threads)
     rows = []
     with limited_threads(threads):
         for case, name in tqdm(list(itertools.product(cases, dtypes)), desc="cases", leave=False):
             inputs = make_inputs(case, DTYPES[name], device, batch)
-            calls = implementations(case, DTYPES[name])
+            calls = implementations(case, DTYPES[name], layer, device)
             sizes = inputs[0].element_size(), inputs[1].element_size()
             for direction, prepare in (("forward", _forward), ("backward", _backward)):
                 works = {who: prepare(call, inputs) for who, call in calls.items()}
-                works["copy"] = _copy(case.bytes_moved(direction, batch, *sizes) // 2, device)
-                seconds = time_in_turns(works, repeats, clock)
+                moved = case.bytes_moved(direction, batch, *sizes)
+                works["copy"] = copy_of(moved // 2, device)
+                if torch.device(device).type == "cuda":
+                    seconds = take_turns({who: partial(kernel_seconds, work) for who, work in works.items()}, repeats)
+                else:
+                    seconds = time_in_turns(works, repeats, clock_for(device, threads))
                 milliseconds = {who: [1e3 * second for second in own] for who, own in seconds.items()}
                 what = f"{case.name} (D = {case.width}), {name}, {direction}"
-                rows.append(compare(what, "ms", milliseconds, "pytorch"))
+                rows.append(compare(what, "ms", milliseconds, "pytorch") | {"bytes": moved})
     return rows
 
 
-def _copy(size: int, device: str) -> Callable[[], object]:
+def copy_of(size: int, device: str) -> Callable[[], object]:
+    """Copies so many bytes."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tabulate import tabulate
-
 from piip_core.deepspeed_start import BUCKET_SIZE, LIVE_PARAMETERS
 from piip_core.errors import ConfigError
 
@@ -209,6 +207,8 @@ def _answer(setting: Setting, estimates: Sequence[Estimate]) -> str:
 
 def memory_table(report: MemoryReport) -> str:
     """The report as a table in GiB, with its answer and notes."""
+    from tabulate import tabulate  # the GPU check does without
+
     setting = report.setting
     columns: dict[str, Callable[[Estimate], int]] = {
         "parameters": lambda e: e.states.parameters + e.buffers,

@@ -63,7 +63,7 @@ def _mask_bits(check: Check) -> float:
 
 def _check_bits(check: Check, name: str, ours: Tensor) -> None:
     """Compares a boolean tensor with the packed bits of the case."""
-    packed = check.case.tensors[name].numpy()
+    packed = check.case.tensors[name].cpu().numpy()
     padding = (-ours.numel()) % 8
     reference = torch.from_numpy(np.unpackbits(packed)).bool()
     check.equal(name, torch.cat((ours.flatten(), ours.new_zeros(padding))), reference, allowed=_mask_bits(check))
@@ -136,7 +136,7 @@ def _check_mask_targets(check: Check, sampled: list[Instances], num_classes: int
     size = check.case.config["train_cfg"]["rcnn"]["mask_size"]
     masks = torch.cat([x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, size) for x in positive])
     rows, reference = torch.cat(boxes), check.case.tensors["output.pos_rois"]
-    packed = check.case.tensors["output.mask_targets_packed"].numpy()
+    packed = check.case.tensors["output.mask_targets_packed"].cpu().numpy()
     count = reference.shape[0] * size * size
     targets = torch.from_numpy(np.unpackbits(packed, count=count)).bool().reshape(-1, size, size)
     ours, theirs = _lexicographic(rows), _lexicographic(reference)
@@ -145,7 +145,7 @@ def _check_mask_targets(check: Check, sampled: list[Instances], num_classes: int
 
 
 def _lexicographic(rows: Tensor) -> Tensor:
-    return torch.from_numpy(np.lexsort(rows.numpy().T[::-1]))
+    return torch.from_numpy(np.lexsort(rows.cpu().numpy().T[::-1]))
 
 
 def ground_truth(check: Check, images: ImageList) -> list[Instances]:
@@ -154,7 +154,7 @@ def ground_truth(check: Check, images: ImageList) -> list[Instances]:
         instances = Instances(size)
         instances.gt_boxes = Boxes(check.case.tensors[f"input.gt_boxes.{image}"])
         instances.gt_classes = check.case.tensors[f"input.gt_labels.{image}"]
-        packed = check.case.tensors[f"input.gt_masks_packed.{image}"].numpy()
+        packed = check.case.tensors[f"input.gt_masks_packed.{image}"].cpu().numpy()
         shape = (len(instances.gt_boxes), *size)
         bits = np.unpackbits(packed, count=int(np.prod(shape))).reshape(shape)
         instances.gt_masks = BitMasks(torch.from_numpy(bits).bool())
