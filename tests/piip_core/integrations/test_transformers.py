@@ -215,8 +215,10 @@ def test_offloaded_weights_give_the_same_numbers(kind, image, randomize, tmp_pat
 
 
 @torch.no_grad()
-def test_classifier_compiles_in_one_graph(saved, image):
-    _, model = saved
+def test_classifier_compiles_in_one_graph(tiny_config, image):
+    small = tiny_config((16, 8), (32, 64), InteractionConfig(num_interactions=1, num_heads=2), None, depth=1)
+    config = PIIPTransformersConfig.from_classifier(ClassifierConfig(pyramid=small, num_classes=3, pooling="average"))
+    model = PIIPForImageClassification(config).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(image).logits, model(image).logits)
 
