@@ -1,9 +1,11 @@
 """The whole model: places of visual tokens, batches, generation, saving, training mode."""
 
+import copy
 import logging
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -58,6 +60,42 @@ def test_outputs_hold_the_image_features_and_what_the_language_model_returns(tin
 
 
 @torch.no_grad()
+def test_image_features_come_as_other_models_give_them(tiny_llava):
+    model, processor = tiny_llava
+    pixels = processor(text=PROMPTS[1], images=IMAGES[1])["pixel_values"]
+    found = model.get_image_features(pixels, output_hidden_states=True)
+    # tokens of Branch 1, visual tokens, and the maps of both branches after both interactions and at the end
+    assert found.last_hidden_state.shape == (2, 4, model.config.vision_config.hidden_size)
+    assert [len(tokens) for tokens in found.pooler_output] == [model.config.image_seq_length] * 2
+    assert [len(maps) for maps in found.hidden_states] == [2, 2, 2]
+    tower = model.model.vision_tower
+    assert torch.equal(found.hidden_states[-1][0].flatten(2).transpose(1, 2), found.last_hidden_state)
+    assert torch.equal(tower(pixels, return_dict=False)[0][1], found.hidden_states[-1][1])
+    assert model.get_image_features(pixels).hidden_states is None
+    tower.config.output_hidden_states = True
+    assert len(model.get_image_features(pixels, return_dict=False)) == 3
+
+
+@torch.no_grad()
+def test_tuples_hold_what_the_outputs_hold(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    for part in (model, model.model):
+        whole = part(**inputs, return_dict=False)
+        assert isinstance(whole, tuple) and torch.equal(whole[0], part(**inputs)[0])
+
+
+@torch.no_grad()
+def test_offloaded_weights_give_the_same_numbers(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    expected = model(**inputs).logits
+    offloaded = cpu_offload(model, torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    assert torch.equal(offloaded(**inputs).logits, expected)
+
+
+@torch.no_grad()
 def test_nothing_deprecated_is_used(tiny_llava, monkeypatch, recwarn):
     said = []
     monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, message, *args: said.append(message))
@@ -108,6 +146,42 @@ def test_cached_generation_equals_uncached(tiny_llava):
     options = dict(max_new_tokens=10, do_sample=False)
     cached = model.generate(**inputs, **options)
     assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+@torch.no_grad()
+def test_every_way_to_generate_sees_the_images(make_llava):
+    """An assistant that sees what the model sees drafts nothing in vain; prompts in pieces, kept keys, embeddings."""
+    model, processor = make_llava(sharp=True)
+    inputs = processor(text=PROMPTS[1], images=IMAGES[1])
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    expected = model.generate(**inputs, **options)
+    black = {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
+    assert not torch.equal(model.generate(**inputs | black, **options), expected)
+    assert torch.equal(model.generate(**inputs, **options, prefill_chunk_size=3), expected)
+
+    lengths = []
+    assistant = copy.deepcopy(model)
+    drafts = dict(num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0)
+    assistant.generation_config.update(**drafts)
+    counting = model.register_forward_pre_hook(
+        lambda _, args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), expected)
+    counting.remove()
+    assert lengths == [inputs["input_ids"].shape[1] + 4, 3]
+
+    half = model.generate(**inputs, **options | dict(max_new_tokens=4, min_new_tokens=4), return_dict_in_generate=True)
+    name = next(name for name in ("cache", "past_key_values") if name in half)  # renamed in transformers 5.24
+    asked = dict(inputs, input_ids=half.sequences, attention_mask=torch.ones_like(half.sequences))
+    rest = model.generate(**asked, **options | dict(max_new_tokens=4, min_new_tokens=4), **{name: half[name]})
+    assert torch.equal(rest, expected)
+
+    text = processor(text="USER: Hello ASSISTANT:")
+    embeds = model.get_input_embeddings()(text["input_ids"])
+    answer = model.generate(inputs_embeds=embeds, attention_mask=text["attention_mask"], **options)
+    assert torch.equal(model.generate(**text, **options)[:, text["input_ids"].shape[1] :], answer)
+    with pytest.raises(UserError, match="inputs_embeds together with images"):
+        model.generate(**text, inputs_embeds=embeds, pixel_values=inputs["pixel_values"], **options)
 
 
 @torch.no_grad()
