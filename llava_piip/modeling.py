@@ -79,16 +79,13 @@ class PIIPLlavaModel(LlavaModel):
         self.post_init()
 
     @can_return_tuple
-    def get_image_features(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling | tuple:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
         """Visual tokens of images.
 
         Args:
             pixel_values: (N, 3, S, S).
-            output_hidden_states: See `PIIPModelOutput.hidden_states`; None for what the vision tower's configuration
-                says.
-            **kwargs: Accepted as transformers passes them on; not used.
+            **kwargs: `output_hidden_states`, see `PIIPModelOutput.hidden_states`; by default what the vision tower's
+                configuration says. Others are accepted as transformers passes them on, but not used.
 
         Returns:
             With `pooler_output`, a tuple of N tensors (image_seq_length, hidden size), and `last_hidden_state`, the
@@ -100,7 +97,9 @@ class PIIPLlavaModel(LlavaModel):
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (number of images, 3, {size}, {size}), "
                 "as the model's processor makes them"
             )
-        seen = self.vision_tower(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        # No parameter of its own: what is one here `generate` keeps from the language model
+        asked = kwargs.get("output_hidden_states")
+        seen = self.vision_tower(pixel_values, output_hidden_states=asked, return_dict=True)
         return BaseModelOutputWithPooling(
             last_hidden_state=seen.feature_maps[0].flatten(2).transpose(1, 2),
             pooler_output=tuple(self.multi_modal_projector(seen.feature_maps)),
@@ -137,7 +136,8 @@ class PIIPLlavaModel(LlavaModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, return_dict=True)
+            asked = kwargs.get("output_hidden_states")
+            encoded = self.get_image_features(pixel_values, output_hidden_states=asked, return_dict=True)
         images = () if encoded is None else tuple(encoded.pooler_output)
         # Before the embedding, as with images: processes must come to each gradient in the same order
         must_run = not images and (self.training or is_deepspeed_zero3_enabled())

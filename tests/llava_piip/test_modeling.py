@@ -170,7 +170,9 @@ def test_every_way_to_generate_sees_the_images(make_llava):
     counting.remove()
     assert lengths == [inputs["input_ids"].shape[1] + 4, 3]
 
-    half = model.generate(**inputs, **options | dict(max_new_tokens=4, min_new_tokens=4), return_dict_in_generate=True)
+    shown = dict(return_dict_in_generate=True, output_hidden_states=True)
+    half = model.generate(**inputs, **options | dict(max_new_tokens=4, min_new_tokens=4), **shown)
+    assert [states[-1].shape[1] for states in half.hidden_states] == [inputs["input_ids"].shape[1], 1, 1, 1]
     name = next(name for name in ("cache", "past_key_values") if name in half)  # renamed in transformers 5.24
     asked = dict(inputs, input_ids=half.sequences, attention_mask=torch.ones_like(half.sequences))
     rest = model.generate(**asked, **options | dict(max_new_tokens=4, min_new_tokens=4), **{name: half[name]})
