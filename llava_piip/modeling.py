@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import wraps
 from typing import Any
 
@@ -73,6 +72,7 @@ class PIIPLlavaModel(LlavaModel):
 
     def __init__(self, config: PIIPLlavaConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)
+        self.image_size = config.vision_config.image_size
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = make_projector(config, self.vision_tower.pyramid.dims)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
@@ -91,7 +91,7 @@ class PIIPLlavaModel(LlavaModel):
             With `pooler_output`, a tuple of N tensors (image_seq_length, hidden size), and `last_hidden_state`, the
             final tokens of Branch 1 (N, tokens, width).
         """
-        size = self.config.vision_config.image_size
+        size = self.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise UserError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (number of images, 3, {size}, {size}), "
@@ -138,59 +138,54 @@ class PIIPLlavaModel(LlavaModel):
         if encoded is None and pixel_values is not None:
             asked = kwargs.get("output_hidden_states")
             encoded = self.get_image_features(pixel_values, output_hidden_states=asked, return_dict=True)
-        images = () if encoded is None else tuple(encoded.pooler_output)
+        features = None if encoded is None else torch.cat(tuple(encoded.pooler_output))
         # Before the embedding, as with images: processes must come to each gradient in the same order
-        must_run = not images and (self.training or is_deepspeed_zero3_enabled())
+        must_run = features is None and (self.training or is_deepspeed_zero3_enabled())
         zero = self._run_vision_without_effect() if must_run else None
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, images)
-        elif images:
+            inputs_embeds = self._embed(input_ids, features)
+        elif features is not None:
             raise UserError(
                 "inputs_embeds together with images: give input_ids, or put the visual tokens into the embeds"
             )
         if zero is not None:
             inputs_embeds = inputs_embeds + zero
         outputs = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
-        if images:
-            name, value = _image_field(encoded, images)
-            outputs[name] = value
+        if features is not None:
+            # transformers 5.24 renamed the field and put more into it
+            if hasattr(outputs, "image_outputs"):
+                outputs["image_outputs"] = encoded
+            else:
+                outputs["image_hidden_states"] = features
         return outputs
 
-    def _embed(self, input_ids: Tensor, images: tuple[Tensor, ...]) -> Tensor:
+    def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Embeddings of the text, with the visual tokens of images, or of a part of one, at their placeholders."""
         is_image = input_ids == self.config.image_token_id
         # The image token has no row of its own: any other stands in
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if not images and input_ids.shape[1] == 1:
+        if features is None and input_ids.shape[1] == 1:
             return embeds  # a step of generation: spares the check, which waits for the device
         if not torch.compiler.is_compiling():
-            found, needed = int(is_image.sum()), sum(map(len, images))
+            found, needed = int(is_image.sum()), 0 if features is None else len(features)
+            length = self.config.image_seq_length
             if found != needed:
                 raise UserError(
-                    f"input_ids have {found} placeholders for visual tokens, the {len(images)} given images need "
-                    f"{needed} ({self.config.image_seq_length} each): make both with the model's processor, and cut "
-                    "neither"
+                    f"input_ids have {found} placeholders for visual tokens, the {needed // length} given images need "
+                    f"{needed} ({length} each): make both with the model's processor, and cut neither"
                 )
-        if not images:
+        if features is None:
             return embeds
-        return embeds.masked_scatter(is_image.unsqueeze(-1), torch.cat(images).to(embeds.device, embeds.dtype))
+        return embeds.masked_scatter(is_image.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
 
     def _run_vision_without_effect(self) -> Tensor:
         """Zero, as a sum over no visual token of a black image, so that all processes take the same steps.
 
         Every parameter of tower and projectors gets a gradient, zero.
         """
-        size = self.config.vision_config.image_size
         parameter = self.multi_modal_projector.projections["1"].linear_1.weight
-        black = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+        black = torch.zeros(1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype)
         return self.get_image_features(black, return_dict=True).pooler_output[0][:0].sum()
-
-
-def _image_field(encoded: BaseModelOutputWithPooling, images: tuple[Tensor, ...]) -> tuple[str, Any]:
-    """Name and value of what LLaVA's outputs hold of images: transformers 5.24 renamed it and put more into it."""
-    if "image_outputs" in {field.name for field in fields(LlavaModelOutputWithPast)}:
-        return "image_outputs", encoded
-    return "image_hidden_states", torch.cat(images)
 
 
 class PIIPLlavaForConditionalGeneration(PushWithCard, LlavaForConditionalGeneration):

@@ -1,14 +1,18 @@
 """The whole model: places of visual tokens, batches, generation, saving, training mode."""
 
 import copy
+import dataclasses
 import logging
+import pickle
 
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
 
+from piip_core import InteractionConfig
 from piip_core.errors import UserError
 
 
@@ -219,6 +223,36 @@ def test_saved_model_and_processor_come_back_through_auto_classes(tiny_llava, tm
         assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
         assert torch.equal(again.eval()(**second).logits, model(**first).logits)
         assert again.config.image_seq_length == model.config.image_seq_length
+    answer = pipeline("image-text-to-text", model=str(tmp_path), device="cpu")
+    options = dict(max_new_tokens=4, do_sample=False)
+    said = answer(images=IMAGES[1], text=PROMPTS[1], return_full_text=False, generate_kwargs=options)
+    new = model.generate(**first, **options)[0, first["input_ids"].shape[1] :]
+    assert said[0]["generated_text"] == processor.decode(new, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_copies_and_the_compiled_model_give_the_same_numbers(make_llava, tiny_entry, tiny_config):
+    vision = tiny_config((32, 32), (32, 64), InteractionConfig(num_interactions=1, num_heads=2), None, depth=1)
+    model, processor = make_llava(entry=dataclasses.replace(tiny_entry(), vision=vision), num_hidden_layers=1)
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    model.get_image_features(inputs["pixel_values"], output_hidden_states=True)
+    expected = model(**inputs).logits
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    for same in (compiled, pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same(**inputs).logits, expected)
+
+
+def test_adapters_of_peft_in_the_vision_tower_learn(tiny_llava):
+    model, processor = tiny_llava
+    inputs = processor(text=PROMPTS[0], images=IMAGES[0])
+    expected = model(**inputs).logits
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*vision_tower.*\.qkv", r=2))
+    assert torch.equal(adapted(**inputs).logits, expected)
+    # renamed in transformers 5.23
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    adapted.train()(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] > 908, -100)).loss.backward()
+    learning = [name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()]
+    assert len(learning) == 2 and all("lora_B" in name for name in learning)  # the others wait until these are not zero
 
 
 def test_training_step_reaches_every_part_and_checkpointing_changes_nothing(tiny_llava):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -214,13 +215,17 @@ def test_offloaded_weights_give_the_same_numbers(kind, image, randomize, tmp_pat
             assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("kind", [PIIPModel, PIIPForImageClassification, PIIPBackbone])
 @torch.no_grad()
-def test_classifier_compiles_in_one_graph(tiny_config, image):
-    small = tiny_config((16, 8), (32, 64), InteractionConfig(num_interactions=1, num_heads=2), None, depth=1)
+def test_copies_and_compiled_models_give_the_same_numbers(kind, tiny_config, image):
+    small = tiny_config((32, 8), (32, 64), InteractionConfig(num_interactions=1, num_heads=2), None, depth=1)
     config = PIIPTransformersConfig.from_classifier(ClassifierConfig(pyramid=small, num_classes=3, pooling="average"))
-    model = PIIPForImageClassification(config).eval()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(image).logits, model(image).logits)
+    model = kind(config).eval()
+    expected = model(image, output_hidden_states=True)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    for same in (compiled, pickle.loads(pickle.dumps(model))):
+        found = same(image)
+        torch.testing.assert_close(found.to_tuple(), expected.to_tuple()[: len(found)], rtol=0, atol=0)
 
 
 def test_gradient_checkpointing_changes_nothing(saved, image):
