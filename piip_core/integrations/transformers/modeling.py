@@ -220,7 +220,7 @@ class PIIPForImageClassification(_WithHead):
         states, hidden_states = self.states(pixel_values, output_hidden_states)
         logits = self.head(head_inputs(self.classifier_config, states))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        hidden = cast(Any, hidden_states)  # a tuple of tuples: transformers' own models have one branch
+        hidden = cast("Maps | None", hidden_states)  # a tuple of tuples: transformers' own models have one branch
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden)
 
 
