@@ -168,8 +168,8 @@ class PIIPLlavaModel(LlavaModel):
             return embeds  # a step of generation: spares the check, which waits for the device
         if not torch.compiler.is_compiling():
             found, needed = int(is_image.sum()), 0 if features is None else len(features)
-            length = self.config.image_seq_length
             if found != needed:
+                length = self.config.image_seq_length
                 raise UserError(
                     f"input_ids have {found} placeholders for visual tokens, the {needed // length} given images need "
                     f"{needed} ({length} each): make both with the model's processor, and cut neither"
