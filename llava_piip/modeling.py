@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaModelOutputWithPast,
     LlavaPreTrainedModel,
 )
+from transformers.utils import can_return_tuple
 
 from piip_core import PIIP
 from piip_core.errors import UserError
 from piip_core.integrations.transformers import PIIPPreTrainedModel
 from piip_core.integrations.transformers.card import PushWithCard
-from piip_core.integrations.transformers.modeling import build_then_partition
+from piip_core.integrations.transformers.modeling import PIIPModelOutput, build_then_partition
 from piip_core.merging import TokenMerging
+from piip_core.pyramid import to_maps
 
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
-
-
-@dataclass
-class PIIPVisionOutput(ModelOutput):
-    """Attributes: feature_maps: Final map of every branch, (B, C_i, H_i, W_i)."""
-
-    feature_maps: tuple[Tensor, ...] | None = None
 
 
 class PIIPVisionModel(PIIPPreTrainedModel):
@@ -46,11 +41,17 @@ class PIIPVisionModel(PIIPPreTrainedModel):
         self.pyramid = build_then_partition(lambda: PIIP(config.piip))
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> PIIPVisionOutput:
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> PIIPModelOutput | tuple:
         """Feature maps of a batch of images (B, 3, S, S), S being `config.image_size`."""
-        if self.config.feature_block is not None:
-            return PIIPVisionOutput(tuple(self.pyramid.forward_blocks(pixel_values, [self.config.feature_block])))
-        return PIIPVisionOutput(tuple(self.pyramid(pixel_values)))
+        if self.config.feature_block is None:
+            states, hidden_states = self.states(pixel_values, output_hidden_states)
+            return PIIPModelOutput(tuple(to_maps(states)), hidden_states=hidden_states)
+        with self.image(pixel_values) as image:
+            maps = tuple(self.pyramid.forward_blocks(image, [self.config.feature_block]))
+        return PIIPModelOutput(maps, hidden_states=(maps,) if output_hidden_states else None)
 
 
 def make_projector(config: PIIPLlavaConfig, dims: Sequence[int]) -> TokenMerging:
@@ -72,32 +73,41 @@ class PIIPLlavaModel(LlavaModel):
 
     def __init__(self, config: PIIPLlavaConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)
+        self.image_size = config.vision_config.image_size
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = make_projector(config, self.vision_tower.pyramid.dims)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
         """Visual tokens of images.
 
         Args:
             pixel_values: (N, 3, S, S).
-            **kwargs: Accepted as transformers passes them on; not used.
+            **kwargs: `output_hidden_states`, see `PIIPModelOutput.hidden_states`; by default what the vision tower's
+                configuration says. Others are accepted as transformers passes them on, but not used.
 
         Returns:
-            With `pooler_output`, a tuple of N tensors (image_seq_length, hidden size).
+            With `pooler_output`, a tuple of N tensors (image_seq_length, hidden size), and `last_hidden_state`, the
+            final tokens of Branch 1 (N, tokens, width).
         """
-        size = self.config.vision_config.image_size
+        size = self.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise UserError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (number of images, 3, {size}, {size}), "
                 "as the model's processor makes them"
             )
-        dtype = self.multi_modal_projector.projections["1"].linear_1.weight.dtype
-        maps = self.vision_tower(pixel_values.to(dtype)).feature_maps
-        tokens = self.multi_modal_projector(maps)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tuple(tokens))
+        # No parameter of its own: what is one here `generate` keeps from the language model
+        asked = kwargs.get("output_hidden_states")
+        seen = self.vision_tower(pixel_values, output_hidden_states=asked, return_dict=True)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=seen.feature_maps[0].flatten(2).transpose(1, 2),
+            pooler_output=tuple(self.multi_modal_projector(seen.feature_maps)),
+            hidden_states=seen.hidden_states,
+        )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -106,7 +116,7 @@ class PIIPLlavaModel(LlavaModel):
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> LlavaModelOutputWithPast | tuple:
         """Runs the decoder over text with the visual tokens at their placeholders.
 
         Args:
@@ -127,8 +137,9 @@ class PIIPLlavaModel(LlavaModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values)
-        features = None if encoded is None else torch.stack(tuple(encoded.pooler_output))
+            asked = kwargs.get("output_hidden_states")
+            encoded = self.get_image_features(pixel_values, output_hidden_states=asked, return_dict=True)
+        features = None if encoded is None else torch.cat(tuple(encoded.pooler_output))
         # Before the embedding, as with images: processes must come to each gradient in the same order
         must_run = features is None and (self.training or is_deepspeed_zero3_enabled())
         zero = self._run_vision_without_effect() if must_run else None
@@ -140,26 +151,29 @@ class PIIPLlavaModel(LlavaModel):
             )
         if zero is not None:
             inputs_embeds = inputs_embeds + zero
-        outputs = super().forward(inputs_embeds=inputs_embeds, **kwargs)
-        if features is not None and isinstance(outputs, ModelOutput):
-            name, value = _image_field(encoded, features)
-            outputs[name] = value
+        outputs = super().forward(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
+        if features is not None:
+            # transformers 5.24 renamed the field and put more into it
+            if hasattr(outputs, "image_outputs"):
+                outputs["image_outputs"] = encoded
+            else:
+                outputs["image_hidden_states"] = features
         return outputs
 
     def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Embeddings of the text, with the visual tokens put at their placeholders."""
+        """Embeddings of the text, with the visual tokens of images, or of a part of one, at their placeholders."""
         is_image = input_ids == self.config.image_token_id
         # The image token has no row of its own: any other stands in
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if features is None and input_ids.shape[1] == 1:
             return embeds  # a step of generation: spares the check, which waits for the device
         if not torch.compiler.is_compiling():
-            found, images = int(is_image.sum()), 0 if features is None else len(features)
-            length = self.config.image_seq_length
-            if found != images * length:
+            found, needed = int(is_image.sum()), 0 if features is None else len(features)
+            if found != needed:
+                length = self.config.image_seq_length
                 raise UserError(
-                    f"input_ids have {found} placeholders for visual tokens, the {images} given images need "
-                    f"{images * length} ({length} each): make both with the model's processor, and cut neither"
+                    f"input_ids have {found} placeholders for visual tokens, the {needed // length} given images need "
+                    f"{needed} ({length} each): make both with the model's processor, and cut neither"
                 )
         if features is None:
             return embeds
@@ -170,17 +184,9 @@ class PIIPLlavaModel(LlavaModel):
 
         Every parameter of tower and projectors gets a gradient, zero.
         """
-        size = self.config.vision_config.image_size
         parameter = self.multi_modal_projector.projections["1"].linear_1.weight
-        black = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
-        return self.get_image_features(black).last_hidden_state[:, :0].sum()
-
-
-def _image_field(encoded: BaseModelOutputWithPooling, features: Tensor) -> tuple[str, Any]:
-    """Name and value of what LLaVA's outputs hold of images: transformers 5.24 renamed it and put more into it."""
-    if "image_outputs" in {field.name for field in fields(LlavaModelOutputWithPast)}:
-        return "image_outputs", encoded
-    return "image_hidden_states", features.flatten(0, 1)
+        black = torch.zeros(1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype)
+        return self.get_image_features(black, return_dict=True).pooler_output[0][:0].sum()
 
 
 class PIIPLlavaForConditionalGeneration(PushWithCard, LlavaForConditionalGeneration):
@@ -195,15 +201,17 @@ class PIIPLlavaForConditionalGeneration(PushWithCard, LlavaForConditionalGenerat
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | tuple:
         """See `PIIPLlavaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @wraps(LlavaForConditionalGeneration.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(
-        self, *args: Any, mm_encoder_outputs: Any = None, is_first_iteration: bool = False, **kwargs: Any
+        self, *args: Any, mm_encoder_outputs: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As in transformers, which hands on `mm_encoder_outputs` in later versions only (not in 5.16)."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if is_first_iteration or not kwargs.get("use_cache", True):
+        """As in transformers, which drops images for assistants (5.16: for all): they go with their placeholders."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        ids = inputs["input_ids"]
+        if ids is None or (ids.shape[1] > 1 and (ids == self.config.image_token_id).any()):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         return inputs

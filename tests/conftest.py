@@ -37,6 +37,13 @@ from piip_core.files import lock_folder
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the marks of transformers' own tests known; see llava_piip/test_transformers_suite.py."""
+    names = "accelerate_tests executorch_export_test flash_attn_3_test flash_attn_4_test flash_attn_test generate"
+    for name in f"{names} is_training_test onnx_export_test timeout torch_compile_test torch_export_test".split():
+        config.addinivalue_line("markers", name)
+
+
 def pytest_collection_finish() -> None:
     """Lets the garbage collector pass over all that was imported, which takes half a second each time."""
     gc.collect()

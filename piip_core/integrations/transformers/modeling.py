@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import initialization
 from transformers.backbone_utils import BackboneMixin
@@ -21,7 +23,7 @@ from ...checkpoints import load_checkpoint
 from ...classifier import PIIPClassifier, head_inputs
 from ...config import ClassifierConfig
 from ...errors import ConfigError, UserError
-from ...pyramid import PIIP, DensePIIP, dense_maps
+from ...pyramid import PIIP, DensePIIP, dense_maps, to_maps
 from .card import PushWithCard
 from .configuration import PIIPTransformersConfig
 
@@ -32,12 +34,12 @@ Model = TypeVar("Model", bound="PIIPPreTrainedModel")
 
 @dataclass
 class PIIPModelOutput(ModelOutput):
-    """What `PIIPModel` returns.
+    """What models without classifier return.
 
     Attributes:
         feature_maps: Final map of every branch, (B, C_i, H_i, W_i), Branch 1 first.
         pooler_output: What the classifier reads, (B, width): the pooled and normalised features of all branches side by
-            side for separate heads, of the merged map for a merged one.
+            side for separate heads, of the merged map for a merged one. None for a vision tower.
         hidden_states: With `output_hidden_states`: the maps of all branches after each interaction and at the end.
     """
 
@@ -94,15 +96,34 @@ class PIIPPreTrainedModel(PushWithCard):
     def gradient_checkpointing(self, enable: bool) -> None:
         self.pyramid.set_grad_checkpointing(enable)
 
-    def _image(self, pixel_values: Tensor) -> Tensor:
-        """The image where the pyramid is, in its dtype, as transformers' other vision models take it."""
+    @contextmanager
+    def image(self, pixel_values: Tensor) -> Iterator[Tensor]:
+        """Images in the dtype of the model, while its networks have their position tables at hand.
+
+        accelerate brings what it keeps in the main memory or on disk when the forward of its owner is called; a
+        pyramid never calls that of a branch's network.
+        """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise UserError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (batch, 3, height, width), as the image "
                 "processor makes them"
             )
-        parameter = next(self.pyramid.parameters())
-        return pixel_values.to(parameter.device, parameter.dtype)
+        with ExitStack() as stack:
+            for branch in self.pyramid.branches:
+                stack.enter_context(align_module_device(branch.model))
+            yield pixel_values.to(self.dtype)
+
+    def states(
+        self, pixel_values: Tensor, output_hidden_states: bool | None
+    ) -> tuple[list[BranchState], tuple[Maps, ...] | None]:
+        """Final states, and all hidden states where they are asked for."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        after = range(len(self.pyramid.interactions)) if output_hidden_states else ()
+        with self.image(pixel_values) as image:
+            states, between = self.pyramid.forward_states(image, after)
+        hidden_states = tuple(tuple(to_maps(found)) for found in (*(between[k] for k in after), states))
+        return states, hidden_states if output_hidden_states else None
 
     def post_init(self) -> None:
         """Ends construction as transformers does, noting first whether the weights are still on the meta device."""
@@ -149,17 +170,6 @@ class _WithHead(PIIPPreTrainedModel):
         self.classifier_config = config
         self.post_init()
 
-    def _states(
-        self, pixel_values: Tensor, output_hidden_states: bool | None
-    ) -> tuple[list[BranchState], tuple[Maps, ...] | None]:
-        """Final states, and all hidden states where they are asked for."""
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        after = range(len(self.pyramid.interactions)) if output_hidden_states else ()
-        states, between = self.pyramid.forward_states(self._image(pixel_values), after)
-        hidden_states = tuple(_maps(found) for found in (*(between[k] for k in after), states))
-        return states, hidden_states if output_hidden_states else None
-
 
 class PIIPModel(_WithHead):
     """A PIIP without classifier: the maps of all branches, and pooled features."""
@@ -175,9 +185,9 @@ class PIIPModel(_WithHead):
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> PIIPModelOutput | tuple:
         """Maps and pooled features of images (B, 3, H, W), usually of side `config.image_size`."""
-        states, hidden_states = self._states(pixel_values, output_hidden_states)
+        states, hidden_states = self.states(pixel_values, output_hidden_states)
         pooled = self.head(head_inputs(self.classifier_config, states), pre_logits=True)
-        return PIIPModelOutput(_maps(states), pooled, hidden_states)
+        return PIIPModelOutput(tuple(to_maps(states)), pooled, hidden_states)
 
 
 class PIIPForImageClassification(_WithHead):
@@ -207,7 +217,7 @@ class PIIPForImageClassification(_WithHead):
             output_hidden_states: See `PIIPModelOutput.hidden_states`; None for what the configuration says.
             **kwargs: Handed to the loss.
         """
-        states, hidden_states = self._states(pixel_values, output_hidden_states)
+        states, hidden_states = self.states(pixel_values, output_hidden_states)
         logits = self.head(head_inputs(self.classifier_config, states))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         hidden = cast("Maps | None", hidden_states)  # a tuple of tuples: transformers' own models have one branch
@@ -239,14 +249,11 @@ class PIIPBackbone(BackboneMixin, PIIPPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        levels = tuple(dense_maps(self.pyramid, self.merging, self.feature_pyramid, self._image(pixel_values)))
+        with self.image(pixel_values) as image:
+            levels = tuple(dense_maps(self.pyramid, self.merging, self.feature_pyramid, image))
         maps = tuple(x for stage, x in zip(self.stage_names, levels, strict=True) if stage in self.out_features)
         maps = cast(tuple[Tensor], maps)  # as it is declared there
         return BackboneOutput(feature_maps=maps, hidden_states=levels if output_hidden_states else None)
-
-
-def _maps(states: list[BranchState]) -> Maps:
-    return tuple(state.tokens.permute(0, 3, 1, 2) for state in states)
 
 
 def build_then_partition(build: Callable[[], Module]) -> Module:

@@ -1,11 +1,13 @@
 """PIIP through transformers' own interfaces: Auto classes, files, Trainer, pipeline, UperNet."""
 
+import copy
 import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from PIL import Image
 from timm.data import create_transform
 from transformers import (
@@ -196,6 +198,20 @@ def test_upernet_of_transformers_runs_and_trains_on_it(tmp_path, image):
         expected = model.eval()(image).logits
         assert expected.shape == (2, 4, 64, 64)
         torch.testing.assert_close(again(image).logits, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [PIIPModel, PIIPForImageClassification, PIIPBackbone])
+@torch.no_grad()
+def test_offloaded_weights_give_the_same_numbers(kind, image, randomize, tmp_path):
+    """To the main memory, and piece by piece to the disk; class tokens and position tables among them."""
+    model = randomize(kind(PIIPTransformersConfig.from_classifier(classifier_config("class token")))).eval()
+    expected = model(image, return_dict=False)[0]
+    places = {name: ("disk", "cpu")[number % 2] for number, (name, _) in enumerate(model.named_children())}
+    split = dispatch_model(copy.deepcopy(model), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    for offloaded in (cpu_offload(model, torch.device("cpu")), split):
+        assert next(offloaded.pyramid.parameters()).is_meta
+        for found, wanted in zip(offloaded(image, return_dict=False)[0], expected, strict=True):
+            assert torch.equal(found, wanted)
 
 
 def test_gradient_checkpointing_changes_nothing(saved, image):

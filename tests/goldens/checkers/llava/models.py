@@ -46,7 +46,7 @@ def verify_complete_model(case: GoldenCase) -> Check:
     batch = _Batch.of(given, range(len(pixels)), processor.image_seq_length, processor.image_token_id)
     for i, turns in enumerate(case.info["conversations"]):
         _check_conversation(check, processor, i, turns, batch)
-    check.close("output.image_tokens", model.get_image_features(pixels).last_hidden_state)
+    check.close("output.image_tokens", torch.stack(model.get_image_features(pixels).pooler_output))
     inputs = batch.padded(public.get("tokenizer_padding_side", "right"))
     check.equal("output.attention_mask", inputs["attention_mask"])
     check.equal("output.labels", inputs["labels"])
