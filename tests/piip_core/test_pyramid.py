@@ -148,6 +148,7 @@ def test_checkpointing_has_three_modes(tiny_model):
 @pytest.fixture
 def two_branches(tiny_config, randomize):
     """The smallest model with every kind of part; tracing it takes seconds."""
+    torch.compiler.reset()  # another size than an earlier test's would make sizes symbols, which takes minutes
     interaction = InteractionConfig(num_interactions=1, num_heads=4)
     config = tiny_config(dims=(32, 16), sizes=(64, 128), depth=1, window_size=3, interaction=interaction)
     return randomize(DensePIIP(config)).eval()

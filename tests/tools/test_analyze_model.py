@@ -59,7 +59,7 @@ def test_memory(memory):
     report = json.loads(memory("--json", "--gpu-memory", "0.1"))
     assert report["setting"]["input_size"] == [256, 256]
     by_way = {(way["stage"], way["checkpointing"]): way for way in report["estimates"]}
-    assert len(by_way) == 12
+    assert len(by_way) == 11
     assert by_way[0, False]["states"]["parameters"] == 4 * report["params"]
     peaks = [by_way[0, checkpointing]["activations"]["peak"] for checkpointing in (True, "cheap", False)]
     assert peaks == sorted(peaks)

@@ -99,6 +99,12 @@ def build_engine(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optim
             f"optimizer {type(optimizer).__name__}: its steps depend on norms of whole tensors, which ZeRO divides; "
             "expected train.deepspeed.stage=0, or another optimizer such as torch.optim.AdamW"
         )
+    cheap = any(getattr(module, "grad_checkpointing", False) == "cheap" for module in model.modules())
+    if cheap and zero_stage(cfg) == 3:
+        raise ConfigError(
+            "use_act_checkpoint=cheap: expected True or False with train.deepspeed.stage=3, whose linears change in "
+            "place what would be kept"
+        )
     device = torch.device(cfg.train.device)
     deepspeed = import_deepspeed(device.type)
     if not distributed.is_initialized():  # a single process

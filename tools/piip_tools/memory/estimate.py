@@ -175,6 +175,8 @@ def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes:
     for stage in STAGES:
         states = model_states(params, stage, setting.gpus, setting.offload, setting.bucket_size)
         for way in _WAYS:
+            if (stage, way) == (3, "cheap"):  # refused in training
+                continue
             activations = found.get((way, stage == 0), found[way, True])
             total = max(states.total + max(activations.peak, states.step), states.whole) + buffers
             estimates.append(
