@@ -47,7 +47,7 @@ if interpreted:
         if "programs" not in request.node.name:
             monkeypatch.setattr(triton_kernels, "_TILE", 4096)
 
-    def check(inputs, what=""):
+    def check(inputs, fused_only=False):
         """Both operators, outputs and gradients, against float64; queries of the fused form are a line."""
         sampling = inputs.sampling().to(inputs.value.dtype)
         queries = (1, sampling.shape[1])
@@ -64,19 +64,21 @@ if interpreted:
                 (inputs.value, sampling),
             ),
         )
-        for call, reference, leaves in forms:
+        for call, reference, leaves in forms[fused_only:]:
             exact = results(reference, [leaf.double() for leaf in leaves], inputs.grad_output.double())
             ours = results(call, leaves, inputs.grad_output)
             assert [a.dtype for a in ours] == [inputs.value.dtype, *[leaf.dtype for leaf in leaves]]
-            errors = relative_errors(ours, exact)
-            assert max(errors) < TOLERANCE[inputs.value.dtype], f"{what} {errors}"
+            assert max(relative_errors(ours, exact)) < TOLERANCE[inputs.value.dtype]
 
     ALL = [(6, dtype) for dtype in TOLERANCE] + [(12, torch.bfloat16), (24, torch.float16), (32, torch.float32)]
     ALL += [(40, torch.bfloat16), (64, torch.float16), (100, torch.float32), (100, torch.bfloat16)]
 
     @pytest.mark.parametrize(("width", "dtype"), ALL, ids=str)
     def test_widths(make_inputs, width, dtype):
-        check(make_inputs(1, 2, width, 3, points=2 if width == 6 else 1, dtype=dtype))
+        if width == 6:
+            check(make_inputs(1, 2, width, 3, points=2, dtype=dtype))
+        else:  # the two forms go through the same tiles
+            check(make_inputs(1, 2, width, 3, points=1, dtype=dtype), fused_only=True)
 
     def test_several_programs_and_tiles_of_channels(make_inputs):
         check(make_inputs(1, 3, 130, 2, points=1, dtype=torch.float32))
