@@ -95,7 +95,7 @@ def _operator_facts() -> dict[str, Any]:
         "compiled": status.compiled,
         "reason": status.reason,
         "cpu_kernels": status.cpu_capability or none,
-        "cuda_kernels": f"CUDA {major}.{minor // 10}" if major else none,
+        "cuda_kernels": f"CUDA {major}.{minor // 10}" if major else "Triton" if "cuda" in status.triton else none,
         "build": status.build,
         "self_test": {device: _self_test(device) for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()},
     }

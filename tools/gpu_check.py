@@ -26,16 +26,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {  # of each step in order, less than eight minutes together
     "machine": 15,
-    "build": 80,
+    "build": 75,
     "operator": 30,
     "operator_tests": 40,
-    "sanitizer": 45,
-    "goldens": 45,
+    "sanitizer": 40,
+    "goldens": 40,
     "operator_speed": 50,
-    "backbones": 50,
+    "triton": 40,
+    "backbones": 45,
     "memory": 30,
     "chat": 35,
-    "compiled": 55,
+    "compiled": 35,
 }
 LEFT_OUT = 77  # exit status of a step that needs what is not installed
 _SHOWN = 15  # last lines of what a step printed that failed

@@ -4,6 +4,7 @@ from ._library import STATUS as operator_status  # noqa: N811  (it changes when 
 from ._library import OperatorStatus
 from .functional import deform_attn_grid, ms_deform_attn
 from .module import MSDeformAttn
+from .patching import patch
 from .reference import deform_attn_grid_reference, make_reference_points, ms_deform_attn_reference
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_reference",
     "operator_status",
+    "patch",
 ]

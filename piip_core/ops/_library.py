@@ -1,13 +1,14 @@
 """Registers the operators with PyTorch; the one place that decides which kernels serve them.
 
 `piip::ms_deform_attn` samples at given locations with given weights, `piip::deform_attn_grid` makes both out of what a
-linear layer predicts. The compiled library, where it was built, brings the CPU and perhaps the CUDA kernels. Every
-other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch reference through the same operators,
-so autograd, torch.compile and torch.export see no difference.
+linear layer predicts. The compiled library, where it was built, brings the CPU and perhaps the CUDA kernels. GPUs that
+it has none for get Triton's. Every other case (not built, another device, PIIP_DISABLE_EXTENSION=1) runs the PyTorch
+reference through the same operators, so autograd, torch.compile and torch.export see no difference.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ class OperatorStatus:
         reason: Why the library is or is not loaded, in a sentence for the user.
         cpu_capability: Instruction set of the CPU kernels in use: "default", "avx2" or "avx512".
         cuda_version: CUDA runtime version (13000 for 13.0) the CUDA kernels were compiled with, None without them.
+        triton: Types of the devices that kernels in Triton serve: "cuda" where there are no compiled ones for GPUs.
         build: What setup.py recorded when it built (or could not build) the library, None if it left no record.
     """
 
@@ -73,6 +76,7 @@ class OperatorStatus:
     reason: str
     cpu_capability: str | None = None
     cuda_version: int | None = None
+    triton: tuple[str, ...] = ()
     build: dict[str, Any] | None = None
 
 
@@ -90,7 +94,7 @@ def _load_library() -> OperatorStatus:
     _KEEP_ALIVE.append(library)
     build = _read_build_record()
     path = next(iter(sorted(_PACKAGE.glob("_kernels*.so"))), None)
-    if os.environ.get("PIIP_DISABLE_EXTENSION", "0") not in ("", "0"):
+    if _disabled():
         reason = "switched off by the environment variable PIIP_DISABLE_EXTENSION"
     elif path is None:
         cause = "no build is on record" if build is None else "; ".join(build["errors"]) or "its file is gone"
@@ -103,14 +107,30 @@ def _load_library() -> OperatorStatus:
                 f"{path.name} cannot be loaded with torch {torch.__version__} ({error.__cause__ or error}); {_REBUILD}"
             )
         else:
+            cuda_version = torch.ops.piip.cuda_version() or None
             return OperatorStatus(
                 compiled=True,
                 reason=f"loaded {path}",
                 cpu_capability=torch.ops.piip.cpu_capability(),
-                cuda_version=torch.ops.piip.cuda_version() or None,
+                cuda_version=cuda_version,
+                triton=() if cuda_version else _served_by_triton(),
                 build=build,
             )
-    return OperatorStatus(compiled=False, reason=reason, build=build)
+    return OperatorStatus(compiled=False, reason=reason, triton=_served_by_triton(), build=build)
+
+
+def _disabled() -> str:
+    """What is not to be used: "1" all kernels, "compiled" those of the library, "" nothing."""
+    wish = os.environ.get("PIIP_DISABLE_EXTENSION", "0")
+    return "" if wish == "0" else wish
+
+
+def _served_by_triton() -> tuple[str, ...]:
+    if _disabled() not in ("", "compiled") or not importlib.util.find_spec("triton"):
+        return ()
+    # Its interpreter runs kernels on CPUs, for tests
+    interpreted = _disabled() == "compiled" and os.environ.get("TRITON_INTERPRET") == "1"
+    return ("cuda",) * (torch.version.cuda is not None) + ("cpu",) * interpreted
 
 
 _KEEP_ALIVE: list[torch.library.Library] = []
@@ -123,7 +143,7 @@ def _warn_once(message: str) -> None:
 
 
 def _warn_reference_in_use(value: Tensor) -> None:
-    if not STATUS.compiled and os.environ.get("PIIP_DISABLE_EXTENSION", "0") in ("", "0"):
+    if not STATUS.compiled and not _disabled():
         _warn_once(
             "The compiled deformable-attention operator is not available, the PyTorch reference runs instead: right, "
             f"but several times slower. Reason: {STATUS.reason}."
@@ -182,7 +202,29 @@ def _new_gradients(*inputs: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
 
 
-# The reference serves every backend that the compiled library does not; a kernel registered for a backend goes first.
+@cache
+def _triton_kernels(device: torch.device) -> ModuleType | None:
+    """The module of Triton's kernels, if they run on the device, which takes a C compiler, and a GPU that it serves."""
+    try:
+        from . import triton_kernels
+
+        one = torch.ones(1, 1, 1, 1, device=device)
+        triton_kernels.deform_attn_grid(one, (1, 1), (1, 1), torch.zeros(1, 1, 3, device=device), 1)
+    except Exception as error:  # compilers and drivers fail in every possible way
+        _warn_once(f"Triton's kernels of deformable attention do not run on {device}: {type(error).__name__}: {error}")
+        return None
+    return triton_kernels
+
+
+def _through_triton(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        kernels = _triton_kernels(arguments[0].device)
+        return reference(*arguments) if kernels is None else getattr(kernels, name)(*arguments)
+
+    return call
+
+
+# The reference serves every backend that nothing else does; a kernel registered for a backend goes first.
 for _name, _reference, _fake in (
     ("piip::ms_deform_attn", _forward_reference, lambda value, _, locations, weights: _new_output(value, locations)),
     ("piip::ms_deform_attn_backward", _backward_reference, lambda _, *inputs, **__: _new_gradients(*inputs)),
@@ -195,6 +237,8 @@ for _name, _reference, _fake in (
 ):
     _fragment = torch.library.Library("piip", "IMPL")
     _fragment.impl(_name, _reference, "CompositeExplicitAutograd")
+    for _device in STATUS.triton:
+        _fragment.impl(_name, _through_triton(_name.removeprefix("piip::"), _reference), _device.upper())
     _KEEP_ALIVE.append(_fragment)
     torch.library.register_fake(_name, _fake)
 

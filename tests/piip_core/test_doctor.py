@@ -16,6 +16,7 @@ def test_report_tells_the_state_of_this_environment():
     assert report["operator"]["self_test"]["cpu"].startswith("ok")
     assert report["torch"]["cuda_available"] == torch.cuda.is_available()
     text = doctor.format_report(report)
+    assert ("cuda_kernels: Triton" in text) == ("cuda" in operator_status.triton)
     for needed in (torch.__version__.split("+")[0], "nvcc", "CUDA_HOME", "self_test", "detectron2"):
         assert needed in text
 

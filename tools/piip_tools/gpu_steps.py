@@ -62,11 +62,11 @@ def build(device: str, small: bool) -> Steps:
 
 def operator(device: str, small: bool) -> Steps:
     """Output and gradients at all shapes against float64, in every precision, also deterministic."""
-    from .benchmarks.operators import CASES, DTYPES, operator_errors
+    from .benchmarks.operators import DTYPES, operator_errors
 
     yield _compiled_operator(device)
     yield "Largest difference from the reference in float64, over its largest number."
-    choices = itertools.product(CASES[4:6] if small else CASES, TOLERANCE.items(), (False, True))
+    choices = itertools.product(_cases(device, small), TOLERANCE.items(), (False, True))
     wrong = 0
     for case, (dtype, tolerance), deterministic in choices:
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -133,7 +133,7 @@ def goldens(device: str, small: bool) -> Steps:
 
 def operator_speed(device: str, small: bool) -> Steps:
     """The operator beside PyTorch's formulation, transformers' kernel, and copies of memory."""
-    from .benchmarks.operators import CASES, copy_of, measure_operator, transformers_layer
+    from .benchmarks.operators import copy_of, measure_operator, transformers_layer
     from .timing import clock_for, kernel_seconds, time_in_turns
 
     yield _compiled_operator(device)
@@ -151,7 +151,7 @@ def operator_speed(device: str, small: bool) -> Steps:
     except Exception as error:  # not installed, no network, no build for this PyTorch
         yield f"Left out: transformers' kernel ({error})."
     options = dict(device=device, repeats=1 if small else 5, threads=torch.get_num_threads())
-    for case, dtype in itertools.product(CASES[4:6] if small else CASES, TOLERANCE):
+    for case, dtype in itertools.product(_cases(device, small), TOLERANCE):
         try:
             rows = measure_operator([case], [dtype], layer=layer, **options)
         except RuntimeError as error:  # theirs has no kernel for some dtypes
@@ -163,6 +163,16 @@ def operator_speed(device: str, small: bool) -> Steps:
             ratios = {f"{name} : ours": times[name] and times[name] / times["ours"] for name in list(times)[1:]}
             bytes_moved = {"GB/s": 1e-9 * speed, "of the large copy": speed / bandwidth}
             yield {"what": row["what"]} | times | ratios | bytes_moved
+
+
+def triton(device: str, small: bool) -> Steps:
+    """`operator` and `operator_speed` of two shapes with the kernels in Triton, on a CPU in its interpreter."""
+    _need("triton", importlib.util.find_spec("triton"))
+    # Before the first import of the operator and of Triton
+    os.environ["PIIP_DISABLE_EXTENSION"] = "compiled"
+    os.environ["TRITON_INTERPRET"] = str(int(device == "cpu"))
+    yield from operator(device, small)
+    yield from operator_speed(device, small)
 
 
 def _backbones(device: str, small: bool, *, compiled: bool) -> Steps:
@@ -248,6 +258,7 @@ STEPS: Mapping[str, Callable[[str, bool], Steps]] = {
     "sanitizer": sanitizer,
     "goldens": goldens,
     "operator_speed": operator_speed,
+    "triton": triton,
     "backbones": partial(_backbones, compiled=False),
     "memory": memory,
     "chat": chat,
@@ -295,11 +306,25 @@ def _fail_if(wrong: int, what: str) -> None:
 
 
 def _compiled_operator(device: str) -> str:
+    from piip_core.ops import operator_status as status
+
+    if device in status.triton:
+        return f"Kernels: Triton's, the compiled operator: {status.reason}."
+    if not (status.cuda_version if device == "cuda" else status.compiled):
+        raise SystemExit(f"no kernels for {device}: {status.reason}, {status.build}")
+    return f"Kernels: {status.cpu_capability}, CUDA {status.cuda_version}, {status.build}."
+
+
+def _cases(device: str, small: bool) -> Sequence[Any]:
+    """The operator's shapes; few for Triton, which compiles for each of them, and a tiny one for its interpreter."""
     from piip_core.ops import operator_status
 
-    if not (operator_status.cuda_version if device == "cuda" else operator_status.compiled):
-        raise SystemExit(f"no kernels for {device}: {operator_status.reason}, {operator_status.build}")
-    return f"Kernels: {operator_status.cpu_capability}, CUDA {operator_status.cuda_version}, {operator_status.build}."
+    from .benchmarks.operators import CASES, Case
+
+    if device in operator_status.triton:
+        tiny = Case(name="tiny", query_shape=(3, 4), value_shapes=((4, 5),), width=6, heads=2)
+        return [tiny] if small else CASES[::7]
+    return CASES[4:6] if small else CASES
 
 
 def main(arguments: Sequence[str]) -> None:
