@@ -72,7 +72,8 @@ class Predictions:
             raise UserError("to_supervision needs the package supervision: pip install supervision") from None
         boxes = supervision.mask_to_xyxy(self.masks) if self.boxes is None else self.boxes
         names = {"class_name": np.array(self.names, dtype=str)}
-        return supervision.Detections(boxes, self.masks, self.scores, self.classes, data=names)
+        found = {"mask": self.masks, "confidence": self.scores, "class_id": self.classes}
+        return supervision.Detections(xyxy=boxes, **found, data=names)
 
 
 class Detector:

@@ -192,10 +192,10 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     run = (_DeepSpeedRun if zero else _Run)(cfg, model, loader, table, last)
     whole = (lambda: _evaluate_all(evaluate, run.whole_model(), average)) if evaluate else None
     saves = Saves(run.save)
-    best = None
-    if evaluate and OmegaConf.select(cfg, "train.best.metric"):
-        if zero:
-            raise ConfigError("train.best.metric: expected null with train.deepspeed.stage")
+    best, wanted = None, OmegaConf.select(cfg, "train.best.metric")
+    if zero and (wanted or cfg.train.get("micro_batch")):
+        raise ConfigError("train.best.metric, train.micro_batch: expected null with train.deepspeed.stage")
+    if evaluate and wanted:
         kept, period = average.model if average else model, cfg.train.eval_period
         note = {"categories": table.state_dict()}
         best = BestModel(kept, cfg.train.output_dir, note, period=period, **cfg.train.best)

@@ -183,6 +183,7 @@ def test_boxes_of_every_form_are_the_same(form, tmp_path):
     data = read_folder(tmp_path / "data", tmp_path / "work")
     assert str(data) == f"{name}, 5 training and 2 validation images, 2 classes"
     assert (data.task, data.classes) == ("detect", ("cat", "dog"))
+    assert (tmp_path / "work").exists() == (name != "COCO")
     assert (_objects(data, "train"), _objects(data, "test")) == (_expected("train"), _expected("val"))
     for key in ("train", "test"):  # and the project's checker has nothing against them
         files = (data.settings[f"data.{key}.{each}"] for each in ("annotations", "images"))

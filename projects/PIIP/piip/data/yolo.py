@@ -15,13 +15,24 @@ from .dataset import DatasetError, find_files, first_few, read_all, read_image_s
 
 _ROUNDING = 1e-3  # of coordinates that a tool wrote with few digits
 _READERS = 16  # threads: reading headers is waiting for the disk
-_NO_LABELS = ("classes", "train", "val", "valid", "test", "README")  # other text files that tools write
+_NO_LABELS = (
+    "classes",
+    "names",
+    "labels",
+    "train",
+    "val",
+    "valid",
+    "test",
+    "README",
+)  # other text files that tools write
 
 
 def find_yolo(root: Path) -> bool:
     """Whether a folder looks like it: a YAML file with class names, or text files in a folder of labels."""
-    labels = (folder for pattern in ("labels", "*/labels") for folder in root.glob(pattern))
-    return bool(_descriptions(root)) or any(next(folder.rglob("*.txt"), None) for folder in labels)
+    files = (
+        path for pattern in ("labels", "*/labels") for folder in root.glob(pattern) for path in folder.rglob("*.txt")
+    )
+    return bool(_descriptions(root)) or any(path.stem not in _NO_LABELS for path in files)
 
 
 def read_yolo(root: Path) -> dict[str, tuple[dict[str, Any], Path]]:
