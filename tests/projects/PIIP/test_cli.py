@@ -184,7 +184,7 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
         ),
         (
             "train --data {digits} --model sbl_384_192_128",
-            "is for classify, not for segment: `piip models --task segment` lists",
+            "is for classify, not for segment: `piip models --task",
         ),
         ("train --data {digits} --task classify", "task='classify': expected segment or detect: that is what the data"),
         ("train --data nowhere", "nowhere: no such folder"),
