@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -125,9 +124,9 @@ class Detector:
         run = (
             Path(output) if output else Path("output", "_".join(filter(None, (Path(data).resolve().stem, self._name))))
         )
-        if not (run / "last_checkpoint").is_file():
-            shutil.rmtree(run / "data", ignore_errors=True)
-        found = read_folder(data, run / "data", form=form, share=share, seed=given.seed)
+        fresh = not (run / "last_checkpoint").is_file()
+        how = dict(form=form, share=share, seed=given.seed, overwrite=fresh)
+        found = read_folder(data, run / "converted", **how)
         print(f"{data}: {found}")
         name = self._name or DEFAULT_MODELS.get(given.task or found.task)
         cfg, lines = compose(found, name, run, given)
@@ -164,8 +163,7 @@ class Detector:
         output = (self._run or Path("output", self._name or "")) / "evaluation"
         settings: dict[str, Any] = {}
         if data is not None:
-            shutil.rmtree(output / "data", ignore_errors=True)
-            found = read_folder(data, output / "data", form=form, share=0.0)
+            found = read_folder(data, output / "converted", form=form, share=0.0)
             print(f"{data}: {found}")
             settings = found.settings
             for key in ("annotations", "images", "labels"):  # the training part is all there is

@@ -212,7 +212,9 @@ def test_a_split_is_made_once_and_written_down(write, tmp_path):
     other = read_folder(tmp_path / "data", tmp_path / "other", share=0.4, seed=4)
     assert _objects(other, "test").keys() != test.keys()
     with pytest.raises(DatasetError, match="the data set has changed since: name another --output"):
-        read_folder(tmp_path / "data", tmp_path / "work", share=0.4, seed=4)
+        read_folder(tmp_path / "data", tmp_path / "work", share=0.4, seed=4, overwrite=False)
+    with pytest.raises(DatasetError, match="work: lies in the data set: name another --output"):
+        read_folder(tmp_path / "data", tmp_path / "data" / "work")
 
 
 def maps(root: Path, part: str = "", count: int = 5) -> None:
@@ -228,7 +230,14 @@ def test_label_maps(tmp_path):
     maps(tmp_path / "one")
     data = read_folder(tmp_path / "one", tmp_path / "work")
     assert str(data).startswith("label maps, 4 training and 1 validation images, 3 classes; 20% chosen")
-    assert len(list(Path(data.settings["data.train.labels"]).iterdir())) == 4
+    links = [sorted(Path(data.settings[f"data.{part}.labels"]).iterdir()) for part in ("train", "test")]
+    assert list(map(len, links)) == [4, 1]
+    with pytest.raises(DatasetError, match="the data set has changed since"):
+        read_folder(tmp_path / "one", tmp_path / "work", seed=1, overwrite=False)
+    read_folder(tmp_path / "one", tmp_path / "work", seed=1)
+    again = [sorted(Path(data.settings[f"data.{part}.labels"]).iterdir()) for part in ("train", "test")]
+    assert list(map(len, again)) == [4, 1]
+    assert again != links
     maps(tmp_path / "two", "train", 3)
     maps(tmp_path / "two", "val", 2)
     _write(tmp_path / "two" / "names.txt", "sky\nsea\nland\nroad\n")
@@ -322,6 +331,7 @@ _BAD = {
     "empty": (lambda root: root.mkdir(), "the folder is empty"),
     "unknown": (lambda root: _write(root / "notes.doc", "x"), "holds none of the forms that are known"),
     "several": (_after(yolo, coco), "could be coco or yolo: say which by --format"),
+    "format": (_after(coco, lambda root: root), "'tfrecord': expected one of"),
     "one image": (lambda root: maps(root, count=1), r"1 image\(s\): expected at least two"),
 }
 
@@ -331,7 +341,7 @@ def test_what_is_wrong_is_said_with_file_and_line(case, tmp_path):
     write, words = _BAD[case]
     write(tmp_path / "data")
     with pytest.raises(ValueError, match=words) as error:
-        read_folder(tmp_path / "data", tmp_path / "work")
+        read_folder(tmp_path / "data", tmp_path / "work", form="tfrecord" if case == "format" else None)
     assert "\n" not in str(error.value)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from piip_core.errors import check_choice
 from piip_core.files import write_atomically
 from piip_core.images import image_endings
 
@@ -60,6 +61,38 @@ class _Request:
     work: Path
     share: float
     seed: int
+    overwrite: bool
+
+    def write(self, part: str, data: dict[str, Any]) -> str:
+        """Writes an annotation file; returns its path."""
+        path, text = self.work / f"{part}.json", json.dumps(data)
+        if path.is_file() and path.read_text() != text:
+            self.check_overwrite(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path, "w") as file:
+            file.write(text)
+        return str(path.absolute())
+
+    def link(self, part: str, pairs: Sequence[Pair]) -> tuple[Path, Path]:
+        """Folders of links to the images and label maps of a part."""
+        base = self.work / part
+        wanted = {
+            base / kind / f"{pair.name}{source.suffix}": source.absolute()
+            for pair in pairs
+            for kind, source in (("images", Path(pair.image)), ("labels", Path(pair.labels)))
+        }
+        for link in [path for path in base.rglob("*") if path.is_symlink() and path not in wanted]:
+            self.check_overwrite(link)
+            link.unlink()
+        for link, source in wanted.items():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(source)
+        return base / "images", base / "labels"
+
+    def check_overwrite(self, path: Path) -> None:
+        if not self.overwrite:
+            raise DatasetError(f"{path}: the data set has changed since: name another --output, or put it back")
 
     @property
     def split(self) -> str:
@@ -77,7 +110,13 @@ class _Request:
 
 
 def read_folder(
-    folder: str | Path, work: str | Path, *, form: str | None = None, share: float = 0.2, seed: int = 0
+    folder: str | Path,
+    work: str | Path,
+    *,
+    form: str | None = None,
+    share: float = 0.2,
+    seed: int = 0,
+    overwrite: bool = True,
 ) -> OwnData:
     """Recognises a folder by its content, and makes what the project's readers need of it.
 
@@ -90,6 +129,7 @@ def read_folder(
         form: One of `FORMS`, where a folder could be several.
         share: Part of the images held out for validation where there are none; 0: none.
         seed: Of that choice.
+        overwrite: Whether what an earlier call wrote may be replaced by something else.
 
     Raises:
         DatasetError: If it is of no form, or of several, or a file in it cannot be used.
@@ -97,13 +137,17 @@ def read_folder(
     root = Path(folder)
     if root.is_file() and root.suffix in (".yaml", ".yml"):
         root, form = root.parent, form or "yolo"
+    if Path(work).resolve().is_relative_to(root.resolve()):
+        raise DatasetError(f"{work}: lies in the data set: name another --output")
     if not root.is_dir():
         raise DatasetError(f"{folder}: no such folder (looked from {Path.cwd()}): expected a data set")
     inner = [path for path in root.iterdir() if path.name[0] != "." and path.name != "__MACOSX"]
     if not inner:
         raise DatasetError(f"{folder}: the folder is empty: expected a data set")
     if len(inner) == 1 and inner[0].is_dir() and not next(_images(inner[0]), None):  # as archives unpack
-        return read_folder(inner[0], work, form=form, share=share, seed=seed)
+        return read_folder(inner[0], work, form=form, share=share, seed=seed, overwrite=overwrite)
+    if form is not None:
+        check_choice("--format", form, tuple(FORMS))
     found = [form] if form else [name for name, (recognise, _) in FORMS.items() if recognise(root)]
     if found != ["classes"] and not form:
         found = [name for name in found if name != "classes"]  # any sub-folders with images look like classes
@@ -114,7 +158,7 @@ def read_folder(
             f"{folder}: holds none of the forms that are known: COCO (annotations/*.json or */{_ROBOFLOW}), YOLO "
             "(data.yaml), Pascal VOC (Annotations/*.xml), label maps (images/ and masks/*.png), a folder per class"
         )
-    return FORMS[found[0]][1](_Request(root, Path(work), share, seed))
+    return FORMS[found[0]][1](_Request(root, Path(work), share, seed, overwrite))
 
 
 # ---- COCO, and what is converted to it ----
@@ -177,7 +221,7 @@ def _coco_data(
         parts = {name: (_subset(data, part), images) for name, part in zip(("train", "val"), divided, strict=True)}
     for part, (data, _) in parts.items():
         if part not in files:
-            files[part] = _write_json(request.work / f"{part}.json", data)
+            files[part] = request.write(part, data)
     settings: dict[str, Any] = {"data.test.annotations": None}
     for part, key in (("train", "train"), ("val", "test")):
         if part in parts:
@@ -198,16 +242,6 @@ def _has_masks(data: dict[str, Any]) -> bool:
     """Whether all objects, and at least one, have a mask."""
     objects = [each for each in data.get("annotations", []) if isinstance(each, dict) and not each.get("iscrowd")]
     return bool(objects) and all(annotation.get("segmentation") for annotation in objects)
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> str:
-    text = json.dumps(data)
-    if path.is_file() and path.read_text() != text:
-        raise DatasetError(f"{path}: the data set has changed since: name another --output, or put it back as it was")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path, "w") as file:
-        file.write(text)
-    return str(path.absolute())
 
 
 def _converted(form: str, read: Callable[[Path], dict[str, tuple[dict[str, Any], Path]]]) -> Callable[..., OwnData]:
@@ -248,7 +282,7 @@ def _read_maps(request: _Request) -> OwnData:
     if "val" not in pairs and request.share:
         divided, split = request.divide(pairs["train"]), request.split
         pairs = dict(zip(("train", "val"), divided, strict=True))
-        parts = {part: _linked(request.work / part, chosen) for part, chosen in pairs.items()}
+        parts = {part: request.link(part, chosen) for part, chosen in pairs.items()}
     settings: dict[str, Any] = {"data.classes": list(classes.names), "data.test.labels": None}
     for part, key in (("train", "train"), ("val", "test")):
         if part in pairs:
@@ -265,17 +299,6 @@ def _count_classes(pairs: Sequence[Pair]) -> int:
         labels = read_label_map(pair.labels, every)
         largest = max(largest, int(labels[labels != IGNORE_LABEL].max(initial=0)))
     return largest + 1
-
-
-def _linked(folder: Path, pairs: Sequence[Pair]) -> tuple[Path, Path]:
-    """Folders of links to the files of a part."""
-    for pair in pairs:
-        for kind, source in (("images", Path(pair.image)), ("labels", Path(pair.labels))):
-            link = folder / kind / f"{pair.name}{source.suffix}"
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(source.absolute())
-    return folder / "images", folder / "labels"
 
 
 def _images(folder: Path) -> Iterator[Path]:
