@@ -14,7 +14,8 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
 from piip.data.folders import OwnData
-from piip.lazy_config import load_config
+from piip.lazy import lazy_dataclass
+from piip.lazy_config import load_config, training_size
 from piip_core import zoo
 from piip_core.errors import ConfigError, OutputFolderError, check, check_choice
 from piip_core.files import explain_write_errors
@@ -28,6 +29,12 @@ DEFAULT_MODELS = {
     "segment": "piip_tsb_1120_896_448",
     "semantic": "piip_tsb_896_448_336_upernet",
     "classify": "piip_tsb_368_192_128",
+}
+_HEADS = {
+    "mask_rcnn": ("segment", "detect"),
+    "cascade_mask_rcnn": ("segment",),
+    "dino": ("detect",),
+    "upernet": ("semantic",),
 }
 _TINY = {"detect": "mask_rcnn", "segment": "mask_rcnn", "semantic": "upernet", "classify": "classifier"}
 _METRICS = {"detect": "bbox/AP", "segment": "segm/AP", "semantic": "sem_seg/mIoU", "classify": "classification/top1"}
@@ -90,19 +97,19 @@ def models() -> Iterator[Model]:
     for task in TASKS:
         yield Model(TINY, (task,), CONFIGS / "demo" / f"piip_digits_{_TINY[task]}.py")
     for entry in zoo.entries():
-        tasks = {"upernet": ("semantic",), "dino": ("detect",)}.get(entry.head, ("segment", "detect"))
-        yield Model(entry.name, tasks, CONFIGS / entry.config_file, entry)
+        yield Model(entry.name, _HEADS[entry.head], CONFIGS / entry.config_file, entry)
     for classifier in zoo.classification_entries():
         yield Model(classifier.name, ("classify",), CONFIGS / classifier.config_file, classifier)
 
 
 def find_model(name: str, task: str | None = None) -> Model:
-    """A model by name, `piip_` in front or not; of "tiny" that for the task.
+    """A model by name, `piip_` in front or not, or by that of its released file; of "tiny" that for the task.
 
     Raises:
         ConfigError: For an unknown name, whose closest ones it lists, or one that is not for the task.
     """
     known = {model.name: model for model in models() if model.name != TINY or task in (None, *model.tasks)}
+    name = {released.name: released.entry.name for released in zoo.released_models()}.get(name, name)
     if name not in known:
         name = name if name.startswith("piip_") else f"piip_{name}"
         name = name if name in known else zoo.find(name).name
@@ -133,13 +140,13 @@ def compose(data: OwnData, name: str | None, output: str | Path, options: TrainO
     train.amp.enabled = train.amp.enabled and train.device != "cpu"
     if train.device == "cpu":
         cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
+    start = _start(cfg, model, options)
     _fit_model(cfg, model, task, options)
     lines = [_fit_batch(cfg, task, data.counts[0], options), _fit_schedule(cfg, model, data.counts[0], options)]
     train.ema.decay, train.ema.use_warmup = options.ema, True
     prefix = "" if options.ema is None else "ema/"
     train.best = {"metric": prefix + _METRICS[task], "patience": options.patience}
-    lines.insert(0, f"{model.name} for {task}, {_start(cfg, model, options)}, on {train.device}")
-    return cfg, lines
+    return cfg, [f"{model.name} for {task}, {start}, on {train.device}", *lines]
 
 
 def _fit_model(cfg: DictConfig, model: Model, task: str, options: TrainOptions) -> None:
@@ -148,8 +155,9 @@ def _fit_model(cfg: DictConfig, model: Model, task: str, options: TrainOptions) 
         cfg.dataloader.train.mapper.use_instance_mask = False
         for part in ("mask_in_features", "mask_pooler", "mask_head"):
             cfg.model.roi_heads[part] = None
-    elif task == "detect" and "mask_heads" in cfg.model.get("roi_heads", {}):
-        raise ConfigError(f"model {model.name} is for segment: a cascade without masks has no recipe")
+    if task == "semantic":
+        for head in (cfg.model.sem_seg_head, cfg.model.auxiliary_head):  # torch's own wants several GPUs
+            head.norm = "BN" if options.gpus == 1 else head.norm if cfg.train.device != "cpu" else "naiveSyncBN"
     if model.name == TINY and "backbone" in cfg.model and task != "semantic":
         cfg.model.backbone.bottom_up.pad_divisor = 32  # whole patches in all branches, whatever the images
     size = options.image_size
@@ -181,6 +189,9 @@ def _start(cfg: DictConfig, model: Model, options: TrainOptions) -> str:
     weights, cfg.train.init_checkpoint = options.weights, ""
     if weights == "released" and model.name in released:
         cfg.train.init_checkpoint = model.name
+        if isinstance(model.entry, zoo.ClassificationEntry):  # whose weights go with heads that new ones do not have
+            cfg.model.config = lazy_dataclass(model.entry.config)
+            cfg.model.config.num_classes = "${data.num_classes}"
         return "from its released weights"
     if weights == "random" or (model.name == TINY and weights in ("released", "branches")):
         cfg.train.load_pretrained = False
@@ -196,16 +207,16 @@ def _fit_batch(cfg: DictConfig, task: str, images: int, options: TrainOptions) -
     loader, gpus = cfg.dataloader.train, options.gpus
     recipe = loader.total_batch_size
     batch = options.batch or min(recipe, 2 ** int(math.log2(max(images // 8, 2))))
-    step = gpus * (2 if task == "classify" else 1)  # mixup takes pairs
+    least = 1 if task in ("detect", "segment") else 2  # mixup takes pairs, batch norms of pooled maps several
+    step = gpus * least
     batch = -(-batch // step) * step
     if options.batch and batch != options.batch:
         raise ConfigError(f"batch={options.batch}: expected a multiple of {step}")
     loader.total_batch_size = batch
     part = batch // gpus
     if cfg.train.device == "cpu":
-        height, width = _largest_image(cfg)
-        fitting = _CPU_PIXELS // (height * width)
-        part = min(part, max(fitting - fitting % 2, 2 if task == "classify" else 1))
+        fitting = _CPU_PIXELS // math.prod(training_size(cfg))
+        part = min(part, max(fitting - fitting % least, least))
     if part < batch // gpus or cfg.train.device != "cpu":  # a GPU's memory is measured by the training itself
         cfg.train.micro_batch = part
     factor = math.sqrt(batch / recipe)
@@ -217,16 +228,6 @@ def _fit_batch(cfg: DictConfig, task: str, images: int, options: TrainOptions) -
         cfg.optimizer.params.head_lr_ratio = 10.0  # new classes
     parts = f", {part} at a time" if part < batch // gpus else ""
     return f"batch {batch}{parts}, learning rate {cfg.optimizer.lr:.2g} (the recipe's at {recipe} times {factor:.2g})"
-
-
-def _largest_image(cfg: DictConfig) -> tuple[int, int]:
-    if cfg.data.kind == "class_folders":
-        return cfg.data.image_size, cfg.data.image_size
-    train = cfg.data.train
-    crop = train.get("crop")
-    if crop is not None:
-        return (crop, crop) if isinstance(crop, int) else (crop[0], crop[1])
-    return max(((scale[0], scale[1]) for scale in train.scales), key=math.prod)
 
 
 def _fit_schedule(cfg: DictConfig, model: Model, images: int, options: TrainOptions) -> str:

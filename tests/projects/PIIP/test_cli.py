@@ -28,10 +28,11 @@ from piip.data.folders import OwnData
 from piip.detector import Detector, Predictions
 from piip.fitting import MicroBatches, freeze
 from piip.hooks import BEST, BestModel, TrainingEnds
-from piip.lazy_config import load_config
+from piip.lazy_config import load_config, skip_pretrained
 from piip.train import main
 from piip_core.checkpoints import read_checkpoint
 from piip_core.errors import ConfigError, UserError
+from piip_core.meta import on_meta
 from piip_digits.data_sets import prepare_digits
 
 _TRAIN = ["--model", "tiny", "--epochs", "2", "--batch", "4", "--device", "cpu"]
@@ -138,11 +139,15 @@ def test_default_models_are_fitted_to_small_data(task, tmp_path):
     recipe, rate = (16, 1e-4) if task in ("detect", "segment") else (16, 4e-5) if task == "semantic" else (1024, 3e-5)
     assert (batch, cfg.optimizer.lr) == (16, pytest.approx(rate * (16 / recipe) ** 0.5))
     assert (cfg.train.max_iter, cfg.train.eval_period) == (1000, 50)
-    assert cfg.train.micro_batch == {"classify": 6}.get(task, 1)
+    assert cfg.train.micro_batch == {"classify": 6, "semantic": 2}.get(task, 1)
     schedule = instantiate(cfg.lr_multiplier)
     assert float(schedule(0.0)) < 0.1 * float(schedule(0.15))  # warmup is a part of it, however short it is
     assert float(schedule(0.99)) < 0.1
-    assert (cfg.model.get("roi_heads", {}).get("mask_head") is None) == (task != "segment")
+    skip_pretrained(cfg)
+    with on_meta():
+        model = instantiate(cfg.model)
+    assert getattr(getattr(model, "roi_heads", None), "mask_on", False) == (task == "segment")
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())  # for GPUs alone
 
 
 def test_what_is_asked_for_is_composed(tmp_path):
@@ -156,13 +161,14 @@ def test_what_is_asked_for_is_composed(tmp_path):
     assert (cfg.train.best, cfg.train.load_pretrained) == ({"metric": "ema/segm/AP", "patience": 2}, False)
     cfg, _ = compose(_data("classify"), None, tmp_path, TrainOptions(image_size=224))
     sizes = [branch.image_size for branch in instantiate(cfg.model.config).pyramid.branches]
-    assert (sizes, cfg.data.image_size) == ([80, 112, 224], 224)
+    assert (sizes, cfg.data.image_size, cfg.model.config.pooling) == ([80, 112, 224], 224, "first_patch")
 
 
 def test_every_model_that_is_listed_is_found(capsys):
     for model in models():
         assert find_model(model.name.removeprefix("piip_"), model.tasks[0]) == model
         assert model.config_file.is_file()
+    assert find_model("mask_rcnn_piip_tsb_1568_1120_672").name == "piip_tsb_1568_1120_672"
     cli.main(["models", "--task", "classify"])
     assert "piip_sbl_384_192_128  classify  384/192/128    61.2      top-1 85.9" in capsys.readouterr().out
 
