@@ -99,6 +99,8 @@ class Detector:
             self._run = path
         elif path is not None and path.is_file():
             self._run, self._weights = path.parent, str(path)
+        elif path is not None and (path.is_dir() or len(path.parts) > 1):
+            raise ConfigError(f"{model}: no config.yaml in it: expected the folder of a run, or a checkpoint there")
         elif model is not None:
             self._name = find_model(str(model), task).name
         if self._run is not None and not (self._run / "config.yaml").is_file():
@@ -121,9 +123,8 @@ class Detector:
             raise ConfigError(f"{self._run}: is trained: name its model, and weights={self._find_weights()}, for more")
         form, share = options.pop("form", None), options.pop("validation", 0.2)
         given = TrainOptions(**{"task": self.task, "device": self.device, **options})
-        run = (
-            Path(output) if output else Path("output", "_".join(filter(None, (Path(data).resolve().stem, self._name))))
-        )
+        source = Path(data).resolve()
+        run = Path(output or Path("output", (source.parent if source.is_file() else source).name))
         fresh = not (run / "last_checkpoint").is_file()
         how = dict(form=form, share=share, seed=given.seed, overwrite=fresh)
         found = read_folder(data, run / "converted", **how)

@@ -197,7 +197,11 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
         ("train --data {digits} --epochs 0", "epochs=0.0: expected a positive number"),
         ("train --data {digits} --model tiny --batch 3 --gpus 2", "batch=3: expected a multiple of 2"),
         ("predict nothing.jpg --model {run} --output {output}", "nothing.jpg: no such file"),
-        ("predict nothing.jpg --model {output} --output {output}", "no published model"),
+        (
+            "predict nothing.jpg --model {output} --output {output}",
+            "no config.yaml in it: expected the folder",
+        ),
+        ("train --data {digits} --validation 1", "--validation=1.0: expected a part of the images"),
         ("predict nothing.jpg --model tiny --output {output}", "no weights were released: train it first"),
         ("eval {digits}/annotations/instances_val.json", r"expected a config.yaml beside it"),
     ],

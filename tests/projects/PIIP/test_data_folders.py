@@ -330,8 +330,9 @@ _BAD = {
     ),
     "empty": (lambda root: root.mkdir(), "the folder is empty"),
     "unknown": (lambda root: _write(root / "notes.doc", "x"), "holds none of the forms that are known"),
+    "images alone": (lambda root: _image(root / "images" / "a.png"), "holds none of the forms that are known"),
     "several": (_after(yolo, coco), "could be coco or yolo: say which by --format"),
-    "format": (_after(coco, lambda root: root), "'tfrecord': expected one of"),
+    "format": (_after(coco, lambda root: root), "'tfrecord': expected one of coco, yolo, voc, maps, classes"),
     "one image": (lambda root: maps(root, count=1), r"1 image\(s\): expected at least two"),
 }
 

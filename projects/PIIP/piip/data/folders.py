@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from piip_core.errors import check_choice
+from piip_core.errors import check
 from piip_core.files import write_atomically
 from piip_core.images import image_endings
 
@@ -146,8 +146,8 @@ def read_folder(
         raise DatasetError(f"{folder}: the folder is empty: expected a data set")
     if len(inner) == 1 and inner[0].is_dir() and not next(_images(inner[0]), None):  # as archives unpack
         return read_folder(inner[0], work, form=form, share=share, seed=seed, overwrite=overwrite)
-    if form is not None:
-        check_choice("--format", form, tuple(FORMS))
+    check(0 <= share < 1, "--validation", share, "a part of the images, from 0 to below 1")
+    check(form is None or form in FORMS, "--format", form, f"one of {', '.join(FORMS)}")
     found = [form] if form else [name for name, (recognise, _) in FORMS.items() if recognise(root)]
     if found != ["classes"] and not form:
         found = [name for name in found if name != "classes"]  # any sub-folders with images look like classes
@@ -179,7 +179,7 @@ def _read_coco(request: _Request) -> OwnData:
             named = [path for path in files if word in (path.parent.name if path.name == _ROBOFLOW else path.stem)]
             if len(named) > 1 and part not in parts:
                 raise DatasetError(f"{root}: several files for {word}: {first_few([str(path) for path in named])}")
-            if named:
+            if named and named[0] not in parts.values():
                 parts.setdefault(part, named[0])
     if "train" not in parts:
         rest = [path for path in files if path not in parts.values()] or files
@@ -305,10 +305,11 @@ def _images(folder: Path) -> Iterator[Path]:
     return (path for path in folder.iterdir() if path.suffix.lower() in image_endings())
 
 
-def _find_classes(root: Path) -> list[Path]:
-    """Sub-folders with images, of the training part if there is one."""
+def _find_classes(root: Path) -> bool:
+    """Whether there are at least two sub-folders with images, of the training part if there is one."""
     base = root / (_part(root, _TRAIN) or "")
-    return [folder for folder in base.iterdir() if folder.is_dir() and next(_images(folder), None)]
+    folders = [folder for folder in base.iterdir() if folder.is_dir() and next(_images(folder), None)]
+    return len(folders) > 1 and not {folder.name for folder in folders} & {"images", "JPEGImages", *_LABELS, *_TRAIN}
 
 
 def _read_classes(request: _Request) -> OwnData:
