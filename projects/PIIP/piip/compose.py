@@ -40,6 +40,7 @@ _TINY = {"detect": "mask_rcnn", "segment": "mask_rcnn", "semantic": "upernet", "
 _METRICS = {"detect": "bbox/AP", "segment": "segm/AP", "semantic": "sem_seg/mIoU", "classify": "classification/top1"}
 _TAUGHT = {"segment": ("segment", "detect")}  # what data can teach beside their own task
 _ITERATIONS, _LONGEST, _EVALUATIONS = 5000, 100, 20
+_LOWEST_RATE = 0.25  # over the recipe's, which for 1024 images of ImageNet is low already
 _CPU_PIXELS = 10**6  # of the images that pass a model on a CPU at a time
 
 
@@ -219,7 +220,7 @@ def _fit_batch(cfg: DictConfig, task: str, images: int, options: TrainOptions) -
         part = min(part, max(fitting - fitting % least, least))
     if part < batch // gpus or cfg.train.device != "cpu":  # a GPU's memory is measured by the training itself
         cfg.train.micro_batch = part
-    factor = math.sqrt(batch / recipe)
+    factor = max(math.sqrt(batch / recipe), _LOWEST_RATE)
     cfg.optimizer.lr *= factor
     for name in ("warmup_lr", "min_lr"):
         if name in cfg.lr_multiplier:

@@ -35,7 +35,7 @@ from piip_core.errors import ConfigError, UserError
 from piip_core.meta import on_meta
 from piip_digits.data_sets import prepare_digits
 
-_TRAIN = ["--model", "tiny", "--epochs", "2", "--batch", "4", "--device", "cpu"]
+_TRAIN = "--model tiny --epochs 2 --batch 4 --image-size 96 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_both_doors_go_on_with_a_run(door, run, digits, tmp_path):
         shutil.copy(run / name, output)
     (output / "last_checkpoint").write_text("model_0000001.pth")
     if door == "piip train":
-        Detector("tiny").train(digits, output=output, epochs=2, batch=4, device="cpu")
+        Detector("tiny").train(digits, output=output, epochs=2, batch=4, image_size=96, device="cpu")
     else:
         opts = [f"train.output_dir={output}"]
         main(argparse.Namespace(config_file=str(output / "config.yaml"), resume=True, eval_only=False, opts=opts))
@@ -137,7 +137,7 @@ def test_default_models_are_fitted_to_small_data(task, tmp_path):
     assert ("from pretrained branches" if task == "semantic" else "from its released weights") in lines[0]
     batch = cfg.dataloader.train.total_batch_size
     recipe, rate = (16, 1e-4) if task in ("detect", "segment") else (16, 4e-5) if task == "semantic" else (1024, 3e-5)
-    assert (batch, cfg.optimizer.lr) == (16, pytest.approx(rate * (16 / recipe) ** 0.5))
+    assert (batch, cfg.optimizer.lr) == (16, pytest.approx(rate * (1 if recipe == 16 else 0.25)))
     assert (cfg.train.max_iter, cfg.train.eval_period) == (1000, 50)
     assert cfg.train.micro_batch == {"classify": 6, "semantic": 2}.get(task, 1)
     schedule = instantiate(cfg.lr_multiplier)
@@ -220,7 +220,7 @@ def test_export_gives_the_exporter_model_and_size(run, tmp_path, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "piip.export", exporter)
     cli.main(["export", str(run), str(tmp_path / "a.onnx"), "--device", "cpu"])
     ((model, path, size), named) = calls[0]
-    assert (model.training, path, size) == (False, str(tmp_path / "a.onnx"), (192, 192))
+    assert (model.training, path, size) == (False, str(tmp_path / "a.onnx"), (96, 96))
     assert named == {"metadata": {"names": "0,1,2,3,4,5,6,7,8,9"}}
     assert capsys.readouterr().out == "equal\n"
 
