@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import sys
 import warnings
@@ -84,6 +85,8 @@ def _add_model(parser: argparse.ArgumentParser, name: str, **options: Any) -> No
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; a mistake ends it with one line."""
     args = _parser().parse_args(argv)
+    if importlib.util.find_spec("detectron2") is None:
+        sys.exit("error: piip needs Detectron2; docs/install.md says how to install it")
     warnings.simplefilter("ignore")  # deprecations inside of libraries, which nobody here can mend
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:

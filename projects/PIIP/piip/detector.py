@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -188,7 +189,7 @@ class Detector:
         if predictor.task != "detection":
             raise UserError(f"{path}: a model for {predictor.task}: tools/export_model.py writes its ONNX file")
         divisor = predictor.model.backbone.size_divisibility
-        long, short = max(self._config().data.test.scales)
+        long, short = max(self._config().data.test.scales, key=math.prod)
         size = image_size or tuple(-(-side // divisor) * divisor for side in (short, long))
         names = [category.name for category in predictor.categories]
         return str(export_detector(predictor.model, path, size, metadata={"names": ",".join(names)}))

@@ -214,6 +214,12 @@ def test_mistakes_end_with_one_line(command, words, run, digits, tmp_path, monke
     assert "\n" not in str(error.value)
 
 
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^error: piip needs Detectron2"):
+        cli.main(["models"])
+
+
 def test_export_gives_the_exporter_model_and_size(run, tmp_path, monkeypatch, capsys):
     calls = []
     exporter = SimpleNamespace(export_detector=lambda *given, **named: calls.append((given, named)) or "equal")
