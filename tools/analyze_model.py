@@ -122,7 +122,8 @@ def analyze_memory(args: argparse.Namespace) -> MemoryReport:
     config, model = load_lazy_model(args.config, args.overrides)
     from omegaconf import OmegaConf
 
-    from piip_tools.memory.training_steps import size_divisor, training_size, training_step
+    from piip.lazy_config import training_size
+    from piip_tools.memory.training_steps import size_divisor, training_step
 
     size = padded_size(*(args.input or training_size(config)), size_divisor(model))
     bucket_size = OmegaConf.select(config, "train.deepspeed.bucket_size", default=BUCKET_SIZE)

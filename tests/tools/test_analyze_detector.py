@@ -52,10 +52,10 @@ def test_memory_runs_all_of_the_model(name):
     """Every parameter, the heads' too, gets a gradient in the step without data."""
     from detectron2.config import instantiate
 
-    from piip.lazy_config import load_config, skip_pretrained
+    from piip.lazy_config import load_config, skip_pretrained, training_size
     from piip_tools.flops.executed import padded_size
     from piip_tools.memory.dry_run import DryRun
-    from piip_tools.memory.training_steps import size_divisor, training_size, training_step
+    from piip_tools.memory.training_steps import size_divisor, training_step
 
     config = load_config(str(CONFIGS / f"demo/piip_digits_{name}.py"))
     skip_pretrained(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,15 @@ from piip.data.loader import derive_seed
 from piip.deepspeed_training import zero_stage
 from piip_core.checkpoints import write_checkpoint
 from piip_core.errors import ConfigError
+from piip_core.files import read_json, write_atomically
 from piip_core.training_checkpoints import FailedSaves, SaveError
 
 logger = logging.getLogger(__name__)
 
 FINAL_AVERAGE = "model_ema.safetensors"
 """What the average is called in the folder of a finished run."""
+BEST, BEST_NOTE = "model_best.safetensors", "best.json"
+"""What `BestModel` writes."""
 
 
 class ClipNorm(HookBase):
@@ -167,8 +172,10 @@ class WeightAverage(HookBase):
             write_checkpoint(self._path, self.model.state_dict(), description=self._description)
 
     def _trained(self) -> nn.Module:
-        # DistributedDataParallel and DeepSpeed's engine hold the model as `module`
-        return getattr(self.trainer.model, "module", self.trainer.model)
+        model = self.trainer.model
+        while hasattr(model, "module"):  # DistributedDataParallel, DeepSpeed's engine and MicroBatches hold it so
+            model = model.module
+        return model
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averaged weights and buffers."""
@@ -178,3 +185,80 @@ class WeightAverage(HookBase):
         """Takes over the average of a checkpoint, which `start` then keeps."""
         self.model.load_state_dict(state)
         self._loaded = True
+
+
+class TrainingEnds(BaseException):
+    """The training is over before its last iteration. No `Exception`, which Detectron2 would log as an error."""
+
+
+class BestModel(HookBase):
+    """Keeps the weights with the best metric, and ends the training when it has not risen for long.
+
+    Follows the hook that evaluates. `best.json` in the output folder says metric, value and iteration, also for a run
+    that is resumed. All processes run it.
+
+    Args:
+        model: What is evaluated, and kept.
+        output_dir: Folder of `BEST` and `best.json`.
+        description: Kept beside the weights.
+        period: Iterations from one evaluation to the next.
+        metric: As in metrics.json, for example "bbox/AP"; more is better.
+        patience: Evaluations without a better value after which the training ends; None: never.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        output_dir: str,
+        description: Mapping[str, Any],
+        *,
+        period: int,
+        metric: str,
+        patience: int | None = None,
+    ) -> None:
+        if patience is not None and patience < 1:
+            raise ConfigError(f"train.best.patience={patience}: expected at least 1, or null")
+        self._model, self._folder, self._description = model, Path(output_dir), description
+        self._period, self._metric, self._patience = period, metric, patience
+        self.value, self.iteration = -math.inf, 0
+
+    def before_train(self) -> None:
+        """Takes over what an earlier part of a run found."""
+        file = self._folder / BEST_NOTE
+        if self.trainer.start_iter and file.is_file():
+            found = read_json(file, ConfigError)
+            if found.get("metric") == self._metric:
+                self.value, self.iteration = float(found["value"]), int(found["iteration"])
+        self._end_if_done(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        """Looks at an evaluation, if there was one."""
+        done = self.trainer.iter + 1
+        if self._period > 0 and done % self._period == 0 and done < self.trainer.max_iter:
+            self._look(done)
+            self._end_if_done(done)
+
+    def after_train(self) -> None:
+        """Looks at the last evaluation."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._look(self.trainer.max_iter)
+
+    def _look(self, done: int) -> None:
+        value, _ = self.trainer.storage.latest().get(self._metric, (math.nan, 0))
+        if not value > self.value or not comm.is_main_process():  # others have no metrics
+            return
+        self.value, self.iteration = float(value), done
+        try:
+            write_checkpoint(self._folder / BEST, self._model.state_dict(), description=self._description)
+            with write_atomically(self._folder / BEST_NOTE, "w") as file:
+                json.dump({"metric": self._metric, "value": self.value, "iteration": done}, file)
+        except SaveError as error:
+            logger.error("%s. Training goes on", error)
+            return
+        logger.info("Best %s so far, %.2f, after %d iterations: %s", self._metric, self.value, done, BEST)
+
+    def _end_if_done(self, done: int) -> None:
+        waited = self._patience is not None and done - self.iteration >= self._patience * max(self._period, 1)
+        if done and any(comm.all_gather(waited and comm.is_main_process())):
+            logger.info("%s has not risen since iteration %d: the training ends", self._metric, self.iteration)
+            raise TrainingEnds

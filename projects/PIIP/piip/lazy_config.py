@@ -137,6 +137,28 @@ def data_kind(cfg: DictConfig) -> str | None:
     return kind
 
 
+def training_size(cfg: DictConfig) -> tuple[int, int]:
+    """Height and width of the largest (landscape) image that `cfg.data.train` makes, before padding.
+
+    Raises:
+        ConfigError: If the configuration does not say.
+    """
+    kind, data = data_kind(cfg), cfg.get("data", {})
+    if kind == "class_folders":
+        return data.image_size, data.image_size
+    train = data.get("train", {})
+    if kind == "label_maps":
+        return tuple(train.crop)
+    if "crop" in train:  # multi-scale training
+        return train.crop, train.crop
+    if "scales" not in train:
+        raise ConfigError(
+            "the configuration has none of data.image_size, data.train.crop and data.train.scales: give --input H W"
+        )
+    sides = max(train.scales, key=lambda scale: scale[0] * scale[1])
+    return min(sides), max(sides)
+
+
 def has_test_set(cfg: DictConfig) -> bool:
     """Whether there is something to evaluate on: data of others, or a test set that is not null.
 

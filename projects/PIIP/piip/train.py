@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from piip.checkpointer import AtomicCheckpointer, CategoryTable, find_weights, follow_published, read_categories
@@ -35,7 +35,17 @@ from piip.deepspeed_training import (
     run_folder,
     zero_stage,
 )
-from piip.hooks import ClipNorm, MetricWriters, Saves, StepSeed, WeightAverage, average_settings
+from piip.fitting import freeze, in_parts
+from piip.hooks import (
+    BestModel,
+    ClipNorm,
+    MetricWriters,
+    Saves,
+    StepSeed,
+    TrainingEnds,
+    WeightAverage,
+    average_settings,
+)
 from piip.lazy_config import (
     check_device,
     check_folders,
@@ -154,8 +164,8 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     Args:
         cfg: With model, optimizer, lr_multiplier, dataloader.{train,test,evaluator}, and train: output_dir,
             init_checkpoint, max_iter, device, ddp, checkpointer, eval_period, log_period, amp.enabled;
-            optionally train.amp.precision, train.seed, train.clip_norm, train.deepspeed, train.ema,
-            train.load_pretrained and data (see configs/common).
+            optionally train.amp.precision, train.seed, train.clip_norm, train.deepspeed, train.ema, train.best,
+            train.micro_batch, train.freeze, train.load_pretrained and data (see configs/common).
         categories: Classes to keep in the checkpoints, from `follow_annotations`.
         resume: Go on from the last checkpoint of `train.output_dir`, if there is one.
     """
@@ -171,6 +181,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
 
     model = instantiate(cfg.model).to(cfg.train.device)
     logger.info("Model:\n%s", model)
+    freeze(model, cfg.train.get("freeze"))
     cfg.optimizer.params.model = model
     table, average = CategoryTable(categories), None
     if averaging:
@@ -181,7 +192,14 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     run = (_DeepSpeedRun if zero else _Run)(cfg, model, loader, table, last)
     whole = (lambda: _evaluate_all(evaluate, run.whole_model(), average)) if evaluate else None
     saves = Saves(run.save)
-    run.trainer.register_hooks(_build_hooks(cfg, seed, average, saves, whole))
+    best, wanted = None, OmegaConf.select(cfg, "train.best.metric")
+    if zero and (wanted or cfg.train.get("micro_batch")):
+        raise ConfigError("train.best.metric, train.micro_batch: expected null with train.deepspeed.stage")
+    if evaluate and wanted:
+        kept, period = average.model if average else model, cfg.train.eval_period
+        note = {"categories": table.state_dict()}
+        best = BestModel(kept, cfg.train.output_dir, note, period=period, **cfg.train.best)
+    run.trainer.register_hooks(_build_hooks(cfg, seed, average, saves, whole, best))
 
     run.load()
     if average:
@@ -192,7 +210,8 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
     if start >= cfg.train.max_iter:
         logger.info("Nothing to train: %s was written at iteration %d of %d", last, start, cfg.train.max_iter)
         run.finish()
-    run.trainer.train(start, cfg.train.max_iter)  # and evaluates
+    with suppress(TrainingEnds):
+        run.trainer.train(start, cfg.train.max_iter)  # and evaluates
     saves.check()  # not within the loop, which would log a traceback
 
 
@@ -251,11 +270,11 @@ class _Run:
         # DistributedDataParallel takes no device ids on CPU
         on_cuda = torch.device(cfg.train.device).type == "cuda"
         model = create_ddp_model(model, **cfg.train.ddp, **({} if on_cuda else {"device_ids": None}))
-        self.trainer = (AMPTrainer if training_precision(cfg) is torch.float16 else SimpleTrainer)(
-            model, loader, optimizer
-        )
+        trainer = AMPTrainer if training_precision(cfg) is torch.float16 else SimpleTrainer
+        # Parts of a batch add to the gradients before the trainer sees a loss
+        self.trainer = trainer(in_parts(model, cfg), loader, optimizer, zero_grad_before_forward=True)
         self._checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=self.trainer, categories=table)
-        self._last, self._weights = last, cfg.train.init_checkpoint
+        self._model, self._last, self._weights = model, last, cfg.train.init_checkpoint
         main = comm.is_main_process()
         self.save = hooks.PeriodicCheckpointer(self._checkpointer, **cfg.train.checkpointer) if main else HookBase()
 
@@ -265,7 +284,7 @@ class _Run:
 
     def whole_model(self) -> nn.Module:
         """The model to evaluate."""
-        return self.trainer.model
+        return self._model
 
     def finish(self) -> None:
         """Writes what a run that was killed at its very end may lack."""
@@ -302,6 +321,7 @@ def _build_hooks(
     average: WeightAverage | None,
     saves: Saves,
     evaluate: Callable[[], dict[str, Any]] | None,
+    best: BestModel | None,
 ) -> list[Any]:
     main_process = comm.is_main_process()
     output_dir, max_iter, period = cfg.train.output_dir, cfg.train.max_iter, cfg.train.log_period
@@ -318,6 +338,7 @@ def _build_hooks(
         average,  # before it is saved
         saves,
         hooks.EvalHook(cfg.train.eval_period, evaluate) if evaluate else None,
+        best,
         MetricWriters(writers, period=period) if main_process else None,
     ]
 

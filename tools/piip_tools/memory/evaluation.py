@@ -21,9 +21,9 @@ def detectron2_memory(cfg: Any, *, precision: Precision) -> int:
     """
     from detectron2.config import instantiate
 
-    from piip.lazy_config import skip_pretrained
+    from piip.lazy_config import skip_pretrained, training_size
 
-    from .training_steps import size_divisor, training_size
+    from .training_steps import size_divisor
 
     skip_pretrained(cfg)
     with on_meta():

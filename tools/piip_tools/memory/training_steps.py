@@ -11,43 +11,18 @@ import torch
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import ImageList
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from piip.lazy_config import data_kind
 from piip.modeling.classifier import ImageClassifier
 from piip.modeling.dino import DINO
 from piip.modeling.dino.denoising import DenoisingLayout, DenoisingQueries
 from piip.modeling.segmentor import SlidingWindowSegmentor
 from piip_core.classifier import PIIPClassifier
-from piip_core.errors import ConfigError
 
 from .dry_run import Step, squares
 
 _DENOISING_SLOTS = 200  # of an image with up to 100 objects
-
-
-def training_size(cfg: DictConfig) -> tuple[int, int]:
-    """Height and width of the largest (landscape) image that `cfg.data.train` makes, before padding.
-
-    Raises:
-        ConfigError: If the configuration does not say.
-    """
-    kind, data = data_kind(cfg), cfg.get("data", {})
-    if kind == "class_folders":
-        return data.image_size, data.image_size
-    train = data.get("train", {})
-    if kind == "label_maps":
-        return tuple(train.crop)
-    if "crop" in train:  # multi-scale training
-        return train.crop, train.crop
-    if "scales" not in train:
-        raise ConfigError(
-            "the configuration has none of data.image_size, data.train.crop and data.train.scales: give --input H W"
-        )
-    sides = max(train.scales, key=lambda scale: scale[0] * scale[1])
-    return min(sides), max(sides)
 
 
 def size_divisor(model: nn.Module) -> int:

@@ -30,5 +30,10 @@ train.ema = {
     "decay": None,  # for example 0.9999; null: none
     "use_warmup": False,  # a smaller decay at first, for short trainings
 }
+# The weights with the best metric of metrics.json ("bbox/AP"), kept as model_best.safetensors; after `patience`
+# evaluations without a better one the training ends. null: neither
+train.best = {"metric": None, "patience": None}
+train.micro_batch = None  # images that pass the model at a time in each process; null: its whole batch
+train.freeze = None  # "branches", or "all-but-heads": what is not trained
 # Reading a saved configuration imports what stands here, and with it "${piip.iterations:...}"
 train.resolvers = iterations

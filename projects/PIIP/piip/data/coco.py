@@ -84,7 +84,7 @@ def coco_categories(path: str) -> tuple[Category, ...]:
     Raises:
         DatasetError: If the file cannot be read, or a category lacks a name or an id of its own.
     """
-    data = _read(path)
+    data = read_coco(path)
     _check_lists(data, path, ("images", "categories"))
     return _check_categories(data["categories"], Findings(path))
 
@@ -136,7 +136,7 @@ def _load(path: str, *, training: bool, require_annotations: bool, require_masks
 
     See `check_annotations`. Without `require_annotations`, the list may be missing: a test set.
     """
-    data = _read(path)
+    data = read_coco(path)
     _check_lists(data, path, ("images", "categories", *(("annotations",) if require_annotations else ())))
     found = Findings(path)
     categories = _check_categories(data["categories"], found)
@@ -199,7 +199,12 @@ def _find_images(data: dict[str, Any], path: str, images: str) -> None:
     found.raise_errors()
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_coco(path: str) -> dict[str, Any]:
+    """The content of an annotation file, unchecked but for being a JSON object.
+
+    Raises:
+        DatasetError: If it cannot be read.
+    """
     if not path:
         raise DatasetError("no annotation file given: expected the path of a COCO-format JSON file")
     local = PathManager.get_local_path(path)

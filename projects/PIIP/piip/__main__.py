@@ -1,0 +1,5 @@
+"""`python -m piip` is the command `piip`."""
+
+from piip.cli import main
+
+main()
