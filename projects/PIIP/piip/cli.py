@@ -64,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", help="write a detector as ONNX")
-    _add_model(export, "model")
+    export.add_argument("model", metavar="MODEL", help="as for `piip predict`")
     export.add_argument("file", metavar="FILE.onnx")
-    export.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="default: that of the training")
+    export.add_argument("--image", metavar="PATH", help="with objects, of the size of all; default: a validation image")
     export.set_defaults(run=_export)
 
     models = commands.add_parser("models", help="list the models")
@@ -134,7 +134,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from piip.detector import Detector
 
-    print(Detector(args.model, device=args.device).export(args.file, args.image_size and tuple(args.image_size)))
+    print(Detector(args.model).export(args.file, args.image))
 
 
 def _models(args: argparse.Namespace) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -176,23 +177,38 @@ class Detector:
         _start(_arguments(write_config(cfg, output), eval_only=True))
         return read_json(output / EVALUATION)
 
-    def export(self, path: str | Path, image_size: tuple[int, int] | None = None) -> str:
-        """Writes the model, with all that follows the backbone, as ONNX; returns how it compares with PyTorch.
+    def export(self, path: str | Path, image: Any = None) -> str:
+        """Writes the whole detector as ONNX, for images of one size; returns how it compares with PyTorch.
 
         Args:
-            path: File that ends in .onnx.
-            image_size: Height and width of its images; None: the largest of training.
+            path: File that ends in .onnx; see `piip.export.export_detector`.
+            image: An example with objects, as for `predict`, whose size after resizing becomes that of all images.
+                None: a validation image of the run.
+
+        Raises:
+            UserError: If the model is no detector that can be exported, or finds nothing in the image.
         """
         from piip.export import export_detector
 
-        predictor = self.predictor
+        predictor = Predictor(self._config(), self._find_weights(), device="cpu")
         if predictor.task != "detection":
             raise UserError(f"{path}: a model for {predictor.task}: tools/export_model.py writes its ONNX file")
-        divisor = predictor.model.backbone.size_divisibility
-        long, short = max(self._config().data.test.scales, key=math.prod)
-        size = image_size or tuple(-(-side // divisor) * divisor for side in (short, long))
+        images = self._validation_images() if image is None else [image]
+        found = next((array for array in map(_to_array, images) if len(predictor(array))), None)
+        if found is None:
+            raise UserError(
+                f"{path}: the model finds nothing in the images: expected one with objects, to compare with"
+            )
         names = [category.name for category in predictor.categories]
-        return str(export_detector(predictor.model, path, size, metadata={"names": ",".join(names)}))
+        example = predictor.to_input(found)
+        return str(export_detector(predictor.model, Path(path), example, metadata={"names": json.dumps(names)}))
+
+    def _validation_images(self) -> list[str]:
+        """Paths of a few."""
+        if self._run is None:
+            raise ConfigError(f"{self._name}: has no validation images: expected an image")
+        test = self._config().data.test
+        return [os.path.join(test.images, image["file_name"]) for image in read_json(test.annotations)["images"][:20]]
 
     @property
     def predictor(self) -> Predictor:
@@ -202,11 +218,7 @@ class Detector:
         return self._predictor
 
     def _predict(self, image: Any, min_score: float) -> Predictions:
-        if isinstance(image, str | Path):
-            image = read_image(str(image))
-        elif isinstance(image, Image.Image):
-            image = np.asarray(plain_rgb(upright(image)))
-        predictor = self.predictor
+        predictor, image = self.predictor, _to_array(image)
         if predictor.task == "classification":
             best = predictor.classify(image)
             classes, scores = np.array([index for index, _ in best]), np.array([score for _, score in best])
@@ -247,6 +259,12 @@ class Detector:
         if found is None:
             raise CheckpointError(f"{self._run}: holds no checkpoint yet: go on with its training")
         return str(found)
+
+
+def _to_array(image: str | Path | np.ndarray | Image.Image) -> np.ndarray:
+    if isinstance(image, str | Path):
+        return read_image(str(image))
+    return np.asarray(plain_rgb(upright(image))) if isinstance(image, Image.Image) else image
 
 
 class _Brief(TextIOBase):

@@ -24,11 +24,13 @@ from PIL import Image
 import piip
 from piip import cli
 from piip.compose import TrainOptions, compose, find_model, models
+from piip.data import read_image
 from piip.data.folders import OwnData
 from piip.detector import Detector, Predictions
 from piip.fitting import MicroBatches, freeze
 from piip.hooks import BEST, BestModel, TrainingEnds
 from piip.lazy_config import load_config, skip_pretrained
+from piip.predict import Predictor
 from piip.train import main
 from piip_core.checkpoints import read_checkpoint
 from piip_core.errors import ConfigError, UserError
@@ -220,15 +222,25 @@ def test_what_is_missing_is_said(monkeypatch):
         cli.main(["models"])
 
 
-def test_export_gives_the_exporter_model_and_size(run, tmp_path, monkeypatch, capsys):
-    calls = []
-    exporter = SimpleNamespace(export_detector=lambda *given, **named: calls.append((given, named)) or "equal")
-    monkeypatch.setitem(sys.modules, "piip.export", exporter)
-    cli.main(["export", str(run), str(tmp_path / "a.onnx"), "--device", "cpu"])
-    ((model, path, size), named) = calls[0]
-    assert (model.training, path, size) == (False, str(tmp_path / "a.onnx"), (96, 96))
-    assert named == {"metadata": {"names": "0,1,2,3,4,5,6,7,8,9"}}
-    assert capsys.readouterr().out == "equal\n"
+def test_an_exported_detector_finds_what_the_run_finds(run, digits, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    cli.main(["export", str(run), str(tmp_path / "a.onnx")])
+    assert "largest difference from PyTorch" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["names"]) == [str(digit) for digit in range(10)]
+    (path,) = sorted((digits / "val").iterdir())[:1]
+    image = Detector(run, device="cpu").predictor.to_input(read_image(str(path)))
+    boxes, *_ = session.run(None, {"image": image.float().numpy()})
+    found = Detector(run, device="cpu").predict(path, min_score=0)
+    height, width = read_image(str(path)).shape[:2]
+    scale = np.array([width / image.shape[2], height / image.shape[1]] * 2)
+    np.testing.assert_allclose(boxes * scale, found.boxes, atol=0.1)
+
+
+def test_export_needs_something_to_compare(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Predictor, "__call__", lambda *_: [])
+    with pytest.raises(SystemExit, match=r"error: .*the model finds nothing in the images"):
+        cli.main(["export", str(run), str(tmp_path / "a.onnx")])
 
 
 def test_predictions_for_supervision(monkeypatch):
