@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from piip_core.errors import UserError
+from piip_core.errors import UserError, check
 
 _TASKS = ("detect", "segment", "semantic", "classify")
 _EXAMPLES = """\
@@ -93,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run(args)
     except UserError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except OSError as error:  # folders that cannot be made, files in their place
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
 
@@ -117,6 +121,7 @@ def _predict(args: argparse.Namespace) -> None:
     from piip.demo import run_demo
     from piip.detector import Detector
 
+    check(0 <= args.min_score <= 1, "--min-score", args.min_score, "0 to 1")
     predictor = Detector(args.model, device=args.device).predictor
     errors = run_demo(predictor, args.inputs, args.output, min_score=args.min_score)
     print(f"results are in {args.output}")

@@ -80,6 +80,7 @@ class TrainOptions:
         for name in ("epochs", "batch", "image_size", "patience", "gpus"):
             value = getattr(self, name)
             check(value is None or value > 0, name.replace("_", "-"), value, "a positive number")
+        check(self.image_size is None or self.image_size >= 32, "image-size", self.image_size, "at least 32")
         if self.task is not None:
             check_choice("task", self.task, TASKS)
 
@@ -113,7 +114,7 @@ def find_model(name: str, task: str | None = None) -> Model:
     name = {released.name: released.entry.name for released in zoo.released_models()}.get(name, name)
     if name not in known:
         name = name if name.startswith("piip_") else f"piip_{name}"
-        name = name if name in known else zoo.find(name).name
+        name = name if name in known else zoo.find(name).name  # which names close ones
     if task is not None and task not in known[name].tasks:
         good = next(iter(known[name].tasks))
         raise ConfigError(

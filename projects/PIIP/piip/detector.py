@@ -26,14 +26,15 @@ from piip.data import read_image
 from piip.data.folders import read_folder
 from piip.distributed import start
 from piip.hooks import BEST, BEST_NOTE
-from piip.lazy_config import load_config
+from piip.lazy_config import data_kind, load_config
 from piip.predict import Predictor
 from piip.train import EVALUATION, main
 from piip_core import zoo
-from piip_core.errors import CheckpointError, ConfigError, UserError
+from piip_core.errors import CheckpointError, ConfigError, UserError, check
 from piip_core.files import read_json
-from piip_core.images import plain_rgb, upright
+from piip_core.images import check_values, plain_rgb, upright
 
+_KINDS = {"detect": "coco", "segment": "coco", "semantic": "label_maps", "classify": "class_folders"}
 _RECORD = re.compile(r"\[\d\d/\d\d \d\d:\d\d:\d\d")  # what the records of a log begin with
 _SHOWN = re.compile(r"iter: |copypaste: |WARNING|ERROR|Best .* so far|not risen|memory of the GPU")
 
@@ -152,6 +153,7 @@ class Detector:
         Raises:
             UserError: If an image cannot be read, or there are no weights.
         """
+        check(0 <= min_score <= 1, "min_score", min_score, "0 to 1")
         if isinstance(images, str | Path | np.ndarray | Image.Image):
             return self._predict(images, min_score)
         return [self._predict(image, min_score) for image in images]
@@ -168,6 +170,8 @@ class Detector:
         if data is not None:
             found = read_folder(data, output / "converted", form=form, share=0.0)
             print(f"{data}: {found}")
+            if data_kind(cfg) not in (None, _KINDS[found.task]):
+                raise UserError(f"{data}: {found.form}: expected data of the kind that the model was trained with")
             settings = found.settings
             for key in ("annotations", "images", "labels"):  # the training part is all there is
                 if found.counts[1] == 0 and f"data.train.{key}" in settings:
@@ -190,6 +194,8 @@ class Detector:
         """
         from piip.export import export_detector
 
+        if Path(path).suffix != ".onnx" or Path(path).is_dir():
+            raise UserError(f"{path}: expected a file name that ends in .onnx")
         predictor = Predictor(self._config(), self._find_weights(), device="cpu")
         if predictor.task != "detection":
             raise UserError(f"{path}: a model for {predictor.task}: tools/export_model.py writes its ONNX file")
@@ -264,7 +270,12 @@ class Detector:
 def _to_array(image: str | Path | np.ndarray | Image.Image) -> np.ndarray:
     if isinstance(image, str | Path):
         return read_image(str(image))
-    return np.asarray(plain_rgb(upright(image))) if isinstance(image, Image.Image) else image
+    if isinstance(image, Image.Image):
+        check_values("image", image)
+        return np.asarray(plain_rgb(upright(image)))
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"{type(image).__name__}: expected a path, a PIL image or an array (H, W, 3) uint8")
+    return image
 
 
 class _Brief(TextIOBase):

@@ -237,6 +237,37 @@ def test_an_exported_detector_finds_what_the_run_finds(run, digits, tmp_path, ca
     np.testing.assert_allclose(boxes * scale, found.boxes, atol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "{data}", "--image-size", "3"], "image-size=3: expected at least 32"),
+        (["train", "--data", "{data}", "--output", "{file}"], "{file}.*: (Not a directory|File exists)"),
+        (["predict", "{file}", "--model", "{run}", "--output", "x", "--min-score", "nan"], "expected 0 to 1"),
+        (["export", "{run}", "{folder}"], "expected a file name that ends in .onnx"),
+        (["eval", "{run}", "{classes}"], "expected data of the kind that the model was trained with"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(arguments, message, run, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "classes" / name / "0.png")
+    places = dict(
+        data=digits, run=run, folder=tmp_path, classes=tmp_path / "classes", file=tmp_path / "classes/a/0.png"
+    )
+    with pytest.raises(SystemExit, match="^error: .*" + message.format_map(places)) as error:
+        cli.main([argument.format_map(places) for argument in arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_other_images_are_read_as_files_are(run):
+    detector = Detector(run, device="cpu")
+    with pytest.raises(UserError, match="more than 8 bits"):
+        detector.predict(Image.fromarray(np.zeros((8, 8), np.uint16)))
+    with pytest.raises(UserError, match="bytes: expected a path, a PIL image or an array"):
+        detector.predict([b""])
+
+
 def test_export_needs_something_to_compare(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Predictor, "__call__", lambda *_: [])
     with pytest.raises(SystemExit, match=r"error: .*the model finds nothing in the images"):

@@ -91,6 +91,7 @@ def yolo(root: Path, *, folders: str = "images/{part}", yaml: str | None = None,
             if objects:  # an image without is background
                 label = Path(str(image).replace("images", "labels")).with_suffix(".txt")
                 _write(label, "\n".join(_yolo_line(*each, polygon=polygons) for each in objects) + "\n")
+                _write(label.with_name(f"._{label.name}"), "of macOS")  # in no way a label
     default = f"train: {folders}\nval: {folders}\nnames: [cat, dog]\n"
     lines = (yaml or default).replace("{root}", str(root)).splitlines()
     text = "\n".join(line.format(part=line[: line.index(":")]) if "{part}" in line else line for line in lines)

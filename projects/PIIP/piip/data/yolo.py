@@ -131,7 +131,7 @@ def _check_labels(folder: Path, images: Sequence[Path]) -> None:
     """Every label file of a folder belongs to an image, and at least one image has one."""
     known = {_label_file(image) for image in images}
     folders = {path.parent for path in known}
-    files = {path for inner in folders for path in inner.glob("*.txt") if path.stem not in _NO_LABELS}
+    files = {path for inner in folders for path in inner.glob("[!.]*.txt") if path.stem not in _NO_LABELS}
     if lost := sorted(files - known):
         raise DatasetError(f"{lost[0]}: label without image in {folder}" + f" ({len(lost)} of them)" * (len(lost) > 1))
     if images and not files & known:
