@@ -149,12 +149,12 @@ def print_figure(number: str, plot: Path | None) -> None:
 
 def run_claim(output: Path) -> None:
     """Trains what is not finished, and prints the table after it."""
-    from piip_tools import claim
-
     try:
-        claim.run_claim(output)
+        from piip_tools import claim
     except ImportError as error:
         sys.exit(f"sweep: training needs Detectron2 ({error}); see README.md")
+    try:
+        claim.run_claim(output)
     except UserError as error:
         sys.exit(f"sweep: {error}")
     print(claim.claim_table(claim.finished_runs(output)))

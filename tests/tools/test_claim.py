@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("detectron2")
+
+from detectron2.config import instantiate
+
 from piip_core.classifier import PIIPClassifier
 from piip_core.errors import UserError
+from piip_core.meta import on_meta
 from piip_core.zoo.ablations import ABLATIONS
 from piip_tools import claim
 
@@ -90,11 +95,6 @@ def test_table(trained, tmp_path, monkeypatch):
 
 
 def test_the_detector_has_lengths_in_proportion_to_its_image(tmp_path):
-    pytest.importorskip("detectron2")
-    from detectron2.config import instantiate
-
-    from piip_core.meta import on_meta
-
     for name in ("inverted", "direct", "plain"):
         cfg = claim._detector(claim.SETTINGS[name], tmp_path)
         side = claim.SETTINGS[name].image_size
@@ -109,9 +109,6 @@ def test_the_detector_has_lengths_in_proportion_to_its_image(tmp_path):
 
 
 def test_a_branch_starts_from_its_pretrained_network(monkeypatch, tmp_path):
-    pytest.importorskip("detectron2")
-    from detectron2.config import instantiate
-
     trained = {}
 
     def train(cfg, folder, seed):

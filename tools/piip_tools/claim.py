@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import LazyConfig
 from safetensors.torch import save_file
 from tabulate import tabulate
 from tqdm import tqdm
 
+from piip.lazy import lazy_dataclass
+from piip.setting_types import leave_unchecked
 from piip_core.branches import ViTConfig
 from piip_core.config import BranchConfig, ClassifierConfig, InteractionConfig, MergingConfig, PIIPConfig
 from piip_core.errors import OutputFolderError, UserError
@@ -47,12 +50,12 @@ TOLERANCE = 0.035
 SCENES = SceneConfig(image_size=256, min_digits=2, max_digits=5, min_digit_size=28, max_digit_size=90)
 NUM_SCENES = {"num_train": 1200, "num_val": 250}
 _DIGIT_SIZE = 16  # in pretraining
-_PRETRAINING_STEPS, _STEPS, _BATCH = 500, 150, 8
+_PRETRAINING_STEPS, _STEPS, _BATCH = 500, 300, 8
 _PATCH = 4
 _GROUPS = 8  # of group norms
 _CHANNELS = 32  # of the feature pyramid
 _STRIDES = (2, 4)
-_NONE = InteractionConfig(num_interactions=0)
+_ALONE = InteractionConfig(num_interactions=0)
 SCORES = ("AP", "APs")
 """Box AP by COCO's rules; APs is that of boxes below 32 x 32 of the 256 x 256 pixels of a scene."""
 
@@ -80,7 +83,7 @@ def _pyramid(b: int, s: int, t: int, **interaction: Any) -> PIIPConfig:
 def _plain(image_size: int) -> PIIPConfig:
     return PIIPConfig(
         branches=(_branch("B", image_size),),
-        interaction=_NONE,
+        interaction=_ALONE,
         merging=MergingConfig(kind="single", out_strides=_STRIDES, pyramid_norm="layer", num_groups=_GROUPS),
     )
 
@@ -152,9 +155,7 @@ def run_claim(output: Path) -> None:
     if missing:
         _prepare(output)
     done = len(SETTINGS) * len(SEEDS) - len(missing)
-    progress = tqdm(missing, desc="Runs", unit="run", initial=done, total=done + len(missing))
-    for name, seed in progress:
-        progress.set_postfix_str(f"{name}, seed {seed}")
+    for name, seed in tqdm(missing, desc="Runs", unit="run", initial=done, total=done + len(missing)):
         folder = output / "runs" / f"{name}_{seed}"
         with ExitStack() as stack:
             try:
@@ -162,6 +163,7 @@ def run_claim(output: Path) -> None:
             except OutputFolderError:
                 continue
             if (name, seed) not in finished_runs(output):
+                tqdm.write(f"{name}, seed {seed}")
                 _run(output, name, seed, folder)
 
 
@@ -213,7 +215,7 @@ def executed_flops(name: str) -> int:
 
 
 def _runs() -> Iterator[tuple[str, int]]:
-    return ((name, seed) for seed in SEEDS for name in SETTINGS)
+    return ((name, seed) for seed in SEEDS for name in SETTINGS)  # seed after seed
 
 
 def _result(output: Path, name: str, seed: int) -> Path:
@@ -253,11 +255,7 @@ def _pretrain(network: str, output: Path) -> None:
 
 def _classifier(network: str, output: Path) -> Any:
     """LazyConfig that pretrains a network: the demo's classifier of the real digits, without a pyramid."""
-    from detectron2.config import LazyConfig
-
-    from piip.lazy import lazy_dataclass
-
-    alone = PIIPConfig(branches=(_branch(network, _DIGIT_SIZE),), interaction=_NONE, merging=None)
+    alone = PIIPConfig(branches=(_branch(network, _DIGIT_SIZE),), interaction=_ALONE, merging=None)
     cfg = LazyConfig.load(str(_CONFIGS / "piip_digits_classifier.py"))
     cfg.model.config = lazy_dataclass(ClassifierConfig(pyramid=alone, num_classes=10, pooling="average"))
     cfg.data.train.images, cfg.data.test.images = str(output / "digits/train"), str(output / "digits/val")
@@ -268,10 +266,6 @@ def _classifier(network: str, output: Path) -> Any:
 
 def _detector(config: PIIPConfig, output: Path) -> Any:
     """LazyConfig of the demo's Mask R-CNN without masks, with all lengths in proportion to the image."""
-    from detectron2.config import LazyConfig
-
-    from piip.lazy import lazy_dataclass
-
     weights = (output / "pretrained" / f"{network}.safetensors" for network in NETWORKS)
     branches = (replace(b, pretrained=str(path)) for b, path in zip(config.branches, weights, strict=False))
     side = config.image_size
@@ -305,10 +299,6 @@ def _detector(config: PIIPConfig, output: Path) -> Any:
 
 def _train(cfg: Any, folder: Path, seed: int) -> dict[str, float]:
     """Trains and evaluates with tools/lazyconfig_train_net.py from the beginning; returns the metrics."""
-    from detectron2.config import LazyConfig
-
-    from piip.setting_types import leave_unchecked
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     cfg.train.output_dir, cfg.train.seed = str(folder), seed
