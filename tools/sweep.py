@@ -8,6 +8,7 @@ Examples:
     python tools/sweep.py --train out_b_s train.output_dir=output/run data.train.annotations=A.json ...
     python tools/sweep.py --write interactions_6_regular sweep.yaml
     python tools/sweep.py --train chat_interactions_0/stage1 --annotations A.json --image_root IMAGES
+    python tools/sweep.py --claim                # trains the main comparisons on tiny networks (hours on a CPU)
 
 A setting is trained on the data and with the schedule of the published Mask R-CNN 1x models. What follows the name goes
 to lazyconfig_train_net.py: its options (--num-gpus, --resume, --eval-only) and overrides of the configuration. --write
@@ -15,6 +16,8 @@ writes the configuration as a file for that tool, or for Detectron2's script of 
 
 The settings of PIIP-LLaVA (Table XIII) have two stages, NAME/stage1 and NAME/stage2, which `deepspeed` starts on all
 GPUs; what follows goes to llava_piip/train/train.py.
+
+--claim keeps every finished run below --output; another call trains what is missing and prints the table again.
 
 Units: millions of parameters and GMACs. "ours" follows the rule behind the printed numbers, which mostly leaves out
 merging and window padding; "with merging" has them.
@@ -53,8 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     action.add_argument("--table", choices=list(TABLES), help="print the settings of one table of the paper only")
     action.add_argument("--figure", choices=list(FIGURES), help="print the points of a figure of the paper")
     action.add_argument("--train", metavar="NAME", type=_known([*SETTINGS, *STAGES]), help="train a setting")
+    action.add_argument("--claim", action="store_true", help="train the comparisons on tiny networks, print the table")
     action.add_argument("--write", nargs=2, metavar=("NAME", "FILE.yaml"), help="write the LazyConfig of a setting")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figure too")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of --claim (default output/claim)")
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and not args.train:
         parser.error(f"{' '.join(args.rest)}: further arguments go with --train only")
@@ -62,6 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--plot {args.plot}: goes with --figure only")
     if args.plot and args.plot.suffix != ".png":
         parser.error(f"--plot {args.plot}: expected a file name that ends in .png")
+    if args.output and not args.claim:
+        parser.error(f"--output {args.output}: goes with --claim only")
     if args.write and args.write[0] not in SETTINGS:
         chat = " (those of PIIP-LLaVA have no LazyConfig)" if args.write[0].startswith("chat_") else ""
         parser.error(f"--write {args.write[0]}: expected one of {', '.join(SETTINGS)}{chat}")
@@ -140,6 +147,19 @@ def print_figure(number: str, plot: Path | None) -> None:
         print(f"{plot}: written")
 
 
+def run_claim(output: Path) -> None:
+    """Trains what is not finished, and prints the table after it."""
+    try:
+        from piip_tools import claim
+    except ImportError as error:
+        sys.exit(f"sweep: training needs Detectron2 ({error}); see README.md")
+    try:
+        claim.run_claim(output)
+    except UserError as error:
+        sys.exit(f"sweep: {error}")
+    print(claim.claim_table(claim.finished_runs(output)))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.write:
@@ -157,6 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         path = f"{output_dir}.yaml"
         write_config(SETTINGS[args.train], path, output_dir)
         os.execv(sys.executable, [sys.executable, str(TRAIN), "--config-file", path, *args.rest])
+    elif args.claim:
+        run_claim(args.output or Path("output/claim"))
     elif args.figure:
         print_figure(args.figure, args.plot)
     else:
