@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,9 +113,11 @@ def find_model(name: str, task: str | None = None) -> Model:
     """
     known = {model.name: model for model in models() if model.name != TINY or task in (None, *model.tasks)}
     name = {released.name: released.entry.name for released in zoo.released_models()}.get(name, name)
+    if name not in known and f"piip_{name}" in known:
+        name = f"piip_{name}"
     if name not in known:
-        name = name if name.startswith("piip_") else f"piip_{name}"
-        name = name if name in known else zoo.find(name).name  # which names close ones
+        close = get_close_matches(name, [*known, *(each.removeprefix("piip_") for each in known)])
+        raise ConfigError(f"no model is named {name!r}: `piip models` lists all; close are {', '.join(close) or TINY}")
     if task is not None and task not in known[name].tasks:
         good = next(iter(known[name].tasks))
         raise ConfigError(

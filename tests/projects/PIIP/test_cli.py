@@ -188,8 +188,9 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
     [
         (
             "train --data {digits} --model tsb_1120_896_44",
-            "no published model .*; close matches are piip_tsb_1120_896_448",
+            "no model is named .*; close are .*tsb_1120_896_448",
         ),
+        ("train --data {digits} --model tiny2", "close are tiny"),
         (
             "train --data {digits} --model sbl_384_192_128",
             "is for classify, not for segment: `piip models --task",

@@ -218,10 +218,10 @@ def test_a_split_is_made_once_and_written_down(write, tmp_path):
         read_folder(tmp_path / "data", tmp_path / "data" / "work")
 
 
-def maps(root: Path, part: str = "", count: int = 5) -> None:
+def maps(root: Path, part: str = "", count: int = 5, values: int = 3) -> None:
     for number in range(count):
         _image(root / "images" / part / f"{number}.png")
-        labels = np.full(_SIZE[::-1], number % 3, dtype=np.uint8)
+        labels = np.full(_SIZE[::-1], (number + 1) % values, dtype=np.uint8)
         labels[:5] = 255
         (root / "masks" / part).mkdir(parents=True, exist_ok=True)
         Image.fromarray(labels).save(root / "masks" / part / f"{number}.png")
@@ -334,6 +334,7 @@ _BAD = {
     "images alone": (lambda root: _image(root / "images" / "a.png"), "holds none of the forms that are known"),
     "several": (_after(yolo, coco), "could be coco or yolo: say which by --format"),
     "format": (_after(coco, lambda root: root), "'tfrecord': expected one of coco, yolo, voc, maps, classes"),
+    "mask": (lambda root: maps(root, values=1), r"masks: only 0 and 255 \(pixels to ignore\)"),
     "one image": (lambda root: maps(root, count=1), r"1 image\(s\): expected at least two"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -298,6 +299,11 @@ def _count_classes(pairs: Sequence[Pair]) -> int:
     for pair in pairs:
         labels = read_label_map(pair.labels, every)
         largest = max(largest, int(labels[labels != IGNORE_LABEL].max(initial=0)))
+    if not largest:
+        raise DatasetError(
+            f"{os.path.dirname(pairs[0].labels)}: only 0 and {IGNORE_LABEL} (pixels to ignore) in the label maps: "
+            "expected the values of at least two classes, 1 instead of 255 for the objects of a mask, or names.txt"
+        )
     return largest + 1
 
 
