@@ -212,7 +212,7 @@ def memory(device: str, small: bool) -> Steps:
     with torch.device("meta"):
         run = DryRun(build())
     setting = Setting(batch_size=1, input_size=(side, side), gpus=1)
-    estimates = estimate_memory(name, run, backbone_step(1, (side, side)), setting).estimates[:2]
+    estimates = estimate_memory(name, run, backbone_step(1, (side, side)), setting).estimates[:3]
     with torch.device(device):
         model, image = build().train(), torch.randn(1, 3, side, side)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
@@ -225,13 +225,13 @@ def memory(device: str, small: bool) -> Steps:
         optimizer.zero_grad()
 
     for estimate in estimates:
-        model.pyramid.set_grad_checkpointing(estimate.checkpointing)
+        model.set_grad_checkpointing(estimate.checkpointing)
         step()  # makes the optimizer's state
         moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
         held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
         measured = held + peak_memory(step, model, device)
         yield {
-            "what": f"{'tiny' if small else name} at {side}" + ", checkpointing" * estimate.checkpointing,
+            "what": f"{'tiny' if small else name} at {side}, checkpointing {estimate.checkpointing}",
             "estimate, MB": 1e-6 * estimate.total,
             "measured, MB": 1e-6 * measured,
             "estimate : measured": estimate.total / measured,
