@@ -56,9 +56,11 @@ def test_a_second_call_trains_only_what_is_missing(trained, tmp_path):
     (tmp_path / "results/plain_1.json").unlink()
     other = tmp_path / "results/direct_2.json"
     other.write_text(other.read_text().replace('"image_size": 36', '"image_size": 40'))  # of another backbone
+    shorter = tmp_path / "results/regular_0.json"
+    shorter.write_text(shorter.read_text().replace('"steps": 300', '"steps": 150'))
     trained.clear()
     claim.run_claim(tmp_path)
-    assert trained == ["plain_1", "direct_2"]
+    assert trained == ["regular_0", "plain_1", "direct_2"]
     trained.clear()
     claim.run_claim(tmp_path)
     assert trained == []

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -134,11 +134,11 @@ COMPARISONS = {
 
 
 def finished_runs(output: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Results below a folder, by setting and seed; those of other backbones than today's do not count."""
+    """Results below a folder, by setting and seed; those of another training than today's do not count."""
     results = {}
     for name, seed in _runs():
         path = _result(output, name, seed)
-        if path.is_file() and (result := json.loads(path.read_text()))["backbone"] == SETTINGS[name].to_dict():
+        if path.is_file() and (result := json.loads(path.read_text()))["recipe"] == _recipe(name):
             results[name, seed] = result
     return results
 
@@ -176,12 +176,19 @@ def _run(output: Path, name: str, seed: int, folder: Path) -> None:
         "scores": {score: scores[f"bbox/{score}"] for score in ("AP", "AP50", "APs", "APm")},
         "seconds": round(time.monotonic() - start),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "backbone": SETTINGS[name].to_dict(),
+        "recipe": _recipe(name),
     }
     path = _result(output, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path, "w") as file:
         json.dump(result, file, indent=1)
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """What decides a result, beside the seed."""
+    lengths = {"pretraining_steps": _PRETRAINING_STEPS, "steps": _STEPS, "batch": _BATCH}
+    recipe = {"backbone": SETTINGS[name].to_dict(), "scenes": asdict(SCENES) | NUM_SCENES, **lengths}
+    return json.loads(json.dumps(recipe))  # as it is read
 
 
 def claim_table(results: dict[tuple[str, int], dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from piip_core.errors import UserError, check
@@ -105,16 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from piip.compose import TrainOptions
     from piip.detector import Detector
 
-    options = {name: getattr(args, name) for name in _TRAIN_OPTIONS}
-    detector = Detector(args.model, task=args.task, device=args.device)
-    best = detector.train(args.data, output=args.output, form=args.format, overrides=tuple(args.set), **options)
+    options = {field.name: getattr(args, field.name) for field in fields(TrainOptions) if hasattr(args, field.name)}
+    options |= {"form": args.format, "validation": args.validation, "overrides": tuple(args.set)}
+    best = Detector(args.model).train(args.data, output=args.output, **options)
     if best:
         print(f"best {best['metric']} {best['value']:.1f}, after {best['iteration']} iterations")
-
-
-_TRAIN_OPTIONS = "validation epochs batch image_size freeze patience ema weights gpus seed".split()
 
 
 def _predict(args: argparse.Namespace) -> None:

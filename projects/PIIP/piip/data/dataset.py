@@ -20,6 +20,7 @@ from piip_core.errors import UserError
 logger = logging.getLogger(__name__)
 
 _SHOWN = 3  # entries named per complaint; the rest is counted
+READERS = 16  # threads that read headers, which is waiting for the disk
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

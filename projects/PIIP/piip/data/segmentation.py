@@ -15,6 +15,7 @@ from detectron2.evaluation import SemSegEvaluator
 from piip_core.images import UnreadableImageError, image_endings
 
 from .dataset import (
+    READERS,
     DatasetError,
     check_num_classes,
     existing_folder,
@@ -29,7 +30,6 @@ from .mapper import CheckedDatasetMapper
 
 logger = logging.getLogger(__name__)
 
-_READERS = 16  # threads: reading headers is waiting for the disk
 _LOOKED_AT = 2000  # label maps that are read for their classes, at most
 _REPEATED = (
     "names of several images or label maps, which differ in the ending or in the spelling of accents and folders"
@@ -122,7 +122,7 @@ def get_sem_seg_dicts(
     def read_sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
         return read_image_size(pair.image), read_label_size(pair.labels)
 
-    sizes = list(read_all(read_sizes, pairs, f"Checking {images}", _READERS))
+    sizes = list(read_all(read_sizes, pairs, f"Checking {images}", READERS))
     different = [
         f"{pair.labels} is {label}, its image {image}"
         for pair, (image, label) in zip(pairs, sizes, strict=True)
@@ -261,7 +261,7 @@ def _warn_absent(labels: str, pairs: Sequence[Pair], classes: LabelClasses) -> N
         except UnreadableImageError:  # which training stops at, or skips
             return np.zeros(IGNORE_LABEL + 1, dtype=np.int64)
 
-    for counts in read_all(count, order, f"Looking for classes in {labels}", _READERS):
+    for counts in read_all(count, order, f"Looking for classes in {labels}", READERS):
         pixels += counts
         if pixels[: classes.num_classes].all():
             return

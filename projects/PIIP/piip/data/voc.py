@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 
 from piip_core.images import image_endings
 
-from .dataset import DatasetError, first_few, read_all, read_image_size
+from .dataset import READERS, DatasetError, first_few, read_all, read_image_size
 
 _ANNOTATIONS, _IMAGES = ("Annotations", "annotations", ""), ("JPEGImages", "images", "")
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
 _PARTS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
-_READERS = 16
 
 
 def find_voc(root: Path) -> bool:
@@ -75,7 +75,7 @@ def _to_coco(
 ) -> tuple[dict[str, Any], Path]:
     images = [_image(path) for path in files]
     root = Path(os.path.commonpath([os.path.abspath(image.parent) for image in images]))
-    sizes = read_all(lambda image: read_image_size(str(image)), images, "Reading images", _READERS)
+    sizes = read_all(lambda image: read_image_size(str(image)), images, "Reading images", READERS)
     records, annotations = [], []
     for number, (path, tree, image, size) in enumerate(zip(files, parsed, images, sizes, strict=True), 1):
         height, width = (_number(path, tree, f"size/{side}") for side in ("height", "width"))
@@ -93,9 +93,6 @@ def _to_coco(
             annotations.append({**annotation, "iscrowd": 0, "bbox": box})
     categories = [{"id": index, "name": name} for index, name in enumerate(names, 1)]
     return {"images": records, "categories": categories, "annotations": annotations}, root
-
-
-_SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def _number(path: Path, node: ElementTree.Element, key: str) -> float:

@@ -11,20 +11,10 @@ import yaml
 
 from piip_core.images import image_endings
 
-from .dataset import DatasetError, find_files, first_few, read_all, read_image_size
+from .dataset import READERS, DatasetError, find_files, first_few, read_all, read_image_size
 
 _ROUNDING = 1e-3  # of coordinates that a tool wrote with few digits
-_READERS = 16  # threads: reading headers is waiting for the disk
-_NO_LABELS = (
-    "classes",
-    "names",
-    "labels",
-    "train",
-    "val",
-    "valid",
-    "test",
-    "README",
-)  # other text files that tools write
+_NO_LABELS = "classes names labels train val valid test README".split()  # other text files that tools write
 
 
 def find_yolo(root: Path) -> bool:
@@ -156,7 +146,7 @@ def _to_coco(images: Sequence[Path], names: Sequence[str]) -> tuple[dict[str, An
         size, file = read_image_size(str(image)), _label_file(image)
         return size, _read_labels(file, size, len(names)) if file.is_file() else []
 
-    labels = read_all(read, images, "Reading labels", _READERS)
+    labels = read_all(read, images, "Reading labels", READERS)
     for number, (image, (size, found)) in enumerate(zip(images, labels, strict=True), 1):
         name = os.path.relpath(os.path.abspath(image), root)
         records.append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
