@@ -184,8 +184,8 @@ class PIIPLlavaModel(LlavaModel):
 
         Every parameter of tower and projectors gets a gradient, zero.
         """
-        parameter = self.multi_modal_projector.projections["1"].linear_1.weight
-        black = torch.zeros(1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype)
+        # No parameter is looked up by name: under ZeRO-3 that gathers it, for which processes with images do not wait
+        black = torch.zeros(1, 3, self.image_size, self.image_size, device=self.device)
         return self.get_image_features(black, return_dict=True).pooler_output[0][:0].sum()
 
 
