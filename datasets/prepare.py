@@ -3,6 +3,7 @@
 
 $ python datasets/prepare.py digits                               # 2000 + 200 scenes in datasets/digits; no download
 $ python datasets/prepare.py digits my/folder --num-train 500 --image-size 256
+$ python datasets/prepare.py digits --yolo my/digits               # boxes, as YOLO has them
 $ python datasets/prepare.py digits --single                      # the 1797 digits on their own, a folder per class
 $ python datasets/prepare.py ade20k /data                         # unpacks /data/ADEChallengeData2016.zip
 $ python datasets/prepare.py ade20k /data --download              # fetches it first; goes on if interrupted
@@ -39,6 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     digits = commands.add_parser("digits", help="handwritten digits on photographs, in COCO's layout, with label maps")
     digits.add_argument("root", nargs="?", type=Path, help="folder to write (default digits or digit_images here)")
     digits.add_argument("--single", action="store_true", help="single digits without photographs, for classifiers")
+    digits.add_argument("--yolo", action="store_true", help="boxes in text files and a data.yaml, as YOLO has them")
     for name, default, what in (
         ("--num-train", 2000, "training scenes"),
         ("--num-val", 200, "validation scenes"),
@@ -99,7 +101,8 @@ def prepare_digits(args: argparse.Namespace) -> int:
         written = data_sets.prepare_digit_images(root)
     else:
         config = SceneConfig(image_size=args.image_size, max_digits=args.max_digits, seed=args.seed)
-        written = data_sets.prepare_digits(root, num_train=args.num_train, num_val=args.num_val, config=config)
+        prepare = data_sets.prepare_yolo_digits if args.yolo else data_sets.prepare_digits
+        written = prepare(root, num_train=args.num_train, num_val=args.num_val, config=config)
     print(f"{root}: {'written' if written else 'already there'}")
     return 0
 

@@ -32,10 +32,7 @@ def prepare_digits(
     (digits have holes, which COCO polygons cannot say). A UserError says if a number of scenes is not positive, or the
     folder holds something that this did not write.
     """
-    config = config or SceneConfig()
-    counts = {"train": num_train, "val": num_val}
-    for split, count in counts.items():
-        check(count >= 1, f"num_{split}", count, "at least 1")
+    config, counts = config or SceneConfig(), _counts(num_train, num_val)
 
     def write(folder: Path) -> None:
         (folder / "annotations").mkdir()
@@ -44,6 +41,44 @@ def prepare_digits(
         (folder / "labels" / "names.txt").write_text("\n".join(["background", *map(str, range(NUM_CLASSES))]) + "\n")
 
     return write_data_folder(Path(root), {"format": _SCENES_FORMAT, "scenes": counts, "config": asdict(config)}, write)
+
+
+def prepare_yolo_digits(
+    root: Path | str, *, num_train: int = 160, num_val: int = 40, config: SceneConfig | None = None
+) -> bool:
+    """Writes the boxes of the digit scenes as YOLO has them, unless they are there; returns whether it wrote them.
+
+    The folder then holds `data.yaml`, `images/{train,val}` and `labels/{train,val}`. A UserError says what
+    `prepare_digits` refuses, too.
+    """
+    config, counts = config or SceneConfig(), _counts(num_train, num_val)
+
+    def write(folder: Path) -> None:
+        for split, count in counts.items():
+            for kind in ("images", "labels"):
+                (folder / kind / split).mkdir(parents=True)
+            drawn = tqdm(scenes(config, split, count), total=count, desc=f"Drawing {split} scenes", unit="scene")
+            for index, scene in enumerate(drawn, start=1):
+                Image.fromarray(scene.image).save(folder / "images" / split / f"{index:06d}.jpg", quality=92)
+                height, width = scene.image.shape[:2]
+                lines = []
+                for digit in scene.digits:
+                    x, y, w, h = digit.box
+                    box = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+                    lines.append(" ".join([str(digit.label), *(f"{value:.6f}" for value in box)]) + "\n")
+                (folder / "labels" / split / f"{index:06d}.txt").write_text("".join(lines))
+        names = [str(label) for label in range(NUM_CLASSES)]
+        (folder / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {json.dumps(names)}\n")
+
+    settings = {"format": _SCENES_FORMAT, "yolo": counts, "config": asdict(config)}
+    return write_data_folder(Path(root), settings, write)
+
+
+def _counts(num_train: int, num_val: int) -> dict[str, int]:
+    counts = {"train": num_train, "val": num_val}
+    for split, count in counts.items():
+        check(count >= 1, f"num_{split}", count, "at least 1")
+    return counts
 
 
 def prepare_digit_images(root: Path | str, *, image_size: int = 64) -> bool:

@@ -167,6 +167,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         unknown = [name for name in result.unexpected_keys if "anchor_generator.cell_anchors" not in name]
         problems = [f"{name} is {a} in the file, {b} in the model" for name, (a, b) in wrong.items()]
         problems += [f"{name} is not in the file" for name in own if name in missing]
+        if any(".lora_" in name for name in unknown):
+            raise CheckpointError(
+                f"{path}: has LoRA adapters, and the model none: expected the configuration that it was trained with"
+            )
         if self.strict and problems:
             raise CheckpointError(
                 f"the checkpoint does not fit the model: {listed(problems, separator='; ')}. Expected the "

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from piip_core.errors import UserError, check
-
 _TASKS = ("detect", "segment", "semantic", "classify")
 _EXAMPLES = """\
 piip train --data FOLDER                      finds out what the folder is, trains, keeps the best weights
@@ -42,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_batch, metavar="N|auto", help="images an iteration; auto (default): the recipe's, or fewer")
     add("--image-size", type=int, metavar="N", help="long side images are resized to; the pyramid's sizes follow")
     add("--freeze", choices=("branches", "all-but-heads"), metavar="WHAT", help="branches|all-but-heads: not trained")
+    add("--lora", type=int, metavar="RANK", help="train adapters of this rank (peft) in place of the branches")
     add("--patience", type=int, metavar="N", help="end after N evaluations without a better score")
     add("--ema", type=float, metavar="DECAY", help="average the weights, with 0.999 say")
     add("--weights", default="released", metavar="W", help="released (default), branches, random, or a checkpoint")
@@ -86,10 +85,23 @@ def _add_model(parser: argparse.ArgumentParser, name: str, **options: Any) -> No
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; a mistake ends it with one line."""
     args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
+
+
+# What follows loads PyTorch and Detectron2: not for --help
+
+
+def _run(args: argparse.Namespace) -> None:
+    from piip_core.errors import UserError
+
     if importlib.util.find_spec("detectron2") is None:
         sys.exit("error: piip needs Detectron2; docs/install.md says how to install it")
     warnings.simplefilter("ignore")  # deprecations inside of libraries, which nobody here can mend
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("torch").setLevel(logging.ERROR)  # the same, said otherwise
     try:
         args.run(args)
     except UserError as error:
@@ -98,11 +110,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None:
             raise
         sys.exit(f"error: {error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command goes on from the last checkpoint.")
-
-
-# What follows loads PyTorch and Detectron2: not for --help
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -119,6 +126,7 @@ def _train(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from piip.demo import run_demo
     from piip.detector import Detector
+    from piip_core.errors import check
 
     check(0 <= args.min_score <= 1, "--min-score", args.min_score, "0 to 1")
     predictor = Detector(args.model, device=args.device).predictor

@@ -55,6 +55,7 @@ class TrainOptions:
         batch: Images per iteration; None: the recipe's, or an eighth of the images.
         image_size: Long side that images are resized to; None: the recipe's.
         freeze: "branches" or "all-but-heads" are not trained.
+        lora: Rank of adapters that are trained in place of the branches' linear layers.
         patience: Evaluations without a better score after which training ends.
         ema: Decay of an average of the weights.
         weights: "released" (with the task's heads, where there are), "branches" (pretrained), "random", or a file.
@@ -69,6 +70,7 @@ class TrainOptions:
     batch: int | None = None
     image_size: int | None = None
     freeze: str | None = None
+    lora: int | None = None
     patience: int | None = None
     ema: float | None = None
     weights: str = "released"
@@ -78,7 +80,7 @@ class TrainOptions:
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "image_size", "patience", "gpus"):
+        for name in ("epochs", "batch", "image_size", "patience", "gpus", "lora"):
             value = getattr(self, name)
             check(value is None or value > 0, name.replace("_", "-"), value, "a positive number")
         check(self.image_size is None or self.image_size >= 32, "image-size", self.image_size, "at least 32")
@@ -141,6 +143,7 @@ def compose(data: OwnData, name: str | None, output: str | Path, options: TrainO
         OmegaConf.update(cfg, key, value)
     train = cfg.train
     train.output_dir, train.seed, train.freeze = str(output), options.seed, options.freeze
+    train.lora = options.lora
     train.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     train.amp.enabled = train.amp.enabled and train.device != "cpu"
     if train.device == "cpu":

@@ -36,7 +36,9 @@ from piip_core.images import check_values, plain_rgb, upright
 
 _KINDS = {"detect": "coco", "segment": "coco", "semantic": "label_maps", "classify": "class_folders"}
 _RECORD = re.compile(r"\[\d\d/\d\d \d\d:\d\d:\d\d")  # what the records of a log begin with
-_SHOWN = re.compile(r"iter: |copypaste: |WARNING|ERROR|Best .* so far|not risen|memory of the GPU")
+_SHOWN = re.compile(
+    r"iter: |copypaste: |WARNING|ERROR|Best .* so far|not risen|memory of the GPU|GiB an image|Nothing to train"
+)
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ def _to_array(image: str | Path | np.ndarray | Image.Image) -> np.ndarray:
         return np.asarray(plain_rgb(upright(image)))
     if not isinstance(image, np.ndarray):
         raise UserError(f"{type(image).__name__}: expected a path, a PIL image or an array (H, W, 3) uint8")
+    if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype != np.uint8:
+        raise UserError(f"image of shape {image.shape}, {image.dtype}: expected (H, W, 3) uint8, RGB")
     return image
 
 

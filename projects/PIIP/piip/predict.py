@@ -22,10 +22,11 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from piip.checkpointer import AtomicCheckpointer, find_weights, follow_published, read_categories
+from piip.checkpointer import find_weights, follow_published, read_categories
 from piip.data import Category, coco_categories
 from piip.data.label_maps import label_classes
 from piip.data.transforms import as_input
+from piip.fitting import load_trained
 from piip.lazy_config import check_device, data_kind, skip_pretrained
 from piip.modeling.classifier import ImageClassifier
 from piip_core import prepare_for_inference
@@ -74,8 +75,8 @@ class Predictor:
         if self.categories and data_kind(cfg) is not None:
             cfg.data.num_classes = len(self.categories)
         skip_pretrained(cfg)
-        self.model = instantiate(cfg.model).to(self.device).eval()
-        AtomicCheckpointer(self.model, strict=True).load(weights, checkpointables=[])
+        cfg.train.device = self.device
+        self.model = load_trained(cfg, weights).eval()
         if prepare:
             prepare_for_inference(self.model)
         mapper = cfg.dataloader.test.mapper
@@ -146,7 +147,7 @@ class Predictor:
         Raises:
             ValueError: If the image is not as described.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype != np.uint8:
             raise ValueError(f"image of shape {image.shape}, {image.dtype}: expected (H, W, 3) uint8")
         if self._image_format == "BGR":
             image = np.ascontiguousarray(image[:, :, ::-1])

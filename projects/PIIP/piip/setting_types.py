@@ -48,6 +48,7 @@ _SETTINGS: dict[str, Kinds] = {
     "train.best.patience": (int, NoneType),
     "train.micro_batch": (int, NoneType),
     "train.freeze": (str, NoneType),
+    "train.lora": (int, NoneType),
     "train.deepspeed.stage": (int,),
     "train.deepspeed.offload_optimizer": (bool,),
     "train.deepspeed.offload_parameters": (bool,),

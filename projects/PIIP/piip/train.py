@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from piip.deepspeed_training import (
     run_folder,
     zero_stage,
 )
-from piip.fitting import freeze, in_parts
+from piip.fitting import add_adapters, build_model, freeze, in_parts, load_trained
 from piip.hooks import (
     BestModel,
     ClipNorm,
@@ -134,27 +135,21 @@ def evaluate_only(cfg: DictConfig, categories: Sequence[Category] = (), *, resum
     evaluate = build_evaluation(cfg)
     if evaluate is None:
         raise ConfigError(f"--eval-only: {_NO_TEST}: expected a test set")
-    model = _build_model(cfg)
-    AtomicCheckpointer(model, strict=True).load(path, checkpointables=[])
     _check_names(path, categories)
-    return evaluate(model)
-
-
-def _build_model(cfg: DictConfig) -> nn.Module:
-    """A model to evaluate."""
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = load_trained(cfg, path)
     set_precision(model, cfg)
-    return model
+    return evaluate(model)
 
 
 def _check_names(checkpoint: str, categories: Sequence[Category]) -> None:
     """Ids may differ: they depend on how the labels are stored."""
     trained, found = ([category.name for category in table] for table in (read_categories(checkpoint), categories))
     if trained and found and trained != found:
-        other = next(pair for pair in zip(trained, found, strict=True) if pair[0] != pair[1])
+        other = next(k for k, names in enumerate(zip_longest(trained, found)) if names[0] != names[1])
+        names = [repr(table[other]) if other < len(table) else "none" for table in (trained, found)]
         raise DatasetError(
-            f"{checkpoint}: was trained on other classes than those of the test set: {other[0]!r} is {other[1]!r} in "
-            "the test set; expected the same names in the same order"
+            f"{checkpoint}: was trained on {len(trained)} classes, the test set has {len(found)}: class {other} is "
+            f"{names[0]} there and {names[1]} here; expected the same names in the same order"
         )
 
 
@@ -180,8 +175,11 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
         skip_pretrained(cfg)
 
     model = instantiate(cfg.model).to(cfg.train.device)
-    logger.info("Model:\n%s", model)
+    if not last:  # before parts of the model are replaced, or divided among processes
+        AtomicCheckpointer(model).load(cfg.train.init_checkpoint, checkpointables=[])
     freeze(model, cfg.train.get("freeze"))
+    add_adapters(model, cfg.train.get("lora"))
+    logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
     table, average = CategoryTable(categories), None
     if averaging:
@@ -263,7 +261,7 @@ def _checkpoint_to_resume(cfg: DictConfig, resume: bool) -> str:
 
 
 class _Run:
-    """Trainer and saving hook under DistributedDataParallel, to go on from `last` or `train.init_checkpoint`."""
+    """Trainer and saving hook under DistributedDataParallel, to go on from `last`."""
 
     def __init__(self, cfg: DictConfig, model: nn.Module, loader: Any, table: CategoryTable, last: str) -> None:
         optimizer = instantiate(cfg.optimizer)
@@ -274,13 +272,13 @@ class _Run:
         # Parts of a batch add to the gradients before the trainer sees a loss
         self.trainer = trainer(in_parts(model, cfg), loader, optimizer, zero_grad_before_forward=True)
         self._checkpointer = AtomicCheckpointer(model, cfg.train.output_dir, trainer=self.trainer, categories=table)
-        self._model, self._last, self._weights = model, last, cfg.train.init_checkpoint
+        self._model, self._last = model, last
         main = comm.is_main_process()
         self.save = hooks.PeriodicCheckpointer(self._checkpointer, **cfg.train.checkpointer) if main else HookBase()
 
     def load(self) -> None:
-        """Loads the weights to start from, or everything to go on."""
-        self._checkpointer.load(self._last or self._weights, checkpointables=None if self._last else [])
+        """Loads everything to go on."""
+        self._checkpointer.load(self._last)
 
     def whole_model(self) -> nn.Module:
         """The model to evaluate."""
@@ -294,8 +292,6 @@ class _DeepSpeedRun(_Run):
     """The same under DeepSpeed."""
 
     def __init__(self, cfg: DictConfig, model: nn.Module, loader: Any, table: CategoryTable, last: str) -> None:
-        if cfg.train.init_checkpoint and not last:  # before the weights are divided
-            AtomicCheckpointer(model).load(cfg.train.init_checkpoint, checkpointables=[])
         optimizer = instantiate(cfg.optimizer)
         batch_size = loader.batch_sampler.batch_size if isinstance(loader, TrainLoader) else 1
         engine = build_engine(cfg, model, optimizer, batch_size)
@@ -309,7 +305,12 @@ class _DeepSpeedRun(_Run):
             self.save.load(Path(self._last))
 
     def whole_model(self) -> nn.Module:
-        return evaluation_model(self.trainer.model, lambda: _build_model(self._cfg))
+        return evaluation_model(self.trainer.model, self._build_copy)
+
+    def _build_copy(self) -> nn.Module:
+        model = build_model(self._cfg)
+        set_precision(model, self._cfg)
+        return model
 
     def finish(self) -> None:
         self.save.export(Path(self._last))

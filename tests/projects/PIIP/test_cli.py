@@ -23,20 +23,24 @@ from PIL import Image
 
 import piip
 from piip import cli
+from piip.checkpointer import AtomicCheckpointer
 from piip.compose import TrainOptions, compose, find_model, models
 from piip.data import read_image
 from piip.data.folders import OwnData
 from piip.detector import Detector, Predictions
-from piip.fitting import MicroBatches, freeze
+from piip.fitting import MicroBatches, add_adapters, freeze
 from piip.hooks import BEST, BestModel, TrainingEnds
 from piip.lazy_config import load_config, skip_pretrained
 from piip.predict import Predictor
 from piip.train import main
+from piip_core import PIIP, BranchConfig, PIIPConfig, TimmConfig
+from piip_core.branches import BEiTConfig, ConvNeXtConfig, UniPerceiverConfig
 from piip_core.checkpoints import read_checkpoint
-from piip_core.errors import ConfigError, UserError
+from piip_core.errors import CheckpointError, ConfigError, UserError
 from piip_core.meta import on_meta
 from piip_digits.data_sets import prepare_digits
 
+_SIZES = {"embed_dim": 32, "depth": 3, "num_heads": 4}
 _TRAIN = "--model tiny --epochs 2 --batch 4 --image-size 96 --device cpu".split()
 
 
@@ -267,6 +271,8 @@ def test_other_images_are_read_as_files_are(run):
         detector.predict(Image.fromarray(np.zeros((8, 8), np.uint16)))
     with pytest.raises(UserError, match="bytes: expected a path, a PIL image or an array"):
         detector.predict([b""])
+    with pytest.raises(UserError, match=r"image of shape \(0, 8, 3\), uint8: expected \(H, W, 3\)"):
+        detector.predict(np.zeros((0, 8, 3), np.uint8))
 
 
 def test_export_needs_something_to_compare(run, tmp_path, monkeypatch):
@@ -324,6 +330,70 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(size, room, seen):
         torch.testing.assert_close(ours.grad, theirs.grad)
     with pytest.raises(torch.OutOfMemoryError):
         MicroBatches(_Losses(room=0), 4)(batch)
+
+
+def test_on_a_gpu_the_first_images_say_how_many_fit(monkeypatch):
+    """2 GiB of 10 are taken, 4 by two images; a tenth stays free: 3.6 images."""
+    gib = 2**30
+    monkeypatch.setattr(MicroBatches, "_memory", lambda _: ("cuda", 2 * gib))
+    for name, value in dict(max_memory_allocated=6, memory_allocated=2, memory_reserved=6).items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value * gib)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4 * gib, 10 * gib))
+    model = _Losses()
+    parts = MicroBatches(model, 8)
+    batch = [{"image": torch.ones(3, dtype=torch.float64)}] * 8
+    parts(batch)
+    parts(batch)
+    assert model.seen == [2, 2, 2, 2] + [2, 2, 2, 2]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40 * gib, 46 * gib))
+    model.seen.clear()
+    MicroBatches(model, 8)(batch)
+    assert model.seen == [2, 6]
+
+
+def test_adapters_are_trained_in_place_of_the_branches(run, digits, tmp_path):
+    start, output = _weights(run), tmp_path / "lora"
+    weights = ["--weights", str(run / "model_final.pth"), "--output", str(output)]
+    cli.main(["train", "--data", str(digits), *weights, *_TRAIN, "--lora", "2"])
+    cfg = load_config(str(output / "config.yaml"))
+    model = instantiate(cfg.model)
+    add_adapters(model, 2)
+    trained = _weights(output)
+    model.load_state_dict(trained)
+    for name in [name for name, _ in instantiate(cfg.model).named_parameters() if ".branches." in name]:
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(trained.get(f"{layer}.base_layer.{kind}", trained.get(name)), start[name])
+    adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_B." in name}
+    assert adapters and all(parameter.abs().sum() > 0 for parameter in adapters.values())
+    predictor = Detector(output / "model_final.pth", device="cpu").predictor
+    assert not any(".lora_" in name for name in predictor.model.state_dict())
+    image = predictor.to_input(read_image(str(next((digits / "val").iterdir()))))
+    with torch.no_grad():
+        maps = model.eval().backbone.bottom_up(image[None].float())
+        for name, found in predictor.model.backbone.bottom_up(image[None].float()).items():
+            torch.testing.assert_close(found, maps[name], rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match="has LoRA adapters, and the model none"):
+        AtomicCheckpointer(instantiate(cfg.model)).load(str(output / "model_final.pth"), checkpointables=[])
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        BEiTConfig(**_SIZES, bias_window=6),
+        ConvNeXtConfig(depths=(1, 1, 2, 1), stage_dims=(32, 32, 64, 64)),
+        UniPerceiverConfig(**_SIZES, pos_grid=4),
+        TimmConfig(name="vit_small_patch16_dinov3", options=_SIZES),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_adapters_take_part_in_every_family(network, randomize):
+    model = randomize(PIIP(PIIPConfig(branches=[BranchConfig(network=network, image_size=size) for size in (96, 96)])))
+    add_adapters(model, 1)
+    sum(tokens.square().sum() for tokens in model(torch.randn(1, 3, 96, 96))).backward()
+    adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_B." in name}
+    assert adapters and all(parameter.grad.any() for parameter in adapters.values())
+    others = [name for name, p in model.branches.named_parameters() if p.requires_grad and ".lora_" not in name]
+    assert not others
 
 
 def test_frozen_parts_are_not_trained():

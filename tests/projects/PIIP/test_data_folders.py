@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -296,6 +297,15 @@ _BAD = {
     "nc": (_yaml("train: images/train\nnames: [a]\nnc: 3\n"), r"data\.yaml: nc: 3, but there are 1 names"),
     "gap": (_yaml("train: images/train\nnames: {0: a, 2: b}\n"), r"indices \[0, 2\]: expected 0 to 1"),
     "names": (_yaml("train: images/train\nnames: cat\n"), r"names: 'cat': expected a list"),
+    "pose": (_yaml("train: images/train\nnames: [a]\nkpt_shape: [17, 3]\n"), r"kpt_shape: labels of poses"),
+    "two images, one label": (
+        _after(yolo, lambda root: _image(root / "images" / "train" / "a.jpg")),
+        r"a\.png: shares its label file with .*a\.jpg",
+    ),
+    "no objects": (
+        _after(yolo, lambda root: [path.write_text("") for path in (root / "labels" / "val").iterdir()]),
+        r"val: 2 images without an object",
+    ),
     "yaml": (_yaml("names: [a\n"), r"data\.yaml: cannot be read as YAML"),
     "code": (_yaml("names: !!python/object/apply:os.system [ls]\n"), r"data\.yaml: cannot be read as YAML"),
     "no yaml": (_after(yolo, lambda root: (root / "data.yaml").unlink()), r"has label files, but no data\.yaml"),
@@ -337,6 +347,13 @@ _BAD = {
     "mask": (lambda root: maps(root, values=1), r"masks: only 0 and 255 \(pixels to ignore\)"),
     "one image": (lambda root: maps(root, count=1), r"1 image\(s\): expected at least two"),
 }
+
+
+def test_what_is_left_out_later_is_named_by_its_label_file(tmp_path, caplog):
+    _label("0 0.5 0.5 0 0")(tmp_path / "data")
+    settings = read_folder(tmp_path / "data", tmp_path / "work").settings
+    get_coco_dicts(settings["data.train.annotations"], settings["data.train.images"], filter_empty=False)
+    assert re.search(r"without usable area in the image are dropped: .*/labels/train/a\.txt:2 ", caplog.text)
 
 
 @pytest.mark.parametrize("case", _BAD)

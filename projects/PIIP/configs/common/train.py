@@ -33,7 +33,9 @@ train.ema = {
 # The weights with the best metric of metrics.json ("bbox/AP"), kept as model_best.safetensors; after `patience`
 # evaluations without a better one the training ends. null: neither
 train.best = {"metric": None, "patience": None}
-train.micro_batch = None  # images that pass the model at a time in each process; null: its whole batch
+# Images that pass the model at a time in each process, or fewer if the memory of the GPU says so; null: its whole batch
+train.micro_batch = None
 train.freeze = None  # "branches", or "all-but-heads": what is not trained
+train.lora = None  # rank of adapters (peft) on the linear layers of the branches, which themselves are not trained then
 # Reading a saved configuration imports what stands here, and with it "${piip.iterations:...}"
 train.resolvers = iterations

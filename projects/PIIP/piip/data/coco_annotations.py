@@ -225,6 +225,9 @@ class _Check:
 
 
 def _name(annotation: Mapping[str, Any], index: int) -> str:
+    """By its id, or where an annotation that was converted comes from."""
+    if isinstance(annotation.get("label_file"), str):
+        return annotation["label_file"]
     value = annotation.get("id")
     return f"annotation {value if type(value) is int else f'number {index}'}"
 

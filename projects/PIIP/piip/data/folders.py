@@ -221,6 +221,8 @@ def _coco_data(
         divided, split, files = request.divide(data["images"]), request.split, {}
         parts = {name: (_subset(data, part), images) for name, part in zip(("train", "val"), divided, strict=True)}
     for part, (data, _) in parts.items():
+        if not data.get("annotations"):
+            raise DatasetError(f"{request.root}: {part}: {len(data['images'])} images without an object: expected some")
         if part not in files:
             files[part] = request.write(part, data)
     settings: dict[str, Any] = {"data.test.annotations": None}

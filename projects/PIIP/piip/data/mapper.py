@@ -56,7 +56,8 @@ class CheckedDatasetMapper(DatasetMapper):
         except UnreadableImageError as error:
             if self.on_bad_image == "skip":
                 return None
-            advice = "; dataloader.train.mapper.on_bad_image=skip trains without such images" if self.is_train else ""
+            advice = "; the setting dataloader.train.mapper.on_bad_image=skip trains without such images"
+            advice = advice if self.is_train else ""
             raise UnreadableImageError(f"{error}{advice}") from error
 
     def map_record(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:

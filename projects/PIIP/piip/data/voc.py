@@ -90,7 +90,7 @@ def _to_coco(
             left, top, right, bottom = (_number(path, found, f"bndbox/{side}") for side in _SIDES)
             box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
             annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": names.index(label) + 1}
-            annotations.append({**annotation, "iscrowd": 0, "bbox": box})
+            annotations.append({**annotation, "iscrowd": 0, "bbox": box, "label_file": str(path)})
     categories = [{"id": index, "name": name} for index, name in enumerate(names, 1)]
     return {"images": records, "categories": categories, "annotations": annotations}, root
 

@@ -69,6 +69,8 @@ def _description(root: Path) -> tuple[Path, dict[str, Any]]:
         for key in ("names", "train"):
             if not settings.get(key):
                 raise DatasetError(f"{path}: has no '{key}': expected train, names and, if there is one, val")
+        if "kpt_shape" in settings:
+            raise DatasetError(f"{path}: kpt_shape: labels of poses: expected boxes or polygons")
         return path, settings
     names = root / "classes.txt"  # as Label Studio exports
     if names.is_file() and (root / "images").is_dir():
@@ -141,6 +143,10 @@ def _label_file(image: Path) -> Path:
 def _to_coco(images: Sequence[Path], names: Sequence[str]) -> tuple[dict[str, Any], Path]:
     root = Path(os.path.commonpath([os.path.abspath(image.parent) for image in images]))
     records, annotations = [], []
+    by_label: dict[Path, Path] = {}
+    for image in images:
+        if (other := by_label.setdefault(_label_file(image), image)) != image:
+            raise DatasetError(f"{image}: shares its label file with {other}: expected images of different names")
 
     def read(image: Path) -> tuple[tuple[int, int], list[dict[str, Any]]]:
         size, file = read_image_size(str(image)), _label_file(image)
@@ -177,7 +183,7 @@ def _read_labels(file: Path, size: tuple[int, int], num_classes: int) -> list[di
         outside = [value for value in values if not -_ROUNDING <= value <= 1 + _ROUNDING]
         if outside:
             raise DatasetError(f"{where}: coordinate {outside[0]:g}: expected 0 to 1, parts of the image's sides")
-        found.append({"category_id": int(index), **_label(values, *size)})
+        found.append({"category_id": int(index), "label_file": where, **_label(values, *size)})
     return found
 
 
