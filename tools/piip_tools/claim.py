@@ -199,7 +199,7 @@ def claim_table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
             scores = [results[name, seed]["scores"] for seed in SEEDS if (name, seed) in results]
             sizes = "/".join(str(branch.image_size) for branch in reversed(SETTINGS[name].branches))
             paper = f"{paper_number(ABLATIONS[printed], 'box_ap'):.1f}"
-            cells = [_spread([score[key] for score in scores]) for key in SCORES]
+            cells = [spread([score[key] for score in scores]) for key in SCORES]
             lines.append((comparison, title, sizes, f"{executed_flops(name) / 1e9:.3f}", len(scores), *cells, paper))
             comparison = ""  # once per comparison
     headers = ("comparison", "setting", "images", "GFLOPs", "seeds", *SCORES, "paper's box AP")
@@ -207,7 +207,7 @@ def claim_table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
     return tabulate(lines, headers, tablefmt="github", colalign=align, disable_numparse=True)
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""

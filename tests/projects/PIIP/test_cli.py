@@ -85,15 +85,15 @@ def test_predict_in_tiles(run, digits, tmp_path):
     pytest.importorskip("sahi")
     image = next((digits / "val").iterdir())
     predict = ["predict", str(image), "--model", str(run), "--device", "cpu", "--output", str(tmp_path)]
-    cli.main([*predict, "--tiles", "120", "--min-score", "0.05"])
+    cli.main([*predict, "--tiles", "120", "--min-score", "0.09"])
     detector = Detector(run, device="cpu")
-    found = detector.predict(image, tiles=120, min_score=0.05)
+    found = detector.predict(image, tiles=120, min_score=0.09)
     drawn = json.loads((tmp_path / "predictions.json").read_text())
     assert [entry["score"] for entry in drawn] == pytest.approx(found.scores.tolist())
     # 192 pixels are four tiles, which begin at 0 or 72, and the whole
     pixels, crops = read_image(str(image)), []
     for y, x, side in ((0, 0, 120), (0, 72, 120), (72, 0, 120), (72, 72, 120), (0, 0, 192)):
-        crop = detector.predict(pixels[y : y + side, x : x + side], min_score=0.05)
+        crop = detector.predict(pixels[y : y + side, x : x + side], min_score=0.09)
         masks = np.zeros((len(crop), 192, 192), dtype=bool)
         masks[:, y : y + side, x : x + side] = crop.masks
         crops += zip(crop.scores, crop.classes, masks, strict=True)
