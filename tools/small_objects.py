@@ -14,7 +14,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -128,6 +128,11 @@ def _cut_tiles(output: Path) -> None:
             slice_coco(*scenes, split, str(aside / split), slice_height=TILE, slice_width=TILE)
 
 
+def _read_truth(output: Path) -> COCO:
+    with redirect_stdout(StringIO()):
+        return COCO(str(output / "val.json"))
+
+
 def detect(way: Way, predictor: Predictor, image: np.ndarray) -> Instances:
     """What a way finds in a scene."""
     if way.tiles:
@@ -148,8 +153,7 @@ def score(predictor: Predictor, found: Mapping[int, Instances], truth: COCO) -> 
 
 def measure(output: Path, seeds: int) -> tuple[dict[Way, Measured], dict[Way, Instances]]:
     """Tests all ways on the validation scenes, one thread; also returns what they find in the first, with seed 0."""
-    with redirect_stdout(StringIO()):
-        truth = COCO(str(output / "val.json"))
+    truth = _read_truth(output)
     paths = {key: output / "scenes/val" / image["file_name"] for key, image in truth.imgs.items()}
     scenes = {key: read_image(str(path)) for key, path in paths.items()}
     scores: dict[Way, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -167,18 +171,14 @@ def measure(output: Path, seeds: int) -> tuple[dict[Way, Measured], dict[Way, In
             scores[way].insert(0, json.loads(path.read_text()))
     some = list(scenes.values())[:_TIMED_SCENES]
     first = {way: calls[way](some[0]) for way in WAYS}
-    seconds = time_in_turns({way: partial(_each, calls[way], some) for way in WAYS}, _REPEATS, clock_for("cpu", 1))
+    works = {way: lambda call=call: [call(image) for image in some] for way, call in calls.items()}
+    seconds = time_in_turns(works, _REPEATS, clock_for("cpu", 1))
     measured = {}
     for way in WAYS:
         gmacs = mean(executed_macs(partial(calls[way], image)) for image in some) / 1e9
         memory = max(peak_memory(partial(calls[way], image), models[way], "cpu") for image in some) / 1e6
         measured[way] = Measured(gmacs, 1e3 * median(seconds[way]) / len(some), memory, scores[way])
     return measured, first
-
-
-def _each(call: Callable[[np.ndarray], object], images: Sequence[np.ndarray]) -> None:
-    for image in images:
-        call(image)
 
 
 def table(measured: Mapping[Way, Measured]) -> str:
@@ -195,8 +195,7 @@ def table(measured: Mapping[Way, Measured]) -> str:
 
 def draw_scene(output: Path, found: Mapping[Way, Instances]) -> Figure:
     """The first validation scene with its digits, and with what each way finds."""
-    with redirect_stdout(StringIO()):
-        truth = COCO(str(output / "val.json"))
+    truth = _read_truth(output)
     key, record = next(iter(truth.imgs.items()))
     image = read_image(str(output / "scenes/val" / record["file_name"]))
     panels = {"digits": [entry["bbox"] for entry in truth.imgToAnns[key]]}
