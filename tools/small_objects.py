@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -203,7 +202,7 @@ def draw_scene(output: Path, found: Mapping[Way, Instances]) -> Figure:
     for way, objects in found.items():
         boxes = objects[objects.scores >= _DRAWN_SCORE].pred_boxes.tensor.numpy()
         panels[way.title] = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1)
-    figure = Figure(figsize=(8, 8.4), layout="constrained", dpi=60)
+    figure = Figure(figsize=(8, 8.4), layout="constrained", dpi=54)
     for axes, (title, boxes) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         axes.imshow(image)
         axes.set_title(f"{title}: {len(boxes)}", fontsize=11)
@@ -234,7 +233,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="trainings of each model (default 2)")
     args = parser.parse_args()
     output = args.output
-    logging.getLogger("sahi").setLevel(logging.ERROR)  # that it merges detections of low scores in another way
     try:
         train_models(output, args.seeds)
         with limited_threads(1):

@@ -1,8 +1,8 @@
-"""Detection in tiles of a large image, which the library sahi cuts, and whose detections it merges."""
+"""Detection in tiles of a large image, which the library sahi cuts, and whose detections it puts together."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ def detect_in_tiles(
     whole: bool = True,
 ) -> Instances:
     """Detects the objects of one image (H, W, 3), uint8 RGB, tile by tile.
+
+    Of detections of a class of which one covers half of the other, the best one is kept.
 
     Args:
         predictor: A detector.
@@ -56,8 +58,10 @@ def detect_in_tiles(
 
     names = {str(index): category.name for index, category in enumerate(predictor.categories)}
     model = Model(confidence_threshold=min_score, category_mapping=names or None, device=str(predictor.device))
-    options = {"overlap_height_ratio": overlap, "overlap_width_ratio": overlap, "perform_standard_pred": whole}
-    sliced = get_sliced_prediction(image, model, slice_height=size, slice_width=size, verbose=0, **options)
+    # sahi's default, merging, joins neighbours: docs/small_objects.md has the scores
+    options: dict[str, Any] = {"postprocess_type": "NMS", "perform_standard_pred": whole, "verbose": 0}
+    options |= {"overlap_height_ratio": overlap, "overlap_width_ratio": overlap}
+    sliced = get_sliced_prediction(image, model, slice_height=size, slice_width=size, **options)
     found = sorted(sliced.object_prediction_list, key=lambda prediction: prediction.score.value, reverse=True)
     instances = Instances(image.shape[:2])
     instances.scores = torch.tensor([prediction.score.value for prediction in found])

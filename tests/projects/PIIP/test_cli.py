@@ -98,9 +98,7 @@ def test_predict_in_tiles(run, digits, tmp_path):
         masks[:, y : y + side, x : x + side] = crop.masks
         crops += zip(crop.scores, crop.classes, masks, strict=True)
     assert 0 < len(found) <= len(crops)
-    for score, category, mask in zip(
-        found.scores, found.classes, found.masks, strict=True
-    ):  # of low scores none is merged
+    for score, category, mask in zip(found.scores, found.classes, found.masks, strict=True):
         assert any(abs(score - s) < 1e-6 and category == c and (mask == m).all() for s, c, m in crops)
     assert max(found.scores) == pytest.approx(max(score for score, _, _ in crops))
 
