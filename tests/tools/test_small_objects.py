@@ -88,4 +88,4 @@ def test_scores_are_those_of_what_is_found(tool, scenes):
     ]
     tool.draw_costs(measured).savefig(scenes / "costs.png")
     tool.draw_scene(scenes, dict.fromkeys(tool.WAYS[:3], found[1])).savefig(scenes / "scene.png")
-    assert Image.open(scenes / "scene.png").size == (432, 454)
+    assert Image.open(scenes / "scene.png").size == (432, 453)
