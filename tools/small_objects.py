@@ -2,7 +2,7 @@
 """Small digits in large scenes: one pass of a pyramid against tiles of a plain detector, at equal executed FLOPs.
 
 Trains tiny detectors on scenes, and one on tiles of them; tests all on the same scenes, prints a table and draws it.
-Another call trains what is missing. All of it takes about an hour on one core of a CPU.
+Another call trains what is missing. All of it takes half an hour on one core of a CPU that has nothing else to do.
 
 Example:
     python tools/small_objects.py --output output/small_objects
