@@ -81,7 +81,7 @@ doctor: $(STAMP)
 lock:
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	build/lock/bin/uv pip compile pyproject.toml --group lock --extra dev --universal --python-version 3.11 --upgrade \
+	build/lock/bin/uv pip compile pyproject.toml --group lock --extra dev --extra tiles --universal --python-version 3.11 --upgrade \
 	  --quiet --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
 
 setup: $(STAMP)

@@ -44,9 +44,9 @@ def trained(monkeypatch):
         folders.append(folder.parent.name)
         return {f"bbox/{name}": 10.0 + seed for name in ("AP", "AP50", "APs", "APm")}
 
-    monkeypatch.setattr(claim, "_train", train)
-    monkeypatch.setattr(claim, "_detector", lambda config, output: None)
-    monkeypatch.setattr(claim, "_prepare", lambda output: None)
+    monkeypatch.setattr(claim, "train", train)
+    monkeypatch.setattr(claim, "detector_config", lambda config, output: None)
+    monkeypatch.setattr(claim, "prepare", lambda *args: None)
     return folders
 
 
@@ -67,14 +67,14 @@ def test_a_second_call_trains_only_what_is_missing(trained, tmp_path):
 
 
 def test_a_failing_run_leaves_the_others(trained, tmp_path, monkeypatch):
-    train = claim._train
+    train = claim.train
 
     def fail(cfg, folder, seed):
         if folder.parent.name == "plain_0":
             raise UserError("plain_0 stopped")
         return train(cfg, folder, seed)
 
-    monkeypatch.setattr(claim, "_train", fail)
+    monkeypatch.setattr(claim, "train", fail)
     with pytest.raises(UserError, match="plain_0 stopped"):
         claim.run_claim(tmp_path)
     assert {seed for _, seed in claim.finished_runs(tmp_path)} == {0} and "plain_0" not in trained
@@ -98,7 +98,7 @@ def test_table(trained, tmp_path, monkeypatch):
 
 def test_the_detector_has_lengths_in_proportion_to_its_image(tmp_path):
     for name in ("inverted", "direct", "plain"):
-        cfg = claim._detector(claim.SETTINGS[name], tmp_path)
+        cfg = claim.detector_config(claim.SETTINGS[name], tmp_path)
         side = claim.SETTINGS[name].image_size
         assert cfg.data.train.scales == [[side, side]] == cfg.data.test.scales
         cfg.data.num_classes = 10
@@ -120,11 +120,11 @@ def test_a_branch_starts_from_its_pretrained_network(monkeypatch, tmp_path):
         state = {f"network.{name}": tensor for name, tensor in trained[folder.name].state_dict().items()}
         torch.save({"model": state}, folder / "model_final.pth")
 
-    monkeypatch.setattr(claim, "_train", train)
+    monkeypatch.setattr(claim, "train", train)
     for network in claim.NETWORKS:
         claim._pretrain(network, tmp_path)
         claim._pretrain(network, tmp_path)  # there already
-    cfg = claim._detector(claim.SETTINGS["inverted"], tmp_path)
+    cfg = claim.detector_config(claim.SETTINGS["inverted"], tmp_path)
     cfg.model.backbone.bottom_up.pretrained = True
     pyramid = instantiate(cfg.model.backbone.bottom_up).features.pyramid
     for branch, network in zip(pyramid.branches, claim.NETWORKS, strict=True):

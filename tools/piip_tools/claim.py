@@ -70,7 +70,7 @@ def _branch(network: str, image_size: int) -> BranchConfig:
     return BranchConfig(network=ViTConfig(depth=8, layer_scale=None, **sizes), image_size=image_size)
 
 
-def _pyramid(b: int, s: int, t: int, **interaction: Any) -> PIIPConfig:
+def pyramid(b: int, s: int, t: int, **interaction: Any) -> PIIPConfig:
     """The three networks, each at its image size, with an interaction after every second block."""
     return PIIPConfig(
         branches=(_branch("B", b), _branch("S", s), _branch("T", t)),
@@ -80,7 +80,7 @@ def _pyramid(b: int, s: int, t: int, **interaction: Any) -> PIIPConfig:
     )
 
 
-def _plain(image_size: int) -> PIIPConfig:
+def plain(image_size: int) -> PIIPConfig:
     return PIIPConfig(
         branches=(_branch("B", image_size),),
         interaction=_ALONE,
@@ -89,17 +89,17 @@ def _plain(image_size: int) -> PIIPConfig:
 
 
 SETTINGS = {
-    "inverted": _pyramid(20, 36, 52),
-    "direct": _pyramid(36, 28, 16),
-    "one_scale": _pyramid(32, 32, 32),
-    "plain": _plain(44),
-    "regular": _pyramid(20, 32, 48, attention="regular"),
-    "interactions_0": _pyramid(20, 36, 56, num_interactions=0),
-    "interactions_12": _pyramid(20, 32, 48, num_interactions=12),
-    "alternating": _pyramid(20, 36, 52, units="alternating"),
-    "cycle_down": _pyramid(20, 36, 52, units="cycle_down"),
-    "cycle_up": _pyramid(20, 36, 52, units="cycle_up"),
-    "bidirectional_cycle": _pyramid(20, 36, 48, units="bidirectional_cycle"),
+    "inverted": pyramid(20, 36, 52),
+    "direct": pyramid(36, 28, 16),
+    "one_scale": pyramid(32, 32, 32),
+    "plain": plain(44),
+    "regular": pyramid(20, 32, 48, attention="regular"),
+    "interactions_0": pyramid(20, 36, 56, num_interactions=0),
+    "interactions_12": pyramid(20, 32, 48, num_interactions=12),
+    "alternating": pyramid(20, 36, 52, units="alternating"),
+    "cycle_down": pyramid(20, 36, 52, units="cycle_down"),
+    "cycle_up": pyramid(20, 36, 52, units="cycle_up"),
+    "bidirectional_cycle": pyramid(20, 36, 48, units="bidirectional_cycle"),
 }
 """Backbones by name, in the order in which they are trained; sizes are those at which all cost about the same."""
 
@@ -153,7 +153,7 @@ def run_claim(output: Path) -> None:
     """
     missing = [run for run in _runs() if run not in finished_runs(output)]
     if missing:
-        _prepare(output)
+        prepare(output, SCENES, NUM_SCENES)
     done = len(SETTINGS) * len(SEEDS) - len(missing)
     for name, seed in tqdm(missing, desc="Runs", unit="run", initial=done, total=done + len(missing)):
         folder = output / "runs" / f"{name}_{seed}"
@@ -169,7 +169,7 @@ def run_claim(output: Path) -> None:
 
 def _run(output: Path, name: str, seed: int, folder: Path) -> None:
     start = time.monotonic()
-    scores = _train(_detector(SETTINGS[name], output), folder / "training", seed)
+    scores = train(detector_config(SETTINGS[name], output), folder / "training", seed)
     result = {
         "setting": name,
         "seed": seed,
@@ -199,7 +199,7 @@ def claim_table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
             scores = [results[name, seed]["scores"] for seed in SEEDS if (name, seed) in results]
             sizes = "/".join(str(branch.image_size) for branch in reversed(SETTINGS[name].branches))
             paper = f"{paper_number(ABLATIONS[printed], 'box_ap'):.1f}"
-            cells = [_spread([score[key] for score in scores]) for key in SCORES]
+            cells = [spread([score[key] for score in scores]) for key in SCORES]
             lines.append((comparison, title, sizes, f"{executed_flops(name) / 1e9:.3f}", len(scores), *cells, paper))
             comparison = ""  # once per comparison
     headers = ("comparison", "setting", "images", "GFLOPs", "seeds", *SCORES, "paper's box AP")
@@ -207,7 +207,7 @@ def claim_table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
     return tabulate(lines, headers, tablefmt="github", colalign=align, disable_numparse=True)
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -229,17 +229,18 @@ def _result(output: Path, name: str, seed: int) -> Path:
     return output / "results" / f"{name}_{seed}.json"
 
 
-def _prepare(output: Path) -> None:
+def prepare(output: Path, scenes: SceneConfig, counts: dict[str, int]) -> None:
     """Scenes with a single class, single digits, and the networks trained on those."""
     with lock_folder(output):
         prepare_digit_images(output / "digits", image_size=_DIGIT_SIZE)
-        prepare_digits(output / "scenes", **NUM_SCENES, config=SCENES)
+        prepare_digits(output / "scenes", **counts, config=scenes)
         for split in SPLITS:
             content = json.loads((output / f"scenes/annotations/instances_{split}.json").read_text())
             content["categories"] = [{"id": 1, "name": "digit"}]
             for digit in content["annotations"]:
                 # With the area of a mask, COCO would count most wrong boxes as too large for a small object
                 digit |= {"category_id": 1, "area": digit["bbox"][2] * digit["bbox"][3]}
+                del digit["segmentation"]
             with write_atomically(output / f"{split}.json", "w") as file:
                 json.dump(content, file)
         for network in NETWORKS:
@@ -252,7 +253,7 @@ def _pretrain(network: str, output: Path) -> None:
     if path.is_file():
         return
     folder = output / "runs" / f"pretraining_{network}"
-    _train(_classifier(network, output), folder, seed=0)
+    train(_classifier(network, output), folder, seed=0)
     state = torch.load(folder / "model_final.pth", weights_only=True)["model"]
     own = {name.partition("branches.0.model.")[2]: torch.as_tensor(tensor) for name, tensor in state.items()}
     path.parent.mkdir(exist_ok=True)
@@ -271,8 +272,14 @@ def _classifier(network: str, output: Path) -> Any:
     return cfg
 
 
-def _detector(config: PIIPConfig, output: Path) -> Any:
-    """LazyConfig of the demo's Mask R-CNN without masks, with all lengths in proportion to the image."""
+def detector_config(config: PIIPConfig, output: Path, *, digit_scale: float = 1.0) -> Any:
+    """LazyConfig of the demo's Mask R-CNN without masks, with all lengths in proportion to the image.
+
+    Args:
+        config: Of the backbone.
+        output: Folder that `prepare` filled.
+        digit_scale: Size of the digits relative to the image, over that in `SCENES`.
+    """
     weights = (output / "pretrained" / f"{network}.safetensors" for network in NETWORKS)
     branches = (replace(b, pretrained=str(path)) for b, path in zip(config.branches, weights, strict=False))
     side = config.image_size
@@ -293,18 +300,18 @@ def _detector(config: PIIPConfig, output: Path) -> Any:
     rpn, heads, features = cfg.model.proposal_generator, cfg.model.roi_heads, ["p1", "p2"]
     rpn.in_features, rpn.head.in_channels, rpn.head.num_anchors = features, _CHANNELS, 4
     rpn.anchor_generator.strides = list(_STRIDES)
-    rpn.anchor_generator.sizes = [[side * part for part in parts] for parts in ((0.1, 0.15), (0.21, 0.3))]
+    rpn.anchor_generator.sizes = [[side * digit_scale * part for part in parts] for parts in ((0.1, 0.15), (0.21, 0.3))]
     for name in ("mask_in_features", "mask_pooler", "mask_head"):
         del heads[name]
     heads.box_in_features, heads.box_pooler.scales = features, [1 / stride for stride in _STRIDES]
-    heads.box_pooler.canonical_box_size = side * 0.2
+    heads.box_pooler.canonical_box_size = side * digit_scale * 0.2
     heads.box_pooler.canonical_level = 2
     heads.box_head.input_shape.channels, heads.box_head.fc_dims = _CHANNELS, [128, 128]
     heads.box_predictor.input_shape.channels = 128
     return cfg
 
 
-def _train(cfg: Any, folder: Path, seed: int) -> dict[str, float]:
+def train(cfg: Any, folder: Path, seed: int) -> dict[str, float]:
     """Trains and evaluates with tools/lazyconfig_train_net.py from the beginning; returns the metrics."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

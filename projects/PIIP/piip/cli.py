@@ -17,6 +17,7 @@ piip train --data FOLDER                      finds out what the folder is, trai
 piip predict photo.jpg --model output/FOLDER  draws what it finds, and writes predictions.json
 piip export output/FOLDER model.onnx          writes the detector for other programs
 """
+_TILES = "look at tiles of N pixels, too (default: as large as the model sees without resizing), by sahi"
 
 
 def _batch(text: str) -> int | None:
@@ -55,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(predict, "--model", required=True)
     predict.add_argument("--output", required=True, metavar="DIR", help="folder for images and predictions.json")
     predict.add_argument("--min-score", type=float, default=0.5, metavar="S", help="lowest score shown (default 0.5)")
+    predict.add_argument("--image-size", type=int, metavar="N", help="long side images or tiles are resized to")
+    look = predict.add_mutually_exclusive_group()
+    look.add_argument("--one-pass", action="store_true", help="look at the whole image at once (default)")
+    look.add_argument("--tiles", type=int, nargs="?", default=False, const=True, metavar="N", help=_TILES)
     predict.set_defaults(run=_predict)
 
     evaluate = commands.add_parser("eval", help="score a model")
@@ -129,8 +134,9 @@ def _predict(args: argparse.Namespace) -> None:
     from piip_core.errors import check
 
     check(0 <= args.min_score <= 1, "--min-score", args.min_score, "0 to 1")
-    predictor = Detector(args.model, device=args.device).predictor
-    errors = run_demo(predictor, args.inputs, args.output, min_score=args.min_score)
+    detector = Detector(args.model, device=args.device, image_size=args.image_size)
+    options = {"min_score": args.min_score, "tiles": detector.tile_size(args.tiles)}
+    errors = run_demo(detector.predictor, args.inputs, args.output, **options)
     print(f"results are in {args.output}")
     if errors:
         sys.exit("\n".join(f"error: {message}" for message in errors))

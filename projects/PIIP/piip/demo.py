@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,6 +28,8 @@ from piip_core.errors import UserError
 from piip_core.files import atomic_path, explain_write_errors, write_atomically
 from piip_core.images import image_endings
 
+_Detect = Callable[[np.ndarray], Instances]
+
 
 class _Job(NamedTuple):
     """One input file and, without suffix, the output it becomes."""
@@ -35,7 +39,9 @@ class _Job(NamedTuple):
     is_video: bool
 
 
-def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_score: float = 0.5) -> list[str]:
+def run_demo(
+    predictor: Predictor, inputs: Sequence[str], output: str, *, min_score: float = 0.5, tiles: int | None = None
+) -> list[str]:
     """Writes an image or video with the predictions for every input, and `predictions.json` with all of them.
 
     For a detector, the JSON is a list in COCO's result format; "file_name" and "category_name" are added, and image ids
@@ -49,6 +55,7 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
         inputs: Image files, folders (all images in and below them) and video files.
         output: Folder for the results; a folder's structure is kept in it.
         min_score: Detections with lower scores are left out; nothing to the others.
+        tiles: Side of the tiles in which a detector looks at an image; None: it looks at all of it.
 
     Returns:
         One message per file that could not be read; the others are done all the same.
@@ -57,6 +64,7 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
         UserError: If an input is missing or nothing that can be shown, or a folder has no image.
     """
     jobs = collect_inputs(inputs, output)
+    detect = partial(predictor, min_score=min_score, tiles=tiles)
     with explain_write_errors(output):
         os.makedirs(output, exist_ok=True)
     results: list[dict[str, Any]] = []
@@ -65,14 +73,14 @@ def run_demo(predictor: Predictor, inputs: Sequence[str], output: str, *, min_sc
     for job in tqdm(jobs, desc="inputs", unit="file", disable=len(jobs) == 1 and jobs[0].is_video):
         job.target.parent.mkdir(parents=True, exist_ok=True)
         if job.is_video:
-            results += _run_on_video(predictor, job, image_ids, min_score)
+            results += _run_on_video(predictor, job, image_ids, detect)
             continue
         try:
             image = read_image(str(job.source))
         except UserError as error:
             errors.append(str(error))
             continue
-        drawn, found = _predict(predictor, image, next(image_ids), f"{job.target}_labels.png", min_score)
+        drawn, found = _predict(predictor, image, next(image_ids), f"{job.target}_labels.png", detect)
         results += [{**result, "file_name": str(job.source)} for result in found]
         with write_atomically(f"{job.target}.jpg") as file:
             Image.fromarray(drawn).save(file, format="JPEG", quality=92)
@@ -136,7 +144,7 @@ def _predict(
     image: np.ndarray,
     image_id: int,
     label_map: str,
-    min_score: float,
+    detect: _Detect,
     video: VideoVisualizer | None = None,
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """The image with what the model makes of it, and the entries of the JSON; `video` knows earlier images."""
@@ -145,7 +153,7 @@ def _predict(
         return {"image_id": image_id, "category_id": category.id, "category_name": category.name, **found}
 
     if predictor.task == "detection":
-        instances = predictor(image, min_score=min_score)
+        instances = detect(image)
         drawn = (video or VideoVisualizer(predictor.metadata)).draw_instance_predictions(image, instances)
         return drawn.get_image(), predictor.to_coco(instances, image_id)
     if predictor.task == "classification":
@@ -177,7 +185,7 @@ def _is_video(path: Path) -> bool:
     raise UserError(f"{path}: neither an image nor a video that can be decoded")
 
 
-def _run_on_video(predictor: Predictor, job: _Job, image_ids: Iterator[int], min_score: float) -> list[dict[str, Any]]:
+def _run_on_video(predictor: Predictor, job: _Job, image_ids: Iterator[int], detect: _Detect) -> list[dict[str, Any]]:
     """Draws every frame; returns what was found."""
     results: list[dict[str, Any]] = []
     video = VideoVisualizer(predictor.metadata)  # keeps an object's colour from frame to frame
@@ -192,7 +200,7 @@ def _run_on_video(predictor: Predictor, job: _Job, image_ids: Iterator[int], min
         for frame in tqdm(container.decode(stream), total=stream.frames or None, desc=job.source.name, unit="frame"):
             image_id = next(image_ids)
             label_map = f"{job.target}_{image_id:06d}_labels.png"
-            drawn, found = _predict(predictor, frame.to_ndarray(format="rgb24"), image_id, label_map, min_score, video)
+            drawn, found = _predict(predictor, frame.to_ndarray(format="rgb24"), image_id, label_map, detect, video)
             results += [{**result, "file_name": str(job.source)} for result in found]
             # The pixel format wants even sides
             drawn = np.ascontiguousarray(drawn[: drawn.shape[0] // 2 * 2, : drawn.shape[1] // 2 * 2])

@@ -88,13 +88,21 @@ class Detector:
             default for the task of the data.
         task: "detect", "segment", "semantic" or "classify": of a model that may be several.
         device: "cpu" or "cuda"; None: a GPU if there is one.
+        image_size: Long side to which a detector's images or tiles are resized; None: the model's.
 
     Raises:
         UserError: If there is no such model.
     """
 
-    def __init__(self, model: str | Path | None = None, *, task: str | None = None, device: str | None = None) -> None:
-        self.task, self.device = task, device
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        task: str | None = None,
+        device: str | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        self.task, self.device, self.image_size = task, device, image_size
         self._predictor: Predictor | None = None
         self._name: str | None = None
         self._run: Path | None = None
@@ -144,21 +152,38 @@ class Detector:
         return read_json(note) if note.is_file() else {}
 
     def predict(
-        self, images: str | Path | np.ndarray | Image.Image | Sequence[Any], *, min_score: float = 0.5
+        self,
+        images: str | Path | np.ndarray | Image.Image | Sequence[Any],
+        *,
+        min_score: float = 0.5,
+        tiles: int | bool = False,
     ) -> Predictions | list[Predictions]:
         """Finds what is in images.
 
         Args:
             images: Path, PIL image or array (H, W, 3) uint8 RGB; or several, for a list of results.
             min_score: Lowest score of a detection.
+            tiles: Side in pixels of tiles to look at, besides the whole image, by the library sahi; True: as large as
+                the model sees without resizing.
 
         Raises:
-            UserError: If an image cannot be read, or there are no weights.
+            UserError: If an image cannot be read, or there are no weights; of tiles, without sahi or a detector.
         """
         check(0 <= min_score <= 1, "min_score", min_score, "0 to 1")
         if isinstance(images, str | Path | np.ndarray | Image.Image):
-            return self._predict(images, min_score)
-        return [self._predict(image, min_score) for image in images]
+            return self._predict(images, min_score, self.tile_size(tiles))
+        return [self._predict(image, min_score, self.tile_size(tiles)) for image in images]
+
+    def tile_size(self, tiles: int | bool) -> int | None:
+        """Side of the tiles that `predict` looks at, in pixels; None: there are none."""
+        if tiles is False:
+            return None
+        scales = self._config().data.get("test", {}).get("scales")
+        if self.predictor.task != "detection" or not scales:
+            raise ConfigError(f"tiles={tiles}: goes with a detector only, not with a model for {self.predictor.task}")
+        size = max(min(scale) for scale in scales) if tiles is True else tiles
+        check(size >= 32, "tiles", size, "at least 32")
+        return size
 
     def evaluate(self, data: str | Path | None = None, *, form: str | None = None) -> dict[str, Any]:
         """Scores on the validation images of the run, or of a folder: on all of it, where it has no such part.
@@ -225,7 +250,7 @@ class Detector:
             self._predictor = Predictor(self._config(), self._find_weights(), device=self.device)
         return self._predictor
 
-    def _predict(self, image: Any, min_score: float) -> Predictions:
+    def _predict(self, image: Any, min_score: float, tiles: int | None) -> Predictions:
         predictor, image = self.predictor, _to_array(image)
         if predictor.task == "classification":
             best = predictor.classify(image)
@@ -236,7 +261,7 @@ class Detector:
             classes, scores, boxes = np.unique(labels), None, None
             masks = labels == classes[:, None, None]
         else:
-            found = predictor(image, min_score=min_score)
+            found = predictor(image, min_score=min_score, tiles=tiles)
             boxes, scores = found.pred_boxes.tensor.numpy(), found.scores.numpy()
             classes = found.pred_classes.numpy()
             masks = found.pred_masks.numpy() if found.has("pred_masks") else None
@@ -250,6 +275,11 @@ class Detector:
         file = self._run / "config.yaml" if self._run else find_model(str(self._name), self.task).config_file
         cfg = load_config(str(file))
         cfg.train.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.image_size is not None:
+            check(self.image_size >= 32, "image_size", self.image_size, "at least 32")
+            if "scales" not in cfg.data.get("test", {}):
+                raise ConfigError(f"image_size={self.image_size}: goes with a detector only")
+            cfg.data.test.scales = [[self.image_size, self.image_size]]
         return cfg
 
     def _find_weights(self) -> str:

@@ -29,6 +29,7 @@ from piip.data.transforms import as_input
 from piip.fitting import load_trained
 from piip.lazy_config import check_device, data_kind, skip_pretrained
 from piip.modeling.classifier import ImageClassifier
+from piip.tiles import detect_in_tiles
 from piip_core import prepare_for_inference
 
 Task = Literal["detection", "segmentation", "classification"]
@@ -96,8 +97,13 @@ class Predictor:
         elif self.categories:
             self.metadata.thing_classes = [category.name for category in self.categories]
 
-    def __call__(self, image: np.ndarray, *, min_score: float = 0.0) -> Instances:
+    def __call__(self, image: np.ndarray, *, min_score: float = 0.0, tiles: int | None = None) -> Instances:
         """Detects the objects of one image (H, W, 3), uint8 RGB.
+
+        Args:
+            image: The image.
+            min_score: Lowest score of a detection.
+            tiles: Side of tiles in which it is looked at, too, in pixels; see `piip.tiles`.
 
         Returns:
             Detections with scores of at least `min_score` on the CPU, in pixels of `image`: pred_boxes, scores,
@@ -105,7 +111,10 @@ class Predictor:
 
         Raises:
             ValueError: If the image is not as described, or the model is no detector.
+            UserError: With `tiles`, without the package sahi.
         """
+        if tiles is not None:
+            return detect_in_tiles(self, image, tiles, min_score=min_score)
         instances = self._outputs(image, "detection")["instances"].to("cpu")
         return instances[instances.scores >= min_score]
 

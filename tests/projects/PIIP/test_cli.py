@@ -85,6 +85,36 @@ def test_train_predict_and_evaluate(run, digits, tmp_path, capsys):
     assert lines[-1].startswith(f"segm AP {best['value']:.1f} AP50 ")
 
 
+def test_predict_in_tiles(run, digits, tmp_path):
+    pytest.importorskip("sahi")
+    image = next((digits / "val").iterdir())
+    predict = ["predict", str(image), "--model", str(run), "--device", "cpu", "--output", str(tmp_path)]
+    cli.main([*predict, "--tiles", "120", "--min-score", "0.09"])
+    detector = Detector(run, device="cpu")
+    found = detector.predict(image, tiles=120, min_score=0.09)
+    drawn = json.loads((tmp_path / "predictions.json").read_text())
+    assert [entry["score"] for entry in drawn] == pytest.approx(found.scores.tolist())
+    # 192 pixels are four tiles, which begin at 0 or 72, and the whole
+    pixels, crops = read_image(str(image)), []
+    for y, x, side in ((0, 0, 120), (0, 72, 120), (72, 0, 120), (72, 72, 120), (0, 0, 192)):
+        crop = detector.predict(pixels[y : y + side, x : x + side], min_score=0.09)
+        masks = np.zeros((len(crop), 192, 192), dtype=bool)
+        masks[:, y : y + side, x : x + side] = crop.masks
+        crops += zip(crop.scores, crop.classes, masks, strict=True)
+    assert 0 < len(found) <= len(crops)
+    for score, category, mask in zip(found.scores, found.classes, found.masks, strict=True):
+        assert any(abs(score - s) < 1e-6 and category == c and (mask == m).all() for s, c, m in crops)
+    assert max(found.scores) == pytest.approx(max(score for score, _, _ in crops))
+
+
+def test_images_are_looked_at_larger(run, digits):
+    image = read_image(str(next((digits / "val").iterdir())))
+    assert Detector(run, device="cpu").predictor.to_input(image).shape == (3, 96, 96)
+    detector = Detector(run, device="cpu", image_size=160)
+    assert detector.predictor.to_input(image).shape == (3, 160, 160)
+    assert (detector.tile_size(True), detector.tile_size(64), detector.tile_size(False)) == (160, 64, None)
+
+
 @pytest.mark.parametrize("door", ["piip train", "lazyconfig_train_net.py"])
 def test_both_doors_go_on_with_a_run(door, run, digits, tmp_path):
     """A run that was killed after an epoch ends with the weights of one that was not."""
@@ -119,6 +149,9 @@ def test_classifiers_and_segmentors(folders, digits, tmp_path):
     assert sorted(found.names) == ["blue", "green", "red"]
     assert found.scores.sum() == pytest.approx(1)
     assert found.names == again.names
+    for wrong, options in (({"image_size": 64}, {}), ({}, {"tiles": True})):
+        with pytest.raises(ConfigError, match="goes with a detector only"):
+            Detector(tmp_path / "classes", device="cpu", **wrong).predict(image, **options)
     with pytest.raises(UserError, match="neither boxes nor masks"):
         found.to_supervision()
 
@@ -248,6 +281,8 @@ def test_an_exported_detector_finds_what_the_run_finds(run, digits, tmp_path, ca
         (["train", "--data", "{data}", "--image-size", "3"], "image-size=3: expected at least 32"),
         (["train", "--data", "{data}", "--output", "{file}"], "{file}.*: (Not a directory|File exists)"),
         (["predict", "{file}", "--model", "{run}", "--output", "x", "--min-score", "nan"], "expected 0 to 1"),
+        (["predict", "{file}", "--model", "{run}", "--output", "x", "--tiles", "8"], "tiles=8: expected at least 32"),
+        (["predict", "{file}", "--model", "{run}", "--output", "x", "--image-size", "8"], "image_size=8: expected at"),
         (["export", "{run}", "{folder}"], "expected a file name that ends in .onnx"),
         (["eval", "{run}", "{classes}"], "expected data of the kind that the model was trained with"),
     ],

@@ -8,7 +8,7 @@ resizing are not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +67,14 @@ def executed_count(model: nn.Module, *inputs: Any, run: str = "") -> ModuleCount
         if key in names:
             macs[".".join(filter(None, (run, names[key])))] = sum(flops.values()) // 2
     return ModuleCounts({name: parameter.numel() for name, parameter in model.named_parameters()}, macs)
+
+
+def executed_macs(call: Callable[[], object]) -> int:
+    """Multiply-accumulates of all that a call runs, without gradients."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), _plain_attention(), counter:
+        call()
+    return counter.get_total_flops() // 2
 
 
 @contextmanager
