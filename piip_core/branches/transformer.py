@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
@@ -53,6 +54,19 @@ class PlainTransformerConfig(NetworkConfig):
         self.set_blocks((self.embed_dim,) * self.depth, (self.patch_size,) * self.depth)
 
 
+def split_windows(x: Tensor, side: int) -> Tensor:
+    """Windows (..., N, side * side, C) of a map (..., H, W, C), which zeros fill up at the bottom and right."""
+    windows = window_partition(x.flatten(0, -4), side)[0].flatten(1, 2)
+    return windows.unflatten(0, (*x.shape[:-3], -1))
+
+
+def join_windows(windows: Tensor, side: int, grid: Sequence[int]) -> Tensor:
+    """Inverse of `split_windows` for a batch of maps: (B, N, side * side, C) to (B, H, W, C)."""
+    height, width = grid
+    padded = (-(-height // side) * side, -(-width // side) * side)
+    return window_unpartition(windows.flatten(0, 1).unflatten(1, (side, side)), side, (height, width), padded)
+
+
 def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
     """Runs self-attention inside the windows of a map (B, H, W, C).
 
@@ -64,10 +78,9 @@ def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Te
         window_size: Side of the windows in tokens.
         attend: Self-attention over sequences (B, N, C).
     """
-    windows, padded = window_partition(x, window_size)
-    grid = windows.shape[1:3]
-    windows = attend(windows.flatten(1, 2)).unflatten(1, grid)
-    return window_unpartition(windows, window_size, (x.shape[1], x.shape[2]), padded)
+    windows = split_windows(x, window_size)
+    attended = attend(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+    return join_windows(attended, window_size, x.shape[1:3])
 
 
 class MapAttention(Attention):
@@ -158,9 +171,9 @@ class TransformerBranch(Branch):
     """
 
     keep_positions = False
-    model: VisionTransformer | Eva | Beit
+    model: VisionTransformer | Eva | NaFlexVit | Beit
 
-    def __init__(self, config: BranchConfig, model: VisionTransformer | Eva | Beit) -> None:
+    def __init__(self, config: BranchConfig, model: VisionTransformer | Eva | NaFlexVit | Beit) -> None:
         super().__init__(config)
         self.model = model
         self._positions: dict[tuple[object, ...], Tensor] = {}
@@ -171,12 +184,16 @@ class TransformerBranch(Branch):
             if isinstance(block.attn, MapAttention):
                 block.attn.pad_before_qkv = config.window_padding == "before_qkv"
 
-    def patch_map(self, image: Tensor) -> Tensor:
-        """Patch embeddings (B, H, W, C) of an image; a remainder of the patch size is cut at the bottom and right."""
+    def crop(self, image: Tensor) -> Tensor:
+        """Cuts a remainder of the patch size at the bottom and right of an image (B, 3, H, W)."""
         patch = self.strides[0]
         height, width = (side // patch * patch for side in image.shape[-2:])
+        return image[..., :height, :width]
+
+    def patch_map(self, image: Tensor) -> Tensor:
+        """Patch embeddings (B, H, W, C) of an image; a remainder of the patch size is cut at the bottom and right."""
         # The convolution leaves channels first in memory, and every sum after it would inherit that
-        return self.model.patch_embed(image[..., :height, :width]).contiguous()
+        return cast(nn.Module, self.model.patch_embed)(self.crop(image)).contiguous()
 
     def position_map(self, grid: Tensor, height: int, width: int) -> Tensor:
         """`resize_position_grid` of the position embeddings, once per size where `keep_positions` says so."""
@@ -194,17 +211,29 @@ class TransformerBranch(Branch):
         return self._positions[key]
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
-        """Runs one block on the map (B, H, W, C), or on the sequence of prefix and map."""
-        block, grid, options = self.model.blocks[index], state.tokens.shape[1:3], {}
-        if state.prefix is None and hasattr(block.attn, "window_size"):  # takes maps
+        """Runs one block on the map, or on prefix and map as one sequence, or one for each window.
+
+        Every window has its own copy of the prefix, which attends and is attended to as its other tokens; after the
+        block the prefix is the mean of the copies. `state.arguments` has what else the block takes.
+        """
+        block: Any = self.model.blocks[index]
+        side, grid, prefix = self.config.window_sizes[index], state.tokens.shape[1:3], state.prefix
+        if prefix is None and hasattr(block.attn, "window_size"):  # takes maps
             return state._replace(tokens=block(state.tokens))
-        if state.rotary is not None:
-            options["rope"] = state.rotary[index] if getattr(self.model, "rope_mixed", False) else state.rotary
-        sequence = block(state.sequence(), **options)
-        if state.prefix is None:
-            return state._replace(tokens=sequence.unflatten(1, grid))
-        count = state.prefix.shape[1]
-        return state._replace(tokens=sequence[:, count:].unflatten(1, grid), prefix=sequence[:, :count])
+        x = state.tokens.flatten(1, 2) if side is None else split_windows(state.tokens, side)
+        if prefix is not None:
+            copies = prefix if side is None else prefix[:, None].expand(-1, x.shape[1], -1, -1)
+            x = torch.cat((copies, x), dim=-2)
+        arguments = dict((state.arguments or {}).get(side, {}))
+        if "rope" in arguments:  # of each block, or the same for all
+            arguments["rope"] = arguments["rope"][index % len(arguments["rope"])]
+        x = block(x, **arguments)
+        if prefix is not None:
+            prefix, x = x.tensor_split([prefix.shape[1]], dim=-2)
+        if side is None:
+            return state._replace(tokens=x.unflatten(1, grid), prefix=prefix)
+        prefix = None if prefix is None else prefix.mean(dim=1)
+        return state._replace(tokens=join_windows(x, side, grid), prefix=prefix)
 
     def layer_of(self, name: str) -> int | None:
         """Index + 1 for parameters of blocks, 0 for all others."""

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from piip_core import (
@@ -40,6 +41,7 @@ NETWORKS = {
     "convnext": ConvNeXtConfig(depths=(1, 1, 2, 1), stage_dims=(8, 16, 24, 32)),
     "timm convnext": TimmConfig(name="convnextv2_atto"),
     "timm rotary": TimmConfig(name="vit_small_patch16_dinov3", options=SIZES),
+    "timm naflex": TimmConfig(name="naflexvit_base_patch16_radio_v3", options=SIZES),
 }
 WINDOWED = [name for name, network in NETWORKS.items() if not network.no_windows]
 
@@ -112,8 +114,7 @@ def test_a_window_as_large_as_the_map_is_global_attention(name, randomize):
     [
         (NETWORKS["convnext"], "no attention"),
         (NETWORKS["timm convnext"], "ConvNeXt"),
-        (NETWORKS["timm rotary"], "rotary"),
-        (TimmConfig(name="vit_tiny_patch16_224", options={"depth": 2}), "keep_prefix_tokens=False"),
+        (TimmConfig(name="vit_small_patch16_18x2_224", options={"depth": 2}), "ParallelThingsBlock"),
         (ViTConfig(**SIZES, class_token=True), "class_token"),
     ],
 )
@@ -184,6 +185,39 @@ def test_every_layer_is_called(families, attention):
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     assert [name for name, module in layers.items() if module not in called] == []
+
+
+def interaction_gradients(config, frozen, randomize):
+    branches = [dataclasses.replace(branch, frozen=frozen) for branch in config.branches]
+    torch.manual_seed(0)
+    model = randomize(PIIP(dataclasses.replace(config, branches=branches))).train()
+    for module in model.interactions.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    sum(m.square().mean() for m in model(torch.ones(1, 3, 64, 64))).backward()
+    return model, [parameter.grad for parameter in model.interactions.parameters()]
+
+
+@pytest.mark.parametrize("families", [("timm rotary", "convnext"), ("internvit", "timm naflex")])
+def test_frozen_branches(families, randomize):
+    """They stay as they are, and interactions learn through their blocks as if they learned, too."""
+    branches = [BranchConfig(network=NETWORKS[family], image_size=64) for family in families]
+    config = PIIPConfig(branches=branches, interaction=InteractionConfig(num_interactions=2, num_heads=4), merging=None)
+    model, found = interaction_gradients(config, True, randomize)
+    _, expected = interaction_gradients(config, False, randomize)
+    torch.testing.assert_close(found, expected)
+    assert all(parameter.grad is None for parameter in model.branches.parameters())
+    assert not any(module.training for module in model.branches.modules() if module is not model.branches)
+    assert all(module.training for module in model.interactions.modules())
+    for branch, segments in zip(model.branches, model.segments, strict=True):
+        state = branch.run(branch.embed(torch.ones(1, 3, 64, 64)), 0, segments[0][1] + 1)
+        assert state.tokens.grad_fn is None  # so no activations are kept before the first interaction
+
+
+def test_frozen_branches_ignore_stochastic_depth():
+    branch = branch_of("timm rotary", frozen=True, drop_path_rate=0.9).train()
+    image = torch.randn(2, 3, 64, 64)
+    assert torch.equal(run_all(branch, image), run_all(branch, image))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

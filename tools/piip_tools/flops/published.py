@@ -196,7 +196,7 @@ def _blocks(
 ) -> Count:
     """What the blocks of all transformers have; `qkv_bias` is the number of those parameters."""
     width, patches = network.embed_dim, _tokens(branch)
-    tokens = patches + getattr(network, "class_token", 0)
+    tokens = patches + network.class_token
     hidden = int(width * network.mlp_ratio)
     count = Count()
     for window in branch.window_sizes:
