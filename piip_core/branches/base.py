@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeGuard, TypeVar
 
@@ -129,12 +129,12 @@ class BranchState(NamedTuple):
     Attributes:
         tokens: Feature map, channels last, (B, H, W, C).
         prefix: Class or register tokens (B, P, C) that only the branch itself sees; None without.
-        arguments: What else blocks take, by the side of their windows; None without.
+        positions: Rotary positions and windows that the blocks of the branch share; None without.
     """
 
     tokens: Tensor
     prefix: Tensor | None = None
-    arguments: Mapping[int | None, Mapping[str, Tensor]] | None = None
+    positions: Any = None
 
 
 BranchT = TypeVar("BranchT", bound="Branch")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -22,9 +22,8 @@ from ..errors import ConfigError, check
 from ..meta import on_meta
 from .base import Branch, BranchConfig, BranchState, NetworkConfig, register_branch, to_tuples
 from .convnext import StagedBranch, steps_of
-from .transformer import TransformerBranch, split_windows
+from .transformer import TransformerBranch, join_windows, split_windows
 
-Arguments: TypeAlias = Mapping[str, Tensor]
 TimmTransformer: TypeAlias = VisionTransformer | Eva | NaFlexVit
 
 _KINDS = (VisionTransformer, Eva, NaFlexVit, ConvNeXt)
@@ -37,8 +36,8 @@ class TimmConfig(NetworkConfig):
 
     Supported are models of timm's classes `VisionTransformer`, `Eva` (rotary positions), `NaFlexVit` and `ConvNeXt`.
     Images may have any size: position embeddings are resized, and rotary positions computed, as timm does. In windows,
-    rotary positions are those of the whole map, every window has its own copy of class and register tokens, which are
-    the mean of their copies after each block, and windows that the map does not fill are smaller.
+    rotary positions are those of the whole map, every window attends to its own copy of class and register tokens, who
+    get the mean of what their copies see, and windows that the map does not fill are smaller.
 
     Args:
         name: Name in `timm.list_models()`, for example "vit_small_patch16_dinov3". Weights are named apart, in
@@ -88,7 +87,7 @@ def _inspect(config: TimmConfig) -> _Facts:
     else:
         infos, reason = list(model.feature_info), ""
         attentions = {type(getattr(block, "attn", block)) for block in model.blocks}
-        if others := attentions - set(_OVER_WINDOWS):
+        if others := attentions - set(_IN_WINDOWS):
             reason = f"{config.name!r} computes attention in {others.pop().__name__}, which takes no windows"
         class_token = getattr(model, "embeds", model).cls_token is not None
     dims, strides = (tuple(info[key] for info in infos) for key in ("num_chs", "reduction"))
@@ -145,31 +144,66 @@ def _kind(name: str) -> type[nn.Module]:
     return found
 
 
-class _OverWindows:
-    """Self-attention of timm whose sequences (..., N, C) have any number of dimensions before them."""
+class Windows(NamedTuple):
+    """Windows of a sequence of prefix tokens and a map, which attention gets in the place of a mask.
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found = super().forward(x.flatten(0, -3), *args, **kwargs)  # type: ignore[misc]  # of the class after this one
-        return found.unflatten(0, x.shape[:-2])
+    Every window has its own copy of the prefix tokens, whose results are averaged. Those that the map does not fill are
+    smaller: what they lack is masked.
+
+    Attributes:
+        side: Of a window, in tokens.
+        grid: Height and width of the map.
+        prefix: Number of prefix tokens.
+        mask: (B * windows, 1, 1, N), False for what the map lacks; None if there is nothing.
+    """
+
+    side: int
+    grid: tuple[int, int]
+    prefix: int
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, side: int, grid: tuple[int, int], prefix: int, image: Tensor) -> Windows:
+        """Windows of maps for a batch of images."""
+        mask = None
+        if any(length % side for length in grid):
+            mask = split_windows(image.new_ones(1, *grid, 1, dtype=torch.bool), side)[0, :, None, None, :, 0]
+            mask = F.pad(mask, (prefix, 0), value=True).repeat(len(image), 1, 1, 1)
+        return cls(side, grid, prefix, mask)
+
+    def attend(self, x: Tensor, attend: Callable[..., Tensor], **options: Any) -> Tensor:
+        """Self-attention (B, P + H * W, C) in the windows; `attend` takes (B * windows, N, C)."""
+        prefix, tokens = x[:, : self.prefix], x[:, self.prefix :]
+        windows = split_windows(tokens.unflatten(1, self.grid), self.side)
+        copies = prefix[:, None].expand(-1, windows.shape[1], -1, -1)
+        sequences = torch.cat((copies, windows), dim=2)
+        found = attend(sequences.flatten(0, 1), attn_mask=self.mask, **options).unflatten(0, windows.shape[:2])
+        tokens = join_windows(found[:, :, self.prefix :], self.side, self.grid).flatten(1, 2)
+        return torch.cat((found[:, :, : self.prefix].mean(dim=1), tokens), dim=1)
 
 
-class _WindowAttention(_OverWindows, Attention): ...
+class _InWindows:
+    """Self-attention of timm that takes `Windows` in the place of a mask, which timm's blocks hand on to it."""
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        windows: Windows = options.pop("attn_mask")
+        return windows.attend(x, super().forward, **options)  # type: ignore[misc]  # of the class after this one
 
 
-class _WindowEvaAttention(_OverWindows, EvaAttention): ...
+class _WindowAttention(_InWindows, Attention): ...
 
 
-class _WindowAttentionRope(_OverWindows, AttentionRope): ...
+class _WindowEvaAttention(_InWindows, EvaAttention): ...
 
 
-_OVER_WINDOWS = {Attention: _WindowAttention, EvaAttention: _WindowEvaAttention, AttentionRope: _WindowAttentionRope}
+class _WindowAttentionRope(_InWindows, AttentionRope): ...
+
+
+_IN_WINDOWS = {Attention: _WindowAttention, EvaAttention: _WindowEvaAttention, AttentionRope: _WindowAttentionRope}
 
 
 class TimmTransformerBranch(TransformerBranch):
-    """A `VisionTransformer`, `Eva` or `NaFlexVit` of timm, with its own positions and prefix tokens.
-
-    Windows see the rotary positions of the whole map. Those that the map does not fill are smaller.
-    """
+    """A `VisionTransformer`, `Eva` or `NaFlexVit` of timm, with its own positions and prefix tokens."""
 
     model: TimmTransformer
 
@@ -178,31 +212,35 @@ class TimmTransformerBranch(TransformerBranch):
         check(padding == "before_qkv", "BranchConfig.window_padding", padding, "'before_qkv' for networks of timm")
         super().__init__(config, model)
         for block, side in zip(model.blocks, config.window_sizes, strict=True):
-            if side is not None:  # blocks then get (B, windows, N, C): stochastic depth stays one of images
-                block.attn.__class__ = _OVER_WINDOWS[type(block.attn)]
+            if side is not None:
+                block.attn.__class__ = _IN_WINDOWS[type(block.attn)]
 
     def embed(self, image: Tensor) -> BranchState:
-        """Patches of an image (B, 3, H, W) with positions, and timm's prefix tokens and rotary positions."""
+        """Patches of an image (B, 3, H, W) with positions, timm's prefix tokens, and arguments of blocks by window."""
         sequence, grid, rotary = embed_image(self.model, self.crop(image))
         count = self.model.num_prefix_tokens
+        arguments: dict[int | None, dict[str, Any]] = {}
+        for side in set(self.config.window_sizes):
+            arguments[side] = {} if side is None else {"attn_mask": Windows.of(side, grid, count, image)}
+            if rotary is not None:
+                arguments[side]["rope"] = _rotary_of(rotary, grid, side, len(image))
         prefix = sequence[:, :count] if count else None
-        arguments = {side: self._arguments(rotary, grid, side, image) for side in set(self.config.window_sizes)}
         return BranchState(sequence[:, count:].unflatten(1, grid), prefix, arguments)
 
-    def _arguments(self, rotary: Tensor | None, grid: tuple[int, int], side: int | None, image: Tensor) -> Arguments:
-        """What blocks with windows of this side take besides tokens: rotary positions, and a mask of what pads."""
-        arguments: dict[str, Tensor] = {}
-        if rotary is not None:
-            rotary = rotary if rotary.ndim == 4 else rotary[None, None]
-            if side is not None:  # to (depth or 1, B * windows, heads or 1, N, D)
-                windows = split_windows(rotary.unflatten(-2, grid), side).transpose(1, 2)
-                rotary = windows.repeat(1, len(image), 1, 1, 1)
-            arguments["rope"] = rotary
-        if side is not None and any(length % side for length in grid):
-            mask = split_windows(image.new_ones(1, *grid, 1, dtype=torch.bool), side)[0, :, None, None, :, 0]
-            mask = F.pad(mask, (self.model.num_prefix_tokens, 0), value=True)
-            arguments["attn_mask"] = mask.repeat(len(image), 1, 1, 1)
+    def block_arguments(self, state: BranchState, index: int) -> dict[str, Any]:
+        """Windows, and the rotary positions of the whole map, or those of this block where each has its own."""
+        arguments = dict(state.positions[self.config.window_sizes[index]])
+        if "rope" in arguments:
+            arguments["rope"] = arguments["rope"][index % len(arguments["rope"])]
         return arguments
+
+
+def _rotary_of(rotary: Tensor, grid: tuple[int, int], side: int | None, images: int) -> Tensor:
+    """Rotary positions (depth or 1, heads or 1, H * W, D), in windows (depth or 1, B * windows, heads or 1, N, D)."""
+    rotary = rotary if rotary.ndim == 4 else rotary[None, None]
+    if side is None:
+        return rotary
+    return split_windows(rotary.unflatten(-2, grid), side).transpose(1, 2).repeat(1, images, 1, 1, 1)
 
 
 def embed_image(model: TimmTransformer, image: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:

@@ -211,29 +211,22 @@ class TransformerBranch(Branch):
         return self._positions[key]
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
-        """Runs one block on the map, or on prefix and map as one sequence, or one for each window.
-
-        Every window has its own copy of the prefix, which attends and is attended to as its other tokens; after the
-        block the prefix is the mean of the copies. `state.arguments` has what else the block takes.
-        """
+        """Runs one block on the map (B, H, W, C), or on the sequence of prefix and map."""
         block: Any = self.model.blocks[index]
-        side, grid, prefix = self.config.window_sizes[index], state.tokens.shape[1:3], state.prefix
+        grid, prefix = state.tokens.shape[1:3], state.prefix
         if prefix is None and hasattr(block.attn, "window_size"):  # takes maps
             return state._replace(tokens=block(state.tokens))
-        x = state.tokens.flatten(1, 2) if side is None else split_windows(state.tokens, side)
+        sequence = state.tokens.flatten(1, 2)
         if prefix is not None:
-            copies = prefix if side is None else prefix[:, None].expand(-1, x.shape[1], -1, -1)
-            x = torch.cat((copies, x), dim=-2)
-        arguments = dict((state.arguments or {}).get(side, {}))
-        if "rope" in arguments:  # of each block, or the same for all
-            arguments["rope"] = arguments["rope"][index % len(arguments["rope"])]
-        x = block(x, **arguments)
+            sequence = torch.cat((prefix, sequence), dim=1)
+        sequence = block(sequence, **self.block_arguments(state, index))
         if prefix is not None:
-            prefix, x = x.tensor_split([prefix.shape[1]], dim=-2)
-        if side is None:
-            return state._replace(tokens=x.unflatten(1, grid), prefix=prefix)
-        prefix = None if prefix is None else prefix.mean(dim=1)
-        return state._replace(tokens=join_windows(x, side, grid), prefix=prefix)
+            prefix, sequence = sequence[:, : prefix.shape[1]], sequence[:, prefix.shape[1] :]
+        return state._replace(tokens=sequence.unflatten(1, grid), prefix=prefix)
+
+    def block_arguments(self, state: BranchState, index: int) -> dict[str, Any]:
+        """What a block takes besides its sequence."""
+        return {}
 
     def layer_of(self, name: str) -> int | None:
         """Index + 1 for parameters of blocks, 0 for all others."""

@@ -82,7 +82,7 @@ def test_features_are_timms(name, size, randomize):
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3)])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_windows_are_a_mask_in_float64(name, grid, randomize):
-    """timm's own blocks on the whole sequence, once for each window: everything outside it but the prefix is masked."""
+    """timm's own attention on the whole sequence, once for each window: everything outside but the prefix is masked."""
     side = 2
     branch = build(name, randomize, window_size=(side, None)).double()
     image = torch.randn(2, 3, *(branch.strides[0] * length for length in grid), dtype=torch.float64)
@@ -99,26 +99,23 @@ def test_windows_are_a_mask_in_float64(name, grid, randomize):
         options = [{"rope": rotary[i] if rotary.ndim == 4 else rotary} for i in range(2)]
     rows, columns = torch.meshgrid(*(torch.arange(length) // side for length in grid), indexing="ij")
     windows = (rows * 10 + columns).flatten()
-    after, copies = torch.empty_like(tokens), []
-    for window in windows.unique():
-        inside = torch.cat((torch.ones(count, dtype=torch.bool), windows == window))
-        found = theirs.blocks[0](sequence, attn_mask=inside.expand(1, 1, len(inside), -1), **options[0])
-        after[:, windows == window] = found[:, count:][:, windows == window]
-        copies.append(found[:, :count])
-    expected = theirs.blocks[1](torch.cat((torch.stack(copies).mean(dim=0), after), dim=1), **options[1])
+    attention, copies = theirs.blocks[0].attn.forward, []
+
+    def masked(x, *, attn_mask, **more):
+        found = torch.empty_like(x)
+        for window in windows.unique():
+            inside = torch.cat((torch.ones(count, dtype=torch.bool), windows == window))
+            one = attention(x, attn_mask=inside.expand(1, 1, len(inside), -1), **more)
+            found[:, count:][:, windows == window] = one[:, count:][:, windows == window]
+            copies.append(one[:, :count])
+        found[:, :count] = torch.stack(copies).mean(dim=0)
+        return found
+
+    theirs.blocks[0].attn.forward = masked
+    expected = theirs.blocks[1](theirs.blocks[0](sequence, **options[0]), **options[1])
     torch.testing.assert_close(state.tokens.flatten(1, 2), expected[:, count:], rtol=0, atol=1e-12)
     if count:
         torch.testing.assert_close(state.prefix, expected[:, :count], rtol=0, atol=1e-12)
-
-
-def test_stochastic_depth_in_windows_drops_whole_images():
-    network = TimmConfig(name="vit_small_patch16_dinov3", options=SMALL)
-    config = BranchConfig(network=network, image_size=64, window_size=2, drop_path_rate=0.5)
-    branch = build_branch(config)
-    state = branch.embed(torch.randn(64, 3, 64, 64))
-    changed = (branch.run(state, 0, 1).tokens - state.tokens).abs().amax(dim=3).flatten(1) > 0
-    assert 0 < changed.any(dim=1).sum() < 64  # a quarter of the images passes a block unchanged
-    assert torch.equal(changed.all(dim=1), changed.any(dim=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -181,7 +178,6 @@ def test_a_pyramid_of_three_families(randomize):
     assert all(parameter.grad is not None for parameter in model.parameters())
     report = analyze_backbone(config, (128, 96))
     assert report.flops > 0 and report.params == sum(p.numel() for p in model.parameters())
-    assert report.flops_published_count is None
 
 
 @pytest.mark.parametrize("keep", [True, False])
