@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeGuard, TypeVar
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -135,6 +136,11 @@ class BranchState(NamedTuple):
     tokens: Tensor
     prefix: Tensor | None = None
     positions: Any = None
+
+    def sequence(self) -> Tensor:
+        """All tokens as one sequence (B, P + H * W, C), the prefix first."""
+        tokens = self.tokens.flatten(1, 2)
+        return tokens if self.prefix is None else torch.cat((self.prefix, tokens), dim=1)
 
 
 BranchT = TypeVar("BranchT", bound="Branch")

@@ -216,10 +216,7 @@ class TransformerBranch(Branch):
         grid, prefix = state.tokens.shape[1:3], state.prefix
         if prefix is None and hasattr(block.attn, "window_size"):  # takes maps
             return state._replace(tokens=block(state.tokens))
-        sequence = state.tokens.flatten(1, 2)
-        if prefix is not None:
-            sequence = torch.cat((prefix, sequence), dim=1)
-        sequence = block(sequence, **self.block_arguments(state, index))
+        sequence = block(state.sequence(), **self.block_arguments(state, index))
         if prefix is not None:
             prefix, sequence = sequence[:, : prefix.shape[1]], sequence[:, prefix.shape[1] :]
         return state._replace(tokens=sequence.unflatten(1, grid), prefix=prefix)
