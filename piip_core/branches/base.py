@@ -202,6 +202,11 @@ class Branch(nn.Module, ABC):
         0 for embeddings, block index + 1 for blocks, None for a parameter that takes no part in the decay.
         """
 
+    def window(self, block: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width in tokens of the windows that a block attends in on a map; None for global attention."""
+        side = self.config.window_sizes[block]
+        return None if side is None else (side, side)
+
     def run(self, state: BranchState, start: int, stop: int) -> BranchState:
         """Runs blocks `start` to `stop` (exclusive), recomputing them in the backward pass if checkpointing is on."""
         for index in range(start, stop):

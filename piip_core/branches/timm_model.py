@@ -35,9 +35,11 @@ class TimmConfig(NetworkConfig):
     """A network of timm: DINOv3, EVA-02, SigLIP 2, CLIP, DINOv2 with registers, ConvNeXt V2 and so on.
 
     Supported are models of timm's classes `VisionTransformer`, `Eva` (rotary positions), `NaFlexVit` and `ConvNeXt`.
-    Images may have any size: position embeddings are resized, and rotary positions computed, as timm does. In windows,
-    rotary positions are those of the whole map, every window attends to its own copy of class and register tokens, who
-    get the mean of what their copies see, and windows that the map does not fill are smaller.
+    Images may have any size: position embeddings are resized, and rotary positions computed, as timm does.
+
+    In windows rotary positions are those of the whole map. Every window attends to its own copy of class and register
+    tokens, who get the mean of what their copies see. A map is cut into as few windows of at most the given side as it
+    needs, all of the same size; what the last ones lack is masked.
 
     Args:
         name: Name in `timm.list_models()`, for example "vit_small_patch16_dinov3". Weights are named apart, in
@@ -139,7 +141,8 @@ def _kind(name: str) -> type[nn.Module]:
         names = ", ".join(kind.__name__ for kind in _KINDS)
         raise ConfigError(
             f"TimmConfig.name={name!r}: timm's class is {found.__name__}; expected one of {names}, "
-            f"for example {_EXAMPLES}{hint}"
+            f"such as {_EXAMPLES}{hint}. Any other needs an adapter that offers embed, run_block, layer_of, "
+            "and dims and strides of its blocks: CONTRIBUTING.md has one of twenty lines"
         )
     return found
 
@@ -147,38 +150,38 @@ def _kind(name: str) -> type[nn.Module]:
 class Windows(NamedTuple):
     """Windows of a sequence of prefix tokens and a map, which attention gets in the place of a mask.
 
-    Every window has its own copy of the prefix tokens, whose results are averaged. Those that the map does not fill are
-    smaller: what they lack is masked.
+    Every window has its own copy of the prefix tokens, whose results are averaged. What the map lacks at the bottom and
+    right is masked.
 
     Attributes:
-        side: Of a window, in tokens.
+        size: Height and width of a window in tokens.
         grid: Height and width of the map.
         prefix: Number of prefix tokens.
         mask: (B * windows, 1, 1, N), False for what the map lacks; None if there is nothing.
     """
 
-    side: int
+    size: tuple[int, int]
     grid: tuple[int, int]
     prefix: int
     mask: Tensor | None
 
     @classmethod
-    def of(cls, side: int, grid: tuple[int, int], prefix: int, image: Tensor) -> Windows:
+    def of(cls, size: tuple[int, int], grid: tuple[int, int], prefix: int, image: Tensor) -> Windows:
         """Windows of maps for a batch of images."""
         mask = None
-        if any(length % side for length in grid):
-            mask = split_windows(image.new_ones(1, *grid, 1, dtype=torch.bool), side)[0, :, None, None, :, 0]
+        if any(length % side for length, side in zip(grid, size, strict=True)):
+            mask = split_windows(image.new_ones(*grid, 1, dtype=torch.bool), size)[:, None, None, :, 0]
             mask = F.pad(mask, (prefix, 0), value=True).repeat(len(image), 1, 1, 1)
-        return cls(side, grid, prefix, mask)
+        return cls(size, grid, prefix, mask)
 
     def attend(self, x: Tensor, attend: Callable[..., Tensor], **options: Any) -> Tensor:
         """Self-attention (B, P + H * W, C) in the windows; `attend` takes (B * windows, N, C)."""
         prefix, tokens = x[:, : self.prefix], x[:, self.prefix :]
-        windows = split_windows(tokens.unflatten(1, self.grid), self.side)
+        windows = split_windows(tokens.unflatten(1, self.grid), self.size)
         copies = prefix[:, None].expand(-1, windows.shape[1], -1, -1)
         sequences = torch.cat((copies, windows), dim=2)
         found = attend(sequences.flatten(0, 1), attn_mask=self.mask, **options).unflatten(0, windows.shape[:2])
-        tokens = join_windows(found[:, :, self.prefix :], self.side, self.grid).flatten(1, 2)
+        tokens = join_windows(found[:, :, self.prefix :], self.size, self.grid).flatten(1, 2)
         return torch.cat((found[:, :, : self.prefix].mean(dim=1), tokens), dim=1)
 
 
@@ -220,12 +223,22 @@ class TimmTransformerBranch(TransformerBranch):
         sequence, grid, rotary = embed_image(self.model, self.crop(image))
         count = self.model.num_prefix_tokens
         arguments: dict[int | None, dict[str, Any]] = {}
-        for side in set(self.config.window_sizes):
-            arguments[side] = {} if side is None else {"attn_mask": Windows.of(side, grid, count, image)}
-            if rotary is not None:
-                arguments[side]["rope"] = _rotary_of(rotary, grid, side, len(image))
+        for block, side in enumerate(self.config.window_sizes):
+            if side not in arguments:
+                size = self.window(block, grid)
+                arguments[side] = {} if size is None else {"attn_mask": Windows.of(size, grid, count, image)}
+                if rotary is not None:
+                    arguments[side]["rope"] = _rotary_of(rotary, grid, size, len(image))
         prefix = sequence[:, :count] if count else None
         return BranchState(sequence[:, count:].unflatten(1, grid), prefix, arguments)
+
+    def window(self, block: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """As few windows as their side allows, and all of the same size: the least that is beyond the map."""
+        side = self.config.window_sizes[block]
+        if side is None:
+            return None
+        height, width = (-(-length // -(-length // side)) for length in grid)
+        return height, width
 
     def block_arguments(self, state: BranchState, index: int) -> dict[str, Any]:
         """Windows, and the rotary positions of the whole map, or those of this block where each has its own."""
@@ -235,12 +248,12 @@ class TimmTransformerBranch(TransformerBranch):
         return arguments
 
 
-def _rotary_of(rotary: Tensor, grid: tuple[int, int], side: int | None, images: int) -> Tensor:
+def _rotary_of(rotary: Tensor, grid: tuple[int, int], size: tuple[int, int] | None, images: int) -> Tensor:
     """Rotary positions (depth or 1, heads or 1, H * W, D), in windows (depth or 1, B * windows, heads or 1, N, D)."""
     rotary = rotary if rotary.ndim == 4 else rotary[None, None]
-    if side is None:
+    if size is None:
         return rotary
-    return split_windows(rotary.unflatten(-2, grid), side).transpose(1, 2).repeat(1, images, 1, 1, 1)
+    return split_windows(rotary.unflatten(-2, grid), size).transpose(1, 2).repeat(1, images, 1, 1, 1)
 
 
 def embed_image(model: TimmTransformer, image: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:

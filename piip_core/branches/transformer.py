@@ -14,7 +14,6 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
 from ..errors import check
@@ -54,17 +53,22 @@ class PlainTransformerConfig(NetworkConfig):
         self.set_blocks((self.embed_dim,) * self.depth, (self.patch_size,) * self.depth)
 
 
-def split_windows(x: Tensor, side: int) -> Tensor:
-    """Windows (..., N, side * side, C) of a map (..., H, W, C), which zeros fill up at the bottom and right."""
-    windows = window_partition(x.flatten(0, -4), side)[0].flatten(1, 2)
-    return windows.unflatten(0, (*x.shape[:-3], -1))
+def split_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Windows (..., N, h * w, C) of a map (..., H, W, C), row by row; zeros fill it up at the bottom and right.
+
+    `size` is height and width of a window.
+    """
+    height, width = size
+    x = F.pad(x, (0, 0, 0, -x.shape[-2] % width, 0, -x.shape[-3] % height))
+    x = x.unflatten(-3, (-1, height)).unflatten(-2, (-1, width))
+    return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
 
 
-def join_windows(windows: Tensor, side: int, grid: Sequence[int]) -> Tensor:
-    """Inverse of `split_windows` for a batch of maps: (B, N, side * side, C) to (B, H, W, C)."""
-    height, width = grid
-    padded = (-(-height // side) * side, -(-width // side) * side)
-    return window_unpartition(windows.flatten(0, 1).unflatten(1, (side, side)), side, (height, width), padded)
+def join_windows(windows: Tensor, size: tuple[int, int], grid: Sequence[int]) -> Tensor:
+    """Inverse of `split_windows` for maps of `grid` cells."""
+    rows, columns = (-(-length // side) for length, side in zip(grid, size, strict=True))
+    x = windows.unflatten(-3, (rows, columns)).unflatten(-2, size).transpose(-4, -3)
+    return x.flatten(-3, -2).flatten(-4, -3)[..., : grid[0], : grid[1], :]
 
 
 def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -78,9 +82,10 @@ def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Te
         window_size: Side of the windows in tokens.
         attend: Self-attention over sequences (B, N, C).
     """
-    windows = split_windows(x, window_size)
+    size = (window_size, window_size)
+    windows = split_windows(x, size)
     attended = attend(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
-    return join_windows(attended, window_size, x.shape[1:3])
+    return join_windows(attended, size, x.shape[1:3]).contiguous()
 
 
 class MapAttention(Attention):

@@ -12,6 +12,7 @@ from typing import TypeVar
 from ..errors import ConfigError
 from . import classification as _classifiers
 from . import dense as _dense
+from . import families
 from . import multimodal as _multimodal
 from .entry import (
     ClassificationEntry,
@@ -40,6 +41,7 @@ __all__ = [
     "classification_entries",
     "deit_pyramid",
     "entries",
+    "families",
     "find",
     "get",
     "multimodal",

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import pytest
+import timm
 import torch
 from timm.layers import DropPath
 from torch import nn
@@ -17,6 +21,7 @@ from piip_core import (
     MergingConfig,
     PIIPConfig,
     ViTConfig,
+    branches,
 )
 from piip_core.branches import (
     BEiTConfig,
@@ -248,6 +253,19 @@ def test_a_family_of_ones_own_takes_one_call():
     assert PIIPConfig.from_dict(json.loads(json.dumps(pyramid.to_dict()))).to_dict() == pyramid.to_dict()
     (found,) = PIIP(pyramid)(image := torch.rand(1, 3, 64, 32))
     torch.testing.assert_close(found, torch.nn.functional.avg_pool2d(image, 4))
+
+
+@mock.patch.dict(FAMILIES)
+def test_the_adapter_of_the_documents(randomize):
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {name: getattr(branches, name) for name in ("Branch", "BranchState", "NetworkConfig", "register_branch")}
+    names |= {"dataclass": dataclasses.dataclass, "ClassVar": ClassVar, "timm": timm, "__name__": "adapter"}
+    exec(code, names)
+    branch = build_branch(BranchConfig(network=names["ResNetConfig"](), image_size=64)).eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(run_all(branch, image).permute(0, 3, 1, 2), branch.model.forward_features(image))
 
 
 def test_a_family_needs_a_name_of_its_own():

@@ -79,12 +79,11 @@ def test_features_are_timms(name, size, randomize):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("grid", [(4, 6), (5, 3)])
+@pytest.mark.parametrize(("grid", "size"), [((4, 6), (4, 3)), ((7, 5), (4, 3))])
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_windows_are_a_mask_in_float64(name, grid, randomize):
+def test_windows_are_a_mask_in_float64(name, grid, size, randomize):
     """timm's own attention on the whole sequence, once for each window: everything outside but the prefix is masked."""
-    side = 2
-    branch = build(name, randomize, window_size=(side, None)).double()
+    branch = build(name, randomize, window_size=(4, None)).double()
     image = torch.randn(2, 3, *(branch.strides[0] * length for length in grid), dtype=torch.float64)
     first = branch.embed(image)
     state = branch.run(first, 0, 2)
@@ -97,7 +96,7 @@ def test_windows_are_a_mask_in_float64(name, grid, randomize):
     if getattr(theirs, "rope", None) is not None:
         rotary = theirs.rope.get_embed(shape=grid)
         options = [{"rope": rotary[i] if rotary.ndim == 4 else rotary} for i in range(2)]
-    rows, columns = torch.meshgrid(*(torch.arange(length) // side for length in grid), indexing="ij")
+    rows, columns = torch.meshgrid(*map(torch.floor_divide, map(torch.arange, grid), size), indexing="ij")
     windows = (rows * 10 + columns).flatten()
     attention, copies = theirs.blocks[0].attn.forward, []
 
