@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from ..errors import ConfigError
+from . import beyond, families
 from . import classification as _classifiers
 from . import dense as _dense
-from . import families
 from . import multimodal as _multimodal
 from .entry import (
     ClassificationEntry,
@@ -37,6 +37,7 @@ __all__ = [
     "Released",
     "ZooEntry",
     "baseline",
+    "beyond",
     "classification",
     "classification_entries",
     "deit_pyramid",
@@ -70,12 +71,12 @@ def names() -> list[str]:
 
 
 def get(name: str) -> ZooEntry:
-    """A published dense model by name.
+    """A published dense model by name, or one of `beyond`.
 
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
-    return _find(name, _BY_NAME)
+    return beyond.entry(name) if name in beyond.NAMES else _find(name, _BY_NAME)
 
 
 def classification_entries() -> tuple[ClassificationEntry, ...]:
