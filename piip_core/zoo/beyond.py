@@ -79,6 +79,11 @@ def classifier() -> ClassificationEntry:
     )
 
 
+def entries() -> tuple[ZooEntry | ClassificationEntry, ...]:
+    """All of them, in the order of the table."""
+    return (*map(entry, NAMES), classifier())
+
+
 def _licences(networks: str) -> str:
     found = dict.fromkeys(map(families.licence_of, families.parse(networks)))
     return f"Licence of the pretrained weights: {', '.join(found)}"

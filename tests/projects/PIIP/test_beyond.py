@@ -29,8 +29,7 @@ def entry_of(path):
 
 def test_there_is_one_config_per_model():
     assert {path.stem for path in FOLDER.glob("*.py")} == {*zoo.beyond.NAMES, Path(CLASSIFIER.config_file).stem}
-    entries = [CLASSIFIER, *map(zoo.get, zoo.beyond.NAMES)]
-    assert all((FOLDER.parent / entry.config_file).is_file() for entry in entries)
+    assert all((FOLDER.parent / entry.config_file).is_file() for entry in zoo.beyond.entries())
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
@@ -117,13 +116,13 @@ def settings(kind, root):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("mask_rcnn_piip_dinov3_sbl_1568_1120_672_1x", "coco"),
+        pytest.param("mask_rcnn_piip_dinov3_sbl_1568_1120_672_1x", "coco", marks=pytest.mark.slow),
         ("mask_rcnn_piip_dinov3_sbl_1568_1120_672_frozen_1x", "coco"),
         ("mask_rcnn_piip_dinov3_convnext_t_dinov3_sb_1024_672_448_1x", "coco"),
         pytest.param(
             "cascade_mask_rcnn_piip_dinov3_sbl_1568_1120_672_frozen_3x_ms", "multi-scale", marks=pytest.mark.slow
         ),
-        ("dino_piip_dinov3_sl7b_1536_1024_512_frozen_2x_ms", "multi-scale"),
+        pytest.param("dino_piip_dinov3_sl7b_1536_1024_512_frozen_2x_ms", "multi-scale", marks=pytest.mark.slow),
         ("upernet_piip_dinov3_sbl_1120_448_336_160k", "label_maps"),
         (Path(CLASSIFIER.config_file).stem, "class_folders"),
     ],
