@@ -184,10 +184,11 @@ class TransformerBranch(Branch):
         self._positions: dict[tuple[object, ...], Tensor] = {}
         set_drop_path([*model.blocks], config)
         for block, window in zip(model.blocks, config.window_sizes, strict=True):
-            if hasattr(block.attn, "window_size"):
-                block.attn.window_size = window
-            if isinstance(block.attn, MapAttention):
-                block.attn.pad_before_qkv = config.window_padding == "before_qkv"
+            attention: Any = getattr(block, "attn", None)  # parallel blocks have several, or none of their own
+            if hasattr(attention, "window_size"):
+                attention.window_size = window
+            if isinstance(attention, MapAttention):
+                attention.pad_before_qkv = config.window_padding == "before_qkv"
 
     def crop(self, image: Tensor) -> Tensor:
         """Cuts a remainder of the patch size at the bottom and right of an image (B, 3, H, W)."""
@@ -219,7 +220,7 @@ class TransformerBranch(Branch):
         """Runs one block on the map (B, H, W, C), or on the sequence of prefix and map."""
         block: Any = self.model.blocks[index]
         grid, prefix = state.tokens.shape[1:3], state.prefix
-        if prefix is None and hasattr(block.attn, "window_size"):  # takes maps
+        if prefix is None and hasattr(getattr(block, "attn", None), "window_size"):  # takes maps
             return state._replace(tokens=block(state.tokens))
         sequence = block(state.sequence(), **self.block_arguments(state, index))
         if prefix is not None:

@@ -31,6 +31,8 @@ TRANSFORMERS = {
     "vit_tiny_patch16_224": {"depth": 2},
 }
 MODELS = TRANSFORMERS | {
+    "vit_base_patch16_xp_224": SMALL,  # attention and MLP side by side: no windows
+    "vit_small_patch16_18x2_224": SMALL,  # two of each
     "convnext_atto": {},
     "convnextv2_atto": {},  # global response norm
 }
