@@ -1,9 +1,13 @@
 """Families of networks that timm has: names, licences, and whether their weights fit."""
 
+import re
+from pathlib import Path
+
 import pytest
 import timm
+import torch
 
-from piip_core import ConfigError, PIIPConfig, TimmConfig, zoo
+from piip_core import BranchConfig, ConfigError, PIIPConfig, TimmConfig, zoo
 from piip_core.branches import ConvNeXtConfig, build_branch
 from piip_core.checkpoints.pretrained import convert_pretrained
 from piip_core.meta import on_meta
@@ -34,6 +38,29 @@ def test_weights_of_timm_fit(name):
     report.check()
     assert fitted.keys() == model.state_dict().keys()
     assert set(branch.network.strides) == ({4, 8, 16, 32} if "convnext" in name else {16})
+
+
+@pytest.mark.slow
+def test_the_documents_say_which_networks_can_be_branches():
+    """The table of docs/branches.md, network by network."""
+    text = (Path(__file__).parents[2] / "docs" / "branches.md").read_text().partition("| timm's name |")[2]
+    rows = [line.strip("| ").split(" | ") for line in text.partition("\n\n")[0].splitlines()[2:]]
+    found = {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert len(found) > 45
+    for name, (possible, *windows) in found.items():
+        if possible != "yes":
+            with pytest.raises(ConfigError, match="timm's class is"):
+                TimmConfig(name=name)
+            continue
+        network = TimmConfig(name=name)
+        assert (network.no_windows == "") == (windows == ["yes"]), name
+        for window in (7, None) if windows == ["yes"] else (None,):
+            with on_meta():
+                branch = build_branch(BranchConfig(network=network, image_size=224, window_size=window))
+                for height, width in ((224, 320), (448, 224)):
+                    state = branch.run(branch.embed(torch.empty(1, 3, height, width)), 0, branch.num_blocks)
+                    stride = branch.strides[-1]
+                    assert state.tokens.shape == (1, height // stride, width // stride, branch.dims[-1]), name
 
 
 def test_names_are_read_and_written():
