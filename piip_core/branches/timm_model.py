@@ -37,17 +37,17 @@ class TimmConfig(NetworkConfig):
     Supported are models of timm's classes `VisionTransformer`, `Eva` (rotary positions), `NaFlexVit` and `ConvNeXt`.
     Images may have any size: position embeddings are resized, and rotary positions computed, as timm does.
 
-    In windows rotary positions are those of the whole map. Every window attends to its own copy of class and register
-    tokens, who get the mean of what their copies see. A map is cut into as few windows of at most the given side as it
-    needs, all of the same size; what the last ones lack is masked.
+    Class and register tokens take part in self-attention only. In windows rotary positions are those of the whole map;
+    every window attends to its own copy of class and register tokens, and these get the mean of what their copies see.
+    A map is cut into as few windows of at most the given side as it needs, all of the same size; what the last ones
+    lack is masked.
 
     Args:
         name: Name in `timm.list_models()`, for example "vit_small_patch16_dinov3". Weights are named apart, in
             `BranchConfig.pretrained`.
         patch_size: Side of a patch in pixels; None for the model's own. Interactions and feature pyramids like 16;
             a pretrained patch kernel of another size is resized.
-        keep_prefix_tokens: Keep class and register tokens. They take part in self-attention only.
-        options: Other arguments of `timm.create_model`, as a mapping or pairs.
+        options: Other arguments of `timm.create_model`, as a mapping or pairs. `class_token=False` goes without one.
 
     Raises:
         ConfigError: If timm has no such model, or one of another class.
@@ -57,7 +57,6 @@ class TimmConfig(NetworkConfig):
 
     name: str
     patch_size: int | None = None
-    keep_prefix_tokens: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -117,8 +116,6 @@ def create_network(config: TimmConfig) -> TimmTransformer | ConvNeXt:
             options["dynamic_img_size"] = True
         if patch_size is not None:
             options["patch_size"] = patch_size
-        if not config.keep_prefix_tokens:
-            options |= {"class_token": False, "num_reg_tokens" if kind is Eva else "reg_tokens": 0}
     try:
         model = timm.create_model(name, pretrained=False, **options)
     except (TypeError, AssertionError, ValueError) as error:
@@ -171,7 +168,7 @@ class Windows(NamedTuple):
         mask = None
         if any(length % side for length, side in zip(grid, size, strict=True)):
             mask = split_windows(image.new_ones(*grid, 1, dtype=torch.bool), size)[:, None, None, :, 0]
-            mask = F.pad(mask, (prefix, 0), value=True).repeat(len(image), 1, 1, 1)
+            mask = F.pad(mask, (prefix, 0), value=True).repeat(image.shape[0], 1, 1, 1)
         return cls(size, grid, prefix, mask)
 
     def attend(self, x: Tensor, attend: Callable[..., Tensor], **options: Any) -> Tensor:
@@ -228,7 +225,7 @@ class TimmTransformerBranch(TransformerBranch):
                 size = self.window(block, grid)
                 arguments[side] = {} if size is None else {"attn_mask": Windows.of(size, grid, count, image)}
                 if rotary is not None:
-                    arguments[side]["rope"] = _rotary_of(rotary, grid, size, len(image))
+                    arguments[side]["rope"] = _rotary_of(rotary, grid, size, image.shape[0])
         prefix = sequence[:, :count] if count else None
         return BranchState(sequence[:, count:].unflatten(1, grid), prefix, arguments)
 

@@ -186,8 +186,8 @@ def test_pretrained_weights_of_timm(keep, tmp_path):
     """With the class token its position entry is kept, without it both are dropped; the grid is resized."""
     theirs = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
     save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
-    options = {"depth": 2, "img_size": 128}
-    network = TimmConfig(name="vit_tiny_patch16_224", keep_prefix_tokens=keep, options=options)
+    options = {"depth": 2, "img_size": 128, "class_token": keep}
+    network = TimmConfig(name="vit_tiny_patch16_224", options=options)
     branch = build_branch(BranchConfig(network=network, image_size=128))
     report = load_branch(branch, str(tmp_path / "timm.safetensors"))
     assert ("cls_token" in report.ignored) == (not keep)
