@@ -11,11 +11,13 @@ from torch import nn
 
 from piip_core import (
     PIIP,
+    BranchConfig,
     ClassifierConfig,
     DensePIIP,
     InteractionConfig,
     MergingConfig,
     PIIPClassifier,
+    PIIPConfig,
     TimmConfig,
 )
 from piip_core.export import ExportError, export_onnx, save_program
@@ -98,14 +100,11 @@ def test_backbone_in_windows_on_a_side_that_does_not_divide(two_branches, random
 
 
 @torch.no_grad()
-def test_prefix_tokens_and_rotary_positions_in_windows(two_branches, randomize, tmp_path):
+def test_prefix_tokens_and_rotary_positions_in_windows(randomize, tmp_path):
     """Of any batch size."""
-    options = {"depth": 1, "embed_dim": 16, "num_heads": 2}
-    network = TimmConfig(name="vit_small_patch16_dinov3", options=options)
-    config = two_branches()
-    large, small = config.branches
-    branches = (large, dataclasses.replace(small, network=network, image_size=112, window_size=3))
-    model = randomize(PIIP(dataclasses.replace(config, branches=branches))).eval()
+    network = TimmConfig(name="vit_small_patch16_dinov3", options={"depth": 1, "embed_dim": 16, "num_heads": 2})
+    branch = BranchConfig(network=network, image_size=112, window_size=3)
+    model = randomize(PIIP(PIIPConfig(branches=(branch,), merging=None))).eval()
     (file,) = export_onnx(model, tmp_path / "model.onnx", (112, 80)).files
     session = onnxruntime.InferenceSession(file)
     for count in (1, 3):
