@@ -38,8 +38,9 @@ from piip_tools.timing import describe_machine, device_argument
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", metavar="B", help="450G or 1.5T (FLOPs), 12GB (memory), 800ms or 2s (latency)")
-    parser.add_argument("--budget-gflops", type=float, metavar="N", help="the same as --budget NG")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--budget", metavar="B", help="450G or 1.5T (FLOPs), 12GB (memory), 800ms or 2s (latency)")
+    budget.add_argument("--budget-gflops", type=float, metavar="N", help="the same as --budget NG")
     parser.add_argument("--max-params", metavar="N", help="parameters by the published count, for example 200M")
     parser.add_argument(
         "--branches", default="3", metavar="N|NETWORKS", help="2, 3 (default) or 4, or networks, smallest first"
@@ -58,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     measured.add_argument("--runs", type=int, default=6, metavar="N", help="candidates to measure (default: 6)")
     args = parser.parse_args(argv)
     if args.budget_gflops is not None:
-        args.budget = args.budget or f"{args.budget_gflops:g}G"
+        args.budget = f"{args.budget_gflops:g}G"
     if args.branches.isdecimal():
         args.branches = int(args.branches)
         if args.branches not in (2, 3, 4) or args.task == "classification":
@@ -165,14 +166,16 @@ _TRAININGS = {
 
 def config_text(proposal: Proposal, title: str, task: str = "detection") -> str:
     """A LazyConfig that trains a proposal like the published models, wherever the file lies."""
-    c, head = proposal.candidate, "upernet" if task == "segmentation" else "mask_rcnn"
+    c = proposal.candidate
+    head = ['head="upernet"', 'schedule="160k"'] if task == "segmentation" else ['head="mask_rcnn"']
     if isinstance(c.models, str):
-        pyramid = f'zoo.deit_pyramid("{c.models}", {c.image_sizes}, window_size={c.window_size})'
-        entry = f'zoo.ZooEntry(\n        name="{c.name}",\n        head="{head}",\n        config={pyramid},\n    )'
+        config = f'config=zoo.deit_pyramid("{c.models}", {c.image_sizes}, window_size={c.window_size})'
+        fields = "".join(f"        {field},\n" for field in (f'name="{c.name}"', *head, config))
+        entry = f"zoo.ZooEntry(\n{fields}    )"
     elif task == "classification":
         entry = f'zoo.families.classifier("{c.label}", {c.image_sizes})'
     else:
-        options = f'head="{head}", window_size={c.window_size}'
+        options = ", ".join([*head, f"window_size={c.window_size}"])
         entry = f'zoo.families.entry("{c.label}", {c.image_sizes}, {options})'
     side, met = c.image_sizes[0], ", ".join(proposal.met) or "none"
     decay = 0.85 if isinstance(c.models, str) else 0.8
