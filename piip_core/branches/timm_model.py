@@ -22,7 +22,7 @@ from ..errors import ConfigError, check
 from ..meta import on_meta
 from .base import Branch, BranchConfig, BranchState, NetworkConfig, register_branch, to_tuples
 from .convnext import StagedBranch, steps_of
-from .transformer import TransformerBranch, join_windows, split_windows
+from .transformer import TransformerBranch, ceil_div, join_windows, split_windows
 
 TimmTransformer: TypeAlias = VisionTransformer | Eva | NaFlexVit
 
@@ -234,7 +234,7 @@ class TimmTransformerBranch(TransformerBranch):
         side = self.config.window_sizes[block]
         if side is None:
             return None
-        height, width = (-(-length // -(-length // side)) for length in grid)
+        height, width = (ceil_div(length, ceil_div(length, side)) for length in grid)
         return height, width
 
     def block_arguments(self, state: BranchState, index: int) -> dict[str, Any]:

@@ -53,20 +53,26 @@ class PlainTransformerConfig(NetworkConfig):
         self.set_blocks((self.embed_dim,) * self.depth, (self.patch_size,) * self.depth)
 
 
+def ceil_div(length: int, side: int) -> int:
+    """Rounds up. Not by way of negative numbers, whose division ONNX rounds towards zero."""
+    return (length + side - 1) // side
+
+
 def split_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Windows (..., N, h * w, C) of a map (..., H, W, C), row by row; zeros fill it up at the bottom and right.
 
     `size` is height and width of a window.
     """
     height, width = size
-    x = F.pad(x, (0, 0, 0, -x.shape[-2] % width, 0, -x.shape[-3] % height))
+    rows, columns = (ceil_div(length, side) for length, side in zip(x.shape[-3:-1], size, strict=True))
+    x = F.pad(x, (0, 0, 0, columns * width - x.shape[-2], 0, rows * height - x.shape[-3]))
     x = x.unflatten(-3, (-1, height)).unflatten(-2, (-1, width))
     return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
 
 
 def join_windows(windows: Tensor, size: tuple[int, int], grid: Sequence[int]) -> Tensor:
     """Inverse of `split_windows` for maps of `grid` cells."""
-    rows, columns = (-(-length // side) for length, side in zip(grid, size, strict=True))
+    rows, columns = (ceil_div(length, side) for length, side in zip(grid, size, strict=True))
     x = windows.unflatten(-3, (rows, columns)).unflatten(-2, size).transpose(-4, -3)
     return x.flatten(-3, -2).flatten(-4, -3)[..., : grid[0], : grid[1], :]
 
