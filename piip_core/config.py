@@ -304,9 +304,8 @@ class ClassifierConfig(_Described):
         merging, expected = self.pyramid.merging, "None: the head of a classifier takes the place of merging"
         check(merging is None, "ClassifierConfig.pyramid.merging", merging, expected)
         if self.head == "separate" and self.pooling == "class_token":
-            networks = [branch.network for branch in self.pyramid.branches]
-            without = [n for n, network in enumerate(networks, 1) if not getattr(network, "class_token", False)]
-            expected = f"'average' or 'first_patch', since branches {without} have no class token (network.class_token)"
+            without = [n for n, branch in enumerate(self.pyramid.branches, 1) if not branch.network.class_token]
+            expected = f"'average' or 'first_patch', since branches {without} have no class token"
             check(not without, "ClassifierConfig.pooling", self.pooling, expected)
 
     @property

@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, Mlp
+from timm.layers import Attention, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .branches.transformer import MapAttention, TransformerBranch
+from .branches.transformer import TransformerBranch
 from .errors import UserError
 from .interaction import ConvFFN, CrossAttention, DeformableCrossAttention, Injection
 from .pyramid import PIIP
@@ -24,7 +24,7 @@ _FOLDED = {  # linears whose weights change or go into others, the last one last
     DeformableCrossAttention: ("sampling_offsets", "attention_weights", "output_proj"),
     CrossAttention: ("proj",),
     ConvFFN: ("fc2",),
-    MapAttention: ("proj",),
+    Attention: ("proj",),
     Mlp: ("fc2",),
 }
 
@@ -98,7 +98,7 @@ def _fold(pyramid: PIIP) -> None:
                     setattr(module, name, None)
         elif isinstance(module, DeformableCrossAttention):
             module.sampling_linear = _join(module.sampling_offsets, module.attention_weights)
-        elif isinstance(module, Block) and isinstance(module.attn, MapAttention) and isinstance(module.mlp, Mlp):
+        elif isinstance(module, Block) and isinstance(module.attn, Attention) and isinstance(module.mlp, Mlp):
             for name, before in (("ls1", module.attn), ("ls2", module.mlp)):
                 scale = getattr(module, name)
                 if isinstance(scale, LayerScale):

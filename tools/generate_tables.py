@@ -5,8 +5,8 @@ Examples:
     python tools/generate_tables.py --check    # changes nothing; exit status 1 if a table is out of date
 
 A table goes between the lines `<!-- BEGIN NAME -->` and `<!-- END NAME -->`; "zoo table" is the name of the dense
-models, "classification table" that of the classifiers, "multimodal table" that of the multimodal ones. Only those that
-a file has markers for are counted.
+models, "classification table" that of the classifiers, "multimodal table" that of the multimodal ones, "beyond table"
+that of models newer than the paper. Only those that a file has markers for are counted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ READMES = (ROOT / "projects/PIIP/README.md", ROOT / "llava_piip/README.md")
 BLOCKS = {
     "zoo table": (zoo.entries, tables.analyze_zoo, tables.published_tables),
     "classification table": (zoo.classification_entries, tables.analyze_zoo, tables.classification_table),
+    "beyond table": (zoo.beyond.entries, tables.analyze_zoo, tables.beyond_table),
     "multimodal table": (
         zoo.multimodal_entries,
         tables.analyze_multimodal,

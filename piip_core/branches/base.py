@@ -40,6 +40,7 @@ class NetworkConfig:
         dims: Channels after each block.
         strides: Pixels of the branch's image per feature cell after each block.
         no_windows: Why attention cannot work in windows; empty if it can.
+        class_token: Whether the first prefix token of the branch is a class token.
     """
 
     family: ClassVar[str]
@@ -48,6 +49,7 @@ class NetworkConfig:
     dims: tuple[int, ...]
     strides: tuple[int, ...]
     no_windows: str = ""
+    class_token: bool = False
 
     def set_blocks(self, dims: tuple[int, ...], strides: tuple[int, ...], no_windows: str = "") -> None:
         """Sets the attributes that follow from the fields; for `__post_init__`."""
@@ -78,6 +80,7 @@ class BranchConfig(Generic[NetworkT_co]):
         pretrained: Weights to start from: `timm:NAME` (downloaded by timm), or the path of a file in a published
             format (.pth or .safetensors). None for random weights. Read by
             `piip_core.checkpoints.load_pretrained`, not by the constructors of modules.
+        frozen: Never train the network: see `Branch.freeze`.
     """
 
     network: NetworkT_co
@@ -88,6 +91,7 @@ class BranchConfig(Generic[NetworkT_co]):
     drop_path_rate: float = 0.0
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     pretrained: str | None = None
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         check(
@@ -126,17 +130,20 @@ class BranchState(NamedTuple):
     Attributes:
         tokens: Feature map, channels last, (B, H, W, C).
         prefix: Class or register tokens (B, P, C) that only the branch itself sees; None without.
-        rotary: Rotary position embedding that all blocks of the branch use; None without.
+        positions: Rotary positions and windows that the blocks of the branch share; None without.
     """
 
     tokens: Tensor
     prefix: Tensor | None = None
-    rotary: Tensor | None = None
+    positions: Any = None
 
     def sequence(self) -> Tensor:
         """All tokens as one sequence (B, P + H * W, C), the prefix first."""
         tokens = self.tokens.flatten(1, 2)
         return tokens if self.prefix is None else torch.cat((self.prefix, tokens), dim=1)
+
+
+BranchT = TypeVar("BranchT", bound="Branch")
 
 
 class Branch(nn.Module, ABC):
@@ -159,6 +166,21 @@ class Branch(nn.Module, ABC):
         self.config = config
         self.dims, self.strides = config.network.dims, config.network.strides
         self.grad_checkpointing: GradCheckpointing = False
+        self.frozen = False
+
+    def freeze(self) -> None:
+        """Takes the network out of the training: no gradients of its parameters, and evaluation mode for good.
+
+        Interactions write into it all the same, and learn through its blocks. What comes before the first of them
+        keeps no activations.
+        """
+        self.frozen = True
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self: BranchT, mode: bool = True) -> BranchT:
+        """As of any module, but that a frozen branch stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
 
     @property
     def num_blocks(self) -> int:
@@ -179,6 +201,11 @@ class Branch(nn.Module, ABC):
 
         0 for embeddings, block index + 1 for blocks, None for a parameter that takes no part in the decay.
         """
+
+    def window(self, block: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width in tokens of the windows that a block attends in on a map; None for global attention."""
+        side = self.config.window_sizes[block]
+        return None if side is None else (side, side)
 
     def run(self, state: BranchState, start: int, stop: int) -> BranchState:
         """Runs blocks `start` to `stop` (exclusive), recomputing them in the backward pass if checkpointing is on."""
@@ -230,7 +257,10 @@ def register_branch(network: type[NetworkConfig]) -> Callable[[BuilderT], Builde
 
 def build_branch(config: BranchConfig) -> Branch:
     """Builds the branch of the family of `config.network`, with random weights."""
-    return FAMILIES[config.network.family].branch(config)
+    branch = FAMILIES[config.network.family].branch(config)
+    if config.frozen:
+        branch.freeze()
+    return branch
 
 
 def set_drop_path(blocks: Sequence[nn.Module], config: BranchConfig) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
 from ..errors import check
@@ -53,6 +53,30 @@ class PlainTransformerConfig(NetworkConfig):
         self.set_blocks((self.embed_dim,) * self.depth, (self.patch_size,) * self.depth)
 
 
+def ceil_div(length: int, side: int) -> int:
+    """Rounds up. Not by way of negative numbers, whose division ONNX rounds towards zero."""
+    return (length + side - 1) // side
+
+
+def split_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Windows (..., N, h * w, C) of a map (..., H, W, C), row by row; zeros fill it up at the bottom and right.
+
+    `size` is height and width of a window.
+    """
+    height, width = size
+    rows, columns = (ceil_div(length, side) for length, side in zip(x.shape[-3:-1], size, strict=True))
+    x = F.pad(x, (0, 0, 0, columns * width - x.shape[-2], 0, rows * height - x.shape[-3]))
+    x = x.unflatten(-3, (-1, height)).unflatten(-2, (-1, width))
+    return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
+
+
+def join_windows(windows: Tensor, size: tuple[int, int], grid: Sequence[int]) -> Tensor:
+    """Inverse of `split_windows` for maps of `grid` cells."""
+    rows, columns = (ceil_div(length, side) for length, side in zip(grid, size, strict=True))
+    x = windows.unflatten(-3, (rows, columns)).unflatten(-2, size).transpose(-4, -3)
+    return x.flatten(-3, -2).flatten(-4, -3)[..., : grid[0], : grid[1], :]
+
+
 def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Tensor]) -> Tensor:
     """Runs self-attention inside the windows of a map (B, H, W, C).
 
@@ -64,10 +88,10 @@ def attend_in_windows(x: Tensor, window_size: int, attend: Callable[[Tensor], Te
         window_size: Side of the windows in tokens.
         attend: Self-attention over sequences (B, N, C).
     """
-    windows, padded = window_partition(x, window_size)
-    grid = windows.shape[1:3]
-    windows = attend(windows.flatten(1, 2)).unflatten(1, grid)
-    return window_unpartition(windows, window_size, (x.shape[1], x.shape[2]), padded)
+    size = (window_size, window_size)
+    windows = split_windows(x, size)
+    attended = attend(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+    return join_windows(attended, size, x.shape[1:3]).contiguous()
 
 
 class MapAttention(Attention):
@@ -158,25 +182,30 @@ class TransformerBranch(Branch):
     """
 
     keep_positions = False
-    model: VisionTransformer | Eva | Beit
+    model: VisionTransformer | Eva | NaFlexVit | Beit
 
-    def __init__(self, config: BranchConfig, model: VisionTransformer | Eva | Beit) -> None:
+    def __init__(self, config: BranchConfig, model: VisionTransformer | Eva | NaFlexVit | Beit) -> None:
         super().__init__(config)
         self.model = model
         self._positions: dict[tuple[object, ...], Tensor] = {}
         set_drop_path([*model.blocks], config)
         for block, window in zip(model.blocks, config.window_sizes, strict=True):
-            if hasattr(block.attn, "window_size"):
-                block.attn.window_size = window
-            if isinstance(block.attn, MapAttention):
-                block.attn.pad_before_qkv = config.window_padding == "before_qkv"
+            attention: Any = getattr(block, "attn", None)  # parallel blocks have several, or none of their own
+            if hasattr(attention, "window_size"):
+                attention.window_size = window
+            if isinstance(attention, MapAttention):
+                attention.pad_before_qkv = config.window_padding == "before_qkv"
+
+    def crop(self, image: Tensor) -> Tensor:
+        """Cuts a remainder of the patch size at the bottom and right of an image (B, 3, H, W)."""
+        patch = self.strides[0]
+        height, width = (side // patch * patch for side in image.shape[-2:])
+        return image[..., :height, :width]
 
     def patch_map(self, image: Tensor) -> Tensor:
         """Patch embeddings (B, H, W, C) of an image; a remainder of the patch size is cut at the bottom and right."""
-        patch = self.strides[0]
-        height, width = (side // patch * patch for side in image.shape[-2:])
         # The convolution leaves channels first in memory, and every sum after it would inherit that
-        return self.model.patch_embed(image[..., :height, :width]).contiguous()
+        return cast(nn.Module, self.model.patch_embed)(self.crop(image)).contiguous()
 
     def position_map(self, grid: Tensor, height: int, width: int) -> Tensor:
         """`resize_position_grid` of the position embeddings, once per size where `keep_positions` says so."""
@@ -195,16 +224,18 @@ class TransformerBranch(Branch):
 
     def run_block(self, state: BranchState, index: int) -> BranchState:
         """Runs one block on the map (B, H, W, C), or on the sequence of prefix and map."""
-        block, grid, options = self.model.blocks[index], state.tokens.shape[1:3], {}
-        if state.prefix is None and hasattr(block.attn, "window_size"):  # takes maps
+        block: Any = self.model.blocks[index]
+        grid, prefix = state.tokens.shape[1:3], state.prefix
+        if prefix is None and hasattr(getattr(block, "attn", None), "window_size"):  # takes maps
             return state._replace(tokens=block(state.tokens))
-        if state.rotary is not None:
-            options["rope"] = state.rotary[index] if getattr(self.model, "rope_mixed", False) else state.rotary
-        sequence = block(state.sequence(), **options)
-        if state.prefix is None:
-            return state._replace(tokens=sequence.unflatten(1, grid))
-        count = state.prefix.shape[1]
-        return state._replace(tokens=sequence[:, count:].unflatten(1, grid), prefix=sequence[:, :count])
+        sequence = block(state.sequence(), **self.block_arguments(state, index))
+        if prefix is not None:
+            prefix, sequence = sequence[:, : prefix.shape[1]], sequence[:, prefix.shape[1] :]
+        return state._replace(tokens=sequence.unflatten(1, grid), prefix=prefix)
+
+    def block_arguments(self, state: BranchState, index: int) -> dict[str, Any]:
+        """What a block takes besides its sequence."""
+        return {}
 
     def layer_of(self, name: str) -> int | None:
         """Index + 1 for parameters of blocks, 0 for all others."""

@@ -166,7 +166,7 @@ def _draw_view(axes: Axes, scene: Scene, view: BlockView) -> None:
         _overlay(axes, scene, weights, cells, attention.window)
         reach = f"global, {cells.rows} x {cells.columns}"
         if view.window is not None:
-            reach = f"window {view.window} x {view.window}"
+            reach = f"window {view.window[0]} x {view.window[1]}"
             _frame(axes, cells, attention.window, "white")
         row, column = view.cell
         _frame(axes, cells, (row, column, row + 1, column + 1), _QUERY)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer_sam import window_partition
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..branches import BranchState
+from ..branches.transformer import split_windows
 from ..errors import ConfigError, UserError
 from ..interaction import DeformableCrossAttention, Interaction, InteractionUnit
 from ..ops import make_reference_points
@@ -91,7 +91,12 @@ class AttentionWatch(TorchFunctionMode):
 
 
 def attention_row(
-    call: AttentionCall, grid: tuple[int, int], cell: tuple[int, int], *, window: int | None = None, prefix: int = 0
+    call: AttentionCall,
+    grid: tuple[int, int],
+    cell: tuple[int, int],
+    *,
+    window: tuple[int, int] | None = None,
+    prefix: int = 0,
 ) -> AttentionRow:
     """Attention of one cell, laid back onto the map.
 
@@ -99,7 +104,7 @@ def attention_row(
         call: Self-attention of a map, batch size 1.
         grid: Height and width of the map.
         cell: Row and column of the query.
-        window: Side of the windows, which are folded into the batch row by row; None for global attention.
+        window: Size of the windows, which are folded into the batch row by row; None for global attention.
         prefix: Number of tokens before those of the map.
 
     Raises:
@@ -107,7 +112,7 @@ def attention_row(
     """
     (height, width), (row, column) = grid, cell
     numbers = torch.arange(1, height * width + 1).view(1, height, width, 1)  # of the cells; padding is 0
-    sequences = (numbers if window is None else window_partition(numbers, window)[0]).flatten(1)
+    sequences = numbers.flatten(1) if window is None else split_windows(numbers, window)[0, :, :, 0]
     found, expected = tuple(call.query.shape[::2]), (len(sequences), prefix + sequences.shape[1])
     if found != expected or call.key.shape[2] != expected[1]:
         raise ValueError(
@@ -154,7 +159,7 @@ class BlockView:
     block: int
     cells: Cells  # of the feature map after the block
     cell: tuple[int, int]  # row and column of the query
-    window: int | None  # side of the attention windows in cells; None for global attention
+    window: tuple[int, int] | None  # size of the attention windows in cells; None for global attention
     attention: AttentionRow | None  # of the query; None for a block without attention
     energy: Tensor  # root mean square of the features over the channels, (H, W)
 
@@ -255,11 +260,11 @@ def _observe_blocks(stack: ExitStack, trace: Trace, scene: Scene, pyramid: PIIP,
             after = original(state, block)
         cells = _cells(pyramid, index, after.tokens, branch.strides[block])
         if block == chosen:
-            cell, window = cells.at(*scene.query), branch.config.window_sizes[block]
+            cell, (height, width) = cells.at(*scene.query), state.tokens.shape[1:3]
             call, attention = watch.only_call(branch), None
+            window = branch.window(block, (height, width))
             if call is not None:
                 prefix = 0 if state.prefix is None else state.prefix.shape[1]
-                height, width = state.tokens.shape[1:3]
                 attention = attention_row(call, (height, width), cell, window=window, prefix=prefix)
             energy = after.tokens[0].cpu().double().square().mean(dim=-1).sqrt()
             trace.views.append(BlockView(index + 1, block, cells, cell, window, attention, energy))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from ..errors import ConfigError
+from . import beyond, families
 from . import classification as _classifiers
 from . import dense as _dense
 from . import multimodal as _multimodal
@@ -36,10 +37,12 @@ __all__ = [
     "Released",
     "ZooEntry",
     "baseline",
+    "beyond",
     "classification",
     "classification_entries",
     "deit_pyramid",
     "entries",
+    "families",
     "find",
     "get",
     "multimodal",
@@ -68,12 +71,12 @@ def names() -> list[str]:
 
 
 def get(name: str) -> ZooEntry:
-    """A published dense model by name.
+    """A published dense model by name, or one of `beyond`.
 
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
-    return _find(name, _BY_NAME)
+    return beyond.entry(name) if name in beyond.NAMES else _find(name, _BY_NAME)
 
 
 def classification_entries() -> tuple[ClassificationEntry, ...]:

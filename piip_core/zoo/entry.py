@@ -43,6 +43,7 @@ class ZooEntry:
         head: What follows the backbone.
         schedule: Length of the training: "1x" for 12 epochs of COCO, "80k" for iterations of ADE20K; "_ms" after it
             for multi-scale training.
+        folder: Of the config, below `projects/PIIP/configs`; "" for that of the data.
         backbone: First part of the names of models that share a backbone; None for `name`.
         note: What to know about the printed numbers.
         published: Numbers of the public repository's table.
@@ -58,6 +59,7 @@ class ZooEntry:
     config: PIIPConfig
     head: Literal["mask_rcnn", "cascade_mask_rcnn", "dino", "upernet"] = "mask_rcnn"
     schedule: str = "1x"
+    folder: str = ""
     backbone: str | None = None
     note: str = ""
     published: PublishedNumbers = PublishedNumbers()
@@ -74,7 +76,7 @@ class ZooEntry:
     @property
     def config_file(self) -> str:
         """Detectron2 config, relative to `projects/PIIP/configs`."""
-        return f"{'ADE20K' if self.head == 'upernet' else 'COCO'}/{self.config_name}.py"
+        return f"{self.folder or ('ADE20K' if self.head == 'upernet' else 'COCO')}/{self.config_name}.py"
 
     @property
     def resolution(self) -> str:
@@ -97,7 +99,7 @@ class ClassificationNumbers:
         flops_g: As for `PublishedNumbers`.
     """
 
-    top1: float
+    top1: float | None
     params_m: float | None = None
     flops_g: float | None = None
 
@@ -115,6 +117,7 @@ class ClassificationEntry:
         published: Numbers of the table.
         note: What to know about the printed numbers.
         schedule: Length of the training in epochs: "20ep".
+        folder: Of the config, below `projects/PIIP/configs`.
     """
 
     pad_divisor: ClassVar[int] = 1
@@ -127,6 +130,7 @@ class ClassificationEntry:
     published: ClassificationNumbers
     note: str = ""
     schedule: str = "20ep"
+    folder: str = "ImageNet"
 
     @property
     def image_size(self) -> int:
@@ -141,7 +145,7 @@ class ClassificationEntry:
     @property
     def config_file(self) -> str:
         """Detectron2 config, relative to `projects/PIIP/configs`."""
-        return f"ImageNet/{self.name}_{self.schedule}.py"
+        return f"{self.folder}/{self.name}_{self.schedule}.py"
 
 
 @dataclass(frozen=True)

@@ -96,19 +96,26 @@ def h6b_speedup(image_size: int, largest: int) -> PIIPConfig:
 
 
 # Blocks before each of the 12 interactions: downsampling goes with the stage after it
-_CONVNEXT_SEGMENTS = {
+CONVNEXT_SEGMENTS = {
     "T": ((0, 2), (3, 6), (7, 8), *((block, block) for block in range(9, 17)), (17, 20)),
     "S": DEEP_SEGMENTS,
     "B": DEEP_SEGMENTS,
+    "L": DEEP_SEGMENTS,
 }
 
 
-def convnext_branch(size: str, image_size: int, **options: Any) -> BranchConfig:
-    """ConvNeXt from ImageNet-1K; `options` as for `BranchConfig`."""
-    weights = f"timm:convnext_{TIMM_SIZES[size]}.fb_in1k"
-    network = CONVNEXT[size]
+STAGED_MERGING = MergingConfig(kind="regular", intermediate_after=(0, 1, 10))
+"""Where ConvNeXt ends a stage: one map for each of the strides 4, 8 and 16."""
+
+
+def convnext_branch(size: str, image_size: int, weights: str | None = None, **options: Any) -> BranchConfig:
+    """ConvNeXt, from ImageNet-1K without other `weights`; `options` as for `BranchConfig`."""
     return BranchConfig(
-        network=network, image_size=image_size, drop_path_schedule="linear", pretrained=weights, **options
+        network=CONVNEXT[size],
+        image_size=image_size,
+        drop_path_schedule="linear",
+        pretrained=weights or f"timm:convnext_{TIMM_SIZES[size]}.fb_in1k",
+        **options,
     )
 
 
@@ -124,7 +131,6 @@ def hybrid_pyramid(kinds: str) -> PIIPConfig:
             branch = deit_branch(size, image_size, 14)
         else:
             rate = 0.4 if size == "B" else 0.3
-            branch = convnext_branch(size, image_size, drop_path_rate=rate, segments=_CONVNEXT_SEGMENTS[size])
+            branch = convnext_branch(size, image_size, drop_path_rate=rate, segments=CONVNEXT_SEGMENTS[size])
         branches.insert(0, branch)
-    # Where ConvNeXt ends a stage: one map for each of the strides 4, 8 and 16
-    return PIIPConfig(branches=tuple(branches), merging=MergingConfig(kind="regular", intermediate_after=(0, 1, 10)))
+    return PIIPConfig(branches=tuple(branches), merging=STAGED_MERGING)

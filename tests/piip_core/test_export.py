@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from piip_core import ClassifierConfig, DensePIIP, InteractionConfig, MergingConfig, PIIPClassifier
+from piip_core import (
+    PIIP,
+    BranchConfig,
+    ClassifierConfig,
+    DensePIIP,
+    InteractionConfig,
+    MergingConfig,
+    PIIPClassifier,
+    PIIPConfig,
+    TimmConfig,
+)
 from piip_core.export import ExportError, export_onnx, save_program
 
 
@@ -87,6 +97,20 @@ def test_backbone_in_windows_on_a_side_that_does_not_divide(two_branches, random
         session.run(names, {"image": images(1, *size).numpy()}), model(images(1, *size)), strict=True
     ):
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_prefix_tokens_and_rotary_positions_in_windows(randomize, tmp_path):
+    """Of any batch size."""
+    network = TimmConfig(name="vit_small_patch16_dinov3", options={"depth": 1, "embed_dim": 16, "num_heads": 2})
+    branch = BranchConfig(network=network, image_size=112, window_size=3)
+    model = randomize(PIIP(PIIPConfig(branches=(branch,), merging=None))).eval()
+    (file,) = export_onnx(model, tmp_path / "model.onnx", (112, 80)).files
+    session = onnxruntime.InferenceSession(file)
+    for count in (1, 3):
+        image = images(count, 112, 80)
+        for found, expected in zip(session.run(None, {"image": image.numpy()}), model(image), strict=True):
+            np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
 class Noise(nn.Module):

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from piip_core import DensePIIP, InteractionConfig, UserError, prepare_for_inference
+from piip_core import (
+    PIIP,
+    BranchConfig,
+    DensePIIP,
+    InteractionConfig,
+    PIIPConfig,
+    TimmConfig,
+    UserError,
+    prepare_for_inference,
+)
 from piip_core.prepared import OneDNNLinear
 
 
@@ -20,6 +29,17 @@ def test_computes_the_same(tiny_config, randomize, attention, ffn):
         image = torch.randn(2, 3, *size)
         for expected, actual in zip(model(image), prepared(image), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_radio_v3", "vit_small_patch16_dinov3"])
+def test_networks_of_timm_compute_the_same(name, randomize):
+    options = {"depth": 2, "embed_dim": 32, "num_heads": 4, "init_values": 0.5}
+    network = TimmConfig(name=name, options=options)
+    branches = [BranchConfig(network=network, image_size=size, window_size=(3, None)) for size in (64, 96)]
+    config = PIIPConfig(branches=branches, interaction=InteractionConfig(num_interactions=2, num_heads=4), merging=None)
+    model, image = randomize(PIIP(config)).eval(), torch.randn(2, 3, 96, 128)
+    prepared = prepare_for_inference(copy.deepcopy(model))
+    torch.testing.assert_close(prepared(image), model(image), rtol=1e-4, atol=1e-4)
 
 
 def test_in_bfloat16_it_is_as_close_as_the_model_itself(tiny_model):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from piip_core.branches.timm_model import embed_positions
+from piip_core.branches.timm_model import embed_image
 from piip_core.integrations.timm.piip import remember_argument
 from piip_core.ops.reference import _grid_sample_backward
 from piip_core.recompute import run_checkpointed
@@ -78,8 +78,8 @@ def test_timm_pos_embed(name):
     )
     model.forward_features(image)
     hook.remove()
-    sequence, rotary = embed_positions(model, model.patch_embed(image))
-    assert torch.equal(model.norm_pre(sequence), seen["args"][0])
+    sequence, _, rotary = embed_image(model, image)
+    assert torch.equal(sequence, seen["args"][0])
     assert (rotary is None) == (seen.get("rope") is None)
     assert rotary is None or torch.equal(rotary, seen["rope"])
 

@@ -154,10 +154,14 @@ def test_published_parameters_are_those_of_the_modules(tiny_config, options):
         assert want.params == parameters(build_branch(dataclasses.replace(branch, network=grid)))
 
 
-def test_networks_of_timm_have_no_counting_rule():
-    network = TimmConfig(name="vit_tiny_patch16_224")
-    with pytest.raises(NotImplementedError, match="TimmConfig"):
-        published_count(PIIPConfig(branches=(BranchConfig(network=network, image_size=32),)))
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "naflexvit_base_patch16_siglip", "convnext_atto"])
+def test_networks_of_timm_count_as_executed(name):
+    network = TimmConfig(name=name)
+    windows = None if name.startswith("convnext") else (3, None) * (network.depth // 2)
+    branch = BranchConfig(network=network, image_size=128, window_size=windows)
+    executed = analyze_backbone(PIIPConfig(branches=(branch,), merging=None)).modules[0]
+    (counted,) = published_count(PIIPConfig(branches=(branch,))).branches
+    assert (counted.params, counted.macs) == (executed.params, executed.flops)
 
 
 @pytest.mark.parametrize("name", ["vit_b_1024", "piip_tsb_1568_1120_672", "piip_sbl_1120_672_448"])

@@ -71,7 +71,7 @@ def test_a_file_gets_the_blocks_it_has(tool, tmp_path, monkeypatch, rows):
 def test_readmes_have_their_blocks(tool):
     texts = {path.parent.name: path.read_text() for path in tool.READMES}
     blocks = {name: [block for block in tool.BLOCKS if f"BEGIN {block} -->" in text] for name, text in texts.items()}
-    assert blocks == {"PIIP": ["zoo table", "classification table"], "llava_piip": ["multimodal table"]}
+    assert blocks == {"PIIP": ["zoo table", "classification table", "beyond table"], "llava_piip": ["multimodal table"]}
 
 
 def test_config_links_exist_and_are_relative_to_the_file(tool, readme):

@@ -3,6 +3,7 @@
 To repeat it for another model, change CONFIG and run `pytest -s tests/tools/test_memory_estimate.py`.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from piip_core.branches import ViTConfig
 from piip_core.meta import on_meta
 from piip_core.pyramid import DensePIIP
 from piip_tools.memory.dry_run import DryRun, squares
-from piip_tools.memory.estimate import model_states
+from piip_tools.memory.estimate import Setting, estimate_memory, model_states
 
 
 def vit(embed_dim, image_size, window_size, **options):
@@ -36,12 +37,12 @@ def step(model):
     return squares(model(torch.zeros(2, 3, 224, 224)))
 
 
-def measured(precision, checkpointing, path):
+def measured(precision, checkpointing, path, config=CONFIG):
     """The most bytes alive in the life of a model that is made and trained for two steps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model = DensePIIP(CONFIG).train()
+        model = DensePIIP(config).train()
         model.set_grad_checkpointing(checkpointing)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 loss = step(model)
@@ -74,6 +75,22 @@ def test_total_is_what_the_profiler_measures(dry_run, precision, checkpointing, 
     assert estimated > LEAST * found
     assert estimated - gradients < MOST * found
     assert activations.peak > states.step  # or the activations would not have been tested
+
+
+def test_frozen_branches_take_their_weights_alone(dry_run, tmp_path):
+    branches = [dataclasses.replace(branch, frozen=True) for branch in CONFIG.branches]
+    config = dataclasses.replace(CONFIG, branches=branches)
+    with on_meta():
+        run = DryRun(DensePIIP(config))
+    setting = Setting(batch_size=2, input_size=(224, 224), gpus=1, precision="fp32")
+    frozen, trained = (estimate_memory("tiny", each, step, setting).estimates for each in (run, dry_run))
+    activations = run.activations(step, precision="fp32", kernels="cpu")
+    estimated = frozen[0].states.total + frozen[0].buffers + max(activations.peak, frozen[0].states.step)
+    found = measured("fp32", False, tmp_path / "trace.json", config)
+    gradients = frozen[0].states.gradients
+    assert LEAST * found < estimated < MOST * found + gradients
+    assert estimated < 0.9 * trained[0].total
+    assert frozen[-1].buffers == frozen[0].buffers  # one GPU: nothing to share
 
 
 def test_evaluation_takes_what_the_mem_tracker_sees(dry_run):

@@ -69,6 +69,42 @@ def test_written_config_is_the_proposal(tool, capsys, tmp_path, monkeypatch):
     assert "the file exists already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("task", "branches", "gflops"),
+    [
+        ("detection", "dinov3:s,b", 450),
+        ("detection", "dinov3_convnext:t,s", 300),
+        ("segmentation", "vit_pe_spatial_tiny_patch16_512,siglip2:b", 330),
+        ("classification", "dinov3:s,b", 30),
+    ],
+)
+def test_written_configs_of_named_networks(tool, capsys, tmp_path, task, branches, gflops):
+    pytest.importorskip("detectron2")
+    from detectron2.config import instantiate
+
+    from piip.lazy_config import load_config
+    from piip_core.meta import on_meta
+
+    path = tmp_path / "my_pyramid.py"
+    tool.main(["--branches", branches, "--budget-gflops", str(gflops), "--task", task, "--write", str(path)])
+    out, text = capsys.readouterr().out, path.read_text()
+    assert out.startswith(f"{branches} within {gflops}G")
+    assert ("dinov3-license" in out) == ("dinov3-license" in text) == ("dinov3" in branches)
+    (best, *_) = propose(2, flops_limit=gflops * 1e9, models=zoo.families.parse(branches), task=task)
+    assert 0.9 * gflops * 1e9 <= best.candidate.flops <= gflops * 1e9 and "spent" in best.met
+    cfg = load_config(str(path), ["train.load_pretrained=False"])
+    with on_meta():
+        model = instantiate(cfg.model)
+    (config,) = (m.config for m in model.modules() if type(m).__name__ == "PIIP")
+    expected = best.candidate.config
+    expected = getattr(expected, "pyramid", expected).branches
+    assert [(b.network, b.image_size, b.pretrained) for b in config.branches] == [
+        (b.network, b.image_size, b.pretrained) for b in expected
+    ]
+    cfg.optimizer.params.model = model
+    assert len(instantiate(cfg.optimizer).param_groups) > 1
+
+
 def test_picture(tool, tmp_path):
     image = pytest.importorskip("PIL.Image")
     path = tmp_path / "plan.png"
@@ -85,7 +121,9 @@ def test_picture(tool, tmp_path):
     ("arguments", "message"),
     [
         ([], "give --budget, --max-params or both"),
-        (["--budget", "450G", "--branches", "5"], "invalid choice"),
+        (["--budget", "450G", "--branches", "5"], "--branches 5: expected 2, 3 or 4"),
+        (["--budget", "450G", "--task", "classification"], "--branches 3: expected 2, 3 or 4 for detection"),
+        (["--budget", "450G", "--branches", "dinov3:s,l", "--models", "SL"], "--models SL: expected with a number"),
         (["--budget", "450G", "--top", "0"], "--top 0: expected at least 1"),
         (["--budget", "1s", "--device", "meta"], "argument --device: meta: expected cpu, cuda or cuda:N"),
         (["--budget", "450G", "--write", "plan.yaml"], "expected a file name that ends in .py"),
@@ -106,6 +144,8 @@ def test_mistakes(tool, capsys, arguments, message):
         (["--budget", "10G"], "plan: no pyramid of 3 branches fits into 10G: the cheapest"),
         (["--max-params", "few"], "plan: 'few': expected a positive number of parameters"),
         (["--budget", "450G", "--models", "TT"], "plan: models 'TT'"),
+        (["--budget", "450G", "--branches", "resnet50,dinov3:l"], "plan: TimmConfig.name='resnet50': timm's class is"),
+        (["--budget", "450G", "--branches", "dinov3:b,s"], "plan: dinov3:b,s: expected the smallest network first"),
         (["--budget", "450G", "--choose", "9", "--write", "never.py"], "plan: --choose 9: there are 6 proposals"),
     ],
 )

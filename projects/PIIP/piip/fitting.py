@@ -115,15 +115,18 @@ def freeze(model: nn.Module, what: str | None) -> None:
 
     Args:
         model: Detector, segmentor or classifier.
-        what: "branches", "all-but-heads" (branches, interactions, merging and pyramid of maps), or None for nothing.
+        what: "branches", as `BranchConfig.frozen` of all of them; "all-but-heads" (and interactions, merging and
+            pyramid of maps); or None for nothing.
     """
     if what is None:
         return
     check_choice("train.freeze", what, ("branches", "all-but-heads"))
-    whole = [module for module in model.modules() if isinstance(module, PIIPBackbone)]
     pyramids = [module for module in model.modules() if isinstance(module, PIIP)]
-    for module in [p.branches for p in pyramids] if what == "branches" else whole or pyramids:
-        module.requires_grad_(False)
+    for branch in (branch for pyramid in pyramids for branch in pyramid.branches):
+        branch.freeze()
+    if what == "all-but-heads":
+        for module in [module for module in model.modules() if isinstance(module, PIIPBackbone)] or pyramids:
+            module.requires_grad_(False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "train.freeze=%s: %.1f M of %.1f M parameters are trained",

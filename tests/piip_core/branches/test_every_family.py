@@ -2,10 +2,15 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import pytest
+import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from piip_core import (
@@ -16,6 +21,7 @@ from piip_core import (
     MergingConfig,
     PIIPConfig,
     ViTConfig,
+    branches,
 )
 from piip_core.branches import (
     BEiTConfig,
@@ -40,6 +46,7 @@ NETWORKS = {
     "convnext": ConvNeXtConfig(depths=(1, 1, 2, 1), stage_dims=(8, 16, 24, 32)),
     "timm convnext": TimmConfig(name="convnextv2_atto"),
     "timm rotary": TimmConfig(name="vit_small_patch16_dinov3", options=SIZES),
+    "timm naflex": TimmConfig(name="naflexvit_base_patch16_radio_v3", options=SIZES),
 }
 WINDOWED = [name for name, network in NETWORKS.items() if not network.no_windows]
 
@@ -112,8 +119,7 @@ def test_a_window_as_large_as_the_map_is_global_attention(name, randomize):
     [
         (NETWORKS["convnext"], "no attention"),
         (NETWORKS["timm convnext"], "ConvNeXt"),
-        (NETWORKS["timm rotary"], "rotary"),
-        (TimmConfig(name="vit_tiny_patch16_224", options={"depth": 2}), "keep_prefix_tokens=False"),
+        (TimmConfig(name="vit_small_patch16_18x2_224", options={"depth": 2}), "ParallelThingsBlock"),
         (ViTConfig(**SIZES, class_token=True), "class_token"),
     ],
 )
@@ -186,6 +192,39 @@ def test_every_layer_is_called(families, attention):
     assert [name for name, module in layers.items() if module not in called] == []
 
 
+def interaction_gradients(config, frozen, randomize):
+    branches = [dataclasses.replace(branch, frozen=frozen) for branch in config.branches]
+    torch.manual_seed(0)
+    model = randomize(PIIP(dataclasses.replace(config, branches=branches))).train()
+    for module in model.interactions.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    sum(m.square().mean() for m in model(torch.ones(1, 3, 64, 64))).backward()
+    return model, [parameter.grad for parameter in model.interactions.parameters()]
+
+
+@pytest.mark.parametrize("families", [("timm rotary", "convnext"), ("internvit", "timm naflex")])
+def test_frozen_branches(families, randomize):
+    """They stay as they are, and interactions learn through their blocks as if they learned, too."""
+    branches = [BranchConfig(network=NETWORKS[family], image_size=64) for family in families]
+    config = PIIPConfig(branches=branches, interaction=InteractionConfig(num_interactions=2, num_heads=4), merging=None)
+    model, found = interaction_gradients(config, True, randomize)
+    _, expected = interaction_gradients(config, False, randomize)
+    torch.testing.assert_close(found, expected)
+    assert all(parameter.grad is None for parameter in model.branches.parameters())
+    assert not any(module.training for module in model.branches.modules() if module is not model.branches)
+    assert all(module.training for module in model.interactions.modules())
+    for branch, segments in zip(model.branches, model.segments, strict=True):
+        state = branch.run(branch.embed(torch.ones(1, 3, 64, 64)), 0, segments[0][1] + 1)
+        assert state.tokens.grad_fn is None  # so no activations are kept before the first interaction
+
+
+def test_frozen_branches_ignore_stochastic_depth():
+    branch = branch_of("timm rotary", frozen=True, drop_path_rate=0.9).train()
+    image = torch.randn(2, 3, 64, 64)
+    assert torch.equal(run_all(branch, image), run_all(branch, image))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pooling(NetworkConfig):
     family = "pooling"
@@ -214,6 +253,19 @@ def test_a_family_of_ones_own_takes_one_call():
     assert PIIPConfig.from_dict(json.loads(json.dumps(pyramid.to_dict()))).to_dict() == pyramid.to_dict()
     (found,) = PIIP(pyramid)(image := torch.rand(1, 3, 64, 32))
     torch.testing.assert_close(found, torch.nn.functional.avg_pool2d(image, 4))
+
+
+@mock.patch.dict(FAMILIES)
+def test_the_adapter_of_the_documents(randomize):
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {name: getattr(branches, name) for name in ("Branch", "BranchState", "NetworkConfig", "register_branch")}
+    names |= {"dataclass": dataclasses.dataclass, "ClassVar": ClassVar, "timm": timm, "__name__": "adapter"}
+    exec(code, names)
+    branch = build_branch(BranchConfig(network=names["ResNetConfig"](), image_size=64)).eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(run_all(branch, image).permute(0, 3, 1, 2), branch.model.forward_features(image))
 
 
 def test_a_family_needs_a_name_of_its_own():

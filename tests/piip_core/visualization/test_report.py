@@ -29,7 +29,7 @@ def test_files_and_what_they_say(tiny_model, make_scene, tmp_path):
     assert [view["block"] for view in views] == [1, 0, 1]
     assert [(view["cells"]["rows"], view["cells"]["columns"]) for view in views] == [(3, 4), (4, 6), (6, 8)]
     assert [view["cell"] for view in views] == [[1, 2], [2, 3], [3, 4]]
-    assert (views[2]["window"], views[2]["attention"]["window"]) == (3, [3, 3, 6, 6])
+    assert (views[2]["window"], views[2]["attention"]["window"]) == ([3, 3], [3, 3, 6, 6])
     assert np.array(readings[0]["points"]).shape == (4, 4, 2)
     assert len(facts["before"]) == len(facts["after"]) == 3
 

@@ -438,6 +438,8 @@ def test_frozen_parts_are_not_trained():
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any(".branches." in name for name in trained)
     assert any(".interactions." in name for name in trained)
+    pyramid = model.train().backbone.bottom_up.features.pyramid
+    assert pyramid.interactions[0].training and not pyramid.branches[0].model.blocks[0].training
     freeze(model, "all-but-heads")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"backbone", "proposal_generator", "roi_heads"}

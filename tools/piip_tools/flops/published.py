@@ -1,4 +1,4 @@
-"""The counting rule behind the published #Param and #FLOPs, computed from a configuration without building anything.
+"""The counting rule behind the published #Param and #FLOPs, computed from a configuration.
 
 The published numbers were counted on a lighter twin of the dense backbone: the same branches and interactions, but
 position tables stored for the real token grid, no window padding, and instead of merging convolutions and feature
@@ -11,12 +11,27 @@ element; activations, softmax and resizing count nothing. Attention and deformab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache, singledispatch
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, singledispatch
 from typing import Literal
 
-from piip_core.branches import BEiTConfig, ConvNeXtConfig, NetworkConfig, UniPerceiverConfig, ViTConfig
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from piip_core.branches import (
+    BEiTConfig,
+    Branch,
+    ConvNeXtConfig,
+    NetworkConfig,
+    TimmConfig,
+    UniPerceiverConfig,
+    ViTConfig,
+    build_branch,
+)
+from piip_core.branches.transformer import TransformerBranch
 from piip_core.config import BranchConfig, ClassifierConfig, InteractionConfig, PIIPConfig, UnitSpec
+from piip_core.meta import on_meta
 
 NUM_CLASSES = 1000
 SAMPLING_POINTS = 4  # the formula has this number whatever the model uses
@@ -196,7 +211,7 @@ def _blocks(
 ) -> Count:
     """What the blocks of all transformers have; `qkv_bias` is the number of those parameters."""
     width, patches = network.embed_dim, _tokens(branch)
-    tokens = patches + getattr(network, "class_token", 0)
+    tokens = patches + network.class_token
     hidden = int(width * network.mlp_ratio)
     count = Count()
     for window in branch.window_sizes:
@@ -229,6 +244,32 @@ def _convnext(network: ConvNeXtConfig, branch: BranchConfig, *, dense: bool) -> 
         count += Count(2 * width) + _linear(positions, width, hidden) + _linear(positions, hidden, width)
         count += Count(0 if network.layer_scale is None else width)
     return count
+
+
+@_network.register
+def _timm(network: TimmConfig, branch: BranchConfig, *, dense: bool) -> Count:
+    """What no published model has: linears, convolutions and attention as executed, of the blocks that differ."""
+    model = _without_memory(replace(branch, image_size=1))
+    blocks = network.depth if isinstance(model, TransformerBranch) else 0
+    sizes = [sum(p.numel() for p in model.model.blocks[index].parameters()) for index in range(blocks)]
+    kinds = list(zip(sizes, branch.window_sizes, strict=True)) if blocks else list(range(network.depth))
+    macs = 0
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            state = model.embed(torch.empty(1, 3, branch.image_size, branch.image_size))
+        macs += counter.get_total_flops() // 2
+        for index, kind in enumerate(kinds):
+            if kinds.index(kind) == index:
+                with FlopCounterMode(display=False) as counter:
+                    state = model.run_block(state, index)
+                macs += kinds.count(kind) * counter.get_total_flops() // 2
+    return Count(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+@lru_cache(maxsize=8)
+def _without_memory(branch: BranchConfig) -> Branch:
+    with on_meta():
+        return build_branch(branch)
 
 
 @cache  # interactions between the same maps follow each other

@@ -162,6 +162,22 @@ def classification_table(rows: Iterable[CountedModel], link: Callable[[str], str
     return _table_with_notes(columns, list(rows))
 
 
+def beyond_table(rows: Iterable[CountedModel], link: Callable[[str], str]) -> str:
+    """The models of `zoo.beyond` for a README: counts, and no scores; `link` as for `published_tables`."""
+    heads = {"mask_rcnn": "Mask R-CNN", "cascade_mask_rcnn": "Cascade R-CNN", "dino": "DINO", "upernet": "UperNet"}
+    columns = [
+        ("model", attrgetter("entry.title")),
+        ("resolution", attrgetter("entry.resolution")),
+        ("head", lambda row: heads.get(getattr(row.entry, "head", ""), "classifier")),
+        ("our #Param count", _scaled("published_count.params", 1e6, "M")),
+        ("our #FLOPs count", _scaled("published_count.macs", 1e9, "G")),
+        ("our params", _scaled("executed.params", 1e6, "M")),
+        ("our executed FLOPs", _scaled("executed.macs", 1e9, "G")),
+        ("config", lambda row: link(row.entry.config_file)),
+    ]
+    return _table_with_notes(columns, list(rows))
+
+
 def multimodal_table(rows: Iterable[CountedModel]) -> str:
     """The published multimodal models for a README: a table and its notes."""
     columns = [

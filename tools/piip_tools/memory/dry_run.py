@@ -65,7 +65,8 @@ class DryRun:
         with self._mode:
             self.model = model.to_empty(device="cpu").train()
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     def activations(
         self,

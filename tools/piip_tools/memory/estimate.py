@@ -132,7 +132,7 @@ class Estimate:
     checkpointing: GradCheckpointing  # what is computed again in the backward pass instead of kept
     states: ModelStates
     activations: Activations
-    buffers: int  # bytes of the model's buffers
+    buffers: int  # bytes of the model's buffers and frozen parameters
     total: int  # the most bytes at any time; activations and what the step takes are never there together
     fits: bool  # whether `total` leaves `RESERVE` of the GPU free
 
@@ -164,7 +164,8 @@ def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes:
     `step` is as for `DryRun.activations`, with batches of `setting`; `notes` say what it leaves out.
     """
     params = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    buffers = sum(buffer.nbytes for buffer in run.model.buffers())
+    frozen = sum(parameter.nbytes for parameter in run.model.parameters() if not parameter.requires_grad)
+    own = sum(buffer.nbytes for buffer in run.model.buffers())
     # Under DeepSpeed our training turns off autocast's cache; without checkpointing autograd keeps the copies anyway
     found = {
         (way, cached): run.activations(step, precision=setting.precision, checkpointing=way, cache_weights=cached)
@@ -174,6 +175,7 @@ def estimate_memory(name: str, run: DryRun, step: Step, setting: Setting, notes:
     estimates = []
     for stage in STAGES:
         states = model_states(params, stage, setting.gpus, setting.offload, setting.bucket_size)
+        buffers = own + (frozen // setting.gpus if stage == 3 else frozen)
         for way in _WAYS:
             if (stage, way) == (3, "cheap"):  # refused in training
                 continue
@@ -247,7 +249,8 @@ def memory_table(report: MemoryReport) -> str:
         "GiB per GPU. Of activations and optimizer's step the larger one counts. It fits where the total leaves "
         f"{RESERVE:.0%} of the GPU free (CUDA context, NCCL, kernels' workspace, fragmentation: an allowance)."
     )
-    start = f"Every process makes the whole model on its host first: {4 * report.params / GIB:.1f} GiB each"
+    whole = report.estimates[0].states.parameters + report.estimates[0].buffers
+    start = f"Every process makes the whole model on its host first: {whole / GIB:.1f} GiB each"
     notes = "".join(f"\n{note}." for note in [start, *report.notes])
     return f"{title}\n\n{table}\n\n{legend}{notes}\n{report.name} {report.answer}"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Literal
 
-from piip_core.config import PIIPConfig
+from piip_core.config import ClassifierConfig, PIIPConfig
 from piip_core.errors import ConfigError
-from piip_core.zoo import VIT, ZooEntry, deit_pyramid, entries
+from piip_core.zoo import VIT, ZooEntry, deit_pyramid, entries, families
 
 from ..flops.published import PublishedCount, published_count
 
@@ -19,6 +19,12 @@ MODEL_SIZES = "TSBL"
 """DeiT models, smallest first."""
 IMAGE_SIZES = tuple(range(1792, 223, -112))
 """Image sides, largest first: multiples of half the padding of the published pyramids."""
+CLASSIFIER_SIZES = tuple(range(512, 95, -32))
+"""Those of classifiers."""
+
+Task = Literal["detection", "segmentation", "classification"]
+Models = str | tuple[str, ...]
+"""Sizes of DeiT models as in "TSB", or networks as `zoo.families` names them, in any case smallest first."""
 
 Kind = Literal["flops", "memory", "latency"]
 
@@ -84,10 +90,14 @@ def _split(text: str) -> tuple[float, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A parameter-inverted pyramid of DeiT models: the smaller a model, the larger its image (paper section III-A)."""
+    """A parameter-inverted pyramid: the smaller a model, the larger its image (paper section III-A).
 
-    models: str  # sizes of the models, smallest first, as in the published names
-    image_sizes: tuple[int, ...]  # image side of each, largest first
+    `image_sizes` has the image side of each of the `models`, largest first.
+    """
+
+    models: Models
+    image_sizes: tuple[int, ...]
+    task: Task = "detection"
 
     @cached_property
     def count(self) -> PublishedCount:
@@ -105,29 +115,44 @@ class Candidate:
         return self.count.total.macs
 
     @property
-    def window_size(self) -> int:
+    def window_size(self) -> int | None:
         """Side of the attention windows in tokens, as in the published pyramids: with ViT-L they have larger ones."""
-        return 28 if "L" in self.models else 14
+        if self.task == "classification":
+            return None
+        return 28 if self.largest_width >= VIT["L"].embed_dim else 14
 
     @property
     def largest_width(self) -> int:
         """Width of the largest model, Branch 1."""
-        return VIT[self.models[-1]].embed_dim
+        if isinstance(self.models, str):
+            return VIT[self.models[-1]].embed_dim
+        return families.network(self.models[-1]).dims[-1]
 
     @property
-    def config(self) -> PIIPConfig:
-        """The backbone."""
-        return deit_pyramid(self.models, self.image_sizes, self.window_size)
+    def config(self) -> PIIPConfig | ClassifierConfig:
+        """The backbone, or the classifier."""
+        if self.task == "classification":
+            return families.classifier(self.label, self.image_sizes)
+        if isinstance(self.models, str):
+            return deit_pyramid(self.models, self.image_sizes, self.window_size)
+        return families.pyramid(self.label, self.image_sizes, window_size=self.window_size)
 
     @property
     def name(self) -> str:
         """Name in the style of the published models: piip_tsb_1568_1120_672."""
+        if isinstance(self.models, tuple):
+            return families.slug(self.label, self.image_sizes)
         return "_".join(["piip", self.models.lower(), *map(str, self.image_sizes)])
+
+    @property
+    def label(self) -> str:
+        """The models in a word."""
+        return self.models if isinstance(self.models, str) else families.label(self.models)
 
     @property
     def title(self) -> str:
         """Name as the published tables print it."""
-        return f"{self.models} {'/'.join(map(str, self.image_sizes))}"
+        return f"{self.label} {'/'.join(map(str, self.image_sizes))}"
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -152,6 +177,27 @@ def candidates(branches: int) -> tuple[Candidate, ...]:
 
 
 @cache
+def named_candidates(models: tuple[str, ...], task: Task) -> tuple[Candidate, ...]:
+    """All pyramids of these networks, smallest first, that differ in image sizes.
+
+    Raises:
+        ConfigError: For a number of branches that the paper has not, or networks in another order.
+    """
+    if len(models) not in (2, 3, 4):
+        raise ConfigError(f"{families.label(models)}: {len(models)} branches: expected 2, 3 or 4")
+    branches = (replace(families.branch(name, 224), segments=None) for name in models)
+    alone = (PIIPConfig(branches=(branch,), merging=None) for branch in branches)
+    params = [published_count(config, rule="vision tower").total.params for config in alone]
+    if params != sorted(params):
+        counted = ", ".join(f"{name} {count / 1e6:.0f}M" for name, count in zip(models, params, strict=True))
+        raise ConfigError(f"{families.label(models)}: expected the smallest network first: {counted}")
+    sizes = CLASSIFIER_SIZES if task == "classification" else IMAGE_SIZES
+    return tuple(
+        Candidate(models=models, image_sizes=sides, task=task) for sides in itertools.combinations(sizes, len(models))
+    )
+
+
+@cache
 def published_mask_rcnn() -> tuple[tuple[ZooEntry, float, float | None], ...]:
     """Published Mask R-CNN models, each with its GFLOPs (ours where none are printed) and box AP where printed."""
     return tuple(
@@ -172,5 +218,7 @@ def same_models(a: PIIPConfig, b: PIIPConfig) -> bool:
 
 def nearest_published(wanted: Candidate) -> tuple[ZooEntry, float, float | None] | None:
     """The one of `published_mask_rcnn` with the same models whose FLOPs are nearest, if there is one."""
+    if isinstance(wanted.models, tuple):
+        return None
     same = [known for known in published_mask_rcnn() if known[2] and same_models(known[0].config, wanted.config)]
     return min(same, key=lambda known: abs(math.log(known[1] * 1e9 / wanted.flops)), default=None)

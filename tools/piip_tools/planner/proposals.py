@@ -22,7 +22,17 @@ from piip_core.zoo import ZooEntry, deit_pyramid
 
 from ..flops.published import published_count
 from ..timing import clock_for, limited_threads, peak_memory
-from .candidates import IMAGE_SIZES, MODEL_SIZES, Budget, Candidate, candidates, published_mask_rcnn
+from .candidates import (
+    IMAGE_SIZES,
+    MODEL_SIZES,
+    Budget,
+    Candidate,
+    Models,
+    Task,
+    candidates,
+    named_candidates,
+    published_mask_rcnn,
+)
 
 LEAST_SPENT = 0.9
 LARGEST_SHARE = 0.5
@@ -61,7 +71,7 @@ RULES = (
     Rule(
         key="range",
         text="the ratio of each image to the next, and of the largest to the smallest, is one that the published "
-        "DeiT pyramids span, and the smallest image is no smaller than theirs",
+        "DeiT pyramids span, and the smallest image of a detector or segmentor is no smaller than theirs",
         source="section IV-F: the pyramid has to maintain a large range of image scales (Table XIV, BBB)",
     ),
     Rule(
@@ -116,16 +126,17 @@ def propose(
     *,
     flops_limit: float | None = None,
     params_limit: float | None = None,
-    models: str | None = None,
+    models: Models | None = None,
+    task: Task = "detection",
 ) -> list[Proposal]:
     """Pyramids within limits of the published count, best first: one for each models and largest image that fit.
 
-    `models` are the only ones to take, smallest first, for example "TSB".
+    `models` are the only ones to take, smallest first, for example "TSB" or ("dinov3:s", "dinov3:l").
 
     Raises:
         ConfigError: If nothing fits; the message names the cheapest candidate.
     """
-    pool = allowed(branches, models=models, params_limit=params_limit)
+    pool = allowed(branches, models=models, params_limit=params_limit, task=task)
     fitting = [c for c in pool if flops_limit is None or c.flops <= flops_limit]
     if not fitting:
         least = min(pool, key=lambda c: c.flops)
@@ -136,13 +147,18 @@ def propose(
     return rank([(c, None if flops_limit is None else c.flops / flops_limit) for c in fitting], flops_limit)
 
 
-def allowed(branches: int, *, models: str | None = None, params_limit: float | None = None) -> list[Candidate]:
+def allowed(
+    branches: int, *, models: Models | None = None, params_limit: float | None = None, task: Task = "detection"
+) -> list[Candidate]:
     """Candidates with the given models and no more parameters than the limit.
 
     Raises:
         ConfigError: If there are none.
     """
-    pool = [c for c in candidates(branches) if models is None or c.models == models]
+    if isinstance(models, tuple):
+        pool = list(named_candidates(models, task))
+    else:
+        pool = [c for c in candidates(branches) if models is None or c.models == models]
     if not pool:
         raise ConfigError(f"models {models!r}: expected {branches} different ones of {MODEL_SIZES}, smallest first")
     fitting = [c for c in pool if params_limit is None or c.params <= params_limit]
@@ -165,7 +181,7 @@ def rank(pool: Iterable[tuple[Candidate, float | None]], flops_limit: float | No
     Of each combination of models and largest image the best candidate is returned.
     """
     checks = _checks(flops_limit)
-    best: dict[tuple[str, int], Proposal] = {}
+    best: dict[tuple[Models, int], Proposal] = {}
     for candidate, spent in pool:
         met = [key for key, holds in checks.items() if holds(candidate)]
         if spent is not None and spent >= LEAST_SPENT:
@@ -184,7 +200,7 @@ def _order(proposal: Proposal) -> tuple[float, ...]:
 
 def _with_image_rule(proposals: Sequence[Proposal]) -> list[Proposal]:
     """Adds rule "image" to the best of each combination of models."""
-    first: dict[str, Proposal] = {}
+    first: dict[Models, Proposal] = {}
     for proposal in sorted(proposals, key=lambda p: (-len(p.met), -p.candidate.image_sizes[0])):
         first.setdefault(proposal.candidate.models, proposal)
     return [replace(p, met=("image", *p.met)) if first[p.candidate.models] is p else p for p in proposals]
@@ -207,12 +223,12 @@ def _checks(flops_limit: float | None) -> dict[str, Callable[[Candidate], bool]]
         return (
             all(min(steps) <= a / b <= max(steps) for a, b in itertools.pairwise(sides))
             and min(ranges) <= sides[0] / sides[-1] <= max(ranges)
-            and sides[-1] >= smallest
+            and (sides[-1] >= smallest or candidate.task == "classification")
         )
 
     return {
         "model": lambda c: c.largest_width <= largest.network.embed_dim,
-        "sizes": lambda c: c.models in MODEL_SIZES,
+        "sizes": lambda c: isinstance(c.models, str) and c.models in MODEL_SIZES,
         "range": in_range,
         "even": lambda c: max(c.shares) <= LARGEST_SHARE,
     }
@@ -255,7 +271,7 @@ def search(
     run: Callable[[Candidate], Measured | None],
     *,
     params_limit: float | None = None,
-    models: str | None = None,
+    models: Models | None = None,
     runs: int = 6,
 ) -> tuple[list[Proposal], float]:
     """Finds pyramids within a measured budget, with few measurements.

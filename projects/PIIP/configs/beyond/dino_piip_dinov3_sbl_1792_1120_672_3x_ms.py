@@ -1,0 +1,18 @@
+"""PIIP dinov3:s,b,l 1792/1120/672: DINO 3x with multi-scale training on COCO.
+
+Licence of the pretrained weights: dinov3-license.
+"""
+
+from piip.recipes import detector
+
+# The published pyramids' rate, and the decay of EVA-02's detectors (baaivision/EVA,
+# EVA-02/det/projects/ViTDet/configs/eva2_mim_to_coco/eva2_coco_cascade_mask_rcnn_vitdet_l_4attn_1024_lrd0p8.py)
+model, data, dataloader, optimizer, lr_multiplier, train = detector(
+    "dino_piip_dinov3_sbl_1792_1120_672_3x_ms",
+    crop=1792,
+    batch_size=32,
+    lr=2e-4,
+    layer_decay=0.8,
+    epochs=36,
+    lr_drops=(27, 33),
+)
