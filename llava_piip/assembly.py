@@ -27,7 +27,7 @@ from piip_core.meta import on_meta
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
 from .conversation import IMAGE_TAG
 from .image_processing import PIIPImageProcessor
-from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel, make_projector
+from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel, Projector
 from .processing import PIIPLlavaProcessor
 
 _LANGUAGE_MODEL = "the name of a model on the Hugging Face hub, or a folder with config.json, weights and tokenizer"
@@ -170,10 +170,9 @@ def join(
         )
     with on_meta():
         model = PIIPLlavaForConditionalGeneration(config)
-    projector = make_projector(config, tower.pyramid.dims)
     model.model.vision_tower = tower
-    model.model.multi_modal_projector = projector.to(device=decoder.device, dtype=decoder.dtype)
-    model.model.language_model = decoder.get_decoder()
+    model.model.multi_modal_projector = Projector(config).to(device=decoder.device, dtype=decoder.dtype)
+    model.model.set_language_model(decoder.get_decoder())
     model.lm_head = head
     model.config.text_config = decoder.config  # its attention is chosen where it is loaded
     tower.to(decoder.device)

@@ -96,6 +96,9 @@ class PIIPLlavaConfig(PreTrainedConfig):
         projector_merge_by: "average" or "shuffle"; see `TokenMerging`.
         projector_newline: End every row of visual tokens with one more, which is learned, for language models that
             count positions in one dimension.
+        projector_deep: Interactions (from 0) whose maps become more visual tokens, with projectors of their own. Those
+            of the first are added to the language model's states after its first layer, of the next after its second,
+            and so on (DeepStack).
     """
 
     model_type = "piip_llava"
@@ -112,6 +115,7 @@ class PIIPLlavaConfig(PreTrainedConfig):
     projector_merge: int = 1
     projector_merge_by: Literal["average", "shuffle"] = "shuffle"
     projector_newline: bool = False
+    projector_deep: list[int] | tuple[int, ...] = ()
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -125,6 +129,11 @@ class PIIPLlavaConfig(PreTrainedConfig):
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True
 
+        if self.projector_deep:
+            count, layers = self.vision_config.piip.num_interactions, self.text_config.num_hidden_layers
+            fits = all(0 <= k < count for k in self.projector_deep) and len(self.projector_deep) < layers
+            expected = f"interactions from 0 to {count - 1}, fewer than the {layers} layers of the language model"
+            check(fits, "projector_deep", self.projector_deep, expected)
         if self.vision_config.max_pixels is not None:
             check(self.projector_grid is None, "projector_grid", self.projector_grid, "None with max_pixels")
             check(self.token_size > 0, "max_pixels", self.vision_config.max_pixels, "None: tokens of uneven sizes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -58,19 +58,46 @@ class PIIPVisionModel(PIIPPreTrainedModel):
         return PIIPModelOutput(maps, hidden_states=(maps,) if output_hidden_states else None)
 
 
-def make_projector(config: PIIPLlavaConfig, dims: Sequence[int]) -> TokenMerging:
-    """The projectors of a model, for final maps of `dims` channels."""
-    return TokenMerging(
-        dims,
-        config.text_config.hidden_size,
-        norm=config.projector_norm,
-        num_groups=config.projector_num_groups,
-        grid=config.projector_grid,
-        grid_branch=config.projector_branch,
-        merge=config.projector_merge,
-        merge_by=config.projector_merge_by,
-        newline=config.projector_newline,
-    )
+class Projector(TokenMerging):
+    """The visual tokens of a model, and side by side with each what is added to it in the language model.
+
+    Attributes:
+        deep: The projectors for that, one for each of `config.projector_deep`. New ones add nothing until trained.
+    """
+
+    def __init__(self, config: PIIPLlavaConfig) -> None:
+        pyramid, width = config.vision_config.piip, config.text_config.hidden_size
+        options = dict(
+            norm=config.projector_norm,
+            num_groups=config.projector_num_groups,
+            grid_branch=config.projector_branch,
+            merge=config.projector_merge,
+            merge_by=config.projector_merge_by,
+            newline=config.projector_newline,
+        )
+        super().__init__(pyramid.dims_after(None), width, grid=config.projector_grid, **options)
+        self.deep = nn.ModuleList(TokenMerging(pyramid.dims_after(k), width, **options) for k in config.projector_deep)
+        for merging in self.deep:
+            ends = [] if merging.newline is None else [merging.newline]
+            for projection in merging.projections.values():
+                ends += projection.linear_2.parameters()
+            for parameter in ends:
+                nn.init.zeros_(parameter)
+
+    def forward(self, maps: Sequence[Tensor], between: Sequence[Sequence[Tensor]] = ()) -> Tensor:
+        """Final maps of all branches, and those after each deep interaction, to (B, tokens, width * (1 + deep))."""
+        tokens, size = super().forward(maps), self.grid_size(maps)
+        deep = [merging(found, size) for merging, found in zip(self.deep, between, strict=True)]
+        return torch.cat((tokens, *deep), dim=-1) if deep else tokens
+
+
+def _add_deep(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Hook before a layer of the language model, which adds what belongs to the states after the one before it."""
+    deep = kwargs.pop("deep_visual", ())
+    if 0 < index <= len(deep):
+        states, *others = args
+        args = (states + deep[index - 1].to(states.device), *others)
+    return args, kwargs
 
 
 class PIIPLlavaModel(LlavaModel):
@@ -83,9 +110,16 @@ class PIIPLlavaModel(LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)
         self.image_size = config.vision_config.image_size
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
-        self.multi_modal_projector = make_projector(config, self.vision_tower.pyramid.dims)
-        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
+        self.multi_modal_projector = Projector(config)
+        self.set_language_model(AutoModel.from_config(config.text_config, trust_remote_code=False))
         self.post_init()
+
+    def set_language_model(self, language_model: nn.Module) -> None:
+        """Makes it the decoder of this model."""
+        self.language_model = language_model
+        # For good, since checkpointing may run layers again; what they add comes as an argument and leaves no trace
+        for index, layer in enumerate(language_model.layers if self.config.projector_deep else ()):
+            layer.register_forward_pre_hook(partial(_add_deep, index), with_kwargs=True)
 
     @can_return_tuple
     def get_image_features(
@@ -103,7 +137,7 @@ class PIIPLlavaModel(LlavaModel):
         Returns:
             With `pooler_output`, a tuple of N tensors (tokens of the image, hidden size), and `last_hidden_state`, the
             final tokens of Branch 1 (N, tokens, width). Of images of several sizes these are a tuple, too, and there
-            are no hidden states.
+            are no hidden states. Tokens are wider by what `projector_deep` adds to them; see `Projector`.
         """
         self._check_images(pixel_values, image_sizes)
         # No parameter of its own: what is one here `generate` keeps from the language model
@@ -156,11 +190,17 @@ class PIIPLlavaModel(LlavaModel):
 
     def _encode(self, pixel_values: Tensor, output_hidden_states: bool | None) -> BaseModelOutputWithPooling:
         """Images of one size."""
-        seen = self.vision_tower(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        deep = self.config.projector_deep
+        if output_hidden_states is None:
+            output_hidden_states = self.vision_tower.config.output_hidden_states
+        seen = self.vision_tower(
+            pixel_values, output_hidden_states=output_hidden_states or bool(deep), return_dict=True
+        )
+        between = [seen.hidden_states[k] for k in deep]
         return BaseModelOutputWithPooling(
             last_hidden_state=seen.feature_maps[0].flatten(2).transpose(1, 2),
-            pooler_output=tuple(self.multi_modal_projector(seen.feature_maps)),
-            hidden_states=seen.hidden_states,
+            pooler_output=tuple(self.multi_modal_projector(seen.feature_maps, between)),
+            hidden_states=seen.hidden_states if output_hidden_states else None,
         )
 
     def _most_runs(self, runs: int) -> int:
@@ -210,7 +250,11 @@ class PIIPLlavaModel(LlavaModel):
         must_run = features is None and (self.training or is_deepspeed_zero3_enabled())
         zero = self._run_vision_without_effect(max(self._most_runs(0), 1)) if must_run else None
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, features)
+            tokens, *deep = (None,) if features is None else features.split(self.config.text_config.hidden_size, dim=1)
+            inputs_embeds = self._embed(input_ids, tokens)
+            if deep:
+                is_image, zeros = self._is_image(input_ids), torch.zeros_like(inputs_embeds)
+                kwargs["deep_visual"] = [zeros.masked_scatter(is_image, found.to(zeros)) for found in deep]
         elif features is not None:
             raise UserError(
                 "inputs_embeds together with images: give input_ids, or put the visual tokens into the embeds"
@@ -228,9 +272,9 @@ class PIIPLlavaModel(LlavaModel):
 
     def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Embeddings of the text, with the visual tokens of images, or of a part of one, at their placeholders."""
-        is_image = input_ids == self.config.image_token_id
+        is_image = self._is_image(input_ids)
         # The image token has no row of its own: any other stands in
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image.squeeze(-1), 0))
         if features is None and input_ids.shape[1] == 1:
             return embeds  # a step of generation: spares the check, which waits for the device
         if not torch.compiler.is_compiling():
@@ -242,7 +286,10 @@ class PIIPLlavaModel(LlavaModel):
                 )
         if features is None:
             return embeds
-        return embeds.masked_scatter(is_image.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
+        return embeds.masked_scatter(is_image, features.to(embeds.device, embeds.dtype))
+
+    def _is_image(self, input_ids: Tensor) -> Tensor:
+        return (input_ids == self.config.image_token_id).unsqueeze(-1)
 
     def _run_vision_without_effect(self, runs: int) -> Tensor:
         """Zero, as a sum over no visual token of a black image, so that all processes take the same steps.

@@ -326,17 +326,21 @@ class TokenMerging(nn.Module):
         )
         self.newline = nn.Parameter(torch.randn(embed_dim) / math.sqrt(embed_dim)) if newline else None
 
+    def grid_size(self, maps: Sequence[Tensor]) -> tuple[int, int]:
+        """Height and width of the grid for these maps, before cells are merged."""
+        height, width = maps[self.grid_branch - 1].shape[-2:]
+        return (height, width) if self.grid is None else (self.grid, self.grid)
+
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
         """Maps of all branches, (B, C_i, H_i, W_i), to tokens (B, H * W, embed_dim), row by row.
 
-        Before cells are merged the grid has a `size` other than that of its branch's map where one is given. With
-        `newline` there are H * (W + 1) tokens.
+        `size` is that of the grid before cells are merged, if another than `grid_size`. With `newline` there are
+        H * (W + 1) tokens.
 
         Raises:
             ConfigError: If the grid is no multiple of the squares that are merged.
         """
-        if size is None:
-            size = maps[self.grid_branch - 1].shape[-2:] if self.grid is None else (self.grid, self.grid)
+        size = size or self.grid_size(maps)
         fits = size[0] % self.merge == size[1] % self.merge == 0
         check(fits, "merge", self.merge, f"a divisor of the sides of the grid of {size[0]} x {size[1]} cells")
         pairs = zip(maps, self.projections.values(), strict=True)
