@@ -144,10 +144,9 @@ class PIIPLlavaModel(LlavaModel):
         asked = kwargs.get("output_hidden_states")
         if self.config.vision_config.max_pixels is None:
             return self._encode(pixel_values, asked)
-        if image_sizes is None:
-            image_sizes = torch.tensor(pixel_values.shape[2:]).expand(len(pixel_values), 2)
+        sizes = [pixel_values.shape[2:]] * len(pixel_values) if image_sizes is None else image_sizes.tolist()
         groups: dict[tuple[int, ...], list[int]] = {}
-        for index, size in enumerate(image_sizes.tolist()):
+        for index, size in enumerate(sizes):
             groups.setdefault(tuple(size), []).append(index)
         tokens, states = {}, {}
         for (height, width), indices in groups.items():

@@ -1,4 +1,4 @@
-"""Maps after early interactions in the language model: where they are added; caches and checkpointing change nothing."""
+"""Maps after early interactions in the language model: where they are added, and that nothing else changes them."""
 
 from dataclasses import replace
 
