@@ -148,6 +148,7 @@ class PIIPLlavaModel(LlavaModel):
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, size in enumerate(sizes):
             groups.setdefault(tuple(size), []).append(index)
+        missing = self._most_runs(len(groups)) - len(groups)  # before the first run, as with text alone
         tokens, states = {}, {}
         for (height, width), indices in groups.items():
             images = pixel_values if len(groups) == 1 else pixel_values[indices]
@@ -157,7 +158,6 @@ class PIIPLlavaModel(LlavaModel):
         if len(groups) > 1:
             tokens, states = (tuple(found[i] for i in range(len(found))) for found in (tokens, states))
             seen = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=tokens)
-        missing = self._most_runs(len(groups)) - len(groups)
         if missing:
             first, *others = seen.pooler_output
             seen.pooler_output = (first + self._run_vision_without_effect(missing), *others)
