@@ -27,7 +27,7 @@ from piip_core.meta import on_meta
 from .configuration import PIIPLlavaConfig, PIIPVisionConfig
 from .conversation import IMAGE_TAG
 from .image_processing import PIIPImageProcessor
-from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel, make_projector
+from .modeling import PIIPLlavaForConditionalGeneration, PIIPVisionModel, Projector
 from .processing import PIIPLlavaProcessor
 
 _LANGUAGE_MODEL = "the name of a model on the Hugging Face hub, or a folder with config.json, weights and tokenizer"
@@ -79,7 +79,8 @@ def assemble(
             f"embedding has {rows} rows: set tokenizer.pad_token to one that has a row, such as "
             f"{tokenizer.eos_token!r}, and save the tokenizer"
         )
-    return join(config, tower.to(decoder.dtype), decoder), assemble_processor(config, tokenizer)
+    processor = assemble_processor(config, tokenizer, chat_template=entry.chat_template, **entry.images)
+    return join(config, tower.to(decoder.dtype), decoder), processor
 
 
 def assemble_config(
@@ -91,18 +92,32 @@ def assemble_config(
 ) -> PIIPLlavaConfig:
     """The configuration of a model of the zoo around another language model."""
     return PIIPLlavaConfig(
-        vision_config=PIIPVisionConfig(pyramid=entry.vision.to_dict(), feature_block=entry.feature_block),
+        vision_config=PIIPVisionConfig(
+            pyramid=entry.vision.to_dict(), feature_block=entry.feature_block, max_pixels=entry.max_pixels
+        ),
         text_config=copy.deepcopy(text_config),
         image_token_index=image_token_id,
         projector_norm=entry.projector_norm,
         projector_grid=projector_grid,
+        **entry.options,
     )
 
 
-def assemble_processor(config: PIIPLlavaConfig, tokenizer: PreTrainedTokenizerBase) -> PIIPLlavaProcessor:
-    """The processor for a configuration, with the chat template of the second stage."""
-    images = PIIPImageProcessor(size=config.vision_config.image_size)
-    return PIIPLlavaProcessor(images, tokenizer, image_seq_length=config.image_seq_length)
+def assemble_processor(
+    config: PIIPLlavaConfig, tokenizer: PreTrainedTokenizerBase, *, chat_template: str | None = None, **images: Any
+) -> PIIPLlavaProcessor:
+    """The processor for a configuration, with the chat template of the second stage and settings of images."""
+    vision = config.vision_config
+    if vision.max_pixels is not None:
+        images |= {"max_pixels": vision.max_pixels, "size_multiple": config.size_multiple}
+    return PIIPLlavaProcessor(
+        PIIPImageProcessor(size=vision.image_size, **images),
+        tokenizer,
+        chat_template=chat_template,
+        image_seq_length=config.image_seq_length,
+        token_size=config.token_size if vision.max_pixels else None,
+        image_newline=config.projector_newline,
+    )
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -155,10 +170,9 @@ def join(
         )
     with on_meta():
         model = PIIPLlavaForConditionalGeneration(config)
-    projector = make_projector(config, tower.pyramid.dims)
     model.model.vision_tower = tower
-    model.model.multi_modal_projector = projector.to(device=decoder.device, dtype=decoder.dtype)
-    model.model.language_model = decoder.get_decoder()
+    model.model.multi_modal_projector = Projector(config).to(device=decoder.device, dtype=decoder.dtype)
+    model.model.set_language_model(decoder.get_decoder())
     model.lm_head = head
     model.config.text_config = decoder.config  # its attention is chosen where it is loaded
     tower.to(decoder.device)

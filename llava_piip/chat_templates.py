@@ -73,6 +73,36 @@ _DIALOGUE = """
 {%- endif -%}
 """
 
+# Every answer follows the empty thought that Qwen3's own template puts into its prompt with `enable_thinking=False`
+_QWEN3 = """
+{%- set own_system = messages and messages[0]['role'] == 'system' -%}
+{%- set turns = messages[1:] if own_system else messages -%}
+{%- if own_system and text_of(messages[0]) -%}
+  {{- '<|im_start|>system\\n' + text_of(messages[0]) + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in turns -%}
+  CHECK_ROLE
+  {%- set text = text_of(message) -%}
+  {%- if message['role'] == 'user' -%}
+    {{- '<|im_start|>user\\n' + text + '<|im_end|>\\n' -}}
+  {%- else -%}
+    {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' -}}
+    {%- if text -%}
+      {%- generation -%}
+        {{- text + '<|im_end|>' -}}
+      {%- endgeneration -%}
+      {{- '\\n' -}}
+    {%- endif -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {%- if turns | length % 2 == 0 -%}
+    {{- raise_exception("add_generation_prompt needs a user message at the end") -}}
+  {%- endif -%}
+  {{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' -}}
+{%- endif -%}
+"""
+
 # Question that is answered or to be answered: LLaVA throws its words away in the first stage, the images alone stay
 _PLAIN = """
 {%- set turns = messages -%}
@@ -129,13 +159,16 @@ CHAT_TEMPLATES: Mapping[str, str] = MappingProxyType(
         "plain": _template(_PLAIN),
         "llava_v1": _dialogue("human", roles=("USER", "ASSISTANT"), user_end=" ", assistant_end=_EOS),
         "llava_v0": _dialogue("human", roles=("Human", "Assistant"), user_end="###", assistant_end="'###'"),
+        "qwen3": _template(_QWEN3),
     }
 )
 """Jinja templates by LLaVA's names.
 
 `vicuna_v1` (LLaVA calls it `v1` too) is what the second stage trains with and what scores are measured with, `plain`
 (images, caption, newline) what the first stage trains with. `llava_v1` says "human" for "user"; `llava_v0` separates
-turns by "###".
+turns by "###". `qwen3` is Qwen3's own without thinking, by which every answer follows an empty thought; Qwen3's leaves
+that out of earlier answers, so that what is trained, and what is kept between questions, would be another text each
+time. It has no system message unless one is given.
 
 Supervised is an answer with the space in front of it and the end token (`plain`: the caption with its newline).
 Messages are user and assistant in turns, with at most one system message in front, which replaces the built-in one;

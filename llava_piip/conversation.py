@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -169,7 +170,7 @@ def encode_rendered(
     spans: Sequence[tuple[int, int]],
     *,
     image_token_id: int,
-    image_seq_length: int,
+    image_seq_length: int | Iterable[int],
     has_images: bool = True,
 ) -> EncodedConversation:
     """Ids and labels of what `render_conversation` gives: bos in front and every `<image>` expanded.
@@ -179,7 +180,7 @@ def encode_rendered(
         text: The prompt.
         spans: The supervised parts of it.
         image_token_id: Id that stands for a piece of an image.
-        image_seq_length: Number of them per image.
+        image_seq_length: Number of them per image, or of each image in turn.
         has_images: Whether `<image>` stands for an image; otherwise it is ordinary text.
     """
     try:
@@ -197,11 +198,13 @@ def encode_rendered(
         input_ids = []
     labels = [IGNORE_INDEX] * len(input_ids)
     chunks = text.split(IMAGE_TAG) if has_images else [text]
+    lengths = repeat(image_seq_length) if isinstance(image_seq_length, int) else iter(image_seq_length)
     position = 0
     for index, chunk in enumerate(chunks):
         if index:
-            input_ids += [image_token_id] * image_seq_length
-            labels += [IGNORE_INDEX] * image_seq_length
+            length = next(lengths)
+            input_ids += [image_token_id] * length
+            labels += [IGNORE_INDEX] * length
             position += len(IMAGE_TAG)
         ids, offsets = encode_text(tokenizer, chunk.replace(TEXT_TAG, IMAGE_TAG), literals=(IMAGE_TAG,))
         if image_token_id in ids:

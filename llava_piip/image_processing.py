@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypedDict
 
@@ -29,6 +30,8 @@ class PIIPImageProcessorKwargs(TypedDict, total=False):
     pad_to_square: bool | None
     background_color: Sequence[int] | None
     convert_before_padding: bool | None
+    max_pixels: int | None
+    size_multiple: int | None
     image_mean: Sequence[float] | None
     image_std: Sequence[float] | None
     return_tensors: str | TensorType | None
@@ -38,7 +41,8 @@ class PIIPImageProcessor(BaseImageProcessor):
     """Makes every image a square of the size of the last branch's, as the published models were trained.
 
     Pad to a square, or not; resize the short side (bicubic); crop the centre; scale to [0, 1]; subtract the mean and
-    divide by the standard deviation of ImageNet (also for CLIP branches).
+    divide by the standard deviation of ImageNet (also for CLIP branches). With `max_pixels` images keep their aspect
+    ratio instead: see `fitted_size`.
 
     Images may be PIL images, uint8 numpy arrays (H, W, C), uint8 torch tensors (C, H, W), arrays in the other order
     where it is clear, gray ones without the axis C, batches with a leading axis, or lists of all these. They become RGB
@@ -52,6 +56,8 @@ class PIIPImageProcessor(BaseImageProcessor):
         background_color: RGB of the padding.
         convert_before_padding: False pads palette and CMYK images before they become RGB, which spoils their colours.
             The published results on ScienceQA and MMBench were made that way.
+        max_pixels: Most pixels of an image at its own aspect ratio, `PIIPVisionConfig.max_pixels`; None for squares.
+        size_multiple: What its sides are a multiple of, `PIIPLlavaConfig.size_multiple`.
         image_mean: Per channel, RGB, of values in [0, 1].
         image_std: Per channel, RGB, of values in [0, 1].
 
@@ -66,6 +72,8 @@ class PIIPImageProcessor(BaseImageProcessor):
     pad_to_square = True
     background_color = (123, 116, 103)  # ImageNet's mean, rounded down
     convert_before_padding = True
+    max_pixels = None
+    size_multiple = 32
     image_mean = (0.485, 0.456, 0.406)
     image_std = (0.229, 0.224, 0.225)
     return_tensors = None
@@ -85,6 +93,10 @@ class PIIPImageProcessor(BaseImageProcessor):
             raise ConfigError(f"{', '.join(unknown)}: no such setting of images; known: {', '.join(names)}")
         settings = {name: getattr(self, name) if given.get(name) is None else given[name] for name in names}
         settings["size"] = _square(settings["size"])
+        multiple, most = settings["size_multiple"], settings["max_pixels"]
+        check(isinstance(multiple, int) and multiple > 0, "size_multiple", multiple, "a positive number of pixels")
+        fits = most is None or (isinstance(most, int) and most >= multiple**2)
+        check(fits, "max_pixels", most, f"None, or {multiple**2} or more, the square of size_multiple")
         for name in ("pad_to_square", "convert_before_padding"):
             check(settings[name] in (True, False), name, settings[name], "True or False")
         for name in ("background_color", "image_mean", "image_std"):
@@ -102,7 +114,8 @@ class PIIPImageProcessor(BaseImageProcessor):
             **kwargs: Settings for this call; `return_tensors="pt"` for a tensor instead of an array.
 
         Returns:
-            `pixel_values` (N, 3, size, size), float32.
+            `pixel_values` (N, 3, size, size), float32. With `max_pixels` (N, 3, H, W), images padded with zeros at the
+            bottom and right to the largest of them, and `image_sizes` (N, 2), their heights and widths without it.
 
         Raises:
             ConfigError: For an unknown setting or a value that cannot work.
@@ -118,7 +131,8 @@ class PIIPImageProcessor(BaseImageProcessor):
                 raise ImageError(f"image {index}: {error}") from error.__cause__
         if not pixels:
             raise ImageError("no images were given: expected at least one")
-        return BatchFeature(data={"pixel_values": np.stack(pixels)}, tensor_type=return_tensors)
+        data = {"pixel_values": np.stack(pixels)} if settings["max_pixels"] is None else _padded_batch(pixels)
+        return BatchFeature(data=data, tensor_type=return_tensors)
 
     def _pixels(
         self,
@@ -128,21 +142,48 @@ class PIIPImageProcessor(BaseImageProcessor):
         pad_to_square: bool,
         background_color: tuple[int, int, int],
         convert_before_padding: bool,
+        max_pixels: int | None,
+        size_multiple: int,
         image_mean: tuple[float, float, float],
         image_std: tuple[float, float, float],
     ) -> np.ndarray:
-        """Pixel values (3, size, size) of one image."""
+        """Pixel values (3, H, W) of one image."""
         if convert_before_padding or image.mode not in _OWN_COLOURS:
             image = rgb_image(image)
-        if pad_to_square:
-            image = _padded(image, background_color)
-        image = _centre(rgb_image(image), size["height"])
+        if max_pixels is not None:
+            image = rgb_image(image)
+            image = image.resize(fitted_size(image.size, max_pixels, size_multiple), Image.Resampling.BICUBIC)
+        else:
+            if pad_to_square:
+                image = _padded(image, background_color)
+            image = _centre(rgb_image(image), size["height"])
         # In place and in single precision: several times faster than the library's steps
         pixels = np.moveaxis(np.asarray(image), -1, 0).astype(np.float32, order="C")
         mean, std = (255 * np.array(values, np.float32)[:, None, None] for values in (image_mean, image_std))
         pixels -= mean
         pixels /= std
         return pixels
+
+
+def fitted_size(size: tuple[int, int], max_pixels: int, multiple: int) -> tuple[int, int]:
+    """The size nearest that of an image, with its aspect ratio, of at most so many pixels; sides are whole multiples.
+
+    An image within the budget is not enlarged, but for a side shorter than the multiple.
+    """
+    scale, most = min(1.0, math.sqrt(max_pixels / (size[0] * size[1]))) / multiple, max_pixels // multiple**2
+    cells = [max(round(side * scale), 1) for side in size]
+    if math.prod(cells) > most:
+        cells = [min(max(int(side * scale), 1), most) for side in size]
+    return cells[0] * multiple, cells[1] * multiple
+
+
+def _padded_batch(pixels: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Images (3, H, W) of several sizes in one array, and their sizes."""
+    sizes = np.array([image.shape[1:] for image in pixels])
+    batch = np.zeros((len(pixels), 3, *sizes.max(axis=0)), np.float32)
+    for place, image, (height, width) in zip(batch, pixels, sizes, strict=True):
+        place[:, :height, :width] = image
+    return {"pixel_values": batch, "image_sizes": sizes}
 
 
 def rgb_image(image: Image.Image) -> Image.Image:

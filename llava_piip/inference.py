@@ -127,7 +127,7 @@ class ChatModel:
         """Inputs of a conversation whose last message is a question, on the model's device; see `stream`.
 
         Returns:
-            `input_ids` and `attention_mask` (1, N), and with images `pixel_values`.
+            `input_ids` and `attention_mask` (1, N), and with images `pixel_values` (and `image_sizes`).
 
         Raises:
             ContextLengthError: If conversation and answer do not fit into the context. Nothing is ever cut.
@@ -253,7 +253,9 @@ class ChatModel:
         ids = inputs["input_ids"][0].tolist()
         settings.max_new_tokens = min(settings.max_new_tokens, self.context_length - len(ids))
         return AnswerStream(
-            partial(self._generate_one, ids, inputs.get("pixel_values"), settings),
+            partial(
+                self._generate_one, ids, inputs.get("pixel_values"), settings, image_sizes=inputs.get("image_sizes")
+            ),
             tokenizer=self.processor.tokenizer,
             prompt_ids=ids,
             end_ids=self.end_ids,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.image_utils import load_image
 from piip_core.errors import ConfigError, UserError
 
 from .chat_templates import resolve_chat_template
+from .configuration import count_tokens
 from .conversation import (
     IGNORE_INDEX,
     IMAGE_TAG,
@@ -37,6 +38,8 @@ class PIIPLlavaProcessor(ProcessorMixin):
         image_processor: Makes the pixel values.
         tokenizer: A fast tokenizer that has the special token `<image>`; see `add_image_token`.
         image_seq_length: Visual tokens per image, `PIIPLlavaConfig.image_seq_length`.
+        token_size: Where images keep their aspect ratio, `PIIPLlavaConfig.token_size`, which their tokens follow from.
+        image_newline: Whether each row of them ends with one more, `PIIPLlavaConfig.projector_newline`.
         chat_template: A name in `CHAT_TEMPLATES` or a Jinja template; that of the model's training.
 
     Raises:
@@ -49,11 +52,13 @@ class PIIPLlavaProcessor(ProcessorMixin):
         tokenizer: Any = None,
         image_seq_length: int | None = None,
         chat_template: str | None = None,
+        token_size: int | None = None,
+        image_newline: bool = False,
         **kwargs: Any,
     ) -> None:
         if image_seq_length is None or image_seq_length < 1:
             raise ConfigError(f"image_seq_length={image_seq_length}: expected the model's config.image_seq_length")
-        self.image_seq_length = image_seq_length
+        self.image_seq_length, self.token_size, self.image_newline = image_seq_length, token_size, image_newline
         self.image_token = IMAGE_TAG  # as transformers' processors call it
         self.image_token_id = tokenizer.get_added_vocab().get(IMAGE_TAG)
         if self.image_token_id is None:
@@ -85,7 +90,8 @@ class PIIPLlavaProcessor(ProcessorMixin):
             **kwargs: Settings of the image processor for this call.
 
         Returns:
-            `input_ids` and `attention_mask` (B, N), and with images `pixel_values` (number of images, 3, S, S).
+            `input_ids` and `attention_mask` (B, N), and with images `pixel_values` (number of images, 3, S, S), and
+            `image_sizes` (number of images, 2) where they keep their aspect ratio.
 
         Raises:
             UserError: If images and placeholders do not match, a prompt is too long, or `truncation` is asked for.
@@ -105,7 +111,13 @@ class PIIPLlavaProcessor(ProcessorMixin):
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(f"text={text!r}: expected a prompt or a list of prompts")
         per_prompt = _images_per_prompt(images, prompts)
-        ids = [self.encode_prompt(prompt, len(found)) for prompt, found in zip(prompts, per_prompt, strict=True)]
+        images = [_fetch_image(image) for found in per_prompt for image in found]
+        seen = self.image_processor(images=images, return_tensors="pt", **kwargs) if images else {}
+        sizes = iter(seen.get("image_sizes", ()))
+        ids = [
+            self.encode_prompt(prompt, len(found), list(islice(sizes, len(found))))
+            for prompt, found in zip(prompts, per_prompt, strict=True)
+        ]
         if max_length is not None and (longest := max(map(len, ids))) > max_length:
             raise UserError(
                 f"a prompt has {longest} tokens, visual ones included; max_length is {max_length}: shorten it, prompts "
@@ -114,10 +126,7 @@ class PIIPLlavaProcessor(ProcessorMixin):
         data = self.tokenizer.pad(
             {"input_ids": ids}, padding=padding, padding_side=padding_side, return_attention_mask=True
         )
-        pixels = [_fetch_image(image) for found in per_prompt for image in found]
-        if pixels:
-            data["pixel_values"] = self.image_processor(images=pixels, return_tensors="pt", **kwargs)["pixel_values"]
-        return BatchFeature(dict(data), tensor_type=return_tensors)
+        return BatchFeature({**data, **seen}, tensor_type=return_tensors)
 
     def apply_chat_template(
         self, conversation: Sequence[Any], chat_template: str | None = None, **options: Any
@@ -141,16 +150,18 @@ class PIIPLlavaProcessor(ProcessorMixin):
         has_masks = has_masks and options.get("tokenize")
         result = super().apply_chat_template(conversations if is_batch else conversations[0], chat_template, **options)
         if has_masks:
-            rows = []
+            rows, sizes = [], iter(result.get("image_sizes", ()))
             for messages, attended in zip(conversations, result["attention_mask"], strict=True):
-                mask = iter(self._assistant_mask(messages, chat_template, options))
+                mask = iter(self._assistant_mask(messages, chat_template, options, sizes))
                 rows.append([next(mask) if is_token else 0 for is_token in attended])  # zeros for the padding
             is_tensor = isinstance(result["input_ids"], torch.Tensor)
             result["assistant_masks"] = torch.tensor(rows) if is_tensor else rows
         return result
 
-    def _assistant_mask(self, messages: Messages, chat_template: str | None, options: Mapping[str, Any]) -> list[int]:
-        """1 for each id of a conversation that training would supervise, 0 for the others."""
+    def _assistant_mask(
+        self, messages: Messages, chat_template: str | None, options: Mapping[str, Any], sizes: Iterator[Any]
+    ) -> list[int]:
+        """1 for each id of a conversation that training would supervise, 0 for the others; takes its images' sizes."""
         rendered = render_conversation(
             messages,
             chat_template=chat_template or self.chat_template,
@@ -158,12 +169,15 @@ class PIIPLlavaProcessor(ProcessorMixin):
             add_generation_prompt=options.get("add_generation_prompt", False),
         )
         has_images = has_image_parts(messages)
-        labels = encode_rendered(self.tokenizer, *rendered, **self._image_tokens, has_images=has_images).labels
+        settings = self._image_tokens(islice(sizes, rendered[0].count(IMAGE_TAG) if has_images else 0))
+        labels = encode_rendered(self.tokenizer, *rendered, **settings, has_images=has_images).labels
         return [int(label != IGNORE_INDEX) for label in labels]
 
-    @property
-    def _image_tokens(self) -> dict[str, int]:
-        return {"image_token_id": self.image_token_id, "image_seq_length": self.image_seq_length}
+    def _image_tokens(self, image_sizes: Iterable[Iterable[int]]) -> dict[str, Any]:
+        lengths: int | list[int] = self.image_seq_length
+        if self.token_size is not None:
+            lengths = count_tokens(image_sizes, self.token_size, self.image_newline)
+        return {"image_token_id": self.image_token_id, "image_seq_length": lengths}
 
     def encode_conversation(
         self,
@@ -172,15 +186,19 @@ class PIIPLlavaProcessor(ProcessorMixin):
         chat_template: str | None = None,
         max_length: int | None = None,
         has_images: bool = True,
+        image_sizes: Iterable[Iterable[int]] = (),
     ) -> EncodedConversation:
-        """Ids and labels for training; see `llava_piip.conversation.encode_conversation`."""
+        """Ids and labels for training; see `llava_piip.conversation.encode_conversation`.
+
+        Where images keep their aspect ratio, `image_sizes` are those that the image processor gave.
+        """
         return encode_conversation(
             self.tokenizer,
             messages,
             chat_template=chat_template or self.chat_template,
             max_length=max_length,
             has_images=has_images,
-            **self._image_tokens,
+            **self._image_tokens(image_sizes),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -188,19 +206,19 @@ class PIIPLlavaProcessor(ProcessorMixin):
         keep_legacy_setting(self.tokenizer)
         return super().save_pretrained(save_directory, **kwargs)
 
-    def encode_prompt(self, prompt: str, num_images: int) -> list[int]:
+    def encode_prompt(self, prompt: str, num_images: int, image_sizes: Iterable[Iterable[int]] = ()) -> list[int]:
         """Ids of one prompt, for the case that its images need no processing; a call gives the same."""
         placeholders = prompt.count(IMAGE_TAG) if num_images else 0
         if placeholders != num_images:
             raise UserError(
                 f"a prompt has {placeholders} {IMAGE_TAG} for {num_images} images: write one where each image belongs"
             )
-        return encode_prompt(self.tokenizer, prompt, **self._image_tokens, has_images=num_images > 0)
+        return encode_prompt(self.tokenizer, prompt, **self._image_tokens(image_sizes), has_images=num_images > 0)
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of what a call returns."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", *(["image_sizes"] if self.token_size else [])]
 
 
 def _fetch_image(image: Any) -> Any:

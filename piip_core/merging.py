@@ -8,7 +8,7 @@ visual tokens of a multimodal language model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .errors import ConfigError, check_choice
+from .errors import ConfigError, check, check_choice
 from .ops.deconvolution import Deconvolution
 from .recompute import GradCheckpointing, run_checkpointed
 
@@ -288,7 +288,11 @@ class TokenMerging(nn.Module):
         embed_dim: Width of the tokens, that of the language model.
         norm: "group" over channel groups and positions; "layer" over channels, without parameters; "none".
         num_groups: Groups of the group norm.
-        grid: Side of the square grid of the tokens; None for that of the last branch.
+        grid: Side of the square grid of the tokens; None for that of `grid_branch`.
+        grid_branch: Number of the branch whose grid carries the tokens; None for the last.
+        merge: Side of the squares of cells of that grid that become one token each.
+        merge_by: What the first linear sees of such a square: "average", or "shuffle", all its cells side by side.
+        newline: End every row of tokens with one more, which is learned.
     """
 
     def __init__(
@@ -299,19 +303,53 @@ class TokenMerging(nn.Module):
         norm: Literal["group", "layer", "none"] = "group",
         num_groups: int = 32,
         grid: int | None = None,
+        grid_branch: int | None = None,
+        merge: int = 1,
+        merge_by: Literal["average", "shuffle"] = "shuffle",
+        newline: bool = False,
     ) -> None:
         super().__init__()
         check_choice("norm", norm, ("group", "layer", "none"))
-        self.grid = grid
+        check_choice("merge_by", merge_by, ("average", "shuffle"))
+        check(merge > 0, "merge", merge, "a positive number of cells")
+        fits = grid_branch is None or 1 <= grid_branch <= len(dims)
+        check(fits, "grid_branch", grid_branch, f"a branch from 1 to {len(dims)}")
+        self.grid, self.grid_branch, self.merge = grid, grid_branch or len(dims), merge
+        shuffle = merge > 1 and merge_by == "shuffle"
+        cells: Callable[[int], nn.Module] = nn.PixelUnshuffle if shuffle else nn.AvgPool2d
+        self.cells = cells(merge) if merge > 1 else None
         self.projections = nn.ModuleDict(
-            {str(number): _TokenProjection(dim, embed_dim, norm, num_groups) for number, dim in enumerate(dims, 1)}
+            {
+                str(number): _TokenProjection(dim * merge**2 if shuffle else dim, embed_dim, norm, num_groups)
+                for number, dim in enumerate(dims, 1)
+            }
         )
+        self.newline = nn.Parameter(torch.randn(embed_dim) / math.sqrt(embed_dim)) if newline else None
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps of all branches, (B, C_i, H_i, W_i), to tokens (B, H * W, embed_dim), row by row."""
-        size = maps[-1].shape[-2:] if self.grid is None else (self.grid, self.grid)
+    def grid_size(self, maps: Sequence[Tensor]) -> tuple[int, int]:
+        """Height and width of the grid for these maps, before cells are merged."""
+        height, width = maps[self.grid_branch - 1].shape[-2:]
+        return (height, width) if self.grid is None else (self.grid, self.grid)
+
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Maps of all branches, (B, C_i, H_i, W_i), to tokens (B, H * W, embed_dim), row by row.
+
+        `size` is that of the grid before cells are merged, if another than `grid_size`. With `newline` there are
+        H * (W + 1) tokens.
+
+        Raises:
+            ConfigError: If the grid is no multiple of the squares that are merged.
+        """
+        size = size or self.grid_size(maps)
+        fits = size[0] % self.merge == size[1] % self.merge == 0
+        check(fits, "merge", self.merge, f"a divisor of the sides of the grid of {size[0]} x {size[1]} cells")
         pairs = zip(maps, self.projections.values(), strict=True)
-        return reduce(torch.add, (projection(x.permute(0, 2, 3, 1), size) for x, projection in pairs)).flatten(1, 2)
+        tokens = (projection(x.permute(0, 2, 3, 1), size, self.cells) for x, projection in pairs)
+        merged = reduce(torch.add, tokens)
+        if self.newline is not None:
+            ends = self.newline.to(merged.dtype).expand(*merged.shape[:2], 1, -1)
+            merged = torch.cat((merged, ends), dim=2)
+        return merged.flatten(1, 2)
 
 
 class _TokenProjection(nn.Module):
@@ -327,12 +365,13 @@ class _TokenProjection(nn.Module):
             self.norm = nn.LayerNorm(out_dim, elementwise_affine=False) if norm == "layer" else nn.Identity()
         self.linear_2 = nn.Linear(out_dim, out_dim)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, H, W, C) to (B, *size, embed_dim)."""
-        if x.shape[1] * x.shape[2] < size[0] * size[1]:
-            x = _resize(self.linear_1(x), size)  # equal: the weights of an interpolation add up to 1
+    def forward(self, x: Tensor, size: tuple[int, int], cells: nn.Module | None = None) -> Tensor:
+        """(B, H, W, C) to (B, *size, embed_dim), with fewer positions where `cells` merges them."""
+        commutes = not isinstance(cells, nn.PixelUnshuffle)
+        if commutes and x.shape[1] * x.shape[2] < size[0] * size[1]:
+            x = _resize(self.linear_1(x), size, cells)  # equal: the weights of an interpolation add up to 1
         else:
-            x = self.linear_1(_resize(x, size))
+            x = self.linear_1(_resize(x, size, cells))
         if isinstance(self.norm, nn.GroupNorm):  # over channel groups and positions: channels first
             x = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         else:
@@ -340,9 +379,9 @@ class _TokenProjection(nn.Module):
         return self.linear_2(F.gelu(x))
 
 
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resizing of a channels-last map (B, H, W, C), in fp32."""
-    if x.shape[1:3] == size:
-        return x
-    resized = F.interpolate(x.permute(0, 3, 1, 2).float(), size=size, mode="bilinear", align_corners=False)
-    return resized.permute(0, 2, 3, 1).to(x.dtype)
+def _resize(x: Tensor, size: tuple[int, int], cells: nn.Module | None) -> Tensor:
+    """Bilinear resizing of a channels-last map (B, H, W, C), in fp32, before `cells` merges cells of it."""
+    if x.shape[1:3] != size:
+        resized = F.interpolate(x.permute(0, 3, 1, 2).float(), size=size, mode="bilinear", align_corners=False)
+        x = resized.permute(0, 2, 3, 1).to(x.dtype)
+    return x if cells is None else cells(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

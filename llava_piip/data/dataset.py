@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -41,10 +42,11 @@ Folder = str | os.PathLike[str]
 class ConversationDataset(Dataset[dict[str, Tensor]]):
     """Samples for training: `input_ids` (N,) and `labels` (N,) int64, `pixel_values` (images, 3, S, S) float32.
 
-    Text-only samples have no `pixel_values`. Images are read when a sample is asked for. Entries with one image follow
-    LLaVA's rule for the placeholder `<image>` (it moves to the front of its message); in entries with several images
-    the placeholders stay where they are written, one for each image. Without images the tag is ordinary text, but a
-    message that starts or ends with a line of nothing else is taken for a forgotten field `image`.
+    Images with their own aspect ratio also have `image_sizes` (images, 2) int64; see `PIIPImageProcessor`. Text-only
+    samples have no `pixel_values`. Images are read when a sample is asked for. Entries with one image follow LLaVA's
+    rule for the placeholder `<image>` (it moves to the front of its message); in entries with several images the
+    placeholders stay where they are written, one for each image. Without images the tag is ordinary text, but a message
+    that starts or ends with a line of nothing else is taken for a forgotten field `image`.
 
     Conversations that do not fit into `max_length` lose whole rounds at their end, which is counted.
 
@@ -147,25 +149,32 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
     def _sample(self, record: Record) -> dict[str, Tensor]:
         messages, has_images = record.messages(), bool(record.images)
+        options, pixels = {}, {}
+        if self.processor.token_size is not None and has_images:  # the number of ids depends on the sizes
+            pixels = self._pixels(record, record.images)
+            options["image_sizes"] = pixels["image_sizes"]
         try:
             encoded = self.processor.encode_conversation(
-                messages, chat_template=self.chat_template, max_length=self.max_length, has_images=has_images
+                messages, chat_template=self.chat_template, max_length=self.max_length, has_images=has_images, **options
             )
         except ConversationError as error:
             raise DataError(f"{record.where}: {error}", Problem.CONVERSATION) from error
         sample = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels)}
         # Rounds that were cut took their placeholders with them
-        images = [self._image(record, name) for name in record.images[: encoded.num_images]]
-        if images:
-            try:
-                pixels = self.processor.image_processor(images=images, return_tensors="pt")
-                sample["pixel_values"] = pixels["pixel_values"]
-            except ImageError as error:
-                raise DataError(f"{record.where}: {error}", Problem.UNUSABLE) from error
+        if encoded.num_images:
+            pixels = pixels or self._pixels(record, record.images[: encoded.num_images])
+            sample |= {name: values[: encoded.num_images] for name, values in pixels.items()}
         if encoded.turns_cut and self._count(_CUT) == 1:
             message = "%s: longer than %s ids, %d rounds cut from its end (further ones are only counted)"
             _log.warning(message, record.where, self.max_length, encoded.turns_cut)
         return sample
+
+    def _pixels(self, record: Record, names: Sequence[str]) -> dict[str, Tensor]:
+        images = [self._image(record, name) for name in names]
+        try:
+            return dict(self.processor.image_processor(images=images, return_tensors="pt"))
+        except ImageError as error:
+            raise DataError(f"{record.where}: {error}", Problem.UNUSABLE) from error
 
     def _image(self, record: Record, name: str) -> Image.Image:
         folder = self._folders.get(None) or self._folders.get(record.source)
@@ -192,10 +201,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 class Collator:
     """Pads samples on the right to the longest of them and puts their images one after the other.
 
-    A batch has `input_ids` and `labels` (B, N) int64, `attention_mask` (B, N) int64, and `pixel_values`
-    (images of the whole batch, 3, S, S) in the order of the samples, if there are images at all: text-only samples
-    contribute none. The mask comes from the lengths, so an id that happens to be that of the padding stays visible
-    inside of a text.
+    A batch has `input_ids` and `labels` (B, N) int64, `attention_mask` (B, N) int64, and `pixel_values` (images of the
+    whole batch, 3, S, S) in the order of the samples, if there are images at all: text-only samples contribute none.
+    Images with their own aspect ratio are padded, and have `image_sizes` (images, 2). The mask comes from the lengths,
+    so an id that happens to be that of the padding stays visible inside of a text.
 
     Attributes:
         pad_token_id: Id of the padding; labels there are -100.
@@ -213,5 +222,12 @@ class Collator:
             "labels": pad_sequence([sample["labels"] for sample in samples], True, IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-        return batch | {"pixel_values": torch.cat(images)} if images else batch
+        seen = [sample for sample in samples if "pixel_values" in sample]
+        if not seen:
+            return batch
+        if "image_sizes" in seen[0]:
+            batch["image_sizes"] = torch.cat([sample["image_sizes"] for sample in seen])
+        images = [sample["pixel_values"] for sample in seen]
+        height, width = (max(image.shape[axis] for image in images) for axis in (2, 3))
+        padded = [F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2])) for image in images]
+        return batch | {"pixel_values": torch.cat(padded)}

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -213,8 +214,14 @@ def _likelihoods(chat: ChatModel, conversations: Sequence[Conversation]) -> list
         ContextLengthError: If a conversation is longer than the context.
         UserError: If placeholders and images do not match, or an answer is empty.
     """
+    given = [image for _, images in conversations for image in images]
+    seen = chat.processor.image_processor(given, return_tensors="pt") if given else {}
+    sizes = iter(seen.get("image_sizes", ()))
     encoded = [
-        chat.processor.encode_conversation(messages, has_images=bool(images)) for messages, images in conversations
+        chat.processor.encode_conversation(
+            messages, has_images=bool(images), image_sizes=list(islice(sizes, len(images)))
+        )
+        for messages, images in conversations
     ]
     chat.check_length(max(len(row.input_ids) for row in encoded))
     # Padded on the left: the answers are then in the last columns, the only ones whose logits are needed
@@ -225,8 +232,7 @@ def _likelihoods(chat: ChatModel, conversations: Sequence[Conversation]) -> list
     )
     kept = int((targets != IGNORE_INDEX).sum(0).ne(0).flip(0).nonzero().max()) + 1
     inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    if images := [image for _, images in conversations for image in images]:
-        inputs |= chat.processor.image_processor(images, return_tensors="pt").to(chat.device)
+    inputs |= {name: values.to(chat.device) for name, values in seen.items()}
     hint = f"{len(conversations)} conversations at once need too much memory: lower the batch size"
     with explain_memory_limit(hint), torch.inference_mode():
         logits = chat.model(**inputs, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]

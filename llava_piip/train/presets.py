@@ -26,7 +26,9 @@ def list_presets() -> list[str]:
     """Names of the presets that come with the package: for each row of the zoo its stages, and those without a row."""
     names = [*(entry.name for entry in zoo.multimodal_entries()), *CHAT_ABLATIONS]
     rows = [f"{name}/{stage}" for name in names for stage in ("stage1", "stage2")]
-    return sorted([*rows, *(path.stem for path in _FOLDER.glob("*.yaml"))])
+    stages = sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    rows += [f"{entry.name}/{stage}" for entry in zoo.chat_models() for stage in stages]
+    return sorted([*rows, *stages])
 
 
 def load_preset(name: str | Path) -> dict[str, Any]:
@@ -78,9 +80,12 @@ class _Parser(HfArgumentParser):
 def _load(name: str, beside: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     row, _, stage = name.rpartition("/")
     if name in list_presets() and row:
-        content = _load(stage, _FOLDER, chain) | {"model": row}
+        content, entry = _load(stage, _FOLDER, chain) | {"model": row}, zoo.multimodal(row)
+        content["images_as_viewed"] = entry.max_pixels is not None  # no published result depends on it there
+        if stage != "stage1":
+            content["chat_template"] = entry.chat_template
         if stage == "stage1":
-            content["train_parts"] = list(zoo.multimodal(row).first_stage)
+            content["train_parts"] = list(entry.first_stage)
         elif row.startswith("llava_1_5"):  # which leaves its vision tower as it is
             content["train_parts"] = ["projector", "language_model"]
         return content

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from ..errors import ConfigError
 from . import beyond, families
+from . import chat as _chat
 from . import classification as _classifiers
 from . import dense as _dense
 from . import multimodal as _multimodal
@@ -38,6 +39,7 @@ __all__ = [
     "ZooEntry",
     "baseline",
     "beyond",
+    "chat_models",
     "classification",
     "classification_entries",
     "deit_pyramid",
@@ -98,13 +100,20 @@ def multimodal_entries() -> tuple[MultimodalEntry, ...]:
     return _multimodal.ENTRIES
 
 
+def chat_models() -> tuple[MultimodalEntry, ...]:
+    """Multimodal models of today's encoders, which nobody published, around any language model."""
+    return _chat.models()
+
+
 def multimodal(name: str) -> MultimodalEntry:
-    """A published multimodal model, or a setting of `zoo.ablations`, by name.
+    """A published multimodal model, a setting of `zoo.ablations` or one of `chat_models`, by name.
 
     Raises:
         ConfigError: For an unknown name; the message lists the closest ones.
     """
-    return _find(name, _MULTIMODAL_BY_NAME)
+    if name in _MULTIMODAL_BY_NAME:
+        return _MULTIMODAL_BY_NAME[name]
+    return _find(name, _MULTIMODAL_BY_NAME | {entry.name: entry for entry in chat_models()})
 
 
 def released_models() -> tuple[Released, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from ..config import BranchConfig, ClassifierConfig, PIIPConfig
 
@@ -175,6 +175,10 @@ class MultimodalEntry:
         embed_dim: Width of the language model, and so of the visual tokens.
         projector_norm: Norm inside the projector; see `TokenMerging`.
         feature_block: Block of Branch 1 whose tokens are the features; None for the last. Only without interactions.
+        max_pixels: Most pixels of an image at its own aspect ratio; None for square ones.
+        options: Other fields of `llava_piip.PIIPLlavaConfig`.
+        images: Settings of `llava_piip.PIIPImageProcessor`.
+        chat_template: Name of the second stage's template, in `llava_piip.chat_templates`.
         training_data: Samples of both stages together, as printed.
         first_stage: What the first of the two training stages trains.
         scores: Published.
@@ -190,6 +194,10 @@ class MultimodalEntry:
     embed_dim: int
     projector_norm: Literal["group", "layer", "none"] = "group"
     feature_block: int | None = None
+    max_pixels: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str = "vicuna_v1"
     training_data: str = "1.2M"
     first_stage: tuple[str, ...] = ("projector",)
     scores: MultimodalScores

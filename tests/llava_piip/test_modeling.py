@@ -294,7 +294,7 @@ def test_text_batch_in_training_gives_zero_gradients_to_the_tower(tiny_llava):
 def test_mismatches_are_errors(tiny_llava):
     model, processor = tiny_llava
     inputs = processor(text=PROMPTS[1], images=IMAGES[1])
-    with pytest.raises(UserError, match="8 placeholders for visual tokens, the 1 given images need 4"):
+    with pytest.raises(UserError, match="8 placeholders for visual tokens, the given images need 4"):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
     with pytest.raises(UserError, match="8 placeholders"):
         model(input_ids=inputs["input_ids"])

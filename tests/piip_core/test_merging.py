@@ -94,6 +94,33 @@ def test_growing_maps_are_projected_on_their_own_grid():
     assert cells == [9, 36, 36]
 
 
+@pytest.mark.parametrize("merge_by", ["average", "shuffle"])
+@pytest.mark.parametrize("merge", [2, 3])
+def test_squares_of_cells_become_one_token_each(randomize, merge, merge_by):
+    """On the grid of Branch 2, of 6 x 12 cells; rows end with a learned token."""
+    options = dict(merge=merge, merge_by=merge_by, grid_branch=2, newline=True)
+    merging = randomize(TokenMerging(DIMS, 16, norm="none", **options)).double()
+    sizes = ((3, 6), (6, 12), (12, 24))
+    maps = [torch.randn(2, dim, *size, dtype=torch.float64) for dim, size in zip(DIMS, sizes, strict=True)]
+    tokens = merging(maps).unflatten(1, (6 // merge, 12 // merge + 1))
+    torch.testing.assert_close(tokens[:, :, -1], merging.newline.detach().expand(2, 6 // merge, 16))
+    row, column = 1, 2
+    expected = 0
+    for x, projection in zip(maps, merging.projections.values(), strict=True):
+        x = F.interpolate(x.float(), size=(6, 12), mode="bilinear", align_corners=False).double()
+        square = x[:, :, row * merge : (row + 1) * merge, column * merge : (column + 1) * merge]
+        seen = square.mean(dim=(2, 3)) if merge_by == "average" else square.flatten(1)
+        expected = expected + projection.linear_2(F.gelu(projection.linear_1(seen)))
+    torch.testing.assert_close(tokens[:, row, column], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_settings_of_visual_tokens_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="merge=2: expected a divisor of the sides of the grid of 3 x 4 cells"):
+        TokenMerging((8,), 16, norm="none", merge=2)([torch.zeros(1, 8, 3, 4)])
+    with pytest.raises(ConfigError, match="grid_branch=3: expected a branch from 1 to 2"):
+        TokenMerging((8, 8), 16, grid_branch=3)
+
+
 @pytest.mark.parametrize(
     "module",
     [BranchMerging([32, 16, 8], (1, 3), convs=2, num_groups=4), ClassificationMerging([32, 16], 5, num_groups=4)],

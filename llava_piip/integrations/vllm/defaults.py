@@ -16,13 +16,17 @@ class PIIPLlavaDefaults(VerifyAndUpdateConfig):
         """Chooses tokenizer mode and cache; vLLM calls this before it makes tokenizer and renderer.
 
         Raises:
-            ValueError: For another mode, which would make other ids than the model was trained with.
+            ValueError: For another mode, which would make other ids than the model was trained with; for a model that
+                takes images at their own aspect ratio, or adds to states within the language model.
         """
         if model_config.tokenizer_mode not in ("auto", TOKENIZER_MODE):
             raise ValueError(
                 f"tokenizer_mode={model_config.tokenizer_mode!r}: PIIP-LLaVA needs {TOKENIZER_MODE!r}, which is chosen "
                 "when --tokenizer-mode is left out"
             )
+        config = model_config.hf_config
+        if config.vision_config.max_pixels is not None or config.projector_deep:
+            raise ValueError("PIIP-LLaVA in vLLM: expected a model without max_pixels and projector_deep")
         model_config.tokenizer_mode = TOKENIZER_MODE
         # Of two requests at once with the same image, vLLM 0.32 sends the pixels with the one that it processed first;
         # when the other one arrives first at the engine, it fails with status 500 ("P0/P1 cache drift"). Prefix

@@ -17,7 +17,7 @@ from vllm.multimodal.parse import ImageSize
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo, PromptReplacement
 
 from llava_piip.configuration import PIIPLlavaConfig
-from llava_piip.modeling import PIIPVisionModel, make_projector
+from llava_piip.modeling import PIIPVisionModel, Projector
 
 
 class PIIPLlavaProcessingInfo(BaseProcessingInfo):
@@ -90,7 +90,7 @@ class PIIPLlavaForVLLM(LlavaForConditionalGeneration):
         )
         with self._mark_tower_model(vllm_config, "image"):
             self.vision_tower = PIIPVisionModel(self.config.vision_config)
-            self.multi_modal_projector = make_projector(self.config, self.vision_tower.pyramid.dims)
+            self.multi_modal_projector = Projector(self.config)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config, hf_config=text_config, prefix=maybe_prefix(prefix, "language_model")

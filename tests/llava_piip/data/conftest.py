@@ -23,6 +23,7 @@ class WordProcessor:
     """Ids: the length of each word; images: their mean colours. Rounds beyond the maximum length are cut."""
 
     seen: list[list[dict[str, str]]] = field(default_factory=list)
+    token_size: int | None = None
 
     def image_processor(self, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
         assert return_tensors == "pt" and all(image.mode == "RGB" for image in images)

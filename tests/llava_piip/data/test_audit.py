@@ -120,6 +120,8 @@ def test_the_audit_agrees_with_training(broken, tmp_path):
     """What the data set of training refuses is what a full audit calls a problem, in the same words."""
 
     class Processor:
+        token_size = None
+
         @staticmethod
         def encode_conversation(messages, *, has_images, **_):
             count = sum(message["content"].count("<image>") for message in messages) if has_images else 0

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, LlamaConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from llava_piip import PIIPLlavaForConditionalGeneration
 from llava_piip.assembly import add_image_token, assemble_config, assemble_processor
 from llava_piip.train.presets import parse_arguments
 from llava_piip.train.train import prepare
+from piip_core import InteractionConfig, zoo
 
 NUM_SAMPLES = 24
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 SIZES = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -46,6 +49,11 @@ class Files:
             *("--report_to", "none", "--dataloader_num_workers", "0", "--disable_tqdm", "true"),
             *more,
         ]
+
+    def chat_command(self, preset: str, language_model: Path, output: Path, *more: str) -> list[str]:
+        """Arguments of such a run of one of today's chat models, from random branches."""
+        new = ("--language_model", str(language_model), "--pretrained_vision", "false")
+        return [preset, *self.command(output, "--model", preset.partition("/")[0], *new, *more)[1:]]
 
     def trainer(self, output: Path, *more: str):
         """The trainer of such a run, and the checkpoint to go on from."""
@@ -97,3 +105,48 @@ def _write_data(root: Path) -> Path:
         entries.append(entry)
     (root / "annotations.json").write_text(json.dumps(entries))
     return root / "annotations.json"
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory):
+    """A folder with a small Qwen3, and a tokenizer of bytes with its special tokens."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16)
+    config = Qwen3Config(
+        **sizes, vocab_size=320, num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def narrow(entry):
+    """One of today's chat models, with networks of the same kinds with two blocks and 32 channels, at 64 pixels.
+
+    Its other options, and every other row of the zoo, stay.
+    """
+    if entry.max_pixels is None:
+        return entry
+    branches = []
+    for branch in entry.vision.branches:
+        sizes = dict(depth=2, embed_dim=32, num_heads=2)
+        if branch.network.name.startswith("convnext"):
+            sizes = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+        network = replace(branch.network, options=sizes)
+        branches.append(replace(branch, network=network, image_size=branch.image_size // 12, segments=None))
+    interaction = InteractionConfig(num_interactions=2, num_heads=4, drop_path_rate=0.0)
+    vision = replace(entry.vision, branches=tuple(branches), interaction=interaction)
+    return replace(entry, vision=vision, max_pixels=64 * 64)
+
+
+@pytest.fixture
+def chat_model_zoo(monkeypatch):
+    """The zoo with narrow chat models; see `narrow`."""
+    monkeypatch.setattr(zoo, "multimodal", lambda name, known=zoo.multimodal: narrow(known(name)))

@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+from conftest import narrow
+
 from llava_piip import PIIPLlavaConfig
 from llava_piip.train import train, trainer
 from piip_core import zoo
@@ -31,9 +33,9 @@ def step_or_stop(self, *args, step=trainer.PIIPTrainer.training_step, **kwargs):
 
 
 def multimodal(name, known=zoo.multimodal):
-    """The zoo, with a row "tiny" that has the vision tower of a saved model."""
+    """The zoo with narrow chat models, and with a row "tiny" that has the vision tower of a saved model."""
     if name != "tiny":
-        return known(name)
+        return narrow(known(name))
     vision = PIIPLlavaConfig.from_pretrained(spec["tiny"]).vision_config.piip
     scores = MultimodalScores(*[0.0] * 9)
     return MultimodalEntry(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from llava_piip import PIIPLlavaConfig
 from llava_piip.data import read_records
 from llava_piip.loading import load_trained
 from llava_piip.train.checkpointing import run_folder
+from llava_piip.train.presets import parse_arguments
+from llava_piip.train.train import prepare
 from llava_piip.train.train import run as run_here
 from piip_core import zoo
 from piip_core.training_checkpoints import RunFolder
@@ -189,3 +192,25 @@ def test_zero2_killed_while_it_saves_goes_on_under_slurm_to_the_losses_of_one_pr
     )
     assert finish(job) == [0]
     compare(run, one_process(files, losses, tmp_path / "alone", *launched.arguments["killed"]))
+
+
+@pytest.mark.slow
+def test_chat_models_under_zero3_and_zero2_have_the_losses_of_one_process(
+    files, mixed, qwen3_folder, chat_model_zoo, losses, tmp_path, free_port
+):
+    """Each runs the tower for every shape that it has images of, and for none as often as the other one."""
+    first, second, _ = (entry.name for entry in zoo.chat_models())
+    commands, more = {}, ("--annotations", str(mixed), "--save_steps", "2", "--max_steps", "4")
+    for name, zero, extra in ((first, "zero3", ()), (second, "zero2", ADAPTERS)):
+        command = files.chat_command(f"{name}/stage2", qwen3_folder, tmp_path / zero, *more, *extra)
+        commands[zero] = [*command, "--deepspeed", zero]
+    launcher = ("--num_accelerators", "2", "--master_addr", "127.0.0.1", "--master_port", free_port())
+    program = specified(tmp_path / "runs.json", *({"arguments": command} for command in commands.values()))
+    assert finish(launch(deepspeed(*launcher, *program))) == [0]
+    for zero, command in commands.items():
+        trainer, _ = prepare(*parse_arguments([*command, "--deepspeed", "none", "--output_dir", str(tmp_path / "one")]))
+        with limited_threads(1):
+            run_here(trainer, None)
+        expected = losses(trainer), load_trained(tmp_path / "one")[0].state_dict()
+        compare(tmp_path / zero, expected)
+        shutil.rmtree(tmp_path / "one")

@@ -83,6 +83,7 @@ class _Processor:
     tokenizer: PreTrainedTokenizerBase
     image_token_id: int
     image_processor: PIIPImageProcessor
+    token_size: int | None = None
 
     def encode_conversation(
         self,
