@@ -198,11 +198,15 @@ def import_runtime(opset: int) -> Callable[[Path], Callable[[Tensor], list[Tenso
 
 
 def write_checked(
-    model: nn.Module, path: Path, image: Tensor, write: Callable[[Path], Callable[[Tensor], list[Tensor]]]
+    model: nn.Module,
+    path: Path,
+    image: Tensor,
+    write: Callable[[Path], Callable[[Tensor], list[Tensor]]],
+    finish: Callable[[Path], None] = lambda _: None,
 ) -> ExportCheck:
     """Lets `write` make files in a folder aside and return what runs them, and renames them into place if they pass.
 
-    They pass if they compute of the image what the model does.
+    They pass if they compute of the image what the model does. `finish` may change them then.
     """
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}; make it, or name another file")
@@ -216,6 +220,7 @@ def write_checked(
                 f"{path}: the exported model is off by {error:.2e}, where PyTorch's outputs reach {largest:.2e}; "
                 f"expected a relative difference below {MAX_RELATIVE_ERROR:g}. Nothing was written"
             )
+        finish(Path(folder, path.name))
         files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # `path` last
         for file in files:
             flush(file)

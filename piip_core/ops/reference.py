@@ -76,7 +76,7 @@ def gathering(active: bool = True) -> Iterator[None]:
 
 
 def _sample(image: Tensor, grid: Tensor) -> Tensor:
-    """Bilinear samples (N, D, Q, P) of images (N, D, H, W), zero outside; `grid_sample`, or its numbers by gathering."""
+    """Bilinear samples (N, D, Q, P) of images (N, D, H, W), zero outside: `grid_sample`, or the same by gathering."""
     if not _gathering.get():
         return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     count, _, height, width = image.shape

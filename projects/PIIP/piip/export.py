@@ -30,13 +30,16 @@ def export_detector(
     *,
     opset: int = DEFAULT_OPSET,
     gridsample: bool = True,
+    half: bool = False,
+    calibration: Sequence[Tensor] = (),
     names: Sequence[str] = (),
 ) -> ExportCheck:
     """Writes a Mask R-CNN or Cascade R-CNN as .onnx, after a comparison of onnxruntime with Detectron2.
 
     The input is named "image", (B, 3, H, W) float32. The outputs, of the N objects in all images together, are
-    "batch_index" (N,), the image of each object, "boxes" (N, 4) in pixels of the input (x0, y0, x1, y1), "scores" (N,), best
-    first in every image, "classes" (N,) and, of a model with masks, "masks" (N, side, side), probabilities in boxes.
+    "batch_index" (N,), the image of each object, "boxes" (N, 4) in pixels of the input (x0, y0, x1, y1), "scores" (N,),
+    best first in every image, "classes" (N,) and, of a model with masks, "masks" (N, side, side), probabilities in the
+    boxes.
 
     The file says as metadata what a program has to know: "names" of the classes, "format" of the channels, and
     "pixel_mean", with which smaller images are to be filled up.
@@ -48,6 +51,8 @@ def export_detector(
             Its size becomes that of all images.
         opset: ONNX operator set, 16 (the first whose RoiAlign is aligned) to 20.
         gridsample: Whether deformable attention becomes GridSample, or Gather and arithmetic.
+        half: Compute backbone and heads in float16 and store their weights so.
+        calibration: Images like `image`: compute what multiplies with weights in int8, scaled to what occurs in these.
         names: Of the classes.
 
     Raises:
@@ -55,7 +60,9 @@ def export_detector(
             something else.
     """
     if not isinstance(model, GeneralizedRCNN) or not isinstance(model.roi_heads, StandardROIHeads):
-        raise ExportError(f"{type(model).__name__}: expected a Mask or Cascade R-CNN; others export their backbone alone")
+        raise ExportError(
+            f"{type(model).__name__}: expected a Mask or Cascade R-CNN; others export their backbone alone"
+        )
     expected, height, width = _Listed(model).eval(), *image.shape[1:]
     # Two different images: the second tells whether they are kept apart
     images = torch.stack((image.float(), image.float().flip(-1)))
@@ -80,7 +87,14 @@ def export_detector(
         _note(file, {key: json.dumps(value) for key, value in notes.items()})
         return open_onnx(file)
 
-    return write_checked(expected, path, images, write)
+    def finish(file: Path) -> None:
+        with refusing(f"{type(model).__name__} in fewer bits"):
+            if calibration:
+                _to_int8(file, calibration)
+            if half:
+                _to_float16(file)
+
+    return write_checked(expected, path, images, write, finish)
 
 
 def _note(file: Path, notes: Mapping[str, str]) -> None:
@@ -89,6 +103,43 @@ def _note(file: Path, notes: Mapping[str, str]) -> None:
     content = onnx.load(file, load_external_data=False)
     onnx.helper.set_model_props(content, dict(notes))
     onnx.save(content, file)
+
+
+def _to_float16(file: Path) -> None:
+    """Boxes, scores and where deformable attention reads stay in float32."""
+    import onnx
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    content = onnx.load(file)
+    kept = [node.name for node in content.graph.node if not node.name.startswith("/backbone/")]
+    options = {"keep_io_types": True, "op_block_list": [*DEFAULT_OP_BLOCK_LIST, "GridSample"], "node_block_list": kept}
+    onnx.save(convert_float_to_float16(content, **options), file)
+
+
+def _to_int8(file: Path, images: Sequence[Tensor]) -> None:
+    """Products with weights, but those that predict boxes and where deformable attention reads."""
+    import onnx
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        batches = iter({INPUT: image[None].float().numpy()} for image in images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    precise = [node.name for node in nodes if not node.name.startswith("/backbone/")]
+    options = {"MatMulConstBOnly": True}
+    kinds = ["Conv", "MatMul", "Gemm"]
+    quantization.quantize_static(
+        file,
+        file,
+        Reader(),
+        op_types_to_quantize=kinds,
+        nodes_to_exclude=precise,
+        per_channel=True,
+        extra_options=options,
+    )
 
 
 class _Listed(nn.Module):
@@ -156,16 +207,16 @@ class _Batched(nn.Module):
         proposals, there = self._propose(maps)
         boxes, probabilities = self._classify(maps, proposals)
         # One row for each class of each image
-        batch, count, classes = probabilities.shape
+        count, classes = map(int, probabilities.shape[1:])
         boxes = boxes.transpose(1, 2).flatten(0, 1)
         scores = torch.where(there[..., None], probabilities, 0.0).transpose(1, 2).flatten(0, 1)
         last = self.predictors[-1]
         scores = _suppress(boxes, scores, last.test_nms_thresh, last.test_score_thresh, 0.0)
-        limit = int(classes * count)
+        limit = classes * count
         scores, index = scores.view(-1, limit).topk(min(last.test_topk_per_image, limit))
         image, slot = (scores > 0).nonzero().unbind(1)
         index = index[image, slot]
-        boxes, found = boxes.view(-1, limit, 4)[image, index], index // int(count)
+        boxes, found = boxes.view(-1, limit, 4)[image, index], index // count
         masks = [self._masks(maps, image, boxes, found)] if self.heads.mask_on else []
         return image, boxes, scores[image, slot], found, *masks
 
