@@ -83,12 +83,13 @@ def _sample(image: Tensor, grid: Tensor) -> Tensor:
     pixels = image.permute(0, 2, 3, 1).flatten(0, 2)
     first_pixels = torch.arange(count, device=image.device)[:, None, None] * (height * width)
     x, y = ((grid[..., axis] + 1) * (size / 2) - 0.5 for axis, size in enumerate((width, height)))
+    left, top = x.floor(), y.floor()
     total = 0.0
-    for column in (x.floor(), x.floor() + 1):
-        for row in (y.floor(), y.floor() + 1):
+    for column in (left, left + 1):
+        for row in (top, top + 1):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
-            index = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            index = torch.where(inside, row * width + column, 0.0).long()
             total = total + F.embedding(first_pixels + index, pixels) * weight[..., None]
     return total.permute(0, 3, 1, 2)
 

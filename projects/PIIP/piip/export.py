@@ -14,13 +14,17 @@ from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor, nn
-from torchvision.ops import nms
+from torchvision.ops import nms, roi_align
 
 from piip.modeling.rcnn import PublishedCascadeROIHeads
 from piip_core.export import DEFAULT_OPSET, INPUT, ExportCheck, ExportError, import_runtime, refusing, write_checked
 from piip_core.ops.reference import gathering
 
 _OUTPUTS = ["batch_index", "boxes", "scores", "classes", "masks"]
+_PRECISE = (  # modules that need all their bits
+    *("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas", "/predictor/"),
+    *("sampling_offsets", "attention_weights"),
+)
 
 
 def export_detector(
@@ -88,11 +92,15 @@ def export_detector(
         return open_onnx(file)
 
     def finish(file: Path) -> None:
+        if half and calibration:
+            raise ExportError("float16 and int8: expected one of them")
         with refusing(f"{type(model).__name__} in fewer bits"):
-            if calibration:
-                _to_int8(file, calibration)
             if half:
                 _to_float16(file)
+            if calibration:
+                _to_int8(file, calibration)
+            if calibration or half:
+                import_runtime(opset)(file)(images)  # fails if onnxruntime does not take it
 
     return write_checked(expected, path, images, write, finish)
 
@@ -106,39 +114,41 @@ def _note(file: Path, notes: Mapping[str, str]) -> None:
 
 
 def _to_float16(file: Path) -> None:
-    """Boxes, scores and where deformable attention reads stay in float32."""
+    """What predicts boxes and scores, and the sampling of deformable attention, stay in float32."""
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
+    def stays(name: str, kind: str) -> bool:
+        sampling = "/interactions." in name and "/attn/" in name and kind != "MatMul"
+        inside = name.startswith("/backbone/") or kind in ("Conv", "Gemm", "ConvTranspose", "Relu")
+        return sampling or not inside or any(word in name for word in _PRECISE)
+
     content = onnx.load(file)
-    kept = [node.name for node in content.graph.node if not node.name.startswith("/backbone/")]
-    options = {"keep_io_types": True, "op_block_list": [*DEFAULT_OP_BLOCK_LIST, "GridSample"], "node_block_list": kept}
+    kept = [node.name for node in content.graph.node if stays(node.name, node.op_type)]
+    options = {"keep_io_types": True, "op_block_list": DEFAULT_OP_BLOCK_LIST, "node_block_list": kept}
     onnx.save(convert_float_to_float16(content, **options), file)
 
 
 def _to_int8(file: Path, images: Sequence[Tensor]) -> None:
-    """Products with weights, but those that predict boxes and where deformable attention reads."""
+    """Products with weights, but those that predict boxes, scores and where deformable attention reads."""
     import onnx
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-        batches = iter({INPUT: image[None].float().numpy()} for image in images)
+        batches = iter([{INPUT: image[None].float().numpy()} for image in images])
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
     nodes = onnx.load(file, load_external_data=False).graph.node
-    precise = [node.name for node in nodes if not node.name.startswith("/backbone/")]
-    options = {"MatMulConstBOnly": True}
-    kinds = ["Conv", "MatMul", "Gemm"]
     quantization.quantize_static(
         file,
         file,
         Reader(),
-        op_types_to_quantize=kinds,
-        nodes_to_exclude=precise,
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+        nodes_to_exclude=[node.name for node in nodes if any(word in node.name for word in _PRECISE)],
         per_channel=True,
-        extra_options=options,
+        extra_options={"MatMulConstBOnly": True},
     )
 
 
@@ -178,6 +188,36 @@ class _NMS(torch.autograd.Function):
     def symbolic(g: Any, boxes: Any, scores: Any, max_iou: float, min_score: float) -> Any:
         limits = torch.tensor([2**31 - 1]), torch.tensor([max_iou]), torch.tensor([min_score])
         return g.op("NonMaxSuppression", boxes, scores, *(g.op("Constant", value_t=limit) for limit in limits))
+
+
+class _RoiAlign(torch.autograd.Function):
+    """Pools boxes (N, 4) of the images with index (N,), as a layer of Detectron2 does: ONNX's operator.
+
+    PyTorch's own translation has a condition on the shape of the boxes, which other programs stumble over.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, boxes: Tensor, image: Tensor, size: int, scale: float, ratio: int, aligned: bool
+    ) -> Tensor:
+        rois = torch.cat((image[:, None].to(boxes.dtype), boxes), dim=1)
+        return roi_align(features, rois, size, scale, ratio, aligned)
+
+    @staticmethod
+    def symbolic(
+        g: Any, features: Any, boxes: Any, image: Any, size: int, scale: float, ratio: int, aligned: bool
+    ) -> Any:
+        return g.op(
+            "RoiAlign",
+            features,
+            boxes,
+            image,
+            output_height_i=size,
+            output_width_i=size,
+            sampling_ratio_i=max(ratio, 0),
+            spatial_scale_f=scale,
+            coordinate_transformation_mode_s="half_pixel" if aligned else "output_half_pixel",
+        )
 
 
 def _suppress(boxes: Tensor, scores: Tensor, max_iou: float, min_score: float, instead: float) -> Tensor:
@@ -278,13 +318,13 @@ class _Batched(nn.Module):
 
 def _pool(pooler: ROIPooler, maps: Sequence[Tensor], image: Tensor, boxes: Tensor) -> Tensor:
     """`ROIPooler.forward` for boxes (N, 4) of images given by index (N,)."""
-    rois = torch.cat((image[:, None].to(boxes.dtype), boxes), dim=1)
-    if len(pooler.level_poolers) == 1:
-        return pooler.level_poolers[0](maps[0], rois)
+    layers = [(x.output_size[0], x.spatial_scale, x.sampling_ratio, x.aligned) for x in pooler.level_poolers]
+    if len(layers) == 1:
+        return _RoiAlign.apply(maps[0], boxes, image, *layers[0])
     limits = pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
     levels = assign_boxes_to_levels([Boxes(boxes)], *limits)
     pooled = boxes.new_zeros(boxes.shape[0], maps[0].shape[1], *pooler.output_size)
-    for level, (pool, features) in enumerate(zip(pooler.level_poolers, maps, strict=True)):
+    for level, (features, layer) in enumerate(zip(maps, layers, strict=True)):
         (here,) = (levels == level).nonzero(as_tuple=True)
-        pooled = pooled.index_put((here,), pool(features, rois[here]))
+        pooled = pooled.index_put((here,), _RoiAlign.apply(features, boxes[here], image[here], *layer))
     return pooled
