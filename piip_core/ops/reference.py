@@ -84,7 +84,7 @@ def _sample(image: Tensor, grid: Tensor) -> Tensor:
     first_pixels = torch.arange(count, device=image.device)[:, None, None] * (height * width)
     x, y = ((grid[..., axis] + 1) * (size / 2) - 0.5 for axis, size in enumerate((width, height)))
     left, top = x.floor(), y.floor()
-    total = 0.0
+    total = pixels.new_zeros(1)
     for column in (left, left + 1):
         for row in (top, top + 1):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
