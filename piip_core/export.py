@@ -23,6 +23,7 @@ from .classifier import PIIPClassifier
 from .errors import UserError
 from .files import flush, rename_durably
 from .ops import deform_attn_grid_reference, ms_deform_attn_reference
+from .ops.reference import gathering
 from .pyramid import DensePIIP
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def export_onnx(
     *,
     batch_size: int | None = None,
     opset: int = DEFAULT_OPSET,
+    gridsample: bool = True,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportCheck:
     """Writes an .onnx file, after a comparison of onnxruntime's results with PyTorch's.
@@ -140,6 +142,8 @@ def export_onnx(
         image_size: Height and width, fixed in the file.
         batch_size: Images per call; None leaves it open.
         opset: ONNX operator set, 16 (the first with GridSample) or later.
+        gridsample: Whether deformable attention becomes GridSample, or Gather and arithmetic (TensorRT's GridSample
+            has been wrong in such models).
         metadata: What to note in the file.
 
     Raises:
@@ -149,7 +153,8 @@ def export_onnx(
     def write(file: Path) -> Callable[[Tensor], list[Tensor]]:
         open_onnx = import_runtime(opset)
         example, shapes = _example(model, image_size, batch_size)
-        with torch.no_grad(), refusing(f"{type(model).__name__} at {image_size[0]} x {image_size[1]}"):
+        what = f"{type(model).__name__} at {image_size[0]} x {image_size[1]}"
+        with torch.no_grad(), refusing(what), gathering(not gridsample):
             onnx_program = torch.onnx.export(
                 model,
                 (example,),
@@ -193,11 +198,15 @@ def import_runtime(opset: int) -> Callable[[Path], Callable[[Tensor], list[Tenso
 
 
 def write_checked(
-    model: nn.Module, path: Path, image: Tensor, write: Callable[[Path], Callable[[Tensor], list[Tensor]]]
+    model: nn.Module,
+    path: Path,
+    image: Tensor,
+    write: Callable[[Path], Callable[[Tensor], list[Tensor]]],
+    finish: Callable[[Path], None] = lambda _: None,
 ) -> ExportCheck:
     """Lets `write` make files in a folder aside and return what runs them, and renames them into place if they pass.
 
-    They pass if they compute of the image what the model does.
+    They pass if they compute of the image what the model does. `finish` may change them then.
     """
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}; make it, or name another file")
@@ -211,6 +220,7 @@ def write_checked(
                 f"{path}: the exported model is off by {error:.2e}, where PyTorch's outputs reach {largest:.2e}; "
                 f"expected a relative difference below {MAX_RELATIVE_ERROR:g}. Nothing was written"
             )
+        finish(Path(folder, path.name))
         files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # `path` last
         for file in files:
             flush(file)

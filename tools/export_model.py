@@ -11,11 +11,12 @@ Examples:
     python tools/export_model.py projects/PIIP/configs/COCO/mask_rcnn_piip_tsb_1120_896_448_1x.py \\
         --checkpoint output/run/model_final.pth --whole photo.jpg --output detector.onnx
 
-The file needs nothing of this project: the deformable attention is replaced by standard operators (GridSample). Its
-input "image" is (batch, 3, H, W), RGB, float32, with the mean taken off and divided by the deviation that the tool
-prints. Outputs are "logits" (before the softmax) of a classifier, maps "stride4", "stride8" ... of a backbone. A whole
-detector takes one resized image (3, H, W) of 0 to 255 and gives "boxes" in its pixels, "scores", "classes", "masks" in
-boxes. It is traced with the image that --whole names, which must have objects, and is for images of that size.
+The file needs nothing of this project: the deformable attention is replaced by standard operators (GridSample, or with
+--no-gridsample Gather, for TensorRT). Its input "image" is (batch, 3, H, W), RGB, float32, with the mean taken off and
+divided by the deviation that the tool prints. Outputs are "logits" (before the softmax) of a classifier, maps
+"stride4", "stride8" ... of a backbone. A whole detector takes resized images (batch, 3, H, W) of 0 to 255 and gives of
+all objects "batch_index", "boxes" in pixels, "scores", "classes" and "masks" in boxes. It is traced with the image that
+--whole names, which must have objects, and is for images of that size.
 
 ONNX needs the packages onnx, onnxscript and onnxruntime.
 """
@@ -54,6 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, help="fixed number of images; without, it is open")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="of ONNX (default: %(default)s)")
+    parser.add_argument("--no-gridsample", action="store_true", help="ONNX without that operator")
     args = parser.parse_intermixed_args(argv)
     if args.output.suffix not in (".onnx", ".pt2"):
         parser.error(f"--output {args.output}: expected a name ending in .onnx or .pt2")
@@ -64,7 +66,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.whole and (args.output.suffix != ".onnx" or Path(args.config).suffix != ".py" or not args.checkpoint):
         parser.error("--whole: expected a LazyConfig, --checkpoint and an .onnx file")
     if args.whole and (args.batch_size or args.image_size or args.ema):
-        parser.error("--whole: expected no --batch-size, --image-size or --ema: a file is for one image of one size")
+        parser.error("--whole: expected no --batch-size, --image-size or --ema: the size is the image's")
+    if args.no_gridsample and args.output.suffix != ".onnx":
+        parser.error("--no-gridsample: expected an .onnx file")
     if args.ema and args.checkpoint is None:
         parser.error("--ema: expected --checkpoint, too")
     return args
@@ -131,6 +135,7 @@ def export_part(args: argparse.Namespace) -> ExportCheck:
     if args.output.suffix == ".pt2":
         return save_program(model, args.output, image_size, batch_size=args.batch_size)
     options = {"batch_size": args.batch_size, "opset": args.opset, "metadata": notes}
+    options["gridsample"] = not args.no_gridsample
     return export_onnx(model, args.output, image_size, **options)
 
 
@@ -145,9 +150,10 @@ def export_whole(args: argparse.Namespace) -> ExportCheck:
     config = load_config(args.config, args.overrides)
     predictor = Predictor(config, str(args.checkpoint), device="cpu")
     image = predictor.to_input(read_image(str(args.whole)))
-    notes = {"model": args.config, "format": str(config.model.get("input_format"))}
-    print(f"images: {image.shape[1]} x {image.shape[2]}, {notes['format']}, 0 to 255")
-    return export_detector(predictor.model, args.output, image, opset=args.opset, metadata=notes)
+    print(f"images: {image.shape[1]} x {image.shape[2]}, {config.model.get('input_format')}, 0 to 255")
+    names = [category.name for category in predictor.categories]
+    options = {"opset": args.opset, "gridsample": not args.no_gridsample, "names": names}
+    return export_detector(predictor.model, args.output, image, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

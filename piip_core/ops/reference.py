@@ -7,10 +7,14 @@ backward are separate because a kernel registered with the dispatcher runs below
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_gathering = ContextVar("gathering", default=False)
 
 
 def compute_dtype(value_dtype: torch.dtype) -> torch.dtype:
@@ -56,9 +60,38 @@ def ms_deform_attn_reference(
     queries = sampling_locations.shape[1]
     output = sampling_locations.new_zeros(batch * heads, width, queries)
     for level, _, image, grid in _levels(value, spatial_shapes, sampling_locations):
-        samples = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        samples = _sample(image, grid)
         output = output + (samples * _weights_of(attention_weights, level)).sum(-1)
     return output.view(batch, heads * width, queries).transpose(1, 2).to(value.dtype).contiguous()
+
+
+@contextmanager
+def gathering(active: bool = True) -> Iterator[None]:
+    """Within, `ms_deform_attn_reference` gathers pixels itself instead of calling `grid_sample`, for exporters."""
+    token = _gathering.set(active)
+    try:
+        yield
+    finally:
+        _gathering.reset(token)
+
+
+def _sample(image: Tensor, grid: Tensor) -> Tensor:
+    """Bilinear samples (N, D, Q, P) of images (N, D, H, W), zero outside: `grid_sample`, or the same by gathering."""
+    if not _gathering.get():
+        return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    count, _, height, width = image.shape
+    pixels = image.permute(0, 2, 3, 1).flatten(0, 2)
+    first_pixels = torch.arange(count, device=image.device)[:, None, None] * (height * width)
+    x, y = ((grid[..., axis] + 1) * (size / 2) - 0.5 for axis, size in enumerate((width, height)))
+    left, top = x.floor(), y.floor()
+    total = pixels.new_zeros(1)
+    for column in (left, left + 1):
+        for row in (top, top + 1):
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
+            index = torch.where(inside, row * width + column, 0.0).long()
+            total = total + F.embedding(first_pixels + index, pixels) * weight[..., None]
+    return total.permute(0, 3, 1, 2)
 
 
 def ms_deform_attn_backward_reference(

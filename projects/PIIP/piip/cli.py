@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", metavar="MODEL", help="as for `piip predict`")
     export.add_argument("file", metavar="FILE.onnx")
     export.add_argument("--image", metavar="PATH", help="with objects, of the size of all; default: a validation image")
+    export.add_argument("--no-gridsample", action="store_true", help="gather pixels instead, for TensorRT")
+    export.add_argument("--fp16", action="store_true", help="weights and features in half the bits")
+    export.add_argument("--int8", action="store_true", help="in a quarter, scaled to training images of the run")
     export.set_defaults(run=_export)
 
     models = commands.add_parser("models", help="list the models")
@@ -152,7 +155,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from piip.detector import Detector
 
-    print(Detector(args.model).export(args.file, args.image))
+    options = {"gridsample": not args.no_gridsample, "fp16": args.fp16, "int8": args.int8}
+    print(Detector(args.model).export(args.file, args.image, **options))
 
 
 def _models(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -208,13 +207,26 @@ class Detector:
         _start(_arguments(write_config(cfg, output), eval_only=True))
         return read_json(output / EVALUATION)
 
-    def export(self, path: str | Path, image: Any = None) -> str:
+    def export(
+        self,
+        path: str | Path,
+        image: Any = None,
+        *,
+        gridsample: bool = True,
+        fp16: bool = False,
+        int8: bool = False,
+    ) -> str:
         """Writes the whole detector as ONNX, for images of one size; returns how it compares with PyTorch.
+
+        With fp16 or int8, what is compared is the file before the conversion.
 
         Args:
             path: File that ends in .onnx; see `piip.export.export_detector`.
             image: An example with objects, as for `predict`, whose size after resizing becomes that of all images.
                 None: a validation image of the run.
+            gridsample: False: without that operator, which TensorRT has had wrong.
+            fp16: Backbone in float16.
+            int8: Backbone in int8, scaled to what occurs in some training images of the run.
 
         Raises:
             UserError: If the model is no detector that can be exported, or finds nothing in the image.
@@ -226,22 +238,23 @@ class Detector:
         predictor = Predictor(self._config(), self._find_weights(), device="cpu")
         if predictor.task != "detection":
             raise UserError(f"{path}: a model for {predictor.task}: tools/export_model.py writes its ONNX file")
-        images = self._validation_images() if image is None else [image]
+        images = self._some_images("test") if image is None else [image]
         found = next((array for array in map(_to_array, images) if len(predictor(array))), None)
         if found is None:
             raise UserError(
                 f"{path}: the model finds nothing in the images: expected one with objects, to compare with"
             )
-        names = [category.name for category in predictor.categories]
         example = predictor.to_input(found)
-        return str(export_detector(predictor.model, Path(path), example, metadata={"names": json.dumps(names)}))
+        resized = [predictor.to_input(_to_array(each)) for each in (self._some_images("train") if int8 else ())]
+        options = {"gridsample": gridsample, "half": fp16, "names": [each.name for each in predictor.categories]}
+        return str(export_detector(predictor.model, Path(path), example, calibration=resized, **options))
 
-    def _validation_images(self) -> list[str]:
-        """Paths of a few."""
+    def _some_images(self, part: str) -> list[str]:
+        """Paths of a few for "train" or "test"."""
         if self._run is None:
-            raise ConfigError(f"{self._name}: has no validation images: expected an image")
-        test = self._config().data.test
-        return [os.path.join(test.images, image["file_name"]) for image in read_json(test.annotations)["images"][:20]]
+            raise ConfigError(f"{self._name}: has no images of its own: expected an image, and no int8")
+        data = self._config().data[part]
+        return [os.path.join(data.images, image["file_name"]) for image in read_json(data.annotations)["images"][:32]]
 
     @property
     def predictor(self) -> Predictor:

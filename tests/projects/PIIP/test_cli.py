@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ pytest.importorskip("detectron2")
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
+import onnx
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import SimpleTrainer, hooks
@@ -25,7 +27,6 @@ import piip
 from piip import cli
 from piip.checkpointer import AtomicCheckpointer
 from piip.compose import TrainOptions, compose, find_model, models
-from piip.data import read_image
 from piip.data.folders import OwnData
 from piip.detector import Detector, Predictions
 from piip.fitting import MicroBatches, add_adapters, freeze
@@ -260,19 +261,60 @@ def test_what_is_missing_is_said(monkeypatch):
         cli.main(["models"])
 
 
-def test_an_exported_detector_finds_what_the_run_finds(run, digits, tmp_path, capsys):
+_RUN_ONNX = """
+import importlib.abc, runpy, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        assert name.split(".")[0] not in ("torch", "detectron2", "cv2", "scipy", "piip", "piip_core"), name
+
+sys.meta_path.insert(0, Refuse())
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def _run_onnx(repo_root, *arguments) -> str:
+    """What tools/run_onnx.py prints where nothing but its three packages can be imported."""
+    command = [sys.executable, "-I", "-c", _RUN_ONNX, str(repo_root / "tools" / "run_onnx.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_an_exported_detector_finds_what_the_run_finds(run, digits, tmp_path, capsys, load_tool, repo_root):
     onnxruntime = pytest.importorskip("onnxruntime")
-    cli.main(["export", str(run), str(tmp_path / "a.onnx")])
+    cli.main(["export", str(run), str(tmp_path / "a.onnx"), "--no-gridsample"])
     assert "largest difference from PyTorch" in capsys.readouterr().out
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
-    assert json.loads(session.get_modelmeta().custom_metadata_map["names"]) == [str(digit) for digit in range(10)]
+    session, detect = onnxruntime.InferenceSession(tmp_path / "a.onnx"), load_tool("run_onnx").detect
+    notes = session.get_modelmeta().custom_metadata_map
+    assert json.loads(notes["names"]) == [str(digit) for digit in range(10)]
     (path,) = sorted((digits / "val").iterdir())[:1]
-    image = Detector(run, device="cpu").predictor.to_input(read_image(str(path)))
-    boxes, *_ = session.run(None, {"image": image.float().numpy()})
+    image = Image.open(path).convert("RGB")
     found = Detector(run, device="cpu").predict(path, min_score=0)
-    height, width = read_image(str(path)).shape[:2]
-    scale = np.array([width / image.shape[2], height / image.shape[1]] * 2)
-    np.testing.assert_allclose(boxes * scale, found.boxes, atol=0.1)
+    for boxes, scores, classes, masks in detect(session, [image, image], min_score=0):
+        np.testing.assert_array_equal(classes, found.classes)
+        np.testing.assert_allclose(scores, found.scores, atol=1e-3)
+        np.testing.assert_allclose(boxes, found.boxes, atol=0.1)
+        assert np.mean(np.array(masks) == found.masks) > 0.99
+    printed = _run_onnx(repo_root, tmp_path / "a.onnx", tmp_path / "drawn", path)
+    assert printed.count("\n") == len(Detector(run, device="cpu").predict(path))
+    assert Image.open(tmp_path / "drawn" / f"{path.stem}.png").size == image.size
+
+
+@pytest.mark.parametrize("form", ["--fp16", "--int8"])
+def test_detectors_in_fewer_bits(form, run, digits, tmp_path, load_tool):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    cli.main(["export", str(run), str(tmp_path / "a.onnx"), form])
+    weights = onnx.load(tmp_path / "a.onnx").graph.initializer
+    small = {"--fp16": onnx.TensorProto.FLOAT16, "--int8": onnx.TensorProto.INT8}[form]
+    sizes = {weight.name: np.prod(weight.dims) for weight in weights if weight.data_type == small}
+    assert sum(sizes.values()) > 0.5 * sum(np.prod(weight.dims) for weight in weights)
+    (path,) = sorted((digits / "val").iterdir())[:1]
+    ((boxes, *_),) = load_tool("run_onnx").detect(
+        onnxruntime.InferenceSession(tmp_path / "a.onnx"), [Image.open(path).convert("RGB")], min_score=0
+    )
+    expected = Detector(run, device="cpu").predict(path, min_score=0).boxes
+    distances = np.abs(boxes[:, None] - expected).max(-1).min(0)
+    assert np.median(distances) < {"--fp16": 0.5, "--int8": 10}[form]
 
 
 @pytest.mark.parametrize(
