@@ -48,6 +48,8 @@ _SETTINGS: dict[str, Kinds] = {
     "train.best.patience": (int, NoneType),
     "train.micro_batch": (int, NoneType),
     "train.freeze": (str, NoneType),
+    "train.report": (bool,),
+    "train.track": (str,),
     "train.deepspeed.stage": (int,),
     "train.deepspeed.offload_optimizer": (bool,),
     "train.deepspeed.offload_parameters": (bool,),

@@ -35,5 +35,7 @@ train.ema = {
 train.best = {"metric": None, "patience": None}
 train.micro_batch = None  # images that pass the model at a time in each process; null: its whole batch
 train.freeze = None  # "branches", or "all-but-heads": what is not trained
+train.report = False  # report.html in the output folder, after evaluations
+train.track = "tensorboard"  # where curves go beside metrics.json; also "wandb", "mlflow"
 # Reading a saved configuration imports what stands here, and with it "${piip.iterations:...}"
 train.resolvers = iterations
