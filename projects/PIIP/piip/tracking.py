@@ -48,7 +48,10 @@ class TrackingWriter(EventWriter):
         note = folder / _RUN.format(package)
         known = note.read_text() if note.is_file() else None
         start = _start_wandb if package == "wandb" else _start_mlflow
-        run, self._log, self.close = start(module, folder, known, OmegaConf.to_container(cfg.train))
+        try:
+            run, self._log, self.close = start(module, folder, known, OmegaConf.to_container(cfg.train))
+        except Exception as error:  # each package has its own: no server, no account
+            raise ConfigError(f"train.track={package}: cannot be started: {error}") from error
         note.write_text(run)
         self._last_write = -1
 
