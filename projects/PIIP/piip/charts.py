@@ -20,7 +20,7 @@ from piip_core.files import atomic_path
 COLOURS = colormaps["tab20"].colors
 _NAME = 24  # characters of a class name that are drawn
 _NUMBERED = 25  # classes up to which a matrix has numbers
-_LARGEST = 80  # classes that a matrix can show
+_LARGEST = 81  # classes that a matrix can show, the background among them
 _WIDTH = 11.2  # inches of a picture, at 110 dots
 _SIDE = 640  # pixels of an image in a grid
 
@@ -94,7 +94,7 @@ def draw_bars(path: Path, names: Sequence[str], values: Sequence[float | None], 
         texts = ["no objects" if values[index] is None else f"{values[index]:.1f}" for index in part]
         axes.bar_label(bars, texts, padding=3, fontsize=8)
         axes.set(xlim=(0, 115), ylim=(rows - 0.4, -0.6), xticks=range(0, 101, 20), xlabel=label)
-        axes.set_yticks(range(len(part)), [_short(names[index]) for index in part], fontsize=8)
+        axes.set_yticks(range(len(part)), [shorten_name(names[index]) for index in part], fontsize=8)
         axes.grid(axis="x", alpha=0.3)
     write_figure(figure, path)
 
@@ -107,7 +107,7 @@ def draw_precision_recall(
     axes = figure.subplots()
     few = len(classes) <= 12
     for index, (name, precision) in enumerate(classes.items()):
-        style = {"color": COLOURS[index], "label": _short(name)} if few else {"color": "0.8"}
+        style = {"color": COLOURS[index], "label": shorten_name(name)} if few else {"color": "0.8"}
         axes.plot(recall, precision, linewidth=1, **style)
     for (name, precision), style in zip(means.items(), ("-", "--", ":"), strict=False):
         axes.plot(recall, precision, style, color="black", linewidth=2, label=name)
@@ -138,7 +138,7 @@ def draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> str:
     axes.pcolormesh(edges, edges, share, cmap="Blues", vmin=0, vmax=1, edgecolors="0.92", linewidth=0.3)
     axes.set(aspect="equal", ylim=(count - 0.5, -0.5))
     size = 9 if count <= _NUMBERED else 7
-    labels = [_short(name) for name in names]
+    labels = [shorten_name(name) for name in names]
     axes.set_xticks(range(count), labels, rotation=90, fontsize=size)
     axes.set_yticks(range(count), labels, fontsize=size)
     axes.set(xlabel="predicted", ylabel="truth")
@@ -162,10 +162,11 @@ def draw_images(
     rows = -(-len(panels) // columns)
     shape = np.median([image.shape[0] / image.shape[1] for _, image, _ in panels])
     top = 0.8 if legend else 0.45  # inches
-    height = rows * (min(max(shape, 0.4), 1.6) * _WIDTH / columns + 0.45) + top - 0.45
+    side = min(max(shape, 0.6), 1.5) * _WIDTH / columns
+    height = rows * (side + 0.45) + top - 0.45
     figure = Figure(figsize=(_WIDTH, height))
     edges = {"left": 0.005, "right": 0.995, "bottom": 0.005, "top": 1 - top / height}  # a layout engine takes seconds
-    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={**edges, "wspace": 0.03, "hspace": 0.16})
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={**edges, "wspace": 0.03, "hspace": 0.45 / side})
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, (title, image, boxes) in zip(grid.flat, panels, strict=False):
@@ -183,10 +184,12 @@ def draw_images(
 def _draw_box(axes: Axes, box: Sequence[float], text: str, colour: str) -> None:
     left, top, width, height = box
     axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=1.6))
-    if text:
+    if text:  # inside of the image
+        (_, right_edge), (bottom_edge, _) = axes.get_xlim(), axes.get_ylim()
+        place = (left + width, "right") if left > 0.6 * right_edge else (max(left, 0), "left")
+        style = {"ha": place[1], "va": "bottom" if top > 0.08 * bottom_edge else "top", "clip_on": True}
         frame = {"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.85}
-        style = {"fontsize": 7, "color": "white", "bbox": frame, "va": "bottom", "clip_on": True}
-        axes.text(max(left, 0), max(top, 0), text, **style)
+        axes.text(place[0], max(top, 0), text, fontsize=7, color="white", bbox=frame, **style)
 
 
 def _smaller(image: np.ndarray) -> np.ndarray:
@@ -195,7 +198,8 @@ def _smaller(image: np.ndarray) -> np.ndarray:
     return np.asarray(small)
 
 
-def _short(name: str) -> str:
+def shorten_name(name: str) -> str:
+    """A class name that fits beside others."""
     return name if len(name) <= _NAME else name[: _NAME - 1] + "…"
 
 

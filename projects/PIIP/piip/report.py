@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import instantiate
 from detectron2.engine import HookBase
+from detectron2.structures import BitMasks
 from detectron2.utils.colormap import colormap
 from omegaconf import DictConfig
 from tabulate import tabulate
@@ -169,14 +170,13 @@ def _seen(sample: Mapping[str, Any], image_format: str, palette: np.ndarray) -> 
     boxes = []
     if "instances" in sample:
         objects = sample["instances"]
-        if objects.has("gt_masks"):
+        classes = objects.gt_classes.tolist()
+        if isinstance(getattr(objects, "gt_masks", None), BitMasks):
             labels = np.full(image.shape[:2], 255)
-            for mask, category in zip(objects.gt_masks, objects.gt_classes.tolist(), strict=True):
-                labels[np.asarray(mask, dtype=bool)] = category
+            for mask, category in zip(objects.gt_masks, classes, strict=True):
+                labels[mask.numpy()] = category
             image = blend(image, labels, (np.array(COLOURS) * 255).astype(np.uint8))
-        for (left, top, right, bottom), category in zip(
-            objects.gt_boxes.tensor.tolist(), objects.gt_classes.tolist(), strict=True
-        ):
+        for (left, top, right, bottom), category in zip(objects.gt_boxes.tensor.tolist(), classes, strict=True):
             boxes.append(((left, top, right - left, bottom - top), "", _colour(category)))
     return image, boxes
 

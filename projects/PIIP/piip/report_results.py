@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from piip.charts import Section, draw_bars, draw_confusion, draw_images, draw_precision_recall
+from piip.charts import Section, draw_bars, draw_confusion, draw_images, draw_precision_recall, shorten_name
 from piip.data import read_image
 from piip.data.classification import PREDICTIONS, folder_categories
 from piip.data.coco import GROUND_TRUTH
@@ -227,10 +227,12 @@ def _worst_detections(
 
 
 def _caption(match: Match, names: Sequence[str]) -> str:
-    if match.kind in ("found", "missed"):
-        return names[match.truth] if match.kind == "missed" else ""
-    instead = f", not {names[match.truth]}" if match.kind == "wrong class" else ""
-    return f"{names[match.predicted]}{instead} {match.score:.0%}"
+    if match.kind == "found":
+        return ""
+    if match.kind == "missed":
+        return shorten_name(names[match.truth])
+    instead = f", not {shorten_name(names[match.truth])}" if match.kind == "wrong class" else ""
+    return f"{shorten_name(names[match.predicted])}{instead} {match.score:.0%}"
 
 
 def label_map_sections(cfg: DictConfig, inference: Path, pictures: Path) -> Iterator[Section]:
