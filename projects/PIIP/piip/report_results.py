@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from detectron2.evaluation.fast_eval_api import COCOeval_opt
 from detectron2.utils.colormap import colormap
 from omegaconf import DictConfig
 from pycocotools import mask as coco_mask
@@ -61,7 +62,7 @@ def detection_sections(cfg: DictConfig, inference: Path, pictures: Path) -> Iter
     evaluated = evaluate_coco(truth, found, kind)
     accumulated, classes = evaluated.eval, evaluated.params.catIds
     names = [truth.cats[category]["name"] for category in classes]
-    threshold = best_threshold(evaluated)
+    threshold = best_threshold(evaluate_coco(truth, found, kind, iou=_IOU))
     matches = match_objects(truth, [entry for entry in found if entry["score"] >= threshold], kind)
     matrix = count_confusions((match for group in matches.values() for match in group), len(names))
     what = "masks" if kind == "segm" else "boxes"
@@ -81,7 +82,11 @@ def detection_sections(cfg: DictConfig, inference: Path, pictures: Path) -> Iter
 def evaluate_coco(
     truth: COCO, found: Sequence[Mapping[str, Any]], kind: str, *, classes: bool = True, iou: float | None = None
 ) -> COCOeval:
-    """COCO's comparison of detections with objects; without `classes` these are of no account, with `iou` it is one."""
+    """COCO's comparison of detections with objects, by Detectron2's faster implementation.
+
+    With `iou` that is the only one, sizes are of no account, nor, without `classes`, are these; then COCO's own
+    implementation says what was matched with what (`evalImgs`).
+    """
     if kind == "segm":  # sizes are then those of the masks
         found = [{key: value for key, value in entry.items() if key != "bbox"} for entry in found]
     with redirect_stdout(io.StringIO()):
@@ -91,21 +96,21 @@ def evaluate_coco(
         else:
             detections.dataset = {**truth.dataset, "annotations": []}
             detections.createIndex()
-        evaluated = COCOeval(truth, detections, kind)
+        evaluated = (COCOeval_opt if iou is None else COCOeval)(truth, detections, kind)
         params = evaluated.params
+        params.useCats = int(classes)
         if iou is not None:
             params.iouThrs, params.maxDets = np.array([iou]), [max(len(found), 1)]
             params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
-        params.useCats = int(classes)
         evaluated.evaluate()
-        if classes:
+        if iou is None:
             evaluated.accumulate()
     return evaluated
 
 
 def best_threshold(evaluated: COCOeval) -> float:
-    """The score, in steps of 0.05, from which on detections have the best F1 at COCO's first IoU, over all classes."""
-    entries = [entry for entry in evaluated.evalImgs if entry and entry["aRng"] == evaluated.params.areaRng[0]]
+    """The score, in steps of 0.05, from which on all detections together have the best F1, at an evaluation's IoU."""
+    entries = [entry for entry in evaluated.evalImgs if entry]
     counted = [~np.asarray(entry["dtIgnore"][0], dtype=bool) for entry in entries]
     scores = np.concatenate([np.array(e["dtScores"])[valid] for e, valid in zip(entries, counted, strict=True)])
     hits = np.concatenate([e["dtMatches"][0][valid] > 0 for e, valid in zip(entries, counted, strict=True)])

@@ -108,7 +108,7 @@ def test_the_threshold_is_that_of_the_best_f1():
     found = [(1, 10, box, score) for box, score in zip(boxes, (0.9, 0.8, 0.5), strict=True)]
     found += [(1, 10, [5 * k, 80, 10, 10], 0.3) for k in range(10)] + [(1, 10, [0, 40, 10, 10], 0.62)]
     # F1 is 4 / 5 down to 0.65, 4 / 6 down to 0.55, 6 / 7 down to 0.35 and 6 / 17 from there
-    assert best_threshold(evaluate_coco(_api(data), _results(found), "bbox")) == 0.35
+    assert best_threshold(evaluate_coco(_api(data), _results(found), "bbox", iou=0.5)) == 0.35
 
 
 @pytest.fixture
