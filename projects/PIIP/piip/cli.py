@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ema", type=float, metavar="DECAY", help="average the weights, with 0.999 say")
     add("--weights", default="released", metavar="W", help="released (default), branches, random, or a checkpoint")
     add("--device", metavar="DEVICE", help="cpu or cuda; default: a GPU if there is one")
+    add("--track", default="tensorboard", metavar="WITH", help="tensorboard (default), wandb, mlflow: draws the curves")
     add("--gpus", type=int, default=1, metavar="N", help="processes, one per GPU")
     add("--seed", type=int, default=0, metavar="N", help="of the split and the training")
     add("--set", nargs="+", default=[], metavar="key=value", help="other settings of the LazyConfig")
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--tiles", type=int, nargs="?", default=False, const=True, metavar="N", help=_TILES)
     predict.set_defaults(run=_predict)
 
-    evaluate = commands.add_parser("eval", help="score a model")
+    evaluate = commands.add_parser("eval", help="score a model, with a report of what it confuses")
     _add_model(evaluate, "model")
     evaluate.add_argument("data", nargs="?", metavar="FOLDER", help="other images than the run's validation part")
     evaluate.add_argument("--format", metavar="FORM", help="as for `piip train`")

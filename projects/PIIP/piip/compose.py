@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from piip.data.folders import OwnData
 from piip.lazy import lazy_dataclass
 from piip.lazy_config import load_config, training_size
+from piip.tracking import TRACKERS
 from piip_core import zoo
 from piip_core.errors import ConfigError, OutputFolderError, check, check_choice
 from piip_core.files import explain_write_errors
@@ -61,6 +62,7 @@ class TrainOptions:
         weights: "released" (with the task's heads, where there are), "branches" (pretrained), "random", or a file.
         device: "cpu", "cuda"; None: a GPU if there is one.
         gpus: Processes.
+        track: Where curves go: one of `piip.tracking.TRACKERS`.
         seed: Of all that is random; of the split as well.
         overrides: Further settings of the LazyConfig, "key=value".
     """
@@ -76,6 +78,7 @@ class TrainOptions:
     weights: str = "released"
     device: str | None = None
     gpus: int = 1
+    track: str = "tensorboard"
     seed: int = 0
     overrides: tuple[str, ...] = ()
 
@@ -86,6 +89,7 @@ class TrainOptions:
         check(self.image_size is None or self.image_size >= 32, "image-size", self.image_size, "at least 32")
         if self.task is not None:
             check_choice("task", self.task, TASKS)
+        check_choice("track", self.track, TRACKERS)
 
 
 class Model(NamedTuple):
@@ -144,6 +148,7 @@ def compose(data: OwnData, name: str | None, output: str | Path, options: TrainO
     train = cfg.train
     train.output_dir, train.seed, train.freeze = str(output), options.seed, options.freeze
     train.lora = options.lora
+    train.report, train.track = True, options.track
     train.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     train.amp.enabled = train.amp.enabled and train.device != "cpu"
     if train.device == "cpu":

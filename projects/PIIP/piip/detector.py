@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -27,6 +28,7 @@ from piip.distributed import start
 from piip.hooks import BEST, BEST_NOTE
 from piip.lazy_config import data_kind, load_config
 from piip.predict import Predictor
+from piip.report import REPORT, write_report
 from piip.train import EVALUATION, main
 from piip_core import zoo
 from piip_core.errors import CheckpointError, ConfigError, UserError, check
@@ -147,6 +149,7 @@ class Detector:
         file = write_config(cfg, run)
         _start(_arguments(file, opts=list(given.overrides), resume=True, num_gpus=given.gpus))
         self._name, self._run, self._weights, self._predictor = name, run, None, None
+        print(f"open {run / REPORT}")
         note = run / BEST_NOTE
         return read_json(note) if note.is_file() else {}
 
@@ -187,6 +190,8 @@ class Detector:
     def evaluate(self, data: str | Path | None = None, *, form: str | None = None) -> dict[str, Any]:
         """Scores on the validation images of the run, or of a folder: on all of it, where it has no such part.
 
+        Writes report.html and all that belongs to it to `evaluation` in the folder of the run, or output/NAME.
+
         Returns:
             Metrics by task: {"bbox": {"AP": ...}, ...}.
         """
@@ -202,10 +207,13 @@ class Detector:
             for key in ("annotations", "images", "labels"):  # the training part is all there is
                 if found.counts[1] == 0 and f"data.train.{key}" in settings:
                     settings[f"data.test.{key}"] = settings[f"data.train.{key}"]
+            settings = {key: value for key, value in settings.items() if not key.startswith("data.train.")}
         for key, value in {**settings, "train.output_dir": str(output), "train.init_checkpoint": weights}.items():
             OmegaConf.update(cfg, key, value)
         _start(_arguments(write_config(cfg, output), eval_only=True))
-        return read_json(output / EVALUATION)
+        results = read_json(output / EVALUATION)
+        print(f"open {write_report(cfg, output, flatten_results_dict(results), run=self._run)}")
+        return results
 
     def export(
         self,
@@ -346,13 +354,14 @@ class _Brief(TextIOBase):
 def _start(args: argparse.Namespace) -> None:
     """Trains or evaluates as `tools/lazyconfig_train_net.py` does, with less on the screen."""
     loggers = [logging.getLogger(name) for name in ("piip", "detectron2", "fvcore")]
-    before = [(each, list(each.handlers), each.propagate) for each in loggers]
+    before = [(each, list(each.handlers), each.propagate, each.level) for each in loggers]
     try:
         with redirect_stdout(_Brief(sys.stdout)):
             start(main, args)
     finally:  # another run in this process has a log of its own
-        for each, handlers, propagate in before:
+        for each, handlers, propagate, level in before:
             each.handlers, each.propagate = handlers, propagate
+            each.setLevel(level)
         setup_logger.cache_clear()
 
 

@@ -49,6 +49,8 @@ _SETTINGS: dict[str, Kinds] = {
     "train.micro_batch": (int, NoneType),
     "train.freeze": (str, NoneType),
     "train.lora": (int, NoneType),
+    "train.report": (bool,),
+    "train.track": (str,),
     "train.deepspeed.stage": (int,),
     "train.deepspeed.offload_optimizer": (bool,),
     "train.deepspeed.offload_parameters": (bool,),

@@ -56,6 +56,8 @@ from piip.lazy_config import (
     skip_pretrained,
 )
 from piip.precision import set_precision, training_precision
+from piip.report import RunReport
+from piip.tracking import trackers
 from piip_core.errors import ConfigError
 from piip_core.files import explain_write_errors, write_atomically
 from piip_core.training_checkpoints import OutputFolderError, lock_run
@@ -160,7 +162,8 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
         cfg: With model, optimizer, lr_multiplier, dataloader.{train,test,evaluator}, and train: output_dir,
             init_checkpoint, max_iter, device, ddp, checkpointer, eval_period, log_period, amp.enabled;
             optionally train.amp.precision, train.seed, train.clip_norm, train.deepspeed, train.ema, train.best,
-            train.micro_batch, train.freeze, train.load_pretrained and data (see configs/common).
+            train.micro_batch, train.freeze, train.load_pretrained, train.report, train.track and data (see
+            configs/common).
         categories: Classes to keep in the checkpoints, from `follow_annotations`.
         resume: Go on from the last checkpoint of `train.output_dir`, if there is one.
     """
@@ -197,7 +200,7 @@ def do_train(cfg: DictConfig, categories: Sequence[Category] = (), *, resume: bo
         kept, period = average.model if average else model, cfg.train.eval_period
         note = {"categories": table.state_dict()}
         best = BestModel(kept, cfg.train.output_dir, note, period=period, **cfg.train.best)
-    run.trainer.register_hooks(_build_hooks(cfg, seed, average, saves, whole, best))
+    run.trainer.register_hooks(_build_hooks(cfg, seed, average, saves, whole, best, loader))
 
     run.load()
     if average:
@@ -323,6 +326,7 @@ def _build_hooks(
     saves: Saves,
     evaluate: Callable[[], dict[str, Any]] | None,
     best: BestModel | None,
+    loader: Any,
 ) -> list[Any]:
     main_process = comm.is_main_process()
     output_dir, max_iter, period = cfg.train.output_dir, cfg.train.max_iter, cfg.train.log_period
@@ -330,7 +334,7 @@ def _build_hooks(
     writers = []
     if main_process:
         metrics = JSONWriter(os.path.join(output_dir, "metrics.json"))
-        writers = [CommonMetricPrinter(max_iter), metrics, TensorboardXWriter(output_dir)]
+        writers = [CommonMetricPrinter(max_iter), metrics, TensorboardXWriter(output_dir), *trackers(cfg)]
     return [
         seed,
         hooks.IterationTimer(),
@@ -341,6 +345,7 @@ def _build_hooks(
         hooks.EvalHook(cfg.train.eval_period, evaluate) if evaluate else None,
         best,
         MetricWriters(writers, period=period) if main_process else None,
+        RunReport(cfg, loader, best) if main_process and cfg.train.get("report") else None,
     ]
 
 

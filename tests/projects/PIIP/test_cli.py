@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,10 @@ def test_train_predict_and_evaluate(run, digits, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{digits}: COCO, 8 training and 2 validation images, 10 classes"
     assert lines[-1].startswith(f"segm AP {best['value']:.1f} AP50 ")
+    for folder in (run, run / "evaluation"):  # the same evaluation, and curves and augmentations of the run
+        page = (folder / "report.html").read_text()
+        assert re.search(rf"> *{best['value']:.1f} *</td>", page)
+        assert page.count("<img") == 6
 
 
 def test_predict_in_tiles(run, digits, tmp_path):
@@ -149,6 +154,7 @@ def test_classifiers_and_segmentors(folders, digits, tmp_path):
     found, again = classifier.predict([image, np.asarray(image.convert("RGB"))])
     assert sorted(found.names) == ["blue", "green", "red"]
     assert found.scores.sum() == pytest.approx(1)
+    assert (tmp_path / "classes" / "report.html").read_text().count("<img") == 5
     assert found.names == again.names
     for wrong, options in (({"image_size": 64}, {}), ({}, {"tiles": True})):
         with pytest.raises(ConfigError, match="goes with a detector only"):
@@ -165,6 +171,7 @@ def test_classifiers_and_segmentors(folders, digits, tmp_path):
     found = segmentor.predict(next((digits / "val").iterdir()))
     assert (found.masks.sum(axis=0) == 1).all()
     assert len(found.masks) == len(found.names) > 0
+    assert (tmp_path / "semantic" / "report.html").read_text().count("<img") == 5
 
 
 def _data(task: str, images: int = 160) -> OwnData:

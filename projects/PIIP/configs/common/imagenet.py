@@ -88,4 +88,4 @@ dataloader.test = L(build_detection_test_loader)(
     num_workers=8,
 )
 
-dataloader.evaluator = L(TopKEvaluator)(topk=[1, 5])
+dataloader.evaluator = L(TopKEvaluator)(topk=[1, 5], output_dir="${train.output_dir}/inference")

@@ -37,5 +37,7 @@ train.best = {"metric": None, "patience": None}
 train.micro_batch = None
 train.freeze = None  # "branches", or "all-but-heads": what is not trained
 train.lora = None  # rank of adapters (peft) on the linear layers of the branches, which themselves are not trained then
+train.report = False  # report.html in the output folder, after evaluations
+train.track = "tensorboard"  # where curves go beside metrics.json; also "wandb", "mlflow"
 # Reading a saved configuration imports what stands here, and with it "${piip.iterations:...}"
 train.resolvers = iterations

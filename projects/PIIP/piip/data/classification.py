@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import unicodedata
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from piip_core.files import write_atomically
 from piip_core.images import image_endings
 
 from .dataset import (
@@ -36,6 +38,9 @@ from .dataset import (
 from .mapper import CheckedDatasetMapper
 
 logger = logging.getLogger(__name__)
+
+PREDICTIONS = "classification_predictions.json"
+"""What `TopKEvaluator` writes."""
 
 _EXPECTED = "one sub-folder of images per class (FOLDER/dog/1.jpg, FOLDER/cat/2.jpg)"
 
@@ -141,15 +146,18 @@ class TopKEvaluator(DatasetEvaluator):
 
     Args:
         topk (Sequence[int]): the k; above the number of classes they give 100.
+        output_dir (str | None): folder for `PREDICTIONS`, a list with file_name, label, predicted and score (softmax
+            over all classes) of every image; None writes nothing.
     """
 
-    def __init__(self, topk: Sequence[int] = (1, 5)) -> None:
-        self.topk = tuple(topk)
+    def __init__(self, topk: Sequence[int] = (1, 5), output_dir: str | None = None) -> None:
+        self.topk, self._output_dir = tuple(topk), output_dir
         self.reset()
 
     def reset(self) -> None:
-        """Sets all counts to zero."""
+        """Forgets all images."""
         self._images, self._hits = 0, dict.fromkeys(self.topk, 0)
+        self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Tensor]]) -> None:
         """Counts a batch: "label" of its inputs, the index of the class, and "scores" (num_classes,) of its outputs."""
@@ -161,15 +169,26 @@ class TopKEvaluator(DatasetEvaluator):
         self._images += len(labels)
         for k in self.topk:
             self._hits[k] += int(best[:, :k].sum())
+        if self._output_dir:
+            values, classes = scores.float().softmax(dim=1).max(dim=1)
+            found = zip(inputs, classes.tolist(), values.tolist(), strict=True)
+            self._predictions += [
+                {"file_name": entry["file_name"], "label": entry["label"], "predicted": predicted, "score": score}
+                for entry, predicted, score in found
+            ]
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """{"classification": {"top1": ..., "top5": ...}} on the first process, None on others; all call it."""
-        parts = comm.gather((self._images, self._hits))
+        parts = comm.gather((self._images, self._hits, self._predictions))
         if not comm.is_main_process():
             return None
-        images = sum(count for count, _ in parts)
+        if self._output_dir:
+            os.makedirs(self._output_dir, exist_ok=True)
+            with write_atomically(os.path.join(self._output_dir, PREDICTIONS), "w") as file:
+                json.dump([entry for *_, predictions in parts for entry in predictions], file)
+        images, hits = sum(count for count, *_ in parts), [found for _, found, _ in parts]
         return {
-            "classification": {f"top{k}": 100.0 * sum(hits[k] for _, hits in parts) / max(images, 1) for k in self.topk}
+            "classification": {f"top{k}": 100.0 * sum(each[k] for each in hits) / max(images, 1) for k in self.topk}
         }
 
 

@@ -22,12 +22,16 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from piip_core.files import write_atomically
 from piip_core.images import spellings
 
 from .coco_annotations import Findings, check_annotations, compressed, whole_number
 from .dataset import Category, DatasetError, check_num_classes, existing_folder
 
 logger = logging.getLogger(__name__)
+
+GROUND_TRUTH = "ground_truth.json"
+"""What the objects are called, as they are evaluated, beside the detections."""
 
 _LARGEST_SIDE = 10**6  # pixels
 
@@ -96,7 +100,7 @@ def build_coco_evaluator(
 
     Args:
         annotations: COCO-format JSON file with the ground truth.
-        output_dir: Folder for the detections in COCO's result format; None writes nothing.
+        output_dir: Folder for the detections in COCO's result format and the objects; None writes nothing.
         require_masks: Every object must have a mask, and predicted masks are evaluated; otherwise boxes alone.
         kwargs: Other arguments of `COCOEvaluator`.
 
@@ -109,8 +113,10 @@ def build_coco_evaluator(
     if name in MetadataCatalog.list():
         MetadataCatalog.remove(name)
     with TemporaryDirectory(prefix="piip_") as folder:  # the evaluator reads nothing but a file, when it is made
-        path = Path(folder, "ground_truth.json")
-        path.write_text(json.dumps(file.data))
+        path = Path(output_dir or folder, GROUND_TRUTH)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path, "w") as written:
+            json.dump(file.data, written)
         MetadataCatalog.get(name).set(
             json_file=str(path),
             evaluator_type="coco",

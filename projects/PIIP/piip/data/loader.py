@@ -111,12 +111,13 @@ class TrainLoader:
     """Endless iterable of batches (lists of samples), made by `build_train_loader`.
 
     Attributes:
+        dataset (Dataset): records as `dicts`, and at [index, seed] the sample that is made of one.
         batch_sampler (TrainBatchSampler): set its `start` to resume at an iteration.
         bad_images (set[str]): unreadable files met so far, with a mapper that skips them.
     """
 
     def __init__(self, loader: DataLoader) -> None:
-        self._loader = loader
+        self._loader, self.dataset = loader, loader.dataset
         self.batch_sampler: TrainBatchSampler = loader.batch_sampler
         self.bad_images: set[str] = set()
 

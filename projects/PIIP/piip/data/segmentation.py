@@ -184,6 +184,11 @@ class _LabelMapEvaluator(SemSegEvaluator):
         super().__init__(name, **kwargs)
         self._classes = classes
 
+    def encode_json_sem_seg(self, sem_seg: np.ndarray, input_file_name: str) -> list[dict[str, Any]]:
+        """As `SemSegEvaluator`, for sem_seg_predictions.json; "sem_seg_file_name" is that of the label map."""
+        entries = super().encode_json_sem_seg(sem_seg, input_file_name)
+        return [{**entry, "sem_seg_file_name": self.input_file_to_gt_file[input_file_name]} for entry in entries]
+
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """As `SemSegEvaluator`; "classes in mIoU" beside "mIoU" is the number of classes that label maps show."""
         results = super().evaluate()

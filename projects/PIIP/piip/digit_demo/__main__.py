@@ -20,16 +20,15 @@ from pathlib import Path
 
 import torch
 
+from piip.charts import read_metrics
 from piip_core.errors import UserError
 from piip_digits.data_sets import prepare_digits
 
 from .classifier import run_classifier
-from .drawing import draw_curves, draw_predictions, read_metrics
+from .drawing import draw_predictions
 
 _ROOT = Path(__file__).resolve().parents[4]
 _TRAIN = _ROOT / "tools" / "lazyconfig_train_net.py"
-_LOSSES = {"total_loss": "all", "loss_cls": "class", "loss_box_reg": "box", "loss_mask": "mask"}  # those drawn
-_SCORES = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
 _CONFIG = _ROOT / "projects" / "PIIP" / "configs" / "demo" / "piip_digits_mask_rcnn.py"
 
 
@@ -83,7 +82,7 @@ def _detector(args: argparse.Namespace) -> None:
         values[f"data.{split}.annotations"] = args.data / "annotations" / f"instances_{name}.json"
         values[f"data.{split}.images"] = args.data / name
     # Quoted for the parser of overrides: paths may hold spaces and brackets.
-    overrides = [f'{key}="{Path(path).resolve()}"' for key, path in values.items()]
+    overrides = ["train.report=true", *(f'{key}="{Path(path).resolve()}"' for key, path in values.items())]
     command += [*overrides, *args.overrides]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as training:
         for line in training.stdout:
@@ -95,18 +94,16 @@ def _detector(args: argparse.Namespace) -> None:
 
 
 def _draw_detector(args: argparse.Namespace, output: Path, seconds: float) -> None:
-    """Draws curves and predictions of a finished run and prints its numbers."""
+    """Draws predictions of a finished run and prints its numbers."""
     curves = read_metrics(output / "metrics.json")
     if "segm/AP" not in curves:
         raise UserError(f"{output / 'metrics.json'} holds no evaluation: expected one with bbox/AP and segm/AP")
     box, mask, box50, mask50 = (curves[key][1][-1] for key in ("bbox/AP", "segm/AP", "bbox/AP50", "segm/AP50"))
-    drawings = [args.output / "predictions.png", args.output / "curves.png"]
+    drawing = args.output / "predictions.png"
     title = f"PIIP Mask R-CNN on digits and photographs never seen in training: box AP {box:.1f}, mask AP {mask:.1f}"
     annotations, results = "annotations/instances_val.json", output / "inference" / "coco_instances_results.json"
-    draw_predictions(drawings[0], title, args.data / annotations, args.data / "val", results)
-    losses, scores = ({name: curves[key] for key, name in shown.items()} for shown in (_LOSSES, _SCORES))
-    draw_curves(drawings[1], "PIIP Mask R-CNN on digit scenes", losses, scores, "COCO AP on validation scenes")
-    print(f"== Done in {seconds / 60:.1f} minutes: images to open:", *(f"  {path}" for path in drawings), sep="\n")
+    draw_predictions(drawing, title, args.data / annotations, args.data / "val", results)
+    print(f"== Done in {seconds / 60:.1f} minutes: to open:", drawing, output / "report.html", sep="\n  ")
     print(f"box AP {box:.1f} (AP50 {box50:.1f}), mask AP {mask:.1f} (AP50 {mask50:.1f}) on the validation scenes")
 
 

@@ -1,4 +1,4 @@
-"""Images of a demo run, from the files that the training wrote: predictions beside the ground truth, and curves."""
+"""Predictions of a demo run beside the ground truth, from the files that the training wrote."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,44 +8,10 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from piip_core.files import atomic_path
+from piip.charts import write_figure
 
 _COLOURS = colormaps["tab10"].colors  # one per digit, the same in ground truth and prediction
 _SCORE = 0.5  # predictions below it are not drawn
-
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Steps and values by the name of what was measured."""
-
-
-def read_metrics(path: Path | str) -> Curves:
-    """Reads the JSON lines that Detectron2's JSONWriter appends to.
-
-    A resumed run repeats iterations: the last value of each counts.
-    """
-    points: dict[str, dict[int, float]] = {}
-    for line in Path(path).read_text().splitlines():
-        entry = json.loads(line)
-        for name, value in entry.items():
-            if name != "iteration":
-                points.setdefault(name, {})[int(entry["iteration"])] = value
-    return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in points.items()}
-
-
-def draw_curves(path: Path, title: str, losses: Curves, scores: Curves, score_label: str) -> None:
-    """Draws losses (left) and scores in percent (right) over the iterations."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
-    for name, (steps, values) in losses.items():
-        left.plot(steps, values, label=name)
-    left.set(xlabel="iteration", ylabel="loss", ylim=(0, None))
-    for name, (steps, values) in scores.items():
-        right.plot(steps, values, "o-", label=f"{name} {values[-1]:.1f}")
-    right.set(xlabel="iteration", ylabel=score_label, ylim=(0, 100))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    _write(figure, path)
 
 
 def draw_predictions(path: Path, title: str, annotations: Path, images: Path, results: Path, count: int = 12) -> None:
@@ -73,7 +39,7 @@ def draw_predictions(path: Path, title: str, annotations: Path, images: Path, re
             shown = [entry for entry in entries if entry["image_id"] == image["id"]]
             axes.imshow(_draw_objects(pixels, shown, names))
             axes.set_title(f"{caption}: {len(shown)} digits", fontsize=9)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _draw_objects(image: np.ndarray, entries: Sequence[Mapping], names: Mapping[int, str]) -> np.ndarray:
@@ -86,9 +52,3 @@ def _draw_objects(image: np.ndarray, entries: Sequence[Mapping], names: Mapping[
     colours = [_COLOURS[(entry["category_id"] - 1) % len(_COLOURS)] for entry in entries]
     canvas = Visualizer(image, scale=2)
     return canvas.overlay_instances(boxes=boxes, masks=masks, labels=labels, assigned_colors=colours).get_image()
-
-
-def _write(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as aside:
-        figure.savefig(aside, format="png")
