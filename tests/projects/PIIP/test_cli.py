@@ -28,6 +28,7 @@ import piip
 from piip import cli
 from piip.checkpointer import AtomicCheckpointer
 from piip.compose import TrainOptions, compose, find_model, models
+from piip.data import read_image
 from piip.data.folders import OwnData
 from piip.detector import Detector, Predictions
 from piip.fitting import MicroBatches, add_adapters, freeze
